@@ -1,0 +1,485 @@
+"""The configuration schema. Values live in ``configs/``; pydantic only, no torch.
+
+Every class is frozen, strict (no coercion) and refuses unknown keys. A choice between kinds is a
+union discriminated by ``kind``. Cross-field rules are validators named for what they protect.
+Nothing is filled in or adjusted after validation: what is saved in the run folder is what was
+written plus the defaults below.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
+
+PositiveInt: TypeAlias = Annotated[int, Field(ge=1)]
+PositiveFloat: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Schema(BaseModel):
+    """Base of all sections."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
+
+
+# --- Prompts ------------------------------------------------------------------------------------
+
+
+class _FilePrompts(Schema):
+    prompt_field: str = "prompt"
+    """Column with the prompt: a string, or a list of ``{"role", "content"}`` messages."""
+    answer_field: str | None = None
+    """Column with the reference answer that the verifier compares with."""
+    system: str | None = None
+    """System message put before every prompt."""
+    suffix: str = ""
+    """Text appended to every last user message, e.g. an instruction about the answer's form."""
+    limit: PositiveInt | None = None
+    """Use only the first so many rows."""
+
+
+class JsonlPrompts(_FilePrompts):
+    """Prompts from a JSON Lines file."""
+
+    kind: Literal["jsonl"]
+    path: str
+
+
+class ParquetPrompts(_FilePrompts):
+    """Prompts from a Parquet file."""
+
+    kind: Literal["parquet"]
+    path: str
+
+
+class HuggingFacePrompts(_FilePrompts):
+    """Prompts from a Hugging Face dataset: a hub id or a directory."""
+
+    kind: Literal["hf"]
+    path: str
+    """Hub id (``openai/gsm8k``) or local directory."""
+    name: str | None = None
+    """Configuration of the dataset, e.g. ``main``."""
+    split: str = "train"
+    revision: str | None = None
+    """Commit of the dataset; pin it for a run that can be made again."""
+
+
+class TaskPrompts(Schema):
+    """Problems of a procedural task. Training and evaluation never share a problem."""
+
+    kind: Literal["task"]
+    task: Literal["chain"] = "chain"
+    split: Literal["train", "eval"] = "train"
+    limit: PositiveInt | None = None
+    """Cycle over the first so many problems instead of an endless supply."""
+
+
+PromptsConfig: TypeAlias = Annotated[
+    JsonlPrompts | ParquetPrompts | HuggingFacePrompts | TaskPrompts, Field(discriminator="kind")
+]
+
+
+class TaskVerifier(Schema):
+    """Exact check of a procedural task's final answer."""
+
+    kind: Literal["task"]
+    task: Literal["chain"] = "chain"
+
+
+class MathVerifier(Schema):
+    """Mathematical equality with the reference answer, by math-verify."""
+
+    kind: Literal["math"]
+
+
+VerifierConfig: TypeAlias = Annotated[TaskVerifier | MathVerifier, Field(discriminator="kind")]
+
+
+# --- Sampling, engines --------------------------------------------------------------------------
+
+
+class SamplingConfig(Schema):
+    """How rollouts are sampled."""
+
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0: no limit."""
+    max_new_tokens: PositiveInt = 512
+
+
+Device: TypeAlias = Literal["auto", "cpu", "cuda"]
+"""``auto``: CUDA where there is a GPU, else the CPU."""
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
+
+
+class EmbeddedGeneration(Schema):
+    """Batched KV-cache sampling on PyTorch, in the controller's process."""
+
+    kind: Literal["embedded"]
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+    max_sequences: PositiveInt = 256
+    """Rollouts decoded together."""
+
+
+GenerationConfig: TypeAlias = Annotated[EmbeddedGeneration, Field(discriminator="kind")]
+
+
+class EmbeddedScoring(Schema):
+    """The teacher in the controller's process."""
+
+    kind: Literal["embedded"]
+    model: str
+    """Directory of the teacher (Hugging Face layout)."""
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+    batch_tokens: PositiveInt = 16384
+    """Padded tokens of one forward pass."""
+    chunk_tokens: PositiveInt = 1024
+    """Rows of logits that exist at a time."""
+
+
+ScoringConfig: TypeAlias = Annotated[EmbeddedScoring, Field(discriminator="kind")]
+
+
+# --- Objective ----------------------------------------------------------------------------------
+
+
+class NoBaseline(Schema):
+    """b = 0."""
+
+    kind: Literal["none"]
+
+
+class TopKBaseline(Schema):
+    """b = KL(student || teacher) over the teacher's k most likely tokens and one tail outcome."""
+
+    kind: Literal["top_k"]
+    k: PositiveInt = 16
+
+
+class FullBaseline(Schema):
+    """b = KL(student || teacher), exact, from the teacher's hidden states."""
+
+    kind: Literal["full"]
+
+
+BaselineConfig: TypeAlias = Annotated[
+    NoBaseline | TopKBaseline | FullBaseline, Field(discriminator="kind")
+]
+
+
+class SampledReverseKL(Schema):
+    """Policy gradient of KL(student || teacher) on the sampled tokens."""
+
+    kind: Literal["sampled_reverse_kl"]
+    ratio_cap: PositiveFloat | None = 2.0
+    """Cap c of the importance ratio min(pi/mu, c); null: no ratio (mu is taken for pi)."""
+    advantage_clip: PositiveFloat | None = 5.0
+    """Clip a of the advantage to [-a, a] nats; null: no clip."""
+    kl_baseline: BaselineConfig = Field(default_factory=lambda: NoBaseline(kind="none"))
+    """Per-token baseline b. Leaves the expected gradient as it is and lowers its variance."""
+    discount: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Weight of later tokens' signals in a token's advantage. 0: each token answers for itself."""
+    task_reward_weight: NonNegativeFloat = 0.0
+    """Weight of the verifier's group-centred reward, added to every token's advantage."""
+
+
+class _Divergence(Schema):
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    """``reverse_kl``: KL(student || teacher); ``forward_kl``: KL(teacher || student); ``jsd``:
+    the mixture M = beta teacher + (1 - beta) student, beta KL(teacher || M) + (1 - beta)
+    KL(student || M)."""
+    beta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Weight of the teacher in the mixture; for ``jsd`` only, and needed by it."""
+
+    @model_validator(mode="after")
+    def _beta_belongs_to_jsd(self) -> Self:
+        if (self.beta is None) == (self.divergence == "jsd"):
+            raise ValueError(
+                f"divergence={self.divergence} with beta={self.beta}: "
+                "set beta (e.g. 0.5) with divergence=jsd and only with it"
+            )
+        return self
+
+
+class TopKDivergence(_Divergence):
+    """A divergence over the teacher's k most likely tokens at every position."""
+
+    kind: Literal["top_k"]
+    k: Annotated[int, Field(ge=1)] = 16
+    tail: Literal["renormalize", "bin"] = "bin"
+    """``bin``: one more outcome holds the rest of both; ``renormalize``: both are divided by
+    their mass on the k."""
+
+    @model_validator(mode="after")
+    def _renormalized_top_1_has_no_gradient(self) -> Self:
+        if self.k == 1 and self.tail == "renormalize":
+            raise ValueError(
+                "k=1 with tail=renormalize: both distributions become 1 on the one token, so the "
+                "gradient is zero everywhere; use tail=bin or k >= 2"
+            )
+        return self
+
+
+class FullDivergence(_Divergence):
+    """A divergence over the whole vocabulary, from the teacher's hidden states."""
+
+    kind: Literal["full"]
+
+
+ObjectiveConfig: TypeAlias = Annotated[
+    SampledReverseKL | TopKDivergence | FullDivergence, Field(discriminator="kind")
+]
+
+
+# --- Training -----------------------------------------------------------------------------------
+
+
+class FullTuning(Schema):
+    """Every weight of the student is trained."""
+
+    kind: Literal["full"]
+
+
+class LoraTuning(Schema):
+    """Low-rank adapters (peft) on the named linear layers."""
+
+    kind: Literal["lora"]
+    rank: PositiveInt = 32
+    alpha: PositiveFloat = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+
+
+TuningConfig: TypeAlias = Annotated[FullTuning | LoraTuning, Field(discriminator="kind")]
+
+
+class ConstantSchedule(Schema):
+    """The learning rate stays."""
+
+    kind: Literal["constant"]
+
+
+class WarmupCosineSchedule(Schema):
+    """Linear warm-up, then a cosine down to a share of the peak at the run's last step."""
+
+    kind: Literal["warmup_cosine"]
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+
+ScheduleConfig: TypeAlias = Annotated[
+    ConstantSchedule | WarmupCosineSchedule, Field(discriminator="kind")
+]
+
+
+class OptimizerConfig(Schema):
+    """AdamW."""
+
+    learning_rate: PositiveFloat = 1.0e-5
+    betas: tuple[
+        Annotated[float, Field(ge=0, lt=1)],
+        Annotated[float, Field(ge=0, lt=1)],
+    ] = (0.9, 0.98)
+    eps: PositiveFloat = 1.0e-8
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    schedule: ScheduleConfig = Field(default_factory=lambda: ConstantSchedule(kind="constant"))
+
+
+class EmbeddedTraining(Schema):
+    """PyTorch (and peft) in the controller's process."""
+
+    kind: Literal["embedded"]
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+    """Dtype of the weights; trained weights should be float32."""
+    autocast: Literal["auto", "off", "bfloat16"] = "auto"
+    """``auto``: bfloat16 autocast on CUDA, none on the CPU."""
+    tuning: TuningConfig = Field(default_factory=lambda: FullTuning(kind="full"))
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    micro_batch_tokens: PositiveInt = 8192
+    """Padded tokens of one forward and backward pass. Changes memory and speed, not the step."""
+    chunk_tokens: PositiveInt = 1024
+    """Rows of logits that exist at a time."""
+    gradient_checkpointing: bool = False
+
+
+TrainingConfig: TypeAlias = Annotated[EmbeddedTraining, Field(discriminator="kind")]
+
+
+# --- The run ------------------------------------------------------------------------------------
+
+
+class StudentConfig(Schema):
+    """The model that is distilled into."""
+
+    model: str
+    """Directory of the student (Hugging Face layout)."""
+
+
+class EvaluationConfig(Schema):
+    """Held-out accuracy before, during and after the run."""
+
+    prompts: PromptsConfig
+    verifier: VerifierConfig
+    every_steps: PositiveInt = 25
+    num_problems: PositiveInt = 500
+    final_num_problems: PositiveInt | None = None
+    """Problems before, after and for the teacher; null: `num_problems`."""
+    samples_per_problem: PositiveInt = 1
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    teacher: bool = True
+    """Also measure the teacher, once, before the run."""
+
+
+class CheckpointConfig(Schema):
+    """What a crash can cost: at most ``every_steps`` steps."""
+
+    every_steps: PositiveInt = 25
+    keep_last: PositiveInt = 2
+
+
+class WandbTracker(Schema):
+    """Weights & Biases (extra ``[wandb]``)."""
+
+    kind: Literal["wandb"]
+    project: str
+    offline: bool = False
+
+
+class TrackioTracker(Schema):
+    """trackio (extra ``[trackio]``)."""
+
+    kind: Literal["trackio"]
+    project: str
+
+
+TrackerConfig: TypeAlias = Annotated[WandbTracker | TrackioTracker, Field(discriminator="kind")]
+
+
+class LoggingConfig(Schema):
+    """What a run writes beside ``metrics.jsonl``."""
+
+    tensorboard: bool = True
+    rollouts_every_steps: PositiveInt = 10
+    """Save rollouts of every so many steps, with their scores."""
+    rollouts_per_save: PositiveInt = 16
+    """Rollouts kept of such a step."""
+    trackers: tuple[TrackerConfig, ...] = ()
+
+
+class SequentialPipeline(Schema):
+    """Generate, score, train, publish: one after another. Strictly on-policy."""
+
+    kind: Literal["sequential"]
+
+
+PipelineConfig: TypeAlias = Annotated[SequentialPipeline, Field(discriminator="kind")]
+
+
+class RunConfig(Schema):
+    """One distillation run."""
+
+    output_dir: str
+    """Run folder. Made by the run; a run is continued by starting it again."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Everything random derives from it."""
+    steps: PositiveInt
+    """Optimizer steps."""
+    prompts_per_step: PositiveInt
+    samples_per_prompt: PositiveInt = 1
+    student: StudentConfig
+    prompts: PromptsConfig
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    generation: GenerationConfig
+    scoring: ScoringConfig
+    training: TrainingConfig
+    objective: ObjectiveConfig
+    verifier: VerifierConfig | None = None
+    """Checks training rollouts: for the task reward, and for the metric ``rollout/accuracy``."""
+    evaluation: EvaluationConfig | None = None
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    pipeline: PipelineConfig = Field(default_factory=lambda: SequentialPipeline(kind="sequential"))
+
+    @model_validator(mode="after")
+    def _truncated_sampling_biases_the_sampled_estimator(self) -> Self:
+        truncated = self.sampling.top_p < 1 or self.sampling.top_k > 0
+        if self.objective.kind == "sampled_reverse_kl" and truncated:
+            raise ValueError(
+                f"objective.kind=sampled_reverse_kl with sampling.top_p={self.sampling.top_p}, "
+                f"top_k={self.sampling.top_k}: tokens that are never sampled get no gradient, and "
+                "no importance ratio can bring them back, so the gradient is not that of the "
+                "reverse KL; use top_p=1 and top_k=0, or objective.kind=full or top_k"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tempered_sampling_needs_the_ratio(self) -> Self:
+        objective = self.objective
+        if (
+            objective.kind == "sampled_reverse_kl"
+            and objective.ratio_cap is None
+            and self.sampling.temperature != 1
+        ):
+            raise ValueError(
+                f"objective.ratio_cap=null with sampling.temperature={self.sampling.temperature}: "
+                "tokens are sampled from another distribution than the one whose KL is minimised, "
+                "and without the ratio the gradient is biased; set ratio_cap or temperature=1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _task_reward_needs_a_verifier_and_groups(self) -> Self:
+        objective = self.objective
+        if objective.kind != "sampled_reverse_kl" or objective.task_reward_weight == 0:
+            return self
+        if self.verifier is None:
+            raise ValueError("objective.task_reward_weight > 0 needs a `verifier` section")
+        if self.samples_per_prompt < 2:
+            raise ValueError(
+                "objective.task_reward_weight > 0 with samples_per_prompt=1: the reward is centred "
+                "within a prompt's samples, so with one sample it is always 0; use 2 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _math_verifier_needs_references(self) -> Self:
+        pairs: list[tuple[str, Any, Any]] = [("verifier", self.verifier, self.prompts)]
+        if self.evaluation is not None:
+            pairs.append(("evaluation", self.evaluation.verifier, self.evaluation.prompts))
+        for where, verifier, prompts in pairs:
+            if verifier is None:
+                continue
+            if verifier.kind == "task" and prompts.kind != "task":
+                raise ValueError(f"{where}: a task verifier needs prompts of kind `task`")
+            if verifier.kind == "math" and prompts.kind == "task":
+                raise ValueError(f"{where}: a math verifier needs prompts with an answer_field")
+            if verifier.kind == "math" and prompts.answer_field is None:
+                raise ValueError(
+                    f"{where}: the math verifier compares with a reference answer; set answer_field"
+                )
+        return self
+
+    @property
+    def output_path(self) -> Path:
+        return Path(self.output_dir)
+
+    @property
+    def rollouts_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt

@@ -1,0 +1,213 @@
+"""From a YAML file and ``key.sub=value`` overrides to a checked `RunConfig`.
+
+There is no third source: no environment variable is read. Values are passed to pydantic as JSON,
+so that a YAML list may fill a tuple while strings still do not become numbers.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from qwen3_distill.config import RunConfig
+from qwen3_distill.errors import ConfigError
+
+
+class _Yaml12Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: PyYAML reads ``1e-5`` as a string, which strict mode would then refuse."""
+
+
+_Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, override and check a config file.
+
+    Args:
+        path: YAML or JSON; a run folder's ``config.json`` works as well.
+        overrides: ``key.sub=value`` each; the value is YAML.
+
+    Raises:
+        ConfigError: names every wrong key with what was expected.
+    """
+    return check_config(load_values(path, overrides), source=str(path))
+
+
+def load_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The file's values with the overrides applied, unchecked."""
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"config file {file} does not exist (working directory {Path.cwd()})")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {file} cannot be read: {error}") from error
+    values = _parse_yaml(text, str(file))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected a mapping of settings, got {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    return values
+
+
+def check_config(values: dict[str, Any], source: str = "config") -> RunConfig:
+    """Validate raw values.
+
+    Raises:
+        ConfigError: one line per problem.
+    """
+    try:
+        return RunConfig.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        lines = [_explain(problem, values) for problem in error.errors()]
+        raise ConfigError(f"{source}: " + "\n  ".join(["", *lines]).strip()) from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source}: not representable as JSON: {error}") from error
+
+
+def dump_config(config: RunConfig) -> dict[str, Any]:
+    """The resolved config as plain JSON values; `check_config` gives the same config back."""
+    return config.model_dump(mode="json")
+
+
+def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """``key: old -> new`` for every leaf that differs."""
+    flat_old, flat_new = dict(_leaves(old)), dict(_leaves(new))
+    return [
+        f"{key}: {flat_old.get(key, 'absent')!r} -> {flat_new.get(key, 'absent')!r}"
+        for key in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(key, "absent") != flat_new.get(key, "absent")
+    ]
+
+
+def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, values
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Yaml12Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {override!r}: expected key.sub=value, e.g. training.seed=1")
+    *parents, last = key.strip().split(".")
+    node = values
+    for depth, parent in enumerate(parents):
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(
+                f"override {override!r}: {'.'.join(parents[: depth + 1])} is {child!r}, "
+                "not a section; there is nothing below it to set"
+            )
+        node = child
+    node[last] = _parse_yaml(text, f"override {override!r}")
+
+
+_FRIENDLY = {
+    "missing": "missing; it has no default and must be set",
+    "union_tag_not_found": "needs a `kind`",
+}
+
+
+def _explain(problem: Any, values: dict[str, Any]) -> str:
+    """One line for one pydantic error: where, what was found, what was expected."""
+    location = [str(part) for part in problem["loc"]]
+    path = ".".join(_without_union_tags(location, values))
+    kind, message = problem["type"], problem["msg"]
+    if kind == "extra_forbidden":
+        return f"{path}: unknown key{_nearest(location, problem)}"
+    if kind == "value_error":
+        message = message.removeprefix("Value error, ")
+        return f"{path}: {message}" if path else message
+    if kind == "union_tag_invalid":
+        context = problem["ctx"]
+        close = difflib.get_close_matches(str(context["tag"]), _tags(context), n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"{path}.kind: {context['tag']!r} is not one of {', '.join(_tags(context))}{hint}"
+    if kind in _FRIENDLY:
+        return f"{path}: {_FRIENDLY[kind]}"
+    message = message[0].lower() + message[1:]
+    return f"{path}: {message}; got {problem['input']!r} ({type(problem['input']).__name__})"
+
+
+def _tags(context: dict[str, Any]) -> list[str]:
+    return re.findall(r"'([^']+)'", str(context["expected_tags"]))
+
+
+def _without_union_tags(location: Sequence[str], values: dict[str, Any]) -> list[str]:
+    """Drop the union tags that pydantic puts into locations: they are no keys of the file."""
+    path: list[str] = []
+    node: Any = values
+    for position, part in enumerate(location):
+        is_last = position == len(location) - 1
+        if isinstance(node, dict) and part not in node and node.get("kind") == part and not is_last:
+            continue
+        path.append(part)
+        if isinstance(node, dict):
+            node = node.get(part)
+        elif isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        else:
+            node = None
+    return path
+
+
+def _nearest(location: Sequence[str], problem: Any) -> str:
+    known = sorted(_known_keys(location[:-1]))
+    close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean `{close[0]}`?"
+    return f"; known keys here: {', '.join(known)}"
+
+
+def _known_keys(location: Sequence[str]) -> set[str]:
+    """Keys that the schema knows at a pydantic error location (union tags included in it)."""
+    schema = RunConfig.model_json_schema()
+    definitions = schema["$defs"]
+    nodes = [schema]
+    for part in location:
+        reached: list[dict[str, Any]] = []
+        for node in nodes:
+            for option in _options(node, definitions):
+                properties = option.get("properties", {})
+                if part in properties:
+                    reached.append(properties[part])
+                elif properties.get("kind", {}).get("const") == part:
+                    reached.append(option)
+                elif part.isdigit() and "items" in option:
+                    reached.append(option["items"])
+        nodes = reached
+    return {
+        key
+        for node in nodes
+        for option in _options(node, definitions)
+        for key in option.get("properties", {})
+    }
+
+
+def _options(node: dict[str, Any], definitions: dict[str, Any]) -> list[dict[str, Any]]:
+    """The object schemas that a schema node may stand for: references and unions resolved."""
+    if "$ref" in node:
+        return _options(definitions[node["$ref"].rsplit("/", 1)[-1]], definitions)
+    branches = node.get("oneOf") or node.get("anyOf")
+    if branches:
+        return [option for branch in branches for option in _options(branch, definitions)]
+    return [node]

@@ -1,0 +1,56 @@
+"""Errors a user can meet. Each message says what was wrong, what was expected and what to change.
+
+Every class also refines a standard error, so that callers who do not know this package can still
+catch the right kind. The command line turns any `DistillError` into one line on stderr and exit
+status `DistillError.exit_code`; anything else is a bug and keeps its traceback.
+"""
+
+
+class DistillError(Exception):
+    """Base of all errors this package raises on purpose."""
+
+    exit_code = 2
+
+
+class ConfigError(DistillError, ValueError):
+    """A setting is missing, unknown, of the wrong type, or impossible together with another."""
+
+
+class DataError(DistillError, ValueError):
+    """A prompt file, rollout file or record is empty, malformed or does not fit the model."""
+
+
+class ModelError(DistillError, ValueError):
+    """A model directory is missing, incomplete or not a Qwen3-like causal language model."""
+
+
+class HandshakeError(DistillError, ValueError):
+    """Student and teacher (or learner and engine) do not agree on what must be equal."""
+
+
+class AlignmentError(DistillError, ValueError):
+    """Per-token arrays of one rollout do not describe the same tokens."""
+
+
+class WeightVersionError(DistillError, RuntimeError):
+    """An engine does not serve the weights it was asked to serve."""
+
+
+class RunFolderError(DistillError, OSError):
+    """The run folder cannot be used: unwritable, full, locked, or made by another config."""
+
+
+class CheckpointError(DistillError, RuntimeError):
+    """No checkpoint of the run can be read."""
+
+
+class NonFiniteError(DistillError, ArithmeticError):
+    """Loss or gradient norm is NaN or infinite. Nothing was stepped."""
+
+    exit_code = 3
+
+
+class EngineError(DistillError, RuntimeError):
+    """An engine failed or answered with something that is not an answer."""
+
+    exit_code = 3

@@ -1,0 +1,408 @@
+"""Records that cross package boundaries. Imports numpy only: no torch, no engine.
+
+Alignment, once for the whole project: per-token arrays are *target-aligned over the response*.
+Index r describes ``response_ids[r]`` given the prompt and ``response_ids[:r]``. Log-probabilities
+are natural logarithms (nats), float32. Nothing here is padded or shifted; both happen in exactly
+one place, ``training/batching.py``.
+
+Shape letters: R response tokens of one rollout, K teacher candidates per token, D hidden size of
+the teacher, N rollouts of a batch.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_distill.errors import AlignmentError, DataError
+
+IntArray: TypeAlias = NDArray[np.int32]
+FloatArray: TypeAlias = NDArray[np.float32]
+
+LOGPROB_SLACK_NATS = 1e-3
+"""How far above 0 a logprob may lie before it is an error: engines round, probabilities do not."""
+
+
+def _frozen_array(values: Any, dtype: type[np.generic], ndim: int, what: str) -> NDArray[Any]:
+    array = np.array(values, dtype=dtype)  # a copy: a record never shares memory with its maker
+    if array.ndim != ndim:
+        raise AlignmentError(f"{what} has {array.ndim} axes, expected {ndim}")
+    array.setflags(write=False)
+    return array
+
+
+def _checked_logprobs(values: Any, ndim: int, what: str) -> FloatArray:
+    array = _frozen_array(values, np.float32, ndim, what)
+    if not np.isfinite(array).all():
+        bad = int((~np.isfinite(array)).sum())
+        raise AlignmentError(
+            f"{what}: {bad} of {array.size} values are not finite. A missing logprob must be "
+            "retried or the rollout dropped; it never becomes a number."
+        )
+    if array.size and float(array.max()) > LOGPROB_SLACK_NATS:
+        raise AlignmentError(
+            f"{what}: {float(array.max()):.4f} nats is not a log-probability (> 0)"
+        )
+    return array
+
+
+class FinishReason(str, Enum):
+    """Why a rollout ended."""
+
+    STOP = "stop"
+    """The student sampled an end-of-sequence token; it is the last response token."""
+    LENGTH = "length"
+    """Cut at ``max_new_tokens``. No end-of-sequence token was sampled and none is added."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """A prompt, rendered once with the student's chat template."""
+
+    prompt_id: str
+    """Names the prompt for good, e.g. ``"gsm8k/train.jsonl:17"``."""
+    token_ids: IntArray
+    task_data: Mapping[str, str] = field(default_factory=dict)
+    """What the verifier needs, e.g. ``{"answer": "42"}``."""
+
+    def __post_init__(self) -> None:
+        ids = _frozen_array(self.token_ids, np.int32, 1, f"prompt {self.prompt_id}: token_ids")
+        if ids.size == 0:
+            raise DataError(f"prompt {self.prompt_id} has no tokens")
+        object.__setattr__(self, "token_ids", ids)
+        object.__setattr__(self, "task_data", MappingProxyType(dict(self.task_data)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingSpec:
+    """How one rollout is sampled. With the weights it determines the rollout."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    """0: no limit."""
+    max_new_tokens: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise DataError(f"temperature={self.temperature}: expected a positive number")
+        if not 0 < self.top_p <= 1:
+            raise DataError(f"top_p={self.top_p}: expected 0 < top_p <= 1")
+        if self.top_k < 0 or self.max_new_tokens < 1 or self.seed < 0:
+            raise DataError(
+                f"top_k={self.top_k}, max_new_tokens={self.max_new_tokens}, seed={self.seed}: "
+                "expected top_k >= 0, max_new_tokens >= 1, seed >= 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class WeightVersion:
+    """Weights after ``step`` optimizer steps. The digest tells forks of one step apart."""
+
+    step: int
+    digest: str = field(compare=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VersionSpan:
+    """Response tokens ``[start, stop)`` were sampled from ``version``."""
+
+    start: int
+    stop: int
+    version: WeightVersion
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutRequest:
+    """One answer to be sampled."""
+
+    rollout_id: str
+    prompt: Prompt
+    sampling: SamplingSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One answer, as sampled: token ids are never decoded and tokenized again.
+
+    Raises:
+        AlignmentError: lengths disagree, a logprob is not finite, or spans do not tile ``[0, R)``.
+    """
+
+    rollout_id: str
+    prompt: Prompt
+    sampling: SamplingSpec
+    response_ids: IntArray
+    """[R], R >= 1."""
+    behavior_logprobs: FloatArray
+    """[R] nats, under the distribution sampled from (after temperature, top-k and top-p)."""
+    versions: tuple[VersionSpan, ...]
+    """Spans that tile ``[0, R)`` in order; more than one after an in-flight weight update."""
+    finish_reason: FinishReason
+
+    def __post_init__(self) -> None:
+        what = f"rollout {self.rollout_id}"
+        ids = _frozen_array(self.response_ids, np.int32, 1, f"{what}: response_ids")
+        logprobs = _checked_logprobs(self.behavior_logprobs, 1, f"{what}: behavior_logprobs")
+        if ids.size == 0:
+            raise AlignmentError(f"{what} has no response tokens")
+        if ids.size != logprobs.size:
+            raise AlignmentError(
+                f"{what}: {ids.size} response tokens but {logprobs.size} behavior logprobs"
+            )
+        edges = [0, *(span.stop for span in self.versions)]
+        starts = [span.start for span in self.versions]
+        if starts != edges[:-1] or edges[-1] != ids.size or edges != sorted(set(edges)):
+            raise AlignmentError(
+                f"{what}: version spans {[(s.start, s.stop) for s in self.versions]} do not tile "
+                f"its {ids.size} response tokens"
+            )
+        object.__setattr__(self, "response_ids", ids)
+        object.__setattr__(self, "behavior_logprobs", logprobs)
+
+    @property
+    def num_tokens(self) -> int:
+        """R: response tokens, which are the loss tokens."""
+        return int(self.response_ids.size)
+
+    @property
+    def oldest_version(self) -> WeightVersion:
+        """Oldest weights that sampled any of the tokens; age is judged by it."""
+        return min(span.version for span in self.versions)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherScore:
+    """The teacher's log-probability of every response token."""
+
+    teacher_id: str
+    logprobs: FloatArray
+    """[R] nats, at temperature 1."""
+
+    def __post_init__(self) -> None:
+        checked = _checked_logprobs(self.logprobs, 1, f"score by {self.teacher_id}: logprobs")
+        object.__setattr__(self, "logprobs", checked)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopKScore(TeacherScore):
+    """A `TeacherScore` with the teacher's K most likely tokens at every position."""
+
+    candidate_ids: IntArray
+    """[R, K], most likely first; distinct within a position."""
+    candidate_logprobs: FloatArray
+    """[R, K] nats, of the full distribution: not renormalised over the K."""
+
+    def __post_init__(self) -> None:
+        TeacherScore.__post_init__(self)
+        what = f"score by {self.teacher_id}"
+        ids = _frozen_array(self.candidate_ids, np.int32, 2, f"{what}: candidate_ids")
+        logprobs = _checked_logprobs(self.candidate_logprobs, 2, f"{what}: candidate_logprobs")
+        if ids.shape != logprobs.shape or len(ids) != self.logprobs.size or ids.shape[1] < 1:
+            raise AlignmentError(
+                f"{what}: candidate_ids {ids.shape}, candidate_logprobs {logprobs.shape}, "
+                f"expected [{self.logprobs.size}, K >= 1] both"
+            )
+        object.__setattr__(self, "candidate_ids", ids)
+        object.__setattr__(self, "candidate_logprobs", logprobs)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HiddenScore(TeacherScore):
+    """A `TeacherScore` with the teacher's last hidden states.
+
+    The learner holds the teacher's output head and rebuilds the full distribution from them in
+    chunks: D numbers a token travel instead of the whole vocabulary.
+    """
+
+    hidden: FloatArray
+    """[R, D] after the final norm: what the output head is applied to."""
+
+    def __post_init__(self) -> None:
+        TeacherScore.__post_init__(self)
+        hidden = _frozen_array(
+            self.hidden, np.float32, 2, f"score by {self.teacher_id}: hidden states"
+        )
+        if len(hidden) != self.logprobs.size or not np.isfinite(hidden).all():
+            raise AlignmentError(
+                f"score by {self.teacher_id}: hidden states {hidden.shape} for "
+                f"{self.logprobs.size} tokens, expected finite [{self.logprobs.size}, D]"
+            )
+        object.__setattr__(self, "hidden", hidden)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredRollout:
+    """A rollout with its teacher's score. Cannot exist without one, or with another's."""
+
+    rollout: Rollout
+    score: TeacherScore
+
+    def __post_init__(self) -> None:
+        if self.score.logprobs.shape != self.rollout.response_ids.shape:
+            raise AlignmentError(
+                f"rollout {self.rollout.rollout_id}: {self.rollout.response_ids.size} response "
+                f"tokens but {self.score.logprobs.size} scores from {self.score.teacher_id}. "
+                "A difference of the prompt's length means that the prompt was not stripped."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """What one optimizer step consumes. Owns the step's denominator.
+
+    Raises:
+        AlignmentError: the per-rollout arrays do not have one entry per rollout.
+    """
+
+    scored: tuple[ScoredRollout, ...]
+    importance_weights: FloatArray
+    """[N] w_i > 0: corrects *which* rollout was drawn (prioritised replay); 1 when uniform."""
+    task_advantages: FloatArray
+    """[N] added to every token's advantage: weighted, group-centred task reward; 0 without."""
+
+    @classmethod
+    def uniform(cls, scored: Sequence[ScoredRollout]) -> "Batch":
+        """A batch with weights 1 and no task reward."""
+        return cls(
+            scored=tuple(scored),
+            importance_weights=np.ones(len(scored), dtype=np.float32),
+            task_advantages=np.zeros(len(scored), dtype=np.float32),
+        )
+
+    def __post_init__(self) -> None:
+        if not self.scored:
+            raise AlignmentError("a batch needs at least one rollout")
+        for name in ("importance_weights", "task_advantages"):
+            array = _frozen_array(getattr(self, name), np.float32, 1, f"batch: {name}")
+            if array.size != len(self.scored) or not np.isfinite(array).all():
+                raise AlignmentError(
+                    f"batch: {name} has {array.size} values for {len(self.scored)} rollouts, "
+                    "expected one finite value each"
+                )
+            object.__setattr__(self, name, array)
+        if float(self.importance_weights.min()) <= 0:
+            raise AlignmentError("batch: importance weights must be positive")
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Response tokens of the whole step."""
+        return sum(s.rollout.num_tokens for s in self.scored)
+
+    @property
+    def denominator(self) -> float:
+        """sum_i w_i n_i over the whole step: every micro-batch divides by this."""
+        return float(
+            sum(
+                float(w) * s.rollout.num_tokens
+                for w, s in zip(self.importance_weights, self.scored, strict=True)
+            )
+        )
+
+    def lag_steps(self, version: WeightVersion) -> int:
+        """Age in optimizer steps of the oldest token, seen from ``version``."""
+        return max(version.step - s.rollout.oldest_version.step for s in self.scored)
+
+
+class Reduction(str, Enum):
+    """How values of one metric combine over micro-batches or steps."""
+
+    MEAN = "mean"
+    SUM = "sum"
+    MAX = "max"
+    LAST = "last"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """A number that knows how it combines with others of its key.
+
+    A mean carries its total and its count, so a mean over unequal parts is exact.
+    """
+
+    key: str
+    """``area/name_unit``, e.g. ``loss/reverse_kl_nats``."""
+    total: float
+    count: float
+    reduction: Reduction
+
+    @classmethod
+    def mean(cls, key: str, total: float, count: float) -> "Metric":
+        return cls(key=key, total=total, count=count, reduction=Reduction.MEAN)
+
+    @classmethod
+    def sum(cls, key: str, total: float) -> "Metric":
+        return cls(key=key, total=total, count=1, reduction=Reduction.SUM)
+
+    @classmethod
+    def max(cls, key: str, value: float) -> "Metric":
+        return cls(key=key, total=value, count=1, reduction=Reduction.MAX)
+
+    @classmethod
+    def last(cls, key: str, value: float) -> "Metric":
+        return cls(key=key, total=value, count=1, reduction=Reduction.LAST)
+
+    @property
+    def value(self) -> float:
+        if self.reduction is Reduction.MEAN:
+            return self.total / self.count if self.count else math.nan
+        return self.total
+
+    def combined(self, other: "Metric") -> "Metric":
+        """This metric and a later one of the same key as one."""
+        if (self.key, self.reduction) != (other.key, other.reduction):
+            raise ValueError(f"cannot combine {self.key} ({self.reduction}) with {other.key}")
+        if self.reduction is Reduction.MAX:
+            return Metric.max(self.key, max(self.total, other.total))
+        if self.reduction is Reduction.LAST:
+            return other
+        return Metric(
+            key=self.key,
+            total=self.total + other.total,
+            count=self.count + other.count,
+            reduction=self.reduction,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    """Result of one optimizer step."""
+
+    version: WeightVersion
+    """The version *after* the step."""
+    loss: float
+    grad_norm: float
+    num_loss_tokens: int
+    metrics: tuple[Metric, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelIdentity:
+    """What two models must share before one may score the other's tokens."""
+
+    name: str
+    tokenizer_digest: str
+    vocab_size: int
+    """Rows of the output head: the softmax runs over these."""
+    eos_ids: frozenset[int]
+    chat_template_digest: str
+    context_length: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunCursor:
+    """Where a run stands after ``step`` steps, with the learner's state all that a resume needs.
+
+    There are no random-generator states in it: every draw derives from (seed, purpose, step,
+    index), so the position alone restores them (docs/adr/0003).
+    """
+
+    step: int
+    prompts_drawn: int
+    weight_version: WeightVersion

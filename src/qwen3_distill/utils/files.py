@@ -1,0 +1,63 @@
+"""Files that exist whole or not at all."""
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from qwen3_distill.errors import DistillError, RunFolderError
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` to write one file to; it becomes ``path`` at the end.
+
+    Readers see the old file or the whole new one, and after a power cut too: the file and its
+    folder are synced. When the block raises, the temporary file is removed and ``path`` keeps
+    its old content. The temporary name ends like ``path``, because some writers choose the
+    format by the suffix.
+
+    Raises:
+        RunFolderError: the file cannot be written (folder missing, no permission, disk full).
+    """
+    target = Path(path)
+    temporary = target.with_name(f".tmp-{secrets.token_hex(6)}-{target.name}")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, target)
+        _sync(target.parent)
+    except DistillError:
+        raise
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot write {target}: {error}. Expected an existing, writable folder with free "
+            "space; make the folder, free space or choose another path"
+        ) from error
+    finally:
+        with suppress(OSError):  # after the rename there is nothing left to remove
+            temporary.unlink()
+
+
+def write_json_atomic(path: str | Path, obj: Any) -> None:
+    """Write ``obj`` as indented UTF-8 JSON through `atomic_path`.
+
+    Raises:
+        RunFolderError: the file cannot be written.
+        ValueError: ``obj`` holds NaN or an infinity, which are not JSON.
+        TypeError: ``obj`` holds something else that JSON has no form for.
+    """
+    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

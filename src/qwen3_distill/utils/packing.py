@@ -1,0 +1,20 @@
+"""Which sequences share a padded batch."""
+
+from collections.abc import Sequence
+
+
+def pack_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Groups of indices whose padded size, rows x longest, stays within ``max_tokens``.
+
+    Longest first, so that rows of one group are of similar length. A sequence longer than
+    ``max_tokens`` gets a group of its own. Deterministic; every index occurs exactly once.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    groups: list[list[int]] = []
+    for index in order:
+        longest = lengths[groups[-1][0]] if groups else 0
+        if groups and longest * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
