@@ -1,0 +1,155 @@
+"""Loading Qwen3 directories: the checks, the dtype, the identity."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from qwen3_distill.errors import ConfigError, ModelError
+from qwen3_distill.types import ModelIdentity
+
+SUPPORTED_MODEL_TYPES = ("qwen3",)
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is a GPU.
+
+    Raises:
+        ConfigError: CUDA was asked for by name and is not there.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError(
+            "device=cuda, but PyTorch sees no CUDA device; use device=auto or cpu, or install a "
+            "CUDA build of torch"
+        )
+    return torch.device("cuda" if name != "cpu" and available else "cpu")
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def check_model_dir(path: str | Path) -> Path:
+    """The directory, if it holds a Qwen3-like model.
+
+    Raises:
+        ModelError: missing, no config, or another architecture.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise ModelError(
+            f"model directory {directory} does not exist (working directory {Path.cwd()}); give "
+            "the path of a Hugging Face model directory"
+        )
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        raise ModelError(f"{directory} has no config.json: not a Hugging Face model directory")
+    try:
+        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ModelError(f"{config_file} is not a JSON object: {error}") from error
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise ModelError(
+            f"{directory}: model_type is {model_type!r}, expected one of "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)} (a dense Qwen3 causal language model)"
+        )
+    if not any(directory.glob("*.safetensors")):
+        raise ModelError(f"{directory} has no *.safetensors file: the weights are missing")
+    return directory
+
+
+def load_model(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in evaluation mode.
+
+    Raises:
+        ModelError: the directory does not hold a whole Qwen3 model.
+    """
+    directory = check_model_dir(path)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{directory}: cannot be loaded: {error}") from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers draws missing weights at random and only warns.
+        raise ModelError(f"{directory}: weights are missing: {', '.join(missing[:5])} ...")
+    return model.to(device).eval()
+
+
+def output_head(model: PreTrainedModel) -> torch.Tensor:
+    """[V, D] weight of the output head; the embedding itself where the two are tied."""
+    head: Any = model.get_output_embeddings()
+    return head.weight
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """The directory's fast tokenizer.
+
+    Raises:
+        ModelError: there is none.
+    """
+    directory = check_model_dir(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory}: no usable tokenizer: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ModelError(f"{directory}: needs a fast tokenizer (tokenizer.json)")
+    return tokenizer
+
+
+def load_identity(path: str | Path) -> ModelIdentity:
+    """What another model must share with this one, read from its directory."""
+    directory = check_model_dir(path)
+    config = AutoConfig.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
+    return ModelIdentity(
+        name=str(directory),
+        tokenizer_digest=_tokenizer_digest(tokenizer),
+        vocab_size=int(config.vocab_size),
+        eos_ids=_eos_ids(directory, config, tokenizer),
+        chat_template_digest=_sha256(str(tokenizer.chat_template)),
+        context_length=int(config.max_position_embeddings),
+    )
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    for transient in ("padding", "truncation"):  # changed by use, not part of the mapping
+        description.pop(transient, None)
+    return _sha256(json.dumps(description, sort_keys=True))
+
+
+def _eos_ids(directory: Path, config: Any, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """All ids that end a response: generation_config's, else the model config's."""
+    eos: Any = None
+    if (directory / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(directory).eos_token_id
+    if eos is None:
+        eos = config.eos_token_id
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ModelError(
+            f"{directory}: no eos_token_id in generation_config.json, config.json or the "
+            "tokenizer; without one a rollout could never end"
+        )
+    return frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

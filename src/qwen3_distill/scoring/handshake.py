@@ -1,0 +1,65 @@
+"""Student and teacher must agree on what a token is before one scores the other's tokens."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qwen3_distill.errors import HandshakeError
+from qwen3_distill.protocols import TeacherScorer
+from qwen3_distill.types import ModelIdentity, Rollout
+
+_REMEDY = {
+    "tokenizer_digest": "use a teacher with the student's tokenizer (same tokenizer.json)",
+    "vocab_size": "use models with equally many output rows; nothing is cut or padded for you",
+    "eos_ids": "make eos_token_id in both generation_config.json the same, or a student that "
+    "learned to stop would be scored on another stop token",
+    "chat_template_digest": "copy one chat template into both directories, or the teacher scores "
+    "prompts in a form it was not trained on",
+}
+
+
+def check_compatible(student: ModelIdentity, teacher: ModelIdentity) -> None:
+    """Raise unless tokenizer, vocabulary, end-of-sequence ids and chat template are equal.
+
+    Raises:
+        HandshakeError: names every difference and its remedy.
+    """
+    problems: list[str] = []
+    for name, remedy in _REMEDY.items():
+        ours, theirs = getattr(student, name), getattr(teacher, name)
+        if ours != theirs:
+            problems.append(f"{name}: student {_short(ours)}, teacher {_short(theirs)}; {remedy}")
+    if problems:
+        raise HandshakeError(
+            f"student {student.name} and teacher {teacher.name} do not match:\n  "
+            + "\n  ".join(problems)
+        )
+
+
+async def check_repeatable(
+    teacher: TeacherScorer, rollouts: Sequence[Rollout], *, tolerance_nats: float
+) -> float:
+    """Score rollouts together and alone; the largest difference in nats.
+
+    Raises:
+        HandshakeError: the same tokens get scores further apart than the tolerance, so a score
+            says more about its batch than about the teacher.
+    """
+    together = await teacher.score(rollouts)
+    worst = 0.0
+    for rollout, score in zip(rollouts, together, strict=True):
+        (alone,) = await teacher.score([rollout])
+        worst = max(worst, float(np.abs(alone.logprobs - score.logprobs).max()))
+    if worst > tolerance_nats:
+        raise HandshakeError(
+            f"teacher {teacher.teacher_id}: the same tokens scored twice differ by {worst:.4f} "
+            f"nats, more than {tolerance_nats}"
+        )
+    return worst
+
+
+def _short(value: object) -> str:
+    if isinstance(value, frozenset):
+        return str(sorted(value))
+    text = str(value)
+    return text[:12] if len(text) > 24 else text

@@ -1,0 +1,294 @@
+"""From a config's objective and a micro-batch to a loss and its metrics.
+
+One class per kind of objective. Each reads the student's hidden states, applies the output heads
+in chunks, and calls the functions of `losses`.
+
+Shape letters: B sequences, T positions, N loss tokens, C tokens of a chunk, D hidden size,
+V vocabulary, K candidates.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from qwen3_distill.config import (
+    FullDivergence,
+    ObjectiveConfig,
+    SampledReverseKL,
+    TopKDivergence,
+)
+from qwen3_distill.errors import AlignmentError, ConfigError
+from qwen3_distill.modeling.head import entropy, logits_of, map_chunks, token_stats
+from qwen3_distill.training.batching import HiddenMicroBatch, MicroBatch, TopKMicroBatch
+from qwen3_distill.training.losses import (
+    divergence,
+    renormalized,
+    sampled_reverse_kl,
+    with_tail_bin,
+)
+from qwen3_distill.types import Metric
+
+Chunk: TypeAlias = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """A micro-batch's share of the step."""
+
+    loss: Tensor
+    """Scalar with gradient; the shares of a step's micro-batches sum to the step's loss."""
+    metrics: tuple[Metric, ...]
+
+
+class Objective(Protocol):
+    """What the learner minimises."""
+
+    def terms(
+        self, micro: MicroBatch, hidden_BTD: Tensor, head_VD: Tensor, denominator: float
+    ) -> LossTerms:
+        """The loss of a micro-batch, from the student's hidden states and output head.
+
+        Args:
+            denominator: `Batch.denominator` of the whole step.
+        """
+        ...
+
+
+def build_objective(
+    config: ObjectiveConfig, *, teacher_head_VD: Tensor | None, chunk_tokens: int
+) -> Objective:
+    """The objective of a config.
+
+    Args:
+        teacher_head_VD: the teacher's output head, for objectives over hidden states.
+
+    Raises:
+        ConfigError: the objective needs the teacher's output head and there is none.
+    """
+    match config:
+        case SampledReverseKL():
+            if config.kl_baseline.kind == "full":
+                return _SampledObjective(config, _need_head(teacher_head_VD), chunk_tokens)
+            return _SampledObjective(config, None, chunk_tokens)
+        case TopKDivergence():
+            return _TopKObjective(config, chunk_tokens)
+        case FullDivergence():
+            return _FullObjective(config, _need_head(teacher_head_VD), chunk_tokens)
+
+
+def _need_head(teacher_head_VD: Tensor | None) -> Tensor:
+    if teacher_head_VD is None:
+        raise ConfigError(
+            "this objective needs the teacher's full distribution, and the scorer gives no "
+            "hidden states; use scoring.kind=embedded, or objective.kind=top_k"
+        )
+    return teacher_head_VD
+
+
+class _SampledObjective:
+    def __init__(
+        self, config: SampledReverseKL, teacher_head_VD: Tensor | None, chunk_tokens: int
+    ) -> None:
+        self._config = config
+        self._teacher_head_VD = teacher_head_VD
+        self._chunk_tokens = chunk_tokens
+
+    def terms(
+        self, micro: MicroBatch, hidden_BTD: Tensor, head_VD: Tensor, denominator: float
+    ) -> LossTerms:
+        mask = micro.loss_mask_BT
+        hidden_ND = hidden_BTD[mask]
+        stats = token_stats(
+            hidden_ND, head_VD, micro.target_BT[mask], chunk_tokens=self._chunk_tokens
+        )
+        teacher_N = micro.teacher_logprob_BT[mask]
+        sampled = sampled_reverse_kl(
+            stats.logprob_N,
+            micro.behavior_logprob_BT[mask],
+            teacher_N,
+            self._baseline(micro, hidden_ND.detach(), head_VD.detach()),
+            micro.per_token(micro.importance_weight_B),
+            micro.per_token(micro.task_advantage_B),
+            tokens_per_row=micro.tokens_per_row,
+            denominator=denominator,
+            ratio_cap=self._config.ratio_cap,
+            advantage_clip=self._config.advantage_clip,
+            discount=self._config.discount,
+        )
+        metrics = [
+            *_common_metrics(micro, stats.logprob_N, stats.entropy_N),
+            Metric.max("health/ratio_max", float(sampled.ratio_N.max())),
+            _mean("loss/advantage_abs_nats", sampled.advantage_N.abs()),
+        ]
+        if self._config.ratio_cap is not None:
+            capped_N = sampled.ratio_N > self._config.ratio_cap
+            metrics.append(_mean("health/ratio_capped_fraction", capped_N.float()))
+        if self._config.advantage_clip is not None:
+            clipped_N = sampled.signal_N.abs() > self._config.advantage_clip
+            metrics.append(_mean("health/advantage_clipped_fraction", clipped_N.float()))
+        return LossTerms(sampled.loss, tuple(metrics))
+
+    @torch.no_grad()
+    def _baseline(self, micro: MicroBatch, hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
+        """[N] b_t = KL(student || teacher) at each state, or 0."""
+        baseline = self._config.kl_baseline
+        if baseline.kind == "none":
+            return hidden_ND.new_zeros(hidden_ND.shape[0], dtype=torch.float32)
+        if baseline.kind == "top_k":
+            top_k = _top_k(micro, baseline.k)
+            return _top_k_divergence(
+                top_k, hidden_ND, head_VD, _TOP_K_BASELINE, chunk_tokens=self._chunk_tokens
+            )[0]
+        teacher_head_VD = cast(Tensor, self._teacher_head_VD)
+        return _full_divergence(
+            _hidden(micro), hidden_ND, head_VD, teacher_head_VD, _FULL_BASELINE, self._chunk_tokens
+        )[0]
+
+
+_TOP_K_BASELINE = TopKDivergence(kind="top_k", divergence="reverse_kl", tail="bin")
+_FULL_BASELINE = FullDivergence(kind="full", divergence="reverse_kl")
+
+
+class _TopKObjective:
+    def __init__(self, config: TopKDivergence, chunk_tokens: int) -> None:
+        self._config = config
+        self._chunk_tokens = chunk_tokens
+
+    def terms(
+        self, micro: MicroBatch, hidden_BTD: Tensor, head_VD: Tensor, denominator: float
+    ) -> LossTerms:
+        top_k = _top_k(micro, self._config.k)
+        mask = micro.loss_mask_BT
+        divergence_N, logprob_N, entropy_N, mass_N = _top_k_divergence(
+            top_k, hidden_BTD[mask], head_VD, self._config, chunk_tokens=self._chunk_tokens
+        )
+        metrics = [
+            *_common_metrics(micro, logprob_N, entropy_N),
+            _mean("loss/divergence_nats", divergence_N),
+            _mean("health/student_mass_on_top_k", mass_N),
+            _mean("health/teacher_mass_on_top_k", top_k.candidate_logprob_BTK[mask].exp().sum(-1)),
+        ]
+        return LossTerms(_weighted_mean(micro, divergence_N, denominator), tuple(metrics))
+
+
+class _FullObjective:
+    def __init__(self, config: FullDivergence, teacher_head_VD: Tensor, chunk_tokens: int) -> None:
+        self._config = config
+        self._teacher_head_VD = teacher_head_VD
+        self._chunk_tokens = chunk_tokens
+
+    def terms(
+        self, micro: MicroBatch, hidden_BTD: Tensor, head_VD: Tensor, denominator: float
+    ) -> LossTerms:
+        divergence_N, logprob_N, entropy_N = _full_divergence(
+            _hidden(micro),
+            hidden_BTD[micro.loss_mask_BT],
+            head_VD,
+            self._teacher_head_VD,
+            self._config,
+            self._chunk_tokens,
+        )
+        metrics = [
+            *_common_metrics(micro, logprob_N, entropy_N),
+            _mean("loss/divergence_nats", divergence_N),
+        ]
+        return LossTerms(_weighted_mean(micro, divergence_N, denominator), tuple(metrics))
+
+
+def _top_k_divergence(
+    micro: TopKMicroBatch,
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    config: TopKDivergence,
+    *,
+    chunk_tokens: int,
+) -> Chunk:
+    """[N] each: divergence, target logprob, entropy, the student's mass on the candidates."""
+    mask = micro.loss_mask_BT
+    close = with_tail_bin if config.tail == "bin" else renormalized
+
+    def chunk(hidden_CD: Tensor, target_C: Tensor, ids_CK: Tensor, teacher_CK: Tensor) -> Chunk:
+        logprob_CV = torch.log_softmax(logits_of(hidden_CD, head_VD), dim=-1)
+        student_CK = logprob_CV.gather(-1, ids_CK)
+        divergence_C = divergence(
+            close(student_CK), close(teacher_CK), config.divergence, config.beta
+        )
+        target_logprob_C = logprob_CV.detach().gather(-1, target_C.unsqueeze(-1)).squeeze(-1)
+        return (
+            divergence_C,
+            target_logprob_C,
+            entropy(logprob_CV),
+            student_CK.detach().exp().sum(-1),
+        )
+
+    return map_chunks(
+        chunk,
+        (
+            hidden_ND,
+            micro.target_BT[mask],
+            micro.candidate_id_BTK[mask],
+            micro.candidate_logprob_BTK[mask],
+        ),
+        chunk_tokens=chunk_tokens,
+    )
+
+
+def _full_divergence(
+    micro: HiddenMicroBatch,
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    teacher_head_VD: Tensor,
+    config: FullDivergence,
+    chunk_tokens: int,
+) -> Chunk:
+    """[N] each: divergence, target logprob, entropy."""
+    mask = micro.loss_mask_BT
+
+    def chunk(hidden_CD: Tensor, teacher_hidden_CD: Tensor, target_C: Tensor) -> Chunk:
+        logprob_CV = torch.log_softmax(logits_of(hidden_CD, head_VD), dim=-1)
+        with torch.no_grad():
+            teacher_CV = torch.log_softmax(logits_of(teacher_hidden_CD, teacher_head_VD), dim=-1)
+        divergence_C = divergence(logprob_CV, teacher_CV, config.divergence, config.beta)
+        target_logprob_C = logprob_CV.detach().gather(-1, target_C.unsqueeze(-1)).squeeze(-1)
+        return divergence_C, target_logprob_C, entropy(logprob_CV)
+
+    return map_chunks(
+        chunk,
+        (hidden_ND, micro.teacher_hidden_BTD[mask], micro.target_BT[mask]),
+        chunk_tokens=chunk_tokens,
+    )
+
+
+def _top_k(micro: MicroBatch, k: int) -> TopKMicroBatch:
+    if not isinstance(micro, TopKMicroBatch) or micro.candidate_id_BTK.shape[-1] != k:
+        raise AlignmentError(f"this objective needs the teacher's top {k} at every position")
+    return micro
+
+
+def _hidden(micro: MicroBatch) -> HiddenMicroBatch:
+    if not isinstance(micro, HiddenMicroBatch):
+        raise AlignmentError("this objective needs the teacher's hidden states at every position")
+    return micro
+
+
+def _weighted_mean(micro: MicroBatch, values_N: Tensor, denominator: float) -> Tensor:
+    return (micro.per_token(micro.importance_weight_B) * values_N).sum() / denominator
+
+
+def _mean(key: str, values_N: Tensor) -> Metric:
+    return Metric.mean(key, float(values_N.detach().sum()), values_N.numel())
+
+
+def _common_metrics(micro: MicroBatch, logprob_N: Tensor, entropy_N: Tensor) -> list[Metric]:
+    """What every objective reports about the sampled tokens."""
+    mask = micro.loss_mask_BT
+    logprob_N = logprob_N.detach()
+    engine_gap_N = (logprob_N - micro.behavior_logprob_BT[mask]).abs()
+    return [
+        _mean("loss/reverse_kl_nats", logprob_N - micro.teacher_logprob_BT[mask]),
+        _mean("loss/entropy_nats", entropy_N),
+        _mean("health/learner_vs_engine_abs_nats", engine_gap_N),
+        Metric.max("health/learner_vs_engine_max_nats", float(engine_gap_N.max())),
+    ]
