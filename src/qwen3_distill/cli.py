@@ -1,0 +1,216 @@
+"""The command line. Thin: read the config, build, run, and turn errors into one line."""
+
+import os
+
+# Two processes that spin on the same cores slow each other down by far more than their share;
+# must be set before torch loads its OpenMP runtime.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from qwen3_distill.config import RunConfig
+from qwen3_distill.config_io import dump_config, load_config
+from qwen3_distill.errors import DistillError, RunFolderError
+
+app = typer.Typer(
+    name="qwen3-distill",
+    help="On-policy distillation: a student samples, a teacher scores every token, the student "
+    "learns.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="Look at configs and their schema.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigOption = Annotated[
+    Path, typer.Option("--config", "-c", help="YAML file, or a run folder's config.json.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY.SUB=VALUE]...",
+        help="Settings that replace the file's, e.g. seed=1 training.optimizer.learning_rate=2e-3.",
+        show_default=False,
+    ),
+]
+
+
+@app.command()
+def run(config: ConfigOption, overrides: Overrides = None) -> None:
+    """Distil: generate, score and train for all steps, then evaluate and report.
+
+    Started again, a run goes on from its newest checkpoint. The first Ctrl-C finishes the step
+    and saves; exit status 130.
+    """
+    settings = load_config(config, overrides or ())
+    from qwen3_distill.pipeline.run import INTERRUPTED_EXIT_CODE
+    from qwen3_distill.pipeline.run import run as run_pipeline
+    from qwen3_distill.reporting.console import make_reporter
+
+    _quiet_libraries()
+    if not run_pipeline(settings, make_reporter(settings.steps), _warn):
+        _warn("stopped and saved; start the same command again to go on")
+        raise typer.Exit(INTERRUPTED_EXIT_CODE)
+
+
+@app.command()
+def generate(
+    config: ConfigOption,
+    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
+    overrides: Overrides = None,
+    step: Annotated[int, typer.Option(min=0, help="Whose prompts and seeds to use.")] = 0,
+    num_steps: Annotated[int, typer.Option(min=1, help="How many steps' rollouts.")] = 1,
+) -> None:
+    """Offline stage 1: sample rollouts from the student's directory into a Parquet file."""
+    settings = load_config(config, overrides or ())
+    from qwen3_distill.pipeline import stages
+
+    _quiet_libraries()
+    _say(stages.generate(settings, out, first_step=step, num_steps=num_steps, say=_say))
+
+
+@app.command()
+def score(
+    config: ConfigOption,
+    rollouts: Annotated[Path, typer.Option(help="Parquet file of `generate`.")],
+    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
+    overrides: Overrides = None,
+) -> None:
+    """Offline stage 2: add the teacher's scores to a file of rollouts."""
+    settings = load_config(config, overrides or ())
+    from qwen3_distill.pipeline import stages
+
+    _quiet_libraries()
+    _say(stages.score(settings, rollouts, out, say=_say))
+
+
+@app.command()
+def train(
+    config: ConfigOption,
+    scored: Annotated[Path, typer.Option(help="Parquet file of `score`.")],
+    out: Annotated[Path, typer.Option(help="Directory for the trained student.")],
+    overrides: Overrides = None,
+) -> None:
+    """Offline stage 3: one optimizer step per step in a file of scored rollouts."""
+    settings = load_config(config, overrides or ())
+    from qwen3_distill.pipeline import stages
+
+    _quiet_libraries()
+    _say(stages.train(settings, scored, out, say=_say))
+
+
+@app.command("eval")
+def evaluate(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model directory; default: the config's student.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the result as JSON.")] = None,
+) -> None:
+    """Held-out accuracy of a model directory, by the config's evaluation section."""
+    settings = load_config(config, overrides or ())
+    from qwen3_distill.pipeline import stages
+
+    _quiet_libraries()
+    _say(stages.evaluate_directory(settings, model or settings.student.model, out, say=_say))
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
+    out: Annotated[Path | None, typer.Option(help="Default: report.html in the folder.")] = None,
+) -> None:
+    """Write a run's report.html again from its records."""
+    config_file = run_folder / "config.json"
+    if not config_file.is_file():
+        raise RunFolderError(f"{run_folder} is not a run folder: it has no config.json")
+    settings = load_config(config_file)
+    from qwen3_distill.pipeline.recorder import render_report
+
+    _quiet_libraries()
+    _say(f"report: {render_report(run_folder, settings, out)}")
+
+
+@config_app.command("show")
+def config_show(config: ConfigOption, overrides: Overrides = None) -> None:
+    """Print the resolved config, defaults included, as JSON."""
+    _print_json(dump_config(load_config(config, overrides or ())))
+
+
+@config_app.command("check")
+def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
+    """Check a config without loading a model."""
+    settings = load_config(config, overrides or ())
+    _say(
+        f"{config} is valid: {settings.steps} steps of {settings.prompts_per_step} prompts x "
+        f"{settings.samples_per_prompt} samples, objective {settings.objective.kind}"
+    )
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of a config, for editors and tools."""
+    _print_json(RunConfig.model_json_schema())
+
+
+@config_app.command("reference")
+def config_reference() -> None:
+    """Print the configuration reference (docs/configuration.md)."""
+    from qwen3_distill.reporting.config_reference import config_reference
+
+    sys.stdout.write(config_reference(RunConfig))
+
+
+def main() -> None:
+    """Entry point: errors of this package become one line and their exit status."""
+    try:
+        app()
+    except DistillError as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(
+            f"{error.strerror}{where}; free space or choose another place. Nothing that was saved "
+            "is lost: the same command goes on from there",
+            2,
+        )
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    Console(stderr=True).print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(exit_code)
+
+
+def _warn(message: str) -> None:
+    Console(stderr=True).print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _say(message: str) -> None:
+    Console().print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def _quiet_libraries() -> None:
+    """No bars and advice of transformers between our own lines; its errors are still raised."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Checkpoints that are there whole or not at all, and the newest one that can be read.
+
+A checkpoint is a directory ``step-000025`` with the learner's files, ``cursor.json`` and
+``files.json`` (SHA-256 of every other file). It is written under another name, flushed to disk
+and renamed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from qwen3_distill.errors import CheckpointError
+from qwen3_distill.protocols import Learner
+from qwen3_distill.types import RunCursor, WeightVersion
+
+_DIGESTS = "files.json"
+_CURSOR = "cursor.json"
+
+
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    def __init__(self, directory: Path, *, keep_last: int) -> None:
+        self._directory = directory
+        self._keep_last = keep_last
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, oldest first."""
+        found = self._directory.glob("step-[0-9]*")
+        return sorted(int(path.name.removeprefix("step-")) for path in found)
+
+    async def save(self, learner: Learner, cursor: RunCursor) -> None:
+        """Write a checkpoint and drop the oldest beyond ``keep_last``."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        temporary = self._directory / f".unfinished-{cursor.step:06d}"
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a crash
+        temporary.mkdir()
+        await learner.save_state(temporary)
+        _write_json(temporary / _CURSOR, asdict(cursor))
+        digests = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        _write_json(temporary / _DIGESTS, digests)
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
+        final = self._path(cursor.step)
+        shutil.rmtree(final, ignore_errors=True)  # a corrupt one that was passed over
+        temporary.rename(final)
+        _flush(self._directory)
+        for step in self.steps()[: -self._keep_last]:
+            shutil.rmtree(self._path(step))
+
+    async def restore(self, learner: Learner, warn: Callable[[str], None]) -> RunCursor | None:
+        """Load the newest readable checkpoint; None if there is none at all.
+
+        Args:
+            warn: told about every checkpoint that had to be passed over, and why.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none of them can be read.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                cursor = self._read_cursor(step)
+                await learner.load_state(self._path(step), cursor.weight_version)
+            except CheckpointError as error:
+                warn(f"checkpoint of step {step} is corrupt and passed over: {error}")
+                continue
+            return cursor
+        if steps:
+            raise CheckpointError(
+                f"none of the checkpoints in {self._directory} can be read; restore them from a "
+                "copy, or remove the run folder to start again"
+            )
+        return None
+
+    def _path(self, step: int) -> Path:
+        return self._directory / f"step-{step:06d}"
+
+    def _read_cursor(self, step: int) -> RunCursor:
+        """The cursor, after every file of the checkpoint was compared with its digest."""
+        directory = self._path(step)
+        try:
+            digests = json.loads((directory / _DIGESTS).read_text())
+            for name, digest in digests.items():
+                if _sha256(directory / name) != digest:
+                    raise CheckpointError(f"{directory / name} does not match its digest")
+            raw = json.loads((directory / _CURSOR).read_text())
+            raw["weight_version"] = WeightVersion(**raw["weight_version"])
+            return RunCursor(**raw)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{directory}: {error}") from error
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """fsync a file or a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

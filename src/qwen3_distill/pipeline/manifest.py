@@ -1,0 +1,73 @@
+"""What a run was made with: versions, digests, revision, machine."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qwen3_distill
+from qwen3_distill.types import ModelIdentity
+
+_PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "pyarrow", "pydantic")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a number."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {
+        "qwen3_distill": qwen3_distill.__version__,
+        "python": platform.python_version(),
+        **found,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads, memory and GPU."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_gib": round(memory_bytes / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def git_revision(directory: Path) -> dict[str, Any] | None:
+    """Commit of the code and whether it had changes; None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(directory), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def identity_record(identity: ModelIdentity) -> dict[str, Any]:
+    """A `ModelIdentity` as JSON values."""
+    return {
+        "name": identity.name,
+        "tokenizer_digest": identity.tokenizer_digest,
+        "vocab_size": identity.vocab_size,
+        "eos_ids": sorted(identity.eos_ids),
+        "chat_template_digest": identity.chat_template_digest,
+        "context_length": identity.context_length,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

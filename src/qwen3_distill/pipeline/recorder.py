@@ -1,0 +1,294 @@
+"""What happens around a step: metrics, rollouts, checkpoints, evaluations, the report."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen3_distill.config import EvaluationConfig, RunConfig
+from qwen3_distill.config_io import dump_config
+from qwen3_distill.data.rollout_files import read_scored, write_scored
+from qwen3_distill.evaluation.accuracy import evaluate
+from qwen3_distill.pipeline.build import (
+    Parts,
+    TextTools,
+    build_checker,
+    build_problems,
+    build_static_engine,
+)
+from qwen3_distill.pipeline.checkpoints import CheckpointStore
+from qwen3_distill.pipeline.run_folder import RunFolder
+from qwen3_distill.protocols import RolloutEngine
+from qwen3_distill.reporting.console import ProgressReporter
+from qwen3_distill.reporting.metrics import MetricsLog, combine, read_jsonl
+from qwen3_distill.reporting.report import RolloutView, write_report
+from qwen3_distill.reporting.trackers import open_trackers
+from qwen3_distill.types import (
+    Batch,
+    FinishReason,
+    Metric,
+    Rollout,
+    RunCursor,
+    ScoredRollout,
+    Update,
+)
+from qwen3_distill.utils.seeds import derive_seed
+
+STEP_STAGES = ("generate", "score", "train", "publish")
+
+
+class StageClock:
+    """Wall seconds of a step's stages."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+    def metrics(self) -> list[Metric]:
+        return [Metric.sum(f"time/{stage}_s", s) for stage, s in self.seconds.items()]
+
+
+class Recorder:
+    """Writes the run folder. It is told what happened and decides nothing about training.
+
+    Everything it writes is bound to a step. Records later than ``start_step``, left by a process
+    that got further than its last checkpoint, are taken back, so that a resumed run's files read
+    as if it had never stopped.
+    """
+
+    def __init__(
+        self, parts: Parts, folder: RunFolder, progress: ProgressReporter, *, start_step: int
+    ) -> None:
+        self._parts = parts
+        self._config: RunConfig = parts.config
+        self._folder = folder
+        self._progress = progress
+        self._metrics = MetricsLog(folder.metrics)
+        self._metrics.truncate_after(start_step)
+        self._evaluations = MetricsLog(folder.evaluations)
+        self._evaluations.truncate_after(start_step)
+        self._trackers = open_trackers(
+            self._config.logging,
+            folder.path,
+            dump_config(self._config),
+            resume_step=start_step if start_step else None,
+        )
+        self._checkpoints = CheckpointStore(
+            folder.checkpoints, keep_last=self._config.checkpoint.keep_last
+        )
+        earlier = read_jsonl(folder.metrics)
+        spent_s = float(earlier[-1]["wall_s"]) if earlier else 0.0
+        self._clock_started = time.perf_counter() - spent_s
+        self._last_checkpoint_s = 0.0
+        self._last_checkpoint_step = start_step if start_step else None
+        self._evaluator = (
+            _Evaluator(self._config, self._config.evaluation, parts.text, progress)
+            if self._config.evaluation
+            else None
+        )
+        self.stop_requested = False
+        """Set by the signal handler: finish the step, save, leave."""
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds since the run began; those of killed processes' lost steps are not in it."""
+        return time.perf_counter() - self._clock_started
+
+    async def after_step(
+        self, cursor: RunCursor, scored: Sequence[ScoredRollout], update: Update, clock: StageClock
+    ) -> None:
+        """Log a finished step; save and evaluate when the config says so."""
+        values = self._step_values(scored, update, clock)
+        self._metrics.log(cursor.step, values)
+        self._trackers.log(cursor.step, values)
+        self._progress.step(cursor.step, values)
+        self._save_rollouts(cursor.step - 1, scored)
+        last = cursor.step == self._config.steps
+        if last or self.stop_requested or cursor.step % self._config.checkpoint.every_steps == 0:
+            await self.checkpoint(cursor)
+        await self.evaluate_if_due(cursor)
+
+    async def checkpoint(self, cursor: RunCursor) -> None:
+        """Save a checkpoint of the learner at this cursor, unless there is one already."""
+        if cursor.step == self._last_checkpoint_step:
+            return
+        started = time.perf_counter()
+        await self._checkpoints.save(self._parts.learner, cursor)
+        self._last_checkpoint_step = cursor.step
+        self._last_checkpoint_s = time.perf_counter() - started
+
+    async def evaluate_if_due(self, cursor: RunCursor) -> None:
+        """Measure the student (and before the run the teacher), unless that is on record."""
+        if self._evaluator is None or self.stop_requested:
+            return
+        done = {(r["step"], r["model"]) for r in read_jsonl(self._folder.evaluations)}
+        for model in self._evaluator.due(cursor.step):
+            if (cursor.step, model) in done:
+                continue
+            started = time.perf_counter()
+            result = await self._evaluator.run(model, cursor.step, self._parts.engine)
+            record = {"model": model, **result, "wall_s": time.perf_counter() - started}
+            self._evaluations.log(cursor.step, record)
+            self._progress.evaluation({"step": cursor.step, **record})
+            if model == "student":
+                self._trackers.log(cursor.step, {"evaluation/accuracy": result["accuracy"]})
+
+    def save_failed_batch(self, step: int, batch: Batch) -> Path:
+        """Write a batch that could not be trained on, for inspection."""
+        path = self._folder.path / f"failed-step-{step:06d}.parquet"
+        write_scored(path, [(step, item) for item in batch.scored], self._parts.text.decode)
+        return path
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._evaluations.close()
+        self._trackers.close()
+
+    def _step_values(
+        self, scored: Sequence[ScoredRollout], update: Update, clock: StageClock
+    ) -> dict[str, float]:
+        rollouts = [item.rollout for item in scored]
+        truncated = sum(r.finish_reason is FinishReason.LENGTH for r in rollouts)
+        lag = max(update.version.step - 1 - r.oldest_version.step for r in rollouts)
+        metrics = [
+            *update.metrics,
+            *clock.metrics(),
+            Metric.last("loss/objective", update.loss),
+            Metric.last("optim/grad_norm", update.grad_norm),
+            Metric.mean(
+                "rollout/response_tokens", sum(r.num_tokens for r in rollouts), len(rollouts)
+            ),
+            Metric.mean("rollout/truncated_fraction", truncated, len(rollouts)),
+            Metric.max("weights/lag_steps", lag),
+            Metric.sum("tokens/generated", sum(r.num_tokens for r in rollouts)),
+            Metric.sum("tokens/trained", update.num_loss_tokens),
+            # A step's checkpoint is written after its line, so its time stands in the next one.
+            Metric.sum("time/checkpoint_s", self._last_checkpoint_s),
+        ]
+        self._last_checkpoint_s = 0.0
+        if self._parts.is_correct is not None:
+            correct = sum(self._parts.is_correct(rollout) for rollout in rollouts)
+            metrics.append(Metric.mean("rollout/accuracy", correct, len(rollouts)))
+        return {"wall_s": self.wall_s, **combine(metrics)}
+
+    def _save_rollouts(self, step: int, scored: Sequence[ScoredRollout]) -> None:
+        logging = self._config.logging
+        if step % logging.rollouts_every_steps and step != self._config.steps - 1:
+            return
+        self._folder.rollouts.mkdir(exist_ok=True)
+        kept = [(step, item) for item in scored[: logging.rollouts_per_save]]
+        path = self._folder.rollouts / f"step-{step:06d}.parquet"
+        write_scored(path, kept, self._parts.text.decode)
+
+
+@dataclass
+class _Evaluator:
+    """Which evaluation is due when, and how it is done."""
+
+    config: RunConfig
+    evaluation: EvaluationConfig
+    text: TextTools
+    progress: ProgressReporter
+
+    def __post_init__(self) -> None:
+        self._problems = build_problems(self.config, self.evaluation, self.text)
+        self._is_correct = build_checker(self.evaluation.verifier, self.text)
+
+    def due(self, step: int) -> list[str]:
+        models = ["teacher"] if step == 0 and self.evaluation.teacher else []
+        regular = step % self.evaluation.every_steps == 0 or step == self.config.steps
+        return [*models, "student"] if regular else models
+
+    async def run(self, model: str, step: int, engine: RolloutEngine) -> dict[str, Any]:
+        evaluation = self.evaluation
+        count = evaluation.num_problems
+        if step in (0, self.config.steps) and evaluation.final_num_problems is not None:
+            count = evaluation.final_num_problems
+        if model == "teacher":
+            engine = await build_static_engine(self.config, self.config.scoring.model)
+        result = await evaluate(
+            engine,
+            self._problems(count),
+            self._is_correct,
+            sampling=evaluation.sampling,
+            samples_per_problem=evaluation.samples_per_problem,
+            seed=derive_seed(self.config.seed, "evaluation"),
+            on_rollout=lambda done, total: self.progress.stage(
+                f"evaluating the {model} {done}/{total}"
+            ),
+        )
+        return asdict(result)
+
+
+def summarize(folder: RunFolder, total_wall_s: float) -> dict[str, Any]:
+    """The content of ``summary.json``, from the run's own records."""
+    steps = read_jsonl(folder.metrics)
+    evaluations = read_jsonl(folder.evaluations)
+    students = [record for record in evaluations if record["model"] == "student"]
+    teachers = [record for record in evaluations if record["model"] == "teacher"]
+    wall_s: dict[str, float] = {
+        stage: sum(record.get(f"time/{stage}_s", 0.0) for record in steps)
+        for stage in (*STEP_STAGES, "checkpoint")
+    }
+    wall_s["evaluate"] = sum(record["wall_s"] for record in evaluations)
+    wall_s["other"] = max(0.0, total_wall_s - sum(wall_s.values()))
+    wall_s["total"] = total_wall_s
+    generated = sum(int(record["tokens/generated"]) for record in steps)
+    trained = sum(int(record["tokens/trained"]) for record in steps)
+    return {
+        "accuracy": {
+            "before": _accuracy(students[:1]),
+            "after": _accuracy(students[-1:]),
+            "teacher": _accuracy(teachers[:1]),
+        },
+        "steps": len(steps),
+        "tokens": {"generated": generated, "scored": generated, "trained": trained},
+        "wall_s": wall_s,
+    }
+
+
+def _accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The only record's accuracy; None when nothing was measured."""
+    for record in records:
+        keys = ("ci_low", "ci_high", "num_problems", "samples_per_problem")
+        return {"value": record["accuracy"], **{key: record[key] for key in keys}}
+    return None
+
+
+def render_report(path: Path, config: RunConfig, out: Path | None = None) -> Path:
+    """Write ``report.html`` from what lies in a run folder."""
+    text = TextTools(config.student.model)
+    is_correct = build_checker(config.verifier, text) if config.verifier else None
+    views = [
+        _rollout_view(
+            step, scored, text, None if is_correct is None else is_correct(scored.rollout)
+        )
+        for file in sorted((path / "rollouts").glob("step-*.parquet"))
+        for step, scored in read_scored(file)
+    ]
+    return write_report(path, views, out)
+
+
+def _rollout_view(
+    step: int, scored: ScoredRollout, text: TextTools, correct: bool | None
+) -> RolloutView:
+    rollout: Rollout = scored.rollout
+    return RolloutView(
+        step=step,
+        rollout_id=rollout.rollout_id,
+        prompt_text=text.decode(rollout.prompt.token_ids.tolist()),
+        tokens=text.decode_each(rollout.response_ids.tolist()),
+        behavior_logprobs=np.asarray(rollout.behavior_logprobs).tolist(),
+        teacher_logprobs=np.asarray(scored.score.logprobs).tolist(),
+        finish_reason=rollout.finish_reason.value,
+        correct=correct,
+    )

@@ -1,0 +1,74 @@
+"""What one step samples, and the batch that comes of it. Pure functions of config and step."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from qwen3_distill.config import RunConfig
+from qwen3_distill.types import (
+    Batch,
+    Prompt,
+    Rollout,
+    RolloutRequest,
+    SamplingSpec,
+    ScoredRollout,
+)
+from qwen3_distill.utils.seeds import derive_seed
+
+
+def requests_for_step(
+    config: RunConfig, prompts: Sequence[Prompt], step: int
+) -> list[RolloutRequest]:
+    """The step's rollout requests, samples of one prompt adjacent, one seed each."""
+    sampling = config.sampling
+    return [
+        RolloutRequest(
+            rollout_id=f"step-{step:06d}/prompt-{p:04d}/sample-{g:02d}",
+            prompt=prompt,
+            sampling=SamplingSpec(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_new_tokens=sampling.max_new_tokens,
+                seed=derive_seed(config.seed, "rollout", step, p, g),
+            ),
+        )
+        for p, prompt in enumerate(prompts)
+        for g in range(config.samples_per_prompt)
+    ]
+
+
+def in_request_order(
+    requests: Sequence[RolloutRequest], rollouts: Sequence[Rollout]
+) -> list[Rollout]:
+    """Rollouts in the order asked for, whatever order they finished in."""
+    by_id = {rollout.rollout_id: rollout for rollout in rollouts}
+    return [by_id[request.rollout_id] for request in requests]
+
+
+def make_batch(
+    scored: Sequence[ScoredRollout],
+    *,
+    task_reward_weight: float = 0.0,
+    is_correct: Callable[[Rollout], bool] | None = None,
+) -> Batch:
+    """A uniformly weighted batch; with a task reward, each prompt's samples share a baseline.
+
+    The reward of a rollout is 1 if it is correct, minus the mean over the samples of its prompt,
+    times the weight.
+    """
+    if task_reward_weight == 0 or is_correct is None:
+        return Batch.uniform(scored)
+    rewards = np.array([float(is_correct(s.rollout)) for s in scored], dtype=np.float32)
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, item in enumerate(scored):
+        # By occurrence, not by prompt: one prompt drawn twice in a step makes two groups.
+        groups[item.rollout.rollout_id.rsplit("/", 1)[0]].append(index)
+    for members in groups.values():
+        rewards[members] -= rewards[members].mean()
+    return Batch(
+        scored=tuple(scored),
+        importance_weights=np.ones(len(scored), dtype=np.float32),
+        task_advantages=task_reward_weight * rewards,
+    )

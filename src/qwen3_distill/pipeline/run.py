@@ -1,0 +1,123 @@
+"""One run from start (or where it stopped) to its report."""
+
+import asyncio
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from qwen3_distill.config import RunConfig
+from qwen3_distill.modeling.loading import load_identity
+from qwen3_distill.pipeline.build import Parts, build_parts
+from qwen3_distill.pipeline.checkpoints import CheckpointStore
+from qwen3_distill.pipeline.manifest import git_revision, identity_record, machine, versions
+from qwen3_distill.pipeline.recorder import Recorder, render_report, summarize
+from qwen3_distill.pipeline.run_folder import RunFolder
+from qwen3_distill.pipeline.sequential import run_sequential
+from qwen3_distill.reporting.console import ProgressReporter
+from qwen3_distill.scoring.handshake import check_compatible
+from qwen3_distill.types import RunCursor
+from qwen3_distill.utils.files import write_json_atomic
+
+INTERRUPTED_EXIT_CODE = 130
+
+
+def run(config: RunConfig, progress: ProgressReporter, warn: Callable[[str], None]) -> bool:
+    """Distil as configured, going on from the newest checkpoint of the run folder.
+
+    Returns:
+        Whether the run is complete; False after a first Ctrl-C, when the step was finished and a
+        checkpoint written.
+    """
+    with RunFolder(config) as folder, progress:
+        if folder.is_finished:
+            progress.stage(f"the run in {folder.path} is complete; remove the folder to run again")
+        elif not asyncio.run(_run(config, folder, progress, warn)):
+            return False
+        report = render_report(folder.path, config)
+        progress.finish(folder.read_summary(), report)
+        return True
+
+
+async def _run(
+    config: RunConfig, folder: RunFolder, progress: ProgressReporter, warn: Callable[[str], None]
+) -> bool:
+    progress.stage("checking that student and teacher match")
+    check_compatible(load_identity(config.student.model), load_identity(config.scoring.model))
+    progress.stage("loading models")
+    parts = build_parts(config)
+    try:
+        cursor = await _restore(parts, folder, progress, warn)
+        _write_manifest(parts, folder, cursor.step)
+        recorder = Recorder(parts, folder, progress, start_step=cursor.step)
+        try:
+            with _stop_on_interrupt(recorder, progress):
+                cursor = await run_sequential(parts, recorder, cursor)
+            if cursor.step < config.steps:
+                await recorder.checkpoint(cursor)
+                return False
+            await parts.learner.save_student(folder.student)
+            write_json_atomic(folder.summary, summarize(folder, recorder.wall_s))
+            return True
+        finally:
+            recorder.close()
+    finally:
+        await parts.close()
+
+
+async def _restore(
+    parts: Parts, folder: RunFolder, progress: ProgressReporter, warn: Callable[[str], None]
+) -> RunCursor:
+    """The newest checkpoint's cursor with the learner there too, or the run's beginning."""
+    store = CheckpointStore(folder.checkpoints, keep_last=parts.config.checkpoint.keep_last)
+    cursor = await store.restore(parts.learner, warn)
+    if cursor is None:
+        return RunCursor(step=0, prompts_drawn=0, weight_version=parts.learner.version)
+    progress.stage(f"continuing from the checkpoint of step {cursor.step}")
+    return cursor
+
+
+def _write_manifest(parts: Parts, folder: RunFolder, step: int) -> None:
+    """Record what this process runs with; one entry per start, since a resume may differ."""
+    starts: list[dict[str, Any]] = []
+    if folder.manifest.exists():
+        starts = json.loads(folder.manifest.read_text())["starts"]
+    starts.append(
+        {
+            "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "step": step,
+            "versions": versions(),
+            "machine": machine(),
+            "code": git_revision(Path(__file__).parent),
+        }
+    )
+    write_json_atomic(
+        folder.manifest,
+        {
+            "student": identity_record(parts.learner.identity),
+            "teacher": {"id": parts.teacher.teacher_id, **identity_record(parts.teacher.identity)},
+            "starts": starts,
+        },
+    )
+
+
+@contextmanager
+def _stop_on_interrupt(recorder: Recorder, progress: ProgressReporter) -> Iterator[None]:
+    """First Ctrl-C or SIGTERM: finish the step and save. Second: leave at once."""
+
+    def request_stop(signum: int, frame: object) -> None:
+        if recorder.stop_requested:
+            raise KeyboardInterrupt
+        recorder.stop_requested = True
+        progress.stage("stopping after this step (again to stop at once)")
+
+    watched = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, request_stop) for number in watched]
+    try:
+        yield
+    finally:
+        for number, handler in zip(watched, before, strict=True):
+            signal.signal(number, handler)

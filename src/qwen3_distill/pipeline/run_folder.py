@@ -1,0 +1,119 @@
+"""The run folder: where everything of a run lies, and who may write there."""
+
+import errno
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from typing_extensions import Self
+
+from qwen3_distill.config import RunConfig
+from qwen3_distill.config_io import config_differences, dump_config
+from qwen3_distill.errors import RunFolderError
+from qwen3_distill.utils.files import write_json_atomic
+
+
+class RunFolder:
+    """Paths of one run, held by one process at a time.
+
+    Raises:
+        RunFolderError: not writable, held by another process, or made by another config.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.path = config.output_path
+        self._lock: IO[str] | None = None
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a")
+        except OSError as error:
+            raise RunFolderError(
+                f"run folder {self.path} cannot be written: {error.strerror}; choose another "
+                "output_dir"
+            ) from error
+        self._acquire()
+        self._check_config(dump_config(config))
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts"
+
+    @property
+    def student(self) -> Path:
+        return self.path / "student"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def is_finished(self) -> bool:
+        """The summary is the last file a run writes, the report aside."""
+        return self.summary.exists()
+
+    def read_summary(self) -> dict[str, Any]:
+        return json.loads(self.summary.read_text())
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _acquire(self) -> None:
+        assert self._lock is not None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFolderError(
+                f"run folder {self.path} is in use by another process; wait for it or choose "
+                "another output_dir"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, os.EX_OSERR):
+                raise  # file systems without locks are used without one
+
+    def _check_config(self, new: dict[str, Any]) -> None:
+        if not self.config.exists():
+            write_json_atomic(self.config, new)
+            return
+        old = json.loads(self.config.read_text())
+        differences = [
+            line
+            for line in config_differences(old, new)
+            if not line.startswith("output_dir:")  # a folder may be moved
+        ]
+        if differences:
+            shown = "\n  ".join(differences[:8])
+            self.close()
+            raise RunFolderError(
+                f"run folder {self.path} was made by another config:\n  {shown}\n"
+                "choose another output_dir, or remove the folder to start again"
+            )

@@ -1,0 +1,169 @@
+"""The stages offline, through Parquet files. Together they do exactly what pipeline steps do.
+
+`generate` writes what a step samples, `score` adds what the teacher says, `train` takes the
+optimizer steps. Each uses the same functions as the pipeline.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import TypeVar
+
+from qwen3_distill.config import RunConfig, SampledReverseKL
+from qwen3_distill.data.rollout_files import (
+    read_rollouts,
+    read_scored,
+    write_rollouts,
+    write_scored,
+)
+from qwen3_distill.errors import ConfigError, DataError
+from qwen3_distill.evaluation.accuracy import EvaluationResult, evaluate
+from qwen3_distill.modeling.loading import load_identity
+from qwen3_distill.pipeline.build import (
+    TextTools,
+    build_checker,
+    build_learner,
+    build_problems,
+    build_prompts,
+    build_static_engine,
+    build_teacher,
+)
+from qwen3_distill.pipeline.requests import in_request_order, make_batch, requests_for_step
+from qwen3_distill.scoring.handshake import check_compatible
+from qwen3_distill.types import Rollout, ScoredRollout
+from qwen3_distill.utils.files import write_json_atomic
+from qwen3_distill.utils.seeds import derive_seed
+
+Say = Callable[[str], None]
+Record = TypeVar("Record")
+
+
+def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, say: Say) -> str:
+    """Sample the rollouts of some steps from the student's directory.
+
+    Returns:
+        A line about what was written.
+    """
+    text = TextTools(config.student.model)
+    prompts = build_prompts(config, text)
+
+    async def sample() -> list[tuple[int, Rollout]]:
+        engine = await build_static_engine(config, config.student.model)
+        rows: list[tuple[int, Rollout]] = []
+        for step in range(first_step, first_step + num_steps):
+            taken = prompts.take(step * config.prompts_per_step, config.prompts_per_step)
+            requests = requests_for_step(config, taken, step)
+            finished: list[Rollout] = []
+            async for rollout in engine.generate(requests):
+                finished.append(rollout)
+            rows += [(step, rollout) for rollout in in_request_order(requests, finished)]
+            say(f"step {step}: {len(finished)} rollouts")
+        return rows
+
+    rows = asyncio.run(sample())
+    write_rollouts(out, rows, text.decode)
+    return f"{len(rows)} rollouts, {sum(r.num_tokens for _, r in rows):,} tokens: {out}"
+
+
+def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
+    """Score every rollout of a file, step by step.
+
+    Returns:
+        A line about what was written.
+    """
+    rows = read_rollouts(rollouts)
+    if not rows:
+        raise DataError(f"{rollouts} has no rollouts to score")
+    check_compatible(load_identity(config.student.model), load_identity(config.scoring.model))
+    teacher = build_teacher(config)
+
+    async def score_steps() -> list[tuple[int, ScoredRollout]]:
+        scored: list[tuple[int, ScoredRollout]] = []
+        for step, group in _steps(rows):
+            scores = await teacher.score(group)
+            scored += [
+                (step, ScoredRollout(rollout=rollout, score=item))
+                for rollout, item in zip(group, scores, strict=True)
+            ]
+            say(f"step {step}: {len(group)} rollouts scored")
+        return scored
+
+    write_scored(out, asyncio.run(score_steps()), TextTools(config.student.model).decode)
+    return f"{len(rows)} rollouts scored by {teacher.teacher_id}: {out}"
+
+
+def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
+    """Take one optimizer step per step in a file of scored rollouts; write the student.
+
+    Returns:
+        A line about what was written.
+    """
+    rows = read_scored(scored)
+    if not rows:
+        raise DataError(f"{scored} has no rollouts to train on")
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty; choose a new directory for the trained student")
+    teacher = build_teacher(config)
+    strangers = {item.score.teacher_id for _, item in rows} - {teacher.teacher_id}
+    if strangers:
+        raise DataError(
+            f"{scored} was scored by {', '.join(sorted(strangers))}, but the config's teacher is "
+            f"{teacher.teacher_id}"
+        )
+    text = TextTools(config.student.model)
+    is_correct = build_checker(config.verifier, text) if config.verifier else None
+    objective = config.objective
+    weight = objective.task_reward_weight if isinstance(objective, SampledReverseKL) else 0.0
+    learner = build_learner(config, teacher)
+
+    async def update_steps() -> None:
+        for step, group in _steps(rows):
+            batch = make_batch(group, task_reward_weight=weight, is_correct=is_correct)
+            update = await learner.update(batch)
+            say(f"step {step}: loss {update.loss:.5f}, gradient norm {update.grad_norm:.4f}")
+        await learner.save_student(out)
+
+    asyncio.run(update_steps())
+    return f"student after {learner.version.step} steps: {out}"
+
+
+def evaluate_directory(config: RunConfig, model: str, out: Path | None, *, say: Say) -> str:
+    """Held-out accuracy of a model directory.
+
+    Returns:
+        A line with the result.
+    """
+    settings = config.evaluation
+    if settings is None:
+        raise ConfigError("this config has no `evaluation` section")
+    text = TextTools(config.student.model)
+    count = settings.final_num_problems or settings.num_problems
+    problems = build_problems(config, settings, text)(count)
+
+    async def measure() -> EvaluationResult:
+        return await evaluate(
+            await build_static_engine(config, model),
+            problems,
+            build_checker(settings.verifier, text),
+            sampling=settings.sampling,
+            samples_per_problem=settings.samples_per_problem,
+            seed=derive_seed(config.seed, "evaluation"),
+        )
+
+    say(f"evaluating {model} on {len(problems)} problems")
+    result = asyncio.run(measure())
+    if out is not None:
+        write_json_atomic(out, {"model": model, **asdict(result)})
+    return (
+        f"{model}: {result.accuracy:.1%} [{result.ci_low:.1%}, {result.ci_high:.1%}] on "
+        f"{result.num_problems} problems, {result.mean_tokens:.1f} tokens on average, "
+        f"{result.truncated_fraction:.1%} truncated"
+    )
+
+
+def _steps(rows: Sequence[tuple[int, Record]]) -> Iterator[tuple[int, list[Record]]]:
+    """Consecutive rows of one step."""
+    for step, group in groupby(rows, key=lambda row: row[0]):
+        yield step, [record for _, record in group]
