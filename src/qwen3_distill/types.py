@@ -359,7 +359,8 @@ class Metric:
         if (self.key, self.reduction) != (other.key, other.reduction):
             raise ValueError(f"cannot combine {self.key} ({self.reduction}) with {other.key}")
         if self.reduction is Reduction.MAX:
-            return Metric.max(self.key, max(self.total, other.total))
+            # Not max(): it drops a NaN or keeps it depending on the order.
+            return Metric.max(self.key, float(np.maximum(self.total, other.total)))
         if self.reduction is Reduction.LAST:
             return other
         return Metric(

@@ -1,0 +1,200 @@
+"""Rollouts as the report shows them: every token coloured by what the teacher thinks of it."""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
+
+from qwen3_distill.errors import AlignmentError
+
+GAP_EDGES_NATS = (0.1, 0.5, 1.0, 2.0, 4.0)
+"""Where a token's colour gets stronger. Uneven: most gaps are small, a few are huge."""
+ROLLOUTS_PER_STEP = 4
+TOKENS_PER_ROLLOUT = 800
+
+_MINUS = "\N{MINUS SIGN}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutView:
+    """One answer with its teacher's opinion of every token, ready to be shown.
+
+    Raises:
+        AlignmentError: tokens and logprobs are not equally many.
+    """
+
+    step: int
+    """Optimizer step that consumed it."""
+    rollout_id: str
+    prompt_text: str
+    tokens: tuple[str, ...]
+    """Text of each response token."""
+    behavior_logprobs: Sequence[float]
+    """Nats, under the distribution that was sampled from."""
+    teacher_logprobs: Sequence[float]
+    """Nats."""
+    finish_reason: str
+    correct: bool | None
+    """The verifier's word; None without a verifier."""
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.tokens), len(self.behavior_logprobs), len(self.teacher_logprobs)}
+        if len(lengths) != 1:
+            raise AlignmentError(
+                f"rollout {self.rollout_id}: {len(self.tokens)} tokens, "
+                f"{len(self.behavior_logprobs)} behavior and {len(self.teacher_logprobs)} teacher "
+                "logprobs; expected one of each per token"
+            )
+
+    @property
+    def gaps(self) -> list[float]:
+        """log teacher - log student per token, in nats: negative where the teacher disagrees."""
+        pairs = zip(self.teacher_logprobs, self.behavior_logprobs, strict=True)
+        return [float(teacher) - float(behavior) for teacher, behavior in pairs]
+
+
+@dataclass(frozen=True)
+class _Token:
+    css: str
+    text: str
+    hover: str
+    breaks: int
+    """Line breaks to draw after it."""
+
+
+@dataclass(frozen=True)
+class RolloutCard:
+    """A rollout in the words of the page; not yet escaped."""
+
+    rollout_id: str
+    prompt: str
+    tokens: Sequence[_Token]
+    hidden_tokens: int
+    num_tokens: int
+    mean_gap: str
+    finish_reason: str
+    verdict: Literal["correct", "wrong", "unchecked"]
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The rollouts of one step; the numbers are over all of them, shown or not."""
+
+    step: int
+    label: str
+    total: int
+    mean_gap: str
+    solved: str
+    cards: Sequence[RolloutCard]
+
+
+def gap_class(gap_nats: float) -> str:
+    """CSS class of a token: ``n1`` to ``n5`` below zero, ``p1`` to ``p5`` above, ``z`` between."""
+    level = sum(abs(gap_nats) >= edge for edge in GAP_EDGES_NATS)
+    if level == 0:
+        return "z"
+    return f"{'p' if gap_nats > 0 else 'n'}{level}"
+
+
+def visible(token: str) -> str:
+    """``token`` with marks for what could not be seen or could disturb the page around it."""
+    return "".join(map(_visible_character, token)) or "∅"
+
+
+def _visible_character(character: str) -> str:
+    if character in "\n\t\r":
+        return {"\n": "↵", "\t": "⇥", "\r": "␍"}[character]
+    if character in "\u200c\u200d":  # joiners: some scripts and emoji need them
+        return character
+    code = ord(character)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    # Controls, direction overrides, surrogates, separators: shown by number, never obeyed.
+    if unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}:
+        return f"\\u{{{code:x}}}"
+    return character
+
+
+def _readable(prompt: str) -> str:
+    """A prompt with its line breaks and tabs as they are, and everything else as `visible`."""
+    return "".join(c if c in "\n\t" else _visible_character(c) for c in prompt)
+
+
+def rollout_groups(rollouts: Sequence[RolloutView]) -> list[RolloutGroup]:
+    """The rollouts of the first, a middle and the last saved step, in order."""
+    by_step: dict[int, list[RolloutView]] = {}
+    for rollout in rollouts:
+        by_step.setdefault(rollout.step, []).append(rollout)
+    steps = sorted(by_step)
+    if not steps:
+        return []
+    chosen = {steps[0]: "early", steps[len(steps) // 2]: "middle", steps[-1]: "late"}
+    return [
+        _rollout_group(step, label if len(steps) > 1 else "only saved step", by_step[step])
+        for step, label in sorted(chosen.items())
+    ]
+
+
+def _rollout_group(step: int, label: str, rollouts: Sequence[RolloutView]) -> RolloutGroup:
+    gaps = [gap for rollout in rollouts for gap in rollout.gaps]
+    checked = [rollout.correct for rollout in rollouts if rollout.correct is not None]
+    return RolloutGroup(
+        step=step,
+        label=label,
+        total=len(rollouts),
+        mean_gap=_signed(fmean(gaps)) if gaps else "",
+        solved=f"{sum(checked)} of {len(checked)} correct" if checked else "",
+        cards=[_card(rollout) for rollout in rollouts[:ROLLOUTS_PER_STEP]],
+    )
+
+
+def _card(rollout: RolloutView) -> RolloutCard:
+    gaps = rollout.gaps
+    shown = slice(TOKENS_PER_ROLLOUT)
+    parts = zip(
+        rollout.tokens[shown],
+        rollout.behavior_logprobs[shown],
+        rollout.teacher_logprobs[shown],
+        gaps[shown],
+        strict=True,
+    )
+    verdicts: dict[bool | None, Literal["correct", "wrong", "unchecked"]] = {
+        True: "correct",
+        False: "wrong",
+        None: "unchecked",
+    }
+    return RolloutCard(
+        rollout_id=rollout.rollout_id,
+        prompt=_readable(rollout.prompt_text),
+        tokens=[_token(*part) for part in parts],
+        hidden_tokens=max(0, len(rollout.tokens) - TOKENS_PER_ROLLOUT),
+        num_tokens=len(rollout.tokens),
+        mean_gap=_signed(fmean(gaps)) if gaps else "",
+        finish_reason=rollout.finish_reason,
+        verdict=verdicts[rollout.correct],
+    )
+
+
+def _token(token: str, behavior: float, teacher: float, gap: float) -> _Token:
+    shown = visible(token)
+    return _Token(
+        css=gap_class(gap),
+        text=shown,
+        hover=f"“{shown}”\nstudent {_signed(behavior)}\nteacher {_signed(teacher)}\n"
+        f"gap {_signed(gap)} nats",
+        breaks=token.count("\n"),
+    )
+
+
+def _signed(nats: float) -> str:
+    shown = round(nats, 2) + 0.0  # adding 0 turns -0.0 into 0.0
+    return f"{shown:+.2f}".replace("-", _MINUS)
+
+
+def gap_legend() -> list[tuple[str, str]]:
+    """(class, label) from the most negative to the most positive colour."""
+    edges = [f"{edge:g}" for edge in GAP_EDGES_NATS]
+    negative = [(f"n{level}", f"{_MINUS}{edges[level - 1]}") for level in range(len(edges), 0, -1)]
+    positive = [(f"p{level}", f"+{edges[level - 1]}") for level in range(1, len(edges) + 1)]
+    return [*negative, ("z", "0"), *positive]

@@ -1,0 +1,50 @@
+"""Numbers as a person reads them. One wording for the console and the report."""
+
+
+def percent(fraction: float) -> str:
+    """``0.8104`` as ``81.0%``."""
+    return f"{fraction:.1%}"
+
+
+def points(fraction: float) -> str:
+    """``0.8104`` as ``81.0``: a percentage beside another one that has the sign."""
+    return f"{100 * fraction:.1f}"
+
+
+def clock(seconds: float) -> str:
+    """``3725.4`` as ``1:02:05``; minutes and seconds below an hour."""
+    whole = round(seconds)
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def duration(seconds: float) -> str:
+    """``0.0421`` as ``0.04 s``, ``74`` as ``1 min 14 s``, ``3725`` as ``1 h 02 min``."""
+    if seconds < 9.995:
+        return f"{seconds:.2f} s"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, second = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {second:02} s"
+    hours, minute = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minute:02} min"
+
+
+def quantity(count: float) -> str:
+    """``1234567`` as ``1.23 M``; plain digits below 10,000."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size and count >= 10_000:
+            scaled = count / size
+            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {unit}"
+    return f"{count:,.0f}"
+
+
+def number(value: float) -> str:
+    """Five significant digits, without an exponent where that stays short."""
+    if value == 0:
+        return "0"
+    if 1e-4 <= abs(value) < 1e6:
+        return f"{value:,.5g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:.3g}"

@@ -1,0 +1,214 @@
+"""Experiment trackers beside ``metrics.jsonl``. Every library is imported inside its adapter."""
+
+import contextlib
+import importlib
+import math
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from qwen3_distill.config import LoggingConfig, TrackerConfig
+from qwen3_distill.errors import ConfigError, RunFolderError
+from qwen3_distill.utils.files import atomic_path
+
+TENSORBOARD_FOLDER = "tensorboard"
+RUN_ID_FILE = "tracker_run_id"
+
+
+class Tracker(Protocol):
+    """Receives the metrics of every step."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record ``values`` at ``step``. A value that is not finite is left out."""
+        ...
+
+    def close(self) -> None:
+        """Flush and end. May be called more than once."""
+        ...
+
+
+def open_trackers(
+    config: LoggingConfig,
+    run_folder: Path | str,
+    run_config: Mapping[str, Any],
+    *,
+    resume_step: int | None = None,
+) -> "TrackerGroup":
+    """All trackers of ``config`` as one.
+
+    Args:
+        run_folder: An existing folder. Local files of the trackers go there, and the identity
+            under which a resumed run is found again.
+        run_config: The resolved config, as JSON values; shown by W&B and trackio.
+        resume_step: Last step that the resumed run keeps; None for a fresh run.
+
+    Raises:
+        ConfigError: the package of a tracker is not installed, or its service refuses to start.
+        RunFolderError: ``run_folder`` cannot be written.
+    """
+    folder = Path(run_folder)
+    opened: list[Tracker] = []
+    try:
+        if config.tensorboard:
+            opened.append(TensorBoardTracker(folder / TENSORBOARD_FOLDER, resume_step=resume_step))
+        for tracker in config.trackers:
+            opened.append(_open(tracker, folder, run_config))
+    except BaseException:
+        TrackerGroup(opened).close()
+        raise
+    return TrackerGroup(opened)
+
+
+class TrackerGroup:
+    """Several trackers as one."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = tuple(trackers)
+
+    def __len__(self) -> int:
+        return len(self._trackers)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.log(step, values)
+
+    def close(self) -> None:
+        """Close all, even if one of them fails; the first failure is raised at the end."""
+        with contextlib.ExitStack() as stack:
+            for tracker in reversed(self._trackers):
+                stack.callback(tracker.close)
+
+
+class TensorBoardTracker:
+    """Event files for TensorBoard."""
+
+    def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
+        """Write to ``folder``; on a resume, steps after ``resume_step`` are hidden there.
+
+        Raises:
+            ConfigError: tensorboard is not installed.
+            RunFolderError: ``folder`` cannot be written.
+        """
+        module = _import("torch.utils.tensorboard", extra=None, setting="logging.tensorboard")
+        purge_step = None if resume_step is None else resume_step + 1
+        try:
+            self._writer: Any = module.SummaryWriter(str(folder), purge_step=purge_step)
+        except OSError as error:
+            raise RunFolderError(
+                f"{folder} cannot be written: {error.strerror or error}"
+            ) from error
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for key, value in _finite(values).items():
+            self._writer.add_scalar(key, value, global_step=step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbLogger:
+    """A run on Weights & Biases, or its files for a later ``wandb sync`` when offline."""
+
+    def __init__(
+        self,
+        project: str,
+        run_folder: Path,
+        run_config: Mapping[str, Any],
+        *,
+        offline: bool = False,
+    ) -> None:
+        """Start the run, or go on with the one that this run folder started.
+
+        Raises:
+            ConfigError: wandb is not installed, not logged in, or its server cannot be reached.
+        """
+        wandb = _import("wandb", extra="wandb", setting="logging.trackers kind=wandb")
+        try:
+            self._run: Any = wandb.init(
+                project=project,
+                name=run_folder.resolve().name,
+                id=_run_id(run_folder),
+                dir=str(run_folder),
+                config=dict(run_config),
+                mode="offline" if offline else "online",
+                # Offline there is no server to ask; the id alone joins the parts when synced.
+                resume=None if offline else "allow",
+                reinit="create_new",  # no global run: others may live in this process
+                settings=wandb.Settings(console="off"),  # stdout belongs to the progress display
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"W&B does not start: {str(error).rstrip('. ')}. Log in (`wandb login`), "
+                "set offline: true, or remove the tracker from logging.trackers"
+            ) from error
+        # W&B's own step never goes back: after a resume it would drop the steps done anew.
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **_finite(values)})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TrackioLogger:
+    """A run in the local trackio database."""
+
+    def __init__(self, project: str, run_folder: Path, run_config: Mapping[str, Any]) -> None:
+        """Start the run, or go on with the one that this run folder started.
+
+        Raises:
+            ConfigError: trackio is not installed.
+        """
+        trackio = _import("trackio", extra="trackio", setting="logging.trackers kind=trackio")
+        self._run: Any = trackio.init(
+            project=project,
+            name=_run_id(run_folder),  # trackio finds a run to resume by its name
+            config=dict(run_config),
+            resume="allow",
+        )
+        self._closed = False
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(_finite(values), step=step)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._run.finish()  # not trackio.finish(): that one depends on the asyncio task
+
+
+def _open(config: TrackerConfig, folder: Path, run_config: Mapping[str, Any]) -> Tracker:
+    if config.kind == "wandb":
+        return WandbLogger(config.project, folder, run_config, offline=config.offline)
+    return TrackioLogger(config.project, folder, run_config)
+
+
+def _import(module: str, *, extra: str | None, setting: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = f"'qwen3-distill[{extra}]'" if extra else "tensorboard"
+        raise ConfigError(
+            f"{setting} needs the package {error.name}, which is not installed: "
+            f"`pip install {package}`, or switch it off in the config"
+        ) from error
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if math.isfinite(value)}
+
+
+def _run_id(folder: Path) -> str:
+    """Names this run folder's run for good. Random: two folders may have the same name."""
+    path = folder / RUN_ID_FILE
+    if path.exists():
+        return path.read_text(encoding="utf-8").strip()
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", folder.resolve().name).strip("-") or "run"
+    run_id = f"{name[:80]}-{secrets.token_hex(4)}"
+    with atomic_path(path) as temporary:
+        temporary.write_text(run_id + "\n", encoding="utf-8")
+    return run_id
