@@ -1,0 +1,89 @@
+"""Process that compares mathematical answers with math-verify, one JSON line per question.
+
+It is a process because one comparison can take for ever or all memory: ``9^{9^{9}}`` is 9
+characters long, sympy evaluates it exactly, and math-verify's own timeout is a signal handler
+that works in the main thread only. Here a watchdog ends the process instead, whatever it is doing.
+
+Imports the standard library and math-verify only, and is started by its path: it must not bring
+numpy's or torch's threads along. Usage: ``math_worker.py TIMEOUT_S MEMORY_BYTES``.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import signal
+import sys
+from typing import TextIO
+
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+# A boxed expression comes before every other candidate; what is left is taken from the end.
+_EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+
+
+def parsed(text: str) -> list:
+    """The expression that ``text`` ends in; empty if there is none that can be parsed."""
+    # first_match: only the last candidate counts. The default would go on to earlier numbers when
+    # the final answer is garbage, and an intermediate result could pass for the answer.
+    return parse(
+        text,
+        extraction_config=_EXTRACTION,
+        fallback_mode="no_fallback",
+        extraction_mode="first_match",
+        parsing_timeout=None,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def answer(question: dict[str, str]) -> bool:
+    """Whether the reference parses; with a response, whether the response equals it."""
+    reference = parsed(question["reference"])
+    if "response" not in question:
+        return bool(reference)
+    response = parsed(question["response"])
+    return verify(reference, response, timeout_seconds=None) is True
+
+
+def main(timeout_s: float, memory_bytes: int) -> None:
+    """Say ``true`` once ready, then answer line by line until the input ends.
+
+    A question that takes longer than ``timeout_s`` ends the process.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    logging.disable(logging.WARNING)  # math-verify warns that its own timeout is off
+    _limit_memory(memory_bytes)
+    # Builds parsers and patterns on nobody's time, and finds a broken LaTeX parser, which would
+    # otherwise look like answers that do not parse.
+    if not answer({"reference": r"$\frac{1}{2}$", "response": "0.5"}):
+        sys.exit("math-verify cannot tell that 1/2 is 0.5; is its antlr4 runtime a supported one?")
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):  # what libraries and the watchdog say is no answer
+        os.dup2(nowhere, stream.fileno())
+    _say(True, answers)
+    for line in sys.stdin:
+        faulthandler.dump_traceback_later(timeout_s, exit=True)
+        result = answer(json.loads(line))
+        faulthandler.cancel_dump_traceback_later()
+        _say(result, answers)
+
+
+def _say(result: bool, answers: TextIO) -> None:
+    answers.write(json.dumps(result) + "\n")
+    answers.flush()
+
+
+def _limit_memory(memory_bytes: int) -> None:
+    try:
+        import resource
+    except ImportError:  # not on Windows; the time limit still holds
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    soft = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,132 @@
+"""From raw prompts to token ids, and the order in which a run draws them."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_distill.data.sources import PromptSource, RawPrompt
+from qwen3_distill.errors import DataError
+from qwen3_distill.types import Prompt
+from qwen3_distill.utils.seeds import derive_seed
+
+
+class ChatTokenizer(Protocol):
+    """What is used of a Hugging Face tokenizer."""
+
+    @property
+    def chat_template(self) -> Any: ...
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
+
+
+def render(
+    raw: RawPrompt, tokenizer: ChatTokenizer, context_length: int, max_new_tokens: int
+) -> Prompt:
+    """``raw`` as token ids of the student's chat template, up to where the answer begins.
+
+    Args:
+        context_length: Positions of the model: prompt and answer together must fit.
+        max_new_tokens: Longest answer that will be sampled.
+
+    Raises:
+        DataError: the tokenizer has no chat template, the template refuses the messages, or
+            prompt and answer do not fit the context.
+    """
+    token_ids = _template_ids(raw, tokenizer)
+    if len(token_ids) + max_new_tokens > context_length:
+        raise DataError(
+            f"prompt {raw.prompt_id} has {len(token_ids)} tokens, and with sampling.max_new_tokens="
+            f"{max_new_tokens} it exceeds the model's context of {context_length} tokens; shorten "
+            "or remove the prompt, or lower max_new_tokens"
+        )
+    return Prompt(
+        prompt_id=raw.prompt_id,
+        token_ids=np.asarray(token_ids, dtype=np.int32),
+        task_data=raw.task_data,
+    )
+
+
+def _template_ids(raw: RawPrompt, tokenizer: ChatTokenizer) -> list[int]:
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise DataError(
+            "the student's tokenizer has no chat template, so prompts cannot be rendered; use an "
+            "instruction-tuned student, or put chat_template.jinja into its directory"
+        )
+    messages: list[Mapping[str, str]] = [
+        {"role": message.role, "content": message.content} for message in raw.messages
+    ]
+    try:
+        # transformers 5 returns a BatchEncoding unless told otherwise.
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except TemplateError as error:
+        roles = [message.role for message in raw.messages]
+        raise DataError(
+            f"prompt {raw.prompt_id}: the student's chat template refuses messages of the roles "
+            f"{roles} ({error}); change the messages, or unset prompts.system"
+        ) from error
+
+
+class PromptStream:
+    """An endless, reproducible sequence of prompts; a position in it is one integer.
+
+    Epoch e covers the numbers ``[e * n, (e + 1) * n)`` of a source with n prompts: every prompt
+    once, in an order that follows from ``seed`` and e alone. An endless source is taken in its
+    own order. Nothing but a cache changes when prompts are taken, so a resumed run needs only the
+    number of prompts drawn so far.
+    """
+
+    def __init__(
+        self,
+        source: PromptSource,
+        tokenizer: ChatTokenizer,
+        *,
+        seed: int,
+        context_length: int,
+        max_new_tokens: int,
+    ) -> None:
+        self._source = source
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._context_length = context_length
+        self._max_new_tokens = max_new_tokens
+        self._epoch = -1
+        self._permutation: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    def take(self, start: int, count: int) -> list[Prompt]:
+        """Prompts number ``start`` to ``start + count - 1``, rendered.
+
+        Raises:
+            DataError: a prompt cannot be rendered, see `render`.
+            ValueError: ``start`` or ``count`` is negative.
+        """
+        if start < 0 or count < 0:
+            raise ValueError(f"start={start}, count={count}: expected both >= 0")
+        return [self._prompt(number) for number in range(start, start + count)]
+
+    def _prompt(self, number: int) -> Prompt:
+        raw = self._source.get(self._index(number))
+        return render(raw, self._tokenizer, self._context_length, self._max_new_tokens)
+
+    def _index(self, number: int) -> int:
+        num_prompts = self._source.num_prompts
+        if num_prompts is None:
+            return number
+        epoch, position = divmod(number, num_prompts)
+        if epoch != self._epoch:
+            self._permutation = epoch_permutation(self._seed, epoch, num_prompts)
+            self._epoch = epoch
+        return int(self._permutation[position])
+
+
+def epoch_permutation(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
+    """[size] the order of one epoch: a permutation of ``0 .. size - 1``."""
+    # Sorted raw bits, because numpy promises the bit stream of a bit generator across versions,
+    # but not the result of Generator.permutation.
+    bits = np.random.PCG64(derive_seed(seed, "prompt-order", epoch)).random_raw(size)
+    return np.argsort(bits, kind="stable").astype(np.int64)

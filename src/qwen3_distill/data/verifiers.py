@@ -1,0 +1,209 @@
+"""Whether an answer is correct: exact for procedural tasks, mathematical equality otherwise."""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import weakref
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from qwen3_distill.config import TaskVerifier, VerifierConfig
+from qwen3_distill.data.sources import ANSWER_KEY, PROBLEM_KEY
+from qwen3_distill.data.tasks import ChainTask, Problem
+from qwen3_distill.errors import DataError, EngineError
+from qwen3_distill.types import Prompt
+
+FINAL_ANSWER_MARK = "####"
+"""GSM8K's mark before the final answer."""
+MAX_RESPONSE_CHARS = 4000
+"""Only so much of a response's end is parsed: time grows faster than length, and a final answer
+stands at the end."""
+TIMEOUT_S = 5.0
+MEMORY_BYTES = 4 * 2**30
+_BOXED = "\\boxed"
+_JOINT = re.compile(r"[\s$]*(?:,|,?\s*(?:and|or))[\s$]*")
+
+
+class Verifier(Protocol):
+    """Judges responses. The text is decoded without special tokens."""
+
+    def correct(self, prompt: Prompt, response_text: str) -> bool:
+        """Whether the response's final answer is right. Never raises because of the response.
+
+        Raises:
+            DataError: the prompt brings no usable reference answer.
+        """
+        ...
+
+
+def build_verifier(config: VerifierConfig) -> Verifier:
+    """The verifier that ``config`` describes."""
+    if isinstance(config, TaskVerifier):
+        return ChainVerifier(ChainTask())
+    return MathEqualityVerifier()
+
+
+class ChainVerifier:
+    """The procedural task's own check."""
+
+    def __init__(self, task: ChainTask) -> None:
+        self._task = task
+
+    def correct(self, prompt: Prompt, response_text: str) -> bool:
+        problem = Problem(
+            problem_id=prompt.prompt_id,
+            text=_task_value(prompt, PROBLEM_KEY),
+            answer=_task_value(prompt, ANSWER_KEY),
+        )
+        return self._task.check(problem, response_text)
+
+
+class MathEqualityVerifier:
+    r"""Mathematical equality with the reference, by math-verify.
+
+    Reference: what follows the last ``####`` (GSM8K), else the whole text; of it the last
+    ``\boxed{}`` or ``$...$`` if it has any, else all as LaTeX. Response: the last ``\boxed{}``
+    (several joined by a comma, and, or count as one set), else the last expression after the last
+    ``####``, else the last in the text. A response that does not parse, or takes more than
+    `TIMEOUT_S` or `MEMORY_BYTES`, is not correct.
+
+    Safe to call from any thread; calls take turns. The first one starts a process (about 1 s).
+    """
+
+    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+        self._worker = _Worker(timeout_s)
+        self._good_references: set[str] = set()
+
+    def correct(self, prompt: Prompt, response_text: str) -> bool:
+        reference = _reference_text(_task_value(prompt, ANSWER_KEY))
+        self._require_parsable(prompt, reference)
+        question = {"reference": reference, "response": _final_part(response_text)}
+        return self._worker.ask(question) is True
+
+    def _require_parsable(self, prompt: Prompt, reference: str) -> None:
+        if reference in self._good_references:
+            return
+        if self._worker.ask({"reference": reference}) is not True:
+            raise DataError(
+                f"prompt {prompt.prompt_id}: the reference answer {prompt.task_data[ANSWER_KEY]!r} "
+                "is not a mathematical expression, expected a number or LaTeX; correct the data or "
+                "change prompts.answer_field"
+            )
+        self._good_references.add(reference)
+
+
+def _task_value(prompt: Prompt, key: str) -> str:
+    if key not in prompt.task_data:
+        raise DataError(
+            f"prompt {prompt.prompt_id} has no {key!r} in its task data, which holds "
+            f"{sorted(prompt.task_data)}; set prompts.answer_field, or use a verifier of the "
+            "prompts' own kind"
+        )
+    return prompt.task_data[key]
+
+
+def _reference_text(answer: str) -> str:
+    text = answer.rsplit(FINAL_ANSWER_MARK, 1)[-1].strip()
+    if _BOXED in text:
+        return _last_boxes(text)
+    # math-verify takes LaTeX only where something marks it as LaTeX.
+    return text if "$" in text else f"${text}$"
+
+
+def _final_part(response_text: str) -> str:
+    text = response_text[-MAX_RESPONSE_CHARS:]
+    return _last_boxes(text) if _BOXED in text else text.rsplit(FINAL_ANSWER_MARK, 1)[-1]
+
+
+def _last_boxes(text: str) -> str:
+    """From the last box on, or from the first of several that only ``,``, and, or separate.
+
+    math-verify makes one set of all boxes in a text, so an answer corrected later, or steps put
+    into boxes of their own, would never equal the reference.
+    """
+    start = text.rindex(_BOXED)
+    while True:
+        previous = text.rfind(_BOXED, 0, start)
+        if previous < 0 or not _JOINT.fullmatch(_after_braces(text[previous:start])):
+            return text[start:]
+        start = previous
+
+
+def _after_braces(text: str) -> str:
+    """What follows the first balanced ``{...}``; empty if it is never closed."""
+    depth = 0
+    for index, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if character == "}" and depth == 0:
+            return text[index + 1 :]
+    return ""
+
+
+class _Worker:
+    """`math_worker` as a function call. Its death is an answer: None."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, question: dict[str, str]) -> bool | None:
+        with self._lock:
+            line = _exchange(self._running(), json.dumps(question))
+        return json.loads(line) if line else None
+
+    def _running(self) -> "subprocess.Popen[str]":
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        if self._process is not None:
+            self._finalizer()
+        self._process = _started(self._timeout_s)
+        # Ends it when this object goes or the interpreter exits, whichever is first.
+        self._finalizer = weakref.finalize(self, _end, self._process)
+        return self._process
+
+
+def _exchange(process: "subprocess.Popen[str]", line: str) -> str:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+    except BrokenPipeError:
+        answer = ""
+    if not answer:
+        process.wait()  # or `poll` could still find it alive, and nothing would restart it
+    return answer
+
+
+def _started(timeout_s: float) -> "subprocess.Popen[str]":
+    command = [sys.executable, str(Path(__file__).with_name("math_worker.py"))]
+    process = subprocess.Popen(
+        [*command, str(timeout_s), str(MEMORY_BYTES)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+    assert process.stdout is not None
+    if not process.stdout.readline():
+        _end(process)
+        raise EngineError(
+            f"the process of the math verifier ended with status {process.returncode} while "
+            "starting (its error stands above), expected it to load math-verify; install "
+            "math-verify or change verifier.kind"
+        )
+    return process
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(OSError):  # closing flushes, and nobody reads any more
+                pipe.close()

@@ -1,0 +1,321 @@
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen3_distill.data.rollout_files import (
+    ROLLOUT_SCHEMA,
+    SCORED_SCHEMA,
+    VERSION_KEY,
+    read_rollouts,
+    read_scored,
+    write_rollouts,
+    write_scored,
+)
+from qwen3_distill.errors import DataError
+from qwen3_distill.types import (
+    FinishReason,
+    HiddenScore,
+    Prompt,
+    Rollout,
+    SamplingSpec,
+    ScoredRollout,
+    TeacherScore,
+    TopKScore,
+    VersionSpan,
+    WeightVersion,
+)
+
+
+def decode(ids: Sequence[int]) -> str:
+    return " ".join(str(i) for i in ids)
+
+
+def logprobs(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return -np.abs(rng.standard_normal(shape)).astype(np.float32) * 10
+
+
+def token_ids(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.integers(0, 2**31 - 1, shape, dtype=np.int32)
+
+
+def rollout(rng: np.random.Generator, size: int, index: int = 0) -> Rollout:
+    cut = int(rng.integers(0, size))
+    spans = [(0, cut, 3), (cut, size, 4)] if cut else [(0, size, 3)]
+    return Rollout(
+        rollout_id=f"7/{index}",
+        prompt=Prompt(
+            prompt_id=f"p:{index}",
+            token_ids=token_ids(rng, 1 + size % 3),
+            task_data={"answer": "π ≈ 3.14", "problem": ""} if index % 2 else {},
+        ),
+        sampling=SamplingSpec(
+            temperature=float(rng.uniform(0.1, 2)),
+            top_p=float(rng.uniform(0.1, 1)),
+            top_k=int(rng.integers(0, 100)),
+            max_new_tokens=size,
+            seed=int(rng.integers(0, 2**63 - 1)),
+        ),
+        response_ids=token_ids(rng, size),
+        behavior_logprobs=logprobs(rng, size),
+        versions=tuple(
+            VersionSpan(start=a, stop=b, version=WeightVersion(step=step, digest=f"sha:{step}"))
+            for a, b, step in spans
+        ),
+        finish_reason=FinishReason.STOP if index % 2 else FinishReason.LENGTH,
+    )
+
+
+def score(rng: np.random.Generator, size: int, kind: int) -> TeacherScore:
+    base = {"teacher_id": f"t{kind}", "logprobs": logprobs(rng, size)}
+    if kind == 1:
+        ids = token_ids(rng, size, 3)
+        return TopKScore(**base, candidate_ids=ids, candidate_logprobs=logprobs(rng, size, 3))
+    if kind == 2:
+        return HiddenScore(**base, hidden=rng.standard_normal((size, 5)).astype(np.float32))
+    return TeacherScore(**base)
+
+
+def scored_rows(
+    sizes: list[int], kinds: list[int], seed: int = 0
+) -> list[tuple[int, ScoredRollout]]:
+    rng = np.random.default_rng(seed)
+    return [
+        (10 + i, ScoredRollout(rollout=rollout(rng, size, i), score=score(rng, size, kind)))
+        for i, (size, kind) in enumerate(zip(sizes, kinds, strict=True))
+    ]
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Equality field by field, of arrays bit by bit."""
+    assert type(one) is type(other)
+    if isinstance(one, np.ndarray):
+        assert (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
+    elif is_dataclass(one):
+        for field in fields(one):
+            assert_same(getattr(one, field.name), getattr(other, field.name))
+    elif isinstance(one, Mapping):
+        assert list(one.items()) == list(other.items())
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    else:
+        assert one == other
+
+
+def write_sample(path: Path) -> list[tuple[int, ScoredRollout]]:
+    rows = scored_rows([4, 1, 3, 2], [0, 1, 2, 1])
+    write_scored(path, rows, decode)
+    return rows
+
+
+# --- Round trip ---------------------------------------------------------------------------------
+
+
+@given(
+    shape=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 2)), max_size=6),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=40, deadline=None)
+def test_scored_rollouts_come_back_bit_for_bit(
+    tmp_path_factory: pytest.TempPathFactory, shape: list[tuple[int, int]], seed: int
+) -> None:
+    path = tmp_path_factory.mktemp("files") / "s.parquet"
+    rows = scored_rows([size for size, _ in shape], [kind for _, kind in shape], seed)
+    write_scored(path, rows, decode)
+    assert_same(read_scored(path), rows)
+
+
+def test_rollouts_come_back_bit_for_bit(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [(5, rollout(rng, size, size)) for size in (1, 2, 300)]
+    write_rollouts(tmp_path / "r.parquet", rows, decode)
+    assert_same(read_rollouts(tmp_path / "r.parquet"), rows)
+
+
+def test_extreme_values_come_back(tmp_path: Path) -> None:
+    one = rollout(np.random.default_rng(0), 4)
+    tiny = np.array([-0.0, np.finfo(np.float32).min, -np.float32(1e-45), 9e-4], dtype=np.float32)
+    sampling = SamplingSpec(
+        temperature=5e-324, top_p=0.1 + 0.2, top_k=2**31 - 1, max_new_tokens=1, seed=2**63 - 1
+    )
+    extreme = Rollout(
+        rollout_id="",
+        prompt=one.prompt,
+        sampling=sampling,
+        response_ids=one.response_ids,
+        behavior_logprobs=tiny,
+        versions=one.versions,
+        finish_reason=one.finish_reason,
+    )
+    write_rollouts(tmp_path / "r.parquet", [(2**62, extreme)], decode)
+    assert_same(read_rollouts(tmp_path / "r.parquet"), [(2**62, extreme)])
+
+
+def test_scored_file_is_a_rollout_file(tmp_path: Path) -> None:
+    rows = write_sample(tmp_path / "s.parquet")
+    expected = [(step, scored.rollout) for step, scored in rows]
+    assert_same(read_rollouts(tmp_path / "s.parquet"), expected)
+
+
+def test_text_is_the_decoded_response_and_is_not_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    rows = write_sample(path)
+    table = pq.read_table(path)
+    texts = [decode(scored.rollout.response_ids.tolist()) for _, scored in rows]
+    assert table.column("response_text").to_pylist() == texts
+    write_scored(path, rows, lambda ids: "something else")
+    assert_same(read_scored(path), rows)
+
+
+def test_columns_are_what_the_schema_says_and_pandas_reads_them(tmp_path: Path) -> None:
+    rows = write_sample(tmp_path / "s.parquet")
+    assert pq.read_schema(tmp_path / "s.parquet").equals(SCORED_SCHEMA)
+    frame = pytest.importorskip("pandas").read_parquet(tmp_path / "s.parquet")
+    assert frame["step"].tolist() == [10, 11, 12, 13]
+    assert frame["score_kind"].tolist() == ["sampled", "top_k", "hidden", "top_k"]
+    assert frame["candidate_ids"].isna().tolist() == [True, False, True, False]
+    assert frame["hidden"].isna().tolist() == [True, True, False, True]
+    np.testing.assert_array_equal(frame["response_ids"][2], rows[2][1].rollout.response_ids)
+    np.testing.assert_array_equal(np.stack(frame["hidden"][2]), rows[2][1].score.hidden)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    rows = write_sample(tmp_path / "s.parquet")
+
+    def failing(ids: Sequence[int]) -> str:
+        raise KeyError("no such token")
+
+    with pytest.raises(KeyError):
+        write_scored(tmp_path / "s.parquet", rows, failing)
+    assert_same(read_scored(tmp_path / "s.parquet"), rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["s.parquet"]
+
+
+# --- Files that are not what they should be -----------------------------------------------------
+
+
+def rewrite(path: Path, table: pa.Table, version: str | None = "1") -> None:
+    metadata = {} if version is None else {VERSION_KEY: version.encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+
+
+def with_column(table: pa.Table, name: str, values: Any, dtype: Any = None) -> pa.Table:
+    column = pa.array(values, dtype or table.schema.field(name).type)
+    return table.set_column(table.schema.names.index(name), name, column)
+
+
+@pytest.mark.parametrize("name", SCORED_SCHEMA.names)
+def test_missing_column_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "s.parquet"
+    write_sample(path)
+    rewrite(path, pq.read_table(path).drop_columns([name]))
+    with pytest.raises(DataError, match=rf"s\.parquet has no column '{name}'"):
+        read_scored(path)
+
+
+@pytest.mark.parametrize("name", ROLLOUT_SCHEMA.names)
+def test_column_of_another_type_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "s.parquet"
+    write_sample(path)
+    rewrite(path, with_column(pq.read_table(path), name, [True] * 4, pa.bool_()))
+    with pytest.raises(DataError, match=rf"s\.parquet: column '{name}' is of type bool, expected"):
+        read_rollouts(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("rollout_id", ["a", None, "b", "c"]),
+        ("response_ids", [[1, 2, 3, None], [1], [1, 2, 3], [1, 2]]),
+        ("task_data", [[("answer", None)], [], [], []]),
+        ("versions", [[{"start": 0, "stop": 4, "step": 1, "digest": None}]] * 4),
+        ("candidate_ids", [None, [[1, 2, None]], None, [[1, 2, 3], None]]),
+    ],
+)
+def test_nulls_at_any_depth_are_refused(tmp_path: Path, name: str, values: Any) -> None:
+    path = tmp_path / "s.parquet"
+    write_sample(path)
+    rewrite(path, with_column(pq.read_table(path), name, values))
+    with pytest.raises(DataError, match=rf"s\.parquet: column '{name}' has \d nulls"):
+        read_scored(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("response_ids", [[1, 2, 3, 4], [1, 2], [1, 2, 3], [1, 2]], "row 1 .* 2 response tokens"),
+        ("finish_reason", ["stop", "stop", "stop", "abort"], "row 3 .*'abort'"),
+        ("score_kind", ["sampled", "top_k", "full", "top_k"], r"row 2 .*'full', expected \["),
+        ("score_kind", ["top_k", "top_k", "hidden", "top_k"], "row 0 .*'candidate_ids' is null"),
+        ("candidate_ids", [None, [[1]], None, [[1, 2], [3]]], "row 1 .*candidate_ids"),
+        ("candidate_ids", [None, [[1] * 3], None, [[1, 2], [3]]], "row 3 .*'candidate_ids' has li"),
+        ("temperature", [1.0, 1.0, -1.0, 1.0], "row 2 .*temperature=-1"),
+    ],
+)
+def test_rows_that_are_no_records_are_named(
+    tmp_path: Path, name: str, values: Any, message: str
+) -> None:
+    path = tmp_path / "s.parquet"
+    write_sample(path)
+    rewrite(path, with_column(pq.read_table(path), name, values))
+    with pytest.raises(DataError, match=rf"s\.parquet, {message}"):
+        read_scored(path)
+
+
+def test_unscored_file_is_not_a_scored_one(tmp_path: Path) -> None:
+    rows = [(1, rollout(np.random.default_rng(0), 3))]
+    write_rollouts(tmp_path / "r.parquet", rows, decode)
+    with pytest.raises(DataError, match="no column 'score_kind', which a file of scored rollouts"):
+        read_scored(tmp_path / "r.parquet")
+
+
+@pytest.mark.parametrize(("version", "named"), [(None, "'none'"), ("2", "'2'")])
+def test_other_schema_versions_are_refused(tmp_path: Path, version: Any, named: str) -> None:
+    path = tmp_path / "s.parquet"
+    write_sample(path)
+    rewrite(path, pq.read_table(path), version)
+    with pytest.raises(DataError, match=f"schema version {named}, expected '1'"):
+        read_scored(path)
+
+
+def test_extra_columns_are_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    rows = write_sample(path)
+    rewrite(path, pq.read_table(path).append_column("note", pa.array(["x"] * 4)))
+    assert_same(read_scored(path), rows)
+
+
+def test_missing_truncated_and_damaged_files(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    with pytest.raises(DataError, match=r"s\.parquet does not exist"):
+        read_scored(path)
+    rows = write_sample(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"s\.parquet cannot be read as Parquet"):
+        read_scored(path)
+    # One bit in the data of a float column: only the page checksum can tell.
+    metadata = pq.ParquetFile(pa.BufferReader(whole)).metadata.row_group(0)
+    column = next(
+        metadata.column(i)
+        for i in range(metadata.num_columns)
+        if metadata.column(i).path_in_schema.startswith("behavior_logprobs")
+    )
+    start = column.dictionary_page_offset or column.data_page_offset
+    position = start + column.total_compressed_size - 3
+    damaged = bytearray(whole)
+    damaged[position] ^= 1
+    path.write_bytes(bytes(damaged))
+    with pytest.raises(DataError, match=r"s\.parquet cannot be read as Parquet"):
+        read_scored(path)
+    path.write_bytes(whole)
+    assert_same(read_scored(path), rows)
