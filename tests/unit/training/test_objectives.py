@@ -1,0 +1,215 @@
+"""Objectives on micro-batches: padding, splits, baselines, memory of the head."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from qwen3_distill.config import ObjectiveConfig, RunConfig
+from qwen3_distill.errors import AlignmentError, ConfigError
+from qwen3_distill.training.batching import MicroBatch, collate
+from qwen3_distill.training.objectives import LossTerms, build_objective
+from qwen3_distill.types import (
+    Batch,
+    FinishReason,
+    HiddenScore,
+    Metric,
+    Prompt,
+    Rollout,
+    SamplingSpec,
+    ScoredRollout,
+    TopKScore,
+    VersionSpan,
+    WeightVersion,
+)
+
+V, D, K = 11, 6, 4
+ROWS = [(2, 5), (4, 1), (1, 7), (3, 3)]
+GENERATOR = torch.Generator().manual_seed(0)
+HEAD = torch.randn(V, D, generator=GENERATOR)
+TEACHER_HEAD = torch.randn(V, D, generator=GENERATOR)
+TEACHER_HIDDEN = [torch.randn(size, D, generator=GENERATOR) for _, size in ROWS]
+STUDENT_HIDDEN = [torch.randn(prompt + size, D, generator=GENERATOR) for prompt, size in ROWS]
+
+OBJECTIVES: list[dict[str, Any]] = [
+    {"kind": "sampled_reverse_kl"},
+    {"kind": "sampled_reverse_kl", "discount": 0.5, "kl_baseline": {"kind": "full"}},
+    {"kind": "sampled_reverse_kl", "kl_baseline": {"kind": "top_k", "k": K}},
+    {"kind": "top_k", "k": K, "tail": "bin"},
+    {"kind": "top_k", "k": K, "tail": "renormalize", "divergence": "forward_kl"},
+    {"kind": "full"},
+    {"kind": "full", "divergence": "jsd", "beta": 0.4},
+]
+
+
+def objective_config(values: dict[str, Any]) -> ObjectiveConfig:
+    field = RunConfig.model_fields["objective"]
+    from pydantic import TypeAdapter  # noqa: PLC0415 - only to validate one union
+
+    adapter: TypeAdapter[Any] = TypeAdapter(field.rebuild_annotation())
+    return adapter.validate_python(values, strict=False)
+
+
+def make_batch(values: dict[str, Any]) -> Batch:
+    """Four rollouts, scored by the teacher's head in the form the objective needs."""
+    scored = []
+    for row, (prompt, size) in enumerate(ROWS):
+        rng = np.random.default_rng(row)
+        ids = rng.integers(0, V, size)
+        teacher_RV = (TEACHER_HIDDEN[row] @ TEACHER_HEAD.T).log_softmax(-1)
+        common = {
+            "teacher_id": "t",
+            "logprobs": teacher_RV[torch.arange(size), torch.from_numpy(ids)].numpy(),
+        }
+        if values["kind"] == "top_k" or values.get("kl_baseline", {}).get("kind") == "top_k":
+            top = teacher_RV.topk(K)
+            score = TopKScore(
+                **common, candidate_ids=top.indices.numpy(), candidate_logprobs=top.values.numpy()
+            )
+        else:
+            score = HiddenScore(**common, hidden=TEACHER_HIDDEN[row].numpy())
+        rollout = Rollout(
+            rollout_id=f"r{row}",
+            prompt=Prompt(prompt_id="p", token_ids=np.arange(prompt)),
+            sampling=SamplingSpec(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=9, seed=0),
+            response_ids=ids,
+            behavior_logprobs=-rng.uniform(0.5, 3, size),
+            versions=(VersionSpan(start=0, stop=size, version=WeightVersion(step=0, digest="d")),),
+            finish_reason=FinishReason.LENGTH,
+        )
+        scored.append(ScoredRollout(rollout=rollout, score=score))
+    return Batch(
+        scored=tuple(scored),
+        importance_weights=np.array([1.0, 0.5, 2.0, 1.5]),
+        task_advantages=np.array([0.5, -0.5, 0.0, 1.0]),
+    )
+
+
+def hidden_rows(indices: Sequence[int], width: int) -> Tensor:
+    out_BTD = torch.zeros(len(indices), width, D)
+    for b, row in enumerate(indices):
+        values = STUDENT_HIDDEN[row][:-1]
+        out_BTD[b, : len(values)] = values
+    return out_BTD
+
+
+def run(
+    values: dict[str, Any], groups: Sequence[Sequence[int]], *, chunk_tokens: int = 1000
+) -> tuple[float, Tensor, list[Metric]]:
+    """Loss, gradient of the student's head and metrics over the given micro-batches."""
+    batch = make_batch(values)
+    head = HEAD.clone().requires_grad_()
+    total, metrics = 0.0, list[Metric]()
+    for group in groups:
+        micro = collate(batch, group)
+        terms = terms_of(values, micro, group, head, batch.denominator, chunk_tokens)
+        terms.loss.backward()
+        total += float(terms.loss.detach())
+        metrics.extend(terms.metrics)
+    assert head.grad is not None
+    return total, head.grad, metrics
+
+
+def terms_of(
+    values: dict[str, Any],
+    micro: MicroBatch,
+    group: Sequence[int],
+    head: Tensor,
+    denominator: float,
+    chunk_tokens: int = 1000,
+) -> LossTerms:
+    objective = build_objective(
+        objective_config(values), teacher_head_VD=TEACHER_HEAD, chunk_tokens=chunk_tokens
+    )
+    hidden_BTD = hidden_rows(group, micro.input_BT.shape[1])
+    return objective.terms(micro, hidden_BTD, head, denominator)
+
+
+@pytest.mark.parametrize("values", OBJECTIVES)
+@pytest.mark.parametrize("groups", [[[0], [1], [2], [3]], [[3, 0], [2, 1]], [[2], [0, 1, 3]]])
+def test_any_split_into_micro_batches_gives_the_same_step(values, groups) -> None:
+    whole_loss, whole_gradient, _ = run(values, [[0, 1, 2, 3]])
+    loss, gradient, _ = run(values, groups)
+    assert loss == pytest.approx(whole_loss, rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(gradient, whole_gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("values", OBJECTIVES)
+def test_chunks_of_the_head_give_the_same_step(values) -> None:
+    whole_loss, whole_gradient, _ = run(values, [[0, 1, 2, 3]])
+    loss, gradient, _ = run(values, [[0, 1, 2, 3]], chunk_tokens=3)
+    assert loss == pytest.approx(whole_loss, rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(gradient, whole_gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("values", OBJECTIVES)
+def test_metrics_combine_to_the_same_values_over_a_split(values) -> None:
+    def combined(metrics: list[Metric]) -> dict[str, float]:
+        merged: dict[str, Metric] = {}
+        for metric in metrics:
+            known = merged.get(metric.key)
+            merged[metric.key] = metric if known is None else known.combined(metric)
+        return {key: metric.value for key, metric in merged.items()}
+
+    _, _, whole = run(values, [[0, 1, 2, 3]])
+    _, _, split = run(values, [[0], [1, 2], [3]])
+    assert combined(split) == pytest.approx(combined(whole), rel=1e-4)
+
+
+@pytest.mark.parametrize("values", OBJECTIVES)
+def test_nan_outside_the_mask_reaches_neither_loss_nor_gradient(values) -> None:
+    batch = make_batch(values)
+    micro = collate(batch, [0, 1, 2, 3])
+    poisoned = {
+        field.name: _poison(getattr(micro, field.name), micro.loss_mask_BT)
+        for field in dataclasses.fields(micro)
+    }
+    clean_head, dirty_head = HEAD.clone().requires_grad_(), HEAD.clone().requires_grad_()
+    clean = terms_of(values, micro, [0, 1, 2, 3], clean_head, batch.denominator)
+    dirty = terms_of(values, type(micro)(**poisoned), [0, 1, 2, 3], dirty_head, batch.denominator)
+    clean.loss.backward()
+    dirty.loss.backward()
+    assert torch.equal(clean.loss, dirty.loss)
+    assert torch.equal(clean_head.grad, dirty_head.grad)  # pyright: ignore[reportArgumentType]
+    assert clean.metrics == dirty.metrics
+
+
+def _poison(value: Tensor, mask_BT: Tensor) -> Tensor:
+    if value.dtype is not torch.float32 or value.shape[:2] != mask_BT.shape:
+        return value
+    poisoned = value.clone()
+    poisoned[~mask_BT] = torch.nan
+    return poisoned
+
+
+def test_the_full_baseline_is_the_exact_kl() -> None:
+    """With b = KL, E_a[signal] = 0 at every state, so the mean signal needs no samples."""
+    values = {"kind": "sampled_reverse_kl", "kl_baseline": {"kind": "full"}}
+    plain = {"kind": "sampled_reverse_kl"}
+    settings = {"advantage_clip": None, "ratio_cap": None}
+    with_baseline = run(values | settings, [[0]])[0]
+    without = run(plain | settings, [[0]])[0]
+    batch = make_batch(values)
+    student_RV = (STUDENT_HIDDEN[0][1:6] @ HEAD.T).log_softmax(-1)
+    teacher_RV = (TEACHER_HIDDEN[0] @ TEACHER_HEAD.T).log_softmax(-1)
+    kl_R = (student_RV.exp() * (student_RV - teacher_RV)).sum(-1)
+    ids = torch.from_numpy(batch.scored[0].rollout.response_ids.astype(np.int64))
+    logprob_R = student_RV[torch.arange(5), ids]
+    expected = -float((kl_R * logprob_R).sum()) / batch.denominator
+    assert with_baseline - without == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_objective_over_hidden_states_without_a_teacher_head_is_refused() -> None:
+    with pytest.raises(ConfigError, match="full distribution"):
+        build_objective(objective_config({"kind": "full"}), teacher_head_VD=None, chunk_tokens=8)
+
+
+def test_a_batch_without_the_teachers_candidates_is_refused() -> None:
+    batch = make_batch({"kind": "full"})
+    micro = collate(batch, [0])
+    with pytest.raises(AlignmentError, match="top 4"):
+        terms_of({"kind": "top_k", "k": K}, micro, [0], HEAD, batch.denominator)
