@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 
 from qwen3_distill.errors import AlignmentError, DataError
 
-IntArray: TypeAlias = NDArray[np.int32]
-FloatArray: TypeAlias = NDArray[np.float32]
+IntArray: TypeAlias = NDArray[np.integer[Any]]
+"""Taken in any integer type, kept as int32."""
+FloatArray: TypeAlias = NDArray[np.floating[Any]]
+"""Taken in any float type, kept as float32."""
 
 LOGPROB_SLACK_NATS = 1e-3
 """How far above 0 a logprob may lie before it is an error: engines round, probabilities do not."""

@@ -89,29 +89,31 @@ def make_batch(values: dict[str, Any]) -> Batch:
     )
 
 
-def hidden_rows(indices: Sequence[int], width: int) -> Tensor:
+def hidden_rows(indices: Sequence[int], width: int, scale: Tensor) -> Tensor:
+    """[B, T, D] student states; ``scale`` stands for the model below the head."""
     out_BTD = torch.zeros(len(indices), width, D)
     for b, row in enumerate(indices):
         values = STUDENT_HIDDEN[row][:-1]
         out_BTD[b, : len(values)] = values
-    return out_BTD
+    return out_BTD * scale
 
 
 def run(
     values: dict[str, Any], groups: Sequence[Sequence[int]], *, chunk_tokens: int = 1000
 ) -> tuple[float, Tensor, list[Metric]]:
-    """Loss, gradient of the student's head and metrics over the given micro-batches."""
+    """Loss, gradient (head, and what lies below it) and metrics over the micro-batches."""
     batch = make_batch(values)
-    head = HEAD.clone().requires_grad_()
+    head, below = HEAD.clone().requires_grad_(), torch.ones(D, requires_grad=True)
     total, metrics = 0.0, list[Metric]()
     for group in groups:
         micro = collate(batch, group)
-        terms = terms_of(values, micro, group, head, batch.denominator, chunk_tokens)
+        terms = terms_of(values, micro, group, head, batch.denominator, below, chunk_tokens)
         terms.loss.backward()
         total += float(terms.loss.detach())
         metrics.extend(terms.metrics)
     assert head.grad is not None
-    return total, head.grad, metrics
+    assert below.grad is not None
+    return total, torch.cat([head.grad, below.grad.unsqueeze(0)]), metrics
 
 
 def terms_of(
@@ -120,12 +122,13 @@ def terms_of(
     group: Sequence[int],
     head: Tensor,
     denominator: float,
+    below: Tensor = torch.ones(D),  # noqa: B008 - never written to
     chunk_tokens: int = 1000,
 ) -> LossTerms:
     objective = build_objective(
         objective_config(values), teacher_head_VD=TEACHER_HEAD, chunk_tokens=chunk_tokens
     )
-    hidden_BTD = hidden_rows(group, micro.input_BT.shape[1])
+    hidden_BTD = hidden_rows(group, micro.input_BT.shape[1], below)
     return objective.terms(micro, hidden_BTD, head, denominator)
 
 
@@ -194,13 +197,26 @@ def test_the_full_baseline_is_the_exact_kl() -> None:
     with_baseline = run(values | settings, [[0]])[0]
     without = run(plain | settings, [[0]])[0]
     batch = make_batch(values)
-    student_RV = (STUDENT_HIDDEN[0][1:6] @ HEAD.T).log_softmax(-1)
+    student_RV = (STUDENT_HIDDEN[0][1:-1] @ HEAD.T).log_softmax(-1)
     teacher_RV = (TEACHER_HIDDEN[0] @ TEACHER_HEAD.T).log_softmax(-1)
     kl_R = (student_RV.exp() * (student_RV - teacher_RV)).sum(-1)
     ids = torch.from_numpy(batch.scored[0].rollout.response_ids.astype(np.int64))
     logprob_R = student_RV[torch.arange(5), ids]
     expected = -float((kl_R * logprob_R).sum()) / batch.denominator
     assert with_baseline - without == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_divergence_is_the_weighted_mean_over_the_steps_tokens() -> None:
+    loss = run({"kind": "full"}, [[0, 1, 2, 3]])[0]
+    batch = make_batch({"kind": "full"})
+    total = 0.0
+    for row, (prompt, size) in enumerate(ROWS):
+        student_RV = (STUDENT_HIDDEN[row][prompt - 1 : -1] @ HEAD.T).log_softmax(-1)
+        teacher_RV = (TEACHER_HIDDEN[row] @ TEACHER_HEAD.T).log_softmax(-1)
+        assert len(student_RV) == size
+        kl = (student_RV.exp() * (student_RV - teacher_RV)).sum()
+        total += float(batch.importance_weights[row]) * float(kl)
+    assert loss == pytest.approx(total / (5 * 1.0 + 1 * 0.5 + 7 * 2.0 + 3 * 1.5), rel=1e-5)
 
 
 def test_an_objective_over_hidden_states_without_a_teacher_head_is_refused() -> None:
