@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -64,8 +65,10 @@ def run(config: ConfigOption, overrides: Overrides = None) -> None:
 @app.command()
 def generate(
     config: ConfigOption,
-    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
     overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Default: offline/rollouts.parquet in output_dir.")
+    ] = None,
     step: Annotated[int, typer.Option(min=0, help="Whose prompts and seeds to use.")] = 0,
     num_steps: Annotated[int, typer.Option(min=1, help="How many steps' rollouts.")] = 1,
 ) -> None:
@@ -74,37 +77,53 @@ def generate(
     from qwen3_distill.pipeline import stages
 
     _quiet_libraries()
-    _say(stages.generate(settings, out, first_step=step, num_steps=num_steps, say=_say))
+    target = out or stages.offline_file(settings, "rollouts.parquet")
+    _say(stages.generate(settings, target, first_step=step, num_steps=num_steps, say=_say))
 
 
 @app.command()
 def score(
     config: ConfigOption,
-    rollouts: Annotated[Path, typer.Option(help="Parquet file of `generate`.")],
-    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
     overrides: Overrides = None,
+    rollouts: Annotated[
+        Path | None,
+        typer.Option(help="File of `generate`; default: offline/rollouts.parquet in output_dir."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Default: offline/scored.parquet in output_dir.")
+    ] = None,
 ) -> None:
     """Offline stage 2: add the teacher's scores to a file of rollouts."""
     settings = load_config(config, overrides or ())
     from qwen3_distill.pipeline import stages
 
     _quiet_libraries()
-    _say(stages.score(settings, rollouts, out, say=_say))
+    source = rollouts or stages.offline_file(settings, "rollouts.parquet")
+    target = out or stages.offline_file(settings, "scored.parquet")
+    _say(stages.score(settings, source, target, say=_say))
 
 
 @app.command()
 def train(
     config: ConfigOption,
-    scored: Annotated[Path, typer.Option(help="Parquet file of `score`.")],
-    out: Annotated[Path, typer.Option(help="Directory for the trained student.")],
     overrides: Overrides = None,
+    scored: Annotated[
+        Path | None,
+        typer.Option(help="File of `score`; default: offline/scored.parquet in output_dir."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory for the student; default: offline/student in output_dir."),
+    ] = None,
 ) -> None:
     """Offline stage 3: one optimizer step per step in a file of scored rollouts."""
     settings = load_config(config, overrides or ())
     from qwen3_distill.pipeline import stages
 
     _quiet_libraries()
-    _say(stages.train(settings, scored, out, say=_say))
+    source = scored or stages.offline_file(settings, "scored.parquet")
+    target = out or stages.offline_file(settings, "student")
+    _say(stages.train(settings, source, target, say=_say))
 
 
 @app.command("eval")
@@ -170,10 +189,14 @@ def config_reference() -> None:
     sys.stdout.write(config_reference(RunConfig))
 
 
-def main() -> None:
-    """Entry point: errors of this package become one line and their exit status."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: errors of this package become one line and their exit status.
+
+    Args:
+        arguments: the command line without the program's name; default: the process's.
+    """
     try:
-        app()
+        app(None if arguments is None else list(arguments))
     except DistillError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:

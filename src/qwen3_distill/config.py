@@ -330,6 +330,8 @@ class StudentConfig(Schema):
 
     model: str
     """Directory of the student (Hugging Face layout)."""
+    template_arguments: dict[str, bool | int | str] = Field(default_factory=dict)
+    """Passed to the chat template, e.g. ``{enable_thinking: false}`` for Qwen3."""
 
 
 class EvaluationConfig(Schema):

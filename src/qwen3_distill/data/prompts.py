@@ -1,6 +1,7 @@
 """From raw prompts to token ids, and the order in which a run draws them."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,19 +23,24 @@ class ChatTokenizer(Protocol):
 
 
 def render(
-    raw: RawPrompt, tokenizer: ChatTokenizer, context_length: int, max_new_tokens: int
+    raw: RawPrompt,
+    tokenizer: ChatTokenizer,
+    context_length: int,
+    max_new_tokens: int,
+    template_arguments: Mapping[str, Any] = MappingProxyType({}),
 ) -> Prompt:
     """``raw`` as token ids of the student's chat template, up to where the answer begins.
 
     Args:
         context_length: Positions of the model: prompt and answer together must fit.
         max_new_tokens: Longest answer that will be sampled.
+        template_arguments: Passed to the template, e.g. ``{"enable_thinking": False}``.
 
     Raises:
         DataError: the tokenizer has no chat template, the template refuses the messages, or
             prompt and answer do not fit the context.
     """
-    token_ids = _template_ids(raw, tokenizer)
+    token_ids = _template_ids(raw, tokenizer, template_arguments)
     if len(token_ids) + max_new_tokens > context_length:
         raise DataError(
             f"prompt {raw.prompt_id} has {len(token_ids)} tokens, and with sampling.max_new_tokens="
@@ -48,7 +54,9 @@ def render(
     )
 
 
-def _template_ids(raw: RawPrompt, tokenizer: ChatTokenizer) -> list[int]:
+def _template_ids(
+    raw: RawPrompt, tokenizer: ChatTokenizer, template_arguments: Mapping[str, Any]
+) -> list[int]:
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
@@ -62,7 +70,11 @@ def _template_ids(raw: RawPrompt, tokenizer: ChatTokenizer) -> list[int]:
     try:
         # transformers 5 returns a BatchEncoding unless told otherwise.
         return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **template_arguments,
         )
     except TemplateError as error:
         roles = [message.role for message in raw.messages]
@@ -89,12 +101,14 @@ class PromptStream:
         seed: int,
         context_length: int,
         max_new_tokens: int,
+        template_arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._source = source
         self._tokenizer = tokenizer
         self._seed = seed
         self._context_length = context_length
         self._max_new_tokens = max_new_tokens
+        self._template_arguments = template_arguments
         self._epoch = -1
         self._permutation: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
@@ -109,9 +123,26 @@ class PromptStream:
             raise ValueError(f"start={start}, count={count}: expected both >= 0")
         return [self._prompt(number) for number in range(start, start + count)]
 
+    def check(self) -> None:
+        """Render every prompt of a source that has an end, so that a bad one is met now.
+
+        Raises:
+            DataError: a prompt cannot be rendered, see `render`.
+        """
+        for index in range(self._source.num_prompts or 0):
+            self._render(index)
+
     def _prompt(self, number: int) -> Prompt:
-        raw = self._source.get(self._index(number))
-        return render(raw, self._tokenizer, self._context_length, self._max_new_tokens)
+        return self._render(self._index(number))
+
+    def _render(self, index: int) -> Prompt:
+        return render(
+            self._source.get(index),
+            self._tokenizer,
+            self._context_length,
+            self._max_new_tokens,
+            self._template_arguments,
+        )
 
     def _index(self, number: int) -> int:
         num_prompts = self._source.num_prompts

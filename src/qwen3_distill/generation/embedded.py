@@ -70,6 +70,12 @@ class EmbeddedRolloutEngine:
             raise WeightVersionError(
                 f"{version}: published and served parameters have different names, e.g. {odd}"
             )
+        for name, parameter in own.items():
+            if parameter.shape != published[name].shape:  # copy_ would raise, or broadcast
+                raise WeightVersionError(
+                    f"{version}: {name} was published with shape {tuple(published[name].shape)}, "
+                    f"served with {tuple(parameter.shape)}"
+                )
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(published[name])

@@ -7,9 +7,15 @@ from typing import Any
 
 import torch
 
-from qwen3_distill.config import EvaluationConfig, RunConfig, SampledReverseKL, VerifierConfig
+from qwen3_distill.config import (
+    EvaluationConfig,
+    RunConfig,
+    SampledReverseKL,
+    SamplingConfig,
+    VerifierConfig,
+)
 from qwen3_distill.data.prompts import PromptStream
-from qwen3_distill.data.sources import build_source
+from qwen3_distill.data.sources import PromptSource, build_source
 from qwen3_distill.data.verifiers import build_verifier
 from qwen3_distill.generation.embedded import EmbeddedRolloutEngine
 from qwen3_distill.modeling.loading import load_identity, load_tokenizer, resolve_dtype
@@ -87,14 +93,10 @@ def build_parts(config: RunConfig) -> Parts:
 
 
 def build_prompts(config: RunConfig, text: TextTools) -> PromptStream:
-    """The training prompts, in their order."""
-    return PromptStream(
-        build_source(config.prompts),
-        text.tokenizer,
-        seed=config.seed,
-        context_length=load_identity(config.student.model).context_length,
-        max_new_tokens=config.sampling.max_new_tokens,
-    )
+    """The training prompts in their order, each checked to fit the student's context."""
+    prompts = _stream(config, build_source(config.prompts), text, config.sampling)
+    prompts.check()
+    return prompts
 
 
 def build_engine(config: RunConfig, model_dir: str | None = None) -> RolloutEngine:
@@ -163,17 +165,23 @@ def build_problems(
 ) -> Callable[[int], list[Prompt]]:
     """The first ``n`` held-out problems, always the same ones."""
     source = build_source(evaluation.prompts)
-    limit = load_identity(config.student.model).context_length
-    stream = PromptStream(
-        source,
-        text.tokenizer,
-        seed=config.seed,
-        context_length=limit,
-        max_new_tokens=evaluation.sampling.max_new_tokens,
-    )
+    stream = _stream(config, source, text, evaluation.sampling)
     available = source.num_prompts
 
     def problems(count: int) -> list[Prompt]:
         return stream.take(0, count if available is None else min(count, available))
 
     return problems
+
+
+def _stream(
+    config: RunConfig, source: PromptSource, text: TextTools, sampling: SamplingConfig
+) -> PromptStream:
+    return PromptStream(
+        source,
+        text.tokenizer,
+        seed=config.seed,
+        context_length=load_identity(config.student.model).context_length,
+        max_new_tokens=sampling.max_new_tokens,
+        template_arguments=config.student.template_arguments,
+    )

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from qwen3_distill.errors import CheckpointError
+from qwen3_distill.pipeline.run_folder import full_disk_named
 from qwen3_distill.protocols import Learner
 from qwen3_distill.types import RunCursor, WeightVersion
 
@@ -36,10 +37,12 @@ class CheckpointStore:
     async def save(self, learner: Learner, cursor: RunCursor) -> None:
         """Write a checkpoint and drop the oldest beyond ``keep_last``."""
         self._directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self._directory.glob(".unfinished-*"):  # of a crash
+            shutil.rmtree(leftover)
         temporary = self._directory / f".unfinished-{cursor.step:06d}"
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a crash
         temporary.mkdir()
-        await learner.save_state(temporary)
+        with full_disk_named(temporary):
+            await learner.save_state(temporary)
         _write_json(temporary / _CURSOR, asdict(cursor))
         digests = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
         _write_json(temporary / _DIGESTS, digests)
@@ -49,7 +52,9 @@ class CheckpointStore:
         shutil.rmtree(final, ignore_errors=True)  # a corrupt one that was passed over
         temporary.rename(final)
         _flush(self._directory)
-        for step in self.steps()[: -self._keep_last]:
+        # Later ones were corrupt and passed over: counted, they would push out those that are not.
+        up_to_here = [step for step in self.steps() if step <= cursor.step]
+        for step in up_to_here[: -self._keep_last]:
             shutil.rmtree(self._path(step))
 
     async def restore(self, learner: Learner, warn: Callable[[str], None]) -> RunCursor | None:

@@ -15,7 +15,7 @@ from qwen3_distill.pipeline.build import Parts, build_parts
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.manifest import git_revision, identity_record, machine, versions
 from qwen3_distill.pipeline.recorder import Recorder, render_report, summarize
-from qwen3_distill.pipeline.run_folder import RunFolder
+from qwen3_distill.pipeline.run_folder import RunFolder, full_disk_named
 from qwen3_distill.pipeline.sequential import run_sequential
 from qwen3_distill.reporting.console import ProgressReporter
 from qwen3_distill.scoring.handshake import check_compatible
@@ -56,10 +56,12 @@ async def _run(
         try:
             with _stop_on_interrupt(recorder, progress):
                 cursor = await run_sequential(parts, recorder, cursor)
-            if cursor.step < config.steps:
+            # Asked to stop in the last step, the final evaluation was left out: not complete.
+            if recorder.stop_requested or cursor.step < config.steps:
                 await recorder.checkpoint(cursor)
                 return False
-            await parts.learner.save_student(folder.student)
+            with full_disk_named(folder.student):
+                await parts.learner.save_student(folder.student)
             write_json_atomic(folder.summary, summarize(folder, recorder.wall_s))
             return True
         finally:

@@ -4,15 +4,39 @@ import errno
 import fcntl
 import json
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
 from typing_extensions import Self
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config_io import config_differences, dump_config
 from qwen3_distill.errors import RunFolderError
 from qwen3_distill.utils.files import write_json_atomic
+
+_TORCH_WRITER = re.compile("inline_container|PytorchStreamWriter")
+"""`torch.save` reports a failed write as a RuntimeError that only its text tells from others."""
+
+
+@contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Writing models under ``path``: one error for the ways in which libraries say "disk full".
+
+    Raises:
+        RunFolderError: safetensors or PyTorch could not write.
+    """
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _TORCH_WRITER.search(str(error)):
+            raise
+        raise RunFolderError(
+            f"cannot write {path}: {error}; free space, then start the same command again"
+        ) from error
 
 
 class RunFolder:
@@ -100,11 +124,36 @@ class RunFolder:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, os.EX_OSERR):
                 raise  # file systems without locks are used without one
 
+    def _has_records(self) -> bool:
+        """Whether a step, an evaluation or a checkpoint was made; else any config may start here.
+
+        A start that failed, say on a misspelt path, must not hold the folder for that config.
+        """
+        logs = (self.metrics, self.evaluations)
+        return any(log.exists() and log.stat().st_size for log in logs) or any(
+            self.checkpoints.glob("step-*")
+        )
+
+    def _read_config(self) -> dict[str, Any]:
+        try:
+            values = json.loads(self.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunFolderError(
+                f"{self.config} cannot be read: {error}; restore the file, or choose another "
+                "output_dir"
+            ) from error
+        if not isinstance(values, dict):
+            raise RunFolderError(
+                f"{self.config} holds a {type(values).__name__}, expected a config; restore the "
+                "file, or choose another output_dir"
+            )
+        return values
+
     def _check_config(self, new: dict[str, Any]) -> None:
-        if not self.config.exists():
+        if not self.config.exists() or not self._has_records():
             write_json_atomic(self.config, new)
             return
-        old = json.loads(self.config.read_text())
+        old = self._read_config()
         differences = [
             line
             for line in config_differences(old, new)

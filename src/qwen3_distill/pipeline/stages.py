@@ -18,7 +18,7 @@ from qwen3_distill.data.rollout_files import (
     write_rollouts,
     write_scored,
 )
-from qwen3_distill.errors import ConfigError, DataError
+from qwen3_distill.errors import ConfigError, DataError, RunFolderError
 from qwen3_distill.evaluation.accuracy import EvaluationResult, evaluate
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.pipeline.build import (
@@ -38,6 +38,18 @@ from qwen3_distill.utils.seeds import derive_seed
 
 Say = Callable[[str], None]
 Record = TypeVar("Record")
+
+
+def offline_file(config: RunConfig, name: str) -> Path:
+    """Where a stage's file lies unless told otherwise; its folder is made."""
+    folder = config.output_path / "offline"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(
+            f"{folder} cannot be made: {error.strerror}; choose another output_dir or --out"
+        ) from error
+    return folder / name
 
 
 def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, say: Say) -> str:
