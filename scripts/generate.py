@@ -1,6 +1,6 @@
 """Offline stage 1: same as `qwen3-distill generate`.
 
-    python scripts/generate.py --config configs/default.yaml
+python scripts/generate.py --config configs/default.yaml
 """
 
 import sys

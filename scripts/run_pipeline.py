@@ -1,6 +1,6 @@
 """The whole run: same as `qwen3-distill run`.
 
-    python scripts/run_pipeline.py --config configs/default.yaml
+python scripts/run_pipeline.py --config configs/default.yaml
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Offline stage 2: same as `qwen3-distill score`.
 
-    python scripts/score.py --config configs/default.yaml
+python scripts/score.py --config configs/default.yaml
 """
 
 import sys

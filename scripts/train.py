@@ -1,6 +1,6 @@
 """Offline stage 3: same as `qwen3-distill train`.
 
-    python scripts/train.py --config configs/default.yaml
+python scripts/train.py --config configs/default.yaml
 """
 
 import sys

@@ -57,7 +57,7 @@ def run(config: ConfigOption, overrides: Overrides = None) -> None:
     from qwen3_distill.reporting.console import make_reporter
 
     _quiet_libraries()
-    if not run_pipeline(settings, make_reporter(settings.steps), _warn):
+    if run_pipeline(settings, make_reporter(settings.steps), _warn) is None:
         _warn("stopped and saved; start the same command again to go on")
         raise typer.Exit(INTERRUPTED_EXIT_CODE)
 

@@ -338,7 +338,9 @@ class EvaluationConfig(Schema):
     """Held-out accuracy before, during and after the run."""
 
     prompts: PromptsConfig
+    """Held-out problems, always the same first ones."""
     verifier: VerifierConfig
+    """What counts as correct."""
     every_steps: PositiveInt = 25
     num_problems: PositiveInt = 500
     final_num_problems: PositiveInt | None = None
@@ -404,17 +406,25 @@ class RunConfig(Schema):
     steps: PositiveInt
     """Optimizer steps."""
     prompts_per_step: PositiveInt
+    """Prompts drawn for one optimizer step."""
     samples_per_prompt: PositiveInt = 1
+    """Rollouts of each of them."""
     student: StudentConfig
     prompts: PromptsConfig
+    """Where training prompts come from."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     generation: GenerationConfig
+    """The engine that samples from the student."""
     scoring: ScoringConfig
+    """The teacher and the engine that scores with it."""
     training: TrainingConfig
+    """The learner."""
     objective: ObjectiveConfig
+    """What is minimised; see concepts.md."""
     verifier: VerifierConfig | None = None
     """Checks training rollouts: for the task reward, and for the metric ``rollout/accuracy``."""
     evaluation: EvaluationConfig | None = None
+    """Null: the run is not evaluated."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     pipeline: PipelineConfig = Field(default_factory=lambda: SequentialPipeline(kind="sequential"))

@@ -25,30 +25,42 @@ from qwen3_distill.utils.files import write_json_atomic
 INTERRUPTED_EXIT_CODE = 130
 
 
-def run(config: RunConfig, progress: ProgressReporter, warn: Callable[[str], None]) -> bool:
+def run(
+    config: RunConfig,
+    progress: ProgressReporter,
+    warn: Callable[[str], None],
+    adapt: Callable[[Parts], Parts] = lambda parts: parts,
+) -> dict[str, Any] | None:
     """Distil as configured, going on from the newest checkpoint of the run folder.
 
+    Args:
+        warn: told about what does not stop the run, e.g. a corrupt checkpoint.
+        adapt: may replace parts before the run, e.g. the teacher of a control experiment.
+
     Returns:
-        Whether the run is complete; False after a first Ctrl-C, when the step was finished and a
-        checkpoint written.
+        The run's summary; None after a first Ctrl-C, when the step was finished and saved.
     """
     with RunFolder(config) as folder, progress:
         if folder.is_finished:
             progress.stage(f"the run in {folder.path} is complete; remove the folder to run again")
-        elif not asyncio.run(_run(config, folder, progress, warn)):
-            return False
-        report = render_report(folder.path, config)
-        progress.finish(folder.read_summary(), report)
-        return True
+        elif not asyncio.run(_run(config, folder, progress, warn, adapt)):
+            return None
+        summary = folder.read_summary()
+        progress.finish(summary, render_report(folder.path, config))
+        return summary
 
 
 async def _run(
-    config: RunConfig, folder: RunFolder, progress: ProgressReporter, warn: Callable[[str], None]
+    config: RunConfig,
+    folder: RunFolder,
+    progress: ProgressReporter,
+    warn: Callable[[str], None],
+    adapt: Callable[[Parts], Parts],
 ) -> bool:
     progress.stage("checking that student and teacher match")
     check_compatible(load_identity(config.student.model), load_identity(config.scoring.model))
     progress.stage("loading models")
-    parts = build_parts(config)
+    parts = adapt(build_parts(config))
     try:
         cursor = await _restore(parts, folder, progress, warn)
         _write_manifest(parts, folder, cursor.step)

@@ -19,10 +19,10 @@ def config_reference(root: type[BaseModel]) -> str:
         "Unknown keys, wrong types and impossible combinations are refused.",
         "`qwen3-distill config show --config FILE` prints a config with all defaults.",
         "",
-        *_section(root.__name__, schema),
+        *_section(root.__name__, schema, definitions),
     ]
     for name in _reachable(schema, definitions):
-        lines += _section(name, definitions[name])
+        lines += _section(name, definitions[name], definitions)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -50,9 +50,10 @@ def _references(node: Any) -> Iterator[str]:
             yield from _references(value)
 
 
-def _section(name: str, schema: dict[str, Any]) -> list[str]:
+def _section(name: str, schema: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
     rows = [
-        f"| `{key}` | {_type(value)} | {_default(key, value, schema)} | {_text(value)} |"
+        f"| `{key}` | {_type(value)} | {_default(key, value, schema)} | "
+        f"{_text(value, definitions)} |"
         for key, value in schema.get("properties", {}).items()
     ]
     table = ["| key | type | default | meaning |", "|---|---|---|---|", *rows]
@@ -91,8 +92,12 @@ def _default(key: str, value: dict[str, Any], schema: dict[str, Any]) -> str:
     return "its own defaults"
 
 
-def _text(value: dict[str, Any]) -> str:
-    return _one_line(value.get("description", "")).replace("|", "\\|")
+def _text(value: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """The key's own description, else that of the one section it stands for."""
+    sections = list(_references(value))
+    inherited = definitions[sections[0]] if len(sections) == 1 else {}
+    text = value.get("description") or inherited.get("description", "")
+    return _one_line(text).replace("|", "\\|")
 
 
 def _one_line(text: str) -> str:

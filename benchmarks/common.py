@@ -1,0 +1,32 @@
+"""What every benchmark shares: the form of its result."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from qwen3_distill.pipeline.manifest import git_revision, machine, versions
+from qwen3_distill.utils.files import write_json_atomic
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write_result(name: str, figures: dict[str, float], **details: Any) -> Path:
+    """Write ``results/<name>.json`` with the command, commit, machine and versions."""
+    revision = git_revision(Path(__file__).parent) or {"commit": "unknown", "dirty": True}
+    script = Path(sys.argv[0])
+    command = shlex.join(["python", f"benchmarks/{script.name}", *sys.argv[1:]])
+    path = RESULTS / f"{name}.json"
+    write_json_atomic(
+        path,
+        {
+            "name": name,
+            "command": command,
+            "commit": revision["commit"] + ("+changes" if revision["dirty"] else ""),
+            "machine": machine(),
+            "versions": versions(),
+            "figures": figures,
+            **details,
+        },
+    )
+    return path
