@@ -7,6 +7,9 @@ import torch
 
 from tests.tiny_models import TinyModels, write_tiny_models
 
+# Tiny models gain nothing from a second thread, and lose much where the cores are shared.
+torch.set_num_threads(1)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

@@ -31,8 +31,8 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, oldest first."""
-        found = self._directory.glob("step-[0-9]*")
-        return sorted(int(path.name.removeprefix("step-")) for path in found)
+        names = [path.name.removeprefix("step-") for path in self._directory.glob("step-*")]
+        return sorted(int(name) for name in names if name.isdecimal())
 
     async def save(self, learner: Learner, cursor: RunCursor) -> None:
         """Write a checkpoint and drop the oldest beyond ``keep_last``."""
@@ -90,6 +90,9 @@ class CheckpointStore:
         directory = self._path(step)
         try:
             digests = json.loads((directory / _DIGESTS).read_text())
+            unlisted = {path.name for path in directory.iterdir()} - {_DIGESTS, *digests}
+            if unlisted:
+                raise CheckpointError(f"{directory / _DIGESTS} does not list {sorted(unlisted)}")
             for name, digest in digests.items():
                 if _sha256(directory / name) != digest:
                     raise CheckpointError(f"{directory / name} does not match its digest")

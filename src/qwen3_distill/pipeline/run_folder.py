@@ -57,8 +57,12 @@ class RunFolder:
                 f"run folder {self.path} cannot be written: {error.strerror}; choose another "
                 "output_dir"
             ) from error
-        self._acquire()
-        self._check_config(dump_config(config))
+        try:
+            self._acquire()
+            self._check_config(dump_config(config))
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def config(self) -> Path:
@@ -161,7 +165,8 @@ class RunFolder:
         ]
         if differences:
             shown = "\n  ".join(differences[:8])
-            self.close()
+            if len(differences) > 8:
+                shown += f"\n  and {len(differences) - 8} more"
             raise RunFolderError(
                 f"run folder {self.path} was made by another config:\n  {shown}\n"
                 "choose another output_dir, or remove the folder to start again"

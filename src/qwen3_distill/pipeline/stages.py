@@ -31,6 +31,7 @@ from qwen3_distill.pipeline.build import (
     build_teacher,
 )
 from qwen3_distill.pipeline.requests import in_request_order, make_batch, requests_for_step
+from qwen3_distill.pipeline.run_folder import full_disk_named
 from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.types import Rollout, ScoredRollout
 from qwen3_distill.utils.files import write_json_atomic
@@ -135,7 +136,8 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
             batch = make_batch(group, task_reward_weight=weight, is_correct=is_correct)
             update = await learner.update(batch)
             say(f"step {step}: loss {update.loss:.5f}, gradient norm {update.grad_norm:.4f}")
-        await learner.save_student(out)
+        with full_disk_named(out):
+            await learner.save_student(out)
 
     asyncio.run(update_steps())
     return f"student after {learner.version.step} steps: {out}"

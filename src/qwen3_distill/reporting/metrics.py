@@ -172,7 +172,10 @@ class MetricsLog:
     def _unusable(self, error: OSError) -> RunFolderError:
         if isinstance(error, RunFolderError):
             return error
-        return RunFolderError(f"{self._path} cannot be written: {error.strerror or error}")
+        return RunFolderError(
+            f"{self._path} cannot be written: {error.strerror or error}; free space or choose "
+            "another output_dir. What was saved is kept: the same command goes on from there"
+        )
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:

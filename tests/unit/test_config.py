@@ -1,0 +1,212 @@
+"""The schema and what leads to it: files, overrides, dumps, comparisons."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from qwen3_distill.config import RunConfig
+from qwen3_distill.config_io import (
+    check_config,
+    config_differences,
+    dump_config,
+    load_config,
+    load_values,
+)
+from qwen3_distill.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+MINIMAL = """
+output_dir: runs/x
+steps: 3
+prompts_per_step: 2
+student: {model: models/s}
+prompts: {kind: task}
+generation: {kind: embedded}
+scoring: {kind: embedded, model: models/t}
+training: {kind: embedded}
+objective: {kind: full}
+"""
+
+EVERYTHING = """
+output_dir: runs/y
+seed: 7
+steps: 3
+prompts_per_step: 2
+samples_per_prompt: 4
+student: {model: models/s}
+prompts: {kind: jsonl, path: a.jsonl, answer_field: answer, limit: 5}
+sampling: {temperature: 0.7, max_new_tokens: 9}
+generation: {kind: embedded, device: cpu, dtype: bfloat16, max_sequences: 3}
+scoring: {kind: embedded, model: models/t, batch_tokens: 100}
+training:
+  kind: embedded
+  tuning: {kind: lora, rank: 4, target_modules: [q_proj]}
+  optimizer:
+    learning_rate: 1e-3
+    betas: [0.8, 0.9]
+    schedule: {kind: warmup_cosine, warmup_steps: 2}
+objective:
+  kind: sampled_reverse_kl
+  kl_baseline: {kind: top_k, k: 8}
+  task_reward_weight: 0.5
+verifier: {kind: math}
+evaluation:
+  prompts: {kind: parquet, path: b.parquet, answer_field: answer}
+  verifier: {kind: math}
+logging:
+  trackers: [{kind: wandb, project: p, offline: true}, {kind: trackio, project: p}]
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    file = tmp_path / "minimal.yaml"
+    file.write_text(MINIMAL)
+    return file
+
+
+def parsed(text: str) -> RunConfig:
+    file_values = yaml.safe_load(text.replace("1e-3", "0.001"))
+    return check_config(file_values)
+
+
+# --- Round trips ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [MINIMAL, EVERYTHING], ids=["minimal", "everything"])
+def test_dump_is_json_and_leads_back_to_the_same_config(text: str, tmp_path: Path) -> None:
+    config = parsed(text)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(dump_config(config)))
+    assert load_config(file) == config
+    assert config_differences(dump_config(load_config(file)), dump_config(config)) == []
+
+
+def test_dump_holds_the_defaults_too() -> None:
+    dumped = dump_config(parsed(MINIMAL))
+    assert dumped.keys() == RunConfig.model_fields.keys()
+    assert dumped["pipeline"] == {"kind": "sequential"}
+    assert dumped["training"]["optimizer"]["schedule"] == {"kind": "constant"}
+
+
+def test_there_are_configs_to_check() -> None:
+    assert CONFIGS, "configs/ has no *.yaml"
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_shipped_config_is_valid(file: Path) -> None:
+    config = load_config(file)
+    assert check_config(dump_config(config)) == config
+
+
+# --- Strictness -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "steps='3'",
+        "steps=3.0",
+        "steps=true",
+        "sampling.temperature='1.0'",
+        "logging.tensorboard=1",
+        "logging.tensorboard='yes'",
+        "output_dir=3",
+        "seed=null",
+        "sampling.temperature=.inf",
+        "sampling.temperature=.nan",
+        "sampling.top_p=1.5",
+        "training.optimizer.betas=[0.9]",
+        "training.optimizer.betas=[0.9, 1.0]",
+    ],
+)
+def test_nothing_is_coerced(override: str, minimal: Path) -> None:
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        load_config(minimal, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 1e-3), ("2E5", 2e5), (".5e1", 5.0), ("1", 1.0), ("1.0e-5", 1e-5)]
+)
+def test_floats_may_be_written_as_people_write_them(text: str, value: float, minimal: Path) -> None:
+    config = load_config(minimal, [f"training.optimizer.learning_rate={text}"])
+    assert config.training.optimizer.learning_rate == value
+
+
+def test_configs_are_frozen() -> None:
+    config = parsed(MINIMAL)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.steps = 4
+    with pytest.raises(ValidationError, match="frozen"):
+        config.training.optimizer.learning_rate = 1.0
+
+
+def test_all_problems_are_named_at_once(minimal: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal, ["steps=0", "seed=-1", "objective.kind=none"])
+    assert all(word in str(caught.value) for word in ("steps", "seed", "objective.kind"))
+
+
+# --- Overrides ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "get", "expected"),
+    [
+        (["steps=9"], lambda c: c.steps, 9),
+        (["sampling.temperature=2"], lambda c: c.sampling.temperature, 2.0),
+        (["output_dir=a=b"], lambda c: c.output_dir, "a=b"),
+        (["output_dir='7'"], lambda c: c.output_dir, "7"),
+        (["prompts.limit=4", "prompts.limit=null"], lambda c: c.prompts.limit, None),
+        (["steps=5", "steps=6"], lambda c: c.steps, 6),
+        (["objective={kind: top_k, k: 3}"], lambda c: c.objective.k, 3),
+        (["objective.kind=top_k", "objective.k=3"], lambda c: c.objective.k, 3),
+        (
+            ["objective={kind: sampled_reverse_kl}", "objective.kl_baseline.kind=full"],
+            lambda c: c.objective.kl_baseline.kind,
+            "full",
+        ),
+        (["training.optimizer.betas=[0.1, 0.2]"], lambda c: c.training.optimizer.betas, (0.1, 0.2)),
+        (
+            ["logging.trackers=[{kind: trackio, project: p}]"],
+            lambda c: c.logging.trackers[0].project,
+            "p",
+        ),
+        (["evaluation=null"], lambda c: c.evaluation, None),
+    ],
+)
+def test_overrides_replace_values_in_order(
+    overrides: list[str], get: Callable[[Any], object], expected: object, minimal: Path
+) -> None:
+    assert get(load_config(minimal, overrides)) == expected
+
+
+@pytest.mark.parametrize("override", ["steps", "=1", " =1", "steps.x=1", "steps=[", "a: b"])
+def test_malformed_overrides_are_refused(override: str, minimal: Path) -> None:
+    with pytest.raises(ConfigError, match="override"):
+        load_values(minimal, [override])
+
+
+# --- Comparison -----------------------------------------------------------------------------------
+
+
+def test_equal_configs_have_no_differences() -> None:
+    assert config_differences(dump_config(parsed(MINIMAL)), dump_config(parsed(MINIMAL))) == []
+
+
+def test_differences_name_the_leaf_with_both_values() -> None:
+    old = {"a": {"b": 1, "c": 2, "gone": 3}, "list": [1, 2]}
+    new = {"a": {"b": 1, "c": 5, "new": None}, "list": [1, 3]}
+    assert config_differences(old, new) == [
+        "a.c: 2 -> 5",
+        "a.gone: 3 -> 'absent'",
+        "a.new: 'absent' -> None",
+        "list: [1, 2] -> [1, 3]",
+    ]

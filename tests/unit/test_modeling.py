@@ -1,0 +1,340 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qwen3_distill.errors import ConfigError, ModelError
+from qwen3_distill.modeling import digest
+from qwen3_distill.modeling.digest import weights_digest
+from qwen3_distill.modeling.head import entropy, logits_of, map_chunks, token_stats
+from qwen3_distill.modeling.loading import (
+    load_identity,
+    load_model,
+    load_tokenizer,
+    output_head,
+    resolve_device,
+    resolve_dtype,
+)
+from tests.tiny_models import (
+    CONTEXT_LENGTH,
+    EOS_ID,
+    VOCAB_SIZE,
+    TinyModels,
+    byte_tokenizer,
+    write_model,
+)
+
+CPU = torch.device("cpu")
+
+# --- Digest -------------------------------------------------------------------------------------
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+
+
+def random_weights(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "a": (10 * torch.randn(5, 7, generator=generator)).to(dtype),
+        "b": (10 * torch.randn(11, generator=generator)).to(dtype),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_clones_have_one_digest(dtype: torch.dtype) -> None:
+    weights = random_weights(dtype)
+    clones = {name: weights[name].clone() for name in reversed(weights)}
+    assert weights_digest(clones) == weights_digest(weights)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_single_bit_shows(dtype: torch.dtype) -> None:
+    weights = random_weights(dtype)
+    width = 8 * weights["a"].element_size()
+    integer = {8: torch.int8, 16: torch.int16, 32: torch.int32}[width]
+    seen = {weights_digest(weights)}
+    for element in (0, 17, 34):
+        for bit in range(width):
+            flipped = weights["a"].clone()
+            flipped.view(integer).view(-1)[element] ^= torch.tensor(1).bitwise_left_shift(bit)
+            seen.add(weights_digest({**weights, "a": flipped}))
+    assert len(seen) == 1 + 3 * width
+
+
+def test_the_order_of_rows_and_elements_shows() -> None:
+    weights = random_weights()
+    rows, columns = weights["a"].clone(), weights["a"].clone()
+    rows[[1, 3]] = rows[[3, 1]]
+    columns[:, [0, 6]] = columns[:, [6, 0]]
+    digests = {weights_digest({**weights, "a": a}) for a in (weights["a"], rows, columns)}
+    assert len(digests) == 3
+
+
+def test_names_shapes_and_dtypes_show() -> None:
+    weights = random_weights()
+    variants = [
+        weights,
+        {"a": weights["a"], "c": weights["b"]},
+        {"a": weights["a"]},
+        {"a": weights["a"].reshape(7, 5), "b": weights["b"]},
+        {"a": weights["a"].view(torch.int32), "b": weights["b"]},
+        {"a": weights["a"].T.contiguous(), "b": weights["b"]},
+    ]
+    assert len({weights_digest(variant) for variant in variants}) == len(variants)
+
+
+def test_exchanged_tensors_of_one_shape_show() -> None:
+    one, other = torch.randn(3, 3), torch.randn(3, 3)
+    assert weights_digest({"a": one, "b": other}) != weights_digest({"a": other, "b": one})
+
+
+def test_memory_layout_does_not_show() -> None:
+    tensor = torch.randn(6, 4)
+    strided = tensor.T.contiguous().T
+    assert not strided.is_contiguous()
+    assert weights_digest({"a": strided}) == weights_digest({"a": tensor})
+
+
+def test_the_sign_of_zero_shows() -> None:
+    assert weights_digest({"a": torch.zeros(3)}) != weights_digest({"a": -torch.zeros(3)})
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 34, 35, 36])
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    weights = random_weights()
+    whole = weights_digest(weights)
+    monkeypatch.setattr(digest, "_CHUNK", chunk)
+    assert weights_digest(weights) == whole
+
+
+def test_both_sides_of_a_chunk_boundary_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digest, "_CHUNK", 8)
+    digests = set()
+    for element in range(20):
+        tensor = torch.zeros(20)
+        tensor[element] = 1
+        digests.add(weights_digest({"a": tensor}))
+    assert len(digests) == 20
+
+
+@pytest.mark.gpu
+def test_the_device_does_not_show() -> None:
+    weights = random_weights()
+    assert weights_digest({n: w.cuda() for n, w in weights.items()}) == weights_digest(weights)
+
+
+# --- Head ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 9, 100])
+def test_chunked_logprobs_and_their_gradients_are_those_of_the_whole(chunk_tokens: int) -> None:
+    hidden, head = torch.randn(9, 6, requires_grad=True), torch.randn(12, 6, requires_grad=True)
+    target, cotangent = torch.arange(9), torch.randn(9)
+    whole = torch.log_softmax(hidden @ head.T, dim=-1)
+    stats = token_stats(hidden, head, target, chunk_tokens=chunk_tokens)
+    torch.testing.assert_close(stats.logprob_N, whole[torch.arange(9), target])
+    torch.testing.assert_close(stats.entropy_N, -(whole.exp() * whole).sum(-1).detach())
+    assert not stats.entropy_N.requires_grad
+    ours = torch.autograd.grad(stats.logprob_N @ cotangent, (hidden, head))
+    expected = torch.autograd.grad(whole[torch.arange(9), target] @ cotangent, (hidden, head))
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_map_chunks_keeps_order_and_columns() -> None:
+    rows, other = torch.arange(10.0), torch.arange(10.0, 20.0)
+    doubled, summed = map_chunks(lambda a, b: (2 * a, a + b), (rows, other), chunk_tokens=3)
+    assert doubled.tolist() == (2 * rows).tolist()
+    assert summed.tolist() == (rows + other).tolist()
+
+
+def test_logits_are_float32_inside_autocast() -> None:
+    hidden, head = torch.randn(4, 64), torch.randn(8, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = logits_of(hidden, head)
+        rounded = torch.nn.functional.linear(hidden, head)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, hidden @ head.T)
+    assert (rounded.float() - hidden @ head.T).abs().max() > 1e-3
+
+
+def test_entropy_of_a_uniform_distribution_is_the_logarithm_of_its_size() -> None:
+    logprobs = torch.log_softmax(torch.zeros(2, 8), dim=-1)
+    torch.testing.assert_close(entropy(logprobs), torch.full((2,), 8.0).log())
+
+
+# --- Loading ------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> torch.nn.Module:
+    return load_model(path, device=CPU, dtype=torch.float32)
+
+
+@pytest.fixture
+def model_dir(tiny_models: TinyModels, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(tiny_models.teacher, tmp_path / "model"))
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(content | changes), encoding="utf-8")
+
+
+def no_directory(path: Path) -> None:
+    shutil.rmtree(path)
+
+
+def no_config(path: Path) -> None:
+    (path / "config.json").unlink()
+
+
+def broken_config(path: Path) -> None:
+    (path / "config.json").write_text("{", encoding="utf-8")
+
+
+def config_is_a_list(path: Path) -> None:
+    (path / "config.json").write_text("[]", encoding="utf-8")
+
+
+def other_architecture(path: Path) -> None:
+    edit_json(path / "config.json", model_type="llama")
+
+
+def no_weights(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+
+
+def missing_tensor(path: Path) -> None:
+    weights = load_file(path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def missing_head(path: Path) -> None:
+    weights = load_file(path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def other_shape(path: Path) -> None:
+    edit_json(path / "config.json", intermediate_size=72)
+
+
+def truncated_weights(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:2000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (no_directory, r"does not exist \(working directory .*\); give the path"),
+        (no_config, "has no config.json"),
+        (broken_config, "not a JSON object"),
+        (config_is_a_list, "not a JSON object"),
+        (other_architecture, "model_type is 'llama', expected one of qwen3"),
+        (no_weights, "no .*safetensors file: the weights are missing"),
+        (missing_tensor, "weights are missing: model.layers.1.mlp.up_proj.weight"),
+        (missing_head, "weights are missing: lm_head.weight"),
+        (other_shape, "cannot be loaded"),
+        (truncated_weights, "cannot be loaded"),
+    ],
+)
+def test_a_directory_without_a_whole_model_is_refused(
+    model_dir: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(model_dir)
+    with pytest.raises(ModelError, match=message):
+        load(model_dir)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_is_loaded_whole_and_for_evaluation(tiny_models: TinyModels, dtype: str) -> None:
+    model = load_model(tiny_models.teacher, device=CPU, dtype=resolve_dtype(dtype))
+    stored = load_file(tiny_models.teacher / "model.safetensors")
+    own = dict(model.named_parameters())
+    assert own.keys() == stored.keys()
+    assert all(torch.equal(own[n], w.to(resolve_dtype(dtype))) for n, w in stored.items())
+    assert not model.training
+
+
+def test_the_output_head_of_a_tied_model_is_its_embedding(tiny_models: TinyModels) -> None:
+    tied = load_model(tiny_models.student, device=CPU, dtype=torch.float32)
+    assert output_head(tied) is tied.get_input_embeddings().weight
+    untied = load_model(tiny_models.teacher, device=CPU, dtype=torch.float32)
+    assert output_head(untied) is untied.get_parameter("lm_head.weight")
+
+
+def test_cuda_by_name_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == resolve_device("cpu") == CPU
+    with pytest.raises(ConfigError, match="device=cuda, but PyTorch sees no CUDA device"):
+        resolve_device("cuda")
+
+
+def test_cuda_is_taken_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    names = ("auto", "cuda", "cpu")
+    assert [resolve_device(name).type for name in names] == ["cuda", "cuda", "cpu"]
+
+
+# --- Tokenizer and identity ---------------------------------------------------------------------
+
+
+def test_a_directory_without_a_fast_tokenizer_is_refused(model_dir: Path) -> None:
+    (model_dir / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"has no tokenizer\.json"):
+        load_tokenizer(model_dir)
+
+
+@pytest.mark.parametrize("content", ["", "{"])
+def test_a_broken_tokenizer_is_refused(model_dir: Path, content: str) -> None:
+    (model_dir / "tokenizer.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ModelError, match="no usable tokenizer"):
+        load_tokenizer(model_dir)
+
+
+def test_the_identity_is_read_from_the_directory(tiny_models: TinyModels) -> None:
+    identity = load_identity(tiny_models.student)
+    assert identity.name == str(tiny_models.student)
+    assert identity.vocab_size == VOCAB_SIZE
+    assert identity.eos_ids == {EOS_ID}
+    assert identity.context_length == CONTEXT_LENGTH
+
+
+def test_using_a_tokenizer_does_not_change_its_digest(model_dir: Path) -> None:
+    before = load_identity(model_dir)
+    tokenizer = byte_tokenizer()
+    tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)
+    tokenizer.save_pretrained(model_dir)
+    assert load_identity(model_dir).tokenizer_digest == before.tokenizer_digest
+
+
+def test_the_generation_config_decides_what_ends_a_response(model_dir: Path) -> None:
+    edit_json(model_dir / "generation_config.json", eos_token_id=[256, 258])
+    assert load_identity(model_dir).eos_ids == {256, 258}
+
+
+def test_without_a_generation_config_the_models_eos_counts(tmp_path: Path) -> None:
+    model_dir = write_model(tmp_path / "model", seed=0, eos_token_id=[EOS_ID, 3])
+    (model_dir / "generation_config.json").unlink()
+    assert load_identity(model_dir).eos_ids == {EOS_ID, 3}
+
+
+def test_the_tokenizers_eos_is_the_last_resort(model_dir: Path) -> None:
+    (model_dir / "generation_config.json").unlink()
+    edit_json(model_dir / "config.json", eos_token_id=None)
+    assert load_identity(model_dir).eos_ids == {EOS_ID}
+
+
+def test_a_model_that_could_never_stop_is_refused(model_dir: Path) -> None:
+    (model_dir / "generation_config.json").unlink()
+    edit_json(model_dir / "config.json", eos_token_id=None)
+    edit_json(model_dir / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(ModelError, match=r"no eos_token_id .* a rollout could never end"):
+        load_identity(model_dir)
