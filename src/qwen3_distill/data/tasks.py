@@ -2,8 +2,8 @@
 
 A problem is an expression such as ``17+5*3-8=``, evaluated strictly from left to right modulo a
 small prime. The expected answer writes one equation per operator and then the result:
-``17+5=22;22*3=4;4-8=27;#27`` (modulo 31). A wrong value anywhere changes every later line unless
-it is repaired: ``22*3=5!22*3=4;`` takes the value 5 back and redoes the step.
+``17+5=3;3*3=9;9-8=1;#1`` (modulo 19). A wrong value anywhere changes every later line unless it
+is repaired: ``3*3=5!3*3=9;`` takes the value 5 back and redoes the step.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -80,7 +81,7 @@ def load_model(path: str | Path, *, device: torch.device, dtype: torch.dtype) ->
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{directory}: cannot be loaded: {error}") from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
@@ -103,12 +104,15 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         ModelError: there is none.
     """
     directory = check_model_dir(path)
+    if not (directory / "tokenizer.json").is_file():
+        # transformers would make up an empty tokenizer from the model type, without a warning.
+        raise ModelError(f"{directory} has no tokenizer.json: needs a fast tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise ModelError(f"{directory}: no usable tokenizer: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ModelError(f"{directory}: needs a fast tokenizer (tokenizer.json)")
+        raise ModelError(f"{directory}: needs a fast tokenizer, has {type(tokenizer).__name__}")
     return tokenizer
 
 

@@ -14,11 +14,11 @@ import pytest
 from qwen3_distill.data.tasks import ChainTask, Problem, Split
 
 TASK = ChainTask()
-PROBLEM = Problem(problem_id="hand-made", text="17+5*3-8=", answer="27")
+PROBLEM = Problem(problem_id="hand-made", text="17+5*3*6=", answer="16")
 
 
 def test_known_solution() -> None:
-    assert TASK.worked_solution(PROBLEM) == "17+5=22;22*3=4;4-8=27;#27"
+    assert TASK.worked_solution(PROBLEM) == "17+5=3;3*3=9;9*6=16;#16"
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
@@ -138,9 +138,9 @@ def test_error_rate_is_respected() -> None:
 @pytest.mark.parametrize(
     "response",
     [
-        "#27",
-        "17+5=22;22*3=4;4-8=27;#27",
-        "17+5=22;22*3=5!22*3=4;4-8=27;#27",
+        "#16",
+        "17+5=3;3*3=9;9*6=16;#16",
+        "17+5=3;3*3=5!3*3=9;9*6=16;#16",
     ],
 )
 def test_check_accepts(response: str) -> None:
@@ -151,26 +151,26 @@ def test_check_accepts(response: str) -> None:
     "response",
     [
         "",
-        "27",
+        "16",
         "#",
-        "#28",
-        "#2",
-        "#127",
-        "#027",
-        "#-27",
-        "#+27",
-        "# 27",
-        "#27 ",
-        "#27\n",
-        "#27;",
-        "#27#27",
-        "#28#27",
-        "##27",
-        "#27.0",
-        "#\u0662\u0667",
-        "17+5=22;22*3=4;4-8=27;",
-        "17+5=22;22*3=4;4-8=27;#27<|end|>",
-        "#27 and more",
+        "#17",
+        "#1",
+        "#116",
+        "#016",
+        "#-16",
+        "#+16",
+        "# 16",
+        "#16 ",
+        "#16\n",
+        "#16;",
+        "#16#16",
+        "#17#16",
+        "##16",
+        "#16.0",
+        "#\u0661\u0666",
+        "17+5=3;3*3=9;9*6=16;",
+        "17+5=3;3*3=9;9*6=16;#16<|end|>",
+        "#16 and more",
     ],
 )
 def test_check_rejects(response: str) -> None:

@@ -1,0 +1,135 @@
+"""Small builders shared by the contract suites."""
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen3_distill.modeling.digest import weights_digest
+from qwen3_distill.modeling.loading import load_model
+from qwen3_distill.protocols import RolloutEngine
+from qwen3_distill.types import (
+    FinishReason,
+    Prompt,
+    Rollout,
+    RolloutRequest,
+    SamplingSpec,
+    VersionSpan,
+    WeightVersion,
+)
+from qwen3_distill.weights.memory import MemoryChannel
+from tests.tiny_models import EOS_ID
+
+T = TypeVar("T")
+
+VERSION = WeightVersion(step=0, digest="synthetic")
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(work)
+
+
+def draws_after(action: Callable[[], object]) -> tuple[float, float, float]:
+    """The next numbers of the global generators, each seeded before the action."""
+    random.seed(3)
+    np.random.seed(3)
+    torch.manual_seed(3)
+    action()
+    return random.random(), np.random.random(), torch.rand(()).item()
+
+
+def make_prompt(length: int, seed: int = 0) -> Prompt:
+    """Random byte tokens."""
+    ids = np.random.default_rng([seed, length]).integers(0, 256, size=length)
+    return Prompt(prompt_id=f"p{seed}/{length}", token_ids=ids.astype(np.int32))
+
+
+def make_spec(seed: int = 0, **overrides: Any) -> SamplingSpec:
+    settings: dict[str, Any] = {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_new_tokens": 24,
+    }
+    return SamplingSpec(seed=seed, **(settings | overrides))
+
+
+def make_request(rollout_id: str, prompt: Prompt, spec: SamplingSpec) -> RolloutRequest:
+    return RolloutRequest(rollout_id=rollout_id, prompt=prompt, sampling=spec)
+
+
+def ragged_requests(count: int = 14, **overrides: Any) -> list[RolloutRequest]:
+    """Prompts of 1 to 40 tokens, 1 to 30 new tokens, one seed each."""
+    return [
+        make_request(
+            f"r{i}",
+            make_prompt(1 + (i * 17) % 40, seed=i),
+            make_spec(seed=100 + i, **({"max_new_tokens": 1 + (i * 11) % 30} | overrides)),
+        )
+        for i in range(count)
+    ]
+
+
+def generate(engine: RolloutEngine, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+    """All rollouts, in the order of the requests, each exactly once."""
+
+    async def collect() -> list[Rollout]:
+        return [rollout async for rollout in engine.generate(requests)]
+
+    rollouts = run(collect())
+    by_id = {rollout.rollout_id: rollout for rollout in rollouts}
+    assert len(by_id) == len(rollouts) == len(requests)
+    return [by_id[request.rollout_id] for request in requests]
+
+
+def synthetic_rollout(
+    prompt_tokens: int,
+    response_tokens: int,
+    seed: int = 0,
+    *,
+    behavior_logprobs: Iterable[float] | None = None,
+    version: WeightVersion = VERSION,
+) -> Rollout:
+    """Random tokens that no model sampled, for scorers and learners."""
+    rng = np.random.default_rng([seed, prompt_tokens, response_tokens])
+    values = np.full(response_tokens, -5.0) if behavior_logprobs is None else behavior_logprobs
+    return Rollout(
+        rollout_id=f"s{seed}/{prompt_tokens}+{response_tokens}",
+        prompt=make_prompt(prompt_tokens, seed),
+        sampling=make_spec(seed, max_new_tokens=response_tokens),
+        response_ids=rng.integers(0, 256, size=response_tokens).astype(np.int32),
+        behavior_logprobs=np.array(list(values), dtype=np.float32),
+        versions=(VersionSpan(start=0, stop=response_tokens, version=version),),
+        finish_reason=FinishReason.LENGTH,
+    )
+
+
+def directory_weights(model_dir: Path) -> dict[str, Tensor]:
+    model = load_model(model_dir, device=torch.device("cpu"), dtype=torch.float32)
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def likelier_eos(weights: Mapping[str, Tensor], factor: float = 2.0) -> dict[str, Tensor]:
+    """Weights of a tied model that ends an answer about every 40 tokens."""
+    changed = {name: tensor.clone() for name, tensor in weights.items()}
+    changed["model.embed_tokens.weight"][EOS_ID] *= factor
+    return changed
+
+
+def published(weights: Mapping[str, Tensor], step: int = 0) -> tuple[WeightVersion, MemoryChannel]:
+    """A channel that holds the weights under their true digest."""
+    version = WeightVersion(step=step, digest=weights_digest(weights))
+    channel = MemoryChannel()
+    channel.publish(version, weights)
+    return version, channel
+
+
+def serve(engine: RolloutEngine, weights: Mapping[str, Tensor], step: int = 0) -> WeightVersion:
+    version, channel = published(weights, step)
+    run(engine.load(version, channel))
+    return version

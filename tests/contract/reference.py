@@ -1,0 +1,118 @@
+"""What the engines are compared with: one plain Hugging Face forward per sequence, and loops.
+
+Nothing here pads, batches, caches, chunks or imports the code under test.
+
+Shape letters: R response tokens, V vocabulary, K candidates, D hidden size.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from qwen3_distill.scoring.request import HiddenRequest, SampledRequest, ScoreRequest, TopKRequest
+from qwen3_distill.types import HiddenScore, Rollout, TeacherScore, TopKScore
+
+
+def reference_model(
+    model_dir: Path, weights: Mapping[str, Tensor] | None = None
+) -> PreTrainedModel:
+    """Hugging Face's own float32 model, with other weights where some are given."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if weights is not None:
+                parameter.copy_(weights[name])
+    return model
+
+
+def head_of(model: PreTrainedModel) -> torch.nn.Linear:
+    head = model.get_output_embeddings()
+    assert isinstance(head, torch.nn.Linear)
+    return head
+
+
+def response_positions(model: PreTrainedModel, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Hidden states [R, D] and logits [R, V] that each response token is predicted from."""
+    ids = torch.tensor([[*rollout.prompt.token_ids.tolist(), *rollout.response_ids.tolist()]])
+    out = model(ids, output_hidden_states=True)
+    first = rollout.prompt.token_ids.size - 1
+    return out.hidden_states[-1][0, first:-1], out.logits[0, first:-1]
+
+
+def response_logprobs(model: PreTrainedModel, rollout: Rollout) -> Tensor:
+    """[R, V] nats at temperature 1."""
+    return torch.log_softmax(response_positions(model, rollout)[1], dim=-1)
+
+
+def token_logprobs(model: PreTrainedModel, rollout: Rollout) -> NDArray[np.float32]:
+    """[R] nats of the response tokens, at temperature 1."""
+    with torch.no_grad():
+        logprobs = response_logprobs(model, rollout)
+    target = torch.tensor(rollout.response_ids.tolist()).unsqueeze(-1)
+    return logprobs.gather(-1, target).squeeze(-1).numpy()
+
+
+def behavior_logprobs(
+    model: PreTrainedModel, rollout: Rollout, *, temperature: float | None = None
+) -> NDArray[np.float64]:
+    """[R] nats under the distribution that the rollout's `SamplingSpec` describes."""
+    spec = rollout.sampling
+    with torch.no_grad():
+        logits = response_positions(model, rollout)[1].double().numpy()
+    logits = logits / (temperature or spec.temperature)
+    rows = zip(logits, rollout.response_ids.tolist(), strict=True)
+    return np.array([truncated_logprobs(row, spec.top_k, spec.top_p)[token] for row, token in rows])
+
+
+def truncated_logprobs(
+    logits_V: NDArray[np.float64], top_k: int, top_p: float
+) -> NDArray[np.float64]:
+    """[V]: top-k, then the fewest most likely tokens of what is left that reach top_p."""
+    kept = sorted(range(len(logits_V)), key=lambda token: -logits_V[token])
+    if top_k > 0:
+        kept = kept[:top_k]
+    weights = {token: np.exp(logits_V[token]) for token in kept}
+    total, mass, nucleus = sum(weights.values()), 0.0, []
+    for token in kept:
+        if mass >= top_p:
+            break
+        nucleus.append(token)
+        mass += weights[token] / total
+    out = np.full(len(logits_V), -np.inf)
+    total = sum(weights[token] for token in nucleus)
+    for token in nucleus:
+        out[token] = np.log(weights[token] / total)
+    return out
+
+
+def reference_score(
+    model: PreTrainedModel, rollout: Rollout, request: ScoreRequest
+) -> TeacherScore:
+    """The score that a teacher owes for a rollout."""
+    logprobs = token_logprobs(model, rollout)
+    with torch.no_grad():
+        hidden_RD, _ = response_positions(model, rollout)
+        logprobs_RV = response_logprobs(model, rollout)
+    match request:
+        case SampledRequest():
+            return TeacherScore(teacher_id="reference", logprobs=logprobs)
+        case TopKRequest(k=k):
+            top = torch.topk(logprobs_RV, k)
+            return TopKScore(
+                teacher_id="reference",
+                logprobs=logprobs,
+                candidate_ids=top.indices.numpy().astype(np.int32),
+                candidate_logprobs=top.values.numpy(),
+            )
+        case HiddenRequest():
+            return HiddenScore(teacher_id="reference", logprobs=logprobs, hidden=hidden_RD.numpy())
+
+
+def largest_gap(left: NDArray[np.floating], right: NDArray[np.floating]) -> float:
+    assert left.shape == right.shape
+    return float(np.abs(left - right).max())

@@ -1,0 +1,306 @@
+"""The contract of `TeacherScorer`, and the handshake that comes before the first score."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from qwen3_distill.errors import HandshakeError
+from qwen3_distill.modeling.loading import load_identity
+from qwen3_distill.protocols import TeacherScorer
+from qwen3_distill.scoring.handshake import check_compatible, check_repeatable
+from qwen3_distill.scoring.request import HiddenRequest, SampledRequest, ScoreRequest, TopKRequest
+from qwen3_distill.types import HiddenScore, ModelIdentity, Rollout, TeacherScore, TopKScore
+from tests.contract.adapters import TEACHERS, TeacherAdapter
+from tests.contract.builders import make_prompt, run, synthetic_rollout
+from tests.contract.reference import (
+    head_of,
+    largest_gap,
+    reference_model,
+    reference_score,
+    response_logprobs,
+    token_logprobs,
+)
+from tests.tiny_models import CONTEXT_LENGTH, TinyModels, byte_tokenizer, write_model
+
+PARITY_NATS = 1e-4
+"""Between two float32 forward passes; 5e-6 was seen. A wrong shift is off by nats."""
+REPEAT_NATS = 1e-5
+FAR_NATS = 0.5
+
+K = 5
+REQUESTS = {
+    "sampled": SampledRequest(),
+    "top_k": TopKRequest(k=K),
+    "hidden": HiddenRequest(),
+}
+
+
+@pytest.fixture(scope="module", params=TEACHERS)
+def adapter(request: pytest.FixtureRequest) -> TeacherAdapter:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_models: TinyModels) -> PreTrainedModel:
+    return reference_model(tiny_models.teacher)
+
+
+@pytest.fixture(scope="module")
+def teacher(adapter: TeacherAdapter, tiny_models: TinyModels) -> TeacherScorer:
+    return adapter.build(tiny_models.teacher)
+
+
+RAGGED = [
+    synthetic_rollout(prompt_tokens, response_tokens, seed)
+    for seed, (prompt_tokens, response_tokens) in enumerate(
+        [(1, 1), (30, 1), (1, 40), (7, 12), (64, 3), (20, CONTEXT_LENGTH - 20), (5, 12), (2, 2)]
+    )
+]
+
+
+# --- Scores -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rollout", RAGGED, ids=lambda rollout: rollout.rollout_id)
+def test_logprobs_of_one_rollout_are_the_teachers(
+    teacher: TeacherScorer, reference: PreTrainedModel, rollout: Rollout
+) -> None:
+    (score,) = run(teacher.score([rollout]))
+    assert largest_gap(score.logprobs, token_logprobs(reference, rollout)) < PARITY_NATS
+
+
+@pytest.mark.parametrize("request_kind", REQUESTS.values(), ids=REQUESTS.keys())
+@pytest.mark.parametrize(("batch_tokens", "chunk_tokens"), [(1, 1), (300, 7), (100_000, 100_000)])
+def test_scores_are_the_teachers_at_any_batch_and_chunk_size(
+    adapter: TeacherAdapter,
+    tiny_models: TinyModels,
+    reference: PreTrainedModel,
+    request_kind: ScoreRequest,
+    batch_tokens: int,
+    chunk_tokens: int,
+) -> None:
+    build = adapter.build
+    sized = build(
+        tiny_models.teacher, request_kind, batch_tokens=batch_tokens, chunk_tokens=chunk_tokens
+    )
+    plain = build(tiny_models.teacher, request_kind)
+    scored = zip(RAGGED, run(sized.score(RAGGED)), run(plain.score(RAGGED)), strict=True)
+    for rollout, score, same in scored:
+        assert largest_gap(score.logprobs, same.logprobs) < REPEAT_NATS
+        assert_same_score(score, reference_score(reference, rollout, request_kind))
+
+
+def assert_same_score(score: TeacherScore, expected: TeacherScore) -> None:
+    """Equal up to rounding, in everything that the kind of score holds."""
+    assert type(score) is type(expected)
+    assert largest_gap(score.logprobs, expected.logprobs) < PARITY_NATS
+    if isinstance(score, TopKScore) and isinstance(expected, TopKScore):
+        assert score.candidate_ids.tolist() == expected.candidate_ids.tolist()
+        assert largest_gap(score.candidate_logprobs, expected.candidate_logprobs) < PARITY_NATS
+    if isinstance(score, HiddenScore) and isinstance(expected, HiddenScore):
+        assert largest_gap(score.hidden, expected.hidden) < PARITY_NATS
+
+
+def test_scores_come_in_the_order_of_the_rollouts(teacher: TeacherScorer) -> None:
+    forward = run(teacher.score(RAGGED))
+    backward = run(teacher.score(RAGGED[::-1]))
+    for one, other in zip(forward, backward[::-1], strict=True):
+        assert largest_gap(one.logprobs, other.logprobs) < REPEAT_NATS
+
+
+def test_hidden_states_and_the_head_give_the_whole_distribution(
+    adapter: TeacherAdapter, tiny_models: TinyModels, reference: PreTrainedModel
+) -> None:
+    head_VD = head_of(reference).weight.detach()
+    for rollout, score in score_all(adapter, tiny_models.teacher, HiddenRequest()):
+        assert isinstance(score, HiddenScore)
+        rebuilt_RV = torch.log_softmax(torch.tensor(score.hidden) @ head_VD.T, dim=-1)
+        with torch.no_grad():
+            expected_RV = response_logprobs(reference, rollout)
+        assert largest_gap(rebuilt_RV.numpy(), expected_RV.numpy()) < PARITY_NATS
+
+
+def test_candidates_are_of_the_full_distribution(
+    adapter: TeacherAdapter, tiny_models: TinyModels
+) -> None:
+    for _, score in score_all(adapter, tiny_models.teacher, TopKRequest(k=K)):
+        assert isinstance(score, TopKScore)
+        assert score.candidate_ids.shape == (score.logprobs.size, K)
+        assert (np.diff(score.candidate_logprobs) <= 0).all()
+        assert (np.exp(score.candidate_logprobs).sum(axis=1) < 0.999).all()
+
+
+def score_all(
+    adapter: TeacherAdapter, model_dir: Path, request_kind: ScoreRequest
+) -> list[tuple[Rollout, TeacherScore]]:
+    scores = run(adapter.build(model_dir, request_kind).score(RAGGED))
+    return list(zip(RAGGED, scores, strict=True))
+
+
+def test_no_rollouts_give_no_scores(teacher: TeacherScorer) -> None:
+    assert run(teacher.score([])) == []
+
+
+def test_the_sampling_temperature_does_not_touch_the_score(teacher: TeacherScorer) -> None:
+    rollout = RAGGED[3]
+    hot = replace(rollout, sampling=replace(rollout.sampling, temperature=3.0, top_k=2))
+    plain_score, hot_score = run(teacher.score([rollout, hot]))
+    assert largest_gap(plain_score.logprobs, hot_score.logprobs) < REPEAT_NATS
+
+
+# --- Negative controls: what the tolerance tells apart ------------------------------------------
+
+
+def test_a_shift_by_one_token_would_fail_the_parity_check(
+    teacher: TeacherScorer, reference: PreTrainedModel
+) -> None:
+    for rollout, score in zip(RAGGED, run(teacher.score(RAGGED)), strict=True):
+        if rollout.num_tokens > 2:
+            shifted = np.roll(token_logprobs(reference, rollout), 1)
+            assert largest_gap(score.logprobs, shifted) > FAR_NATS
+
+
+def test_a_response_scored_without_its_prompt_would_fail_the_parity_check(
+    teacher: TeacherScorer, reference: PreTrainedModel
+) -> None:
+    rollout = RAGGED[3]
+    (score,) = run(teacher.score([rollout]))
+    foreign = replace(rollout, prompt=make_prompt(rollout.prompt.token_ids.size, seed=99))
+    assert largest_gap(score.logprobs, token_logprobs(reference, foreign)) > FAR_NATS
+
+
+def test_another_teacher_would_fail_the_parity_check(
+    teacher: TeacherScorer, tiny_models: TinyModels
+) -> None:
+    other = reference_model(tiny_models.student)
+    for rollout, score in zip(RAGGED, run(teacher.score(RAGGED)), strict=True):
+        if rollout.num_tokens > 2:
+            assert largest_gap(score.logprobs, token_logprobs(other, rollout)) > FAR_NATS
+
+
+# --- Who scores ---------------------------------------------------------------------------------
+
+
+def test_the_teacher_id_names_the_exact_weights(adapter: TeacherAdapter, tmp_path: Path) -> None:
+    ids = [
+        adapter.build(write_model(tmp_path / str(run_number) / "teacher", seed=seed)).teacher_id
+        for run_number, seed in enumerate([0, 0, 1])
+    ]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_every_score_names_its_teacher(teacher: TeacherScorer) -> None:
+    assert {score.teacher_id for score in run(teacher.score(RAGGED))} == {teacher.teacher_id}
+
+
+def test_the_identity_is_the_directorys(teacher: TeacherScorer, tiny_models: TinyModels) -> None:
+    assert teacher.identity == load_identity(tiny_models.teacher)
+
+
+def test_close_may_be_called_twice(adapter: TeacherAdapter, tiny_models: TinyModels) -> None:
+    closable = adapter.build(tiny_models.teacher)
+    run(closable.close())
+    run(closable.close())
+
+
+# --- Handshake ----------------------------------------------------------------------------------
+
+
+def test_student_and_teacher_of_one_family_are_compatible(tiny_models: TinyModels) -> None:
+    check_compatible(load_identity(tiny_models.student), load_identity(tiny_models.teacher))
+
+
+def other_tokenizer(model_dir: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["qwen"])
+    tokenizer.save_pretrained(model_dir)
+
+
+def other_chat_template(model_dir: Path) -> None:
+    byte_tokenizer(chat_template="{{ messages }}").save_pretrained(model_dir)
+
+
+def no_chat_template(model_dir: Path) -> None:
+    (model_dir / "chat_template.jinja").unlink()
+    byte_tokenizer(chat_template=None).save_pretrained(model_dir)
+
+
+def other_vocab_size(model_dir: Path) -> None:
+    write_model(model_dir, seed=1, vocab_size=264)
+
+
+def other_eos(model_dir: Path) -> None:
+    write_model(model_dir, seed=1, eos_token_id=[257, 256])
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (other_tokenizer, "tokenizer_digest"),
+        (other_chat_template, "chat_template_digest"),
+        (no_chat_template, "chat_template_digest"),
+        (other_vocab_size, "vocab_size"),
+        (other_eos, "eos_ids"),
+    ],
+)
+def test_a_teacher_that_differs_is_refused_by_name(
+    tiny_models: TinyModels, tmp_path: Path, change: Callable[[Path], None], name: str
+) -> None:
+    model_dir = write_model(tmp_path / "teacher", seed=1)
+    change(model_dir)
+    with pytest.raises(HandshakeError) as error:
+        check_compatible(load_identity(tiny_models.student), load_identity(model_dir))
+    lines = str(error.value).splitlines()
+    assert [line.split(":")[0].strip() for line in lines[1:]] == [name]
+
+
+def test_every_difference_is_named_at_once(tiny_models: TinyModels) -> None:
+    student = load_identity(tiny_models.student)
+    teacher = replace(student, vocab_size=1, eos_ids=frozenset([1, 2]), name="other")
+    with pytest.raises(HandshakeError, match=r"vocab_size: student 260, teacher 1; (.|\n)*eos_ids"):
+        check_compatible(student, teacher)
+
+
+def test_context_lengths_may_differ(tiny_models: TinyModels) -> None:
+    student = load_identity(tiny_models.student)
+    check_compatible(student, replace(student, context_length=2 * student.context_length))
+
+
+# --- Repeatability ------------------------------------------------------------------------------
+
+
+class FakeBatchDependentTeacher:
+    """Scores a token by how many rollouts are scored beside it."""
+
+    teacher_id = "fake"
+
+    def __init__(self, identity: ModelIdentity, nats_per_rollout: float) -> None:
+        self.identity = identity
+        self._nats_per_rollout = nats_per_rollout
+
+    async def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
+        value = -self._nats_per_rollout * len(rollouts)
+        return [
+            TeacherScore(teacher_id=self.teacher_id, logprobs=np.full(r.num_tokens, value))
+            for r in rollouts
+        ]
+
+    async def close(self) -> None:
+        return None
+
+
+def test_a_teacher_that_repeats_itself_passes(teacher: TeacherScorer) -> None:
+    worst = run(check_repeatable(teacher, RAGGED, tolerance_nats=REPEAT_NATS))
+    assert 0 <= worst < REPEAT_NATS
+
+
+def test_a_batch_dependent_teacher_fails(teacher: TeacherScorer) -> None:
+    fake = FakeBatchDependentTeacher(teacher.identity, nats_per_rollout=0.01)
+    with pytest.raises(HandshakeError, match=r"fake: .* differ by 0.0200 nats, more than 0.01"):
+        run(check_repeatable(fake, RAGGED[:3], tolerance_nats=0.01))
+    assert run(check_repeatable(fake, RAGGED[:3], tolerance_nats=0.03)) == pytest.approx(0.02)
