@@ -16,6 +16,7 @@ def write_result(name: str, figures: dict[str, float], **details: Any) -> Path:
     revision = git_revision(Path(__file__).parent) or {"commit": "unknown", "dirty": True}
     script = Path(sys.argv[0])
     command = shlex.join(["python", f"benchmarks/{script.name}", *sys.argv[1:]])
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     write_json_atomic(
         path,

@@ -3,9 +3,9 @@
 import os
 
 # Threads that wait for each other spin for milliseconds by default. Where another process wants the
-# same cores that made steps slower by a factor of ten; a short spin costs nothing on idle cores.
+# same cores that made steps several times slower; a short spin costs little on idle cores.
 # Must be set before torch loads its OpenMP runtime.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import json
 import sys

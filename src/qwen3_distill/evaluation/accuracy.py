@@ -94,8 +94,8 @@ def accuracy_interval(rates: np.ndarray, samples_per_problem: int) -> tuple[floa
     trials = float(num_problems)
     if samples_per_problem > 1 and num_problems > 1:
         variance = float(rates.var(ddof=1)) / num_problems
-        if variance > 0:
-            trials = mean * (1 - mean) / variance
+        if 0 < mean < 1:
+            trials = mean * (1 - mean) / variance if variance > 0 else math.inf
         trials = min(max(trials, num_problems), num_problems * samples_per_problem)
     centre = (mean + Z_95**2 / (2 * trials)) / (1 + Z_95**2 / trials)
     spread = math.sqrt(mean * (1 - mean) / trials + Z_95**2 / (4 * trials**2))

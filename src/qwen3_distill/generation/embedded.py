@@ -49,6 +49,7 @@ class EmbeddedRolloutEngine:
         self._model.requires_grad_(False)
         self._max_sequences = max_sequences
         self._version: WeightVersion | None = None
+        self._num_decoding = 0
 
     @property
     def version(self) -> WeightVersion:
@@ -60,6 +61,9 @@ class EmbeddedRolloutEngine:
         return self._version
 
     async def load(self, version: WeightVersion, channel: WeightChannel) -> None:
+        if self._num_decoding:
+            # Their later tokens would come from the new weights under the old version's name.
+            raise WeightVersionError(f"cannot load {version} while rollouts are being sampled")
         self._version = None  # a failure half-way must not leave the old version in name
         published = channel.fetch(version)
         if weights_digest(published) != version.digest:
@@ -85,9 +89,13 @@ class EmbeddedRolloutEngine:
         self._version = version
 
     async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
-        for start in range(0, len(requests), self._max_sequences):
-            for rollout in self._decode(requests[start : start + self._max_sequences]):
-                yield rollout
+        self._num_decoding += 1
+        try:
+            for start in range(0, len(requests), self._max_sequences):
+                for rollout in self._decode(requests[start : start + self._max_sequences]):
+                    yield rollout
+        finally:
+            self._num_decoding -= 1
 
     async def close(self) -> None:
         return None

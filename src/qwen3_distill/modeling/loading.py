@@ -109,7 +109,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         raise ModelError(f"{directory} has no tokenizer.json: needs a fast tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises plain Exception
         raise ModelError(f"{directory}: no usable tokenizer: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError(f"{directory}: needs a fast tokenizer, has {type(tokenizer).__name__}")

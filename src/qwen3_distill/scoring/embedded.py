@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwen3_distill.errors import ConfigError, DataError
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.head import logits_of, map_chunks
 from qwen3_distill.modeling.loading import (
@@ -42,6 +43,11 @@ class EmbeddedTeacher:
         self._device = resolve_device(device)
         self._model = load_model(model_dir, device=self._device, dtype=resolve_dtype(dtype))
         self._model.requires_grad_(False)
+        if isinstance(request, TopKRequest) and request.k > self._identity.vocab_size:
+            raise ConfigError(
+                f"the objective asks for the top {request.k} tokens, and the teacher's vocabulary "
+                f"has {self._identity.vocab_size}; lower k"
+            )
         self._request = request
         self._batch_tokens = batch_tokens
         self._chunk_tokens = chunk_tokens
@@ -63,6 +69,12 @@ class EmbeddedTeacher:
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
         lengths = [r.prompt.token_ids.size + r.response_ids.size for r in rollouts]
+        for rollout, length in zip(rollouts, lengths, strict=True):
+            if length > self._identity.context_length:
+                raise DataError(
+                    f"rollout {rollout.rollout_id} has {length} tokens, more than the teacher's "
+                    f"context of {self._identity.context_length}; lower sampling.max_new_tokens"
+                )
         scores: dict[int, TeacherScore] = {}
         for group in pack_by_tokens(lengths, self._batch_tokens):
             group_scores = self._score_batch([rollouts[index] for index in group])

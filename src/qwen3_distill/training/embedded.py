@@ -7,11 +7,13 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -127,13 +129,16 @@ class EmbeddedLearner:
         torch.save(self._optimizer.state_dict(), directory / "optimizer.pt")
 
     async def load_state(self, directory: Path, version: WeightVersion) -> None:
-        saved = load_file(directory / "weights.safetensors")
-        if saved.keys() != self._trained.keys():
+        try:
+            saved = load_file(directory / "weights.safetensors")
+            state = torch.load(directory / "optimizer.pt", weights_only=True)
+        except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+            raise CheckpointError(f"{directory}: cannot be read: {error}") from error
+        if _shapes(saved) != _shapes(self._trained):
             raise CheckpointError(f"{directory}: holds other parameters than this run trains")
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(saved[name])
-        state = torch.load(directory / "optimizer.pt", weights_only=True)
         self._optimizer.load_state_dict(state)
         digest = weights_digest(self._named_weights())
         if digest != version.digest:
@@ -207,13 +212,24 @@ class EmbeddedLearner:
         return dict(_plain_parameters(self._core))
 
 
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
 def _with_lora(base: PreTrainedModel, tuning: LoraTuning, seed: int) -> PreTrainedModel:
     """Put adapters into the model, initialised from the seed alone; the base is frozen."""
-    names = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
-    unknown = sorted(set(tuning.target_modules) - names)
+    # Only layers inside the blocks: an adapter on a tied embedding or on the head would not be in
+    # the weight that the head is applied with.
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in base.model.layers.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    unknown = sorted(set(tuning.target_modules) - linear)
     if unknown:
         raise ConfigError(
-            f"training.tuning.target_modules: the student has no module {', '.join(unknown)}"
+            f"training.tuning.target_modules: {', '.join(unknown)} is no linear layer of the "
+            f"student's blocks; they are {', '.join(sorted(linear))}"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
