@@ -30,7 +30,7 @@ def run_demo(seed: int, folder: Path) -> dict[str, Any]:
         check=True,
     )
     wall_s = time.perf_counter() - started
-    return {"seed": seed, "wall_s": wall_s, **json.loads((folder / "summary.json").read_text())}
+    return {"seed": seed, "command_wall_s": wall_s, **json.loads((folder / "summary.json").read_text())}
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
             "min_after": min(after),
             "mean_after": sum(after) / len(after),
             "teacher": min(run["accuracy"]["teacher"]["value"] for run in runs),
-            "max_wall_s": max(run["wall_s"] for run in runs),
+            "max_wall_s": max(run["command_wall_s"] for run in runs),
         },
         runs=runs,
     )
