@@ -1,0 +1,316 @@
+"""An object in a process of its own, under its own interpreter, reached over a local socket.
+
+The controller's side is `WorkerProcess`: it starts the process, calls methods, reads streams, and
+knows when the process has died. The worker's side is `serve_worker`, run by a small module that
+imports its engine there and nowhere else.
+
+Frames are pickles over a Unix socket in a directory that only this user can enter. Both sides are
+this package, so records (numpy only) cross unchanged; no engine's types ever do.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import inspect
+import os
+import pickle
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import traceback
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen3_distill.errors import DistillError, EngineError
+
+_LENGTH = struct.Struct("<Q")
+_PR_SET_PDEATHSIG = 1
+_CONNECT_TIMEOUT_S = 60.0
+_SHUTDOWN_GRACE_S = 10.0
+_LOG_TAIL_BYTES = 3000
+
+
+class WorkerDied(EngineError):
+    """The process ended or broke its connection. Whatever it had not answered is lost."""
+
+
+class WorkerProcess:
+    """A worker and the calls that wait for it.
+
+    Args:
+        name: names the worker in errors and its log file.
+        python: interpreter of the worker's own environment.
+        module: module that calls `serve_worker` when run with ``-m``.
+        log: file that takes the worker's output; appended to.
+        environment: variables set for the worker, beside those of this process.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        python: str,
+        module: str,
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = name
+        self._python = python
+        self._module = module
+        self._log = log
+        self._environment = dict(environment or {})
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._reader_task: asyncio.Task[None] | None = None
+        self._waiting: dict[int, asyncio.Queue[tuple[str, Any]]] = {}
+        self._next_call = 0
+        self._write_lock = asyncio.Lock()
+        self._death: WorkerDied | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._death is None
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> None:
+        """Start the process and connect.
+
+        Raises:
+            WorkerDied: it ended before it connected; the message ends with its last output.
+        """
+        self._death = None
+        directory = Path(tempfile.mkdtemp(prefix="qwen3-distill-"))
+        connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+        connected = asyncio.get_running_loop().create_future()
+
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if not connected.done():
+                connected.set_result((reader, writer))
+
+        server = await asyncio.start_unix_server(accept, directory / "socket")
+        try:
+            self._process = await self._spawn(directory / "socket")
+            reader, self._writer = await self._first(connected)
+        finally:
+            server.close()
+            shutil.rmtree(directory, ignore_errors=True)
+        self._reader_task = asyncio.create_task(self._read(reader))
+
+    async def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
+        """Call a method of the worker's object and wait for what it returns.
+
+        Raises:
+            WorkerDied: the process died before it answered.
+            EngineError: the method raised, or did not answer within ``timeout_s``.
+        """
+        call, answers = await self._send(method, arguments)
+        try:
+            kind, value = await asyncio.wait_for(answers.get(), timeout_s)
+        except asyncio.TimeoutError:
+            raise EngineError(f"{self.name}: no answer to {method} within {timeout_s} s") from None
+        finally:
+            self._waiting.pop(call, None)
+        return self._unwrap(kind, value)
+
+    async def stream(self, method: str, *arguments: Any) -> AsyncIterator[Any]:
+        """Call an asynchronous generator of the worker's object and yield what it yields."""
+        call, answers = await self._send(method, arguments)
+        try:
+            while True:
+                kind, value = await answers.get()
+                if kind == "end":
+                    return
+                yield self._unwrap(kind, value)
+        finally:
+            self._waiting.pop(call, None)
+
+    async def close(self) -> None:
+        """End the process and everything it started. May be called more than once."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if self._writer is not None:
+            self._writer.close()  # the worker's sign to leave
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(process.wait(), _SHUTDOWN_GRACE_S)
+        _kill_group(process.pid)
+        await process.wait()
+        if self._reader_task is not None:
+            self._reader_task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reader_task
+
+    def kill(self) -> None:
+        """SIGKILL the whole group at once; for a worker that hangs, and for tests."""
+        if self._process is not None:
+            _kill_group(self._process.pid)
+
+    async def _spawn(self, socket: Path) -> asyncio.subprocess.Process:
+        # The worker imports this package from the very files that run here.
+        source = str(Path(__file__).parents[2])
+        path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
+        environment = {**os.environ, "PYTHONPATH": path, **self._environment}
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as log:
+            try:
+                return await asyncio.create_subprocess_exec(
+                    self._python,
+                    "-m",
+                    self._module,
+                    str(socket),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    start_new_session=True,  # its children can be ended with it
+                )
+            except OSError as error:
+                raise WorkerDied(
+                    f"{self.name}: cannot start {self._python}: {error.strerror}; set `python` to "
+                    "the interpreter of an environment that has the engine"
+                ) from error
+
+    async def _first(
+        self, connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """The connection, unless the process ends before there is one."""
+        assert self._process is not None
+        ended = asyncio.create_task(self._process.wait())
+        done, _ = await asyncio.wait(
+            {connected, ended}, timeout=_CONNECT_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+        )
+        if connected in done:
+            ended.cancel()
+            return connected.result()
+        self.kill()
+        raise WorkerDied(f"{self.name} did not start{self._last_output()}")
+
+    async def _send(
+        self, method: str, arguments: Sequence[Any]
+    ) -> tuple[int, asyncio.Queue[tuple[str, Any]]]:
+        if self._death is not None:
+            raise self._death
+        if self._writer is None:
+            raise WorkerDied(f"{self.name} is not running: start it first")
+        call = self._next_call
+        self._next_call += 1
+        answers = self._waiting[call] = asyncio.Queue()
+        try:
+            async with self._write_lock:
+                await _write_frame(self._writer, (call, method, tuple(arguments)))
+        except (ConnectionError, OSError) as error:
+            self._waiting.pop(call, None)
+            raise WorkerDied(f"{self.name} closed its connection: {error}") from error
+        return call, answers
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        """Deal answers to those who wait; when the connection ends, fail them all."""
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                call, kind, value = await _read_frame(reader)
+                if call in self._waiting:
+                    self._waiting[call].put_nowait((kind, value))
+        self._death = WorkerDied(f"{self.name} died{self._last_output()}")
+        for answers in self._waiting.values():
+            answers.put_nowait(("died", self._death))
+
+    def _unwrap(self, kind: str, value: Any) -> Any:
+        if kind == "value":
+            return value
+        if kind == "died":
+            raise value
+        if isinstance(value, DistillError):
+            raise value
+        raise EngineError(f"{self.name}: {value}")
+
+    def _last_output(self) -> str:
+        try:
+            with self._log.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
+                tail = log.read().decode(errors="replace").strip()
+        except OSError:
+            return ""
+        return f"; the end of {self._log}:\n{tail}" if tail else f"; {self._log} is empty"
+
+
+def serve_worker(target: object) -> None:
+    """Serve ``target``'s public methods to the controller that started this process.
+
+    Ends when the controller closes the connection, and is killed by the kernel when the
+    controller dies. Asynchronous methods run side by side; a synchronous one blocks all others.
+    """
+    _die_with_parent()
+    asyncio.run(_serve(target, sys.argv[1]))
+
+
+async def _serve(target: object, socket: str) -> None:
+    reader, writer = await asyncio.open_unix_connection(socket)
+    lock = asyncio.Lock()
+    running: set[asyncio.Task[None]] = set()
+    with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        while True:
+            call, method, arguments = await _read_frame(reader)
+            task = asyncio.create_task(_answer(target, writer, lock, call, method, arguments))
+            running.add(task)
+            task.add_done_callback(running.discard)
+    for task in running:
+        task.cancel()
+    shutdown = getattr(target, "shutdown", None)
+    if shutdown is not None:
+        shutdown()
+
+
+async def _answer(
+    target: object,
+    writer: asyncio.StreamWriter,
+    lock: asyncio.Lock,
+    call: int,
+    method: str,
+    arguments: tuple[Any, ...],
+) -> None:
+    async def send(kind: str, value: Any) -> None:
+        async with lock:
+            await _write_frame(writer, (call, kind, value))
+
+    try:
+        result = getattr(target, method)(*arguments)
+        if inspect.isasyncgen(result):
+            async for item in result:
+                await send("value", item)
+            await send("end", None)
+        else:
+            await send("value", await result if inspect.isawaitable(result) else result)
+    except DistillError as error:
+        await send("error", error)
+    except Exception as error:  # noqa: BLE001 - the boundary: every failure becomes an answer
+        traceback.print_exc()  # whole in the worker's log
+        await send("error", f"{method}: {type(error).__name__}: {error}")
+
+
+async def _write_frame(writer: asyncio.StreamWriter, value: Any) -> None:
+    payload = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+    writer.write(_LENGTH.pack(len(payload)))
+    writer.write(payload)
+    await writer.drain()
+
+
+async def _read_frame(reader: asyncio.StreamReader) -> Any:
+    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+    return pickle.loads(await reader.readexactly(length))
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _die_with_parent() -> None:
+    """Linux: have the kernel kill this process when its parent dies."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,45 @@
+"""A worker for tests: answers, streams, fails, dies and hangs on request. Imports no engine."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+
+from qwen3_distill.errors import DataError
+from qwen3_distill.utils.worker import serve_worker
+
+
+class Echo:
+    """What the worker serves."""
+
+    def add(self, left: int, right: int) -> int:
+        return left + right
+
+    async def after(self, delay_s: float, value: str) -> str:
+        await asyncio.sleep(delay_s)
+        return value
+
+    async def count(self, stop: int) -> AsyncIterator[int]:
+        for value in range(stop):
+            await asyncio.sleep(0)
+            yield value
+
+    def variable(self, name: str) -> str | None:
+        return os.environ.get(name)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def known_error(self) -> None:
+        raise DataError("row 7 is odd")
+
+    def unknown_error(self) -> None:
+        raise ZeroDivisionError("by hand")
+
+    def die(self) -> None:
+        os.write(2, b"last words\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    serve_worker(Echo())
