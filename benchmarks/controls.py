@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from common import write_result
 from qwen3_distill.config import RunConfig
@@ -113,6 +114,7 @@ ARMS: dict[str, Callable[[Parts], Parts]] = {
 
 def run_arm(name: str, seed: int, folder: Path) -> dict[str, Any]:
     """One run of one arm; its summary."""
+    torch.set_num_threads(1)  # several runs share the cores
     config = arm_config(name, seed, folder)
     shutil.rmtree(config.output_path, ignore_errors=True)
     print(f"== {name}, seed {config.seed}", flush=True)
