@@ -9,11 +9,12 @@ from qwen3_distill.pipeline.manifest import git_revision, machine, versions
 from qwen3_distill.utils.files import write_json_atomic
 
 RESULTS = Path(__file__).parent / "results"
+_REVISION = git_revision(Path(__file__).parent) or {"commit": "unknown", "dirty": True}
+"""Of the code that is imported, not of what is committed while a long benchmark runs."""
 
 
 def write_result(name: str, figures: dict[str, float], **details: Any) -> Path:
     """Write ``results/<name>.json`` with the command, commit, machine and versions."""
-    revision = git_revision(Path(__file__).parent) or {"commit": "unknown", "dirty": True}
     script = Path(sys.argv[0])
     command = shlex.join(["python", f"benchmarks/{script.name}", *sys.argv[1:]])
     RESULTS.mkdir(exist_ok=True)
@@ -23,7 +24,7 @@ def write_result(name: str, figures: dict[str, float], **details: Any) -> Path:
         {
             "name": name,
             "command": command,
-            "commit": revision["commit"] + ("+changes" if revision["dirty"] else ""),
+            "commit": _REVISION["commit"] + ("+changes" if _REVISION["dirty"] else ""),
             "machine": machine(),
             "versions": versions(),
             "figures": figures,

@@ -30,7 +30,11 @@ def run_demo(seed: int, folder: Path) -> dict[str, Any]:
         check=True,
     )
     wall_s = time.perf_counter() - started
-    return {"seed": seed, "command_wall_s": wall_s, **json.loads((folder / "summary.json").read_text())}
+    return {
+        "seed": seed,
+        "command_wall_s": wall_s,
+        **json.loads((folder / "summary.json").read_text()),
+    }
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import os
 # Must be set before torch loads its OpenMP runtime.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import errno
 import json
 import sys
 from collections.abc import Sequence
@@ -204,11 +205,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.errno is None:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _fail(
-            f"{error.strerror}{where}; free space or choose another place. Nothing that was saved "
-            "is lost: the same command goes on from there",
-            2,
-        )
+        advice = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            advice = (
+                "; free space or choose another place. Nothing that was saved is lost: the same "
+                "command goes on from there"
+            )
+        _fail(f"{error.strerror}{where}{advice}", 2)
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

@@ -189,6 +189,16 @@ class SampledReverseKL(Schema):
     task_reward_weight: NonNegativeFloat = 0.0
     """Weight of the verifier's group-centred reward, added to every token's advantage."""
 
+    @model_validator(mode="after")
+    def _a_baseline_cancels_discounted_signals(self) -> Self:
+        if self.discount > 0 and self.kl_baseline.kind != "none":
+            raise ValueError(
+                f"discount={self.discount} with kl_baseline.kind={self.kl_baseline.kind}: the "
+                "baselines of later tokens depend on this token's action and cancel what the "
+                "discount adds; use kl_baseline.kind=none or discount=0"
+            )
+        return self
+
 
 class _Divergence(Schema):
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
@@ -402,7 +412,8 @@ class RunConfig(Schema):
     output_dir: str
     """Run folder. Made by the run; a run is continued by starting it again."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Everything random derives from it."""
+    """Everything random derives from it: rollouts, the order of prompts that come from a file or
+    dataset, adapters. An endless task is taken in its own order whatever the seed."""
     steps: PositiveInt
     """Optimizer steps."""
     prompts_per_step: PositiveInt
@@ -453,6 +464,37 @@ class RunConfig(Schema):
                 f"objective.ratio_cap=null with sampling.temperature={self.sampling.temperature}: "
                 "tokens are sampled from another distribution than the one whose KL is minimised, "
                 "and without the ratio the gradient is biased; set ratio_cap or temperature=1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tempered_sampling_cannot_credit_later_tokens(self) -> Self:
+        objective = self.objective
+        if (
+            objective.kind == "sampled_reverse_kl"
+            and self.sampling.temperature != 1
+            and (objective.discount > 0 or objective.task_reward_weight > 0)
+        ):
+            raise ValueError(
+                f"sampling.temperature={self.sampling.temperature} with discount="
+                f"{objective.discount}, task_reward_weight={objective.task_reward_weight}: a "
+                "token's ratio does not correct the tokens after it, so their share of its "
+                "advantage is biased; use temperature=1, or discount=0 and no task reward"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _training_and_evaluation_problems_are_apart(self) -> Self:
+        evaluation = self.evaluation
+        if (
+            evaluation is not None
+            and evaluation.prompts.kind == "task"
+            and self.prompts.kind == "task"
+            and evaluation.prompts.split == self.prompts.split
+        ):
+            raise ValueError(
+                f"prompts.split and evaluation.prompts.split are both {self.prompts.split!r}: "
+                "the evaluation would not be held out; train on `train`, evaluate on `eval`"
             )
         return self
 

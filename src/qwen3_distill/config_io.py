@@ -107,7 +107,9 @@ def _parse_yaml(text: str, where: str) -> Any:
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"override {override!r}: expected key.sub=value, e.g. training.seed=1")
+        raise ConfigError(
+            f"override {override!r}: expected key.sub=value, e.g. sampling.max_new_tokens=64"
+        )
     *parents, last = key.strip().split(".")
     node = values
     for depth, parent in enumerate(parents):

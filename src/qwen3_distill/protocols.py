@@ -1,7 +1,7 @@
 """The ports between the pipeline and the engines. No torch, no engine is imported here.
 
-All calls are ``async``: an embedded engine computes inside the call, a real one waits for its
-process. `close` may be called more than once.
+What an engine computes is awaited: an embedded engine computes inside the call, a real one waits
+for its process. `close` may be called more than once.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence

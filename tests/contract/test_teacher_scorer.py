@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from qwen3_distill.errors import HandshakeError
+from qwen3_distill.errors import ConfigError, DataError, HandshakeError
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.protocols import TeacherScorer
 from qwen3_distill.scoring.handshake import check_compatible, check_repeatable
@@ -140,6 +140,19 @@ def score_all(
 ) -> list[tuple[Rollout, TeacherScore]]:
     scores = run(adapter.build(model_dir, request_kind).score(RAGGED))
     return list(zip(RAGGED, scores, strict=True))
+
+
+def test_a_sequence_beyond_the_teachers_context_is_refused(teacher: TeacherScorer) -> None:
+    too_long = synthetic_rollout(20, CONTEXT_LENGTH - 19, seed=0)
+    with pytest.raises(DataError, match="the teacher's context of 256"):
+        run(teacher.score([too_long]))
+
+
+def test_more_candidates_than_tokens_are_refused(
+    adapter: TeacherAdapter, tiny_models: TinyModels
+) -> None:
+    with pytest.raises(ConfigError, match="lower k"):
+        adapter.build(tiny_models.teacher, TopKRequest(k=1000))
 
 
 def test_no_rollouts_give_no_scores(teacher: TeacherScorer) -> None:

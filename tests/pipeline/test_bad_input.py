@@ -120,6 +120,21 @@ def test_missing_key_is_named(tiny_models: TinyModels, tmp_path: Path) -> None:
             id="temperature-without-ratio",
         ),
         pytest.param(
+            {"objective": SAMPLED | {"discount": 0.5, "kl_baseline": {"kind": "full"}}},
+            ["discount=0.5", "kl_baseline.kind=full", "cancel"],
+            id="discounted-baseline",
+        ),
+        pytest.param(
+            {"sampling.temperature": 0.7, "objective": SAMPLED | {"discount": 0.5}},
+            ["temperature=0.7", "discount=0.5", "biased"],
+            id="tempered-discount",
+        ),
+        pytest.param(
+            {"evaluation.prompts.split": "train"},
+            ["prompts.split", "'train'", "held out"],
+            id="evaluation-on-training-problems",
+        ),
+        pytest.param(
             TASK_REWARD | {"verifier": None}, ["task_reward_weight", "`verifier`"], id="no-verifier"
         ),
         pytest.param(

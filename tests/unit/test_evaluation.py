@@ -64,6 +64,10 @@ def test_samples_that_always_agree_count_once_per_problem() -> None:
     assert effective_trials(outcomes(12, 40), 8) == pytest.approx(40, rel=0.03)
 
 
+def test_problems_that_all_agree_at_a_half_count_every_sample() -> None:
+    assert effective_trials(np.full(10, 0.5), 8) == pytest.approx(80, rel=0.03)
+
+
 def test_independent_samples_count_each() -> None:
     rng = np.random.default_rng(0)
     rates = rng.binomial(8, 0.4, size=4000) / 8

@@ -58,7 +58,7 @@ def check_model_dir(path: str | Path) -> Path:
         raise ModelError(f"{directory} has no config.json: not a Hugging Face model directory")
     try:
         model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise ModelError(f"{config_file} is not a JSON object: {error}") from error
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ModelError(

@@ -94,7 +94,8 @@ def build_parts(config: RunConfig) -> Parts:
 
 def build_prompts(config: RunConfig, text: TextTools) -> PromptStream:
     """The training prompts in their order, each checked to fit the student's context."""
-    prompts = _stream(config, build_source(config.prompts), text, config.sampling)
+    source = build_source(config.prompts)
+    prompts = _stream(config, source, text, config.sampling, seed=config.seed)
     prompts.check()
     return prompts
 
@@ -165,7 +166,7 @@ def build_problems(
 ) -> Callable[[int], list[Prompt]]:
     """The first ``n`` held-out problems, always the same ones."""
     source = build_source(evaluation.prompts)
-    stream = _stream(config, source, text, evaluation.sampling)
+    stream = _stream(config, source, text, evaluation.sampling, seed=0)
     available = source.num_prompts
 
     def problems(count: int) -> list[Prompt]:
@@ -175,12 +176,17 @@ def build_problems(
 
 
 def _stream(
-    config: RunConfig, source: PromptSource, text: TextTools, sampling: SamplingConfig
+    config: RunConfig,
+    source: PromptSource,
+    text: TextTools,
+    sampling: SamplingConfig,
+    *,
+    seed: int,
 ) -> PromptStream:
     return PromptStream(
         source,
         text.tokenizer,
-        seed=config.seed,
+        seed=seed,
         context_length=load_identity(config.student.model).context_length,
         max_new_tokens=sampling.max_new_tokens,
         template_arguments=config.student.template_arguments,

@@ -132,7 +132,7 @@ class Recorder:
             return
         done = {(r["step"], r["model"]) for r in read_jsonl(self._folder.evaluations)}
         for model in self._evaluator.due(cursor.step):
-            if (cursor.step, model) in done:
+            if (cursor.step, model) in done or self.stop_requested:
                 continue
             started = time.perf_counter()
             result = await self._evaluator.run(model, cursor.step, self._parts.engine)

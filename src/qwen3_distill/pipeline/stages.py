@@ -152,6 +152,7 @@ def evaluate_directory(config: RunConfig, model: str, out: Path | None, *, say: 
     settings = config.evaluation
     if settings is None:
         raise ConfigError("this config has no `evaluation` section")
+    check_compatible(load_identity(config.student.model), load_identity(model))
     text = TextTools(config.student.model)
     count = settings.final_num_problems or settings.num_problems
     problems = build_problems(config, settings, text)(count)

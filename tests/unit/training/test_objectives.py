@@ -37,7 +37,8 @@ STUDENT_HIDDEN = [torch.randn(prompt + size, D, generator=GENERATOR) for prompt,
 
 OBJECTIVES: list[dict[str, Any]] = [
     {"kind": "sampled_reverse_kl"},
-    {"kind": "sampled_reverse_kl", "discount": 0.5, "kl_baseline": {"kind": "full"}},
+    {"kind": "sampled_reverse_kl", "discount": 0.5},
+    {"kind": "sampled_reverse_kl", "kl_baseline": {"kind": "full"}},
     {"kind": "sampled_reverse_kl", "kl_baseline": {"kind": "top_k", "k": K}},
     {"kind": "top_k", "k": K, "tail": "bin"},
     {"kind": "top_k", "k": K, "tail": "renormalize", "divergence": "forward_kl"},
