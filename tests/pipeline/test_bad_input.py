@@ -130,8 +130,8 @@ def test_missing_key_is_named(tiny_models: TinyModels, tmp_path: Path) -> None:
             id="tempered-discount",
         ),
         pytest.param(
-            {"evaluation.prompts.split": "train"},
-            ["prompts.split", "'train'", "held out"],
+            {"prompts": {"kind": "task", "split": "eval"}, "evaluation": EVALUATION},
+            ["prompts.split", "'eval'", "held out"],
             id="evaluation-on-training-problems",
         ),
         pytest.param(
