@@ -55,7 +55,7 @@ training:
 objective:
   kind: sampled_reverse_kl
   kl_baseline: {kind: top_k, k: 8}
-  task_reward_weight: 0.5
+  advantage_clip: null
 verifier: {kind: math}
 evaluation:
   prompts: {kind: parquet, path: b.parquet, answer_field: answer}
