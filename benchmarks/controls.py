@@ -28,7 +28,7 @@ from qwen3_distill.pipeline.build import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.protocols import TeacherScorer
 from qwen3_distill.reporting.console import make_reporter
-from qwen3_distill.types import ModelIdentity, Rollout, TeacherScore
+from qwen3_distill.types import ModelIdentity, Rollout, ScoreResult, TeacherScore
 from qwen3_distill.utils.seeds import derive_seed
 
 CONSTANT_ADVANTAGE_NATS = -0.5
@@ -50,8 +50,12 @@ class ShuffledTeacher:
     def teacher_id(self) -> str:
         return f"shuffled {self._teacher.teacher_id}"
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
-        scores = await self._teacher.score(rollouts)
+    async def start(self) -> None:
+        await self._teacher.start()
+
+    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
+        results = await self._teacher.score(rollouts)
+        scores = [result for result in results if isinstance(result, TeacherScore)]
         rng = np.random.default_rng(derive_seed(self._seed, "shuffle", self._calls))
         self._calls += 1
         shuffled = rng.permutation(np.concatenate([score.logprobs for score in scores]))
@@ -79,7 +83,10 @@ class ConstantTeacher:
     def teacher_id(self) -> str:
         return f"constant {CONSTANT_ADVANTAGE_NATS}"
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
+    async def start(self) -> None:
+        await self._teacher.start()
+
+    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
         return [
             TeacherScore(
                 teacher_id=self.teacher_id,

@@ -451,6 +451,7 @@ def evaluate_pair(output: Path, task: ChainTask, seed: int, problems: int) -> di
     metrics: dict[str, Any] = {
         "seed": seed,
         "temperature": 1.0,
+        "warm_start_temperature": WARM_START_TEMPERATURE,
         "eval_problems": problems,
         "task": asdict(task),
     }

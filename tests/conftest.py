@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import engines
 from tests.tiny_models import TinyModels, write_tiny_models
 
 # Tiny models gain nothing from a second thread, and lose much where the cores are shared.
@@ -15,9 +16,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require-gpu", action="store_true", help="fail, not skip, where there is no CUDA device"
     )
+    engines.add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    engines.read_options(config)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    engines.skip_what_is_not_installed(items)
     if torch.cuda.is_available() or config.getoption("--require-gpu"):
         return
     for item in items:

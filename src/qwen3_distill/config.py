@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
+from qwen3_distill.types import SamplingSpec
+
 PositiveInt: TypeAlias = Annotated[int, Field(ge=1)]
 PositiveFloat: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -111,10 +113,22 @@ class SamplingConfig(Schema):
     """0: no limit."""
     max_new_tokens: PositiveInt = 512
 
+    def spec(self, seed: int) -> SamplingSpec:
+        """One rollout's `SamplingSpec`."""
+        return SamplingSpec(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_new_tokens=self.max_new_tokens,
+            seed=seed,
+        )
+
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda"]
 """``auto``: CUDA where there is a GPU, else the CPU."""
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
+VLLM_MAX_RANK = 512
+"""The highest LoRA rank that vLLM has kernels for."""
 
 
 class EmbeddedGeneration(Schema):
@@ -127,7 +141,51 @@ class EmbeddedGeneration(Schema):
     """Rollouts decoded together."""
 
 
-GenerationConfig: TypeAlias = Annotated[EmbeddedGeneration, Field(discriminator="kind")]
+class _EngineProcess(Schema):
+    """What every engine that runs in a process of its own has."""
+
+    python: str | None = None
+    """Interpreter of the engine's own environment; null: the one that runs this."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Variables set for the engine's process beside the inherited ones, e.g. a ``PYTHONPATH``."""
+    start_timeout_s: PositiveFloat = 900.0
+    """Loading and compiling included."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """How often in a run the process may die and be started again."""
+
+
+class VllmGeneration(_EngineProcess):
+    """vLLM in a process of its own (extra ``[vllm]``)."""
+
+    kind: Literal["vllm"]
+    dtype: Dtype = "bfloat16"
+    max_sequences: PositiveInt = 256
+    """Rollouts decoded together."""
+    max_batched_tokens: PositiveInt | None = None
+    """Prompt and new tokens of one engine step; null: vLLM's own default."""
+    max_model_tokens: PositiveInt | None = None
+    """Longest prompt plus response; null: the student's context length."""
+    kv_cache_gib: PositiveFloat | None = None
+    """Memory of the key-value cache; null: planned, see ``qwen3-distill plan``."""
+    quantization: Literal["fp8"] | None = None
+    """``fp8``: the student's weights are quantized online for sampling. The importance ratio then
+    corrects for it; helps small decode batches only."""
+    full_weights: Literal["auto", "ipc", "directory"] = "auto"
+    """How whole weights reach the engine. ``auto``: CUDA IPC where a probe at start works, else
+    files. Adapters always travel as files."""
+    float32_head: bool = False
+    """Compute the output head in float32: less noise in logprobs, some speed lost."""
+    enforce_eager: bool = False
+    """No CUDA graphs: starts sooner, decodes slower."""
+    stream_interval: PositiveInt = 8
+    """Tokens after which a running rollout's prefix is refreshed."""
+    engine_arguments: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Further arguments of vLLM's ``AsyncEngineArgs``, by its names."""
+
+
+GenerationConfig: TypeAlias = Annotated[
+    EmbeddedGeneration | VllmGeneration, Field(discriminator="kind")
+]
 
 
 class EmbeddedScoring(Schema):
@@ -144,7 +202,53 @@ class EmbeddedScoring(Schema):
     """Rows of logits that exist at a time."""
 
 
-ScoringConfig: TypeAlias = Annotated[EmbeddedScoring, Field(discriminator="kind")]
+class SglangScoring(_EngineProcess):
+    """The teacher in SGLang servers: one that is started here, or some that run elsewhere."""
+
+    kind: Literal["sglang"]
+    model: str
+    """Directory of the teacher (Hugging Face layout). Tokenizer, vocabulary and the known answer
+    are read from it, also when the server runs elsewhere."""
+    urls: tuple[str, ...] = ()
+    """Servers to connect to, e.g. ``http://10.0.0.2:30000``; none: one is started here, on
+    loopback. Requests are balanced over several."""
+    api_key_file: str | None = None
+    """File with the key of the servers in `urls`; a server started here gets a random one."""
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Port of the server started here; null: a free one."""
+    device: Device = "auto"
+    dtype: Dtype = "bfloat16"
+    quantization: Literal["fp8"] | None = "fp8"
+    """``fp8``: quantized online from a bfloat16 directory. null: as the directory says, which may
+    be an FP8 checkpoint."""
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the memory free at the server's start for weights and cache; null: planned, see
+    ``qwen3-distill plan``."""
+    max_total_tokens: PositiveInt | None = None
+    """Tokens of the server's key-value cache; null: planned."""
+    attention_backend: str | None = None
+    """SGLang's name of an attention kernel, e.g. ``triton``; null: SGLang chooses."""
+    float32_head: bool = False
+    """Compute the output head in float32: less noise in scores, some speed lost."""
+    chunked_prefill_tokens: PositiveInt = 8192
+    server_arguments: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Further options of ``sglang.launch_server``, e.g. ``{watchdog-timeout: 600}``."""
+    request_tokens: PositiveInt = 16384
+    """Tokens of one scoring request."""
+    max_in_flight: PositiveInt = 4
+    """Requests that one server has at a time."""
+    request_timeout_s: PositiveFloat = 300.0
+    max_attempts: PositiveInt = 4
+    """How often a rollout's score is asked for before the rollout is dropped."""
+    max_dropped_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Of the rollouts of one step; more stops the run."""
+    readiness_tolerance_nats: PositiveFloat = 0.3
+    """Mean difference from the known answer up to which a server counts as the teacher."""
+    cache: str | None = None
+    """Folder of a score cache, kept between runs; null: none."""
+
+
+ScoringConfig: TypeAlias = Annotated[EmbeddedScoring | SglangScoring, Field(discriminator="kind")]
 
 
 # --- Objective ----------------------------------------------------------------------------------
@@ -183,7 +287,8 @@ class SampledReverseKL(Schema):
     advantage_clip: PositiveFloat | None = 5.0
     """Clip a of the advantage to [-a, a] nats; null: no clip."""
     kl_baseline: BaselineConfig = Field(default_factory=lambda: NoBaseline(kind="none"))
-    """Per-token baseline b. Leaves the expected gradient as it is and lowers its variance."""
+    """Per-token baseline b. Leaves the expected gradient as it is, where the clip does not bite,
+    and lowers its variance."""
     discount: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Weight of later tokens' signals in a token's advantage. 0: each token answers for itself."""
     task_reward_weight: NonNegativeFloat = 0.0
@@ -329,7 +434,42 @@ class EmbeddedTraining(Schema):
     gradient_checkpointing: bool = False
 
 
-TrainingConfig: TypeAlias = Annotated[EmbeddedTraining, Field(discriminator="kind")]
+class UnslothTraining(_EngineProcess):
+    """unsloth in a process of its own (extra ``[unsloth]``)."""
+
+    kind: Literal["unsloth"]
+    dtype: Dtype = "bfloat16"
+    """Dtype of the base weights; adapters are float32."""
+    tuning: TuningConfig = Field(default_factory=lambda: LoraTuning(kind="lora"))
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    max_model_tokens: PositiveInt | None = None
+    """Longest prompt plus response; null: the student's context length. Longer is an error."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Padded tokens of one forward and backward pass. Changes memory and speed, not the step."""
+    packing: bool = True
+    """Put a micro-batch's sequences behind one another instead of padding them."""
+    chunk_tokens: PositiveInt = 1024
+    """Rows of logits that exist at a time, in objectives beyond the sampled token's."""
+    gradient_checkpointing: Literal["auto", "off", "on", "unsloth"] = "auto"
+    """``off`` is a third cheaper, ``on`` recomputes every layer, ``unsloth`` also moves
+    activations to host memory. ``auto``: as many layers as the memory at hand demands."""
+    memory_gib: PositiveFloat | None = None
+    """What ``auto`` may use for weights and activations; null: planned, see
+    ``qwen3-distill plan``."""
+
+
+TrainingConfig: TypeAlias = Annotated[
+    EmbeddedTraining | UnslothTraining, Field(discriminator="kind")
+]
+
+
+class PlanningConfig(Schema):
+    """What the memory plan may assume."""
+
+    device_memory_gib: PositiveFloat | None = None
+    """Memory that student, teacher and learner share; null: what the device reports."""
+    reserve_gib: NonNegativeFloat = 8.0
+    """Left free: the system, and what nobody accounts for."""
 
 
 # --- The run ------------------------------------------------------------------------------------
@@ -353,6 +493,7 @@ class EvaluationConfig(Schema):
     """What counts as correct."""
     every_steps: PositiveInt = 25
     num_problems: PositiveInt = 500
+    """At most; fewer where there are fewer. Every result says over how many."""
     final_num_problems: PositiveInt | None = None
     """Problems before, after and for the teacher; null: `num_problems`."""
     samples_per_problem: PositiveInt = 1
@@ -439,6 +580,48 @@ class RunConfig(Schema):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     pipeline: PipelineConfig = Field(default_factory=lambda: SequentialPipeline(kind="sequential"))
+    planning: PlanningConfig = Field(default_factory=PlanningConfig)
+
+    @model_validator(mode="after")
+    def _hidden_states_stay_in_one_process(self) -> Self:
+        objective = self.objective
+        needs_hidden = objective.kind == "full" or (
+            objective.kind == "sampled_reverse_kl" and objective.kl_baseline.kind == "full"
+        )
+        if needs_hidden and (self.scoring.kind, self.training.kind) != ("embedded", "embedded"):
+            raise ValueError(
+                f"objective.kind={objective.kind} over the full vocabulary needs the teacher's "
+                "hidden states and output head, which a server does not give: use "
+                "scoring.kind=embedded with training.kind=embedded, or objective.kind=top_k, or "
+                "objective.kl_baseline.kind=top_k"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_rollouts_need_the_ratio(self) -> Self:
+        generation, objective = self.generation, self.objective
+        if (
+            generation.kind == "vllm"
+            and generation.quantization is not None
+            and objective.kind == "sampled_reverse_kl"
+            and objective.ratio_cap is None
+        ):
+            raise ValueError(
+                f"generation.quantization={generation.quantization} with "
+                "objective.ratio_cap=null: tokens are sampled from a quantized student, and "
+                "without the ratio the gradient is biased; set ratio_cap or quantization=null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_fit_the_rollout_engine(self) -> Self:
+        tuning = self.training.tuning
+        if self.generation.kind == "vllm" and tuning.kind == "lora" and tuning.rank > VLLM_MAX_RANK:
+            raise ValueError(
+                f"training.tuning.rank={tuning.rank} is above vLLM's limit of {VLLM_MAX_RANK}; "
+                "lower the rank, or train all weights with training.tuning.kind=full"
+            )
+        return self
 
     @model_validator(mode="after")
     def _truncated_sampling_biases_the_sampled_estimator(self) -> Self:

@@ -54,3 +54,13 @@ class EngineError(DistillError, RuntimeError):
     """An engine failed or answered with something that is not an answer."""
 
     exit_code = 3
+
+
+class EngineLost(EngineError):
+    """An engine's process is gone, and with it what it had not answered. It may be restarted."""
+
+
+class EngineStartError(EngineError):
+    """An engine cannot be started: not installed, wrong version, no memory, port taken."""
+
+    exit_code = 2

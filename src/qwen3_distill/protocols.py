@@ -1,10 +1,13 @@
 """The ports between the pipeline and the engines. No torch, no engine is imported here.
 
 What an engine computes is awaited: an embedded engine computes inside the call, a real one waits
-for its process. `close` may be called more than once.
+for its process. Nothing but the identity is there before `start`; `close` may be called more than
+once, and `start` after `close` begins anew. Engines are started one after another: each sizes its
+memory by what it finds free.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
@@ -13,7 +16,7 @@ from qwen3_distill.types import (
     ModelIdentity,
     Rollout,
     RolloutRequest,
-    TeacherScore,
+    ScoreResult,
     Update,
     WeightVersion,
 )
@@ -25,14 +28,43 @@ NamedWeights: TypeAlias = "Mapping[str, torch.Tensor]"
 """Hugging Face parameter names to tensors: every parameter of the student, tied ones once."""
 
 
-class WeightChannel(Protocol):
-    """Moves named weights from the learner to engines, whole or not at all."""
+@dataclass(frozen=True, kw_only=True)
+class FullWeights:
+    """A version as all of its weights. Its digest is `weights_digest` of the tensors."""
 
-    def publish(self, version: WeightVersion, weights: NamedWeights) -> None:
+    tensors: NamedWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraWeights:
+    """A version as adapters on the student that the engine holds already.
+
+    Its digest is `weights_digest` of the tensors.
+    """
+
+    tensors: NamedWeights
+    """peft's names: ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight``."""
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+
+
+WeightPayload: TypeAlias = FullWeights | LoraWeights
+
+
+class WeightChannel(Protocol):
+    """Moves weights from the learner to engines, whole or not at all."""
+
+    @property
+    def crosses_processes(self) -> bool:
+        """Whether the channel may be pickled and used in another process of this machine."""
+        ...
+
+    def publish(self, version: WeightVersion, payload: WeightPayload) -> None:
         """Make ``version`` fetchable. Older versions may disappear."""
         ...
 
-    def fetch(self, version: WeightVersion) -> NamedWeights:
+    def fetch(self, version: WeightVersion) -> WeightPayload:
         """The weights of ``version``, bit for bit.
 
         Raises:
@@ -41,8 +73,21 @@ class WeightChannel(Protocol):
         ...
 
 
-class RolloutEngine(Protocol):
+class Sampler(Protocol):
+    """Answers prompts."""
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
+        """Sample every request once; yield each rollout as it finishes, in any order.
+
+        Requests of one prompt should be adjacent, so that an engine can share the prompt's work.
+        """
+        ...
+
+
+class RolloutEngine(Sampler, Protocol):
     """Samples from the student. Knows nothing of teachers, losses or steps."""
+
+    async def start(self) -> None: ...
 
     @property
     def version(self) -> WeightVersion:
@@ -61,18 +106,13 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
-        """Sample every request once; yield each rollout as it finishes, in any order.
-
-        Requests of one prompt should be adjacent, so that an engine can share the prompt's work.
-        """
-        ...
-
     async def close(self) -> None: ...
 
 
 class TeacherScorer(Protocol):
     """Scores given tokens under a frozen teacher."""
+
+    async def start(self) -> None: ...
 
     @property
     def identity(self) -> ModelIdentity: ...
@@ -82,8 +122,12 @@ class TeacherScorer(Protocol):
         """Names the exact weights and their precision."""
         ...
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
-        """One score per rollout, in the order given."""
+    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
+        """One result per rollout, in the order given.
+
+        A score that is missing, misaligned or not finite is never a `TeacherScore`: what cannot
+        be had after retries is a `ScoreFailure`.
+        """
         ...
 
     async def close(self) -> None: ...
@@ -91,6 +135,10 @@ class TeacherScorer(Protocol):
 
 class Learner(Protocol):
     """Owns the trainable weights and the optimizer. Only it makes weight versions."""
+
+    async def start(self) -> None:
+        """Load the student as it was before the run; `load_state` goes on from there."""
+        ...
 
     @property
     def identity(self) -> ModelIdentity: ...
@@ -103,6 +151,8 @@ class Learner(Protocol):
 
         Raises:
             NonFiniteError: loss or gradient norm is not finite; nothing was stepped.
+            EngineLost: the learner's process died. Its weights are gone; `start` it again and
+                `load_state` of the newest checkpoint.
         """
         ...
 

@@ -240,6 +240,17 @@ class HiddenScore(TeacherScore):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreFailure:
+    """A rollout that the teacher could not be made to score: it is dropped, and counted."""
+
+    rollout_id: str
+    reason: str
+
+
+ScoreResult: TypeAlias = TeacherScore | ScoreFailure
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredRollout:
     """A rollout with its teacher's score. Cannot exist without one, or with another's."""
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_model
-from qwen3_distill.protocols import RolloutEngine
+from qwen3_distill.protocols import FullWeights, RolloutEngine, TeacherScorer
 from qwen3_distill.types import (
     FinishReason,
     Prompt,
     Rollout,
     RolloutRequest,
     SamplingSpec,
+    TeacherScore,
     VersionSpan,
     WeightVersion,
 )
@@ -30,8 +31,12 @@ T = TypeVar("T")
 VERSION = WeightVersion(step=0, digest="synthetic")
 
 
+_LOOP = asyncio.new_event_loop()
+
+
 def run(work: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(work)
+    """On one loop for the whole session: engines in processes of their own are bound to theirs."""
+    return _LOOP.run_until_complete(work)
 
 
 def draws_after(action: Callable[[], object]) -> tuple[float, float, float]:
@@ -125,7 +130,7 @@ def published(weights: Mapping[str, Tensor], step: int = 0) -> tuple[WeightVersi
     """A channel that holds the weights under their true digest."""
     version = WeightVersion(step=step, digest=weights_digest(weights))
     channel = MemoryChannel()
-    channel.publish(version, weights)
+    channel.publish(version, FullWeights(tensors=weights))
     return version, channel
 
 
@@ -133,3 +138,11 @@ def serve(engine: RolloutEngine, weights: Mapping[str, Tensor], step: int = 0) -
     version, channel = published(weights, step)
     run(engine.load(version, channel))
     return version
+
+
+def scores_of(teacher: TeacherScorer, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
+    """Every rollout's score; none may be missing."""
+    results = run(teacher.score(rollouts))
+    scores = [result for result in results if isinstance(result, TeacherScore)]
+    assert len(scores) == len(results) == len(rollouts)
+    return scores

@@ -177,7 +177,7 @@ def weights_of(learner: Learner) -> dict[str, Tensor]:
     """A copy of what the learner publishes."""
     channel = MemoryChannel()
     fetched = channel.fetch(run(learner.publish(channel)))
-    return {name: tensor.cpu() for name, tensor in fetched.items()}
+    return {name: tensor.cpu() for name, tensor in fetched.tensors.items()}
 
 
 def steps(learner: Learner, batch: Batch, count: int) -> list[Update]:
@@ -504,9 +504,9 @@ def test_published_weights_do_not_change_with_the_next_step(
     learner = bench.learner(adapter, sampled())
     channel = MemoryChannel()
     version = run(learner.publish(channel))
-    held = {name: tensor.clone() for name, tensor in channel.fetch(version).items()}
+    held = {name: tensor.clone() for name, tensor in channel.fetch(version).tensors.items()}
     steps(learner, bench.ragged_batch(sampled()), 1)
-    assert all(torch.equal(tensor, held[n]) for n, tensor in channel.fetch(version).items())
+    assert all(torch.equal(tensor, held[n]) for n, tensor in channel.fetch(version).tensors.items())
 
 
 def test_lora_publishes_merged_weights(adapter: LearnerAdapter, bench: Bench) -> None:

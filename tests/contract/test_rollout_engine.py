@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from qwen3_distill.errors import DataError, WeightVersionError
 from qwen3_distill.modeling.digest import weights_digest
-from qwen3_distill.protocols import RolloutEngine
+from qwen3_distill.protocols import FullWeights, RolloutEngine
 from qwen3_distill.types import FinishReason, Rollout, RolloutRequest, WeightVersion
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.contract.adapters import ENGINES, EngineAdapter
@@ -459,7 +459,7 @@ def test_weights_that_are_not_the_versions_are_refused(
     serve(fresh, weights)
     channel = MemoryChannel()
     forged = WeightVersion(step=1, digest=weights_digest(changed(weights, "model.norm.weight")))
-    channel.publish(forged, weights)
+    channel.publish(forged, FullWeights(tensors=weights))
     with pytest.raises(WeightVersionError, match="digest"):
         run(fresh.load(forged, channel))
     assert_refuses(fresh)
@@ -471,7 +471,8 @@ def test_a_version_that_left_the_channel_is_refused(
     old, channel = published(weights)
     run(fresh.load(old, channel))
     newer = changed(weights, "model.norm.weight")
-    channel.publish(WeightVersion(step=1, digest=weights_digest(newer)), newer)
+    published_later = WeightVersion(step=1, digest=weights_digest(newer))
+    channel.publish(published_later, FullWeights(tensors=newer))
     with pytest.raises(WeightVersionError):
         run(fresh.load(old, channel))
     assert_refuses(fresh)

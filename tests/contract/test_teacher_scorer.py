@@ -14,9 +14,16 @@ from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.protocols import TeacherScorer
 from qwen3_distill.scoring.handshake import check_compatible, check_repeatable
 from qwen3_distill.scoring.request import HiddenRequest, SampledRequest, ScoreRequest, TopKRequest
-from qwen3_distill.types import HiddenScore, ModelIdentity, Rollout, TeacherScore, TopKScore
+from qwen3_distill.types import (
+    HiddenScore,
+    ModelIdentity,
+    Rollout,
+    ScoreResult,
+    TeacherScore,
+    TopKScore,
+)
 from tests.contract.adapters import TEACHERS, TeacherAdapter
-from tests.contract.builders import make_prompt, run, synthetic_rollout
+from tests.contract.builders import make_prompt, run, scores_of, synthetic_rollout
 from tests.contract.reference import (
     head_of,
     largest_gap,
@@ -70,7 +77,7 @@ RAGGED = [
 def test_logprobs_of_one_rollout_are_the_teachers(
     teacher: TeacherScorer, reference: PreTrainedModel, rollout: Rollout
 ) -> None:
-    (score,) = run(teacher.score([rollout]))
+    (score,) = scores_of(teacher, [rollout])
     assert largest_gap(score.logprobs, token_logprobs(reference, rollout)) < PARITY_NATS
 
 
@@ -89,7 +96,7 @@ def test_scores_are_the_teachers_at_any_batch_and_chunk_size(
         tiny_models.teacher, request_kind, batch_tokens=batch_tokens, chunk_tokens=chunk_tokens
     )
     plain = build(tiny_models.teacher, request_kind)
-    scored = zip(RAGGED, run(sized.score(RAGGED)), run(plain.score(RAGGED)), strict=True)
+    scored = zip(RAGGED, scores_of(sized, RAGGED), scores_of(plain, RAGGED), strict=True)
     for rollout, score, same in scored:
         assert largest_gap(score.logprobs, same.logprobs) < REPEAT_NATS
         assert_same_score(score, reference_score(reference, rollout, request_kind))
@@ -107,8 +114,8 @@ def assert_same_score(score: TeacherScore, expected: TeacherScore) -> None:
 
 
 def test_scores_come_in_the_order_of_the_rollouts(teacher: TeacherScorer) -> None:
-    forward = run(teacher.score(RAGGED))
-    backward = run(teacher.score(RAGGED[::-1]))
+    forward = scores_of(teacher, RAGGED)
+    backward = scores_of(teacher, RAGGED[::-1])
     for one, other in zip(forward, backward[::-1], strict=True):
         assert largest_gap(one.logprobs, other.logprobs) < REPEAT_NATS
 
@@ -138,14 +145,14 @@ def test_candidates_are_of_the_full_distribution(
 def score_all(
     adapter: TeacherAdapter, model_dir: Path, request_kind: ScoreRequest
 ) -> list[tuple[Rollout, TeacherScore]]:
-    scores = run(adapter.build(model_dir, request_kind).score(RAGGED))
+    scores = scores_of(adapter.build(model_dir, request_kind), RAGGED)
     return list(zip(RAGGED, scores, strict=True))
 
 
 def test_a_sequence_beyond_the_teachers_context_is_refused(teacher: TeacherScorer) -> None:
     too_long = synthetic_rollout(20, CONTEXT_LENGTH - 19, seed=0)
     with pytest.raises(DataError, match="the teacher's context of 256"):
-        run(teacher.score([too_long]))
+        scores_of(teacher, [too_long])
 
 
 def test_more_candidates_than_tokens_are_refused(
@@ -156,13 +163,13 @@ def test_more_candidates_than_tokens_are_refused(
 
 
 def test_no_rollouts_give_no_scores(teacher: TeacherScorer) -> None:
-    assert run(teacher.score([])) == []
+    assert scores_of(teacher, []) == []
 
 
 def test_the_sampling_temperature_does_not_touch_the_score(teacher: TeacherScorer) -> None:
     rollout = RAGGED[3]
     hot = replace(rollout, sampling=replace(rollout.sampling, temperature=3.0, top_k=2))
-    plain_score, hot_score = run(teacher.score([rollout, hot]))
+    plain_score, hot_score = scores_of(teacher, [rollout, hot])
     assert largest_gap(plain_score.logprobs, hot_score.logprobs) < REPEAT_NATS
 
 
@@ -172,7 +179,7 @@ def test_the_sampling_temperature_does_not_touch_the_score(teacher: TeacherScore
 def test_a_shift_by_one_token_would_fail_the_parity_check(
     teacher: TeacherScorer, reference: PreTrainedModel
 ) -> None:
-    for rollout, score in zip(RAGGED, run(teacher.score(RAGGED)), strict=True):
+    for rollout, score in zip(RAGGED, scores_of(teacher, RAGGED), strict=True):
         if rollout.num_tokens > 2:
             shifted = np.roll(token_logprobs(reference, rollout), 1)
             assert largest_gap(score.logprobs, shifted) > FAR_NATS
@@ -182,7 +189,7 @@ def test_a_response_scored_without_its_prompt_would_fail_the_parity_check(
     teacher: TeacherScorer, reference: PreTrainedModel
 ) -> None:
     rollout = RAGGED[3]
-    (score,) = run(teacher.score([rollout]))
+    (score,) = scores_of(teacher, [rollout])
     foreign = replace(rollout, prompt=make_prompt(rollout.prompt.token_ids.size, seed=99))
     assert largest_gap(score.logprobs, token_logprobs(reference, foreign)) > FAR_NATS
 
@@ -191,7 +198,7 @@ def test_another_teacher_would_fail_the_parity_check(
     teacher: TeacherScorer, tiny_models: TinyModels
 ) -> None:
     other = reference_model(tiny_models.student)
-    for rollout, score in zip(RAGGED, run(teacher.score(RAGGED)), strict=True):
+    for rollout, score in zip(RAGGED, scores_of(teacher, RAGGED), strict=True):
         if rollout.num_tokens > 2:
             assert largest_gap(score.logprobs, token_logprobs(other, rollout)) > FAR_NATS
 
@@ -208,7 +215,7 @@ def test_the_teacher_id_names_the_exact_weights(adapter: TeacherAdapter, tmp_pat
 
 
 def test_every_score_names_its_teacher(teacher: TeacherScorer) -> None:
-    assert {score.teacher_id for score in run(teacher.score(RAGGED))} == {teacher.teacher_id}
+    assert {score.teacher_id for score in scores_of(teacher, RAGGED)} == {teacher.teacher_id}
 
 
 def test_the_identity_is_the_directorys(teacher: TeacherScorer, tiny_models: TinyModels) -> None:
@@ -296,12 +303,15 @@ class FakeBatchDependentTeacher:
         self.identity = identity
         self._nats_per_rollout = nats_per_rollout
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
+    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
         value = -self._nats_per_rollout * len(rollouts)
         return [
             TeacherScore(teacher_id=self.teacher_id, logprobs=np.full(r.num_tokens, value))
             for r in rollouts
         ]
+
+    async def start(self) -> None:
+        return None
 
     async def close(self) -> None:
         return None

@@ -412,6 +412,11 @@ def rewarded(correct_by_id: Mapping[str, bool], weight: float) -> list[float]:
     return batch.task_advantages.tolist()
 
 
+def test_a_task_reward_without_a_checker_is_an_error_and_not_a_batch_without_reward() -> None:
+    with pytest.raises(ValueError, match="checks rollouts"):
+        make_batch([], task_reward_weight=0.5, is_correct=None)
+
+
 def test_rewards_are_centred_within_a_prompt_s_samples_and_weighted() -> None:
     correct = {"s/0/a": True, "s/0/b": False, "s/0/c": False, "s/0/d": False, "s/1/a": True}
     expected = [0.75, -0.25, -0.25, -0.25, 0.0]

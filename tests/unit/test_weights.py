@@ -7,6 +7,7 @@ from torch import Tensor
 from qwen3_distill.errors import WeightVersionError
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_model
+from qwen3_distill.protocols import FullWeights
 from qwen3_distill.types import WeightVersion
 from qwen3_distill.weights.directory import publish_directory
 from qwen3_distill.weights.memory import MemoryChannel
@@ -20,10 +21,14 @@ def some_weights() -> dict[str, Tensor]:
     return {"w": torch.arange(4.0), "b": torch.ones(2, requires_grad=True)}
 
 
+def some_payload() -> FullWeights:
+    return FullWeights(tensors=some_weights())
+
+
 def test_the_channel_gives_back_what_was_published() -> None:
     channel, weights = MemoryChannel(), some_weights()
-    channel.publish(FIRST, weights)
-    fetched = channel.fetch(FIRST)
+    channel.publish(FIRST, FullWeights(tensors=weights))
+    fetched = channel.fetch(FIRST).tensors
     assert fetched.keys() == weights.keys()
     assert all(torch.equal(fetched[name], weights[name]) for name in weights)
     assert not any(tensor.requires_grad for tensor in fetched.values())
@@ -31,18 +36,18 @@ def test_the_channel_gives_back_what_was_published() -> None:
 
 def test_the_channel_keeps_a_copy() -> None:
     channel, weights = MemoryChannel(), some_weights()
-    channel.publish(FIRST, weights)
+    channel.publish(FIRST, FullWeights(tensors=weights))
     weights["w"].add_(1)  # the optimizer writes into its own tensors
     weights["extra"] = torch.zeros(1)
-    assert channel.fetch(FIRST)["w"].tolist() == [0, 1, 2, 3]
-    assert channel.fetch(FIRST).keys() == {"w", "b"}
+    assert channel.fetch(FIRST).tensors["w"].tolist() == [0, 1, 2, 3]
+    assert channel.fetch(FIRST).tensors.keys() == {"w", "b"}
 
 
 def test_only_the_newest_version_can_be_fetched() -> None:
     channel = MemoryChannel()
-    channel.publish(FIRST, some_weights())
-    channel.publish(SECOND, {"w": torch.zeros(1)})
-    assert channel.fetch(SECOND).keys() == {"w"}
+    channel.publish(FIRST, some_payload())
+    channel.publish(SECOND, FullWeights(tensors={"w": torch.zeros(1)}))
+    assert channel.fetch(SECOND).tensors.keys() == {"w"}
     with pytest.raises(WeightVersionError, match=r"holds .*step=1.* not .*step=0"):
         channel.fetch(FIRST)
 
@@ -50,7 +55,7 @@ def test_only_the_newest_version_can_be_fetched() -> None:
 @pytest.mark.parametrize("change", [{"step": 3}, {"digest": "other"}], ids=str)
 def test_a_version_must_match_in_step_and_digest(change: dict[str, int | str]) -> None:
     channel = MemoryChannel()
-    channel.publish(FIRST, some_weights())
+    channel.publish(FIRST, some_payload())
     with pytest.raises(WeightVersionError):
         channel.fetch(replace(FIRST, **change))
 
@@ -64,7 +69,7 @@ def test_an_empty_channel_holds_nothing() -> None:
 def test_a_directory_is_published_as_step_0(tiny_models: TinyModels, dtype: torch.dtype) -> None:
     channel = MemoryChannel()
     version = publish_directory(tiny_models.student, channel, dtype=dtype)
-    fetched = channel.fetch(version)
+    fetched = channel.fetch(version).tensors
     model = load_model(tiny_models.student, device=torch.device("cpu"), dtype=dtype)
     expected = dict(model.named_parameters())
     assert version == WeightVersion(step=0, digest=weights_digest(expected))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen3_distill.errors import DataError, EngineError
-from qwen3_distill.utils.worker import WorkerDied, WorkerProcess
+from qwen3_distill.errors import DataError, EngineError, EngineLost, EngineStartError
+from qwen3_distill.utils.worker import WorkerProcess
 
 Use = Callable[[WorkerProcess], Awaitable[None]]
 
@@ -81,11 +81,11 @@ def test_a_death_fails_everything_that_waits_and_a_new_start_works(log: Path) ->
     async def use(worker: WorkerProcess) -> None:
         waiting = asyncio.create_task(worker.call("after", 60.0, "never"))
         await asyncio.sleep(0)
-        with pytest.raises(WorkerDied, match="last words"):
+        with pytest.raises(EngineLost, match="last words"):
             await worker.call("die")
-        with pytest.raises(WorkerDied):
+        with pytest.raises(EngineLost):
             await waiting
-        with pytest.raises(WorkerDied):
+        with pytest.raises(EngineLost):
             await worker.call("add", 1, 1)
         assert not worker.is_running
         await worker.close()
@@ -110,7 +110,7 @@ def test_close_leaves_no_process(log: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"python": "/nowhere/python"}, "cannot start /nowhere/python"),
+        ({"python": "/nowhere/python"}, "/nowhere/python does not exist"),
         ({"module": "tests.no_such_module"}, "No module named"),
     ],
 )
@@ -119,5 +119,5 @@ def test_a_worker_that_cannot_start_says_why(log: Path, changes, message) -> Non
         async with started(log, **changes):
             pytest.fail("started")
 
-    with pytest.raises(WorkerDied, match=message):
+    with pytest.raises(EngineStartError, match=message):
         asyncio.run(run())

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen3_distill.config import SamplingConfig
-from qwen3_distill.protocols import RolloutEngine
-from qwen3_distill.types import FinishReason, Prompt, Rollout, RolloutRequest, SamplingSpec
+from qwen3_distill.protocols import Sampler
+from qwen3_distill.types import FinishReason, Prompt, Rollout, RolloutRequest
 from qwen3_distill.utils.seeds import derive_seed
 
 Z_95 = 1.959964
@@ -29,7 +29,7 @@ class EvaluationResult:
 
 
 async def evaluate(
-    engine: RolloutEngine,
+    engine: Sampler,
     problems: Sequence[Prompt],
     is_correct: Callable[[Rollout], bool],
     *,
@@ -50,13 +50,7 @@ async def evaluate(
         RolloutRequest(
             rollout_id=f"eval/{prompt.prompt_id}/{sample}",
             prompt=prompt,
-            sampling=SamplingSpec(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                max_new_tokens=sampling.max_new_tokens,
-                seed=derive_seed(seed, "evaluation", prompt.prompt_id, sample),
-            ),
+            sampling=sampling.spec(derive_seed(seed, "evaluation", prompt.prompt_id, sample)),
         )
         for prompt in problems
         for sample in range(samples_per_problem)

@@ -21,7 +21,7 @@ from qwen3_distill.modeling.loading import (
     resolve_device,
     resolve_dtype,
 )
-from qwen3_distill.protocols import WeightChannel
+from qwen3_distill.protocols import FullWeights, WeightChannel
 from qwen3_distill.types import (
     FinishReason,
     Prompt,
@@ -51,6 +51,9 @@ class EmbeddedRolloutEngine:
         self._version: WeightVersion | None = None
         self._num_decoding = 0
 
+    async def start(self) -> None:
+        return None
+
     @property
     def version(self) -> WeightVersion:
         if self._version is None:
@@ -65,7 +68,10 @@ class EmbeddedRolloutEngine:
             # Their later tokens would come from the new weights under the old version's name.
             raise WeightVersionError(f"cannot load {version} while rollouts are being sampled")
         self._version = None  # a failure half-way must not leave the old version in name
-        published = channel.fetch(version)
+        payload = channel.fetch(version)
+        if not isinstance(payload, FullWeights):
+            raise WeightVersionError(f"{version} was published as adapters; publish whole weights")
+        published = payload.tensors
         if weights_digest(published) != version.digest:
             raise WeightVersionError(f"the channel's weights are not {version}: digests differ")
         own = dict(self._model.named_parameters())
@@ -134,7 +140,7 @@ class EmbeddedRolloutEngine:
             if needed > limit:
                 raise DataError(
                     f"rollout {request.rollout_id}: {request.prompt.token_ids.size} prompt tokens "
-                    f"+ max_new_tokens {request.sampling.max_new_tokens} exceed the student's "
+                    f"+ max_new_tokens {request.sampling.max_new_tokens} exceed the model's "
                     f"context of {limit}"
                 )
 

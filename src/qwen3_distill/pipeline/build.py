@@ -66,8 +66,7 @@ class Parts:
 
     def make_batch(self, scored: Sequence[ScoredRollout]) -> Batch:
         """A step's batch, with the config's task reward."""
-        objective = self.config.objective
-        weight = objective.task_reward_weight if isinstance(objective, SampledReverseKL) else 0.0
+        weight = task_reward_weight(self.config)
         return make_batch(scored, task_reward_weight=weight, is_correct=self.is_correct)
 
     async def close(self) -> None:
@@ -75,8 +74,14 @@ class Parts:
             await part.close()
 
 
+def task_reward_weight(config: RunConfig) -> float:
+    """Weight of the verifier's reward; 0 for objectives that have none."""
+    objective = config.objective
+    return objective.task_reward_weight if isinstance(objective, SampledReverseKL) else 0.0
+
+
 def build_parts(config: RunConfig) -> Parts:
-    """Load models and open data; nothing is generated or trained yet."""
+    """Open data and load the embedded engines' models; real engines wait for `Parts.start`."""
     text = TextTools(config.student.model)
     prompts = build_prompts(config, text)
     teacher = build_teacher(config)
@@ -86,7 +91,7 @@ def build_parts(config: RunConfig) -> Parts:
         engine=build_engine(config),
         teacher=teacher,
         learner=build_learner(config, teacher),
-        channel=MemoryChannel(),
+        channel=build_channel(config),
         text=text,
         is_correct=build_checker(config.verifier, text) if config.verifier else None,
     )
@@ -103,6 +108,8 @@ def build_prompts(config: RunConfig, text: TextTools) -> PromptStream:
 def build_engine(config: RunConfig, model_dir: str | None = None) -> RolloutEngine:
     """The rollout engine, without weights: load a version before the first rollout."""
     generation = config.generation
+    if generation.kind != "embedded":
+        raise NotImplementedError(generation.kind)
     return EmbeddedRolloutEngine(
         model_dir or config.student.model,
         device=generation.device,
@@ -124,6 +131,8 @@ async def build_static_engine(config: RunConfig, model_dir: str) -> RolloutEngin
 def build_teacher(config: RunConfig) -> EmbeddedTeacher:
     """The scorer, asked for what the objective needs."""
     scoring = config.scoring
+    if scoring.kind != "embedded":
+        raise NotImplementedError(scoring.kind)
     return EmbeddedTeacher(
         scoring.model,
         request=request_for(config.objective),
@@ -136,6 +145,8 @@ def build_teacher(config: RunConfig) -> EmbeddedTeacher:
 
 def build_learner(config: RunConfig, teacher: EmbeddedTeacher) -> Learner:
     """The learner, with the teacher's output head where the objective needs one."""
+    if config.training.kind != "embedded":
+        raise NotImplementedError(config.training.kind)
     needs_head = isinstance(request_for(config.objective), HiddenRequest)
     head_VD: torch.Tensor | None = teacher.output_head if needs_head else None
     return EmbeddedLearner(
@@ -149,6 +160,11 @@ def build_learner(config: RunConfig, teacher: EmbeddedTeacher) -> Learner:
         total_steps=config.steps,
         seed=config.seed,
     )
+
+
+def build_channel(config: RunConfig) -> WeightChannel:
+    """How weights travel between this run's learner and its engine."""
+    return MemoryChannel()
 
 
 def build_checker(verifier: VerifierConfig, text: TextTools) -> Callable[[Rollout], bool]:

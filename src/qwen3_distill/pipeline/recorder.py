@@ -24,7 +24,7 @@ from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.run_folder import RunFolder
 from qwen3_distill.protocols import RolloutEngine
 from qwen3_distill.reporting.console import ProgressReporter
-from qwen3_distill.reporting.metrics import MetricsLog, combine, read_jsonl
+from qwen3_distill.reporting.metrics import STEP_STAGES, MetricsLog, combine, read_jsonl
 from qwen3_distill.reporting.report import RolloutView, write_report
 from qwen3_distill.reporting.trackers import open_trackers
 from qwen3_distill.types import (
@@ -37,8 +37,6 @@ from qwen3_distill.types import (
     Update,
 )
 from qwen3_distill.utils.seeds import derive_seed
-
-STEP_STAGES = ("generate", "score", "train", "publish")
 
 
 class StageClock:
@@ -158,7 +156,6 @@ class Recorder:
     ) -> dict[str, float]:
         rollouts = [item.rollout for item in scored]
         truncated = sum(r.finish_reason is FinishReason.LENGTH for r in rollouts)
-        lag = max(update.version.step - 1 - r.oldest_version.step for r in rollouts)
         metrics = [
             *update.metrics,
             *clock.metrics(),
@@ -168,7 +165,6 @@ class Recorder:
                 "rollout/response_tokens", sum(r.num_tokens for r in rollouts), len(rollouts)
             ),
             Metric.mean("rollout/truncated_fraction", truncated, len(rollouts)),
-            Metric.max("weights/lag_steps", lag),
             Metric.sum("tokens/generated", sum(r.num_tokens for r in rollouts)),
             Metric.sum("tokens/trained", update.num_loss_tokens),
             # A step's checkpoint is written after its line, so its time stands in the next one.
@@ -213,8 +209,15 @@ class _Evaluator:
         count = evaluation.num_problems
         if step in (0, self.config.steps) and evaluation.final_num_problems is not None:
             count = evaluation.final_num_problems
-        if model == "teacher":
-            engine = await build_static_engine(self.config, self.config.scoring.model)
+        if model == "student":
+            return await self._measure(model, count, engine)
+        teacher = await build_static_engine(self.config, self.config.scoring.model)
+        result = await self._measure(model, count, teacher)
+        await teacher.close()
+        return result
+
+    async def _measure(self, model: str, count: int, engine: RolloutEngine) -> dict[str, Any]:
+        evaluation = self.evaluation
         result = await evaluate(
             engine,
             self._problems(count),

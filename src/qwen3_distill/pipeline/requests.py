@@ -11,7 +11,6 @@ from qwen3_distill.types import (
     Prompt,
     Rollout,
     RolloutRequest,
-    SamplingSpec,
     ScoredRollout,
 )
 from qwen3_distill.utils.seeds import derive_seed
@@ -21,18 +20,11 @@ def requests_for_step(
     config: RunConfig, prompts: Sequence[Prompt], step: int
 ) -> list[RolloutRequest]:
     """The step's rollout requests, samples of one prompt adjacent, one seed each."""
-    sampling = config.sampling
     return [
         RolloutRequest(
             rollout_id=f"step-{step:06d}/prompt-{p:04d}/sample-{g:02d}",
             prompt=prompt,
-            sampling=SamplingSpec(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                max_new_tokens=sampling.max_new_tokens,
-                seed=derive_seed(config.seed, "rollout", step, p, g),
-            ),
+            sampling=config.sampling.spec(derive_seed(config.seed, "rollout", step, p, g)),
         )
         for p, prompt in enumerate(prompts)
         for g in range(config.samples_per_prompt)
@@ -58,8 +50,10 @@ def make_batch(
     The reward of a rollout is 1 if it is correct, minus the mean over the samples of its prompt,
     times the weight.
     """
-    if task_reward_weight == 0 or is_correct is None:
+    if task_reward_weight == 0:
         return Batch.uniform(scored)
+    if is_correct is None:
+        raise ValueError("a task reward needs something that checks rollouts")
     rewards = np.array([float(is_correct(s.rollout)) for s in scored], dtype=np.float32)
     groups: dict[str, list[int]] = defaultdict(list)
     for index, item in enumerate(scored):

@@ -5,11 +5,22 @@ Prompt --generate--> Rollout --score--> ScoredRollout --batch--> Update --publis
                         +--------------------- load(version) <---------------------+
 """
 
-from qwen3_distill.errors import NonFiniteError
+from collections.abc import Sequence
+
+from qwen3_distill.errors import EngineError, NonFiniteError
 from qwen3_distill.pipeline.build import Parts
 from qwen3_distill.pipeline.recorder import Recorder, StageClock
 from qwen3_distill.pipeline.requests import in_request_order, requests_for_step
-from qwen3_distill.types import Batch, Rollout, RolloutRequest, RunCursor, ScoredRollout, Update
+from qwen3_distill.protocols import RolloutEngine, TeacherScorer
+from qwen3_distill.types import (
+    Batch,
+    Rollout,
+    RolloutRequest,
+    RunCursor,
+    ScoredRollout,
+    ScoreFailure,
+    Update,
+)
 
 
 async def run_sequential(parts: Parts, recorder: Recorder, cursor: RunCursor) -> RunCursor:
@@ -28,9 +39,9 @@ async def run_sequential(parts: Parts, recorder: Recorder, cursor: RunCursor) ->
         prompts = parts.prompts.take(cursor.prompts_drawn, config.prompts_per_step)
         requests = requests_for_step(config, prompts, cursor.step)
         with clock("generate"):
-            rollouts = await generate(parts, requests)
+            rollouts = await generate(parts.engine, requests)
         with clock("score"):
-            scored = await score(parts, rollouts)
+            scored = await score(parts.teacher, rollouts)
         with clock("train"):
             update = await checked_update(parts, recorder, parts.make_batch(scored))
         with clock("publish"):
@@ -50,19 +61,36 @@ async def push_weights(parts: Parts) -> None:
     await parts.engine.load(version, parts.channel)
 
 
-async def generate(parts: Parts, requests: list[RolloutRequest]) -> list[Rollout]:
+async def generate(engine: RolloutEngine, requests: Sequence[RolloutRequest]) -> list[Rollout]:
     """All requested rollouts, in the order of the requests."""
-    finished = [rollout async for rollout in parts.engine.generate(requests)]
+    finished = [rollout async for rollout in engine.generate(requests)]
     return in_request_order(requests, finished)
 
 
-async def score(parts: Parts, rollouts: list[Rollout]) -> list[ScoredRollout]:
-    """Each rollout with its own score."""
-    scores = await parts.teacher.score(rollouts)
-    return [
-        ScoredRollout(rollout=rollout, score=score)
-        for rollout, score in zip(rollouts, scores, strict=True)
+async def score(
+    teacher: TeacherScorer, rollouts: Sequence[Rollout], *, max_dropped_fraction: float = 0.0
+) -> list[ScoredRollout]:
+    """Each rollout with its own score; those that got none are left out.
+
+    Raises:
+        EngineError: more than ``max_dropped_fraction`` of them got none.
+    """
+    results = await teacher.score(rollouts)
+    pairs = list(zip(rollouts, results, strict=True))
+    scored = [
+        ScoredRollout(rollout=rollout, score=result)
+        for rollout, result in pairs
+        if not isinstance(result, ScoreFailure)
     ]
+    dropped = [result for result in results if isinstance(result, ScoreFailure)]
+    if len(dropped) > max_dropped_fraction * len(rollouts):
+        raise EngineError(
+            f"{len(dropped)} of {len(rollouts)} rollouts got no score from {teacher.teacher_id}, "
+            f"more than the {max_dropped_fraction:.0%} that may be dropped "
+            f"(scoring.max_dropped_fraction); the first: {dropped[0].rollout_id}: "
+            f"{dropped[0].reason}"
+        )
+    return scored
 
 
 async def checked_update(parts: Parts, recorder: Recorder, batch: Batch) -> Update:

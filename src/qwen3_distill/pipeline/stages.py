@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
-from qwen3_distill.config import RunConfig, SampledReverseKL
+from qwen3_distill.config import RunConfig
 from qwen3_distill.data.rollout_files import (
     read_rollouts,
     read_scored,
@@ -21,6 +21,7 @@ from qwen3_distill.data.rollout_files import (
 from qwen3_distill.errors import ConfigError, DataError, RunFolderError
 from qwen3_distill.evaluation.accuracy import EvaluationResult, evaluate
 from qwen3_distill.modeling.loading import load_identity
+from qwen3_distill.pipeline import sequential
 from qwen3_distill.pipeline.build import (
     TextTools,
     build_checker,
@@ -29,8 +30,9 @@ from qwen3_distill.pipeline.build import (
     build_prompts,
     build_static_engine,
     build_teacher,
+    task_reward_weight,
 )
-from qwen3_distill.pipeline.requests import in_request_order, make_batch, requests_for_step
+from qwen3_distill.pipeline.requests import make_batch, requests_for_step
 from qwen3_distill.pipeline.run_folder import full_disk_named
 from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.types import Rollout, ScoredRollout
@@ -68,11 +70,10 @@ def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, s
         for step in range(first_step, first_step + num_steps):
             taken = prompts.take(step * config.prompts_per_step, config.prompts_per_step)
             requests = requests_for_step(config, taken, step)
-            finished: list[Rollout] = []
-            async for rollout in engine.generate(requests):
-                finished.append(rollout)
-            rows += [(step, rollout) for rollout in in_request_order(requests, finished)]
-            say(f"step {step}: {len(finished)} rollouts")
+            rollouts = await sequential.generate(engine, requests)
+            rows += [(step, rollout) for rollout in rollouts]
+            say(f"step {step}: {len(rollouts)} rollouts")
+        await engine.close()
         return rows
 
     rows = asyncio.run(sample())
@@ -95,12 +96,9 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
     async def score_steps() -> list[tuple[int, ScoredRollout]]:
         scored: list[tuple[int, ScoredRollout]] = []
         for step, group in _steps(rows):
-            scores = await teacher.score(group)
-            scored += [
-                (step, ScoredRollout(rollout=rollout, score=item))
-                for rollout, item in zip(group, scores, strict=True)
-            ]
+            scored += [(step, item) for item in await sequential.score(teacher, group)]
             say(f"step {step}: {len(group)} rollouts scored")
+        await teacher.close()
         return scored
 
     write_scored(out, asyncio.run(score_steps()), TextTools(config.student.model).decode)
@@ -127,8 +125,7 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
         )
     text = TextTools(config.student.model)
     is_correct = build_checker(config.verifier, text) if config.verifier else None
-    objective = config.objective
-    weight = objective.task_reward_weight if isinstance(objective, SampledReverseKL) else 0.0
+    weight = task_reward_weight(config)
     learner = build_learner(config, teacher)
 
     async def update_steps() -> None:
@@ -138,6 +135,8 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
             say(f"step {step}: loss {update.loss:.5f}, gradient norm {update.grad_norm:.4f}")
         with full_disk_named(out):
             await learner.save_student(out)
+        await teacher.close()
+        await learner.close()
 
     asyncio.run(update_steps())
     return f"student after {learner.version.step} steps: {out}"
@@ -158,14 +157,17 @@ def evaluate_directory(config: RunConfig, model: str, out: Path | None, *, say: 
     problems = build_problems(config, settings, text)(count)
 
     async def measure() -> EvaluationResult:
-        return await evaluate(
-            await build_static_engine(config, model),
+        engine = await build_static_engine(config, model)
+        result = await evaluate(
+            engine,
             problems,
             build_checker(settings.verifier, text),
             sampling=settings.sampling,
             samples_per_problem=settings.samples_per_problem,
             seed=derive_seed(config.seed, "evaluation"),
         )
+        await engine.close()
+        return result
 
     say(f"evaluating {model} on {len(problems)} problems")
     result = asyncio.run(measure())

@@ -22,7 +22,14 @@ from qwen3_distill.modeling.loading import (
     resolve_dtype,
 )
 from qwen3_distill.scoring.request import HiddenRequest, SampledRequest, ScoreRequest, TopKRequest
-from qwen3_distill.types import HiddenScore, ModelIdentity, Rollout, TeacherScore, TopKScore
+from qwen3_distill.types import (
+    HiddenScore,
+    ModelIdentity,
+    Rollout,
+    ScoreResult,
+    TeacherScore,
+    TopKScore,
+)
 from qwen3_distill.utils.packing import pack_by_tokens
 
 
@@ -54,6 +61,9 @@ class EmbeddedTeacher:
         digest = weights_digest(dict(self._model.named_parameters()))
         self._teacher_id = f"{Path(model_dir).name}#{digest}@{dtype}"
 
+    async def start(self) -> None:
+        return None
+
     @property
     def identity(self) -> ModelIdentity:
         return self._identity
@@ -67,7 +77,7 @@ class EmbeddedTeacher:
         """[V, D]: turns a `HiddenScore` back into the full distribution."""
         return output_head(self._model)
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
+    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
         lengths = [r.prompt.token_ids.size + r.response_ids.size for r in rollouts]
         for rollout, length in zip(rollouts, lengths, strict=True):
             if length > self._identity.context_length:

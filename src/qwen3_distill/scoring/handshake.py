@@ -6,7 +6,7 @@ import numpy as np
 
 from qwen3_distill.errors import HandshakeError
 from qwen3_distill.protocols import TeacherScorer
-from qwen3_distill.types import ModelIdentity, Rollout
+from qwen3_distill.types import ModelIdentity, Rollout, ScoreFailure
 
 _REMEDY = {
     "tokenizer_digest": "use a teacher with the student's tokenizer (same tokenizer.json)",
@@ -49,6 +49,8 @@ async def check_repeatable(
     worst = 0.0
     for rollout, score in zip(rollouts, together, strict=True):
         (alone,) = await teacher.score([rollout])
+        if isinstance(score, ScoreFailure) or isinstance(alone, ScoreFailure):
+            raise HandshakeError(f"teacher {teacher.teacher_id} gives no score: {score}, {alone}")
         worst = max(worst, float(np.abs(alone.logprobs - score.logprobs).max()))
     if worst > tolerance_nats:
         raise HandshakeError(

@@ -29,7 +29,7 @@ from qwen3_distill.modeling.loading import (
     resolve_device,
     resolve_dtype,
 )
-from qwen3_distill.protocols import WeightChannel
+from qwen3_distill.protocols import FullWeights, WeightChannel
 from qwen3_distill.training.batching import MicroBatch, micro_batches
 from qwen3_distill.training.objectives import LossTerms, Objective
 from qwen3_distill.training.schedule import learning_rate_factor
@@ -86,6 +86,9 @@ class EmbeddedLearner:
         )
         self._version = WeightVersion(step=0, digest=weights_digest(self._named_weights()))
 
+    async def start(self) -> None:
+        return None
+
     @property
     def identity(self) -> ModelIdentity:
         return self._identity
@@ -97,6 +100,7 @@ class EmbeddedLearner:
     async def update(self, batch: Batch) -> Update:
         step = self._version.step
         self._check_context(batch)
+        lag_steps = batch.lag_steps(self._version)
         torch.manual_seed(derive_seed(self._seed, "dropout", step))
         self._optimizer.zero_grad(set_to_none=True)
         loss, metrics = 0.0, list[Metric]()
@@ -116,11 +120,15 @@ class EmbeddedLearner:
             loss=loss,
             grad_norm=grad_norm,
             num_loss_tokens=batch.num_loss_tokens,
-            metrics=(*metrics, Metric.last("optim/learning_rate", learning_rate)),
+            metrics=(
+                *metrics,
+                Metric.last("optim/learning_rate", learning_rate),
+                Metric.max("weights/lag_steps", lag_steps),
+            ),
         )
 
     async def publish(self, channel: WeightChannel) -> WeightVersion:
-        channel.publish(self._version, self._named_weights())
+        channel.publish(self._version, FullWeights(tensors=self._named_weights()))
         return self._version
 
     async def save_state(self, directory: Path) -> None:

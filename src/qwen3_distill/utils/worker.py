@@ -10,12 +10,9 @@ this package, so records (numpy only) cross unchanged; no engine's types ever do
 
 import asyncio
 import contextlib
-import ctypes
 import inspect
-import os
 import pickle
 import shutil
-import signal
 import struct
 import sys
 import tempfile
@@ -24,17 +21,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3_distill.errors import DistillError, EngineError
+from qwen3_distill.errors import DistillError, EngineError, EngineLost, EngineStartError
+from qwen3_distill.utils.process import ChildProcess, engine_environment
 
 _LENGTH = struct.Struct("<Q")
-_PR_SET_PDEATHSIG = 1
-_CONNECT_TIMEOUT_S = 60.0
-_SHUTDOWN_GRACE_S = 10.0
-_LOG_TAIL_BYTES = 3000
-
-
-class WorkerDied(EngineError):
-    """The process ended or broke its connection. Whatever it had not answered is lost."""
+_CONNECT_TIMEOUT_S = 120.0
+_SHUTDOWN_GRACE_S = 15.0
 
 
 class WorkerProcess:
@@ -60,29 +52,29 @@ class WorkerProcess:
         self.name = name
         self._python = python
         self._module = module
-        self._log = log
         self._environment = dict(environment or {})
-        self._process: asyncio.subprocess.Process | None = None
+        self._process = ChildProcess(name, log)
         self._writer: asyncio.StreamWriter | None = None
         self._reader_task: asyncio.Task[None] | None = None
         self._waiting: dict[int, asyncio.Queue[tuple[str, Any]]] = {}
         self._next_call = 0
         self._write_lock = asyncio.Lock()
-        self._death: WorkerDied | None = None
+        self._death: EngineLost | None = None
 
     @property
     def is_running(self) -> bool:
-        return self._process is not None and self._death is None
+        return self._writer is not None and self._death is None
 
     @property
     def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
+        """Leader of the process group that holds the worker."""
+        return self._process.pid
 
     async def start(self) -> None:
         """Start the process and connect.
 
         Raises:
-            WorkerDied: it ended before it connected; the message ends with its last output.
+            EngineStartError: it ended before it connected; the message has its last output.
         """
         self._death = None
         directory = Path(tempfile.mkdtemp(prefix="qwen3-distill-"))
@@ -93,9 +85,11 @@ class WorkerProcess:
             if not connected.done():
                 connected.set_result((reader, writer))
 
-        server = await asyncio.start_unix_server(accept, directory / "socket")
+        socket = directory / "socket"
+        server = await asyncio.start_unix_server(accept, socket)
         try:
-            self._process = await self._spawn(directory / "socket")
+            command = [self._python, "-m", self._module, str(socket)]
+            await self._process.start(command, engine_environment(self._environment))
             reader, self._writer = await self._first(connected)
         finally:
             server.close()
@@ -106,7 +100,7 @@ class WorkerProcess:
         """Call a method of the worker's object and wait for what it returns.
 
         Raises:
-            WorkerDied: the process died before it answered.
+            EngineLost: the process died before it answered.
             EngineError: the method raised, or did not answer within ``timeout_s``.
         """
         call, answers = await self._send(method, arguments)
@@ -132,55 +126,24 @@ class WorkerProcess:
 
     async def close(self) -> None:
         """End the process and everything it started. May be called more than once."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        if self._writer is not None:
-            self._writer.close()  # the worker's sign to leave
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(process.wait(), _SHUTDOWN_GRACE_S)
-        _kill_group(process.pid)
-        await process.wait()
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()  # the worker's sign to leave
+        await self._process.end(grace_s=_SHUTDOWN_GRACE_S if writer is not None else 0.0)
         if self._reader_task is not None:
             self._reader_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reader_task
+            self._reader_task = None
 
     def kill(self) -> None:
         """SIGKILL the whole group at once; for a worker that hangs, and for tests."""
-        if self._process is not None:
-            _kill_group(self._process.pid)
-
-    async def _spawn(self, socket: Path) -> asyncio.subprocess.Process:
-        # The worker imports this package from the very files that run here.
-        source = str(Path(__file__).parents[2])
-        path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
-        environment = {**os.environ, "PYTHONPATH": path, **self._environment}
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("ab") as log:
-            try:
-                return await asyncio.create_subprocess_exec(
-                    self._python,
-                    "-m",
-                    self._module,
-                    str(socket),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=environment,
-                    start_new_session=True,  # its children can be ended with it
-                )
-            except OSError as error:
-                raise WorkerDied(
-                    f"{self.name}: cannot start {self._python}: {error.strerror}; set `python` to "
-                    "the interpreter of an environment that has the engine"
-                ) from error
+        self._process.kill()
 
     async def _first(
         self, connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """The connection, unless the process ends before there is one."""
-        assert self._process is not None
         ended = asyncio.create_task(self._process.wait())
         done, _ = await asyncio.wait(
             {connected, ended}, timeout=_CONNECT_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
@@ -188,8 +151,9 @@ class WorkerProcess:
         if connected in done:
             ended.cancel()
             return connected.result()
-        self.kill()
-        raise WorkerDied(f"{self.name} did not start{self._last_output()}")
+        ended.cancel()
+        await self._process.end()
+        raise EngineStartError(f"{self.name} did not start{self._process.last_output()}")
 
     async def _send(
         self, method: str, arguments: Sequence[Any]
@@ -197,7 +161,7 @@ class WorkerProcess:
         if self._death is not None:
             raise self._death
         if self._writer is None:
-            raise WorkerDied(f"{self.name} is not running: start it first")
+            raise EngineLost(f"{self.name} is not running: start it first")
         call = self._next_call
         self._next_call += 1
         answers = self._waiting[call] = asyncio.Queue()
@@ -206,7 +170,7 @@ class WorkerProcess:
                 await _write_frame(self._writer, (call, method, tuple(arguments)))
         except (ConnectionError, OSError) as error:
             self._waiting.pop(call, None)
-            raise WorkerDied(f"{self.name} closed its connection: {error}") from error
+            raise EngineLost(f"{self.name} closed its connection: {error}") from error
         return call, answers
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
@@ -216,7 +180,7 @@ class WorkerProcess:
                 call, kind, value = await _read_frame(reader)
                 if call in self._waiting:
                     self._waiting[call].put_nowait((kind, value))
-        self._death = WorkerDied(f"{self.name} died{self._last_output()}")
+        self._death = EngineLost(f"{self.name} died{self._process.last_output()}")
         for answers in self._waiting.values():
             answers.put_nowait(("died", self._death))
 
@@ -229,23 +193,14 @@ class WorkerProcess:
             raise value
         raise EngineError(f"{self.name}: {value}")
 
-    def _last_output(self) -> str:
-        try:
-            with self._log.open("rb") as log:
-                log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
-                tail = log.read().decode(errors="replace").strip()
-        except OSError:
-            return ""
-        return f"; the end of {self._log}:\n{tail}" if tail else f"; {self._log} is empty"
-
 
 def serve_worker(target: object) -> None:
     """Serve ``target``'s public methods to the controller that started this process.
 
-    Ends when the controller closes the connection, and is killed by the kernel when the
-    controller dies. Asynchronous methods run side by side; a synchronous one blocks all others.
+    Ends when the controller closes the connection; the guard kills it when the controller dies.
+    Asynchronous methods run side by side; a synchronous one blocks all others. ``shutdown``, where
+    there is one, is called (and awaited) at the end.
     """
-    _die_with_parent()
     asyncio.run(_serve(target, sys.argv[1]))
 
 
@@ -263,7 +218,9 @@ async def _serve(target: object, socket: str) -> None:
         task.cancel()
     shutdown = getattr(target, "shutdown", None)
     if shutdown is not None:
-        shutdown()
+        left = shutdown()
+        if inspect.isawaitable(left):
+            await left
 
 
 async def _answer(
@@ -303,14 +260,3 @@ async def _write_frame(writer: asyncio.StreamWriter, value: Any) -> None:
 async def _read_frame(reader: asyncio.StreamReader) -> Any:
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
     return pickle.loads(await reader.readexactly(length))
-
-
-def _kill_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-def _die_with_parent() -> None:
-    """Linux: have the kernel kill this process when its parent dies."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,55 @@
+"""Where the real engines are: given on pytest's command line, one environment each.
+
+    pytest tests -m vllm --engine vllm=PYTHON [--engine-variable vllm:PYTHONPATH=/site/vllm]
+        [--engine-device cuda]
+
+A test that needs an engine carries its marker and is skipped where the engine is not given.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+ENGINE_NAMES = ("vllm", "sglang", "unsloth")
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass
+class EngineInstallations:
+    """Interpreters and variables by engine; filled from the command line before collection."""
+
+    python: dict[str, str] = field(default_factory=dict)
+    variables: dict[str, dict[str, str]] = field(default_factory=dict)
+    device: Device = "cpu"
+
+
+INSTALLED = EngineInstallations()
+
+
+def add_options(parser: pytest.Parser) -> None:
+    parser.addoption("--engine", action="append", default=[], metavar="NAME=PYTHON")
+    parser.addoption(
+        "--engine-variable", action="append", default=[], metavar="NAME:VARIABLE=VALUE"
+    )
+    parser.addoption("--engine-device", choices=["cpu", "cuda"], default="cpu")
+
+
+def read_options(config: pytest.Config) -> None:
+    for option in config.getoption("--engine"):
+        name, _, python = option.partition("=")
+        if name not in ENGINE_NAMES or not python:
+            raise pytest.UsageError(f"--engine {option}: expected NAME=PYTHON, {ENGINE_NAMES}")
+        INSTALLED.python[name] = python
+    for option in config.getoption("--engine-variable"):
+        name, _, assignment = option.partition(":")
+        variable, _, value = assignment.partition("=")
+        INSTALLED.variables.setdefault(name, {})[variable] = value
+    INSTALLED.device = config.getoption("--engine-device")
+
+
+def skip_what_is_not_installed(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name in ENGINE_NAMES:
+            if name in item.keywords and name not in INSTALLED.python:
+                item.add_marker(pytest.mark.skip(reason=f"needs --engine {name}=PYTHON"))
