@@ -36,16 +36,16 @@ def add_options(parser: pytest.Parser) -> None:
 
 
 def read_options(config: pytest.Config) -> None:
-    for option in config.getoption("--engine"):
+    for option in config.getoption("--engine") or []:
         name, _, python = option.partition("=")
         if name not in ENGINE_NAMES or not python:
             raise pytest.UsageError(f"--engine {option}: expected NAME=PYTHON, {ENGINE_NAMES}")
         INSTALLED.python[name] = python
-    for option in config.getoption("--engine-variable"):
+    for option in config.getoption("--engine-variable") or []:
         name, _, assignment = option.partition(":")
         variable, _, value = assignment.partition("=")
         INSTALLED.variables.setdefault(name, {})[variable] = value
-    INSTALLED.device = config.getoption("--engine-device")
+    INSTALLED.device = "cuda" if config.getoption("--engine-device") == "cuda" else "cpu"
 
 
 def skip_what_is_not_installed(items: list[pytest.Item]) -> None:

@@ -79,6 +79,15 @@ class Prompt:
         object.__setattr__(self, "token_ids", ids)
         object.__setattr__(self, "task_data", MappingProxyType(dict(self.task_data)))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A read-only mapping has no pickle of its own; prompts go to engines' processes."""
+        values = {"prompt_id": self.prompt_id, "token_ids": self.token_ids}
+        return _prompt_again, (values | {"task_data": dict(self.task_data)},)
+
+
+def _prompt_again(values: dict[str, Any]) -> Prompt:
+    return Prompt(**values)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingSpec:
@@ -177,6 +186,18 @@ class Rollout:
     def oldest_version(self) -> WeightVersion:
         """Oldest weights that sampled any of the tokens; age is judged by it."""
         return min(span.version for span in self.versions)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutPrefix:
+    """What exists of a rollout that is still being sampled."""
+
+    request: RolloutRequest
+    response_ids: IntArray
+    """[R] so far, R >= 1."""
+    behavior_logprobs: FloatArray
+    """[R] nats."""
+    versions: tuple[VersionSpan, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ this package, so records (numpy only) cross unchanged; no engine's types ever do
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import pickle
 import shutil
@@ -27,6 +28,8 @@ from qwen3_distill.utils.process import ChildProcess, engine_environment
 _LENGTH = struct.Struct("<Q")
 _CONNECT_TIMEOUT_S = 120.0
 _SHUTDOWN_GRACE_S = 15.0
+_CANCEL = ""
+"""In place of a method's name: end the call of that number."""
 
 
 class WorkerProcess:
@@ -113,16 +116,29 @@ class WorkerProcess:
         return self._unwrap(kind, value)
 
     async def stream(self, method: str, *arguments: Any) -> AsyncIterator[Any]:
-        """Call an asynchronous generator of the worker's object and yield what it yields."""
+        """Call an asynchronous generator of the worker's object and yield what it yields.
+
+        Left early, the generator is cancelled over there too.
+        """
         call, answers = await self._send(method, arguments)
+        ended = False
         try:
             while True:
                 kind, value = await answers.get()
+                ended = kind != "value"
                 if kind == "end":
                     return
                 yield self._unwrap(kind, value)
         finally:
             self._waiting.pop(call, None)
+            if not ended:
+                await self._cancel(call)
+
+    async def _cancel(self, call: int) -> None:
+        with contextlib.suppress(ConnectionError, OSError):
+            if self._writer is not None and self._death is None:
+                async with self._write_lock:
+                    await _write_frame(self._writer, (call, _CANCEL, ()))
 
     async def close(self) -> None:
         """End the process and everything it started. May be called more than once."""
@@ -207,15 +223,25 @@ def serve_worker(target: object) -> None:
 async def _serve(target: object, socket: str) -> None:
     reader, writer = await asyncio.open_unix_connection(socket)
     lock = asyncio.Lock()
-    running: set[asyncio.Task[None]] = set()
+    running: dict[int, asyncio.Task[None]] = {}
+
+    def forget(task: asyncio.Task[None], call: int) -> None:
+        running.pop(call, None)
+
     with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
         while True:
             call, method, arguments = await _read_frame(reader)
+            if method == _CANCEL:
+                if call in running:
+                    running[call].cancel()
+                continue
             task = asyncio.create_task(_answer(target, writer, lock, call, method, arguments))
-            running.add(task)
-            task.add_done_callback(running.discard)
-    for task in running:
+            running[call] = task
+            task.add_done_callback(functools.partial(forget, call=call))
+    tasks = list(running.values())
+    for task in tasks:
         task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
     shutdown = getattr(target, "shutdown", None)
     if shutdown is not None:
         left = shutdown()
@@ -238,8 +264,9 @@ async def _answer(
     try:
         result = getattr(target, method)(*arguments)
         if inspect.isasyncgen(result):
-            async for item in result:
-                await send("value", item)
+            async with contextlib.aclosing(result):  # a cancelled call ends its generator at once
+                async for item in result:
+                    await send("value", item)
             await send("end", None)
         else:
             await send("value", await result if inspect.isawaitable(result) else result)

@@ -1,0 +1,36 @@
+"""What the rollout process is opened with. Numpy-free and engine-free: both sides import it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmSettings:
+    """One vLLM engine."""
+
+    model_dir: str
+    dtype: str
+    eos_ids: tuple[int, ...]
+    max_sequences: int
+    max_model_tokens: int
+    kv_cache_bytes: int
+    stream_interval: int
+    lora_rank: int | None
+    """Highest rank of the adapters it will serve; None: whole weights are loaded instead."""
+    max_batched_tokens: int | None = None
+    quantization: str | None = None
+    float32_head: bool = False
+    enforce_eager: bool = False
+    seed: int = 0
+    engine_arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Further ``AsyncEngineArgs``; they win over all of the above."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmInfo:
+    """What a started engine says of itself."""
+
+    version: str
+    device: str
+    platform_is_cpu: bool

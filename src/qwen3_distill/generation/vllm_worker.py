@@ -1,0 +1,298 @@
+"""The rollout process: vLLM's AsyncLLM behind the methods that the controller calls.
+
+Run with ``-m`` under the interpreter that has vLLM. Everything that crosses the socket is a record
+of this package.
+"""
+# pyright: reportMissingImports=false
+
+import os
+
+# Before vLLM is imported: it reads these once.
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # on CPU: 10 s at start for no speed
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+import asyncio
+import re
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+from vllm import AsyncEngineArgs, TokensPrompt
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from qwen3_distill.errors import EngineError, EngineStartError, WeightVersionError
+from qwen3_distill.generation import vllm_compat as compat
+from qwen3_distill.generation.vllm_extension import write_request
+from qwen3_distill.generation.vllm_settings import VllmInfo, VllmSettings
+from qwen3_distill.protocols import WeightChannel
+from qwen3_distill.types import (
+    FinishReason,
+    Rollout,
+    RolloutPrefix,
+    RolloutRequest,
+    VersionSpan,
+    WeightVersion,
+)
+from qwen3_distill.utils.worker import serve_worker
+
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|No available memory|larger than the available KV cache|max seq len", re.I
+)
+_DEAD = 70
+"""Exit status of this process when the engine's own process has died."""
+
+
+@dataclass
+class _Running:
+    """A rollout in the making."""
+
+    request: RolloutRequest
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[NDArray[np.float32]] = field(default_factory=list)
+    swaps: list[tuple[int, WeightVersion]] = field(default_factory=list)
+    """Token counts at which a version came into use; the first is 0."""
+
+    def add(self, output: Any) -> None:
+        ids, logprobs = compat.delta(output)
+        self.token_ids += ids
+        self.logprobs.append(logprobs)
+
+    def spans(self) -> tuple[VersionSpan, ...]:
+        edges = [start for start, _ in self.swaps[1:]] + [len(self.token_ids)]
+        return tuple(
+            VersionSpan(start=start, stop=min(stop, len(self.token_ids)), version=version)
+            for (start, version), stop in zip(self.swaps, edges, strict=True)
+            if start < min(stop, len(self.token_ids))
+        )
+
+    def prefix(self) -> RolloutPrefix:
+        return RolloutPrefix(
+            request=self.request,
+            response_ids=np.array(self.token_ids, dtype=np.int32),
+            behavior_logprobs=self._all_logprobs(),
+            versions=self.spans(),
+        )
+
+    def rollout(self, finish_reason: FinishReason) -> Rollout:
+        return Rollout(
+            rollout_id=self.request.rollout_id,
+            prompt=self.request.prompt,
+            sampling=self.request.sampling,
+            response_ids=np.array(self.token_ids, dtype=np.int32),
+            behavior_logprobs=self._all_logprobs(),
+            versions=self.spans(),
+            finish_reason=finish_reason,
+        )
+
+    def _all_logprobs(self) -> NDArray[np.float32]:
+        return np.concatenate([np.empty(0, dtype=np.float32), *self.logprobs])
+
+
+class VllmWorker:
+    """Served to the controller, see `vllm.VllmRolloutEngine`."""
+
+    def __init__(self) -> None:
+        self._engine: Any = None
+        self._settings: VllmSettings | None = None
+        self._version: WeightVersion | None = None
+        self._adapter_path: str | None = None
+        self._running: dict[str, _Running] = {}
+        self._scratch = tempfile.TemporaryDirectory(prefix="qwen3-distill-vllm-")
+        self._load_lock = asyncio.Lock()
+
+    async def open(self, settings: VllmSettings) -> VllmInfo:
+        """Start the engine.
+
+        Raises:
+            EngineStartError: it does not start, e.g. for want of memory.
+        """
+        arguments = compat.engine_arguments(settings)
+        try:
+            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        except Exception as error:  # vLLM raises what its libraries raise
+            raise EngineStartError(_start_problem(settings, error)) from error
+        self._settings = settings
+        device = "cpu" if compat.is_cpu() else "cuda"
+        return VllmInfo(version=compat.version(), device=device, platform_is_cpu=device == "cpu")
+
+    async def load(self, version: WeightVersion, channel: WeightChannel) -> None:
+        """Serve ``version``. Running rollouts go on with it: their next tokens are its tokens.
+
+        Raises:
+            WeightVersionError: the weights in use are not ``version``; nothing is served then,
+                and running rollouts were aborted.
+        """
+        async with self._load_lock:
+            self._version = None
+            await self._guarded(self._engine.pause_generation(mode="keep", clear_cache=True))
+            try:
+                problem = await self._replace(version, channel)
+                if problem:
+                    await self.abort(list(self._running))
+                    raise WeightVersionError(problem)
+                # Also what was cached in between; False would mean blocks still in use.
+                if not await self._guarded(self._engine.reset_prefix_cache(True)):
+                    raise WeightVersionError(f"{version}: vLLM did not clear its prefix cache")
+                await self._mark_swap(version)
+                self._version = version
+            finally:
+                await self._guarded(self._engine.resume_generation())
+
+    async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
+        """Yield each rollout when it has finished. Aborted ones are left out."""
+        finished: asyncio.Queue[Rollout | Exception | None] = asyncio.Queue()
+
+        async def follow(request: RolloutRequest) -> None:
+            try:
+                finished.put_nowait(await self._sample(request))
+            except EngineDeadError as error:
+                _die(error)
+            except Exception as error:  # noqa: BLE001 - handed to the consumer
+                finished.put_nowait(error)
+
+        tasks = [asyncio.create_task(follow(request)) for request in requests]
+        try:
+            for _ in tasks:
+                result = await finished.get()
+                if isinstance(result, Exception):
+                    raise result
+                if result is not None:
+                    yield result
+        finally:
+            for task in tasks:
+                task.cancel()  # aborts what the consumer no longer wants
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def prefixes(self) -> list[RolloutPrefix]:
+        """What exists of every running rollout that has a token."""
+        return [running.prefix() for running in self._running.values() if running.token_ids]
+
+    async def abort(self, rollout_ids: Sequence[str]) -> None:
+        """End running rollouts; their tokens are lost."""
+        await self._guarded(self._engine.abort(list(rollout_ids)))
+
+    async def pause(self) -> None:
+        """Stop decoding; running rollouts and new requests wait."""
+        await self._guarded(self._engine.pause_generation(mode="keep", clear_cache=False))
+
+    async def resume(self) -> None:
+        await self._guarded(self._engine.resume_generation())
+
+    async def prompt_logprobs(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """[T - 1] nats of every token but the first, under the served weights at temperature 1."""
+        parameters = compat.scoring_params()
+        prompt = TokensPrompt(prompt_token_ids=list(token_ids))
+        outputs = [
+            output
+            async for output in self._engine.generate(
+                prompt, parameters, "prompt-logprobs", lora_request=self._adapter()
+            )
+        ]
+        rows = zip(outputs[-1].prompt_logprobs[1:], list(token_ids)[1:], strict=True)
+        return np.array([row[token].logprob for row, token in rows], dtype=np.float32)
+
+    def shutdown(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown()
+        self._scratch.cleanup()
+
+    async def _sample(self, request: RolloutRequest) -> Rollout | None:
+        """One rollout; None if it was aborted."""
+        if self._settings is None or self._version is None:
+            raise WeightVersionError("the rollout engine has no weights yet: load a version first")
+        running = _Running(request, swaps=[(0, self._version)])
+        self._running[request.rollout_id] = running
+        try:
+            async for output in self._engine.generate(
+                TokensPrompt(prompt_token_ids=request.prompt.token_ids.tolist()),
+                compat.sampling_params(request.sampling, self._settings.eos_ids),
+                request.rollout_id,
+                lora_request=self._adapter(),
+            ):
+                completion = output.outputs[0]
+                running.add(completion)
+                if output.finished:
+                    return _finished(running, completion.finish_reason)
+        finally:
+            self._running.pop(request.rollout_id, None)
+        raise EngineError(f"vLLM ended rollout {request.rollout_id} without a last output")
+
+    def _adapter(self) -> Any:
+        return None if self._adapter_path is None else compat.adapter_request(self._adapter_path)
+
+    async def _replace(self, version: WeightVersion, channel: Any) -> str:
+        """Bring the version's weights into use; a problem as text, "" if there is none."""
+        assert self._settings is not None
+        request = Path(self._scratch.name) / "request"
+        write_request(request, version, channel)
+        if self._settings.lora_rank is None:
+            return await self._ask_engine("distill_load_full", str(request))
+        path = str(channel.locate(version))
+        try:
+            await self._engine.add_lora(compat.adapter_request(path, load=True))
+        except EngineDeadError as error:
+            _die(error)
+        except Exception as error:  # noqa: BLE001 - a bad adapter, named by vLLM in its own types
+            return f"{version}: vLLM does not take the adapter: {error}"
+        problem = await self._ask_engine("distill_check_adapter", str(request))
+        if not problem:
+            self._adapter_path = path
+        return problem
+
+    async def _ask_engine(self, method: str, *arguments: str) -> str:
+        (problem,) = await self._guarded(self._engine.collective_rpc(method, args=arguments))
+        return problem
+
+    async def _mark_swap(self, version: WeightVersion) -> None:
+        """Note where in each running rollout the new version begins."""
+        if not self._running:
+            return
+        await compat.settle(self._engine)
+        counts = compat.tokens_sampled(self._engine)
+        for rollout_id, running in self._running.items():
+            boundary = counts.get(rollout_id, len(running.token_ids))
+            running.swaps.append((boundary, version))
+
+    async def _guarded(self, work: Any) -> Any:
+        try:
+            return await work
+        except EngineDeadError as error:
+            _die(error)
+
+
+def _finished(running: _Running, reason: str | None) -> Rollout | None:
+    if reason == "abort":
+        return None
+    return running.rollout(FinishReason(reason))
+
+
+def _die(error: BaseException) -> NoReturn:
+    """The engine's process is gone and this one is of no more use: the controller restarts it."""
+    print(f"vLLM's engine process died: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    os._exit(_DEAD)
+
+
+def _start_problem(settings: VllmSettings, error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if _OUT_OF_MEMORY.search(text):
+        return (
+            f"vLLM found too little memory: planned {settings.kv_cache_bytes / 2**30:.1f} GiB of "
+            f"key-value cache for {settings.max_sequences} sequences beside the weights of "
+            f"{settings.model_dir}; vLLM says: {text}. Lower generation.kv_cache_gib or "
+            "generation.max_sequences, or shorten sampling.max_new_tokens"
+        )
+    return f"vLLM {compat.version()} does not start: {text}"
+
+
+if __name__ == "__main__":
+    serve_worker(VllmWorker())

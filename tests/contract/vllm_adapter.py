@@ -1,0 +1,71 @@
+"""Real vLLM for the contract suite of `RolloutEngine`. A start takes 20 s, so engines are kept."""
+
+import atexit
+import contextlib
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qwen3_distill.config import LoraTuning, VllmGeneration
+from qwen3_distill.errors import WeightVersionError
+from qwen3_distill.generation.vllm import VllmRolloutEngine
+from qwen3_distill.types import WeightVersion
+from qwen3_distill.weights.memory import MemoryChannel
+from tests.contract.builders import run
+from tests.engines import INSTALLED
+
+KV_CACHE_BYTES = 128 << 20
+
+
+def vllm_config(**changes: object) -> VllmGeneration:
+    """Small, float32, for wherever the tests run."""
+    values: dict[str, object] = {
+        "kind": "vllm",
+        "dtype": "float32",
+        "max_sequences": 64,
+        "python": INSTALLED.python.get("vllm"),
+        "environment": {
+            "OMP_NUM_THREADS": "2",
+            **INSTALLED.variables.get("vllm", {}),
+        },
+        "enforce_eager": True,
+        "stream_interval": 4,
+    }
+    return VllmGeneration.model_validate(values | changes)
+
+
+def build_vllm(
+    model_dir: Path, *, lora: LoraTuning | None = None, **changes: object
+) -> VllmRolloutEngine:
+    """An engine of its own, started."""
+    engine = VllmRolloutEngine(
+        model_dir,
+        vllm_config(**changes),
+        lora=lora,
+        kv_cache_bytes=KV_CACHE_BYTES,
+        log=Path(tempfile.gettempdir()) / "qwen3-distill-tests" / "vllm.log",
+    )
+    run(engine.start())
+    return engine
+
+
+@dataclass
+class VllmEngineAdapter:
+    """Keeps one engine per model and batch limit; `build` gives it back without weights."""
+
+    _kept: dict[tuple[str, int], VllmRolloutEngine] = field(default_factory=dict)
+
+    def build(self, model_dir: Path, *, max_sequences: int = 64) -> VllmRolloutEngine:
+        key = (str(model_dir), min(max_sequences, 256))
+        engine = self._kept.get(key)
+        if engine is None:
+            if not self._kept:
+                atexit.register(self._close)
+            engine = self._kept[key] = build_vllm(model_dir, max_sequences=key[1])
+        with contextlib.suppress(WeightVersionError):  # serves nothing from here on
+            run(engine.load(WeightVersion(step=0, digest="absent"), MemoryChannel()))
+        return engine
+
+    def _close(self) -> None:
+        for engine in self._kept.values():
+            run(engine.close())
