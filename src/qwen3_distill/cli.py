@@ -146,6 +146,36 @@ def evaluate(
 
 
 @app.command()
+def plan(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    shape_student: Annotated[
+        str | None, typer.Option(help="Plan with this Qwen3, e.g. 4B, instead of the directory.")
+    ] = None,
+    shape_teacher: Annotated[
+        str | None, typer.Option(help="The same for the teacher, e.g. 32B or 32B-FP8.")
+    ] = None,
+    device_memory_gib: Annotated[
+        float | None, typer.Option(min=0.001, help="Plan for so much instead of what is free now.")
+    ] = None,
+) -> None:
+    """Who gets how much memory. Exit status 2, and what would help, where it does not fit."""
+    settings = load_config(config, overrides or ())
+    from qwen3_distill.planning.plan import make_plan
+    from qwen3_distill.planning.shapes import named_shape
+    from qwen3_distill.planning.table import plan_settings, plan_table
+
+    planned = make_plan(
+        settings,
+        device_memory_bytes=None if device_memory_gib is None else int(device_memory_gib * 2**30),
+        student_shape=None if shape_student is None else named_shape(shape_student),
+        teacher_shape=None if shape_teacher is None else named_shape(shape_teacher),
+    )
+    Console().print(plan_table(planned))
+    _say(f"planned settings: {plan_settings(settings, planned)}")
+
+
+@app.command()
 def report(
     run_folder: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
     out: Annotated[Path | None, typer.Option(help="Default: report.html in the folder.")] = None,

@@ -467,9 +467,13 @@ class PlanningConfig(Schema):
     """What the memory plan may assume."""
 
     device_memory_gib: PositiveFloat | None = None
-    """Memory that student, teacher and learner share; null: what the device reports."""
-    reserve_gib: NonNegativeFloat = 8.0
-    """Left free: the system, and what nobody accounts for."""
+    """Memory that student, teacher and learner share; null: what is free on the device now."""
+    reserve_gib: NonNegativeFloat | None = None
+    """Left free: the system, and what nobody accounts for. null: 8, or an eighth of the memory
+    where that is less."""
+    prompt_tokens: PositiveInt = 256
+    """How long prompts are, for sizing caches. Longer ones work too: fewer rollouts then run at
+    a time."""
 
 
 # --- The run ------------------------------------------------------------------------------------

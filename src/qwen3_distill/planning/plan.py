@@ -1,0 +1,341 @@
+"""A memory plan: who gets how much of one device, before anything is started.
+
+The engines start in the order teacher, student, learner. A server that sizes itself by a share of
+the free memory is the first, so its share is one of the memory that the plan starts from.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from qwen3_distill.config import LoraTuning, RunConfig
+from qwen3_distill.errors import ConfigError
+from qwen3_distill.planning import memory
+from qwen3_distill.planning.device import DeviceMemory, detect_memory, stated_memory
+from qwen3_distill.planning.memory import GIB, Engine, Models, PlanRow
+from qwen3_distill.planning.shapes import ModelShape, read_shape
+
+_DEFAULT_RESERVE_BYTES = 8 * GIB
+_DEFAULT_RESERVE_FRACTION = 1 / 8
+_LARGEST_FRACTION = 0.95
+ENGINES: tuple[Engine, ...] = ("teacher", "student", "learner")
+_LORA = LoraTuning(kind="lora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knob:
+    """A change of the config and what it frees."""
+
+    change: str
+    frees_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What each engine may take."""
+
+    device: DeviceMemory
+    rows: tuple[PlanRow, ...]
+    reserve_bytes: int
+    vllm_kv_cache_bytes: int
+    """Key-value cache of the rollout engine."""
+    sglang_memory_fraction: float
+    """Share of the memory free at the scoring server's start, the first of all engines. Of no
+    meaning where the servers run elsewhere."""
+    sglang_max_total_tokens: int
+    """Tokens of the scoring server's key-value cache."""
+    learner_memory_bytes: int
+    """The learner's weights, optimizer and activations together: what its process may allocate."""
+    teacher_static_bytes: int
+    """Weights and cache of the scoring server, with what its share of the memory must leave over
+    for measuring errors."""
+
+    @property
+    def required_bytes(self) -> int:
+        """All rows and the reserve."""
+        return sum(row.num_bytes for row in self.rows) + self.reserve_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.required_bytes <= self.device.free_bytes
+
+    def engine_bytes(self, engine: Engine) -> int:
+        """Sum of an engine's rows."""
+        return sum(row.num_bytes for row in self.rows if row.engine == engine)
+
+    def teacher_memory_fraction(self, free_bytes: int) -> float:
+        """`sglang_memory_fraction` of a server that is started again beside the other engines.
+
+        Args:
+            free_bytes: what is free then; `planning.device.detect_memory` tells.
+        """
+        return _fraction(self.teacher_static_bytes, free_bytes)
+
+
+def make_plan(
+    config: RunConfig,
+    *,
+    device_memory_bytes: int | None = None,
+    student_shape: ModelShape | None = None,
+    teacher_shape: ModelShape | None = None,
+) -> MemoryPlan:
+    """Plan a run's memory. What the config states explicitly is taken as it is.
+
+    Args:
+        config: the run.
+        device_memory_bytes: memory that the engines share; default: the config's
+            ``planning.device_memory_gib``, else what is free on the device now.
+        student_shape: default: by the student's directory.
+        teacher_shape: default: by the teacher's directory.
+
+    Raises:
+        ConfigError: it does not fit; says what was planned, what there is and what would help.
+        ModelError: a model directory has no readable ``config.json``.
+    """
+    plan = lay_out(
+        config,
+        device_memory_bytes=device_memory_bytes,
+        student_shape=student_shape,
+        teacher_shape=teacher_shape,
+    )
+    models = _models(config, student_shape, teacher_shape)
+    _check_what_is_stated(config, models, plan)
+    if not plan.fits:
+        raise ConfigError(_does_not_fit(config, models, plan))
+    _check_loading(config, models, plan)
+    return plan
+
+
+def lay_out(
+    config: RunConfig,
+    *,
+    device_memory_bytes: int | None = None,
+    student_shape: ModelShape | None = None,
+    teacher_shape: ModelShape | None = None,
+) -> MemoryPlan:
+    """`make_plan` without the check: the plan may need more than there is."""
+    models = _models(config, student_shape, teacher_shape)
+    return _lay_out(config, models, _device(config, device_memory_bytes))
+
+
+def _models(
+    config: RunConfig, student_shape: ModelShape | None, teacher_shape: ModelShape | None
+) -> Models:
+    return Models(
+        student=student_shape or read_shape(config.student.model),
+        teacher=teacher_shape or read_shape(config.scoring.model),
+    )
+
+
+def _device(config: RunConfig, device_memory_bytes: int | None) -> DeviceMemory:
+    if device_memory_bytes is not None:
+        return stated_memory(device_memory_bytes)
+    if config.planning.device_memory_gib is not None:
+        return stated_memory(int(config.planning.device_memory_gib * GIB))
+    return detect_memory()
+
+
+def _lay_out(config: RunConfig, models: Models, device: DeviceMemory) -> MemoryPlan:
+    reserve = _reserve_bytes(config, device)
+    teacher = memory.teacher_rows(config, models, device)
+    student = memory.student_rows(config, models, device)
+    others = reserve + sum(row.num_bytes for row in [*teacher, *student])
+    left = device.free_bytes - others
+    mode = memory.least_checkpointing(config)
+    if config.training.gradient_checkpointing == "auto":
+        mode = _mode_that_fits(config, models, device, left)
+    learner = memory.learner_rows(config, models, device, mode)
+    static = memory.teacher_static_bytes(config, models, device.free_bytes)
+    scoring = config.scoring
+    if scoring.kind == "sglang" and scoring.memory_fraction is not None:
+        fraction = scoring.memory_fraction
+    else:
+        # The cache is bounded by its tokens: a larger share costs nothing, one that is a little
+        # too small ends the server's start.
+        static = int(static * 1.05 + max(2 * GIB, device.free_bytes / 8))
+        fraction = _fraction(static, device.free_bytes)
+    return MemoryPlan(
+        device=device,
+        rows=(*teacher, *student, *learner),
+        reserve_bytes=reserve,
+        vllm_kv_cache_bytes=memory.student_cache_bytes(config, models),
+        sglang_memory_fraction=fraction,
+        sglang_max_total_tokens=memory.teacher_cache_tokens(config, models),
+        learner_memory_bytes=_learner_bytes(config, device, left),
+        teacher_static_bytes=static,
+    )
+
+
+def _reserve_bytes(config: RunConfig, device: DeviceMemory) -> int:
+    if config.planning.reserve_gib is not None:
+        return int(config.planning.reserve_gib * GIB)
+    return int(min(_DEFAULT_RESERVE_BYTES, device.free_bytes * _DEFAULT_RESERVE_FRACTION))
+
+
+def _mode_that_fits(
+    config: RunConfig, models: Models, device: DeviceMemory, left: int
+) -> memory.Checkpointing:
+    """What ``auto`` comes to: nothing is recomputed where the memory allows it."""
+    budget = _learner_bytes(config, device, left) + memory.learner_runtime_bytes(config, device)
+    rows = memory.learner_rows(config, models, device, "off")
+    return "off" if sum(row.num_bytes for row in rows) <= budget else "on"
+
+
+def _learner_bytes(config: RunConfig, device: DeviceMemory, left: int) -> int:
+    training = config.training
+    if training.kind == "unsloth" and training.memory_gib is not None:
+        return int(training.memory_gib * GIB)
+    return max(0, left - memory.learner_runtime_bytes(config, device))
+
+
+def _fraction(static_bytes: int, free_bytes: int) -> float:
+    return round(min(_LARGEST_FRACTION, static_bytes / max(1, free_bytes)), 4)
+
+
+# --- What is wrong ------------------------------------------------------------------------------
+
+
+def _check_what_is_stated(config: RunConfig, models: Models, plan: MemoryPlan) -> None:
+    """Settings that no amount of memory makes work."""
+    generation, scoring, training = config.generation, config.scoring, config.training
+    if generation.kind == "vllm" and generation.kv_cache_gib is not None:
+        longest = generation.max_model_tokens or models.student.context_length
+        per_token = models.student.kv_bytes_per_token(2 if generation.dtype == "bfloat16" else 4)
+        if plan.vllm_kv_cache_bytes < longest * per_token:
+            raise ConfigError(
+                f"generation.kv_cache_gib={generation.kv_cache_gib} holds "
+                f"{plan.vllm_kv_cache_bytes // per_token} tokens, but one sequence may have "
+                f"{longest}; raise it to {_gib(longest * per_token)} or lower "
+                "generation.max_model_tokens"
+            )
+    if scoring.kind == "sglang" and not scoring.urls and scoring.memory_fraction is not None:
+        weights = memory.teacher_weight_bytes(config, models)
+        if plan.teacher_static_bytes <= weights:
+            raise ConfigError(
+                f"scoring.memory_fraction={scoring.memory_fraction} of the "
+                f"{_gib(plan.device.free_bytes)} that are free is "
+                f"{_gib(plan.teacher_static_bytes)}, and the teacher's weights alone need "
+                f"{_gib(weights)}; raise it, or leave it out to have it planned"
+            )
+    longest = memory.longest_sequence_tokens(config, models)
+    if scoring.kind == "sglang" and plan.sglang_max_total_tokens <= longest:
+        raise ConfigError(
+            f"scoring.max_total_tokens={plan.sglang_max_total_tokens} cannot hold one sequence of "
+            f"{longest} tokens; raise it, or leave it out to have it planned"
+        )
+    if training.kind == "unsloth" and training.memory_gib is not None:
+        mode = memory.least_checkpointing(config)
+        needed = sum(
+            row.num_bytes for row in memory.learner_rows(config, models, plan.device, mode)
+        ) - memory.learner_runtime_bytes(config, plan.device)
+        if plan.learner_memory_bytes < needed:
+            raise ConfigError(
+                f"training.memory_gib={training.memory_gib}, but weights, optimizer and a "
+                f"micro-batch of {memory.micro_batch_tokens(config, models)} tokens with gradient "
+                f"checkpointing {mode} need {_gib(needed)}; raise it, or lower "
+                "training.micro_batch_tokens"
+            )
+
+
+def _check_loading(config: RunConfig, models: Models, plan: MemoryPlan) -> None:
+    """Online quantization loads the whole weights first."""
+    scoring = config.scoring
+    if scoring.kind != "sglang" or scoring.urls:
+        return
+    loading = memory.teacher_loading_bytes(config, models)
+    room = plan.device.free_bytes - plan.reserve_bytes
+    if loading > room:
+        raise ConfigError(
+            f"scoring.quantization={scoring.quantization} quantizes after loading: the teacher's "
+            f"{_gib(loading)} of weights do not fit into {_gib(room)} at its start, though the "
+            "quantized ones would; use an FP8 checkpoint of the teacher"
+        )
+
+
+def _does_not_fit(config: RunConfig, models: Models, plan: MemoryPlan) -> str:
+    lines = [
+        f"the engines need {_gib(plan.required_bytes)}, but there are "
+        f"{_gib(plan.device.free_bytes)} ({plan.device.name}). Planned:"
+    ]
+    lines += [
+        f"  {row.engine:8} {row.what:24} {_gib(row.num_bytes):>10}  {row.how}" for row in plan.rows
+    ]
+    lines.append(f"  {'reserve':8} {'left free':24} {_gib(plan.reserve_bytes):>10}")
+    missing = plan.required_bytes - plan.device.free_bytes
+    lines.append(f"{_gib(missing)} are missing. What would free memory:")
+    found = _knobs(config, models, plan.device)
+    lines += [f"  {knob.change}: {_gib(knob.frees_bytes)}" for knob in found]
+    if not found:
+        lines.append("  nothing in the config: use smaller models or a larger device")
+    return "\n".join(lines)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB"
+
+
+# --- Knobs --------------------------------------------------------------------------------------
+
+
+def _knobs(config: RunConfig, models: Models, device: DeviceMemory) -> list[Knob]:
+    before = _lay_out(config, models, device)
+    found = []
+    for changes, changed in _changes(config):
+        after = _lay_out(changed, models, device)
+        frees = before.required_bytes - after.required_bytes
+        if frees >= GIB / 20:
+            change = ", ".join(f"{key}={value}" for key, value in changes.items())
+            found.append(Knob(change=change, frees_bytes=frees))
+    return sorted(found, key=lambda knob: -knob.frees_bytes)
+
+
+def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], RunConfig]]:
+    """Settings that save memory, each with the config that has them."""
+    generation, scoring, training = config.generation, config.scoring, config.training
+    candidates: list[dict[str, Any]] = []
+    if generation.kind == "vllm" and generation.kv_cache_gib is not None:
+        candidates.append({"generation.kv_cache_gib": generation.kv_cache_gib / 2})
+    elif generation.max_sequences > 1:
+        candidates.append({"generation.max_sequences": generation.max_sequences // 2})
+    if generation.kind == "vllm" and generation.max_model_tokens is None:
+        planned = config.planning.prompt_tokens + config.sampling.max_new_tokens
+        candidates.append({"generation.max_model_tokens": planned})
+    if scoring.kind == "sglang" and not scoring.urls:
+        if scoring.quantization is None:
+            candidates.append({"scoring.quantization": "fp8"})
+        if scoring.memory_fraction is not None:
+            candidates.append({"scoring.memory_fraction": None})
+        elif scoring.max_total_tokens is not None:
+            candidates.append({"scoring.max_total_tokens": scoring.max_total_tokens // 2})
+        else:
+            candidates.append({"scoring.request_tokens": scoring.request_tokens // 2})
+        if scoring.chunked_prefill_tokens > 1024:
+            half = scoring.chunked_prefill_tokens // 2
+            candidates.append({"scoring.chunked_prefill_tokens": half})
+    if training.tuning.kind == "full":
+        candidates.append({"training.tuning": "{kind: lora}"})
+    if training.micro_batch_tokens > 1024:
+        candidates.append({"training.micro_batch_tokens": training.micro_batch_tokens // 2})
+    checkpointing = training.gradient_checkpointing
+    if training.kind == "unsloth" and checkpointing == "off":
+        candidates.append({"training.gradient_checkpointing": "auto"})
+    if training.kind == "embedded" and checkpointing is False:
+        candidates.append({"training.gradient_checkpointing": True})
+    if config.planning.prompt_tokens > 64:
+        candidates.append({"planning.prompt_tokens": config.planning.prompt_tokens // 2})
+    if config.planning.reserve_gib is not None and config.planning.reserve_gib > 4:
+        candidates.append({"planning.reserve_gib": config.planning.reserve_gib / 2})
+    for changes in candidates:
+        yield changes, _changed(config, changes)
+
+
+def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """A copy with other settings. Unchecked: it is measured, never run."""
+    for key, value in changes.items():
+        section_name, name = key.split(".")
+        section = getattr(config, section_name)
+        if key == "training.tuning":
+            value = _LORA
+        section = section.model_copy(update={name: value})
+        config = config.model_copy(update={section_name: section})
+    return config

@@ -1,0 +1,222 @@
+"""The shape of a Qwen3 model, and how many parameters and bytes follow from it. No torch."""
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen3_distill.errors import ConfigError, ModelError
+
+_FP8_BLOCK = 128
+"""Rows and columns that share a scale in Qwen's FP8 checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What the size of a dense Qwen3 model depends on, by its ``config.json``."""
+
+    name: str
+    """A directory, or one of `QWEN3_SHAPES`."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tied: bool
+    """Embedding and output head are one matrix."""
+    context_length: int
+    fp8_checkpoint: bool = False
+    """The linear layers are stored in FP8 with a scale per block of 128 x 128."""
+
+    @property
+    def linear_layers(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of each linear layer of one block."""
+        queries = self.num_heads * self.head_dim
+        keys = self.num_kv_heads * self.head_dim
+        width, inner = self.hidden_size, self.intermediate_size
+        return {
+            "q_proj": (queries, width),
+            "k_proj": (keys, width),
+            "v_proj": (keys, width),
+            "o_proj": (width, queries),
+            "gate_proj": (inner, width),
+            "up_proj": (inner, width),
+            "down_proj": (width, inner),
+        }
+
+    @property
+    def linear_parameters(self) -> int:
+        """Of the linear layers of all blocks: what FP8 quantization halves."""
+        return self.num_layers * sum(
+            rows * columns for rows, columns in self.linear_layers.values()
+        )
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Embedding and output head; the one matrix where they are tied."""
+        return self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+
+    @property
+    def norm_parameters(self) -> int:
+        """Two norms and the two of queries and keys in every block, and the last one."""
+        return self.num_layers * (2 * self.hidden_size + 2 * self.head_dim) + self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        """Exact, tied matrices counted once."""
+        return self.linear_parameters + self.embedding_parameters + self.norm_parameters
+
+    def weight_bytes(self, itemsize: int) -> int:
+        """All weights in a dtype of so many bytes."""
+        return self.num_parameters * itemsize
+
+    def fp8_weight_bytes(self, itemsize: int) -> int:
+        """Linear layers in FP8 with float32 scales, everything else in ``itemsize`` bytes."""
+        scales = self.num_layers * sum(
+            _ceil(rows, _FP8_BLOCK) * _ceil(columns, _FP8_BLOCK)
+            for rows, columns in self.linear_layers.values()
+        )
+        rest = self.embedding_parameters + self.norm_parameters
+        return self.linear_parameters + 4 * scales + itemsize * rest
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Keys and values of one token in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
+    def lora_parameters(self, rank: int, target_modules: Collection[str]) -> int:
+        """Of adapters on the named linear layers of every block."""
+        return self.num_layers * sum(
+            rank * (rows + columns)
+            for name, (rows, columns) in self.linear_layers.items()
+            if name in target_modules
+        )
+
+    def saved_elements_per_token(self) -> int:
+        """What one block keeps of a token for the backward pass.
+
+        Four times the width (residuals and norms), three times the inner width (gate, up, their
+        product), queries and the attention's result, keys and values twice (before and after the
+        rotation). In bfloat16 that is 3.72 MB a token for the 4B; unsloth's LoRA step was measured
+        at 3.7 to 3.8 MB.
+        """
+        queries = self.num_heads * self.head_dim
+        keys_and_values = 2 * self.num_kv_heads * self.head_dim
+        return 4 * self.hidden_size + 3 * self.intermediate_size + 2 * queries + 2 * keys_and_values
+
+
+def _qwen3(
+    name: str,
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    num_layers: int,
+    num_heads: int,
+    tied: bool,
+) -> ModelShape:
+    return ModelShape(
+        name=f"Qwen3-{name}",
+        vocab_size=151936,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=8,
+        head_dim=128,
+        tied=tied,
+        context_length=40960,
+    )
+
+
+QWEN3_SHAPES = {
+    "0.6B": _qwen3(
+        "0.6B", hidden_size=1024, intermediate_size=3072, num_layers=28, num_heads=16, tied=True
+    ),
+    "1.7B": _qwen3(
+        "1.7B", hidden_size=2048, intermediate_size=6144, num_layers=28, num_heads=16, tied=True
+    ),
+    "4B": _qwen3(
+        "4B", hidden_size=2560, intermediate_size=9728, num_layers=36, num_heads=32, tied=True
+    ),
+    "8B": _qwen3(
+        "8B", hidden_size=4096, intermediate_size=12288, num_layers=36, num_heads=32, tied=False
+    ),
+    "14B": _qwen3(
+        "14B", hidden_size=5120, intermediate_size=17408, num_layers=40, num_heads=40, tied=False
+    ),
+    "32B": _qwen3(
+        "32B", hidden_size=5120, intermediate_size=25600, num_layers=64, num_heads=64, tied=False
+    ),
+}
+"""The dense Qwen3 models."""
+
+
+def named_shape(name: str) -> ModelShape:
+    """A shape of `QWEN3_SHAPES`; ``32B-FP8`` is its FP8 checkpoint.
+
+    Raises:
+        ConfigError: there is no such shape.
+    """
+    base, dash, suffix = name.partition("-")
+    if base not in QWEN3_SHAPES or (dash and suffix.upper() != "FP8"):
+        raise ConfigError(
+            f"shape {name!r}: expected one of {', '.join(QWEN3_SHAPES)}, "
+            "or one of them with -FP8 for an FP8 checkpoint"
+        )
+    shape = QWEN3_SHAPES[base]
+    if not dash:
+        return shape
+    return ModelShape(**(vars(shape) | {"name": f"{shape.name}-FP8", "fp8_checkpoint": True}))
+
+
+def read_shape(directory: str | Path) -> ModelShape:
+    """The shape by a model directory's ``config.json``; its weights are not needed.
+
+    Raises:
+        ModelError: there is no such file, or a key is missing.
+    """
+    file = Path(directory) / "config.json"
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return _from_config(str(directory), values)
+    except FileNotFoundError:
+        raise ModelError(
+            f"{file} does not exist (working directory {Path.cwd()}): the memory plan needs the "
+            "model's shape; give the path of a Hugging Face model directory"
+        ) from None
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ModelError(f"{file}: no shape of a dense Qwen3 model in it: {error!r}") from error
+
+
+def _from_config(name: str, values: dict[str, Any]) -> ModelShape:
+    return ModelShape(
+        name=name,
+        vocab_size=int(values["vocab_size"]),
+        hidden_size=int(values["hidden_size"]),
+        intermediate_size=int(values["intermediate_size"]),
+        num_layers=int(values["num_hidden_layers"]),
+        num_heads=int(values["num_attention_heads"]),
+        num_kv_heads=int(values["num_key_value_heads"]),
+        head_dim=int(values["head_dim"]),
+        tied=bool(values["tie_word_embeddings"]),
+        context_length=int(values["max_position_embeddings"]),
+        fp8_checkpoint=_is_fp8(name, values.get("quantization_config")),
+    )
+
+
+def _is_fp8(name: str, quantization: dict[str, Any] | None) -> bool:
+    if quantization is None:
+        return False
+    method = quantization.get("quant_method")
+    if method != "fp8":
+        raise ModelError(
+            f"{name}: its weights are quantized by {method!r}; expected bfloat16 or float32 "
+            "weights, or an FP8 checkpoint (quant_method fp8)"
+        )
+    return True
+
+
+def _ceil(value: int, divisor: int) -> int:
+    return -(-value // divisor)

@@ -1,0 +1,42 @@
+"""A plan as a table for people."""
+
+from rich.table import Table
+
+from qwen3_distill.config import RunConfig
+from qwen3_distill.planning.memory import GIB
+from qwen3_distill.planning.plan import ENGINES, MemoryPlan
+
+
+def plan_table(plan: MemoryPlan) -> Table:
+    """Every piece with its size in GiB, with sums by engine."""
+    table = Table()
+    for column in ("engine", "memory", "GiB", "how"):
+        table.add_column(column, justify="right" if column == "GiB" else "left")
+    for engine in ENGINES:
+        own = [row for row in plan.rows if row.engine == engine]
+        if not own:
+            table.add_row(engine, "runs elsewhere", _gib(0))
+        for row in own:
+            table.add_row(engine, row.what, _gib(row.num_bytes), row.how)
+        table.add_row("", "", f"[bold]{_gib(plan.engine_bytes(engine))}", end_section=True)
+    table.add_row("reserve", "left free", _gib(plan.reserve_bytes))
+    table.add_row("all", "required", f"[bold]{_gib(plan.required_bytes)}")
+    table.add_row("", "there is", _gib(plan.device.free_bytes), plan.device.name)
+    return table
+
+
+def plan_settings(config: RunConfig, plan: MemoryPlan) -> str:
+    """The plan as settings of the engines that take any, to be written into a config."""
+    settings = []
+    if config.scoring.kind == "sglang" and not config.scoring.urls:
+        settings.append(f"scoring.memory_fraction={plan.sglang_memory_fraction}")
+        settings.append(f"scoring.max_total_tokens={plan.sglang_max_total_tokens}")
+    if config.generation.kind == "vllm":
+        settings.append(f"generation.kv_cache_gib={plan.vllm_kv_cache_bytes / GIB:.2f}")
+    if config.training.kind == "unsloth":
+        settings.append(f"training.memory_gib={plan.learner_memory_bytes / GIB:.2f}")
+    return " ".join(settings) or "none; the embedded engines allocate as they go"
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f}"
