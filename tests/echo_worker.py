@@ -12,6 +12,8 @@ from qwen3_distill.utils.worker import serve_worker
 class Echo:
     """What the worker serves."""
 
+    _ticking = 0
+
     def add(self, left: int, right: int) -> int:
         return left + right
 
@@ -23,6 +25,18 @@ class Echo:
         for value in range(stop):
             await asyncio.sleep(0)
             yield value
+
+    async def ticks(self) -> AsyncIterator[int]:
+        self._ticking = 1
+        try:
+            for tick in range(10**9):
+                yield tick
+                await asyncio.sleep(0.01)
+        finally:
+            self._ticking = 0
+
+    def num_ticking(self) -> int:
+        return self._ticking
 
     def variable(self, name: str) -> str | None:
         return os.environ.get(name)

@@ -45,7 +45,7 @@ def write_model(directory: Path, *, seed: int, **overrides: Any) -> Path:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
-        "head_dim": 16,
+        "head_dim": 32,  # the smallest that every engine has a kernel for
         "max_position_embeddings": CONTEXT_LENGTH,
         "tie_word_embeddings": True,
         "bos_token_id": None,

@@ -60,6 +60,10 @@ class EngineLost(EngineError):
     """An engine's process is gone, and with it what it had not answered. It may be restarted."""
 
 
+class LearnerLost(EngineLost):
+    """The learner's process is gone with its weights; the last checkpoint has the newest left."""
+
+
 class EngineStartError(EngineError):
     """An engine cannot be started: not installed, wrong version, no memory, port taken."""
 

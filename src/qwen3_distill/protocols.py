@@ -90,6 +90,11 @@ class RolloutEngine(Sampler, Protocol):
     async def start(self) -> None: ...
 
     @property
+    def counters(self) -> Mapping[str, float]:
+        """What happened since the start, by metric key: restarts, retries."""
+        ...
+
+    @property
     def version(self) -> WeightVersion:
         """Weights that a request admitted now would use.
 
@@ -113,6 +118,11 @@ class TeacherScorer(Protocol):
     """Scores given tokens under a frozen teacher."""
 
     async def start(self) -> None: ...
+
+    @property
+    def counters(self) -> Mapping[str, float]:
+        """What happened since the start, by metric key: restarts, retries."""
+        ...
 
     @property
     def identity(self) -> ModelIdentity: ...

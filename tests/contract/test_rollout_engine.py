@@ -70,11 +70,11 @@ def reference(tiny_models: TinyModels, weights: Mapping[str, Tensor]) -> PreTrai
     return reference_model(tiny_models.student, weights)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def engine(
     adapter: EngineAdapter, tiny_models: TinyModels, weights: Mapping[str, Tensor]
 ) -> RolloutEngine:
-    """An engine that serves `weights`; tests leave it as it is."""
+    """An engine that serves `weights`."""
     built = adapter.build(tiny_models.student)
     serve(built, weights)
     return built
@@ -135,7 +135,7 @@ def test_a_shift_by_one_token_would_fail_the_parity_check(
 
 
 def test_a_rollout_ends_with_its_first_eos_or_is_cut_at_its_length(engine: RolloutEngine) -> None:
-    rollouts = generate(engine, ragged_requests(60))
+    rollouts = generate(engine, ragged_requests(150))
     by_reason = {
         reason: [r for r in rollouts if r.finish_reason is reason] for reason in FinishReason
     }
@@ -209,7 +209,11 @@ ARRANGEMENTS: dict[str, Arrangement] = {
 
 
 @pytest.fixture(scope="module")
-def expected(engine: RolloutEngine) -> list[Rollout]:
+def expected(
+    adapter: EngineAdapter, tiny_models: TinyModels, weights: Mapping[str, Tensor]
+) -> list[Rollout]:
+    engine = adapter.build(tiny_models.student)
+    serve(engine, weights)
     requests = ragged_requests()
     for i, overrides in enumerate(SPECS.values()):
         mixed = make_spec(seed=500 + i, **overrides)
@@ -391,9 +395,9 @@ def changed(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     ],
 )
 def test_a_loaded_version_is_the_one_sampled_from(
-    adapter: EngineAdapter, tmp_path: Path, name: str, tied: bool
+    adapter: EngineAdapter, tiny_models: TinyModels, name: str, tied: bool
 ) -> None:
-    model_dir = write_model(tmp_path / "model", seed=0, tie_word_embeddings=tied)
+    model_dir = tiny_models.student if tied else tiny_models.teacher
     old = directory_weights(model_dir)
     engine = adapter.build(model_dir)
     serve(engine, old)

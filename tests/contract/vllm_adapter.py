@@ -49,23 +49,33 @@ def build_vllm(
     return engine
 
 
+KEPT_ENGINES = 2
+
+
 @dataclass
 class VllmEngineAdapter:
-    """Keeps one engine per model and batch limit; `build` gives it back without weights."""
+    """Keeps the last engines by model and batch limit; `build` gives one back without weights."""
 
     _kept: dict[tuple[str, int], VllmRolloutEngine] = field(default_factory=dict)
 
     def build(self, model_dir: Path, *, max_sequences: int = 64) -> VllmRolloutEngine:
         key = (str(model_dir), min(max_sequences, 256))
-        engine = self._kept.get(key)
+        engine = self._kept.pop(key, None)
         if engine is None:
             if not self._kept:
-                atexit.register(self._close)
-            engine = self._kept[key] = build_vllm(model_dir, max_sequences=key[1])
+                atexit.register(self.close)
+            while len(self._kept) >= KEPT_ENGINES:
+                self._end(self._kept.pop(next(iter(self._kept))))
+            engine = build_vllm(model_dir, max_sequences=key[1])
+        self._kept[key] = engine  # the last used stands last
         with contextlib.suppress(WeightVersionError):  # serves nothing from here on
             run(engine.load(WeightVersion(step=0, digest="absent"), MemoryChannel()))
         return engine
 
-    def _close(self) -> None:
-        for engine in self._kept.values():
-            run(engine.close())
+    def close(self) -> None:
+        while self._kept:
+            self._end(self._kept.popitem()[1])
+
+    def _end(self, engine: VllmRolloutEngine) -> None:
+        engine.kill()  # a graceful end takes seconds and keeps nothing
+        run(engine.close())

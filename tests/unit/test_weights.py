@@ -1,15 +1,19 @@
+import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftConfig
 from torch import Tensor
 
 from qwen3_distill.errors import WeightVersionError
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_model
-from qwen3_distill.protocols import FullWeights
+from qwen3_distill.protocols import FullWeights, LoraWeights, WeightChannel, WeightPayload
 from qwen3_distill.types import WeightVersion
-from qwen3_distill.weights.directory import publish_directory
+from qwen3_distill.weights.directory import DirectoryChannel, publish_directory
+from qwen3_distill.weights.ipc import IpcChannel
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.tiny_models import TinyModels
 
@@ -58,6 +62,91 @@ def test_a_version_must_match_in_step_and_digest(change: dict[str, int | str]) -
     channel.publish(FIRST, some_payload())
     with pytest.raises(WeightVersionError):
         channel.fetch(replace(FIRST, **change))
+
+
+# --- Channels through files ---------------------------------------------------------------------
+
+
+def some_adapter() -> LoraWeights:
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    tensors = {f"{prefix}A.weight": torch.randn(2, 8), f"{prefix}B.weight": torch.randn(8, 2)}
+    return LoraWeights(tensors=tensors, rank=2, alpha=6.0, target_modules=("q_proj",))
+
+
+FILE_CHANNELS = {"directory": DirectoryChannel, "ipc_without_a_gpu": IpcChannel}
+
+
+@pytest.fixture(params=FILE_CHANNELS.values(), ids=FILE_CHANNELS.keys())
+def file_channel(request: pytest.FixtureRequest, tmp_path: Path) -> WeightChannel:
+    return request.param(tmp_path / "channel")
+
+
+@pytest.mark.parametrize("payload", [some_payload(), some_adapter()], ids=["full", "adapter"])
+def test_files_give_back_what_was_published_in_another_process(
+    file_channel: WeightChannel, payload: WeightPayload
+) -> None:
+    file_channel.publish(FIRST, payload)
+    elsewhere: WeightChannel = pickle.loads(pickle.dumps(file_channel))
+    fetched = elsewhere.fetch(FIRST)
+    assert type(fetched) is type(payload)
+    assert replace(fetched, tensors={}) == replace(payload, tensors={})
+    assert fetched.tensors.keys() == payload.tensors.keys()
+    assert all(torch.equal(fetched.tensors[n], payload.tensors[n]) for n in payload.tensors)
+
+
+def test_files_keep_the_version_that_an_engine_may_still_read(file_channel: WeightChannel) -> None:
+    versions = [WeightVersion(step=step, digest="d") for step in range(4)]
+    for version in versions:
+        file_channel.publish(version, some_adapter())
+    for version in versions[2:]:
+        assert file_channel.fetch(version).tensors
+    for version in versions[:2]:
+        with pytest.raises(WeightVersionError, match="publish it first"):
+            file_channel.fetch(version)
+
+
+def test_a_version_that_was_not_written_to_its_end_cannot_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel = DirectoryChannel(tmp_path)
+
+    def full_disk(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("qwen3_distill.weights.directory._flush", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        channel.publish(FIRST, some_payload())
+    with pytest.raises(WeightVersionError):
+        channel.fetch(FIRST)
+
+
+def test_an_adapter_lies_in_the_layout_of_peft(tmp_path: Path) -> None:
+    channel = DirectoryChannel(tmp_path)
+    channel.publish(FIRST, some_adapter())
+    config = PeftConfig.from_pretrained(str(channel.locate(FIRST)))
+    assert (config.peft_type, config.r, config.lora_alpha) == ("LORA", 2, 6.0)  # pyright: ignore
+
+
+def test_ipc_sends_files_once_a_receiver_could_not_open_its_handles(tmp_path: Path) -> None:
+    channel = IpcChannel(tmp_path)
+
+    class FakeHandle:
+        """Unpickles as a handle does that another process cannot open."""
+
+        def __reduce__(self) -> tuple[object, ...]:
+            return _no_ipc, ()
+
+    (tmp_path / "handles.pickle").write_bytes(pickle.dumps((FIRST, FakeHandle())))
+    assert not channel.failed
+    with pytest.raises(WeightVersionError, match="CUDA IPC does not work here: invalid argument"):
+        channel.fetch(FIRST)
+    assert channel.failed
+    channel.publish(FIRST, some_payload())
+    assert channel.fetch(FIRST).tensors.keys() == {"w", "b"}
+
+
+def _no_ipc() -> None:
+    raise RuntimeError("invalid argument")
 
 
 def test_an_empty_channel_holds_nothing() -> None:

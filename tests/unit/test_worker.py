@@ -2,7 +2,10 @@
 
 import asyncio
 import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_distill.errors import DataError, EngineError, EngineLost, EngineStartError
+from qwen3_distill.utils.process import ChildProcess, engine_environment
 from qwen3_distill.utils.worker import WorkerProcess
 
 Use = Callable[[WorkerProcess], Awaitable[None]]
@@ -121,3 +125,104 @@ def test_a_worker_that_cannot_start_says_why(log: Path, changes, message) -> Non
 
     with pytest.raises(EngineStartError, match=message):
         asyncio.run(run())
+
+
+def test_a_stream_left_early_is_cancelled_over_there(log: Path) -> None:
+    async def use(worker: WorkerProcess) -> None:
+        stream = worker.stream("ticks")
+        assert await anext(stream) == 0
+        assert await worker.call("num_ticking") == 1
+        await stream.aclose()  # pyright: ignore[reportAttributeAccessIssue] - a generator
+        for _ in range(100):
+            if await worker.call("num_ticking") == 0:
+                return
+            await asyncio.sleep(0.02)
+        pytest.fail("still ticking")
+
+    with_worker(log, use)
+
+
+# --- Nothing outlives its controller ------------------------------------------------------------
+
+FAMILY = """
+import os, subprocess, sys, time
+# A child in a session of its own: killing the process group would miss it.
+child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+print(os.getpid(), child.pid, flush=True)
+{then}
+"""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def all_gone(pids: list[int]) -> bool:
+    deadline = time.monotonic() + 10
+    while any(is_alive(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+async def started_family(log: Path, then: str) -> tuple[ChildProcess, list[int]]:
+    child = ChildProcess("family", log)
+    await child.start([sys.executable, "-c", FAMILY.format(then=then)], dict(os.environ))
+    while not log.exists() or not log.read_text().strip():
+        await asyncio.sleep(0.02)
+    return child, [int(pid) for pid in log.read_text().split()]
+
+
+@pytest.mark.parametrize("how", ["end", "by_itself", "killed"])
+def test_a_command_takes_its_orphans_with_it(log: Path, how: str) -> None:
+    async def run() -> list[int]:
+        then = "sys.exit(3)" if how == "by_itself" else "time.sleep(600)"
+        child, pids = await started_family(log, then)
+        if how == "by_itself":
+            assert await child.wait() == 3
+        elif how == "killed":
+            os.kill(pids[0], signal.SIGKILL)
+            assert await child.wait() == 128 + signal.SIGKILL
+        else:
+            await child.end()
+        return pids
+
+    assert all_gone(asyncio.run(run()))
+
+
+def test_a_killed_controller_leaves_nothing_behind(log: Path) -> None:
+    program = f"""
+import asyncio, sys
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from pathlib import Path
+from tests.unit.test_worker import started_family
+
+async def main():
+    await started_family(Path({str(log)!r}), "time.sleep(600)")
+    print("ready", flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+    controller = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+    )
+    assert controller.stdout is not None
+    assert controller.stdout.readline() == "ready\n"
+    pids = [int(pid) for pid in log.read_text().split()]
+    assert all(is_alive(pid) for pid in pids)
+    controller.kill()
+    controller.wait()
+    controller.stdout.close()
+    assert all_gone(pids)
+
+
+def test_a_path_that_an_engine_asks_for_does_not_hide_this_package() -> None:
+    first, second = engine_environment({"PYTHONPATH": "/engine/site"})["PYTHONPATH"].split(":")
+    assert (Path(first) / "qwen3_distill" / "types.py").is_file()
+    assert second == "/engine/site"

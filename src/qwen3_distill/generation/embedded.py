@@ -3,7 +3,7 @@
 Shape letters: B rows decoded together, T prompt positions (left-padded), V vocabulary.
 """
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +53,10 @@ class EmbeddedRolloutEngine:
 
     async def start(self) -> None:
         return None
+
+    @property
+    def counters(self) -> Mapping[str, float]:
+        return {}
 
     @property
     def version(self) -> WeightVersion:

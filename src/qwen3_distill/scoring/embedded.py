@@ -4,7 +4,7 @@ Shape letters: B rows of a padded batch, T positions, N response tokens of a bat
 V vocabulary, K candidates, R response tokens of one rollout.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,10 @@ class EmbeddedTeacher:
 
     async def start(self) -> None:
         return None
+
+    @property
+    def counters(self) -> Mapping[str, float]:
+        return {}
 
     @property
     def identity(self) -> ModelIdentity:

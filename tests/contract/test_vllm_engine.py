@@ -1,0 +1,425 @@
+"""What vLLM does beyond the contract: adapters, swaps under running rollouts, death and recovery."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from qwen3_distill.config import LoraTuning
+from qwen3_distill.errors import EngineLost, EngineStartError, WeightVersionError
+from qwen3_distill.generation import vllm as vllm_module
+from qwen3_distill.generation.vllm import VllmRolloutEngine
+from qwen3_distill.modeling.digest import weights_digest
+from qwen3_distill.protocols import LoraWeights
+from qwen3_distill.types import Rollout, RolloutRequest, WeightVersion
+from qwen3_distill.weights.directory import DirectoryChannel
+from tests.contract.builders import (
+    directory_weights,
+    generate,
+    make_prompt,
+    make_request,
+    make_spec,
+    published,
+    ragged_requests,
+    run,
+    serve,
+)
+from tests.contract.reference import behavior_logprobs, largest_gap, reference_model
+from tests.contract.vllm_adapter import build_vllm
+from tests.engines import INSTALLED
+from tests.tiny_models import TinyModels
+
+pytestmark = pytest.mark.vllm
+
+PARITY_NATS = 1e-4
+FAR_NATS = 0.05
+RANK, ALPHA = 4, 12.0
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA = LoraTuning(kind="lora", rank=RANK, alpha=ALPHA)
+LONG_PROMPT = 160
+"""Longer than a block of the CPU's prefix cache (128 tokens): else nothing would be cached."""
+
+
+def adapter_weights(base: Mapping[str, Tensor], seed: int, targets=TARGETS) -> LoraWeights:
+    """Random adapters, large enough to change every logprob."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for name, weight in base.items():
+        module = name.removesuffix(".weight")
+        if module.rsplit(".", 1)[-1] in targets:
+            a = torch.randn(RANK, weight.shape[1], generator=generator) * 0.2
+            b = torch.randn(weight.shape[0], RANK, generator=generator) * 0.2
+            tensors[f"base_model.model.{module}.lora_A.weight"] = a
+            tensors[f"base_model.model.{module}.lora_B.weight"] = b
+    return LoraWeights(tensors=tensors, rank=RANK, alpha=ALPHA, target_modules=tuple(targets))
+
+
+def merged(base: Mapping[str, Tensor], adapter: LoraWeights) -> dict[str, Tensor]:
+    out = dict(base)
+    for name in base:
+        prefix = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        if f"{prefix}A.weight" in adapter.tensors:
+            a, b = adapter.tensors[f"{prefix}A.weight"], adapter.tensors[f"{prefix}B.weight"]
+            out[name] = base[name] + adapter.alpha / adapter.rank * (b @ a)
+    return out
+
+
+def serve_adapter(
+    engine: VllmRolloutEngine, channel: DirectoryChannel, adapter: LoraWeights, step: int
+) -> WeightVersion:
+    version = WeightVersion(step=step, digest=weights_digest(adapter.tensors))
+    channel.publish(version, adapter)
+    run(engine.load(version, channel))
+    return version
+
+
+def gap(rollout: Rollout, base: Path, weights: Mapping[str, Tensor]) -> float:
+    expected = behavior_logprobs(reference_model(base, weights), rollout)
+    return largest_gap(rollout.behavior_logprobs, expected)
+
+
+def long_requests(count: int, new_tokens: int = 64) -> list[RolloutRequest]:
+    return [
+        make_request(f"long{i}", make_prompt(LONG_PROMPT), make_spec(i, max_new_tokens=new_tokens))
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_models: TinyModels) -> dict[str, Tensor]:
+    return directory_weights(tiny_models.student)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_models: TinyModels) -> Iterator[VllmRolloutEngine]:
+    """Serves adapters; tests may leave any version in it."""
+    built = build_vllm(tiny_models.student, lora=LORA)
+    yield built
+    run(built.close())
+
+
+@pytest.fixture
+def channel(tmp_path: Path) -> DirectoryChannel:
+    return DirectoryChannel(tmp_path)
+
+
+# --- Adapter swaps ------------------------------------------------------------------------------
+
+
+def test_each_swap_is_sampled_from_at_once_with_long_cached_prompts(
+    engine: VllmRolloutEngine,
+    channel: DirectoryChannel,
+    base: dict[str, Tensor],
+    tiny_models: TinyModels,
+) -> None:
+    old = base
+    for step in range(3):
+        adapter = adapter_weights(base, seed=step)
+        version = serve_adapter(engine, channel, adapter, step)
+        new = merged(base, adapter)
+        for rollout in generate(engine, long_requests(3, new_tokens=12)):
+            assert rollout.oldest_version == version
+            assert gap(rollout, tiny_models.student, new) < PARITY_NATS
+            assert gap(rollout, tiny_models.student, old) > FAR_NATS
+        old = new
+
+
+def test_the_first_token_after_a_swap_has_the_new_weights_logprob(
+    engine: VllmRolloutEngine,
+    channel: DirectoryChannel,
+    base: dict[str, Tensor],
+    tiny_models: TinyModels,
+) -> None:
+    prompt = make_prompt(LONG_PROMPT)
+    probe = [*prompt.token_ids.tolist(), 65, 66]
+    for step in range(2):
+        adapter = adapter_weights(base, seed=20 + step)
+        serve_adapter(engine, channel, adapter, step)
+        seen = run(engine.prompt_logprobs(probe))
+        model = reference_model(tiny_models.student, merged(base, adapter))
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(torch.tensor([probe])).logits[0], dim=-1)
+        wanted = [float(logprobs[i, token]) for i, token in enumerate(probe[1:])]
+        assert np.abs(np.array(seen) - np.array(wanted)).max() < PARITY_NATS
+
+
+@pytest.mark.parametrize("keep_cache", [False, True], ids=["cleared", "stale"])
+def test_a_stale_prefix_cache_would_fail_the_parity_check(
+    tiny_models: TinyModels,
+    channel: DirectoryChannel,
+    base: dict[str, Tensor],
+    engine: VllmRolloutEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    keep_cache: bool,
+) -> None:
+    """The negative control: a worker that forgets to clear the cache is caught by the check."""
+    tested = engine
+    if keep_cache:
+        monkeypatch.setattr(vllm_module, "_MODULE", "tests.contract.stale_cache_worker")
+        root = str(Path(__file__).parents[2])
+        path = os.pathsep.join(
+            filter(None, [root, INSTALLED.variables.get("vllm", {}).get("PYTHONPATH")])
+        )
+        environment = {**INSTALLED.variables.get("vllm", {}), "PYTHONPATH": path}
+        tested = build_vllm(tiny_models.student, lora=LORA, environment=environment)
+    try:
+        worst = 0.0
+        for step in range(2):
+            adapter = adapter_weights(base, seed=40 + step)
+            serve_adapter(tested, channel, adapter, step)
+            for rollout in generate(tested, long_requests(2, new_tokens=8)):
+                worst = max(worst, gap(rollout, tiny_models.student, merged(base, adapter)))
+        assert (worst > FAR_NATS) if keep_cache else (worst < PARITY_NATS)
+    finally:
+        if keep_cache:
+            run(tested.close())
+
+
+def test_running_rollouts_go_on_with_the_new_weights_and_every_token_names_its_version(
+    engine: VllmRolloutEngine,
+    channel: DirectoryChannel,
+    base: dict[str, Tensor],
+    tiny_models: TinyModels,
+) -> None:
+    adapters = [adapter_weights(base, seed=60 + step) for step in range(2)]
+    first = serve_adapter(engine, channel, adapters[0], 0)
+    second = WeightVersion(step=1, digest=weights_digest(adapters[1].tensors))
+    channel.publish(second, adapters[1])
+
+    async def swap_under_way() -> list[Rollout]:
+        async def collect() -> list[Rollout]:
+            requests = long_requests(12, new_tokens=90)
+            return [rollout async for rollout in engine.generate(requests)]
+
+        collecting = asyncio.create_task(collect())
+        while (
+            not (prefixes := await engine.prefixes())
+            or min(prefix.response_ids.size for prefix in prefixes) < 6
+        ):
+            await asyncio.sleep(0.01)
+            assert not collecting.done()
+        await engine.load(second, channel)
+        return await collecting
+
+    rollouts = run(swap_under_way())
+    mixed = [rollout for rollout in rollouts if len(rollout.versions) == 2]
+    assert len(mixed) >= 6
+    models = {
+        version: reference_model(tiny_models.student, merged(base, adapter))
+        for version, adapter in zip((first, second), adapters, strict=True)
+    }
+    for rollout in rollouts:
+        for span in rollout.versions:
+            expected = behavior_logprobs(models[span.version], rollout)[span.start : span.stop]
+            assert largest_gap(rollout.behavior_logprobs[span.start : span.stop], expected) < 1e-4
+    for rollout in mixed:  # a boundary off by one token would show
+        edge = rollout.versions[1].start
+        last_old = behavior_logprobs(models[second], rollout)[edge - 1]
+        first_new = behavior_logprobs(models[first], rollout)[edge]
+        assert abs(rollout.behavior_logprobs[edge - 1] - last_old) > 1e-4
+        assert abs(rollout.behavior_logprobs[edge] - first_new) > 1e-4
+
+
+def test_a_prefix_is_the_beginning_of_its_rollout_and_an_aborted_one_is_left_out(
+    engine: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
+) -> None:
+    serve_adapter(engine, channel, adapter_weights(base, seed=1), 0)
+
+    async def watch() -> tuple[list[Rollout], dict[str, list[int]]]:
+        async def collect() -> list[Rollout]:
+            requests = long_requests(6, new_tokens=90)
+            return [rollout async for rollout in engine.generate(requests)]
+
+        collecting = asyncio.create_task(collect())
+        while len(prefixes := await engine.prefixes()) < 6:
+            await asyncio.sleep(0.01)
+        await engine.pause()
+        before = [prefix.response_ids.size for prefix in await engine.prefixes()]
+        await asyncio.sleep(0.3)
+        assert [prefix.response_ids.size for prefix in await engine.prefixes()] == before
+        await engine.abort(["long5"])
+        await engine.resume()
+        ids = {p.request.rollout_id: p.response_ids.tolist() for p in prefixes}
+        return await collecting, ids
+
+    rollouts, prefixes = run(watch())
+    assert {rollout.rollout_id for rollout in rollouts} == {f"long{i}" for i in range(5)}
+    for rollout in rollouts:
+        beginning = prefixes[rollout.rollout_id]
+        assert beginning == rollout.response_ids[: len(beginning)].tolist()
+
+
+def test_a_consumer_that_leaves_early_ends_what_it_started(
+    engine: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
+) -> None:
+    serve_adapter(engine, channel, adapter_weights(base, seed=1), 0)
+
+    async def leave() -> int:
+        requests = [*long_requests(4, new_tokens=90), *ragged_requests(1, max_new_tokens=1)]
+        stream = engine.generate(requests)
+        await anext(stream)
+        await stream.aclose()  # pyright: ignore[reportAttributeAccessIssue] - a generator
+        for _ in range(100):
+            if not await engine.prefixes():
+                return 0
+            await asyncio.sleep(0.02)
+        return len(await engine.prefixes())
+
+    assert run(leave()) == 0
+
+
+# --- What is refused ----------------------------------------------------------------------------
+
+
+def test_whole_weights_and_foreign_adapters_are_refused_by_an_engine_of_adapters(
+    engine: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
+) -> None:
+    good = adapter_weights(base, seed=1)
+    version, memory = published(base)
+    with pytest.raises(WeightVersionError):
+        run(engine.load(version, memory))
+    misnamed = LoraWeights(
+        tensors={
+            name.replace("layers.1", "layers.7"): tensor for name, tensor in good.tensors.items()
+        },
+        rank=RANK,
+        alpha=ALPHA,
+        target_modules=TARGETS,
+    )
+    with pytest.raises(WeightVersionError):
+        serve_adapter(engine, channel, misnamed, 1)
+    with pytest.raises(WeightVersionError, match="no weights yet"):
+        generate(engine, ragged_requests(1))
+    serve_adapter(engine, channel, good, 2)
+    assert len(generate(engine, ragged_requests(2))) == 2
+
+
+def test_an_adapter_that_is_not_its_version_is_refused(
+    engine: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
+) -> None:
+    forged = WeightVersion(step=1, digest="0123456789abcdef")
+    channel.publish(forged, adapter_weights(base, seed=1))
+    with pytest.raises(WeightVersionError, match="digest"):
+        run(engine.load(forged, channel))
+
+
+# --- Death and recovery -------------------------------------------------------------------------
+
+
+def test_a_killed_engine_comes_back_and_no_rollout_is_lost_or_doubled(
+    engine: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
+) -> None:
+    serve_adapter(engine, channel, adapter_weights(base, seed=1), 0)
+    requests = [*ragged_requests(20, max_new_tokens=2), *long_requests(8, new_tokens=90)]
+    expected = generate(engine, requests)
+
+    async def kill_under_way() -> list[Rollout]:
+        rollouts = []
+        async for rollout in engine.generate(requests):
+            rollouts.append(rollout)
+            if len(rollouts) == 20:
+                engine.kill()
+        return rollouts
+
+    rollouts = run(kill_under_way())
+    by_id = {rollout.rollout_id: rollout for rollout in rollouts}
+    assert len(by_id) == len(rollouts) == len(requests)
+    for rollout in expected:
+        assert by_id[rollout.rollout_id].response_ids.tolist() == rollout.response_ids.tolist()
+        assert by_id[rollout.rollout_id].versions == rollout.versions
+    assert engine.counters["health/rollout_engine_restarts"] == 1
+    assert live_processes(engine.pid)
+
+
+def test_an_engine_that_dies_too_often_is_given_up(
+    tiny_models: TinyModels, base: dict[str, Tensor]
+) -> None:
+    engine = build_vllm(tiny_models.student, max_restarts=0)
+    try:
+        serve(engine, base)
+        engine.kill()
+        with pytest.raises(EngineLost):
+            generate(engine, ragged_requests(2))
+    finally:
+        run(engine.close())
+    assert not live_processes(engine.pid)
+
+
+def live_processes(group: int | None) -> list[str]:
+    """Processes of a process group."""
+    assert group is not None
+    out = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True)
+    rows = [line.split(None, 2) for line in out.stdout.splitlines()]
+    return [row[2] for row in rows if row[0] == str(group) and not row[1].startswith("Z")]
+
+
+def test_no_process_outlives_a_controller_that_was_killed(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    script = textwrap.dedent(
+        """
+        import asyncio, sys, time
+        from pathlib import Path
+        from qwen3_distill.config import VllmGeneration
+        from qwen3_distill.generation.vllm import VllmRolloutEngine
+
+        async def main():
+            config = VllmGeneration.model_validate_json(sys.argv[1])
+            engine = VllmRolloutEngine(
+                sys.argv[2], config, lora=None, kv_cache_bytes=64 << 20, log=Path(sys.argv[3])
+            )
+            await engine.start()
+            print(engine.pid, flush=True)
+            await asyncio.sleep(600)
+
+        asyncio.run(main())
+        """
+    )
+    from tests.contract.vllm_adapter import vllm_config  # noqa: PLC0415
+
+    arguments = [vllm_config().model_dump_json(), str(tiny_models.student), str(tmp_path / "log")]
+    controller = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, text=True
+    )
+    assert controller.stdout is not None
+    group = int(controller.stdout.readline())
+    assert len(live_processes(group)) >= 2
+    controller.send_signal(signal.SIGKILL)
+    controller.wait()
+    controller.stdout.close()
+    for _ in range(100):
+        if not live_processes(group):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"left behind: {live_processes(group)}")
+
+
+# --- Starting -----------------------------------------------------------------------------------
+
+
+def test_an_interpreter_without_vllm_is_named_with_the_remedy(tiny_models: TinyModels) -> None:
+    with pytest.raises(EngineStartError, match=r"not installed for .*qwen3-distill\[vllm\]"):
+        build_vllm(tiny_models.student, python=sys.executable, environment={})
+
+
+def test_too_little_cache_says_what_was_planned_and_what_to_change(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.contract.vllm_adapter.KV_CACHE_BYTES", 4096)
+    with pytest.raises(EngineStartError, match=r"planned 0\.0 GiB .*generation\.kv_cache_gib"):
+        build_vllm(tiny_models.student)
+
+
+def test_an_unknown_engine_argument_is_named(tiny_models: TinyModels) -> None:
+    with pytest.raises(EngineStartError, match="has no max_seqs"):
+        build_vllm(tiny_models.student, engine_arguments={"max_seqs": 3})
