@@ -1,12 +1,17 @@
 """A digest of weights, computed where the weights are."""
 
 import hashlib
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 _CHUNK = 1 << 22
+_FILE_CHUNK_BYTES = 1 << 24
 _INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -18,14 +23,23 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     a stale or half-copied tensor; it does not resist an adversary.
     """
     outer = hashlib.sha256()
-    for name in sorted(weights):
+    names = sorted(weights)
+    checksums = _read([_checksum(weights[name].detach()) for name in names])
+    for name, checksum in zip(names, checksums, strict=True):
         tensor = weights[name]
         outer.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-        outer.update(_checksum(tensor.detach()).to_bytes(8, "little", signed=True))
+        outer.update(checksum.to_bytes(8, "little", signed=True))
     return outer.hexdigest()[:16]
 
 
-def _checksum(tensor: Tensor) -> int:
+def _read(scalars: list[Tensor]) -> list[int]:
+    """In one transfer where they are on one device: a model has hundreds of tensors."""
+    if len({scalar.device for scalar in scalars}) == 1:
+        return torch.stack(scalars).tolist()
+    return [int(scalar) for scalar in scalars]
+
+
+def _checksum(tensor: Tensor) -> Tensor:
     bits = tensor.contiguous().view(-1).view(_INTEGER_OF_WIDTH[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, bits.numel(), _CHUNK):
@@ -34,4 +48,39 @@ def _checksum(tensor: Tensor) -> int:
         # Odd multipliers are invertible modulo 2^64: a change of one element always shows.
         multiplier = position * 0x1E3779B97F4A7C15 * 2 + 1
         total += (chunk * multiplier).sum()
-    return int(total.item())
+    return total
+
+
+def directory_digest(directory: str | Path) -> str:
+    """SHA-256, in hex, over the names and contents of ``config.json`` and ``*.safetensors``.
+
+    It names the weights as they lie on disk, whatever precision they are served in. Files are
+    hashed side by side; a directory that did not change is hashed once in a process.
+    """
+    root = Path(directory)
+    paths = sorted([root / "config.json", *root.glob("*.safetensors")])
+    stats = [path.stat() for path in paths]
+    return _files_digest(
+        tuple(
+            (str(path), stat.st_size, stat.st_mtime_ns)
+            for path, stat in zip(paths, stats, strict=True)
+        )
+    )
+
+
+@cache
+def _files_digest(files: tuple[tuple[str, int, int], ...]) -> str:
+    outer = hashlib.sha256()
+    paths = [Path(path) for path, _, _ in files]
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
+        for path, digest in zip(paths, threads.map(_file_digest, paths), strict=True):
+            outer.update(f"{path.name}|".encode() + digest)
+    return outer.hexdigest()
+
+
+def _file_digest(path: Path) -> bytes:
+    inner = hashlib.sha256()  # lets other threads run while it hashes
+    with path.open("rb") as file:
+        while chunk := file.read(_FILE_CHUNK_BYTES):
+            inner.update(chunk)
+    return inner.digest()

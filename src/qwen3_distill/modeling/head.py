@@ -4,7 +4,7 @@ Shape letters: N selected tokens, C tokens of one chunk, D hidden size, V vocabu
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,10 @@ class TokenStats(NamedTuple):
     """float32 nats of the target tokens."""
     entropy_N: Tensor
     """float32 nats; carries no gradient."""
+
+
+TokenStatistics: TypeAlias = Callable[[Tensor, Tensor, Tensor], TokenStats]
+"""From hidden states [N, D], output head [V, D] and target ids [N]."""
 
 
 def logits_of(hidden_CD: Tensor, head_VD: Tensor) -> Tensor:

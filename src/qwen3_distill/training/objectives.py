@@ -3,11 +3,13 @@
 One class per kind of objective. Each reads the student's hidden states, applies the output heads
 in chunks, and calls the functions of `losses`.
 
-Shape letters: B sequences, T positions, N loss tokens, C tokens of a chunk, D hidden size,
+Shape letters: B rows, T positions, N loss tokens, C tokens of a chunk, D hidden size,
 V vocabulary, K candidates.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeAlias, cast
 
 import torch
@@ -20,7 +22,13 @@ from qwen3_distill.config import (
     TopKDivergence,
 )
 from qwen3_distill.errors import AlignmentError, ConfigError
-from qwen3_distill.modeling.head import entropy, logits_of, map_chunks, token_stats
+from qwen3_distill.modeling.head import (
+    TokenStatistics,
+    entropy,
+    logits_of,
+    map_chunks,
+    token_stats,
+)
 from qwen3_distill.training.batching import HiddenMicroBatch, MicroBatch, TopKMicroBatch
 from qwen3_distill.training.losses import (
     divergence,
@@ -28,9 +36,24 @@ from qwen3_distill.training.losses import (
     sampled_reverse_kl,
     with_tail_bin,
 )
-from qwen3_distill.types import Metric
+from qwen3_distill.types import Metric, Reduction
 
 Chunk: TypeAlias = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class TensorMetric:
+    """A `Metric` that is still on the device: reading it there would wait for all work before."""
+
+    key: str
+    total: Tensor
+    """Scalar, without gradient."""
+    count: float
+    reduction: Reduction
+
+    def read(self, total: float) -> Metric:
+        """The metric, once its total has been fetched."""
+        return Metric(key=self.key, total=total, count=self.count, reduction=self.reduction)
 
 
 @dataclass(frozen=True)
@@ -39,7 +62,12 @@ class LossTerms:
 
     loss: Tensor
     """Scalar with gradient; the shares of a step's micro-batches sum to the step's loss."""
-    metrics: tuple[Metric, ...]
+    metrics: tuple[TensorMetric, ...]
+
+
+def read_scalars(scalars: Sequence[Tensor]) -> list[float]:
+    """Scalars of one device as numbers, in one transfer."""
+    return torch.stack([scalar.detach().float() for scalar in scalars]).tolist()
 
 
 class Objective(Protocol):
@@ -57,21 +85,28 @@ class Objective(Protocol):
 
 
 def build_objective(
-    config: ObjectiveConfig, *, teacher_head_VD: Tensor | None, chunk_tokens: int
+    config: ObjectiveConfig,
+    *,
+    teacher_head_VD: Tensor | None,
+    chunk_tokens: int,
+    token_statistics: TokenStatistics | None = None,
 ) -> Objective:
     """The objective of a config.
 
     Args:
         teacher_head_VD: the teacher's output head, for objectives over hidden states.
+        chunk_tokens: rows of logits that exist at a time.
+        token_statistics: how the sampled tokens' logprobs and entropies are computed; None: in
+            chunks of logits. Other statistics always are.
 
     Raises:
         ConfigError: the objective needs the teacher's output head and there is none.
     """
     match config:
         case SampledReverseKL():
-            if config.kl_baseline.kind == "full":
-                return _SampledObjective(config, _need_head(teacher_head_VD), chunk_tokens)
-            return _SampledObjective(config, None, chunk_tokens)
+            full = config.kl_baseline.kind == "full"
+            head_VD = _need_head(teacher_head_VD) if full else None
+            return _SampledObjective(config, head_VD, chunk_tokens, token_statistics)
         case TopKDivergence():
             return _TopKObjective(config, chunk_tokens)
         case FullDivergence():
@@ -89,29 +124,30 @@ def _need_head(teacher_head_VD: Tensor | None) -> Tensor:
 
 class _SampledObjective:
     def __init__(
-        self, config: SampledReverseKL, teacher_head_VD: Tensor | None, chunk_tokens: int
+        self,
+        config: SampledReverseKL,
+        teacher_head_VD: Tensor | None,
+        chunk_tokens: int,
+        token_statistics: TokenStatistics | None,
     ) -> None:
         self._config = config
         self._teacher_head_VD = teacher_head_VD
         self._chunk_tokens = chunk_tokens
+        self._token_stats = token_statistics or partial(token_stats, chunk_tokens=chunk_tokens)
 
     def terms(
         self, micro: MicroBatch, hidden_BTD: Tensor, head_VD: Tensor, denominator: float
     ) -> LossTerms:
-        mask = micro.loss_mask_BT
-        hidden_ND = hidden_BTD[mask]
-        stats = token_stats(
-            hidden_ND, head_VD, micro.target_BT[mask], chunk_tokens=self._chunk_tokens
-        )
-        teacher_N = micro.teacher_logprob_BT[mask]
+        hidden_ND = micro.at_loss_tokens(hidden_BTD)
+        stats = self._token_stats(hidden_ND, head_VD, micro.target_N)
         sampled = sampled_reverse_kl(
             stats.logprob_N,
-            micro.behavior_logprob_BT[mask],
-            teacher_N,
+            micro.behavior_logprob_N,
+            micro.teacher_logprob_N,
             self._baseline(micro, hidden_ND.detach(), head_VD.detach()),
-            micro.per_token(micro.importance_weight_B),
-            micro.per_token(micro.task_advantage_B),
-            tokens_per_row=micro.tokens_per_row,
+            micro.importance_weight_N,
+            micro.task_advantage_N,
+            tokens_per_row=micro.loss_tokens,
             denominator=denominator,
             ratio_cap=self._config.ratio_cap,
             advantage_clip=self._config.advantage_clip,
@@ -119,7 +155,7 @@ class _SampledObjective:
         )
         metrics = [
             *_common_metrics(micro, stats.logprob_N, stats.entropy_N),
-            Metric.max("health/ratio_max", float(sampled.ratio_N.max())),
+            _max("health/ratio_max", sampled.ratio_N),
             _mean("loss/advantage_abs_nats", sampled.advantage_N.abs()),
         ]
         if self._config.ratio_cap is not None:
@@ -160,15 +196,18 @@ class _TopKObjective:
         self, micro: MicroBatch, hidden_BTD: Tensor, head_VD: Tensor, denominator: float
     ) -> LossTerms:
         top_k = _top_k(micro, self._config.k)
-        mask = micro.loss_mask_BT
         divergence_N, logprob_N, entropy_N, mass_N = _top_k_divergence(
-            top_k, hidden_BTD[mask], head_VD, self._config, chunk_tokens=self._chunk_tokens
+            top_k,
+            micro.at_loss_tokens(hidden_BTD),
+            head_VD,
+            self._config,
+            chunk_tokens=self._chunk_tokens,
         )
         metrics = [
             *_common_metrics(micro, logprob_N, entropy_N),
             _mean("loss/divergence_nats", divergence_N),
             _mean("health/student_mass_on_top_k", mass_N),
-            _mean("health/teacher_mass_on_top_k", top_k.candidate_logprob_BTK[mask].exp().sum(-1)),
+            _mean("health/teacher_mass_on_top_k", top_k.candidate_logprob_NK.exp().sum(-1)),
         ]
         return LossTerms(_weighted_mean(micro, divergence_N, denominator), tuple(metrics))
 
@@ -184,7 +223,7 @@ class _FullObjective:
     ) -> LossTerms:
         divergence_N, logprob_N, entropy_N = _full_divergence(
             _hidden(micro),
-            hidden_BTD[micro.loss_mask_BT],
+            micro.at_loss_tokens(hidden_BTD),
             head_VD,
             self._teacher_head_VD,
             self._config,
@@ -206,7 +245,6 @@ def _top_k_divergence(
     chunk_tokens: int,
 ) -> Chunk:
     """[N] each: divergence, target logprob, entropy, the student's mass on the candidates."""
-    mask = micro.loss_mask_BT
     close = with_tail_bin if config.tail == "bin" else renormalized
 
     def chunk(hidden_CD: Tensor, target_C: Tensor, ids_CK: Tensor, teacher_CK: Tensor) -> Chunk:
@@ -225,12 +263,7 @@ def _top_k_divergence(
 
     return map_chunks(
         chunk,
-        (
-            hidden_ND,
-            micro.target_BT[mask],
-            micro.candidate_id_BTK[mask],
-            micro.candidate_logprob_BTK[mask],
-        ),
+        (hidden_ND, micro.target_N, micro.candidate_id_NK, micro.candidate_logprob_NK),
         chunk_tokens=chunk_tokens,
     )
 
@@ -244,7 +277,6 @@ def _full_divergence(
     chunk_tokens: int,
 ) -> Chunk:
     """[N] each: divergence, target logprob, entropy."""
-    mask = micro.loss_mask_BT
 
     def chunk(hidden_CD: Tensor, teacher_hidden_CD: Tensor, target_C: Tensor) -> Chunk:
         logprob_CV = torch.log_softmax(logits_of(hidden_CD, head_VD), dim=-1)
@@ -256,13 +288,13 @@ def _full_divergence(
 
     return map_chunks(
         chunk,
-        (hidden_ND, micro.teacher_hidden_BTD[mask], micro.target_BT[mask]),
+        (hidden_ND, micro.teacher_hidden_ND, micro.target_N),
         chunk_tokens=chunk_tokens,
     )
 
 
 def _top_k(micro: MicroBatch, k: int) -> TopKMicroBatch:
-    if not isinstance(micro, TopKMicroBatch) or micro.candidate_id_BTK.shape[-1] != k:
+    if not isinstance(micro, TopKMicroBatch) or micro.candidate_id_NK.shape[-1] != k:
         raise AlignmentError(f"this objective needs the teacher's top {k} at every position")
     return micro
 
@@ -274,21 +306,24 @@ def _hidden(micro: MicroBatch) -> HiddenMicroBatch:
 
 
 def _weighted_mean(micro: MicroBatch, values_N: Tensor, denominator: float) -> Tensor:
-    return (micro.per_token(micro.importance_weight_B) * values_N).sum() / denominator
+    return (micro.importance_weight_N * values_N).sum() / denominator
 
 
-def _mean(key: str, values_N: Tensor) -> Metric:
-    return Metric.mean(key, float(values_N.detach().sum()), values_N.numel())
+def _mean(key: str, values_N: Tensor) -> TensorMetric:
+    return TensorMetric(key, values_N.detach().sum(), values_N.numel(), Reduction.MEAN)
 
 
-def _common_metrics(micro: MicroBatch, logprob_N: Tensor, entropy_N: Tensor) -> list[Metric]:
+def _max(key: str, values_N: Tensor) -> TensorMetric:
+    return TensorMetric(key, values_N.detach().max(), 1, Reduction.MAX)
+
+
+def _common_metrics(micro: MicroBatch, logprob_N: Tensor, entropy_N: Tensor) -> list[TensorMetric]:
     """What every objective reports about the sampled tokens."""
-    mask = micro.loss_mask_BT
     logprob_N = logprob_N.detach()
-    engine_gap_N = (logprob_N - micro.behavior_logprob_BT[mask]).abs()
+    engine_gap_N = (logprob_N - micro.behavior_logprob_N).abs()
     return [
-        _mean("loss/reverse_kl_nats", logprob_N - micro.teacher_logprob_BT[mask]),
+        _mean("loss/reverse_kl_nats", logprob_N - micro.teacher_logprob_N),
         _mean("loss/entropy_nats", entropy_N),
         _mean("health/learner_vs_engine_abs_nats", engine_gap_N),
-        Metric.max("health/learner_vs_engine_max_nats", float(engine_gap_N.max())),
+        _max("health/learner_vs_engine_max_nats", engine_gap_N),
     ]

@@ -1,4 +1,4 @@
-"""Shift, pad, split: values that encode their own index make an off-by-one a wrong number."""
+"""Shift, lay out, split: values that encode their own index make an off-by-one a wrong number."""
 
 import numpy as np
 import pytest
@@ -59,42 +59,73 @@ BATCH = Batch(
 )
 
 
+def sequence(row: int) -> list[int]:
+    prompt_tokens, response_tokens = SHAPES[row]
+    return [*range(900, 900 + prompt_tokens), *range(100 * row, 100 * row + response_tokens)]
+
+
 def check_alignment(micro: MicroBatch, rows: list[int]) -> None:
-    for b, row in enumerate(rows):
+    """Each value stands beside its own target, and each target after its own input."""
+    inputs, positions = micro.input_BT.flatten(), micro.position_BT.flatten()
+    starts = iter(micro.loss_index_N.split(list(micro.loss_tokens)))
+    targets = iter(micro.target_N.split(list(micro.loss_tokens)))
+    behavior = iter(micro.behavior_logprob_N.split(list(micro.loss_tokens)))
+    teacher = iter(micro.teacher_logprob_N.split(list(micro.loss_tokens)))
+    for row in rows:
         prompt_tokens, response_tokens = SHAPES[row]
-        mask = micro.loss_mask_BT[b]
-        assert mask.nonzero().flatten().tolist() == list(
-            range(prompt_tokens - 1, prompt_tokens - 1 + response_tokens)
-        )
+        index = next(starts)
+        # The whole sequence stands around its loss tokens, at positions that start with 0.
+        first = int(index[0]) - (prompt_tokens - 1)
+        stop = first + prompt_tokens + response_tokens - 1
+        assert inputs[first:stop].tolist() == sequence(row)[:-1]
+        assert positions[first:stop].tolist() == list(range(stop - first))
+        assert index.tolist() == list(range(stop - response_tokens, stop))
         ids = torch.arange(100 * row, 100 * row + response_tokens)
-        assert micro.target_BT[b][mask].tolist() == ids.tolist()
-        # The input of a target is the token before it.
-        assert micro.input_BT[b][mask].tolist() == [900 + prompt_tokens - 1, *ids[:-1].tolist()]
-        torch.testing.assert_close(micro.behavior_logprob_BT[b][mask], -(ids + 1) / 1000)
-        torch.testing.assert_close(micro.teacher_logprob_BT[b][mask], -(ids + 1) / 500)
+        assert next(targets).tolist() == ids.tolist()
+        assert inputs[index].tolist() == [900 + prompt_tokens - 1, *ids[:-1].tolist()]
+        torch.testing.assert_close(next(behavior), -(ids + 1) / 1000)
+        torch.testing.assert_close(next(teacher), -(ids + 1) / 500)
 
 
-def test_every_value_stands_at_its_own_target() -> None:
-    check_alignment(collate(BATCH, [0, 1, 2, 3]), [0, 1, 2, 3])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_value_stands_at_its_own_target(packed: bool) -> None:
+    check_alignment(collate(BATCH, [0, 1, 2, 3], packed=packed), [0, 1, 2, 3])
 
 
-def test_row_values_follow_their_row() -> None:
-    micro = collate(BATCH, [3, 1])
+def test_a_padded_row_each_or_all_in_one_row() -> None:
+    padded, packed = (collate(BATCH, [0, 2, 3], packed=packed) for packed in (False, True))
+    assert padded.input_BT.shape == (3, 10)
+    assert packed.input_BT.shape == (1, 6 + 6 + 10)
+    for micro in (padded, packed):
+        assert micro.sequence_tokens == (6, 6, 10)
+        assert micro.loss_tokens == (4, 2, 9)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_values_of_a_rollout_follow_it(packed: bool) -> None:
+    micro = collate(BATCH, [3, 1], packed=packed)
     check_alignment(micro, [3, 1])
-    assert micro.importance_weight_B.tolist() == [4, 2]
-    torch.testing.assert_close(micro.task_advantage_B, torch.tensor([0.4, 0.2]))
-    assert micro.per_token(micro.importance_weight_B).tolist() == [4] * 9 + [2]
-    assert micro.tokens_per_row == [9, 1]
+    assert micro.importance_weight_N.tolist() == [4] * 9 + [2]
+    torch.testing.assert_close(micro.task_advantage_N, torch.tensor([0.4] * 9 + [0.2]))
+    hidden_BTD = torch.arange(micro.input_BT.numel()).view(*micro.input_BT.shape, 1)
+    assert micro.at_loss_tokens(hidden_BTD).flatten().tolist() == micro.loss_index_N.tolist()
 
 
-@given(st.integers(min_value=1, max_value=60))
-def test_a_split_keeps_every_token_once(max_tokens: int) -> None:
-    split = micro_batches(BATCH, max_tokens)
-    seen = torch.cat([micro.target_BT[micro.loss_mask_BT] for micro in split])
+@given(st.integers(min_value=1, max_value=60), st.booleans())
+def test_a_split_keeps_every_token_once(max_tokens: int, packed: bool) -> None:
+    split = list(micro_batches(BATCH, max_tokens, packed=packed))
+    seen = torch.cat([micro.target_N for micro in split])
     expected = [100 * row + r for row, (_, size) in enumerate(SHAPES) for r in range(size)]
     assert sorted(seen.tolist()) == expected
     for micro in split:
-        assert micro.input_BT.numel() <= max_tokens or len(micro.input_BT) == 1
+        assert micro.input_BT.numel() <= max_tokens or len(micro.sequence_tokens) == 1
+        assert len(micro.input_BT) == 1 if packed else len(micro.sequence_tokens)
+
+
+def test_packing_leaves_no_room_that_a_sequence_would_fill() -> None:
+    # 10 + 1, 6 + 6: with padding the two of 6 fit as well, the 10 and the 1 do not.
+    assert [m.sequence_tokens for m in micro_batches(BATCH, 12, packed=True)] == [(10, 1), (6, 6)]
+    assert [m.sequence_tokens for m in micro_batches(BATCH, 12)] == [(10,), (6, 6), (1,)]
 
 
 def test_top_k_and_hidden_values_stand_at_their_own_target() -> None:
@@ -108,11 +139,12 @@ def test_top_k_and_hidden_values_stand_at_their_own_target() -> None:
     )
     micro = collate(Batch.uniform([ScoredRollout(rollout=base, score=top_k)]), [0])
     assert isinstance(micro, TopKMicroBatch)
-    assert micro.candidate_id_BTK[micro.loss_mask_BT].tolist() == ids.tolist()
+    assert micro.candidate_id_NK.tolist() == ids.tolist()
+    torch.testing.assert_close(micro.candidate_logprob_NK, torch.tensor(-ids / 10).float())
     hidden = HiddenScore(teacher_id="t", logprobs=base.behavior_logprobs, hidden=ids)
     micro = collate(Batch.uniform([ScoredRollout(rollout=base, score=hidden)]), [0])
     assert isinstance(micro, HiddenMicroBatch)
-    assert micro.teacher_hidden_BTD[micro.loss_mask_BT].tolist() == ids.tolist()
+    assert micro.teacher_hidden_ND.tolist() == ids.tolist()
 
 
 def test_mixed_kinds_of_score_are_refused() -> None:
@@ -125,4 +157,7 @@ def test_mixed_kinds_of_score_are_refused() -> None:
 
 def test_to_moves_every_field() -> None:
     moved = collate(BATCH, [0, 1]).to(torch.device("meta"))
-    assert {value.device.type for value in vars(moved).values()} == {"meta"}
+    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 8
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert moved.loss_tokens == (4, 1)

@@ -1,6 +1,5 @@
 """Objectives on micro-batches: padding, splits, baselines, memory of the head."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +10,14 @@ from torch import Tensor
 
 from qwen3_distill.config import ObjectiveConfig, RunConfig
 from qwen3_distill.errors import AlignmentError, ConfigError
+from qwen3_distill.modeling.head import TokenStatistics, TokenStats, token_stats
 from qwen3_distill.training.batching import MicroBatch, collate
-from qwen3_distill.training.objectives import LossTerms, build_objective
+from qwen3_distill.training.objectives import (
+    LossTerms,
+    Objective,
+    build_objective,
+    read_scalars,
+)
 from qwen3_distill.types import (
     Batch,
     FinishReason,
@@ -111,10 +116,15 @@ def run(
         terms = terms_of(values, micro, group, head, batch.denominator, below, chunk_tokens)
         terms.loss.backward()
         total += float(terms.loss.detach())
-        metrics.extend(terms.metrics)
+        metrics.extend(read(terms))
     assert head.grad is not None
     assert below.grad is not None
     return total, torch.cat([head.grad, below.grad.unsqueeze(0)]), metrics
+
+
+def read(terms: LossTerms) -> list[Metric]:
+    totals = read_scalars([metric.total for metric in terms.metrics])
+    return [metric.read(total) for metric, total in zip(terms.metrics, totals, strict=True)]
 
 
 def terms_of(
@@ -126,11 +136,21 @@ def terms_of(
     below: Tensor = torch.ones(D),  # noqa: B008 - never written to
     chunk_tokens: int = 1000,
 ) -> LossTerms:
-    objective = build_objective(
-        objective_config(values), teacher_head_VD=TEACHER_HEAD, chunk_tokens=chunk_tokens
-    )
     hidden_BTD = hidden_rows(group, micro.input_BT.shape[1], below)
-    return objective.terms(micro, hidden_BTD, head, denominator)
+    return objective_of(values, chunk_tokens).terms(micro, hidden_BTD, head, denominator)
+
+
+def objective_of(
+    values: dict[str, Any],
+    chunk_tokens: int = 1000,
+    token_statistics: TokenStatistics | None = None,
+) -> Objective:
+    return build_objective(
+        objective_config(values),
+        teacher_head_VD=TEACHER_HEAD,
+        chunk_tokens=chunk_tokens,
+        token_statistics=token_statistics,
+    )
 
 
 @pytest.mark.parametrize("values", OBJECTIVES)
@@ -165,29 +185,59 @@ def test_metrics_combine_to_the_same_values_over_a_split(values) -> None:
 
 
 @pytest.mark.parametrize("values", OBJECTIVES)
-def test_nan_outside_the_mask_reaches_neither_loss_nor_gradient(values) -> None:
+def test_nan_off_the_loss_tokens_reaches_neither_loss_nor_gradient(values) -> None:
     batch = make_batch(values)
     micro = collate(batch, [0, 1, 2, 3])
-    poisoned = {
-        field.name: _poison(getattr(micro, field.name), micro.loss_mask_BT)
-        for field in dataclasses.fields(micro)
-    }
-    clean_head, dirty_head = HEAD.clone().requires_grad_(), HEAD.clone().requires_grad_()
-    clean = terms_of(values, micro, [0, 1, 2, 3], clean_head, batch.denominator)
-    dirty = terms_of(values, type(micro)(**poisoned), [0, 1, 2, 3], dirty_head, batch.denominator)
-    clean.loss.backward()
-    dirty.loss.backward()
-    assert torch.equal(clean.loss, dirty.loss)
-    assert torch.equal(clean_head.grad, dirty_head.grad)  # pyright: ignore[reportArgumentType]
-    assert clean.metrics == dirty.metrics
+    objective = objective_of(values)
+    clean_BTD = hidden_rows([0, 1, 2, 3], micro.input_BT.shape[1], torch.ones(D))
+    dirty_BTD = torch.full_like(clean_BTD, torch.nan)
+    dirty_BTD.view(-1, D)[micro.loss_index_N] = clean_BTD.view(-1, D)[micro.loss_index_N]
+    losses, gradients, metrics = [], [], []
+    for hidden_BTD in (clean_BTD.requires_grad_(), dirty_BTD.requires_grad_()):
+        terms = objective.terms(micro, hidden_BTD, HEAD, batch.denominator)
+        losses.append(terms.loss)
+        metrics.append(read(terms))
+        gradients.append(torch.autograd.grad(terms.loss, hidden_BTD)[0])
+    assert torch.equal(*losses)
+    assert torch.equal(*gradients)
+    assert metrics[0] == metrics[1]
 
 
-def _poison(value: Tensor, mask_BT: Tensor) -> Tensor:
-    if value.dtype is not torch.float32 or value.shape[:2] != mask_BT.shape:
-        return value
-    poisoned = value.clone()
-    poisoned[~mask_BT] = torch.nan
-    return poisoned
+@pytest.mark.parametrize("values", OBJECTIVES)
+def test_a_packed_row_gives_the_same_step(values) -> None:
+    batch = make_batch(values)
+    objective = objective_of(values)
+    rows = [2, 0, 3]
+    padded, packed = (collate(batch, rows, packed=packed) for packed in (False, True))
+    hidden_BTD = hidden_rows(rows, padded.input_BT.shape[1], torch.ones(D))
+    packed_1TD = torch.cat([STUDENT_HIDDEN[row][:-1] for row in rows]).unsqueeze(0)
+    one = objective.terms(padded, hidden_BTD, HEAD, batch.denominator)
+    other = objective.terms(packed, packed_1TD, HEAD, batch.denominator)
+    assert torch.equal(one.loss, other.loss)
+    assert read(one) == read(other)
+
+
+def test_other_token_statistics_are_used_where_they_are_given() -> None:
+    def doubled(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> TokenStats:
+        stats = token_stats(hidden_ND, head_VD, target_N, chunk_tokens=1000)
+        return TokenStats(stats.logprob_N, 2 * stats.entropy_N)
+
+    batch = make_batch({"kind": "full"})
+    micro = collate(batch, [0, 1])
+    hidden_BTD = hidden_rows([0, 1], micro.input_BT.shape[1], torch.ones(D))
+    own, given = (
+        objective_of({"kind": "sampled_reverse_kl"}, token_statistics=statistics)
+        for statistics in (None, doubled)
+    )
+    entropies = [
+        next(
+            m.value
+            for m in read(objective.terms(micro, hidden_BTD, HEAD, batch.denominator))
+            if m.key == "loss/entropy_nats"
+        )
+        for objective in (own, given)
+    ]
+    assert entropies[1] == pytest.approx(2 * entropies[0])
 
 
 def test_the_full_baseline_is_the_exact_kl() -> None:

@@ -1,0 +1,117 @@
+"""Low-rank adapters inside a plain model: how they begin, how they travel, what they amount to.
+
+Names are those of the plain Qwen3 model (``model.layers.0...``) with peft's ``base_layer`` and
+``lora_A.default`` in them, whichever library put the adapters there.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qwen3_distill.config import LoraTuning
+from qwen3_distill.errors import ConfigError
+from qwen3_distill.protocols import LoraWeights
+from qwen3_distill.utils.seeds import derive_seed
+
+_INIT_SEED = "lora_init"
+_ADAPTER = "default"
+_PEFT_PREFIX = "base_model.model."
+
+
+def add_adapters(base: PreTrainedModel, tuning: LoraTuning, seed: int) -> PreTrainedModel:
+    """Put adapters into the model; the base is frozen.
+
+    Raises:
+        ConfigError: a target is no linear layer of the model's blocks.
+    """
+    check_targets(base, tuning)
+    with torch.random.fork_rng(devices=[]):  # peft draws weights that are replaced below
+        get_peft_model(  # changes `base` in place
+            base,
+            LoraConfig(
+                r=tuning.rank,
+                lora_alpha=tuning.alpha,  # pyright: ignore[reportArgumentType] - annotated int
+                lora_dropout=tuning.dropout,
+                target_modules=list(tuning.target_modules),
+                task_type="CAUSAL_LM",
+            ),
+        )
+    initialise_adapters(base, seed)
+    return base
+
+
+def check_targets(base: PreTrainedModel, tuning: LoraTuning) -> None:
+    """Refuse layers outside the blocks.
+
+    An adapter on a tied embedding or on the head would not be in the weight that the head is
+    applied with.
+    """
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in base.model.layers.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    unknown = sorted(set(tuning.target_modules) - linear)
+    if unknown:
+        raise ConfigError(
+            f"training.tuning.target_modules: {', '.join(unknown)} is no linear layer of the "
+            f"student's blocks; they are {', '.join(sorted(linear))}"
+        )
+
+
+@torch.no_grad()
+def initialise_adapters(core: PreTrainedModel, seed: int) -> None:
+    """B = 0 and A uniform in +-1/sqrt(inputs), as peft draws it, from (seed, layer's name) alone.
+
+    So a run starts from the same adapters whatever device, library or order they were made in.
+    """
+    for name, layer in _adapted(core).items():
+        generator = torch.Generator().manual_seed(derive_seed(seed, _INIT_SEED, name))
+        down = layer.lora_A[_ADAPTER].weight
+        bound = 1 / math.sqrt(down.shape[1])
+        drawn = torch.empty(down.shape, dtype=torch.float32)
+        down.copy_(drawn.uniform_(-bound, bound, generator=generator))
+        layer.lora_B[_ADAPTER].weight.zero_()
+
+
+def adapter_weights(core: PreTrainedModel, tuning: LoraTuning) -> LoraWeights:
+    """The adapters as trained, under peft's names."""
+    return LoraWeights(
+        tensors={
+            _PEFT_PREFIX + name.replace(f".{_ADAPTER}.", "."): parameter.detach()
+            for name, parameter in core.named_parameters()
+            if ".lora_" in name
+        },
+        rank=tuning.rank,
+        alpha=tuning.alpha,
+        target_modules=tuning.target_modules,
+    )
+
+
+@torch.no_grad()
+def merged_parameters(core: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Names and values as in a model without adapters.
+
+    An adapter's change is added to a copy: merging in place and taking it out again would round
+    the base weights a little at every step.
+    """
+    adapted = _adapted(core)
+    for name, parameter in core.named_parameters():
+        if ".lora_" in name:
+            continue
+        owner, _, leaf = name.partition(".base_layer.")
+        if leaf != "weight" or owner not in adapted:
+            yield name.replace(".base_layer.", "."), parameter.detach()
+            continue
+        delta = adapted[owner].get_delta_weight(_ADAPTER)
+        yield f"{owner}.weight", parameter.detach() + delta.to(parameter.dtype)
+
+
+def _adapted(core: PreTrainedModel) -> dict[str, Any]:
+    return {name: module for name, module in core.named_modules() if isinstance(module, LoraLayer)}

@@ -1,0 +1,168 @@
+"""The memory model against peaks measured on a GPU and against what PyTorch really keeps."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from qwen3_distill.config import FullTuning, LoraTuning, TuningConfig
+from qwen3_distill.training.memory import (
+    GIB,
+    Arithmetic,
+    Checkpointing,
+    MemoryModel,
+    ModelShape,
+    activation_bytes,
+    usable_bytes,
+    weight_bytes,
+)
+
+QWEN3_4B = ModelShape(
+    hidden=2560,
+    intermediate=9728,
+    layers=36,
+    query=32 * 128,
+    key=8 * 128,
+    vocabulary=151936,
+    tied=True,
+)
+LORA = LoraTuning(kind="lora", rank=32)
+FULL = FullTuning(kind="full")
+MODEL = MemoryModel(shape=QWEN3_4B, tuning=LORA, arithmetic="fused", base_bytes=2)
+OFF = Checkpointing(recomputed_layers=0, offload=False)
+OFFLOADED = Checkpointing(recomputed_layers=36, offload=True)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "choice", "measured_gb"),
+    [
+        (8, OFF, 28.0),
+        (16, OFF, 48.0),
+        (32, OFF, 86.0),
+        (8, OFFLOADED, 10.2),
+        (16, OFFLOADED, 11.3),
+        (32, OFFLOADED, 13.4),
+        (64, OFFLOADED, 17.6),
+    ],
+)
+def test_peaks_of_qwen3_4b_agree_with_an_h200(
+    sequences: int, choice: Checkpointing, measured_gb: float
+) -> None:
+    """unsloth 2026.10.9, LoRA of rank 32 on all linear layers, 640 tokens a sequence."""
+    predicted_gb = MODEL.peak_bytes(sequences * 640, choice) / 1e9
+    assert predicted_gb == pytest.approx(measured_gb, rel=0.03)
+
+
+def test_parameters_of_qwen3_4b() -> None:
+    assert QWEN3_4B.parameters == pytest.approx(4.02e9, rel=0.005)
+    assert QWEN3_4B.adapter_parameters(LORA) == 66_060_288
+
+
+# --- What plain PyTorch keeps -------------------------------------------------------------------
+
+TOKENS = 64
+SHAPES = [
+    ModelShape(
+        hidden=h, intermediate=i, layers=2, query=32 * q, key=32 * k, vocabulary=64, tied=True
+    )
+    for h, i, q, k in [(64, 128, 4, 2), (192, 128, 4, 2), (64, 512, 8, 2), (64, 128, 8, 8)]
+]
+
+
+def kept_by_pytorch(
+    shape: ModelShape, layers: int, tuning: TuningConfig, dtype: torch.dtype
+) -> int:
+    """Bytes that a forward pass keeps for its backward pass, parameters left out."""
+    config = Qwen3Config(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=shape.query // 32,
+        num_key_value_heads=shape.key // 32,
+        head_dim=32,
+        tie_word_embeddings=True,
+    )
+    model = Qwen3ForCausalLM(config).to(dtype).train()
+    if isinstance(tuning, LoraTuning):
+        targets = list(tuning.target_modules)
+        get_peft_model(model, LoraConfig(r=1, target_modules=targets, task_type="CAUSAL_LM"))
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("tuning", "arithmetic", "dtype"),
+    [
+        (FULL, "float32", torch.float32),
+        (LORA, "float32", torch.float32),
+        (LORA, "bfloat16", torch.bfloat16),
+    ],
+    ids=["full", "lora", "lora_bfloat16"],
+)
+def test_a_layer_keeps_what_pytorch_is_seen_to_keep(
+    shape: ModelShape, tuning: TuningConfig, arithmetic: Arithmetic, dtype: torch.dtype
+) -> None:
+    two, three = (kept_by_pytorch(shape, layers, tuning, dtype) for layers in (2, 3))
+    predicted = activation_bytes(shape, tuning, arithmetic)
+    assert predicted == pytest.approx((three - two) / TOKENS, rel=0.03)
+
+
+# --- The choice ---------------------------------------------------------------------------------
+
+
+def test_more_memory_recomputes_fewer_layers_and_the_choice_fits() -> None:
+    tokens, last = 32 * 640, 37
+    for gib in range(14, 100):
+        choice = MODEL.fewest_recomputed(tokens, gib * GIB, may_offload=True)
+        assert MODEL.peak_bytes(tokens, choice) <= gib * GIB
+        if not choice.offload:
+            assert choice.recomputed_layers <= last
+            last = choice.recomputed_layers
+            fewer = Checkpointing(recomputed_layers=max(0, last - 1), offload=False)
+            assert last == 0 or MODEL.peak_bytes(tokens, fewer) > gib * GIB
+    assert last == 0
+
+
+@pytest.mark.parametrize(
+    ("gib", "may_offload", "expected"),
+    [
+        (141, True, OFF),
+        (13, True, Checkpointing(recomputed_layers=35, offload=True)),
+        (5, True, OFFLOADED),  # nothing fits: the thriftiest
+        (5, False, Checkpointing(recomputed_layers=36, offload=False)),
+    ],
+)
+def test_the_ends_of_the_ladder(gib: int, may_offload: bool, expected: Checkpointing) -> None:
+    assert MODEL.fewest_recomputed(32 * 640, gib * GIB, may_offload=may_offload) == expected
+
+
+def test_host_memory_helps_only_where_it_is_other_memory() -> None:
+    budget = 15 * GIB
+    offloaded = MODEL.fewest_recomputed(32 * 640, budget, may_offload=True)
+    assert offloaded.offload
+    on_one_memory = MODEL.fewest_recomputed(32 * 640, budget, may_offload=False)
+    assert not on_one_memory.offload
+    assert on_one_memory.recomputed_layers == 36
+
+
+def test_full_tuning_holds_weights_gradients_and_moments_in_float32() -> None:
+    plain = weight_bytes(QWEN3_4B, FULL, base_bytes=4, arithmetic="float32")
+    autocast = weight_bytes(QWEN3_4B, FULL, base_bytes=4, arithmetic="bfloat16")
+    assert plain == 16 * QWEN3_4B.parameters
+    assert autocast == 18 * QWEN3_4B.parameters
+
+
+def test_usable_memory_leaves_room_for_the_context() -> None:
+    assert 18 * GIB < usable_bytes(20 * GIB) < 19 * GIB
