@@ -202,6 +202,25 @@ class EmbeddedScoring(Schema):
     """Rows of logits that exist at a time."""
 
 
+SGLANG_OPTIONS = {
+    "model-path": "scoring.model",
+    "host": "this package: loopback only",
+    "port": "scoring.port",
+    "api-key": "this package: a random one",
+    "device": "scoring.device",
+    "dtype": "scoring.dtype",
+    "quantization": "scoring.quantization",
+    "mem-fraction-static": "scoring.memory_fraction",
+    "max-total-tokens": "scoring.max_total_tokens",
+    "attention-backend": "scoring.attention_backend",
+    "chunked-prefill-size": "scoring.chunked_prefill_tokens",
+    "enable-fp32-lm-head": "scoring.float32_head",
+    "disable-decode-cuda-graph": "scoring.decode_graphs",
+    "skip-tokenizer-init": "this package: only token ids travel",
+}
+"""Options of SGLang's server that have a setting of their own."""
+
+
 class SglangScoring(_EngineProcess):
     """The teacher in SGLang servers: one that is started here, or some that run elsewhere."""
 
@@ -231,8 +250,15 @@ class SglangScoring(_EngineProcess):
     float32_head: bool = False
     """Compute the output head in float32: less noise in scores, some speed lost."""
     chunked_prefill_tokens: PositiveInt = 8192
+    """Tokens that the server takes through the layers at a time."""
+    chunk_tokens: PositiveInt = 2048
+    """Rows of logits that exist at a time."""
+    decode_graphs: bool = False
+    """CUDA graphs for decoding: the teacher's own answers, in evaluations, come faster; the start
+    takes longer, and some memory more."""
     server_arguments: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Further options of ``sglang.launch_server``, e.g. ``{watchdog-timeout: 600}``."""
+    """Further options of ``sglang.launch_server`` by their names without the dashes in front, e.g.
+    ``{watchdog-timeout: 600}``."""
     request_tokens: PositiveInt = 16384
     """Tokens of one scoring request."""
     max_in_flight: PositiveInt = 4
@@ -242,10 +268,33 @@ class SglangScoring(_EngineProcess):
     """How often a rollout's score is asked for before the rollout is dropped."""
     max_dropped_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Of the rollouts of one step; more stops the run."""
-    readiness_tolerance_nats: PositiveFloat = 0.3
+    readiness_tolerance_nats: PositiveFloat = 0.5
     """Mean difference from the known answer up to which a server counts as the teacher."""
     cache: str | None = None
     """Folder of a score cache, kept between runs; null: none."""
+
+    @model_validator(mode="after")
+    def _an_argument_has_one_place(self) -> Self:
+        twice = sorted(SGLANG_OPTIONS.keys() & self.server_arguments.keys())
+        if twice:
+            raise ValueError(
+                f"server_arguments has {twice[0]!r}, which is set by "
+                f"{SGLANG_OPTIONS[twice[0]]}; write it there"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _remote_servers_are_configured_where_they_run(self) -> Self:
+        bad = [url for url in self.urls if not url.startswith(("http://", "https://"))]
+        if bad:
+            raise ValueError(f"urls: {bad[0]!r} is no address; expected e.g. http://10.0.0.2:30000")
+        if self.urls and self.port is not None:
+            raise ValueError("port is for a server started here, and urls names others: drop one")
+        if self.api_key_file is not None and not self.urls:
+            raise ValueError(
+                "api_key_file is for the servers in urls; one started here gets a random key"
+            )
+        return self
 
 
 ScoringConfig: TypeAlias = Annotated[EmbeddedScoring | SglangScoring, Field(discriminator="kind")]

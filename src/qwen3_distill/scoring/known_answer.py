@@ -1,0 +1,225 @@
+"""What a teacher must answer, computed from its files alone: one decoder layer at a time.
+
+The directory's weights are read as they are needed, in float32 on the CPU: the embeddings of a few
+tokens, then layer after layer, then the output head in chunks of rows. So the answer of a 32B
+teacher needs the memory of one of its layers, and no GPU.
+
+Shape letters: T tokens, D hidden size, V vocabulary, C rows of a chunk of the output head.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3DecoderLayer,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+)
+
+from qwen3_distill.errors import ModelError
+from qwen3_distill.modeling.digest import directory_digest
+from qwen3_distill.modeling.loading import check_model_dir, load_tokenizer
+from qwen3_distill.types import FloatArray, IntArray
+from qwen3_distill.utils.files import write_json_atomic
+
+FORMAT = 1
+"""Part of a kept answer's name; raised when what is asked changes."""
+HEAD_ROWS = 8192
+TEXT_TOKENS = 32
+SPREAD_TOKENS = 32
+_TEXT = (
+    "Alice has 12 boxes with 7 pencils each and gives 15 pencils away. How many are left? "
+    "12 * 7 = 84, and 84 - 15 = 69. The answer is 69.\n\ndef area(w, h):\n    return w * h\n"
+)
+
+
+@dataclass(frozen=True)
+class KnownAnswer:
+    """Tokens, and the teacher's logprobs of all but the first."""
+
+    token_ids: IntArray
+    """[T]; the first is the prompt, the others are scored."""
+    logprobs: FloatArray
+    """[T - 1] nats."""
+
+
+def known_answer(model_dir: str | Path) -> KnownAnswer:
+    """The answer of the directory's model, kept in the user's cache folder by its digest.
+
+    Raises:
+        ModelError: the weights cannot be read, or are quantized in an unknown way.
+    """
+    directory = check_model_dir(model_dir)
+    kept = _cache_folder() / f"{directory_digest(directory)}-{FORMAT}.json"
+    token_ids = known_tokens(directory)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        if found["token_ids"] == token_ids.tolist():
+            logprobs = np.array(found["logprobs"], dtype=np.float32)
+            if logprobs.shape == (token_ids.size - 1,) and np.isfinite(logprobs).all():
+                return KnownAnswer(token_ids, logprobs)
+    answer = KnownAnswer(token_ids, layerwise_logprobs(directory, token_ids))
+    with contextlib.suppress(OSError):  # it only saves the next start some seconds
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(
+            kept, {"token_ids": token_ids.tolist(), "logprobs": answer.logprobs.tolist()}
+        )
+    return answer
+
+
+def known_tokens(directory: Path) -> IntArray:
+    """[T] a little text, where teachers are sure, and ids from all over the vocabulary."""
+    config = AutoConfig.from_pretrained(directory)
+    text = load_tokenizer(directory).encode(_TEXT, add_special_tokens=False)[:TEXT_TOKENS]
+    spread = np.linspace(0, config.vocab_size - 1, SPREAD_TOKENS).astype(np.int64).tolist()
+    return np.array([*text, *spread][: config.max_position_embeddings], dtype=np.int32)
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "qwen3-distill" / "known-answers"
+
+
+@torch.inference_mode()
+def layerwise_logprobs(model_dir: str | Path, token_ids: IntArray) -> NDArray[np.float32]:
+    """[T - 1] nats of all tokens but the first, at temperature 1.
+
+    Raises:
+        ModelError: a weight is missing, unreadable, or quantized in an unknown way.
+    """
+    directory = check_model_dir(model_dir)
+    # Attention without its fused kernels: the mask below is all that decides who sees whom.
+    config: Any = AutoConfig.from_pretrained(directory, attn_implementation="eager")
+    ids_T = torch.from_numpy(token_ids.astype(np.int64))
+    with _open_weights(directory, config) as weights:
+        hidden_1TD = weights.rows("model.embed_tokens.weight", ids_T).unsqueeze(0)
+        position_1T = torch.arange(ids_T.numel()).unsqueeze(0)
+        rotary = Qwen3RotaryEmbedding(config)(hidden_1TD, position_1T)
+        mask_11TT = _causal_mask(ids_T.numel())
+        for index in range(config.num_hidden_layers):
+            with torch.device("meta"):
+                layer = Qwen3DecoderLayer(config, index)
+            weights.fill(layer, f"model.layers.{index}.")
+            hidden_1TD = layer(
+                hidden_1TD,
+                attention_mask=mask_11TT,
+                position_ids=position_1T,
+                position_embeddings=rotary,
+            )
+            del layer
+        with torch.device("meta"):
+            norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        weights.fill(norm, "model.norm.")
+        hidden_TD = norm(hidden_1TD)[0]
+        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        return _target_logprobs(weights, head, hidden_TD[:-1], ids_T[1:], config.vocab_size)
+
+
+def _causal_mask(length: int) -> Tensor:
+    """[1, 1, T, T]: 0 where a token sees another, far below any score elsewhere."""
+    lowest = torch.finfo(torch.float32).min
+    return torch.full((length, length), lowest).triu(diagonal=1)[None, None]
+
+
+def _target_logprobs(
+    weights: "_Weights", head: str, hidden_TD: Tensor, target_T: Tensor, vocab_size: int
+) -> NDArray[np.float32]:
+    total_T = torch.full((len(hidden_TD),), -torch.inf)
+    logit_T = torch.zeros(len(hidden_TD))
+    for start in range(0, vocab_size, HEAD_ROWS):
+        stop = min(start + HEAD_ROWS, vocab_size)
+        logits_TC = hidden_TD @ weights.row_range(head, start, stop).T
+        total_T = torch.logaddexp(total_T, logits_TC.logsumexp(dim=-1))
+        here_T = (target_T >= start) & (target_T < stop)
+        logit_T[here_T] = logits_TC[here_T, target_T[here_T] - start]
+    return (logit_T - total_T).numpy()
+
+
+@contextlib.contextmanager
+def _open_weights(directory: Path, config: Any) -> Iterator["_Weights"]:
+    with contextlib.ExitStack() as stack:
+        try:
+            files = [
+                stack.enter_context(safe_open(path, framework="pt"))
+                for path in sorted(directory.glob("*.safetensors"))
+            ]
+            yield _Weights(directory, files, _block_size(directory, config))
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{directory}: weights cannot be read: {error}") from error
+
+
+def _block_size(directory: Path, config: Any) -> tuple[int, int] | None:
+    """Rows and columns that share a scale in an FP8 checkpoint; None where nothing is quantized."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    block = settings.get("weight_block_size")
+    if settings.get("quant_method") != "fp8" or not block:
+        raise ModelError(
+            f"{directory} is quantized as {settings.get('quant_method')!r}, block size {block}; "
+            "can be checked: bfloat16 or float32 weights, and FP8 with a scale per block"
+        )
+    return int(block[0]), int(block[1])
+
+
+class _Weights:
+    """The tensors of a directory by name, in float32."""
+
+    def __init__(
+        self, directory: Path, files: list[Any], block_size: tuple[int, int] | None
+    ) -> None:
+        self._directory = directory
+        self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        self._block_size = block_size
+
+    def fill(self, module: torch.nn.Module, prefix: str) -> None:
+        """Give an empty module its weights."""
+        state = {name: self._whole(prefix + name) for name in module.state_dict()}
+        module.load_state_dict(state, assign=True)
+
+    def rows(self, name: str, ids_T: Tensor) -> Tensor:
+        part = self._slice(name)
+        return torch.cat([part[i : i + 1] for i in ids_T.tolist()]).float()
+
+    def row_range(self, name: str, start: int, stop: int) -> Tensor:
+        return self._slice(name)[start:stop].float()
+
+    def _slice(self, name: str) -> Any:
+        part = self._file(name).get_slice(name)
+        if part.get_dtype().startswith("F8"):
+            raise ModelError(f"{self._directory}: {name} is quantized, which is not expected")
+        return part
+
+    def _whole(self, name: str) -> Tensor:
+        tensor = self._file(name).get_tensor(name)
+        if tensor.dtype != torch.float8_e4m3fn:
+            return tensor.float()
+        if self._block_size is None:
+            raise ModelError(f"{self._directory}: {name} is FP8, but config.json does not say so")
+        scale_name = f"{name}_scale_inv"
+        scale = self._file(scale_name).get_tensor(scale_name).float()
+        return dequantized(tensor, scale, self._block_size)
+
+    def _file(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise ModelError(f"{self._directory}: no weight {name} in its *.safetensors files")
+        return self._file_of[name]
+
+
+def dequantized(weight: Tensor, scale: Tensor, block_size: tuple[int, int]) -> Tensor:
+    """[rows, columns] float32 of an FP8 weight with a scale for every block of it."""
+    rows, columns = weight.shape
+    spread = scale.repeat_interleave(block_size[0], 0).repeat_interleave(block_size[1], 1)
+    return weight.float() * spread[:rows, :columns]
