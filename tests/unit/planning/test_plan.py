@@ -1,0 +1,348 @@
+"""What a plan adds up to, what wins over it, and what it says when it does not fit."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3_distill.config import RunConfig
+from qwen3_distill.config_io import check_config, load_config
+from qwen3_distill.errors import ConfigError, ModelError
+from qwen3_distill.planning.device import DeviceMemory
+from qwen3_distill.planning.memory import GIB, Models, activation_bytes
+from qwen3_distill.planning.plan import MemoryPlan, lay_out, make_plan
+from qwen3_distill.planning.shapes import named_shape
+
+ROOT = Path(__file__).parents[3]
+CUDA = DeviceMemory(kind="cuda", name="GPU", free_bytes=0)
+
+
+def config(
+    *,
+    generation: dict[str, Any] | None = None,
+    scoring: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+    **values: Any,
+) -> RunConfig:
+    """256 rollouts of the real engines, with changes."""
+    return check_config(
+        {
+            "output_dir": "runs/plan",
+            "steps": 1,
+            "prompts_per_step": 256,
+            "student": {"model": "no/student"},
+            "prompts": {"kind": "task"},
+            "sampling": {"max_new_tokens": 512},
+            "generation": {"kind": "vllm", **(generation or {})},
+            "scoring": {"kind": "sglang", "model": "no/teacher", **(scoring or {})},
+            "training": {"kind": "unsloth", **(training or {})},
+            "objective": {"kind": "sampled_reverse_kl"},
+            **values,
+        }
+    )
+
+
+def planned(
+    run: RunConfig, gib: float, *, student: str = "4B", teacher: str = "32B-FP8"
+) -> MemoryPlan:
+    return make_plan(
+        run,
+        device_memory_bytes=int(gib * GIB),
+        student_shape=named_shape(student),
+        teacher_shape=named_shape(teacher),
+    )
+
+
+def size(plan: MemoryPlan, engine: str, what: str) -> int:
+    (row,) = [row for row in plan.rows if (row.engine, row.what) == (engine, what)]
+    return row.num_bytes
+
+
+def freed_by(error: str) -> dict[str, float]:
+    """Setting to GiB, as the message says."""
+    _, _, advice = error.partition("What would free memory:")
+    return {key: float(gib) for key, gib in re.findall(r"^  (\S+): ([\d.]+) GiB$", advice, re.M)}
+
+
+# --- Whole plans --------------------------------------------------------------------------------
+
+
+def test_4b_from_32b_fp8_fits_112_gib_and_unquantized_does_not() -> None:
+    plan = planned(config(), 112)
+    assert plan.required_bytes <= 112 * GIB
+    with pytest.raises(ConfigError, match=r"there are 112\.0 GiB") as caught:
+        planned(config(scoring={"quantization": None}), 112, teacher="32B")
+    saved = named_shape("32B").weight_bytes(2) - named_shape("32B").fp8_weight_bytes(2)
+    found = freed_by(str(caught.value))
+    assert found["scoring.quantization=fp8"] == pytest.approx(saved / GIB, abs=0.05)
+
+
+def test_online_fp8_is_planned_like_the_checkpoint() -> None:
+    online = planned(config(), 140, teacher="32B")
+    assert online.rows == planned(config(), 140).rows
+
+
+def test_online_fp8_must_hold_the_unquantized_weights_while_loading() -> None:
+    small = {"max_sequences": 16, "max_model_tokens": 1024}
+    lean = config(generation=small, planning={"reserve_gib": 0})
+    planned(lean, 60, student="0.6B")
+    with pytest.raises(ConfigError, match=r"61.0 GiB of weights.*FP8 checkpoint"):
+        planned(lean, 60, student="0.6B", teacher="32B")
+
+
+def test_rows_and_reserve_add_up() -> None:
+    plan = planned(config(planning={"reserve_gib": 3.0}), 140)
+    parts = [plan.engine_bytes("teacher"), plan.engine_bytes("student")]
+    parts += [plan.engine_bytes("learner"), 3 * GIB]
+    assert plan.required_bytes == sum(parts) == sum(r.num_bytes for r in plan.rows) + 3 * GIB
+    assert all(part > GIB for part in parts)
+
+
+def test_plan_needs_no_memory_to_be_looked_up_when_stated_in_the_config() -> None:
+    run = config(planning={"device_memory_gib": 130.0})
+    student, teacher = named_shape("4B"), named_shape("8B")
+    plan = make_plan(run, student_shape=student, teacher_shape=teacher)
+    assert plan.device.free_bytes == 130 * GIB
+    assert planned(run, 150).device.free_bytes == 150 * GIB
+
+
+def test_default_reserve_is_an_eighth_of_small_memories() -> None:
+    assert laid_out(config(), 16).reserve_bytes == 2 * GIB
+    assert laid_out(config(), 160).reserve_bytes == 8 * GIB
+
+
+def laid_out(run: RunConfig, gib: int) -> MemoryPlan:
+    """Whether it fits or not."""
+    return lay_out(
+        run,
+        device_memory_bytes=gib * GIB,
+        student_shape=named_shape("4B"),
+        teacher_shape=named_shape("32B-FP8"),
+    )
+
+
+# --- Student ------------------------------------------------------------------------------------
+
+
+def test_cache_holds_all_rollouts_at_their_ends() -> None:
+    run = config(planning={"prompt_tokens": 128})
+    per_token = named_shape("4B").kv_bytes_per_token(2)
+    plan = planned(run, 140)
+    assert plan.vllm_kv_cache_bytes >= 256 * 640 * per_token
+    assert plan.vllm_kv_cache_bytes <= 256 * 660 * per_token
+    assert size(plan, "student", "key-value cache") == plan.vllm_kv_cache_bytes
+
+
+def test_samples_of_a_prompt_share_its_part_of_the_cache() -> None:
+    alone, shared = planned(config(), 140), planned(config(samples_per_prompt=8), 140)
+    per_token = named_shape("4B").kv_bytes_per_token(2)
+    saved = alone.vllm_kv_cache_bytes - shared.vllm_kv_cache_bytes
+    assert saved == (256 - 32) * 256 * per_token
+
+
+def test_cache_holds_one_longest_sequence_at_least() -> None:
+    few = planned(config(generation={"max_sequences": 1}), 140)
+    assert few.vllm_kv_cache_bytes >= 40960 * named_shape("4B").kv_bytes_per_token(2)
+
+
+def test_quantized_rollouts_halve_the_weights() -> None:
+    plan = planned(config(generation={"quantization": "fp8"}), 140)
+    assert size(plan, "student", "weights") == named_shape("4B").fp8_weight_bytes(2)
+
+
+def test_stated_cache_wins_and_must_hold_one_sequence() -> None:
+    plan = planned(config(generation={"kv_cache_gib": 6.0}), 140)
+    assert plan.vllm_kv_cache_bytes == 6 * GIB == size(plan, "student", "key-value cache")
+    with pytest.raises(ConfigError, match=r"kv_cache_gib=1.0 holds 7281 tokens.*40960"):
+        planned(config(generation={"kv_cache_gib": 1.0}), 140)
+    planned(config(generation={"kv_cache_gib": 1.0, "max_model_tokens": 7000}), 140)
+
+
+# --- Teacher ------------------------------------------------------------------------------------
+
+
+def test_fraction_covers_weights_and_cache_and_leaves_the_rest() -> None:
+    plan = planned(config(), 140)
+    static = size(plan, "teacher", "weights") + size(plan, "teacher", "key-value cache")
+    share = plan.sglang_memory_fraction * 140 * GIB
+    assert share > static * 1.02
+    assert share < static + 24 * GIB
+    cache = plan.sglang_max_total_tokens * named_shape("32B").kv_bytes_per_token(2)
+    assert size(plan, "teacher", "key-value cache") == cache
+
+
+def test_fraction_of_a_second_start_is_of_what_is_then_free() -> None:
+    plan = planned(config(), 140)
+    again = plan.teacher_memory_fraction(80 * GIB)
+    assert again * 80 == pytest.approx(plan.sglang_memory_fraction * 140, rel=1e-3)
+    assert plan.teacher_memory_fraction(10 * GIB) == 0.95
+
+
+def test_stated_fraction_and_tokens_win() -> None:
+    plan = planned(config(scoring={"memory_fraction": 0.4, "max_total_tokens": 9000}), 140)
+    assert (plan.sglang_memory_fraction, plan.sglang_max_total_tokens) == (0.4, 9000)
+    cache = 9000 * named_shape("32B").kv_bytes_per_token(2)
+    assert size(plan, "teacher", "key-value cache") == cache
+
+
+def test_stated_fraction_alone_is_filled_with_cache() -> None:
+    plan = planned(config(scoring={"memory_fraction": 0.4}), 140)
+    weights = size(plan, "teacher", "weights")
+    assert weights + size(plan, "teacher", "key-value cache") == int(0.4 * 140 * GIB)
+
+
+def test_fraction_below_the_weights_and_cache_below_a_sequence_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"memory_fraction=0.2.*weights alone need 32.0 GiB"):
+        planned(config(scoring={"memory_fraction": 0.2}), 140)
+    with pytest.raises(ConfigError, match=r"max_total_tokens=700 cannot hold.*768 tokens"):
+        planned(config(scoring={"max_total_tokens": 700}), 140)
+
+
+def test_servers_that_run_elsewhere_take_nothing() -> None:
+    plan = planned(config(scoring={"urls": ["http://10.0.0.2:30000"]}), 80)
+    assert plan.engine_bytes("teacher") == 0
+
+
+# --- Learner ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sequences", "off_gb", "offloaded_gb"),
+    [(8, 28, 10.2), (16, 48, 11.3), (32, 86, 13.4)],
+)
+def test_learner_is_near_what_was_measured(
+    sequences: int, off_gb: float, offloaded_gb: float
+) -> None:
+    """Peaks of a LoRA step of the 4B shape, in GB as torch counts them, of 640 tokens each."""
+    run = config(training={"micro_batch_tokens": sequences * 640})
+    shape = named_shape("4B")
+    models = Models(student=shape, teacher=shape)
+    state = shape.weight_bytes(2) + 16 * 66_060_288
+    off = state + activation_bytes(run, models, CUDA, "off")
+    offloaded = state + activation_bytes(run, models, CUDA, "unsloth")
+    assert off / 1e9 == pytest.approx(off_gb, rel=0.03)
+    assert offloaded / 1e9 == pytest.approx(offloaded_gb, rel=0.03)
+
+
+def test_recomputing_keeps_the_inputs_of_every_layer() -> None:
+    run, shape = config(), named_shape("4B")
+    models = Models(student=shape, teacher=shape)
+    offloaded = activation_bytes(run, models, CUDA, "unsloth")
+    on = activation_bytes(run, models, CUDA, "on")
+    assert on - offloaded == 8192 * 36 * 2560 * 2
+    unified = DeviceMemory(kind="unified", name="GB10", free_bytes=0)
+    assert activation_bytes(run, models, unified, "unsloth") == on  # the host's memory is the same
+
+
+def test_auto_recomputes_only_where_it_must() -> None:
+    roomy, tight = planned(config(), 140), planned(config(), 112)
+    (roomy_row,) = [row for row in roomy.rows if row.what == "activations"]
+    (tight_row,) = [row for row in tight.rows if row.what == "activations"]
+    assert "checkpointing off" in roomy_row.how
+    assert "checkpointing on" in tight_row.how
+    assert roomy_row.num_bytes > 5 * tight_row.num_bytes
+
+
+def test_learner_may_take_all_that_is_left() -> None:
+    plan = planned(config(), 140)
+    others = plan.engine_bytes("teacher") + plan.engine_bytes("student") + plan.reserve_bytes
+    runtime = size(plan, "learner", "CUDA context")
+    assert plan.learner_memory_bytes == 140 * GIB - others - runtime
+
+
+def test_stated_memory_of_the_learner_wins_and_must_do() -> None:
+    plan = planned(config(training={"memory_gib": 20.0}), 140)
+    assert plan.learner_memory_bytes == 20 * GIB
+    (row,) = [row for row in plan.rows if row.what == "activations"]
+    assert "checkpointing on" in row.how
+    with pytest.raises(ConfigError, match=r"memory_gib=10.0.*need 13.2 GiB"):
+        planned(config(training={"memory_gib": 10.0}), 140)
+
+
+def test_full_tuning_counts_gradients_and_moments_of_every_weight() -> None:
+    plan = planned(config(training={"tuning": {"kind": "full"}}), 200, teacher="8B")
+    weights = named_shape("4B").weight_bytes(2)
+    assert size(plan, "learner", "optimizer") == 3 * weights
+
+
+def test_micro_batch_holds_one_sequence_at_least() -> None:
+    run = config(sampling={"max_new_tokens": 16000}, samples_per_prompt=64)
+    plan = planned(run, 1000)
+    (row,) = [row for row in plan.rows if row.what == "activations"]
+    assert row.how.startswith(f"{256 + 16000} tokens")
+
+
+# --- When it does not fit -----------------------------------------------------------------------
+
+
+def test_advice_frees_what_it_says() -> None:
+    """Each setting, made, lowers the sum by the figure in the message."""
+    changes: dict[str, dict[str, Any]] = {
+        "generation.max_sequences=128": {"generation": {"max_sequences": 128}},
+        "scoring.request_tokens=8192": {"scoring": {"request_tokens": 8192}},
+        "scoring.chunked_prefill_tokens=4096": {"scoring": {"chunked_prefill_tokens": 4096}},
+        "training.micro_batch_tokens=4096": {"training": {"micro_batch_tokens": 4096}},
+        "planning.prompt_tokens=128": {"planning": {"prompt_tokens": 128}},
+    }
+    with pytest.raises(ConfigError, match="What would free memory") as caught:
+        planned(config(), 90)
+    found = freed_by(str(caught.value))
+    assert found.keys() == changes.keys()
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    before = laid_out(config(), 90).required_bytes
+    for key, change in changes.items():
+        saved = before - laid_out(config(**change), 90).required_bytes
+        assert found[key] == pytest.approx(saved / GIB, abs=0.051), key
+
+
+def test_message_says_what_was_planned_and_what_there_is() -> None:
+    with pytest.raises(ConfigError) as caught:
+        planned(config(), 90)
+    message = str(caught.value)
+    assert re.search(r"engines need 1\d\d\.\d GiB, but there are 90.0 GiB", message)
+    assert re.search(r"teacher +weights +32.0 GiB", message)
+    assert re.search(r"reserve +left free +8.0 GiB", message)
+    assert re.search(r"1\d\.\d GiB are missing", message)
+
+
+def test_settings_of_other_kinds_are_among_the_advice() -> None:
+    run = config(
+        generation={"kv_cache_gib": 40.0},
+        scoring={"memory_fraction": 0.5},
+        training={"tuning": {"kind": "full"}, "gradient_checkpointing": "off"},
+        planning={"reserve_gib": 16.0},
+    )
+    with pytest.raises(ConfigError) as caught:
+        planned(run, 100)
+    assert freed_by(str(caught.value)).keys() >= {
+        "generation.kv_cache_gib=20.0",
+        "planning.reserve_gib=8.0",
+        "training.gradient_checkpointing=auto",
+    }
+
+
+# --- Configs -----------------------------------------------------------------------------------
+
+
+def test_missing_model_directory_is_named() -> None:
+    with pytest.raises(ModelError, match=r"no/student/config.json does not exist"):
+        make_plan(config(), device_memory_bytes=GIB)
+
+
+@pytest.mark.parametrize("name", ["demo.yaml", "default.yaml", "lab-vllm.yaml"])
+def test_configs_of_the_lab_pair_fit_a_small_machine(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    plan = make_plan(load_config(ROOT / "configs" / name), device_memory_bytes=12 * GIB)
+    assert plan.required_bytes < 12 * GIB
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "teacher"), [("gb10.yaml", 112, "32B-FP8"), ("h200.yaml", 138, "8B")]
+)
+def test_configs_of_large_models_fit_their_machines(name: str, gib: int, teacher: str) -> None:
+    run = load_config(ROOT / "configs" / name)
+    plan = planned(run, gib, teacher=teacher)
+    assert plan.fits
