@@ -488,23 +488,40 @@ class UnslothTraining(_EngineProcess):
 
     kind: Literal["unsloth"]
     dtype: Dtype = "bfloat16"
-    """Dtype of the base weights; adapters are float32."""
+    """Dtype of the weights. Adapters are float32 whatever it is; ``tuning.kind=full`` needs
+    ``float32``."""
+    autocast: Literal["auto", "off", "bfloat16"] = "auto"
+    """``auto``: bfloat16 autocast where float32 weights are trained in full on CUDA, else none."""
     tuning: TuningConfig = Field(default_factory=lambda: LoraTuning(kind="lora"))
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     max_model_tokens: PositiveInt | None = None
     """Longest prompt plus response; null: the student's context length. Longer is an error."""
     micro_batch_tokens: PositiveInt = 8192
-    """Padded tokens of one forward and backward pass. Changes memory and speed, not the step."""
-    packing: bool = True
-    """Put a micro-batch's sequences behind one another instead of padding them."""
+    """Tokens of one forward and backward pass, padding included. Changes memory and speed, not
+    the step."""
+    packing: bool | Literal["auto"] = "auto"
+    """Put a micro-batch's sequences behind one another instead of padding them. ``auto``: where
+    unsloth has an attention kernel for it and a probe at start gives what padding gives. ``true``:
+    also without such a kernel, at a cost that grows with the square of `micro_batch_tokens`; a
+    failed probe is an error."""
     chunk_tokens: PositiveInt = 1024
     """Rows of logits that exist at a time, in objectives beyond the sampled token's."""
     gradient_checkpointing: Literal["auto", "off", "on", "unsloth"] = "auto"
     """``off`` is a third cheaper, ``on`` recomputes every layer, ``unsloth`` also moves
-    activations to host memory. ``auto``: as many layers as the memory at hand demands."""
+    activations to host memory. ``auto``: the fewest layers that the memory at hand demands."""
     memory_gib: PositiveFloat | None = None
     """What ``auto`` may use for weights and activations; null: planned, see
     ``qwen3-distill plan``."""
+
+    @model_validator(mode="after")
+    def _bfloat16_weights_forget_small_steps(self) -> Self:
+        if self.tuning.kind == "full" and self.dtype == "bfloat16":
+            raise ValueError(
+                "tuning.kind=full with dtype=bfloat16: a step smaller than 1/256 of a weight is "
+                "rounded away, which at usual learning rates is nearly every step; use "
+                "dtype=float32 (the computation is bfloat16 under autocast), or tuning.kind=lora"
+            )
+        return self
 
 
 TrainingConfig: TypeAlias = Annotated[
