@@ -301,20 +301,10 @@ def learner_rows(
     return rows
 
 
-def learner_runtime_bytes(config: RunConfig, device: DeviceMemory) -> int:
-    """Of the learner's process: not for weights and activations."""
-    if config.training.kind != "unsloth":
-        return 0
-    return _runtime_row("learner", device).num_bytes
-
-
 def _has_autocast(config: RunConfig, device: DeviceMemory) -> bool:
     training = config.training
-    if training.kind != "embedded":
-        return False
-    return training.autocast == "bfloat16" or (
-        training.autocast == "auto" and device.kind != "cpu" and training.device != "cpu"
-    )
+    on_gpu = device.kind != "cpu" and not (training.kind == "embedded" and training.device == "cpu")
+    return training.autocast == "bfloat16" or (training.autocast == "auto" and on_gpu)
 
 
 # --- Shared -------------------------------------------------------------------------------------

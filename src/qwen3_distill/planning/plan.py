@@ -45,7 +45,7 @@ class MemoryPlan:
     sglang_max_total_tokens: int
     """Tokens of the scoring server's key-value cache."""
     learner_memory_bytes: int
-    """The learner's weights, optimizer and activations together: what its process may allocate."""
+    """The learner's share of the device, its process's context included."""
     teacher_static_bytes: int
     """Weights and cache of the scoring server, with what its share of the memory must leave over
     for measuring errors."""
@@ -161,7 +161,7 @@ def _lay_out(config: RunConfig, models: Models, device: DeviceMemory) -> MemoryP
         vllm_kv_cache_bytes=memory.student_cache_bytes(config, models),
         sglang_memory_fraction=fraction,
         sglang_max_total_tokens=memory.teacher_cache_tokens(config, models),
-        learner_memory_bytes=_learner_bytes(config, device, left),
+        learner_memory_bytes=_learner_bytes(config, left),
         teacher_static_bytes=static,
     )
 
@@ -176,16 +176,15 @@ def _mode_that_fits(
     config: RunConfig, models: Models, device: DeviceMemory, left: int
 ) -> memory.Checkpointing:
     """What ``auto`` comes to: nothing is recomputed where the memory allows it."""
-    budget = _learner_bytes(config, device, left) + memory.learner_runtime_bytes(config, device)
     rows = memory.learner_rows(config, models, device, "off")
-    return "off" if sum(row.num_bytes for row in rows) <= budget else "on"
+    return "off" if sum(row.num_bytes for row in rows) <= _learner_bytes(config, left) else "on"
 
 
-def _learner_bytes(config: RunConfig, device: DeviceMemory, left: int) -> int:
+def _learner_bytes(config: RunConfig, left: int) -> int:
     training = config.training
     if training.kind == "unsloth" and training.memory_gib is not None:
         return int(training.memory_gib * GIB)
-    return max(0, left - memory.learner_runtime_bytes(config, device))
+    return max(0, left)
 
 
 def _fraction(static_bytes: int, free_bytes: int) -> float:
@@ -225,9 +224,8 @@ def _check_what_is_stated(config: RunConfig, models: Models, plan: MemoryPlan) -
         )
     if training.kind == "unsloth" and training.memory_gib is not None:
         mode = memory.least_checkpointing(config)
-        needed = sum(
-            row.num_bytes for row in memory.learner_rows(config, models, plan.device, mode)
-        ) - memory.learner_runtime_bytes(config, plan.device)
+        rows = memory.learner_rows(config, models, plan.device, mode)
+        needed = sum(row.num_bytes for row in rows)
         if plan.learner_memory_bytes < needed:
             raise ConfigError(
                 f"training.memory_gib={training.memory_gib}, but weights, optimizer and a "

@@ -247,8 +247,7 @@ def test_auto_recomputes_only_where_it_must() -> None:
 def test_learner_may_take_all_that_is_left() -> None:
     plan = planned(config(), 140)
     others = plan.engine_bytes("teacher") + plan.engine_bytes("student") + plan.reserve_bytes
-    runtime = size(plan, "learner", "CUDA context")
-    assert plan.learner_memory_bytes == 140 * GIB - others - runtime
+    assert plan.learner_memory_bytes == 140 * GIB - others
 
 
 def test_stated_memory_of_the_learner_wins_and_must_do() -> None:
@@ -256,14 +255,23 @@ def test_stated_memory_of_the_learner_wins_and_must_do() -> None:
     assert plan.learner_memory_bytes == 20 * GIB
     (row,) = [row for row in plan.rows if row.what == "activations"]
     assert "checkpointing on" in row.how
-    with pytest.raises(ConfigError, match=r"memory_gib=10.0.*need 13.2 GiB"):
+    with pytest.raises(ConfigError, match=r"memory_gib=10.0.*need 13.9 GiB"):
         planned(config(training={"memory_gib": 10.0}), 140)
 
 
 def test_full_tuning_counts_gradients_and_moments_of_every_weight() -> None:
-    plan = planned(config(training={"tuning": {"kind": "full"}}), 200, teacher="8B")
-    weights = named_shape("4B").weight_bytes(2)
+    training = {"tuning": {"kind": "full"}, "dtype": "float32"}
+    plan = planned(config(training=training), 200, teacher="8B")
+    weights = named_shape("4B").weight_bytes(4)
     assert size(plan, "learner", "optimizer") == 3 * weights
+
+
+@pytest.mark.parametrize(("autocast", "halved"), [("auto", 2), ("bfloat16", 2), ("off", 1)])
+def test_autocast_halves_the_activations_of_float32_weights(autocast: str, halved: int) -> None:
+    training = {"dtype": "float32", "autocast": autocast}
+    models = Models(student=named_shape("4B"), teacher=named_shape("4B"))
+    plain = activation_bytes(config(training={"dtype": "bfloat16"}), models, CUDA, "off")
+    assert activation_bytes(config(training=training), models, CUDA, "off") == plain * 2 / halved
 
 
 def test_micro_batch_holds_one_sequence_at_least() -> None:
@@ -310,7 +318,7 @@ def test_settings_of_other_kinds_are_among_the_advice() -> None:
     run = config(
         generation={"kv_cache_gib": 40.0},
         scoring={"memory_fraction": 0.5},
-        training={"tuning": {"kind": "full"}, "gradient_checkpointing": "off"},
+        training={"gradient_checkpointing": "off"},
         planning={"reserve_gib": 16.0},
     )
     with pytest.raises(ConfigError) as caught:
