@@ -140,6 +140,21 @@ def serve(engine: RolloutEngine, weights: Mapping[str, Tensor], step: int = 0) -
     return version
 
 
+_STARTED: list[TeacherScorer] = []
+
+
+def started(teacher: TeacherScorer) -> TeacherScorer:
+    """Closed by `close_started`."""
+    run(teacher.start())
+    _STARTED.append(teacher)
+    return teacher
+
+
+def close_started() -> None:
+    while _STARTED:
+        run(_STARTED.pop().close())
+
+
 def scores_of(teacher: TeacherScorer, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
     """Every rollout's score; none may be missing."""
     results = run(teacher.score(rollouts))

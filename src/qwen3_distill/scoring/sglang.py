@@ -26,7 +26,7 @@ from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.scoring.known_answer import KnownAnswer, known_answer
 from qwen3_distill.scoring.request import HiddenRequest, SampledRequest, ScoreRequest, TopKRequest
 from qwen3_distill.scoring.sglang_client import Link, Refused, SglangClient, Unanswered
-from qwen3_distill.scoring.sglang_server import SglangServer, unless_it_ends
+from qwen3_distill.scoring.sglang_server import MemoryFraction, SglangServer, unless_it_ends
 from qwen3_distill.scoring.sglang_wire import (
     Fault,
     FaultKind,
@@ -73,7 +73,7 @@ class SglangTeacher:
     """A `TeacherScorer` over HTTP.
 
     Args:
-        memory_fraction: of a server started here; None: SGLang's default.
+        memory_fraction: of a server started here; see `MemoryFraction`.
         max_total_tokens: of a server started here; None: SGLang's default.
         log: file that takes the output of a server started here.
 
@@ -86,7 +86,7 @@ class SglangTeacher:
         config: SglangScoring,
         *,
         request: ScoreRequest,
-        memory_fraction: float | None,
+        memory_fraction: MemoryFraction,
         max_total_tokens: int | None,
         log: Path,
     ) -> None:

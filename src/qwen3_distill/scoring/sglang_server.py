@@ -7,7 +7,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,6 +26,9 @@ CONTEXT_MARGIN = 8
 """By so many tokens SGLang's longest input is shorter than the context length it is given."""
 _LOG_SEARCH_BYTES = 1 << 20
 
+MemoryFraction: TypeAlias = float | Callable[[], float] | None
+"""Share of the memory that is free when a server starts; None: SGLang's default. A function is
+asked at every start: after a restart, less is free beside the other engines."""
 Options: TypeAlias = dict[str, bool | int | float | str]
 
 
@@ -34,7 +37,6 @@ class SglangServer:
 
     Args:
         context_length: the longest sequence to score.
-        memory_fraction: share of the memory that is free at the start; None: SGLang's default.
         max_total_tokens: tokens of the key-value cache; None: SGLang's default.
         log: file that takes the server's output; appended to, readable by this user only.
     """
@@ -44,13 +46,14 @@ class SglangServer:
         config: SglangScoring,
         *,
         context_length: int,
-        memory_fraction: float | None,
+        memory_fraction: MemoryFraction,
         max_total_tokens: int | None,
         log: Path,
     ) -> None:
         self._config = config
         self._context_length = context_length
         self._memory_fraction = memory_fraction
+        self._planned_fraction: float | None = None
         self._max_total_tokens = max_total_tokens
         self._log = log
         self._log_start = 0
@@ -80,6 +83,8 @@ class SglangServer:
             EngineStartError: the port is taken, or the interpreter cannot be run.
         """
         await self.close()
+        planned = self._memory_fraction
+        self._planned_fraction = planned() if callable(planned) else planned
         port = self._config.port or _free_port()
         _check_free(port)
         self.url = f"http://{HOST}:{port}"
@@ -140,7 +145,7 @@ class SglangServer:
 
     def _memory_message(self, text: str) -> str:
         planned = (
-            f"memory fraction {_or_default(self._memory_fraction)}, cache of "
+            f"memory fraction {_or_default(self._planned_fraction)}, cache of "
             f"{_or_default(self._max_total_tokens)} tokens"
         )
         free = re.findall(r"(Load weight \w+)\.[^\n]*?avail mem=([\d.]+) GB", text)
@@ -191,7 +196,7 @@ class SglangServer:
         }
         optional: dict[str, float | int | str | None] = {
             "quantization": config.quantization,
-            "mem-fraction-static": self._memory_fraction,
+            "mem-fraction-static": self._planned_fraction,
             "max-total-tokens": self._max_total_tokens,
             "attention-backend": config.attention_backend,
         }

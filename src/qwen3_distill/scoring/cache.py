@@ -1,0 +1,205 @@
+"""Scores kept on disk between runs: the same tokens are scored once by the same teacher.
+
+One SQLite file in a folder; several processes may use it at a time. A row holds the bytes of one
+score under a hash of everything that it depends on, with a checksum.
+
+Shape letters: R response tokens, K candidates, D hidden size.
+"""
+
+import contextlib
+import hashlib
+import sqlite3
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qwen3_distill.errors import RunFolderError
+from qwen3_distill.protocols import TeacherScorer
+from qwen3_distill.scoring.request import HiddenRequest, SampledRequest, ScoreRequest, TopKRequest
+from qwen3_distill.types import (
+    HiddenScore,
+    ModelIdentity,
+    Rollout,
+    ScoreFailure,
+    ScoreResult,
+    TeacherScore,
+    TopKScore,
+)
+
+FILE_NAME = "scores.sqlite"
+HITS = "score/cache_hits"
+MISSES = "score/cache_misses"
+DAMAGED = "score/cache_damaged"
+_FORMAT = 1
+_BUSY_TIMEOUT_S = 60.0
+_KEYS_PER_QUERY = 500
+"""SQLite takes a limited number of parameters."""
+
+
+class CachedTeacher:
+    """A `TeacherScorer` that asks another one only for what it does not have yet.
+
+    Args:
+        inner: the teacher.
+        request: what `inner` was built to score.
+        folder: where the scores are kept; made where it does not exist.
+    """
+
+    def __init__(self, inner: TeacherScorer, request: ScoreRequest, folder: str | Path) -> None:
+        self.inner = inner
+        self._request = request
+        self._file = Path(folder) / FILE_NAME
+        self._database: sqlite3.Connection | None = None
+        self._counters = {HITS: 0.0, MISSES: 0.0, DAMAGED: 0.0}
+
+    @property
+    def identity(self) -> ModelIdentity:
+        return self.inner.identity
+
+    @property
+    def teacher_id(self) -> str:
+        return self.inner.teacher_id
+
+    @property
+    def counters(self) -> Mapping[str, float]:
+        return {**self.inner.counters, **self._counters}
+
+    async def start(self) -> None:
+        """Start the teacher and open the file.
+
+        Raises:
+            RunFolderError: the file cannot be opened or made.
+        """
+        self._counters = dict.fromkeys(self._counters, 0.0)
+        with self._named_errors():
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._open()
+        await self.inner.start()
+
+    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
+        keys = [score_key(self.teacher_id, self._request, rollout) for rollout in rollouts]
+        with self._named_errors():
+            kept = self._read(keys)
+        results: dict[int, ScoreResult] = {}
+        for index, (key, rollout) in enumerate(zip(keys, rollouts, strict=True)):
+            score = self._unpacked(kept.get(key), rollout)
+            if score is not None:
+                results[index] = score
+        missing = [index for index in range(len(rollouts)) if index not in results]
+        self._counters[HITS] += len(results)
+        self._counters[MISSES] += len(missing)
+        if missing:
+            new = await self.inner.score([rollouts[index] for index in missing])
+            results.update(zip(missing, new, strict=True))
+            with self._named_errors():
+                self._write({keys[i]: s for i, s in zip(missing, new, strict=True)})
+        return [results[index] for index in range(len(rollouts))]
+
+    async def close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+        await self.inner.close()
+
+    def _open(self) -> sqlite3.Connection:
+        if self._database is None:
+            database = sqlite3.connect(self._file, timeout=_BUSY_TIMEOUT_S)
+            try:
+                database.execute("PRAGMA journal_mode=WAL")
+                database.execute("PRAGMA synchronous=NORMAL")  # a power cut may lose rows, not more
+                database.execute(
+                    "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, checksum INTEGER "
+                    "NOT NULL, score BLOB NOT NULL) WITHOUT ROWID"
+                )
+            except BaseException:
+                database.close()
+                raise
+            self._database = database
+        return self._database
+
+    def _read(self, keys: Sequence[bytes]) -> dict[bytes, tuple[int, bytes]]:
+        found: dict[bytes, tuple[int, bytes]] = {}
+        for start in range(0, len(keys), _KEYS_PER_QUERY):
+            part = keys[start : start + _KEYS_PER_QUERY]
+            marks = ",".join("?" * len(part))
+            rows = self._open().execute(
+                f"SELECT key, checksum, score FROM scores WHERE key IN ({marks})", part
+            )
+            found |= {key: (checksum, score) for key, checksum, score in rows}
+        return found
+
+    def _write(self, results: Mapping[bytes, ScoreResult]) -> None:
+        rows = [
+            (key, zlib.crc32(packed), packed)
+            for key, score in results.items()
+            if not isinstance(score, ScoreFailure)
+            for packed in [_packed(score)]
+        ]
+        with self._open() as database:
+            database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
+
+    def _unpacked(self, row: tuple[int, bytes] | None, rollout: Rollout) -> TeacherScore | None:
+        """The score of a row; None where there is none, or one that is damaged."""
+        if row is None:
+            return None
+        checksum, packed = row
+        if zlib.crc32(packed) != checksum:
+            self._counters[DAMAGED] += 1  # scored and written again
+            return None
+        return _unpacked(packed, self._request, rollout.num_tokens, self.teacher_id)
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise RunFolderError(
+                f"the score cache {self._file} cannot be used: {error}; free space, remove the "
+                "file, choose another folder for scoring.cache, or set it to null"
+            ) from error
+
+
+def score_key(teacher_id: str, request: ScoreRequest, rollout: Rollout) -> bytes:
+    """SHA-256 of all that a score depends on. The lengths keep prompt and response apart."""
+    prompt_ids, response_ids = rollout.prompt.token_ids, rollout.response_ids
+    head = f"{_FORMAT}|{teacher_id}|{request!r}|{prompt_ids.size}|{response_ids.size}|"
+    ids = np.concatenate([prompt_ids, response_ids]).astype("<i4")
+    return hashlib.sha256(head.encode() + ids.tobytes()).digest()
+
+
+def _packed(score: TeacherScore) -> bytes:
+    parts = [score.logprobs.astype("<f4").tobytes()]
+    if isinstance(score, TopKScore):
+        parts += [
+            score.candidate_ids.astype("<i4").tobytes(),
+            score.candidate_logprobs.astype("<f4").tobytes(),
+        ]
+    if isinstance(score, HiddenScore):
+        parts.append(score.hidden.astype("<f4").tobytes())
+    return b"".join(parts)
+
+
+def _unpacked(
+    packed: bytes, request: ScoreRequest, num_tokens: int, teacher_id: str
+) -> TeacherScore:
+    head = 4 * num_tokens
+    logprobs_R = np.frombuffer(packed[:head], "<f4")
+    match request:
+        case SampledRequest():
+            return TeacherScore(teacher_id=teacher_id, logprobs=logprobs_R)
+        case TopKRequest(k=k):
+            middle = head + 4 * num_tokens * k
+            return TopKScore(
+                teacher_id=teacher_id,
+                logprobs=logprobs_R,
+                candidate_ids=np.frombuffer(packed[head:middle], "<i4").reshape(-1, k),
+                candidate_logprobs=np.frombuffer(packed[middle:], "<f4").reshape(-1, k),
+            )
+        case HiddenRequest():
+            return HiddenScore(
+                teacher_id=teacher_id,
+                logprobs=logprobs_R,
+                hidden=np.frombuffer(packed[head:], "<f4").reshape(num_tokens, -1),
+            )

@@ -1,0 +1,179 @@
+"""A proxy in front of a scoring server that says what a healthy server never does."""
+
+import asyncio
+import contextlib
+import json
+import math
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+from urllib.parse import urlsplit
+
+HANG_S = 3600.0
+
+
+class Fault(str, Enum):
+    """What becomes of one reply."""
+
+    NONE_LOGPROB = "none_logprob"
+    NAN = "nan"
+    MINUS_INFINITY = "minus_infinity"
+    POSITIVE = "positive"
+    SHORT = "short"
+    SHIFTED = "shifted"
+    """Every token and its logprob one place later."""
+    SHIFTED_VALUES = "shifted_values"
+    """Every logprob one place later, the tokens where they were: no reply alone shows it."""
+    WRONG_COUNT = "wrong_count"
+    CANDIDATE_TWICE = "candidate_twice"
+    SHIFTED_CANDIDATES = "shifted_candidates"
+    FEW_CANDIDATES = "few_candidates"
+    GARBAGE = "garbage"
+    OTHER_FORM = "other_form"
+    ABORTED = "aborted"
+    STATUS_503 = "status_503"
+    STATUS_400 = "status_400"
+    HANG = "hang"
+    CUT = "cut"
+
+
+class FaultProxy:
+    """Passes requests on, and spoils the replies that it is told to.
+
+    Attributes:
+        next_faults: one for each request to come; None: an honest reply.
+        always: decides by the request, where `next_faults` is empty.
+        requests: the bodies that came, decoded.
+        num_connections: opened by clients.
+        most_in_flight: requests at a time, at most.
+    """
+
+    def __init__(self, upstream_url: str) -> None:
+        parts = urlsplit(upstream_url)
+        self._upstream = (parts.hostname or "", parts.port or 0)
+        self.next_faults: deque[Fault | None] = deque()
+        self.always: Callable[[dict[str, Any]], Fault | None] = lambda request: None
+        self.requests: list[dict[str, Any]] = []
+        self.num_connections = 0
+        self.most_in_flight = 0
+        self.delay_s = 0.0
+        self._in_flight = 0
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.url = ""
+
+    async def start(self) -> "FaultProxy":
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self.num_connections += 1
+        try:
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                while True:
+                    head, body = await _read_message(reader)
+                    self._in_flight += 1
+                    self.most_in_flight = max(self.most_in_flight, self._in_flight)
+                    try:
+                        await self._answer(head, body, writer)
+                    finally:
+                        self._in_flight -= 1
+        except asyncio.CancelledError:
+            pass  # closed; the streams' own callback would log it
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def _answer(self, head: bytes, body: bytes, writer: asyncio.StreamWriter) -> None:
+        request = json.loads(body)
+        self.requests.append(request)
+        fault = self.next_faults.popleft() if self.next_faults else self.always(request)
+        await asyncio.sleep(self.delay_s)
+        if fault is Fault.HANG:
+            await asyncio.sleep(HANG_S)
+        if fault is Fault.CUT:
+            raise ConnectionAbortedError
+        if fault in (Fault.STATUS_503, Fault.STATUS_400):
+            status, reply = int(fault.value[-3:]), b'{"error": "made up"}'
+        else:
+            status, reply = await self._ask_upstream(head, body)
+        if fault is not None and status == 200:
+            reply = spoiled(fault, reply)
+        writer.write(
+            f"HTTP/1.1 {status} X\r\nContent-Length: {len(reply)}\r\n\r\n".encode() + reply
+        )
+        await writer.drain()
+
+    async def _ask_upstream(self, head: bytes, body: bytes) -> tuple[int, bytes]:
+        reader, writer = await asyncio.open_connection(*self._upstream)
+        try:
+            writer.write(head + b"\r\n\r\n" + body)
+            await writer.drain()
+            answer_head, answer = await _read_message(reader)
+            return int(answer_head.split()[1]), answer
+        finally:
+            writer.close()
+
+
+async def _read_message(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
+    """Head without its empty line, and body, of a message with a Content-Length."""
+    head = (await reader.readuntil(b"\r\n\r\n"))[:-4]
+    for line in head.split(b"\r\n")[1:]:
+        name, _, value = line.partition(b":")
+        if name.lower() == b"content-length":
+            return head, await reader.readexactly(int(value))
+    raise ValueError(f"no Content-Length in {head!r}")
+
+
+def spoiled(fault: Fault, reply: bytes) -> bytes:
+    """A healthy reply with a fault in its last sequence."""
+    entries = json.loads(reply)
+    meta = entries[-1]["meta_info"]
+    rows = meta.get("input_token_logprobs")
+    top = meta.get("input_top_logprobs")
+    match fault:
+        case Fault.NONE_LOGPROB:
+            rows[-1][0] = None
+        case Fault.NAN:
+            rows[-1][0] = math.nan
+        case Fault.MINUS_INFINITY:
+            rows[-1][0] = -math.inf
+        case Fault.POSITIVE:
+            rows[-1][0] = 0.5
+        case Fault.SHORT:
+            rows.pop()
+        case Fault.SHIFTED:
+            meta["input_token_logprobs"] = [rows[0], *rows[-1:], *rows[1:-1]]
+        case Fault.SHIFTED_VALUES:
+            values = [row[0] for row in rows]
+            for row, value in zip(rows, [None, *values[-1:], *values[1:-1]], strict=True):
+                row[0] = value
+        case Fault.WRONG_COUNT:
+            entries.append(entries[-1])
+        case Fault.CANDIDATE_TWICE:
+            top[-1][1] = top[-1][0]
+        case Fault.SHIFTED_CANDIDATES:
+            meta["input_top_logprobs"] = [top[0], *top[-1:], *top[1:-1]]
+        case Fault.FEW_CANDIDATES:
+            top[-1].pop()
+        case Fault.GARBAGE:
+            return reply[: len(reply) // 2]
+        case Fault.OTHER_FORM:
+            del meta["input_token_logprobs"]
+        case Fault.ABORTED:
+            meta["finish_reason"] = {"type": "abort", "message": "made up"}
+        case _:
+            raise ValueError(f"{fault} is not about a reply")
+    return json.dumps(entries).encode()
