@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_FLAGS ?= --quiet --disable-pip-version-check
+# Makes the engines' environments; needs 3.11 or newer.
+ENGINE_PYTHON ?= $(PYTHON)
+ENVIRONMENT := $(ENGINE_PYTHON) scripts/make_environment.py
 
-.PHONY: help demo test test-gpu check format docs clean
+.PHONY: help demo test test-engines test-gpu gpu-check check format docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -15,8 +18,56 @@ demo: $(VENV)/installed ## distil the lab student from the lab teacher (two CPU 
 test: $(VENV)/installed-dev ## the test suite a laptop can run
 	$(BIN)/pytest tests
 
+# One pytest for each engine: none then waits in memory while another is tested.
+test-engines: $(VENV)/installed-dev ## the tests of the real engines on a CPU, in environments it makes
+	@set -e; \
+	vllm=$$($(ENVIRONMENT) vllm-cpu); \
+	sglang=$$($(ENVIRONMENT) sglang-cpu); \
+	unsloth=$$($(ENVIRONMENT) unsloth-cpu); \
+	for tests in "vllm and not sglang and not unsloth" "sglang and not vllm and not unsloth" \
+	  "unsloth and not vllm and not sglang" \
+	  "(vllm and sglang) or (vllm and unsloth) or (sglang and unsloth)"; do \
+	  echo "pytest -m '$$tests'"; \
+	  $(BIN)/pytest tests -m "$$tests" \
+	    --engine vllm=$$vllm --engine sglang=$$sglang --engine unsloth=$$unsloth; \
+	done
+
 test-gpu: $(VENV)/installed-dev ## the same suite with the tests that need a CUDA device
 	$(BIN)/pytest tests -m "gpu or not gpu" --require-gpu
+
+# What a GPU machine brings instead of environments made here: interpreters, and folders to put on
+# their PYTHONPATH. All three unset: the environments are made by scripts/make_environment.py.
+VLLM_PYTHON ?=
+SGLANG_PYTHON ?=
+UNSLOTH_PYTHON ?=
+VLLM_PYTHONPATH ?=
+SGLANG_PYTHONPATH ?=
+UNSLOTH_PYTHONPATH ?=
+# The interpreter that runs the project itself there; set it where $(VENV) cannot be made.
+GPU_PYTHON ?= $(BIN)/python
+# Settings of a machine's engines, e.g. LAB_SETTINGS="scoring.attention_backend=triton".
+LAB_SETTINGS ?=
+STAGES_CONFIG ?= configs/h200.yaml
+STAGES_SETTINGS ?=
+
+# path(engine): pytest's option for an engine's PYTHONPATH. setting(section,engine): the same for a config.
+path = $(if $($(2)_PYTHONPATH),--engine-variable $(1):PYTHONPATH=$($(2)_PYTHONPATH))
+setting = $(if $($(2)_PYTHONPATH),$(1).environment.PYTHONPATH=$($(2)_PYTHONPATH))
+
+gpu-check: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(VENV)/installed-dev) ## on a GPU machine: the real engines' contract suites, a lab run, throughput
+	@set -e; \
+	vllm=$(or $(VLLM_PYTHON),$$($(ENVIRONMENT) vllm-cuda)); \
+	sglang=$(or $(SGLANG_PYTHON),$$($(ENVIRONMENT) sglang-cuda)); \
+	unsloth=$(or $(UNSLOTH_PYTHON),$$($(ENVIRONMENT) unsloth-cuda)); \
+	for engine in vllm sglang unsloth; do \
+	  $(GPU_PYTHON) -m pytest tests/contract -m $$engine --engine-device cuda \
+	    --engine vllm=$$vllm --engine sglang=$$sglang --engine unsloth=$$unsloth \
+	    $(call path,vllm,VLLM) $(call path,sglang,SGLANG) $(call path,unsloth,UNSLOTH); \
+	done; \
+	set -- generation.python=$$vllm scoring.python=$$sglang training.python=$$unsloth \
+	  $(call setting,generation,VLLM) $(call setting,scoring,SGLANG) $(call setting,training,UNSLOTH); \
+	$(GPU_PYTHON) benchmarks/gpu_check.py --config configs/lab-vllm.yaml "$$@" $(LAB_SETTINGS); \
+	$(GPU_PYTHON) benchmarks/stages.py --config $(STAGES_CONFIG) "$$@" $(STAGES_SETTINGS)
 
 check: $(VENV)/installed-dev ## ruff, pyright, import contract
 	$(BIN)/ruff check .
