@@ -170,9 +170,13 @@ class VllmGeneration(_EngineProcess):
     quantization: Literal["fp8"] | None = None
     """``fp8``: the student's weights are quantized online for sampling. The importance ratio then
     corrects for it; helps small decode batches only."""
+    adapters: Literal["swap", "merge"] = "swap"
+    """With LoRA training. ``swap``: the engine serves the adapter beside the student's weights; a
+    push is small, every decode step pays for the adapter. ``merge``: whole weights with the
+    adapter merged in are pushed; decoding runs at full speed."""
     full_weights: Literal["auto", "ipc", "directory"] = "auto"
-    """How whole weights reach the engine. ``auto``: CUDA IPC where a probe at start works, else
-    files. Adapters always travel as files."""
+    """How whole weights reach the engine. ``auto``: CUDA IPC where the first push shows that it
+    works, else files. Adapters always travel as files."""
     float32_head: bool = False
     """Compute the output head in float32: less noise in logprobs, some speed lost."""
     enforce_eager: bool = False

@@ -20,6 +20,9 @@ from qwen3_distill.scoring.embedded import EmbeddedTeacher
 from qwen3_distill.scoring.request import SampledRequest, ScoreRequest
 from qwen3_distill.training.embedded import EmbeddedLearner
 from qwen3_distill.training.objectives import build_objective
+from tests.contract.sglang_adapter import SglangTeacherAdapter
+from tests.contract.unsloth_adapter import UnslothLearnerAdapter
+from tests.contract.vllm_adapter import VllmEngineAdapter
 
 Device = Literal["cpu", "cuda"]
 
@@ -31,7 +34,27 @@ class EngineAdapter(Protocol):
 
 
 class TeacherAdapter(Protocol):
-    """Builds a `TeacherScorer`."""
+    """Builds a `TeacherScorer`, and says what may be expected of it."""
+
+    @property
+    def gives_hidden_states(self) -> bool:
+        """Whether a `HiddenRequest` is answered; else it is refused."""
+        ...
+
+    @property
+    def parity_nats(self) -> float:
+        """How far a score may lie from a float32 forward pass."""
+        ...
+
+    @property
+    def repeat_nats(self) -> float:
+        """How far two scores of the same tokens may lie apart."""
+        ...
+
+    @property
+    def tokens_that_show_a_fault(self) -> int:
+        """In a response of so many tokens, a fault is larger than `parity_nats` somewhere."""
+        ...
 
     def build(
         self,
@@ -53,8 +76,11 @@ class LearnerSettings:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     micro_batch_tokens: int = 8192
     chunk_tokens: int = 1024
+    max_model_tokens: int | None = None
+    """Refused by engines that have no such setting."""
     gradient_checkpointing: bool = False
     autocast: Literal["off", "bfloat16"] = "off"
+    publish_adapter: bool = False
     total_steps: int = 10
     seed: int = 0
 
@@ -66,6 +92,13 @@ class LearnerAdapter(Protocol):
     def bitwise_repeatable(self) -> bool:
         """Whether the same step gives the same bits twice."""
         ...
+
+    @property
+    def slack(self) -> float:
+        """What the suite's tolerances, which are those of PyTorch on a CPU, are multiplied with."""
+        ...
+
+    def supports(self, objective: ObjectiveConfig) -> bool: ...
 
     def build(self, model_dir: Path, settings: LearnerSettings) -> Learner: ...
 
@@ -83,6 +116,11 @@ class EmbeddedEngineAdapter:
 @dataclass(frozen=True)
 class EmbeddedTeacherAdapter:
     device: Device
+    gives_hidden_states: bool = True
+    parity_nats: float = 1e-4
+    """Between two float32 forward passes; 5e-6 was seen. A wrong shift is off by nats."""
+    repeat_nats: float = 1e-5
+    tokens_that_show_a_fault: int = 3
 
     def build(
         self,
@@ -110,6 +148,13 @@ class EmbeddedLearnerAdapter:
     def bitwise_repeatable(self) -> bool:
         return self.device == "cpu"  # the embedding's gradient on CUDA is added up in any order
 
+    @property
+    def slack(self) -> float:
+        return 1.0
+
+    def supports(self, objective: ObjectiveConfig) -> bool:
+        return True
+
     def build(self, model_dir: Path, settings: LearnerSettings) -> Learner:
         head_VD = settings.teacher_head_VD
         return EmbeddedLearner(
@@ -131,18 +176,28 @@ class EmbeddedLearnerAdapter:
             ),
             total_steps=settings.total_steps,
             seed=settings.seed,
+            publish_adapter=settings.publish_adapter,
         )
 
 
 ENGINES = [
     pytest.param(EmbeddedEngineAdapter("cpu"), id="embedded"),
     pytest.param(EmbeddedEngineAdapter("cuda"), id="embedded_cuda", marks=pytest.mark.gpu),
+    pytest.param(VllmEngineAdapter(), id="vllm", marks=pytest.mark.vllm),
 ]
 TEACHERS = [
     pytest.param(EmbeddedTeacherAdapter("cpu"), id="embedded"),
     pytest.param(EmbeddedTeacherAdapter("cuda"), id="embedded_cuda", marks=pytest.mark.gpu),
+    pytest.param(SglangTeacherAdapter("stand_in"), id="sglang_stand_in"),
+    pytest.param(SglangTeacherAdapter("real"), id="sglang", marks=pytest.mark.sglang),
+    pytest.param(
+        SglangTeacherAdapter("real", quantization="fp8"),
+        id="sglang_fp8",
+        marks=[pytest.mark.sglang, pytest.mark.gpu],
+    ),
 ]
 LEARNERS = [
     pytest.param(EmbeddedLearnerAdapter("cpu"), id="embedded"),
     pytest.param(EmbeddedLearnerAdapter("cuda"), id="embedded_cuda", marks=pytest.mark.gpu),
+    pytest.param(UnslothLearnerAdapter(), id="unsloth", marks=pytest.mark.unsloth),
 ]

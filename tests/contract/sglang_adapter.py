@@ -85,7 +85,7 @@ class ServerPool:
         self._kept[key] = owner  # the last used stands last
         server = owner.server
         assert server is not None
-        key_file = _FOLDER / "key"
+        key_file = _FOLDER / f"key-{server.url.rpartition(':')[2]}"
         key_file.write_text(server.api_key)
         return config.model_copy(update={"urls": (server.url,), "api_key_file": str(key_file)})
 

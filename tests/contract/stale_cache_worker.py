@@ -9,7 +9,10 @@ from qwen3_distill.utils.worker import serve_worker
 class StaleCacheWorker(VllmWorker):
     async def load(self, version: WeightVersion, channel: WeightChannel) -> None:
         await self._engine.pause_generation(mode="keep", clear_cache=False)
+        path = self._adapter_path
         assert not await self._replace(version, channel)
+        # vLLM 0.32 tells cached blocks apart by the adapter's path, 0.26 only by its name.
+        self._adapter_path = path or self._adapter_path
         self._version = version
         await self._engine.resume_generation()
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -31,8 +32,9 @@ from qwen3_distill.config import (
 )
 from qwen3_distill.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from qwen3_distill.generation.embedded import EmbeddedRolloutEngine
+from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.protocols import Learner
+from qwen3_distill.protocols import Learner, LoraWeights
 from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.scoring.request import request_for
 from qwen3_distill.types import (
@@ -43,6 +45,7 @@ from qwen3_distill.types import (
     TopKScore,
     Update,
 )
+from qwen3_distill.weights.directory import DirectoryChannel
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.contract.adapters import (
     LEARNERS,
@@ -127,6 +130,8 @@ class Bench:
         optimizer: OptimizerConfig = SMOOTH,
         **settings: Any,
     ) -> Learner:
+        if not adapter.supports(objective):
+            pytest.skip("this learner cannot have the teacher's hidden states")
         return adapter.build(
             self.student_dir,
             LearnerSettings(
@@ -296,12 +301,14 @@ def test_a_step_is_adamw_on_the_clipped_gradient_of_the_loss(
     before = weights_of(learner)
     update = run(learner.update(batch))
 
-    assert update.loss == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
-    assert update.grad_norm == pytest.approx(norm, rel=1e-4)
+    slack = adapter.slack
+    assert update.loss == pytest.approx(loss.item(), rel=1e-4 * slack, abs=1e-5 * slack)
+    assert update.grad_norm == pytest.approx(norm, rel=1e-4 * slack)
     assert update.num_loss_tokens == batch.num_loss_tokens
     clip = min(1.0, SMOOTH.max_grad_norm / norm)
     expected = {n: adamw_first_step(w, clip * gradients[n]) for n, w in before.items()}
-    assert_same_weights(weights_of(learner), expected, before, worst=WORST, drift=DRIFT)
+    limits = {"worst": WORST * slack, "drift": DRIFT * slack}
+    assert_same_weights(weights_of(learner), expected, before, **limits)
 
 
 def adamw_first_step(weight: Tensor, gradient: Tensor) -> Tensor:
@@ -339,13 +346,14 @@ def flat_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> Tensor
 def test_the_loss_of_a_lora_step_is_that_of_its_published_weights(
     adapter: LearnerAdapter, bench: Bench
 ) -> None:
-    objective = OBJECTIVES["full_reverse"]
+    objective = OBJECTIVES["top_k_bin_reverse"]
     batch = bench.ragged_batch(objective)
     learner = bench.learner(adapter, objective, tuning=LORA)
     steps(learner, batch, 3)
     merged = reference_model(bench.student_dir, weights_of(learner)).double()
     loss = naive_loss(merged, batch, objective, bench.teacher_head_VD)
-    assert run(learner.update(batch)).loss == pytest.approx(loss.item(), rel=1e-4)
+    expected = pytest.approx(loss.item(), rel=1e-4 * adapter.slack)
+    assert run(learner.update(batch)).loss == expected
 
 
 def test_the_ragged_batch_reaches_cap_and_clip(adapter: LearnerAdapter, bench: Bench) -> None:
@@ -374,10 +382,12 @@ def assert_split_changes_nothing(
     )
     parted = bench.learner(adapter, objective, tuning=tuning, **split)
     before = weights_of(whole)
+    slack = adapter.slack
     for ours, theirs in zip(steps(parted, batch, 2), steps(whole, batch, 2), strict=True):
-        assert ours.loss == pytest.approx(theirs.loss, rel=1e-4, abs=1e-5)
-        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
-    assert_same_weights(weights_of(parted), weights_of(whole), before, worst=WORST, drift=DRIFT)
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-4 * slack, abs=1e-5 * slack)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4 * slack)
+    limits = {"worst": WORST * slack, "drift": DRIFT * slack}
+    assert_same_weights(weights_of(parted), weights_of(whole), before, **limits)
 
 
 @each_objective
@@ -435,7 +445,8 @@ def test_another_weighting_would_fail_the_split_check(
     before = weights_of(right)
     steps(right, batch, 1)
     steps(wrong, damage(batch), 1)
-    for limits in ({"worst": WORST, "drift": math.inf}, {"worst": math.inf, "drift": DRIFT}):
+    worst, drift = WORST * adapter.slack, DRIFT * adapter.slack
+    for limits in ({"worst": worst, "drift": math.inf}, {"worst": math.inf, "drift": drift}):
         with pytest.raises(AssertionError):
             assert_same_weights(weights_of(wrong), weights_of(right), before, **limits)
 
@@ -451,8 +462,8 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(
     alike = Bench(bench.student_dir, bench.student, bench.student)
     rollouts = [scored.rollout for scored in bench.ragged_batch(objective).scored]
     update = run(alike.learner(adapter, objective).update(alike.batch(objective, rollouts)))
-    assert abs(update.loss) < 1e-5
-    assert update.grad_norm < 1e-5
+    assert abs(update.loss) < 1e-5 * adapter.slack
+    assert update.grad_norm < 1e-5 * adapter.slack
     unlike = run(bench.learner(adapter, objective).update(bench.batch(objective, rollouts)))
     assert unlike.grad_norm > 0.01
 
@@ -483,18 +494,18 @@ def test_an_engine_serves_what_the_learner_publishes(
     engine = EmbeddedRolloutEngine(
         bench.student_dir, device="cpu", dtype="float32", max_sequences=64
     )
-    channel = MemoryChannel()
+    channel, parity = MemoryChannel(), PARITY_NATS * adapter.slack
     for _ in range(2):
         version = run(learner.publish(channel))
         run(engine.load(version, channel))
         assert engine.version == version == learner.version
         fresh = bench.batch(sampled(), generate(engine, ragged_requests()))
         update = run(learner.update(fresh))
-        assert metric(update, "health/learner_vs_engine_max_nats") < PARITY_NATS
-        assert metric(update, "health/ratio_max") == pytest.approx(1, abs=PARITY_NATS)
+        assert metric(update, "health/learner_vs_engine_max_nats") < parity
+        assert metric(update, "health/ratio_max") == pytest.approx(1, abs=parity)
         # One step later the same rollouts are stale, and the gap says so.
         stale = run(learner.update(fresh))
-        assert metric(stale, "health/learner_vs_engine_max_nats") > 20 * PARITY_NATS
+        assert metric(stale, "health/learner_vs_engine_max_nats") > 20 * parity
         steps(learner, batch, 1)
 
 
@@ -520,7 +531,7 @@ def test_lora_publishes_merged_weights(adapter: LearnerAdapter, bench: Bench) ->
         for s in batch.scored
     ]
     update = run(learner.update(bench.batch(sampled(), rollouts)))
-    assert metric(update, "health/learner_vs_engine_max_nats") < 1e-5
+    assert metric(update, "health/learner_vs_engine_max_nats") < 1e-5 * adapter.slack
     base = max(largest_gap(token_logprobs(bench.student, r), r.behavior_logprobs) for r in rollouts)
     assert base > FAR_NATS
 
@@ -538,6 +549,51 @@ def test_lora_leaves_the_base_weights_alone(
     # With the first step's adapters back, every bit is that of the start: the base never moved.
     run(learner.load_state(tmp_path, start))
     assert all(torch.equal(tensor, before[n]) for n, tensor in weights_of(learner).items())
+
+
+def test_adapters_may_be_published_by_themselves(
+    adapter: LearnerAdapter, bench: Bench, tmp_path: Path
+) -> None:
+    batch = bench.ragged_batch(sampled())
+    alone, merged = (
+        bench.learner(adapter, sampled(), tuning=LORA, publish_adapter=alone)
+        for alone in (True, False)
+    )
+    steps(merged, batch, 2)
+    versions = [alone.version, *(update.version for update in steps(alone, batch, 2))]
+    assert len({version.digest for version in versions}) == 3
+    channel = DirectoryChannel(tmp_path)
+    assert run(alone.publish(channel)) == versions[-1]
+
+    payload = channel.fetch(versions[-1])
+    assert isinstance(payload, LoraWeights)
+    assert (payload.rank, payload.alpha) == (LORA.rank, LORA.alpha)
+    assert set(payload.target_modules) == set(LORA.target_modules)
+    assert weights_digest(payload.tensors) == versions[-1].digest
+    assert {tensor.dtype for tensor in payload.tensors.values()} == {torch.float32}
+    # peft reads the directory, and the base with these adapters is the merged student.
+    base = reference_model(bench.student_dir)
+    adapted = PeftModel.from_pretrained(base, str(channel.locate(versions[-1])))
+    expected = weights_of(merged)
+    got = dict(adapted.merge_and_unload().named_parameters())
+    worst = max(float((got[n] - tensor).abs().max()) for n, tensor in expected.items())
+    assert worst < 1e-5 * adapter.slack
+    own = dict(reference_model(bench.student_dir).named_parameters())
+    assert max(float((own[n] - tensor).abs().max()) for n, tensor in expected.items()) > 1e-3
+
+
+def test_adapters_begin_alike_for_one_seed_and_differ_for_another(
+    adapter: LearnerAdapter, bench: Bench
+) -> None:
+    def first(seed: int) -> str:
+        settings = {"tuning": LORA, "publish_adapter": True, "seed": seed}
+        return bench.learner(adapter, sampled(), **settings).version.digest
+
+    assert first(3) == first(3) != first(4)
+    # Every learner begins with the same ones, so that two of them can be compared.
+    embedded = EmbeddedLearnerAdapter("cpu")
+    settings = {"tuning": LORA, "publish_adapter": True, "seed": 3}
+    assert bench.learner(embedded, sampled(), **settings).version.digest == first(3)
 
 
 def test_fresh_lora_adapters_change_nothing(adapter: LearnerAdapter, bench: Bench) -> None:

@@ -1,6 +1,6 @@
 """The contract of `TeacherScorer`, and the handshake that comes before the first score."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +23,14 @@ from qwen3_distill.types import (
     TopKScore,
 )
 from tests.contract.adapters import TEACHERS, TeacherAdapter
-from tests.contract.builders import make_prompt, run, scores_of, synthetic_rollout
+from tests.contract.builders import (
+    close_started,
+    make_prompt,
+    run,
+    scores_of,
+    started,
+    synthetic_rollout,
+)
 from tests.contract.reference import (
     head_of,
     largest_gap,
@@ -34,9 +41,6 @@ from tests.contract.reference import (
 )
 from tests.tiny_models import CONTEXT_LENGTH, TinyModels, byte_tokenizer, write_model
 
-PARITY_NATS = 1e-4
-"""Between two float32 forward passes; 5e-6 was seen. A wrong shift is off by nats."""
-REPEAT_NATS = 1e-5
 FAR_NATS = 0.5
 
 K = 5
@@ -45,6 +49,12 @@ REQUESTS = {
     "top_k": TopKRequest(k=K),
     "hidden": HiddenRequest(),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _started_teachers_are_closed() -> Iterator[None]:
+    yield
+    close_started()
 
 
 @pytest.fixture(scope="module", params=TEACHERS)
@@ -59,7 +69,13 @@ def reference(tiny_models: TinyModels) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def teacher(adapter: TeacherAdapter, tiny_models: TinyModels) -> TeacherScorer:
-    return adapter.build(tiny_models.teacher)
+    return started(adapter.build(tiny_models.teacher))
+
+
+@pytest.fixture(scope="module")
+def far_nats(adapter: TeacherAdapter) -> float:
+    """What a fault must exceed to be told from this teacher's rounding."""
+    return max(FAR_NATS, adapter.parity_nats)
 
 
 RAGGED = [
@@ -75,10 +91,11 @@ RAGGED = [
 
 @pytest.mark.parametrize("rollout", RAGGED, ids=lambda rollout: rollout.rollout_id)
 def test_logprobs_of_one_rollout_are_the_teachers(
-    teacher: TeacherScorer, reference: PreTrainedModel, rollout: Rollout
+    adapter: TeacherAdapter, teacher: TeacherScorer, reference: PreTrainedModel, rollout: Rollout
 ) -> None:
     (score,) = scores_of(teacher, [rollout])
-    assert largest_gap(score.logprobs, token_logprobs(reference, rollout)) < PARITY_NATS
+    gap = largest_gap(score.logprobs, token_logprobs(reference, rollout))
+    assert gap < adapter.parity_nats
 
 
 @pytest.mark.parametrize("request_kind", REQUESTS.values(), ids=REQUESTS.keys())
@@ -91,45 +108,72 @@ def test_scores_are_the_teachers_at_any_batch_and_chunk_size(
     batch_tokens: int,
     chunk_tokens: int,
 ) -> None:
-    build = adapter.build
-    sized = build(
-        tiny_models.teacher, request_kind, batch_tokens=batch_tokens, chunk_tokens=chunk_tokens
-    )
-    plain = build(tiny_models.teacher, request_kind)
-    scored = zip(RAGGED, scores_of(sized, RAGGED), scores_of(plain, RAGGED), strict=True)
+    build, model_dir = adapter.build, tiny_models.teacher
+    if isinstance(request_kind, HiddenRequest) and not adapter.gives_hidden_states:
+        assert_hidden_states_are_refused(adapter, model_dir)
+        return
+    plain_scores = scores_of(started(build(model_dir, request_kind)), RAGGED)
+    sized = build(model_dir, request_kind, batch_tokens=batch_tokens, chunk_tokens=chunk_tokens)
+    scored = zip(RAGGED, scores_of(started(sized), RAGGED), plain_scores, strict=True)
     for rollout, score, same in scored:
-        assert largest_gap(score.logprobs, same.logprobs) < REPEAT_NATS
-        assert_same_score(score, reference_score(reference, rollout, request_kind))
+        assert largest_gap(score.logprobs, same.logprobs) < adapter.repeat_nats
+        expected = reference_score(reference, rollout, request_kind)
+        assert_same_score(score, expected, tolerance=adapter.parity_nats)
+        if isinstance(score, TopKScore):
+            assert_likeliest(score, reference, rollout, tolerance=adapter.parity_nats)
 
 
-def assert_same_score(score: TeacherScore, expected: TeacherScore) -> None:
+def assert_hidden_states_are_refused(adapter: TeacherAdapter, model_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="hidden states"):
+        adapter.build(model_dir, HiddenRequest())
+
+
+def assert_same_score(score: TeacherScore, expected: TeacherScore, *, tolerance: float) -> None:
     """Equal up to rounding, in everything that the kind of score holds."""
     assert type(score) is type(expected)
-    assert largest_gap(score.logprobs, expected.logprobs) < PARITY_NATS
+    assert largest_gap(score.logprobs, expected.logprobs) < tolerance
     if isinstance(score, TopKScore) and isinstance(expected, TopKScore):
-        assert score.candidate_ids.tolist() == expected.candidate_ids.tolist()
-        assert largest_gap(score.candidate_logprobs, expected.candidate_logprobs) < PARITY_NATS
+        assert largest_gap(score.candidate_logprobs, expected.candidate_logprobs) < tolerance
     if isinstance(score, HiddenScore) and isinstance(expected, HiddenScore):
-        assert largest_gap(score.hidden, expected.hidden) < PARITY_NATS
+        assert largest_gap(score.hidden, expected.hidden) < tolerance
 
 
-def test_scores_come_in_the_order_of_the_rollouts(teacher: TeacherScorer) -> None:
+def assert_likeliest(
+    score: TopKScore, reference: PreTrainedModel, rollout: Rollout, *, tolerance: float
+) -> None:
+    """The candidates' logprobs are those of the very tokens that are named.
+
+    With the k largest values right too, which `assert_same_score` checks, they are the likeliest
+    ones, up to tokens that the rounding does not tell apart.
+    """
+    with torch.no_grad():
+        logprobs_RV = response_logprobs(reference, rollout).numpy()
+    named = np.take_along_axis(logprobs_RV, score.candidate_ids, axis=1)
+    assert largest_gap(score.candidate_logprobs, named) < tolerance
+
+
+def test_scores_come_in_the_order_of_the_rollouts(
+    adapter: TeacherAdapter, teacher: TeacherScorer
+) -> None:
     forward = scores_of(teacher, RAGGED)
     backward = scores_of(teacher, RAGGED[::-1])
     for one, other in zip(forward, backward[::-1], strict=True):
-        assert largest_gap(one.logprobs, other.logprobs) < REPEAT_NATS
+        assert largest_gap(one.logprobs, other.logprobs) < adapter.repeat_nats
 
 
 def test_hidden_states_and_the_head_give_the_whole_distribution(
     adapter: TeacherAdapter, tiny_models: TinyModels, reference: PreTrainedModel
 ) -> None:
+    if not adapter.gives_hidden_states:
+        assert_hidden_states_are_refused(adapter, tiny_models.teacher)
+        return
     head_VD = head_of(reference).weight.detach()
     for rollout, score in score_all(adapter, tiny_models.teacher, HiddenRequest()):
         assert isinstance(score, HiddenScore)
         rebuilt_RV = torch.log_softmax(torch.tensor(score.hidden) @ head_VD.T, dim=-1)
         with torch.no_grad():
             expected_RV = response_logprobs(reference, rollout)
-        assert largest_gap(rebuilt_RV.numpy(), expected_RV.numpy()) < PARITY_NATS
+        assert largest_gap(rebuilt_RV.numpy(), expected_RV.numpy()) < adapter.parity_nats
 
 
 def test_candidates_are_of_the_full_distribution(
@@ -145,7 +189,7 @@ def test_candidates_are_of_the_full_distribution(
 def score_all(
     adapter: TeacherAdapter, model_dir: Path, request_kind: ScoreRequest
 ) -> list[tuple[Rollout, TeacherScore]]:
-    scores = scores_of(adapter.build(model_dir, request_kind), RAGGED)
+    scores = scores_of(started(adapter.build(model_dir, request_kind)), RAGGED)
     return list(zip(RAGGED, scores, strict=True))
 
 
@@ -166,41 +210,43 @@ def test_no_rollouts_give_no_scores(teacher: TeacherScorer) -> None:
     assert scores_of(teacher, []) == []
 
 
-def test_the_sampling_temperature_does_not_touch_the_score(teacher: TeacherScorer) -> None:
+def test_the_sampling_temperature_does_not_touch_the_score(
+    adapter: TeacherAdapter, teacher: TeacherScorer
+) -> None:
     rollout = RAGGED[3]
     hot = replace(rollout, sampling=replace(rollout.sampling, temperature=3.0, top_k=2))
     plain_score, hot_score = scores_of(teacher, [rollout, hot])
-    assert largest_gap(plain_score.logprobs, hot_score.logprobs) < REPEAT_NATS
+    assert largest_gap(plain_score.logprobs, hot_score.logprobs) < adapter.repeat_nats
 
 
 # --- Negative controls: what the tolerance tells apart ------------------------------------------
 
 
 def test_a_shift_by_one_token_would_fail_the_parity_check(
-    teacher: TeacherScorer, reference: PreTrainedModel
+    adapter: TeacherAdapter, teacher: TeacherScorer, reference: PreTrainedModel, far_nats: float
 ) -> None:
     for rollout, score in zip(RAGGED, scores_of(teacher, RAGGED), strict=True):
-        if rollout.num_tokens > 2:
+        if rollout.num_tokens >= adapter.tokens_that_show_a_fault:
             shifted = np.roll(token_logprobs(reference, rollout), 1)
-            assert largest_gap(score.logprobs, shifted) > FAR_NATS
+            assert largest_gap(score.logprobs, shifted) > far_nats
 
 
 def test_a_response_scored_without_its_prompt_would_fail_the_parity_check(
-    teacher: TeacherScorer, reference: PreTrainedModel
+    teacher: TeacherScorer, reference: PreTrainedModel, far_nats: float
 ) -> None:
     rollout = RAGGED[3]
     (score,) = scores_of(teacher, [rollout])
     foreign = replace(rollout, prompt=make_prompt(rollout.prompt.token_ids.size, seed=99))
-    assert largest_gap(score.logprobs, token_logprobs(reference, foreign)) > FAR_NATS
+    assert largest_gap(score.logprobs, token_logprobs(reference, foreign)) > far_nats
 
 
 def test_another_teacher_would_fail_the_parity_check(
-    teacher: TeacherScorer, tiny_models: TinyModels
+    adapter: TeacherAdapter, teacher: TeacherScorer, tiny_models: TinyModels, far_nats: float
 ) -> None:
     other = reference_model(tiny_models.student)
     for rollout, score in zip(RAGGED, scores_of(teacher, RAGGED), strict=True):
-        if rollout.num_tokens > 2:
-            assert largest_gap(score.logprobs, token_logprobs(other, rollout)) > FAR_NATS
+        if rollout.num_tokens >= adapter.tokens_that_show_a_fault:
+            assert largest_gap(score.logprobs, token_logprobs(other, rollout)) > far_nats
 
 
 # --- Who scores ---------------------------------------------------------------------------------
@@ -223,9 +269,19 @@ def test_the_identity_is_the_directorys(teacher: TeacherScorer, tiny_models: Tin
 
 
 def test_close_may_be_called_twice(adapter: TeacherAdapter, tiny_models: TinyModels) -> None:
-    closable = adapter.build(tiny_models.teacher)
+    closable = started(adapter.build(tiny_models.teacher))
     run(closable.close())
     run(closable.close())
+
+
+def test_a_start_after_close_begins_anew(
+    adapter: TeacherAdapter, teacher: TeacherScorer, tiny_models: TinyModels
+) -> None:
+    again = started(adapter.build(tiny_models.teacher))
+    run(again.close())
+    pairs = zip(scores_of(started(again), RAGGED), scores_of(teacher, RAGGED), strict=True)
+    for score, expected in pairs:
+        assert largest_gap(score.logprobs, expected.logprobs) < adapter.repeat_nats
 
 
 # --- Handshake ----------------------------------------------------------------------------------
@@ -317,9 +373,11 @@ class FakeBatchDependentTeacher:
         return None
 
 
-def test_a_teacher_that_repeats_itself_passes(teacher: TeacherScorer) -> None:
-    worst = run(check_repeatable(teacher, RAGGED, tolerance_nats=REPEAT_NATS))
-    assert 0 <= worst < REPEAT_NATS
+def test_a_teacher_that_repeats_itself_passes(
+    adapter: TeacherAdapter, teacher: TeacherScorer
+) -> None:
+    worst = run(check_repeatable(teacher, RAGGED, tolerance_nats=adapter.repeat_nats))
+    assert 0 <= worst < adapter.repeat_nats
 
 
 def test_a_batch_dependent_teacher_fails(teacher: TeacherScorer) -> None:

@@ -9,7 +9,6 @@ import os
 
 # Before vLLM is imported: it reads these once.
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # on CPU: 10 s at start for no speed
@@ -238,13 +237,14 @@ class VllmWorker:
         if self._settings.lora_rank is None:
             return await self._ask_engine("distill_load_full", str(request))
         path = str(channel.locate(version))
-        try:
-            await self._engine.add_lora(compat.adapter_request(path, load=True))
-        except EngineDeadError as error:
-            _die(error)
-        except Exception as error:  # noqa: BLE001 - a bad adapter, named by vLLM in its own types
-            return f"{version}: vLLM does not take the adapter: {error}"
-        problem = await self._ask_engine("distill_check_adapter", str(request))
+        if self._adapter_path is None:  # makes the adapter known; later ones go into its slot
+            try:
+                await self._engine.add_lora(compat.adapter_request(path, load=True))
+            except EngineDeadError as error:
+                _die(error)
+            except Exception as error:  # noqa: BLE001 - a bad adapter, in vLLM's own types
+                return f"{version}: vLLM does not take the adapter: {error}"
+        problem = await self._ask_engine("distill_swap_adapter", str(request))
         if not problem:
             self._adapter_path = path
         return problem

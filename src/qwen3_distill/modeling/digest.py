@@ -40,7 +40,7 @@ def _read(scalars: list[Tensor]) -> list[int]:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    bits = tensor.contiguous().view(-1).view(_INTEGER_OF_WIDTH[tensor.element_size()])
+    bits = _words(tensor.contiguous().view(-1))
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, bits.numel(), _CHUNK):
         chunk = bits[start : start + _CHUNK].to(torch.int64)
@@ -49,6 +49,17 @@ def _checksum(tensor: Tensor) -> Tensor:
         multiplier = position * 0x1E3779B97F4A7C15 * 2 + 1
         total += (chunk * multiplier).sum()
     return total
+
+
+def _words(flat: Tensor) -> Tensor:
+    """The bits as 64-bit words where they divide into them, which is a fourth of the work of
+    16-bit ones; else element by element."""
+    width = flat.element_size()
+    if flat.numel() * width % 8 == 0:
+        if flat.storage_offset() * width % 8:
+            flat = flat.clone()  # a view that begins inside a word
+        return flat.view(torch.int64)
+    return flat.view(_INTEGER_OF_WIDTH[width])
 
 
 def directory_digest(directory: str | Path) -> str:

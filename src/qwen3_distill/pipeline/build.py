@@ -1,32 +1,50 @@
 """From a config to the parts of a run."""
 
-from collections.abc import Callable, Sequence
+import asyncio
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qwen3_distill.config import (
+    EmbeddedGeneration,
+    EmbeddedScoring,
+    EmbeddedTraining,
     EvaluationConfig,
+    LoraTuning,
     RunConfig,
     SampledReverseKL,
     SamplingConfig,
+    SglangScoring,
+    UnslothTraining,
     VerifierConfig,
+    VllmGeneration,
 )
 from qwen3_distill.data.prompts import PromptStream
 from qwen3_distill.data.sources import PromptSource, build_source
 from qwen3_distill.data.verifiers import build_verifier
 from qwen3_distill.generation.embedded import EmbeddedRolloutEngine
+from qwen3_distill.generation.vllm import VllmRolloutEngine
 from qwen3_distill.modeling.loading import load_identity, load_tokenizer, resolve_dtype
 from qwen3_distill.pipeline.requests import make_batch
-from qwen3_distill.protocols import Learner, RolloutEngine, TeacherScorer, WeightChannel
+from qwen3_distill.planning.plan import MemoryPlan, make_plan
+from qwen3_distill.protocols import Learner, RolloutEngine, Sampler, TeacherScorer, WeightChannel
 from qwen3_distill.scoring.embedded import EmbeddedTeacher
 from qwen3_distill.scoring.request import HiddenRequest, request_for
+from qwen3_distill.scoring.sglang import SglangTeacher
 from qwen3_distill.training.embedded import EmbeddedLearner
 from qwen3_distill.training.objectives import build_objective
+from qwen3_distill.training.unsloth import UnslothLearner
 from qwen3_distill.types import Batch, Prompt, Rollout, ScoredRollout
-from qwen3_distill.weights.directory import publish_directory
+from qwen3_distill.weights.directory import DirectoryChannel, publish_directory
+from qwen3_distill.weights.ipc import IpcChannel
 from qwen3_distill.weights.memory import MemoryChannel
 
 
@@ -63,15 +81,33 @@ class Parts:
     text: TextTools
     is_correct: Callable[[Rollout], bool] | None
     """Checks training rollouts; None without a verifier."""
+    scratch: Path | None = None
+    """Folder of the weight channel's files, removed at the end."""
 
     def make_batch(self, scored: Sequence[ScoredRollout]) -> Batch:
         """A step's batch, with the config's task reward."""
         weight = task_reward_weight(self.config)
         return make_batch(scored, task_reward_weight=weight, is_correct=self.is_correct)
 
+    async def start(self, say: Callable[[str], None] = lambda message: None) -> None:
+        """Start the engines, one after another: each sizes its memory by what it finds free."""
+        config = self.config
+        say(f"starting the teacher ({config.scoring.kind})")
+        await self.teacher.start()
+        say(f"starting the rollout engine ({config.generation.kind})")
+        await self.engine.start()
+        say(f"starting the learner ({config.training.kind})")
+        await self.learner.start()
+
     async def close(self) -> None:
-        for part in (self.engine, self.teacher, self.learner):
-            await part.close()
+        """End every engine, also when one of them fails to end."""
+        parts = (self.engine, self.teacher, self.learner)
+        results = await asyncio.gather(*(part.close() for part in parts), return_exceptions=True)
+        if self.scratch is not None:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
 
 def task_reward_weight(config: RunConfig) -> float:
@@ -81,20 +117,33 @@ def task_reward_weight(config: RunConfig) -> float:
 
 
 def build_parts(config: RunConfig) -> Parts:
-    """Open data and load the embedded engines' models; real engines wait for `Parts.start`."""
+    """Open data, plan the memory and load the embedded engines; real ones wait for `start`."""
     text = TextTools(config.student.model)
     prompts = build_prompts(config, text)
-    teacher = build_teacher(config)
+    plan = plan_memory(config)
+    teacher = build_teacher(config, plan)
+    scratch = channel_folder(config)
     return Parts(
         config=config,
         prompts=prompts,
-        engine=build_engine(config),
+        engine=build_engine(config, plan),
         teacher=teacher,
-        learner=build_learner(config, teacher),
-        channel=build_channel(config),
+        learner=build_learner(config, teacher, plan),
+        channel=build_channel(config, scratch),
         text=text,
         is_correct=build_checker(config.verifier, text) if config.verifier else None,
+        scratch=scratch,
     )
+
+
+def plan_memory(config: RunConfig) -> MemoryPlan | None:
+    """What each real engine may take; None where all are embedded and share one allocator.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    kinds = {config.generation.kind, config.scoring.kind, config.training.kind}
+    return None if kinds == {"embedded"} else make_plan(config)
 
 
 def build_prompts(config: RunConfig, text: TextTools) -> PromptStream:
@@ -105,66 +154,167 @@ def build_prompts(config: RunConfig, text: TextTools) -> PromptStream:
     return prompts
 
 
-def build_engine(config: RunConfig, model_dir: str | None = None) -> RolloutEngine:
-    """The rollout engine, without weights: load a version before the first rollout."""
+def build_engine(
+    config: RunConfig, plan: MemoryPlan | None, model_dir: str | None = None
+) -> RolloutEngine:
+    """The rollout engine, without weights: load a version before the first rollout.
+
+    Args:
+        model_dir: a model that is served as it is; default: the config's student.
+    """
     generation = config.generation
-    if generation.kind != "embedded":
-        raise NotImplementedError(generation.kind)
-    return EmbeddedRolloutEngine(
-        model_dir or config.student.model,
-        device=generation.device,
-        dtype=generation.dtype,
+    match generation:
+        case EmbeddedGeneration():
+            return EmbeddedRolloutEngine(
+                model_dir or config.student.model,
+                device=generation.device,
+                dtype=generation.dtype,
+                max_sequences=generation.max_sequences,
+            )
+        case VllmGeneration():
+            return VllmRolloutEngine(
+                model_dir or config.student.model,
+                generation,
+                lora=_served_adapter(config) if model_dir is None else None,
+                kv_cache_bytes=_needed(plan).vllm_kv_cache_bytes,
+                log=engine_log(config, "vllm"),
+            )
+
+
+def _served_adapter(config: RunConfig) -> LoraTuning | None:
+    """The tuning whose adapters travel by themselves; None where whole weights are pushed."""
+    tuning, generation = config.training.tuning, config.generation
+    swaps = generation.kind == "vllm" and generation.adapters == "swap"
+    return tuning if swaps and isinstance(tuning, LoraTuning) else None
+
+
+def _needed(plan: MemoryPlan | None) -> MemoryPlan:
+    assert plan is not None, "real engines have a plan"
+    return plan
+
+
+def engine_log(config: RunConfig, name: str) -> Path:
+    """Where an engine's process writes its output."""
+    return config.output_path / "logs" / f"{name}.log"
+
+
+@asynccontextmanager
+async def static_engine(config: RunConfig, model_dir: str) -> AsyncIterator[RolloutEngine]:
+    """An engine that serves a directory's own weights as step 0."""
+    scratch = channel_folder(config)
+    channel = build_channel(config, scratch)
+    engine = build_engine(config, plan_memory(config), model_dir)
+    try:
+        await engine.start()
+        dtype = resolve_dtype(config.training.dtype)
+        version = publish_directory(model_dir, channel, dtype=dtype)
+        await engine.load(version, channel)
+        yield engine
+    finally:
+        await engine.close()
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@asynccontextmanager
+async def teacher_sampler(config: RunConfig, teacher: TeacherScorer) -> AsyncIterator[Sampler]:
+    """Something that answers as the teacher: the server that scores, or an embedded engine."""
+    if isinstance(teacher, SglangTeacher):
+        yield teacher.sampler()
+        return
+    scoring = config.scoring
+    assert isinstance(scoring, EmbeddedScoring)
+    generation = config.generation
+    embedded = generation if isinstance(generation, EmbeddedGeneration) else None
+    engine = EmbeddedRolloutEngine(
+        scoring.model,
+        device=embedded.device if embedded else scoring.device,
+        dtype=embedded.dtype if embedded else scoring.dtype,
         max_sequences=generation.max_sequences,
     )
-
-
-async def build_static_engine(config: RunConfig, model_dir: str) -> RolloutEngine:
-    """An engine that serves a directory's own weights as step 0."""
     channel = MemoryChannel()
-    dtype = resolve_dtype(config.training.dtype)
-    version = publish_directory(model_dir, channel, dtype=dtype)
-    engine = build_engine(config, model_dir)
+    version = publish_directory(scoring.model, channel, dtype=resolve_dtype(scoring.dtype))
     await engine.load(version, channel)
-    return engine
+    yield engine
 
 
-def build_teacher(config: RunConfig) -> EmbeddedTeacher:
+def build_teacher(config: RunConfig, plan: MemoryPlan | None) -> TeacherScorer:
     """The scorer, asked for what the objective needs."""
     scoring = config.scoring
-    if scoring.kind != "embedded":
-        raise NotImplementedError(scoring.kind)
-    return EmbeddedTeacher(
-        scoring.model,
-        request=request_for(config.objective),
-        device=scoring.device,
-        dtype=scoring.dtype,
-        batch_tokens=scoring.batch_tokens,
-        chunk_tokens=scoring.chunk_tokens,
-    )
+    request = request_for(config.objective)
+    match scoring:
+        case EmbeddedScoring():
+            return EmbeddedTeacher(
+                scoring.model,
+                request=request,
+                device=scoring.device,
+                dtype=scoring.dtype,
+                batch_tokens=scoring.batch_tokens,
+                chunk_tokens=scoring.chunk_tokens,
+            )
+        case SglangScoring():
+            return SglangTeacher(
+                scoring,
+                request=request,
+                memory_fraction=_needed(plan).sglang_memory_fraction,
+                max_total_tokens=_needed(plan).sglang_max_total_tokens,
+                log=engine_log(config, "sglang"),
+            )
 
 
-def build_learner(config: RunConfig, teacher: EmbeddedTeacher) -> Learner:
+def build_learner(config: RunConfig, teacher: TeacherScorer, plan: MemoryPlan | None) -> Learner:
     """The learner, with the teacher's output head where the objective needs one."""
-    if config.training.kind != "embedded":
-        raise NotImplementedError(config.training.kind)
-    needs_head = isinstance(request_for(config.objective), HiddenRequest)
-    head_VD: torch.Tensor | None = teacher.output_head if needs_head else None
-    return EmbeddedLearner(
-        config.student.model,
-        config=config.training,
-        objective=build_objective(
-            config.objective,
-            teacher_head_VD=head_VD,
-            chunk_tokens=config.training.chunk_tokens,
-        ),
-        total_steps=config.steps,
-        seed=config.seed,
-    )
+    training = config.training
+    publish_adapter = _served_adapter(config) is not None
+    match training:
+        case EmbeddedTraining():
+            needs_head = isinstance(request_for(config.objective), HiddenRequest)
+            return EmbeddedLearner(
+                config.student.model,
+                config=training,
+                objective=build_objective(
+                    config.objective,
+                    teacher_head_VD=_output_head(teacher) if needs_head else None,
+                    chunk_tokens=training.chunk_tokens,
+                ),
+                total_steps=config.steps,
+                seed=config.seed,
+                publish_adapter=publish_adapter,
+            )
+        case UnslothTraining():
+            return UnslothLearner(
+                config.student.model,
+                training,
+                objective=config.objective,
+                total_steps=config.steps,
+                seed=config.seed,
+                publish_adapter=publish_adapter,
+                memory_bytes=_needed(plan).learner_memory_bytes,
+                log=engine_log(config, "unsloth"),
+            )
 
 
-def build_channel(config: RunConfig) -> WeightChannel:
+def _output_head(teacher: TeacherScorer) -> torch.Tensor | None:
+    return teacher.output_head if isinstance(teacher, EmbeddedTeacher) else None
+
+
+def channel_folder(config: RunConfig) -> Path | None:
+    """A new folder in memory for weights that go from process to process; None if none do."""
+    if config.generation.kind == "embedded":
+        return None
+    memory = Path("/dev/shm")
+    base = memory if os.access(memory, os.W_OK) else None
+    return Path(tempfile.mkdtemp(prefix="qwen3-distill-weights-", dir=base))
+
+
+def build_channel(config: RunConfig, folder: Path | None) -> WeightChannel:
     """How weights travel between this run's learner and its engine."""
-    return MemoryChannel()
+    generation = config.generation
+    if folder is None or generation.kind == "embedded":
+        return MemoryChannel()
+    return (
+        DirectoryChannel(folder) if generation.full_weights == "directory" else IpcChannel(folder)
+    )
 
 
 def build_checker(verifier: VerifierConfig, text: TextTools) -> Callable[[Rollout], bool]:

@@ -18,11 +18,11 @@ from qwen3_distill.pipeline.build import (
     TextTools,
     build_checker,
     build_problems,
-    build_static_engine,
+    teacher_sampler,
 )
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.run_folder import RunFolder
-from qwen3_distill.protocols import RolloutEngine
+from qwen3_distill.protocols import Sampler
 from qwen3_distill.reporting.console import ProgressReporter
 from qwen3_distill.reporting.metrics import STEP_STAGES, MetricsLog, combine, read_jsonl
 from qwen3_distill.reporting.report import RolloutView, write_report
@@ -89,7 +89,7 @@ class Recorder:
         self._last_checkpoint_s = 0.0
         self._last_checkpoint_step = start_step if start_step else None
         self._evaluator = (
-            _Evaluator(self._config, self._config.evaluation, parts.text, progress)
+            _Evaluator(parts, self._config.evaluation, progress)
             if self._config.evaluation
             else None
         )
@@ -106,6 +106,7 @@ class Recorder:
     ) -> None:
         """Log a finished step; save and evaluate when the config says so."""
         values = self._step_values(scored, update, clock)
+        values |= {**self._parts.engine.counters, **self._parts.teacher.counters}
         self._metrics.log(cursor.step, values)
         self._trackers.log(cursor.step, values)
         self._progress.step(cursor.step, values)
@@ -133,7 +134,7 @@ class Recorder:
             if (cursor.step, model) in done or self.stop_requested:
                 continue
             started = time.perf_counter()
-            result = await self._evaluator.run(model, cursor.step, self._parts.engine)
+            result = await self._evaluator.run(model, cursor.step)
             record = {"model": model, **result, "wall_s": time.perf_counter() - started}
             self._evaluations.log(cursor.step, record)
             self._progress.evaluation({"step": cursor.step, **record})
@@ -167,6 +168,7 @@ class Recorder:
             Metric.mean("rollout/truncated_fraction", truncated, len(rollouts)),
             Metric.sum("tokens/generated", sum(r.num_tokens for r in rollouts)),
             Metric.sum("tokens/trained", update.num_loss_tokens),
+            Metric.sum("score/dropped_rollouts", self._config.rollouts_per_step - len(rollouts)),
             # A step's checkpoint is written after its line, so its time stands in the next one.
             Metric.sum("time/checkpoint_s", self._last_checkpoint_s),
         ]
@@ -190,33 +192,31 @@ class Recorder:
 class _Evaluator:
     """Which evaluation is due when, and how it is done."""
 
-    config: RunConfig
+    parts: Parts
     evaluation: EvaluationConfig
-    text: TextTools
     progress: ProgressReporter
 
     def __post_init__(self) -> None:
-        self._problems = build_problems(self.config, self.evaluation, self.text)
-        self._is_correct = build_checker(self.evaluation.verifier, self.text)
+        text = self.parts.text
+        self._problems = build_problems(self.parts.config, self.evaluation, text)
+        self._is_correct = build_checker(self.evaluation.verifier, text)
 
     def due(self, step: int) -> list[str]:
         models = ["teacher"] if step == 0 and self.evaluation.teacher else []
-        regular = step % self.evaluation.every_steps == 0 or step == self.config.steps
+        regular = step % self.evaluation.every_steps == 0 or step == self.parts.config.steps
         return [*models, "student"] if regular else models
 
-    async def run(self, model: str, step: int, engine: RolloutEngine) -> dict[str, Any]:
+    async def run(self, model: str, step: int) -> dict[str, Any]:
         evaluation = self.evaluation
         count = evaluation.num_problems
-        if step in (0, self.config.steps) and evaluation.final_num_problems is not None:
+        if step in (0, self.parts.config.steps) and evaluation.final_num_problems is not None:
             count = evaluation.final_num_problems
         if model == "student":
-            return await self._measure(model, count, engine)
-        teacher = await build_static_engine(self.config, self.config.scoring.model)
-        result = await self._measure(model, count, teacher)
-        await teacher.close()
-        return result
+            return await self._measure(model, count, self.parts.engine)
+        async with teacher_sampler(self.parts.config, self.parts.teacher) as teacher:
+            return await self._measure(model, count, teacher)
 
-    async def _measure(self, model: str, count: int, engine: RolloutEngine) -> dict[str, Any]:
+    async def _measure(self, model: str, count: int, engine: Sampler) -> dict[str, Any]:
         evaluation = self.evaluation
         result = await evaluate(
             engine,
@@ -224,7 +224,7 @@ class _Evaluator:
             self._is_correct,
             sampling=evaluation.sampling,
             samples_per_problem=evaluation.samples_per_problem,
-            seed=derive_seed(self.config.seed, "evaluation"),
+            seed=derive_seed(self.parts.config.seed, "evaluation"),
             on_rollout=lambda done, total: self.progress.stage(
                 f"evaluating the {model} {done}/{total}"
             ),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_distill.config import RunConfig
+from qwen3_distill.errors import LearnerLost
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.pipeline.build import Parts, build_parts
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
@@ -62,24 +63,50 @@ async def _run(
     progress.stage("loading models")
     parts = adapt(build_parts(config))
     try:
-        cursor = await _restore(parts, folder, progress, warn)
-        _write_manifest(parts, folder, cursor.step)
-        recorder = Recorder(parts, folder, progress, start_step=cursor.step)
-        try:
-            with _stop_on_interrupt(recorder, progress):
-                cursor = await run_sequential(parts, recorder, cursor)
-            # Asked to stop in the last step, the final evaluation was left out: not complete.
-            if recorder.stop_requested or cursor.step < config.steps:
-                await recorder.checkpoint(cursor)
-                return False
-            with full_disk_named(folder.student):
-                await parts.learner.save_student(folder.student)
-            write_json_atomic(folder.summary, summarize(folder, recorder.wall_s))
-            return True
-        finally:
-            recorder.close()
+        await parts.start(progress.stage)
+        for restarts_left in reversed(range(_max_learner_restarts(config) + 1)):
+            try:
+                return await _train(parts, folder, progress, warn)
+            except LearnerLost as error:
+                if restarts_left == 0:
+                    raise
+                warn(f"the learner is started again from the last checkpoint: {error}")
+                await parts.learner.close()
+                await parts.learner.start()
+        raise AssertionError("the last attempt returns or raises")
     finally:
         await parts.close()
+
+
+async def _train(
+    parts: Parts, folder: RunFolder, progress: ProgressReporter, warn: Callable[[str], None]
+) -> bool:
+    """Go on from the newest checkpoint to the end; whether it was reached.
+
+    Raises:
+        LearnerLost: the learner's process died; what it did since the checkpoint is gone.
+    """
+    config = parts.config
+    cursor = await _restore(parts, folder, progress, warn)
+    _write_manifest(parts, folder, cursor.step)
+    recorder = Recorder(parts, folder, progress, start_step=cursor.step)
+    try:
+        with _stop_on_interrupt(recorder, progress):
+            cursor = await run_sequential(parts, recorder, cursor)
+        # Asked to stop in the last step, the final evaluation was left out: not complete.
+        if recorder.stop_requested or cursor.step < config.steps:
+            await recorder.checkpoint(cursor)
+            return False
+        with full_disk_named(folder.student):
+            await parts.learner.save_student(folder.student)
+        write_json_atomic(folder.summary, summarize(folder, recorder.wall_s))
+        return True
+    finally:
+        recorder.close()
+
+
+def _max_learner_restarts(config: RunConfig) -> int:
+    return config.training.max_restarts if config.training.kind == "unsloth" else 0
 
 
 async def _restore(

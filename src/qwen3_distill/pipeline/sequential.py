@@ -7,7 +7,8 @@ Prompt --generate--> Rollout --score--> ScoredRollout --batch--> Update --publis
 
 from collections.abc import Sequence
 
-from qwen3_distill.errors import EngineError, NonFiniteError
+from qwen3_distill.config import RunConfig
+from qwen3_distill.errors import EngineError, NonFiniteError, WeightVersionError
 from qwen3_distill.pipeline.build import Parts
 from qwen3_distill.pipeline.recorder import Recorder, StageClock
 from qwen3_distill.pipeline.requests import in_request_order, requests_for_step
@@ -21,6 +22,7 @@ from qwen3_distill.types import (
     ScoreFailure,
     Update,
 )
+from qwen3_distill.weights.ipc import IpcChannel
 
 
 async def run_sequential(parts: Parts, recorder: Recorder, cursor: RunCursor) -> RunCursor:
@@ -41,7 +43,9 @@ async def run_sequential(parts: Parts, recorder: Recorder, cursor: RunCursor) ->
         with clock("generate"):
             rollouts = await generate(parts.engine, requests)
         with clock("score"):
-            scored = await score(parts.teacher, rollouts)
+            scored = await score(
+                parts.teacher, rollouts, max_dropped_fraction=max_dropped_fraction(config)
+            )
         with clock("train"):
             update = await checked_update(parts, recorder, parts.make_batch(scored))
         with clock("publish"):
@@ -56,9 +60,25 @@ async def run_sequential(parts: Parts, recorder: Recorder, cursor: RunCursor) ->
 
 
 async def push_weights(parts: Parts) -> None:
-    """Publish the learner's weights and have the engine serve them, checked by digest."""
-    version = await parts.learner.publish(parts.channel)
-    await parts.engine.load(version, parts.channel)
+    """Publish the learner's weights and have the engine serve them, compared on arrival."""
+    channel = parts.channel
+    version = await parts.learner.publish(channel)
+    try:
+        await parts.engine.load(version, channel)
+    except WeightVersionError:
+        if not isinstance(channel, IpcChannel) or parts.config.generation.kind != "vllm":
+            raise
+        if not channel.failed or parts.config.generation.full_weights == "ipc":
+            raise
+        # CUDA IPC does not work on this machine; the channel sends files from here on.
+        version = await parts.learner.publish(channel)
+        await parts.engine.load(version, channel)
+
+
+def max_dropped_fraction(config: RunConfig) -> float:
+    """Share of a step's rollouts that may go without a score: none by an embedded teacher."""
+    scoring = config.scoring
+    return scoring.max_dropped_fraction if scoring.kind == "sglang" else 0.0
 
 
 async def generate(engine: RolloutEngine, requests: Sequence[RolloutRequest]) -> list[Rollout]:

@@ -28,8 +28,9 @@ from qwen3_distill.pipeline.build import (
     build_learner,
     build_problems,
     build_prompts,
-    build_static_engine,
     build_teacher,
+    plan_memory,
+    static_engine,
     task_reward_weight,
 )
 from qwen3_distill.pipeline.requests import make_batch, requests_for_step
@@ -65,15 +66,14 @@ def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, s
     prompts = build_prompts(config, text)
 
     async def sample() -> list[tuple[int, Rollout]]:
-        engine = await build_static_engine(config, config.student.model)
         rows: list[tuple[int, Rollout]] = []
-        for step in range(first_step, first_step + num_steps):
-            taken = prompts.take(step * config.prompts_per_step, config.prompts_per_step)
-            requests = requests_for_step(config, taken, step)
-            rollouts = await sequential.generate(engine, requests)
-            rows += [(step, rollout) for rollout in rollouts]
-            say(f"step {step}: {len(rollouts)} rollouts")
-        await engine.close()
+        async with static_engine(config, config.student.model) as engine:
+            for step in range(first_step, first_step + num_steps):
+                taken = prompts.take(step * config.prompts_per_step, config.prompts_per_step)
+                requests = requests_for_step(config, taken, step)
+                rollouts = await sequential.generate(engine, requests)
+                rows += [(step, rollout) for rollout in rollouts]
+                say(f"step {step}: {len(rollouts)} rollouts")
         return rows
 
     rows = asyncio.run(sample())
@@ -91,18 +91,24 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
     if not rows:
         raise DataError(f"{rollouts} has no rollouts to score")
     check_compatible(load_identity(config.student.model), load_identity(config.scoring.model))
-    teacher = build_teacher(config)
+    teacher = build_teacher(config, plan_memory(config))
+    allowed = sequential.max_dropped_fraction(config)
 
     async def score_steps() -> list[tuple[int, ScoredRollout]]:
         scored: list[tuple[int, ScoredRollout]] = []
-        for step, group in _steps(rows):
-            scored += [(step, item) for item in await sequential.score(teacher, group)]
-            say(f"step {step}: {len(group)} rollouts scored")
-        await teacher.close()
+        try:
+            await teacher.start()
+            for step, group in _steps(rows):
+                items = await sequential.score(teacher, group, max_dropped_fraction=allowed)
+                scored += [(step, item) for item in items]
+                say(f"step {step}: {len(items)} of {len(group)} rollouts scored")
+        finally:
+            await teacher.close()
         return scored
 
-    write_scored(out, asyncio.run(score_steps()), TextTools(config.student.model).decode)
-    return f"{len(rows)} rollouts scored by {teacher.teacher_id}: {out}"
+    scored = asyncio.run(score_steps())
+    write_scored(out, scored, TextTools(config.student.model).decode)
+    return f"{len(scored)} rollouts scored by {teacher.teacher_id}: {out}"
 
 
 def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
@@ -116,7 +122,8 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
         raise DataError(f"{scored} has no rollouts to train on")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty; choose a new directory for the trained student")
-    teacher = build_teacher(config)
+    plan = plan_memory(config)
+    teacher = build_teacher(config, plan)
     strangers = {item.score.teacher_id for _, item in rows} - {teacher.teacher_id}
     if strangers:
         raise DataError(
@@ -126,20 +133,23 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
     text = TextTools(config.student.model)
     is_correct = build_checker(config.verifier, text) if config.verifier else None
     weight = task_reward_weight(config)
-    learner = build_learner(config, teacher)
+    learner = build_learner(config, teacher, plan)
 
-    async def update_steps() -> None:
-        for step, group in _steps(rows):
-            batch = make_batch(group, task_reward_weight=weight, is_correct=is_correct)
-            update = await learner.update(batch)
-            say(f"step {step}: loss {update.loss:.5f}, gradient norm {update.grad_norm:.4f}")
-        with full_disk_named(out):
-            await learner.save_student(out)
-        await teacher.close()
-        await learner.close()
+    async def update_steps() -> int:
+        try:
+            await learner.start()
+            for step, group in _steps(rows):
+                batch = make_batch(group, task_reward_weight=weight, is_correct=is_correct)
+                update = await learner.update(batch)
+                say(f"step {step}: loss {update.loss:.5f}, gradient norm {update.grad_norm:.4f}")
+            with full_disk_named(out):
+                await learner.save_student(out)
+            return learner.version.step
+        finally:
+            await teacher.close()
+            await learner.close()
 
-    asyncio.run(update_steps())
-    return f"student after {learner.version.step} steps: {out}"
+    return f"student after {asyncio.run(update_steps())} steps: {out}"
 
 
 def evaluate_directory(config: RunConfig, model: str, out: Path | None, *, say: Say) -> str:
@@ -157,17 +167,15 @@ def evaluate_directory(config: RunConfig, model: str, out: Path | None, *, say: 
     problems = build_problems(config, settings, text)(count)
 
     async def measure() -> EvaluationResult:
-        engine = await build_static_engine(config, model)
-        result = await evaluate(
-            engine,
-            problems,
-            build_checker(settings.verifier, text),
-            sampling=settings.sampling,
-            samples_per_problem=settings.samples_per_problem,
-            seed=derive_seed(config.seed, "evaluation"),
-        )
-        await engine.close()
-        return result
+        async with static_engine(config, model) as engine:
+            return await evaluate(
+                engine,
+                problems,
+                build_checker(settings.verifier, text),
+                sampling=settings.sampling,
+                samples_per_problem=settings.samples_per_problem,
+                seed=derive_seed(config.seed, "evaluation"),
+            )
 
     say(f"evaluating {model} on {len(problems)} problems")
     result = asyncio.run(measure())

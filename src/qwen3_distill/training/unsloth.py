@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_distill.config import LoraTuning, ObjectiveConfig, UnslothTraining
-from qwen3_distill.errors import EngineError, EngineStartError
+from qwen3_distill.errors import EngineError, EngineLost, EngineStartError, LearnerLost
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.protocols import WeightChannel
 from qwen3_distill.types import Batch, ModelIdentity, Update, WeightVersion
@@ -139,16 +139,19 @@ class UnslothLearner:
             python=self._config.python or sys.executable,
             module=_WORKER,
             log=self._log,
-            environment=self._environment(self._scratch),
+            environment=self.environment(self._scratch),
         )
         await self._worker.start()
 
     async def _call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
         if self._worker is None:
             raise EngineError("the unsloth learner is not running: start it first")
-        return await self._worker.call(method, *arguments, timeout_s=timeout_s)
+        try:
+            return await self._worker.call(method, *arguments, timeout_s=timeout_s)
+        except EngineLost as error:
+            raise LearnerLost(str(error)) from None
 
-    def _environment(self, scratch: Path) -> dict[str, str]:
+    def environment(self, scratch: Path) -> dict[str, str]:
         """Variables of the process; the config's come last."""
         variables = {
             # Generated code; by default a folder in the working directory.
