@@ -60,7 +60,7 @@ gpu-check: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(VENV)/installed-dev) ## on a 
 	sglang=$(or $(SGLANG_PYTHON),$$($(ENVIRONMENT) sglang-cuda)); \
 	unsloth=$(or $(UNSLOTH_PYTHON),$$($(ENVIRONMENT) unsloth-cuda)); \
 	for engine in vllm sglang unsloth; do \
-	  $(GPU_PYTHON) -m pytest tests/contract -m $$engine --engine-device cuda \
+	  $(GPU_PYTHON) -m pytest tests/contract -m $$engine -W default --engine-device cuda \
 	    --engine vllm=$$vllm --engine sglang=$$sglang --engine unsloth=$$unsloth \
 	    $(call path,vllm,VLLM) $(call path,sglang,SGLANG) $(call path,unsloth,UNSLOTH); \
 	done; \

@@ -1,0 +1,189 @@
+"""Whole runs with vLLM, SGLang and unsloth in their processes, and each of them killed once."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from qwen3_distill.config_io import load_config
+from qwen3_distill.generation.vllm import VllmRolloutEngine
+from qwen3_distill.pipeline.build import Parts
+from qwen3_distill.pipeline.run import run
+from qwen3_distill.protocols import RolloutEngine, TeacherScorer
+from qwen3_distill.reporting.console import SilentReporter
+from qwen3_distill.reporting.metrics import read_jsonl
+from qwen3_distill.scoring.sglang import SglangTeacher
+from qwen3_distill.training.unsloth import UnslothLearner
+from qwen3_distill.types import Batch, Rollout, RolloutRequest, ScoreResult, Update
+from tests.engines import INSTALLED
+
+pytestmark = [pytest.mark.vllm, pytest.mark.sglang, pytest.mark.unsloth]
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "lab-vllm.yaml"
+SECTIONS = {"generation": "vllm", "scoring": "sglang", "training": "unsloth"}
+
+
+def engine_settings() -> list[str]:
+    """Overrides that name the interpreters and variables given on the command line."""
+    settings: list[str] = []
+    for section, engine in SECTIONS.items():
+        settings.append(f"{section}.python={INSTALLED.python[engine]}")
+        variables = {"OMP_NUM_THREADS": "2", **INSTALLED.variables.get(engine, {})}
+        settings.append(f"{section}.environment={json.dumps(variables)}")
+    if INSTALLED.device == "cuda":
+        settings.append("scoring.attention_backend=triton")
+    return settings
+
+
+def lab_run(
+    output: Path, *overrides: str, adapt: Any = lambda parts: parts
+) -> tuple[dict[str, Any], list[str]]:
+    """A run of the lab pair with all three engines: its summary and its warnings."""
+    config = load_config(CONFIG, [f"output_dir={output}", *engine_settings(), *overrides])
+    config = config.model_copy(
+        update={
+            "student": config.student.model_copy(
+                update={"model": str(ROOT / "models/lab/student")}
+            ),
+            "scoring": config.scoring.model_copy(
+                update={"model": str(ROOT / "models/lab/teacher")}
+            ),
+        }
+    )
+    warnings: list[str] = []
+    summary = run(config, SilentReporter(), warnings.append, adapt)
+    assert summary is not None
+    return summary, warnings
+
+
+# --- Each engine killed once --------------------------------------------------------------------
+
+SHORT = ("steps=6", "prompts_per_step=16", "evaluation=null", "checkpoint.every_steps=2")
+LORA = ("training.tuning={kind: lora, rank: 8, alpha: 16.0}",)
+
+
+class KillingEngine:
+    """Passes everything on to vLLM, and kills it in the middle of one step's rollouts."""
+
+    def __init__(self, engine: RolloutEngine, step: int) -> None:
+        assert isinstance(engine, VllmRolloutEngine)
+        self._engine = engine
+        self._generations_left = step
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
+        self._generations_left -= 1
+        async for rollout in self._engine.generate(requests):
+            yield rollout
+            if self._generations_left == 0:
+                self._generations_left = -1
+                self._engine.kill()
+
+
+class KillingTeacher:
+    """Passes everything on to the SGLang teacher, and kills its server under a request."""
+
+    def __init__(self, teacher: TeacherScorer, step: int) -> None:
+        assert isinstance(teacher, SglangTeacher)
+        self._teacher = teacher
+        self._calls_left = step
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._teacher, name)
+
+    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
+        self._calls_left -= 1
+        scoring = asyncio.create_task(self._teacher.score(rollouts))
+        if self._calls_left == 0:
+            await asyncio.sleep(0.02)
+            assert self._teacher.server is not None
+            self._teacher.server.kill()
+        return await scoring
+
+
+class KillingLearner:
+    """Passes everything on to the unsloth learner, and kills its process in one step."""
+
+    def __init__(self, learner: Any, step: int) -> None:
+        assert isinstance(learner, UnslothLearner)
+        self._learner = learner
+        self._updates_left = step
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._learner, name)
+
+    async def update(self, batch: Batch) -> Update:
+        self._updates_left -= 1
+        updating = asyncio.create_task(self._learner.update(batch))
+        if self._updates_left == 0:
+            await asyncio.sleep(0.02)
+            assert self._learner.worker is not None
+            self._learner.worker.kill()
+        return await updating
+
+
+def killing(parts: Parts) -> Parts:
+    """vLLM dies in step 1, the teacher in step 3, the learner in step 4: its checkpoint is 4."""
+    fakes: dict[str, Any] = {
+        "engine": KillingEngine(parts.engine, step=2),
+        "teacher": KillingTeacher(parts.teacher, step=4),
+        "learner": KillingLearner(parts.learner, step=5),
+    }
+    return replace(parts, **fakes)
+
+
+def trained(output: Path) -> list[tuple[Any, ...]]:
+    """What each step trained on and what came of it."""
+    keys = ("step", "tokens/trained", "loss/objective", "optim/grad_norm")
+    return [tuple(row[key] for key in keys) for row in read_jsonl(output / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("tuning", [(), LORA], ids=["full", "lora"])
+def test_each_engine_may_die_once_and_the_run_ends_as_if_none_had(
+    tmp_path: Path, tuning: tuple[str, ...]
+) -> None:
+    lab_run(tmp_path / "calm", *SHORT, *tuning)
+    _, warnings = lab_run(tmp_path / "killed", *SHORT, *tuning, adapt=killing)
+    assert [w for w in warnings if "the learner is started again" in w]
+    (*_, last) = read_jsonl(tmp_path / "killed" / "metrics.jsonl")
+    assert last["health/rollout_engine_restarts"] == 1
+    assert last["score/server_restarts"] == 1
+    assert (
+        sum(row["score/dropped_rollouts"] for row in read_jsonl(tmp_path / "killed/metrics.jsonl"))
+        == 0
+    )
+    calm, killed = trained(tmp_path / "calm"), trained(tmp_path / "killed")
+    assert [row[:2] for row in killed] == [row[:2] for row in calm]  # no rollout lost or doubled
+    for ours, theirs in zip(killed, calm, strict=True):
+        assert ours[2:] == pytest.approx(theirs[2:], rel=1e-3, abs=1e-5)
+    ours, theirs = (
+        load_file(tmp_path / name / "student" / "model.safetensors") for name in ("killed", "calm")
+    )
+    for name, weights in theirs.items():
+        assert abs(ours[name] - weights).max() < 1e-4, name
+
+
+# --- To the end ---------------------------------------------------------------------------------
+
+
+def test_the_lab_pair_reaches_the_embedded_runs_accuracy(tmp_path: Path) -> None:
+    summary, warnings = lab_run(tmp_path / "run")
+    embedded = json.loads((ROOT / "benchmarks/results/demo_seeds.json").read_text())["figures"]
+    after = summary["accuracy"]["after"]
+    lowest = embedded["min_after"]
+    assert after["ci_high"] >= lowest, f"{after}, the embedded runs end at {lowest} or more"
+    assert summary["accuracy"]["teacher"]["value"] > 0.98
+    gaps = [
+        row["health/learner_vs_engine_abs_nats"]
+        for row in read_jsonl(tmp_path / "run/metrics.jsonl")
+    ]
+    assert max(gaps) < 1e-4  # float32 on both sides: the engine served what was trained
+    assert not warnings
