@@ -38,6 +38,9 @@ class Fault(str, Enum):
     CUT = "cut"
 
 
+STATUS = {Fault.STATUS_503: 503, Fault.STATUS_400: 400}
+
+
 class FaultProxy:
     """Passes requests on, and spoils the replies that it is told to.
 
@@ -105,8 +108,8 @@ class FaultProxy:
             await asyncio.sleep(HANG_S)
         if fault is Fault.CUT:
             raise ConnectionAbortedError
-        if fault in (Fault.STATUS_503, Fault.STATUS_400):
-            status, reply = int(fault.value[-3:]), b'{"error": "made up"}'
+        if fault is not None and fault in STATUS:
+            status, reply = STATUS[fault], b'{"error": "made up"}'
         else:
             status, reply = await self._ask_upstream(head, body)
         if fault is not None and status == 200:

@@ -1,8 +1,10 @@
 """A small server that answers ``/generate`` as SGLang does, for machines that have no SGLang.
 
-Hugging Face's own model behind the JSON of SGLang 0.5.16 and 0.5.21: the first logprob is null, the
-vocabulary's last id is echoed as 0, NaN is null, too long is status 400. It is healthy; what a
-healthy server never says is `tests.fault_proxy`'s part.
+A tiny Qwen3 in numpy behind the JSON of SGLang 0.5.16 and 0.5.21: the first logprob is null, the
+vocabulary's last id is echoed as 0, too long is status 400. It starts in a moment, because it needs
+no torch. It is healthy; what a healthy server never says is `tests.fault_proxy`'s part.
+
+Shape letters: T tokens, D hidden size, H heads, K key-value heads, E head size, V vocabulary.
 
 As a process it takes the place of the interpreter that has SGLang (`write_interpreter`), and reads
 the configuration file that ``sglang.launch_server`` would.
@@ -15,21 +17,86 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 import yaml
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
+Array = NDArray[np.floating[Any]]
+
+
+class NumpyQwen3:
+    """The forward pass of a small model."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self.config = json.loads((model_dir / "config.json").read_text())
+        self._weights = load_file(model_dir / "model.safetensors")
+
+    def logits(self, ids: list[int]) -> Array:
+        """[T, V]"""
+        embeddings_VD = self._weights["model.embed_tokens.weight"]
+        hidden_TD = embeddings_VD[ids]
+        for layer in range(self.config["num_hidden_layers"]):
+            prefix = f"model.layers.{layer}."
+            hidden_TD = hidden_TD + self._attention(
+                self._norm(hidden_TD, prefix + "input_layernorm"), prefix + "self_attn."
+            )
+            hidden_TD = hidden_TD + self._mlp(
+                self._norm(hidden_TD, prefix + "post_attention_layernorm"), prefix + "mlp."
+            )
+        head_VD = self._weights.get("lm_head.weight", embeddings_VD)
+        return self._norm(hidden_TD, "model.norm") @ head_VD.T
+
+    def _norm(self, values: Array, name: str) -> Array:
+        mean = np.mean(values**2, axis=-1, keepdims=True)
+        return (
+            values / np.sqrt(mean + self.config["rms_norm_eps"]) * self._weights[name + ".weight"]
+        )
+
+    def _linear(self, values: Array, name: str) -> Array:
+        return values @ self._weights[name + ".weight"].T
+
+    def _mlp(self, hidden_TD: Array, prefix: str) -> Array:
+        gate = self._linear(hidden_TD, prefix + "gate_proj")
+        gated = gate / (1 + np.exp(-gate)) * self._linear(hidden_TD, prefix + "up_proj")
+        return self._linear(gated, prefix + "down_proj")
+
+    def _attention(self, hidden_TD: Array, prefix: str) -> Array:
+        size, num_tokens = self.config["head_dim"], len(hidden_TD)
+        query_THE = self._heads(hidden_TD, prefix, "q", size)
+        key_TKE = self._heads(hidden_TD, prefix, "k", size)
+        value_TKE = self._linear(hidden_TD, prefix + "v_proj").reshape(num_tokens, -1, size)
+        repeats = query_THE.shape[1] // key_TKE.shape[1]
+        key_THE, value_THE = (np.repeat(x, repeats, axis=1) for x in (key_TKE, value_TKE))
+        scores_HTT = np.einsum("qhe,khe->hqk", query_THE, key_THE) / np.sqrt(size)
+        scores_HTT = np.where(np.tri(num_tokens, dtype=bool), scores_HTT, -np.inf)
+        weights_HTT = np.exp(log_softmax(scores_HTT))
+        mixed_THE = np.einsum("hqk,khe->qhe", weights_HTT, value_THE)
+        return self._linear(mixed_THE.reshape(num_tokens, -1), prefix + "o_proj")
+
+    def _heads(self, hidden_TD: Array, prefix: str, which: str, size: int) -> Array:
+        """Queries or keys: projected, normalised and turned by their position."""
+        heads = self._linear(hidden_TD, f"{prefix}{which}_proj").reshape(len(hidden_TD), -1, size)
+        heads = self._norm(heads, f"{prefix}{which}_norm")
+        theta = self.config["rope_parameters"]["rope_theta"]
+        speeds = theta ** -(np.arange(0, size, 2) / size)
+        angles = np.tile(np.outer(np.arange(len(hidden_TD)), speeds), 2)[:, None]
+        half = size // 2
+        turned = np.concatenate([-heads[..., half:], heads[..., :half]], axis=-1)
+        return (heads * np.cos(angles) + turned * np.sin(angles)).astype(np.float32)
+
+
+def log_softmax(values: Array) -> Array:
+    shifted = values - values.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 class StandIn:
     """The answers of one model."""
 
     def __init__(self, model_dir: str | Path, *, api_key: str | None = None) -> None:
-        torch.set_num_threads(1)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-        self._context_length = self._model.config.max_position_embeddings
+        self._model = NumpyQwen3(Path(model_dir))
         self._api_key = api_key
         self._lock = threading.Lock()
 
@@ -38,9 +105,10 @@ class StandIn:
         if self._api_key and headers.get("Authorization") != f"Bearer {self._api_key}":
             return 401, {"error": "Unauthorized"}
         request = json.loads(body)
-        if any(len(ids) > self._context_length for ids in request["input_ids"]):
+        limit = self._model.config["max_position_embeddings"]
+        if any(len(ids) > limit for ids in request["input_ids"]):
             return 400, {"error": {"message": "The input is longer than the context length."}}
-        with self._lock, torch.inference_mode():
+        with self._lock:
             return 200, [self._entry(request, index) for index in range(len(request["input_ids"]))]
 
     def _entry(self, request: dict[str, Any], index: int) -> dict[str, Any]:
@@ -50,9 +118,9 @@ class StandIn:
         if sampling["max_new_tokens"] > 0:
             return self._sampled(request, ids, sampling)
         start = request["logprob_start_len"][index]
-        logprobs_TV = self._logits(ids).log_softmax(-1)[start:-1]
-        target_T1 = torch.tensor(ids[start + 1 :]).unsqueeze(-1)
-        values = [None, *logprobs_TV.gather(-1, target_T1).squeeze(-1).tolist()]
+        logprobs_TV = log_softmax(self._model.logits(ids))[start:-1]
+        target_T1 = np.array(ids[start + 1 :])[:, None]
+        values = [None, *np.take_along_axis(logprobs_TV, target_T1, 1)[:, 0].tolist()]
         last = logprobs_TV.shape[-1] - 1
         echoed = [token if token < last else 0 for token in ids[start:]]
         meta: dict[str, Any] = {
@@ -61,13 +129,13 @@ class StandIn:
             ],
             "finish_reason": {"type": "length", "length": 0},
         }
-        if request.get("top_logprobs_num"):
-            top = logprobs_TV.topk(request["top_logprobs_num"])
+        if k := request.get("top_logprobs_num"):
+            order_TK = np.argsort(-logprobs_TV, axis=1)[:, :k]
             meta["input_top_logprobs"] = [
                 None,
                 *(
-                    [[value, token, None] for value, token in zip(*row, strict=True)]
-                    for row in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+                    [[float(row_V[token]), int(token), None] for token in order_K]
+                    for row_V, order_K in zip(logprobs_TV, order_TK, strict=True)
                 ),
             ]
         return {"output_ids": [], "meta_info": meta}
@@ -75,14 +143,15 @@ class StandIn:
     def _sampled(
         self, request: dict[str, Any], ids: list[int], sampling: dict[str, Any]
     ) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(sampling["sampling_seed"])
+        rng = np.random.default_rng(sampling["sampling_seed"])
         new: list[int] = []
         plain: list[float] = []
         truncated: list[float] = []
         while len(new) < sampling["max_new_tokens"]:
-            logprobs_V = (self._logits([*ids, *new])[-1] / sampling["temperature"]).log_softmax(-1)
+            logits_V = self._model.logits([*ids, *new])[-1].astype(np.float64)
+            logprobs_V = log_softmax(logits_V / sampling["temperature"])
             kept_V = _truncated(logprobs_V, sampling)
-            token = int(torch.multinomial(kept_V.exp(), 1, generator=generator))
+            token = int(rng.choice(len(kept_V), p=np.exp(kept_V)))
             new.append(token)
             plain.append(float(logprobs_V[token]))
             truncated.append(float(kept_V[token]))
@@ -96,20 +165,17 @@ class StandIn:
             meta["output_token_sampling_logprobs"] = truncated
         return {"output_ids": new, "meta_info": meta}
 
-    def _logits(self, ids: list[int]) -> Tensor:
-        return self._model(torch.tensor([ids])).logits[0]
 
-
-def _truncated(logprobs_V: Tensor, sampling: dict[str, Any]) -> Tensor:
+def _truncated(logprobs_V: Array, sampling: dict[str, Any]) -> Array:
     """What is left of a distribution after top-k and top-p, both of the whole distribution."""
-    values, order = logprobs_V.sort(descending=True)
-    place = torch.arange(values.numel())
-    keep = values.exp().cumsum(0) - values.exp() <= sampling["top_p"]
+    order = np.argsort(-logprobs_V)
+    probs = np.exp(logprobs_V[order])
+    keep = np.cumsum(probs) - probs <= sampling["top_p"]
     if sampling["top_k"] > 0:
-        keep &= place < sampling["top_k"]
-    kept_V = torch.full_like(logprobs_V, -torch.inf)
-    kept_V[order[keep]] = values[keep]
-    return kept_V.log_softmax(-1)
+        keep &= np.arange(len(order)) < sampling["top_k"]
+    kept_V = np.full_like(logprobs_V, -np.inf)
+    kept_V[order[keep]] = logprobs_V[order[keep]]
+    return log_softmax(kept_V)
 
 
 class StandInServer:

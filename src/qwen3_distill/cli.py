@@ -145,6 +145,29 @@ def evaluate(
     _say(stages.evaluate_directory(settings, model or settings.student.model, out, say=_say))
 
 
+@app.command("audit-teacher")
+def audit_teacher(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    rollouts: Annotated[
+        Path | None,
+        typer.Option(help="File of `generate`; default: rollouts of the config's first steps."),
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, help="How many rollouts to score.")] = 64,
+    unquantized: Annotated[
+        str | None,
+        typer.Option(help="Directory to compare with; default: the config's teacher."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
+) -> None:
+    """What the teacher's quantization does to its scores, on a fixed sample of rollouts."""
+    settings = load_config(config, overrides or ())
+    from qwen3_distill.pipeline.audit import audit_teacher as audit
+
+    _quiet_libraries()
+    _say(audit(settings, rollouts, out, num_rollouts=num, unquantized=unquantized, say=_say))
+
+
 @app.command()
 def plan(
     config: ConfigOption,

@@ -1,8 +1,9 @@
 """The contract of `TeacherScorer`, and the handshake that comes before the first score."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -354,6 +355,7 @@ class FakeBatchDependentTeacher:
     """Scores a token by how many rollouts are scored beside it."""
 
     teacher_id = "fake"
+    counters: Mapping[str, float] = MappingProxyType({})
 
     def __init__(self, identity: ModelIdentity, nats_per_rollout: float) -> None:
         self.identity = identity

@@ -201,7 +201,8 @@ def _check_echo(echoed: NDArray[np.int64], sent: IntArray, vocab_size: int) -> N
 
 
 def _finite(values: NDArray[np.float64], what: str) -> NDArray[np.float32]:
-    logprobs = values.astype(np.float32)
+    with np.errstate(over="ignore"):  # to infinity, which is found below
+        logprobs = values.astype(np.float32)
     finite = np.isfinite(logprobs)
     if not finite.all():
         bad = int((~finite).sum())

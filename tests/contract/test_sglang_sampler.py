@@ -1,0 +1,164 @@
+"""The scoring server as a `Sampler`: the teacher's own answers, for its accuracy."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from qwen3_distill.config import SglangScoring
+from qwen3_distill.errors import DataError, EngineError
+from qwen3_distill.modeling.digest import directory_digest
+from qwen3_distill.scoring import sglang
+from qwen3_distill.scoring.request import SampledRequest
+from qwen3_distill.scoring.sglang import SglangTeacher
+from qwen3_distill.types import FinishReason, Rollout, RolloutRequest
+from tests.contract.builders import make_prompt, make_request, make_spec, ragged_requests, run
+from tests.contract.reference import behavior_logprobs, largest_gap, reference_model
+from tests.contract.sglang_adapter import (
+    POOL,
+    Kind,
+    SglangTeacherAdapter,
+    build_sglang,
+    sglang_config,
+)
+from tests.fault_proxy import Fault, FaultProxy
+from tests.tiny_models import EOS_ID, TinyModels
+
+FAR_NATS = 0.3
+
+
+@pytest.fixture(scope="module", params=["stand_in", pytest.param("real", marks=pytest.mark.sglang)])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return request.param
+
+
+@pytest.fixture
+def config(tiny_models: TinyModels, kind: Kind) -> SglangScoring:
+    return run(POOL.connect(sglang_config(tiny_models.teacher, kind)))
+
+
+@pytest.fixture
+def teacher(config: SglangScoring) -> Iterator[SglangTeacher]:
+    made = build_sglang(config)
+    run(made.start())
+    yield made
+    run(made.close())
+
+
+def answers(teacher: SglangTeacher, requests: list[RolloutRequest]) -> list[Rollout]:
+    """In the order of the requests, each exactly once."""
+
+    async def collect() -> list[Rollout]:
+        return [rollout async for rollout in teacher.sampler().generate(requests)]
+
+    by_id = {rollout.rollout_id: rollout for rollout in run(collect())}
+    assert len(by_id) == len(requests)
+    return [by_id[request.rollout_id] for request in requests]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 0.6},
+        {"top_k": 4},
+        {"top_p": 0.6},
+        {"temperature": 1.5, "top_p": 0.8},
+        {"top_k": 1},
+    ],
+    ids=str,
+)
+def test_behavior_logprobs_are_of_what_was_sampled_from(
+    teacher: SglangTeacher, tiny_models: TinyModels, kind: Kind, sampling: dict[str, float]
+) -> None:
+    reference = reference_model(tiny_models.teacher)
+    parity_nats = 5 * SglangTeacherAdapter(kind).parity_nats  # decoded token by token
+    for rollout in answers(teacher, ragged_requests(6, **sampling)):
+        expected = behavior_logprobs(reference, rollout)
+        assert largest_gap(rollout.behavior_logprobs, expected) < parity_nats
+
+
+def test_a_wrong_temperature_would_show(teacher: SglangTeacher, tiny_models: TinyModels) -> None:
+    reference = reference_model(tiny_models.teacher)
+    (rollout,) = answers(teacher, [make_request("a", make_prompt(5), make_spec(temperature=0.6))])
+    wrong = behavior_logprobs(reference, rollout, temperature=1.0)
+    assert largest_gap(rollout.behavior_logprobs, wrong) > FAR_NATS
+
+
+def test_an_answer_ends_with_its_end_token(teacher: SglangTeacher) -> None:
+    ended: list[Rollout] = []
+    for attempt in range(10):
+        # So hot that the end token comes up about once in 260 tokens.
+        requests = [
+            make_request(
+                f"r{seed}",
+                make_prompt(4, seed=seed),
+                make_spec(seed=100 * attempt + seed, temperature=100.0, max_new_tokens=100),
+            )
+            for seed in range(8)
+        ]
+        for rollout in answers(teacher, requests):
+            if rollout.finish_reason is FinishReason.STOP:
+                ended.append(rollout)
+            else:
+                assert rollout.num_tokens == 100
+                assert EOS_ID not in rollout.response_ids
+        if ended:
+            break
+    assert ended
+    for rollout in ended:
+        assert rollout.response_ids[-1] == EOS_ID
+        assert EOS_ID not in rollout.response_ids[:-1]
+
+
+def test_answers_are_of_the_directorys_weights(
+    teacher: SglangTeacher, tiny_models: TinyModels
+) -> None:
+    (rollout,) = answers(teacher, [make_request("a", make_prompt(5), make_spec())])
+    (span,) = rollout.versions
+    assert span.version.step == 0
+    assert directory_digest(tiny_models.teacher).startswith(span.version.digest)
+
+
+def test_no_requests_give_no_answers(teacher: SglangTeacher) -> None:
+    assert answers(teacher, []) == []
+
+
+def test_ids_beyond_the_vocabulary_never_reach_a_server(teacher: SglangTeacher) -> None:
+    prompt = make_prompt(3)
+    object.__setattr__(prompt, "token_ids", np.array([1, 2, 260], dtype=np.int32))
+    with pytest.raises(DataError, match="token 260"):
+        answers(teacher, [make_request("a", prompt, make_spec())])
+
+
+@pytest.mark.parametrize("fault", [Fault.CUT, Fault.STATUS_503, Fault.GARBAGE, Fault.ABORTED])
+def test_an_answer_that_got_lost_is_asked_for_again(
+    config: SglangScoring, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sglang, "BACKOFF_S", 0.01)
+    proxy = run(FaultProxy(config.urls[0]).start())
+    teacher = build_sglang(config.model_copy(update={"urls": (proxy.url,), "max_attempts": 3}))
+    run(teacher.start())
+    try:
+        requests = ragged_requests(3)
+        proxy.next_faults.extend([fault, None, fault])
+        assert len(answers(teacher, requests)) == 3
+        assert sum(teacher.counters.values()) == 2
+        proxy.always = lambda request: fault
+        with pytest.raises(EngineError, match="gave no answer in 3 attempts"):
+            answers(teacher, requests)
+    finally:
+        run(teacher.close())
+        run(proxy.close())
+
+
+def test_a_server_that_died_answers_again(tiny_models: TinyModels) -> None:
+    teacher = build_sglang(sglang_config(tiny_models.teacher, "stand_in"), SampledRequest())
+    run(teacher.start())
+    try:
+        assert teacher.server is not None
+        teacher.server.kill()
+        assert len(answers(teacher, ragged_requests(4))) == 4
+        assert teacher.counters == {sglang.RESTARTS: 1}
+    finally:
+        run(teacher.close())

@@ -1,0 +1,304 @@
+"""Servers that are started here: supervised, restarted, ended; and what stops a start."""
+
+import asyncio
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from qwen3_distill.errors import ConfigError, EngineLost, EngineStartError
+from qwen3_distill.scoring import sglang
+from qwen3_distill.scoring.request import SampledRequest
+from qwen3_distill.scoring.sglang import SglangTeacher
+from qwen3_distill.types import TeacherScore
+from tests.contract.builders import run, scores_of, synthetic_rollout
+from tests.contract.reference import largest_gap, reference_model, token_logprobs
+from tests.contract.sglang_adapter import Kind, SglangTeacherAdapter, sglang_config
+from tests.sglang_stand_in import write_interpreter
+from tests.tiny_models import TinyModels
+
+ROOT = Path(__file__).parents[2]
+ROLLOUTS = [synthetic_rollout(6, 5, seed) for seed in range(6)]
+
+Build = Callable[..., SglangTeacher]
+
+
+@pytest.fixture
+def build(tiny_models: TinyModels, tmp_path: Path) -> Iterator[Build]:
+    """Makes teachers that are not started, and closes them."""
+    made: list[SglangTeacher] = []
+
+    def build_one(
+        kind: Kind = "stand_in", *, prelude: str | None = None, **changes: object
+    ) -> SglangTeacher:
+        if prelude is not None:
+            changes["python"] = write_interpreter(tmp_path / "python", prelude)
+        config = sglang_config(tiny_models.teacher, kind, **changes)
+        on_gpu = config.device == "cuda"
+        made.append(
+            SglangTeacher(
+                config,
+                request=SampledRequest(),
+                memory_fraction=0.1 if on_gpu else 0.25,
+                max_total_tokens=32768,
+                log=tmp_path / "logs" / "sglang.log",
+            )
+        )
+        return made[-1]
+
+    yield build_one
+    for teacher in made:
+        run(teacher.close())
+
+
+KINDS = ["stand_in", pytest.param("real", marks=pytest.mark.sglang)]
+
+
+def processes_of(group: int) -> list[int]:
+    """Living processes of a process group's session."""
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                fields = (entry / "stat").read_bytes().rpartition(b")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == group and fields[0] != b"Z":
+                found.append(int(entry.name))
+    return found
+
+
+def wait_until_gone(group: int, seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while processes_of(group):
+        assert time.monotonic() < deadline, f"still there: {processes_of(group)}"
+        time.sleep(0.1)
+
+
+# --- Life ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_that_is_killed_while_it_scores_is_started_again(
+    build: Build, tiny_models: TinyModels, kind: Kind
+) -> None:
+    teacher = build(kind, request_tokens=11, max_in_flight=1, max_restarts=1)
+    run(teacher.start())
+    server = teacher.server
+    assert server is not None
+    first_group = server.pid
+    assert first_group is not None
+    assert_hidden_key(server.api_key, server.pid)
+
+    async def score_and_kill() -> list[object]:
+        scoring = asyncio.create_task(teacher.score(ROLLOUTS))
+        await asyncio.sleep(0)  # its first request is on its way
+        server.kill()
+        return list(await scoring)
+
+    results = run(score_and_kill())
+    reference = reference_model(tiny_models.teacher)
+    for rollout, result in zip(ROLLOUTS, results, strict=True):
+        assert isinstance(result, TeacherScore)
+        gap = largest_gap(result.logprobs, token_logprobs(reference, rollout))
+        assert gap < SglangTeacherAdapter(kind).parity_nats
+    assert teacher.counters == {sglang.RESTARTS: 1}
+    assert processes_of(first_group) == []
+    second_group = server.pid
+    assert second_group is not None
+    assert processes_of(second_group)
+    run(teacher.close())
+    wait_until_gone(second_group)
+
+
+def assert_hidden_key(api_key: str, group: int | None) -> None:
+    """The key is in no command line of the server's processes."""
+    assert group is not None
+    assert len(api_key) >= 32
+    lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in processes_of(group)]
+    assert lines
+    assert not any(api_key.encode() in line for line in lines)
+
+
+def test_files_that_hold_the_key_are_ours_alone(build: Build, tmp_path: Path) -> None:
+    teacher = build(prelude='cp "$4" "$0.yaml"; ls -ld "$(dirname "$4")" > "$0.mode"')
+    run(teacher.start())
+    server = teacher.server
+    assert server is not None
+    assert server.api_key in (tmp_path / "python.yaml").read_text()
+    assert (tmp_path / "python.mode").read_text().startswith("drwx------")
+    assert stat.S_IMODE((tmp_path / "logs" / "sglang.log").stat().st_mode) == 0o600
+
+
+def test_a_server_that_dies_too_often_stops_the_run(build: Build) -> None:
+    teacher = build(max_restarts=0)
+    run(teacher.start())
+    assert teacher.server is not None
+    teacher.server.kill()
+    with pytest.raises(EngineLost, match=r"died, after 0 restarts \(scoring.max_restarts\)"):
+        run(teacher.score(ROLLOUTS))
+
+
+def test_an_idle_server_that_died_is_started_again(build: Build) -> None:
+    teacher = build()
+    run(teacher.start())
+    for expected_restarts in (1, 2):
+        assert teacher.server is not None
+        teacher.server.kill()
+        assert len(scores_of(teacher, ROLLOUTS)) == len(ROLLOUTS)
+        assert teacher.counters == {sglang.RESTARTS: expected_restarts}
+    run(teacher.start())  # begins anew
+    assert teacher.counters == {}
+
+
+def test_the_memory_fraction_is_asked_for_at_every_start(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    fractions = iter([0.5, 0.25])
+    keep = write_interpreter(tmp_path / "python", 'cat "$4" >> "$0.yaml"')
+    teacher = SglangTeacher(
+        sglang_config(tiny_models.teacher, "stand_in", python=keep),
+        request=SampledRequest(),
+        memory_fraction=lambda: next(fractions),
+        max_total_tokens=None,
+        log=tmp_path / "log",
+    )
+    run(teacher.start())
+    assert teacher.server is not None
+    teacher.server.kill()
+    assert len(scores_of(teacher, ROLLOUTS)) == len(ROLLOUTS)
+    run(teacher.close())
+    lines = (tmp_path / "python.yaml").read_text().splitlines()
+    asked = [line for line in lines if line.startswith("mem-fraction-static")]
+    assert asked == ["mem-fraction-static: 0.5", "mem-fraction-static: 0.25"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_left_when_the_controller_is_killed(
+    tiny_models: TinyModels, tmp_path: Path, kind: Kind
+) -> None:
+    config = sglang_config(tiny_models.teacher, kind)
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    script = f"""
+import asyncio, time
+from pathlib import Path
+from qwen3_distill.config import SglangScoring
+from qwen3_distill.scoring.request import SampledRequest
+from qwen3_distill.scoring.sglang import SglangTeacher
+
+async def main():
+    config = SglangScoring.model_validate_json(Path({str(tmp_path / "config.json")!r}).read_text())
+    teacher = SglangTeacher(config, request=SampledRequest(), memory_fraction=0.1,
+                            max_total_tokens=32768, log=Path({str(tmp_path / "log")!r}))
+    await teacher.start()
+    print(teacher.server.pid, flush=True)
+    time.sleep(600)
+
+asyncio.run(main())
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT, text=True
+    ) as controller:
+        assert controller.stdout is not None
+        group = int(controller.stdout.readline())
+        assert len(processes_of(group)) >= 2  # the guard and the server
+        os.kill(controller.pid, signal.SIGKILL)
+    wait_until_gone(group)
+
+
+# --- Starts that fail ---------------------------------------------------------------------------
+
+
+def start_error(teacher: SglangTeacher) -> str:
+    with pytest.raises(EngineStartError) as error:
+        run(teacher.start())
+    assert teacher.server is not None
+    assert not teacher.server.is_running
+    return str(error.value)
+
+
+def test_a_port_that_is_taken_is_named(build: Build) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        message = start_error(build(port=port))
+    assert f"port {port} " in message
+    assert "scoring.port" in message
+
+
+def test_a_port_that_was_just_used_is_free(build: Build) -> None:
+    first = build()
+    run(first.start())
+    assert first.server is not None
+    port = int(first.server.url.rpartition(":")[2])
+    assert len(scores_of(first, ROLLOUTS)) == len(ROLLOUTS)
+    run(first.close())
+    second = build(port=port)
+    run(second.start())
+    assert second.server is not None
+    assert second.server.url.endswith(f":{port}")
+
+
+def test_an_interpreter_that_does_not_exist_is_named(build: Build) -> None:
+    message = start_error(build(python="/nowhere/python"))
+    assert "/nowhere/python does not exist" in message
+
+
+def test_an_interpreter_without_sglang_is_told_what_to_install(build: Build) -> None:
+    message = start_error(build(python=sys.executable))
+    assert "SGLang is not installed" in message
+    assert f"{sys.executable} -m pip install 'qwen3-distill[sglang]'" in message
+
+
+def test_a_server_that_dies_at_its_start_leaves_its_last_words(build: Build) -> None:
+    message = start_error(build(prelude="echo ValueError: by hand >&2; exit 1"))
+    assert "did not start" in message
+    assert "ValueError: by hand" in message
+
+
+def test_the_last_words_are_those_of_this_start(build: Build, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "sglang.log").write_text("torch.OutOfMemoryError: an earlier one\n")
+    message = start_error(build(prelude="echo ValueError: this one; exit 1"))
+    assert "ValueError: this one" in message
+    assert "earlier" not in message
+    assert "memory" not in message
+
+
+def test_out_of_memory_says_what_was_planned_found_and_may_be_changed(build: Build) -> None:
+    found = "echo 'Load weight begin. avail mem=17.25 GB'"
+    message = start_error(build(prelude=f"{found}; echo CUDA out of memory. Tried; exit 1"))
+    assert "Planned: memory fraction 0.25, cache of 32768 tokens" in message
+    assert "17.25 GB free at load weight begin" in message
+    assert "lower scoring.max_total_tokens" in message
+
+
+def test_a_share_of_memory_that_is_too_small_is_to_be_raised(build: Build) -> None:
+    words = "RuntimeError: Not enough memory. Please try to increase --mem-fraction-static."
+    message = start_error(build(prelude=f"echo '{words}'; exit 1"))
+    assert "raise scoring.memory_fraction" in message
+
+
+def test_a_server_that_never_answers_ends_the_start(build: Build) -> None:
+    message = start_error(build(prelude="echo loading; sleep 600", start_timeout_s=1.0))
+    assert "no answer within scoring.start_timeout_s=1" in message
+    assert "loading" in message
+
+
+def test_fp8_without_a_gpu_is_refused(build: Build) -> None:
+    with pytest.raises(ConfigError, match=r"quantization=fp8 needs a GPU"):
+        run(build(quantization="fp8").start())
+
+
+@pytest.mark.sglang
+def test_a_wrong_option_is_shown_in_sglangs_own_words(build: Build) -> None:
+    message = start_error(build("real", server_arguments={"no-such-option": 3}))
+    assert "unrecognized arguments: --no-such-option" in message
