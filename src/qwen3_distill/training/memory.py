@@ -168,7 +168,8 @@ class MemoryModel:
         for choice in ladder:
             if self.peak_bytes(tokens, choice) <= budget_bytes:
                 return choice
-        return ladder[-1]
+        # Not the last: with all but one recomputed, the one that runs again makes the peak.
+        return min(ladder, key=lambda choice: self.peak_bytes(tokens, choice))
 
 
 def usable_bytes(memory_bytes: int) -> int:

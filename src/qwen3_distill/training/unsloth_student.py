@@ -11,6 +11,7 @@ import contextlib
 import gc
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from qwen3_distill.errors import EngineStartError, ModelError
 from qwen3_distill.modeling.head import TokenStats
 from qwen3_distill.modeling.loading import load_identity, resolve_device, resolve_dtype
 from qwen3_distill.protocols import WeightPayload
+from qwen3_distill.training.backbone import packing_gap, recompute_first_layers
 from qwen3_distill.training.batching import MicroBatch
 from qwen3_distill.training.learner import TorchLearner
 from qwen3_distill.training.lora import check_targets, initialise_adapters
@@ -45,9 +47,8 @@ from qwen3_distill.training.memory import (
 from qwen3_distill.training.objectives import build_objective
 from qwen3_distill.types import Metric
 
-_PROBE_LENGTHS = (19, 7, 12)
-_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
-"""Of the largest hidden value. Attention across sequences gives about 1."""
+_PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 6e-2}
+"""Of `packing_gap`."""
 
 
 class UnslothTorchLearner(TorchLearner):
@@ -183,7 +184,7 @@ class UnslothStudent:
         self._fused = self.device.type == "cuda" and isinstance(config.tuning, LoraTuning)
         self.core: PreTrainedModel = _load(model_dir, config, seed, plan.choice)
         _check_weights(model_dir, self.core)
-        _recompute_first_layers(self.core, plan.choice.recomputed_layers)
+        recompute_first_layers(self.core, plan.choice.recomputed_layers)
         self.packs, self._packing = self._decide_packing()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -212,7 +213,9 @@ class UnslothStudent:
             "packing": self._packing,
         }
 
-    def _packed_hidden(self, input_1T: Tensor, position_1T: Tensor, lengths: Any) -> Tensor:
+    def _packed_hidden(
+        self, input_1T: Tensor, position_1T: Tensor, lengths: Sequence[int]
+    ) -> Tensor:
         known: dict[str, Any] = {}
         if self._fused:
             # Lengths on the host spare unsloth a wait for the device to find them in positions.
@@ -229,7 +232,10 @@ class UnslothStudent:
         if wanted == "auto" and not self._fused:
             where = f"{self._config.tuning.kind} tuning on {self.device.type}"
             return False, f"off: unsloth has no attention kernel for it with {where}"
-        gap, limit = self._packing_gap(), _PROBE_TOLERANCE[self.core.dtype]
+        with self.autocast():
+            gap = packing_gap(self.core, self._packed_hidden)
+        rounds = "bfloat16" if _autocasts(self._config, self.device) else self._config.dtype
+        limit = _PROBE_TOLERANCE[rounds]
         if gap <= limit:
             return True, f"on: differs from single sequences by {gap:.1e} of the largest value"
         reason = (
@@ -239,27 +245,6 @@ class UnslothStudent:
         if wanted is True:
             raise EngineStartError(f"unsloth learner: training.packing=true, but {reason}")
         return False, f"off: {reason}"
-
-    @torch.no_grad()
-    def _packing_gap(self) -> float:
-        """Largest difference of hidden states, packed and one by one, over the largest of them."""
-        generator = torch.Generator().manual_seed(0)
-        vocabulary = self.core.config.vocab_size
-        rows = [torch.randint(vocabulary, (1, n), generator=generator) for n in _PROBE_LENGTHS]
-        packed = torch.cat(rows, dim=1).to(self.device)
-        positions = torch.cat([torch.arange(n) for n in _PROBE_LENGTHS]).unsqueeze(0)
-        self.core.eval()  # dropout would differ
-        try:
-            with self.autocast():
-                together = self._packed_hidden(packed, positions.to(self.device), _PROBE_LENGTHS)
-                alone = [
-                    self.core.model(input_ids=row.to(self.device), use_cache=False)[0]
-                    for row in rows
-                ]
-        finally:
-            self.core.train()
-        expected = torch.cat(alone, dim=1).float()
-        return float((together.float() - expected).abs().max() / expected.abs().max())
 
 
 def _load(
@@ -301,18 +286,6 @@ def _load(
     if not full:
         initialise_adapters(core, seed)
     return core
-
-
-def _recompute_first_layers(core: PreTrainedModel, count: int) -> None:
-    """Let only the first layers recompute. Loading armed all of them, or none."""
-    for index, layer in enumerate(core.model.layers):
-        if index >= count:
-            layer.gradient_checkpointing = False
-        elif not layer.gradient_checkpointing:
-            raise EngineStartError(
-                f"unsloth learner: layer {index} cannot be recomputed: unsloth did not arm it. "
-                "Set training.gradient_checkpointing=off"
-            )
 
 
 def _check_weights(model_dir: Path, core: PreTrainedModel) -> None:

@@ -84,7 +84,8 @@ def kept_by_pytorch(
         head_dim=32,
         tie_word_embeddings=True,
     )
-    model = Qwen3ForCausalLM(config).to(dtype).train()
+    model = Qwen3ForCausalLM(config).train()
+    torch.nn.Module.to(model, dtype)
     if isinstance(tuning, LoraTuning):
         targets = list(tuning.target_modules)
         get_peft_model(model, LoraConfig(r=1, target_modules=targets, task_type="CAUSAL_LM"))
@@ -140,8 +141,9 @@ def test_more_memory_recomputes_fewer_layers_and_the_choice_fits() -> None:
     [
         (141, True, OFF),
         (13, True, Checkpointing(recomputed_layers=35, offload=True)),
-        (5, True, OFFLOADED),  # nothing fits: the thriftiest
-        (5, False, Checkpointing(recomputed_layers=36, offload=False)),
+        # Nothing fits: the thriftiest, for which one layer may as well be kept.
+        (5, True, Checkpointing(recomputed_layers=35, offload=True)),
+        (5, False, Checkpointing(recomputed_layers=35, offload=False)),
     ],
 )
 def test_the_ends_of_the_ladder(gib: int, may_offload: bool, expected: Checkpointing) -> None:
@@ -154,7 +156,7 @@ def test_host_memory_helps_only_where_it_is_other_memory() -> None:
     assert offloaded.offload
     on_one_memory = MODEL.fewest_recomputed(32 * 640, budget, may_offload=False)
     assert not on_one_memory.offload
-    assert on_one_memory.recomputed_layers == 36
+    assert on_one_memory.recomputed_layers == 35
 
 
 def test_full_tuning_holds_weights_gradients_and_moments_in_float32() -> None:

@@ -1,0 +1,138 @@
+"""The shared learner where memory runs out, and the probes of the model below the head."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from qwen3_distill.config import EmbeddedTraining, OptimizerConfig, SampledReverseKL
+from qwen3_distill.errors import EngineError, EngineStartError
+from qwen3_distill.modeling.loading import load_model
+from qwen3_distill.training.backbone import packing_gap, recompute_first_layers
+from qwen3_distill.training.batching import MicroBatch
+from qwen3_distill.training.embedded import EmbeddedLearner
+from qwen3_distill.training.objectives import LossTerms, Objective, build_objective
+from qwen3_distill.types import Batch, ScoredRollout, TeacherScore
+from tests.contract.builders import synthetic_rollout
+from tests.tiny_models import TinyModels
+
+CPU = torch.device("cpu")
+
+
+class LackingObjective:
+    """The real one, which once finds no memory: for the micro-batch of that number."""
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+        self.fails_in = -1
+
+    def terms(
+        self, micro: MicroBatch, hidden_BTD: Tensor, head_VD: Tensor, denominator: float
+    ) -> LossTerms:
+        self.fails_in -= 1
+        if self.fails_in == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        return self._objective.terms(micro, hidden_BTD, head_VD, denominator)
+
+
+def learner_of(models: TinyModels) -> tuple[EmbeddedLearner, LackingObjective]:
+    config = SampledReverseKL(kind="sampled_reverse_kl")
+    objective = LackingObjective(build_objective(config, teacher_head_VD=None, chunk_tokens=64))
+    optimizer = OptimizerConfig(learning_rate=1e-3)
+    training = EmbeddedTraining(
+        kind="embedded", device="cpu", micro_batch_tokens=20, optimizer=optimizer
+    )
+    learner = EmbeddedLearner(
+        models.student, config=training, objective=objective, total_steps=9, seed=0
+    )
+    return learner, objective
+
+
+def batch_of(count: int) -> Batch:
+    rollouts = [synthetic_rollout(3, 9, seed) for seed in range(count)]
+    score = TeacherScore(teacher_id="t", logprobs=np.full(9, -1.0))
+    return Batch.uniform([ScoredRollout(rollout=rollout, score=score) for rollout in rollouts])
+
+
+def test_a_lack_of_memory_is_an_error_that_leaves_no_half_step(tiny_models: TinyModels) -> None:
+    (learner, objective), (spared, _) = (learner_of(tiny_models) for _ in range(2))
+    before = learner.version
+    objective.fails_in = 2  # after the first micro-batch's gradient
+    with pytest.raises(EngineError) as raised:
+        asyncio.run(learner.update(batch_of(3)))
+    message = str(raised.value)
+    assert "step 0: the learner ran out of memory; nothing was stepped" in message
+    assert "Planned: micro-batches of 20 tokens, no layer recomputed" in message
+    assert "Found: CUDA out of memory. Tried to allocate 2.00 GiB. Lower" in message
+    assert "training.micro_batch_tokens" in message
+    assert "training.gradient_checkpointing" in message
+    assert learner.version == before
+    again, undisturbed = (asyncio.run(one.update(batch_of(3))) for one in (learner, spared))
+    assert (again.version, again.loss) == (undisturbed.version, undisturbed.loss)
+
+
+# --- Layers that are recomputed -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_the_first_layers_run_twice_and_the_others_once(
+    tiny_models: TinyModels, count: int
+) -> None:
+    model = load_model(tiny_models.student, device=CPU, dtype=torch.float32).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute_first_layers(model, count)
+    runs = [0, 0]
+
+    def counting(index: int) -> Any:
+        def hook(*_: Any) -> None:
+            runs[index] += 1
+
+        return hook
+
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.register_forward_pre_hook(counting(index))
+    model.model(input_ids=torch.arange(6).unsqueeze(0), use_cache=False)[0].sum().backward()
+    assert runs == [2 if index < count else 1 for index in range(2)]
+
+
+def test_layers_that_were_never_armed_are_refused(tiny_models: TinyModels) -> None:
+    model = load_model(tiny_models.student, device=CPU, dtype=torch.float32).train()
+    with pytest.raises(EngineStartError, match="layer 0 cannot be recomputed"):
+        recompute_first_layers(model, 1)
+
+
+# --- Sequences that must not see one another ----------------------------------------------------
+
+
+def test_the_probe_tells_packing_from_attention_across_sequences(tiny_models: TinyModels) -> None:
+    model = load_model(tiny_models.student, device=CPU, dtype=torch.float32).train()
+
+    def right(input_1T: Tensor, position_1T: Tensor, lengths: Sequence[int]) -> Tensor:
+        return model.model(input_ids=input_1T, position_ids=position_1T, use_cache=False)[0]
+
+    def blind(input_1T: Tensor, position_1T: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Causal over the whole row, as attention without the boundaries is."""
+        mask = torch.ones_like(input_1T)
+        return model.model(
+            input_ids=input_1T, position_ids=position_1T, attention_mask=mask, use_cache=False
+        )[0]
+
+    assert packing_gap(model, right) < 1e-5
+    assert packing_gap(model, blind) > 0.1
+    assert model.training
+
+
+def test_a_saved_student_is_a_directory_of_its_own(tiny_models: TinyModels, tmp_path: Path) -> None:
+    learner, _ = learner_of(tiny_models)
+    asyncio.run(learner.update(batch_of(2)))
+    asyncio.run(learner.save_student(tmp_path / "new" / "student"))
+    saved = load_model(tmp_path / "new" / "student", device=CPU, dtype=torch.float32)
+    expected = learner.payload().tensors
+    assert all(torch.equal(p, expected[name]) for name, p in saved.named_parameters())
+    names = {path.name for path in (tmp_path / "new" / "student").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors"} <= names
