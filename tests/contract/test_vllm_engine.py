@@ -352,7 +352,7 @@ def test_an_engine_that_dies_too_often_is_given_up(
             generate(engine, ragged_requests(2))
     finally:
         run(engine.close())
-    assert not live_processes(engine.pid)
+    assert all_gone(engine.pid)
 
 
 def live_processes(group: int | None) -> list[str]:
@@ -361,6 +361,15 @@ def live_processes(group: int | None) -> list[str]:
     out = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True)
     rows = [line.split(None, 2) for line in out.stdout.splitlines()]
     return [row[2] for row in rows if row[0] == str(group) and not row[1].startswith("Z")]
+
+
+def all_gone(group: int | None) -> bool:
+    """Whether a process group is empty within some seconds."""
+    for _ in range(100):
+        if not live_processes(group):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def test_no_process_outlives_a_controller_that_was_killed(
@@ -397,11 +406,7 @@ def test_no_process_outlives_a_controller_that_was_killed(
     controller.send_signal(signal.SIGKILL)
     controller.wait()
     controller.stdout.close()
-    for _ in range(100):
-        if not live_processes(group):
-            return
-        time.sleep(0.1)
-    pytest.fail(f"left behind: {live_processes(group)}")
+    assert all_gone(group), f"left behind: {live_processes(group)}"
 
 
 # --- Starting -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ finished: every request has its own seed, and no rollout is given twice.
 """
 
 import asyncio
+import re
 import shutil
 import sys
 import tempfile
@@ -23,6 +24,10 @@ from qwen3_distill.weights.directory import DirectoryChannel
 
 _LOAD_TIMEOUT_S = 300.0
 _CALL_TIMEOUT_S = 60.0
+_CAUSE = re.compile(r"\b(\w+(?:Error|Exception): .*)")
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|memory on device|available memory|KV cache is needed|max seq len", re.I
+)
 _MODULE = "qwen3_distill.generation.vllm_worker"
 
 
@@ -109,8 +114,9 @@ class VllmRolloutEngine:
                 "open", self._settings, timeout_s=self._config.start_timeout_s
             )
         except EngineStartError as error:
+            explained = self._explained(error)
             await self._worker.close()
-            raise _explained(error, self._config) from None
+            raise explained from None
         except BaseException:
             await self._worker.close()
             raise
@@ -201,6 +207,28 @@ class VllmRolloutEngine:
             if serve is not None:
                 await self._load(*serve)
 
+    def _explained(self, error: EngineStartError) -> EngineStartError:
+        """The error with its cause: vLLM's processes print theirs and pass on that there was one."""
+        text, config, output = str(error), self._config, self._worker.output()
+        if "No module named 'vllm'" in output:
+            return EngineStartError(
+                f"vLLM is not installed for {config.python or sys.executable}: make an "
+                "environment with `pip install 'qwen3-distill[vllm]'` and set generation.python "
+                "to its interpreter (docs/engines.md)"
+            )
+        causes = [line for line in _CAUSE.findall(output) if "initialization failed" not in line]
+        cause = f"; vLLM says: {causes[-1]}" if causes else ""
+        if _OUT_OF_MEMORY.search(cause):
+            planned = self._settings.kv_cache_bytes / 2**30
+            return EngineStartError(
+                f"vLLM found too little memory: planned {planned:.1f} GiB of key-value cache for "
+                f"{config.max_sequences} sequences beside the student's weights{cause}. Change "
+                "generation.kv_cache_gib, generation.max_sequences or generation.max_model_tokens"
+            )
+        if causes:
+            return EngineStartError(text + cause)
+        return EngineStartError(text if "the end of" in text else text + self._worker.last_output())
+
     def _check_context(self, requests: Sequence[RolloutRequest]) -> None:
         for request in requests:
             prompt_tokens = request.prompt.token_ids.size
@@ -221,14 +249,3 @@ class _PrivateChannel:
 
     def remove(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
-
-
-def _explained(error: EngineStartError, config: VllmGeneration) -> EngineStartError:
-    text = str(error)
-    if "No module named 'vllm'" in text:
-        return EngineStartError(
-            f"vLLM is not installed for {config.python or sys.executable}: make an environment "
-            "with `pip install 'qwen3-distill[vllm]'` and set generation.python to its "
-            "interpreter (docs/engines.md)"
-        )
-    return error

@@ -15,7 +15,6 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import asyncio
-import re
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -44,9 +43,6 @@ from qwen3_distill.types import (
 )
 from qwen3_distill.utils.worker import serve_worker
 
-_OUT_OF_MEMORY = re.compile(
-    r"out of memory|No available memory|larger than the available KV cache|max seq len", re.I
-)
 _DEAD = 70
 """Exit status of this process when the engine's own process has died."""
 
@@ -119,7 +115,8 @@ class VllmWorker:
         try:
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except Exception as error:  # vLLM raises what its libraries raise
-            raise EngineStartError(_start_problem(settings, error)) from error
+            text = " ".join(str(error).split()) or type(error).__name__
+            raise EngineStartError(f"vLLM {compat.version()} does not start: {text}") from error
         self._settings = settings
         device = "cpu" if compat.is_cpu() else "cuda"
         return VllmInfo(version=compat.version(), device=device, platform_is_cpu=device == "cpu")
@@ -280,18 +277,6 @@ def _die(error: BaseException) -> NoReturn:
     """The engine's process is gone and this one is of no more use: the controller restarts it."""
     print(f"vLLM's engine process died: {error}", file=sys.stderr, flush=True)  # noqa: T201
     os._exit(_DEAD)
-
-
-def _start_problem(settings: VllmSettings, error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    if _OUT_OF_MEMORY.search(text):
-        return (
-            f"vLLM found too little memory: planned {settings.kv_cache_bytes / 2**30:.1f} GiB of "
-            f"key-value cache for {settings.max_sequences} sequences beside the weights of "
-            f"{settings.model_dir}; vLLM says: {text}. Lower generation.kv_cache_gib or "
-            "generation.max_sequences, or shorten sampling.max_new_tokens"
-        )
-    return f"vLLM {compat.version()} does not start: {text}"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from qwen3_distill.errors import EngineStartError
 _GUARD = Path(__file__).with_name("guard.py")
 _SOURCE = Path(__file__).parents[2]
 _LOG_TAIL_BYTES = 4000
+_LOG_SEARCH_BYTES = 1 << 20
 
 
 def engine_environment(extra: Mapping[str, str]) -> dict[str, str]:
@@ -107,11 +108,15 @@ class ChildProcess:
 
     def last_output(self) -> str:
         """The end of what it printed since its start, for an error message."""
+        tail = self.output(_LOG_TAIL_BYTES)
+        return f"; the end of {self._log}:\n{tail}" if tail else f"; {self._log} is empty"
+
+    def output(self, limit_bytes: int = _LOG_SEARCH_BYTES) -> str:
+        """What it printed since its start, or the end of it."""
         try:
             with self._log.open("rb") as log:
                 size = log.seek(0, os.SEEK_END)
-                log.seek(max(self._log_start, size - _LOG_TAIL_BYTES))
-                tail = log.read().decode(errors="replace").strip()
+                log.seek(max(self._log_start, size - limit_bytes))
+                return log.read().decode(errors="replace").strip()
         except OSError:
             return ""
-        return f"; the end of {self._log}:\n{tail}" if tail else f"; {self._log} is empty"

@@ -156,6 +156,14 @@ class WorkerProcess:
         """SIGKILL the whole group at once; for a worker that hangs, and for tests."""
         self._process.kill()
 
+    def output(self) -> str:
+        """What the process printed since its start, or the end of it."""
+        return self._process.output()
+
+    def last_output(self) -> str:
+        """Its end, to be put after an error message."""
+        return self._process.last_output()
+
     async def _first(
         self, connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
