@@ -7,8 +7,10 @@ as null.
 Shape letters: R response tokens of one sequence, K candidates, V vocabulary.
 """
 
+import contextlib
+import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
@@ -16,6 +18,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+try:
+    from orjson import loads as _fast_loads
+except ImportError:  # slower, which candidates feel: 20 us a token instead of 5
+    _fast_loads = json.loads
 
 from qwen3_distill.scoring.request import ScoreRequest, TopKRequest
 from qwen3_distill.types import (
@@ -122,23 +129,42 @@ def read_scores(
     Raises:
         ReplyError: the reply is not JSON, or has another number of sequences.
     """
-    entries = _entries(reply, len(sequences))
-    return [
-        _read_one(entry, sequence, request, vocab_size, teacher_id)
-        for entry, sequence in zip(entries, sequences, strict=True)
-    ]
+    with _no_garbage_collection():
+        entries = _entries(reply, len(sequences))
+        return [
+            _read_one(entry, sequence, request, vocab_size, teacher_id)
+            for entry, sequence in zip(entries, sequences, strict=True)
+        ]
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A reply is up to a million small lists without a cycle, which the collector would visit."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _entries(reply: bytes, count: int) -> list[Any]:
-    try:
-        decoded = json.loads(reply)
-    except ValueError as error:
-        raise ReplyError(FaultKind.GARBAGE, f"the reply is not JSON: {error}") from error
+    decoded = _decoded(reply)
     if not isinstance(decoded, list):
         raise ReplyError(FaultKind.GARBAGE, f"the reply is a {type(decoded).__name__}, not a list")
     if len(decoded) != count:
         raise ReplyError(FaultKind.COUNT, f"{len(decoded)} answers to {count} sequences")
     return decoded
+
+
+def _decoded(reply: bytes) -> Any:
+    with contextlib.suppress(ValueError):
+        return _fast_loads(reply)
+    try:
+        return json.loads(reply)  # also reads NaN, which is not JSON
+    except ValueError as error:
+        raise ReplyError(FaultKind.GARBAGE, f"the reply is not JSON: {error}") from error
 
 
 def _read_one(

@@ -270,8 +270,8 @@ VERSION = WeightVersion(step=0, digest="d")
 
 
 def answer(ids: list[int], values: list[float | None] | None = None, **meta: Any) -> bytes:
-    values = [-1.0] * len(ids) if values is None else values
-    rows = [[value, token, None] for value, token in zip(values, ids, strict=True)]
+    pairs = zip([-1.0] * len(ids) if values is None else values, ids, strict=True)
+    rows = [[value, token, None] for value, token in pairs]
     found = {"output_token_logprobs": rows, "finish_reason": {"type": "stop"}, **meta}
     return reply({"output_ids": ids, "meta_info": found})
 
