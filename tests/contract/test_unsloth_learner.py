@@ -418,3 +418,10 @@ def test_full_weights_are_still_published_whole(bench: Bench) -> None:
     channel = MemoryChannel()
     learner = EMBEDDED.build(bench.student_dir, settings_of(FULL, publish_adapter=True))
     assert isinstance(channel.fetch(run(learner.publish(channel))), FullWeights)
+
+
+def test_weights_that_forget_small_steps_are_refused() -> None:
+    with pytest.raises(ValueError, match="a step smaller than 1/256 of a weight is rounded away"):
+        unsloth_config(tuning=FULL, dtype="bfloat16")
+    unsloth_config(tuning=LORA, dtype="bfloat16")
+    unsloth_config(tuning=FULL, dtype="float32")

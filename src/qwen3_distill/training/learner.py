@@ -93,8 +93,8 @@ class TorchLearner:
         seed: int,
         publish_adapter: bool = False,
     ) -> None:
+        self.student = student
         self._model_dir = Path(model_dir)
-        self._student = student
         self._objective = objective
         self._optimizer_config = optimizer
         self._micro_batch_tokens = micro_batch_tokens
@@ -152,7 +152,7 @@ class TorchLearner:
                 *metrics,
                 Metric.last("optim/learning_rate", learning_rate),
                 Metric.max("weights/lag_steps", lag_steps),
-                *self._student.metrics(),
+                *self.student.metrics(),
                 *self._memory_metrics(),
             ),
         )
@@ -163,7 +163,7 @@ class TorchLearner:
 
     def payload(self) -> WeightPayload:
         """The current version's weights, on the learner's device."""
-        core = self._student.core
+        core = self.student.core
         if self._adapter is not None:
             return adapter_weights(core, self._adapter)
         return FullWeights(tensors=dict(merged_parameters(core)))
@@ -194,7 +194,7 @@ class TorchLearner:
 
     async def save_student(self, directory: Path) -> None:
         # No second model is made: an engine may have patched the model's class in this process.
-        weights = {name: tensor.cpu() for name, tensor in merged_parameters(self._student.core)}
+        weights = {name: tensor.cpu() for name, tensor in merged_parameters(self.student.core)}
         directory.mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(weights, directory, metadata={"format": "pt"})
         config = AutoConfig.from_pretrained(self._model_dir)
@@ -210,8 +210,8 @@ class TorchLearner:
     def _gradient(self, batch: Batch) -> tuple[float, float, list[Metric]]:
         """Accumulate and clip the step's gradient; loss, gradient norm and metrics."""
         losses, pending = list[Tensor](), list[TensorMetric]()
-        for micro in micro_batches(batch, self._micro_batch_tokens, packed=self._student.packs):
-            terms = self._terms(micro.to(self._student.device), batch.denominator)
+        for micro in micro_batches(batch, self._micro_batch_tokens, packed=self.student.packs):
+            terms = self._terms(micro.to(self.student.device), batch.denominator)
             terms.loss.backward()
             losses.append(terms.loss.detach())
             pending.extend(terms.metrics)
@@ -224,15 +224,15 @@ class TorchLearner:
         return sum(values[1 : 1 + len(losses)]), values[0], metrics
 
     def _terms(self, micro: MicroBatch, denominator: float) -> LossTerms:
-        with self._student.autocast():
-            hidden_BTD = self._student.hidden(micro)
-            head_VD = output_head(self._student.core)
+        with self.student.autocast():
+            hidden_BTD = self.student.hidden(micro)
+            head_VD = output_head(self.student.core)
             return self._objective.terms(micro, hidden_BTD, head_VD, denominator)
 
     @contextlib.contextmanager
     def _memory_watched(self, step: int) -> Iterator[None]:
         """Count the step's peak; turn a lack of memory into an error, with nothing left behind."""
-        device = self._student.device
+        device = self.student.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         lack: str | None = None
@@ -246,13 +246,13 @@ class TorchLearner:
                 torch.cuda.empty_cache()
             raise EngineError(
                 f"step {step}: the learner ran out of memory; nothing was stepped. "
-                f"Planned: {self._student.memory_report()}. Found: {lack} Lower "
+                f"Planned: {self.student.memory_report()}. Found: {lack} Lower "
                 "training.micro_batch_tokens, or recompute more with "
                 "training.gradient_checkpointing"
             )
 
     def _memory_metrics(self) -> tuple[Metric, ...]:
-        device = self._student.device
+        device = self.student.device
         if device.type != "cuda":
             return ()
         peak = torch.cuda.max_memory_allocated(device) / _GIB

@@ -53,6 +53,10 @@ def learner_of(models: TinyModels) -> tuple[EmbeddedLearner, LackingObjective]:
     return learner, objective
 
 
+def parameters_of(learner: EmbeddedLearner) -> list[torch.nn.Parameter]:
+    return list(learner.student.core.parameters())
+
+
 def batch_of(count: int) -> Batch:
     rollouts = [synthetic_rollout(3, 9, seed) for seed in range(count)]
     score = TeacherScore(teacher_id="t", logprobs=np.full(9, -1.0))
@@ -72,6 +76,7 @@ def test_a_lack_of_memory_is_an_error_that_leaves_no_half_step(tiny_models: Tiny
     assert "training.micro_batch_tokens" in message
     assert "training.gradient_checkpointing" in message
     assert learner.version == before
+    assert all(p.grad is None for p in parameters_of(learner)), "gradients hold memory"
     again, undisturbed = (asyncio.run(one.update(batch_of(3))) for one in (learner, spared))
     assert (again.version, again.loss) == (undisturbed.version, undisturbed.loss)
 
