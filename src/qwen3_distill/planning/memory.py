@@ -29,8 +29,7 @@ _RUNTIME_GIB: dict[str, dict[Engine, float]] = {
 _CUDA_GRAPH_BYTES = 1.25 * GIB
 _VLLM_BATCHED_TOKENS = 8192
 """vLLM's own default on large GPUs."""
-_SGLANG_LOGPROB_ROWS = 2048
-"""Rows of logits that SGLang holds at a time (its SGLANG_LOGPROB_CHUNK_SIZE)."""
+_DECODE_GRAPH_BYTES = 1.0 * GIB
 _CACHE_BLOCK_TOKENS = 16
 _PLAIN_KERNELS = 2
 """Without unsloth's fused kernels a block keeps about twice as much for the backward pass."""
@@ -111,10 +110,10 @@ def student_rows(config: RunConfig, models: Models, device: DeviceMemory) -> lis
         generation.kind == "vllm" and generation.quantization is not None
     )
     rows = [_weights_row("student", shape, itemsize, quantized)]
-    if config.training.tuning.kind == "lora" and generation.kind == "vllm":
-        tuning = config.training.tuning
+    tuning = config.training.tuning
+    if tuning.kind == "lora" and generation.kind == "vllm" and generation.adapters == "swap":
         adapter = shape.lora_parameters(tuning.rank, tuning.target_modules) * itemsize
-        rows.append(_row("student", "adapter slots", 2 * adapter, f"2 of rank {tuning.rank}"))
+        rows.append(_row("student", "adapter", adapter, f"rank {tuning.rank}"))
     cache = student_cache_bytes(config, models)
     how = f"{generation.max_sequences} rollouts of {prompt_tokens(config, models)} + "
     how += f"{config.sampling.max_new_tokens} tokens"
@@ -200,12 +199,15 @@ def teacher_rows(config: RunConfig, models: Models, device: DeviceMemory) -> lis
         left = teacher_static_bytes(config, models, device.free_bytes) - weights.num_bytes
         cache = max(0, min(left, cache) if scoring.max_total_tokens is not None else left)
         how = "scoring.memory_fraction"
-    return [
+    rows = [
         weights,
         _row("teacher", "key-value cache", cache, how),
         _teacher_working_row(config, models),
         _runtime_row("teacher", device),
     ]
+    if scoring.decode_graphs and device.kind != "cpu":
+        rows.append(_row("teacher", "CUDA graphs", _DECODE_GRAPH_BYTES, "estimate"))
+    return rows
 
 
 def _teacher_working_row(config: RunConfig, models: Models) -> PlanRow:
@@ -214,7 +216,7 @@ def _teacher_working_row(config: RunConfig, models: Models) -> PlanRow:
     itemsize = _ITEMSIZE[scoring.dtype]
     passing = scoring.chunked_prefill_tokens * _passing_elements(shape) * itemsize
     # Logits in the model's dtype and in float32, and their log-softmax.
-    rows = min(_SGLANG_LOGPROB_ROWS, scoring.chunked_prefill_tokens)
+    rows = min(scoring.chunk_tokens, scoring.chunked_prefill_tokens)
     logits = rows * shape.vocab_size * (itemsize + 4 + 4)
     # The float32 head is a copy made for every chunk.
     head = 4 * shape.vocab_size * shape.hidden_size if scoring.float32_head else 0
@@ -272,6 +274,9 @@ def learner_state_rows(config: RunConfig, models: Models) -> list[PlanRow]:
         rows = [_weights_row("learner", shape, itemsize, quantized=False)]
         how = f"rank {tuning.rank}, float32: weights, gradients, two moments"
         rows.append(_row("learner", "adapters and optimizer", 16 * adapters, how))
+        if config.generation.kind == "vllm" and config.generation.adapters == "merge":
+            merged = shape.merged_parameters(tuning.target_modules) * itemsize
+            rows.append(_row("learner", "merged weights", merged, "generation.adapters=merge"))
         return rows
     weights = _weights_row("learner", shape, itemsize, quantized=False)
     how = f"gradients and two moments, {training.dtype}"

@@ -42,6 +42,8 @@ class MemoryPlan:
     sglang_memory_fraction: float
     """Share of the memory free at the scoring server's start, the first of all engines. Of no
     meaning where the servers run elsewhere."""
+    fraction_is_stated: bool
+    """Whether `sglang_memory_fraction` is the config's."""
     sglang_max_total_tokens: int
     """Tokens of the scoring server's key-value cache."""
     learner_memory_bytes: int
@@ -64,12 +66,17 @@ class MemoryPlan:
         return sum(row.num_bytes for row in self.rows if row.engine == engine)
 
     def teacher_memory_fraction(self, free_bytes: int) -> float:
-        """`sglang_memory_fraction` of a server that is started again beside the other engines.
-
-        Args:
-            free_bytes: what is free then; `planning.device.detect_memory` tells.
-        """
+        """The share that a server needs where so much is free."""
         return _fraction(self.teacher_static_bytes, free_bytes)
+
+    def memory_fraction_at_start(self) -> float:
+        """The share for a server that starts now, perhaps again and beside the other engines.
+
+        What the config states is taken as it is.
+        """
+        if self.fraction_is_stated:
+            return self.sglang_memory_fraction
+        return self.teacher_memory_fraction(detect_memory().free_bytes)
 
 
 def make_plan(
@@ -147,8 +154,9 @@ def _lay_out(config: RunConfig, models: Models, device: DeviceMemory) -> MemoryP
     learner = memory.learner_rows(config, models, device, mode)
     static = memory.teacher_static_bytes(config, models, device.free_bytes)
     scoring = config.scoring
-    if scoring.kind == "sglang" and scoring.memory_fraction is not None:
-        fraction = scoring.memory_fraction
+    stated = scoring.memory_fraction if scoring.kind == "sglang" else None
+    if stated is not None:
+        fraction = stated
     else:
         # The cache is bounded by its tokens: a larger share costs nothing, one that is a little
         # too small ends the server's start.
@@ -160,6 +168,7 @@ def _lay_out(config: RunConfig, models: Models, device: DeviceMemory) -> MemoryP
         reserve_bytes=reserve,
         vllm_kv_cache_bytes=memory.student_cache_bytes(config, models),
         sglang_memory_fraction=fraction,
+        fraction_is_stated=stated is not None,
         sglang_max_total_tokens=memory.teacher_cache_tokens(config, models),
         learner_memory_bytes=_learner_bytes(config, left),
         teacher_static_bytes=static,
@@ -298,6 +307,9 @@ def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], RunConfig]]:
     if generation.kind == "vllm" and generation.max_model_tokens is None:
         planned = config.planning.prompt_tokens + config.sampling.max_new_tokens
         candidates.append({"generation.max_model_tokens": planned})
+    lora = training.tuning.kind == "lora"
+    if generation.kind == "vllm" and generation.adapters == "merge" and lora:
+        candidates.append({"generation.adapters": "swap"})
     if scoring.kind == "sglang" and not scoring.urls:
         if scoring.quantization is None:
             candidates.append({"scoring.quantization": "fp8"})
@@ -307,6 +319,10 @@ def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], RunConfig]]:
             candidates.append({"scoring.max_total_tokens": scoring.max_total_tokens // 2})
         else:
             candidates.append({"scoring.request_tokens": scoring.request_tokens // 2})
+        if scoring.chunk_tokens > 512:
+            candidates.append({"scoring.chunk_tokens": scoring.chunk_tokens // 2})
+        if scoring.decode_graphs:
+            candidates.append({"scoring.decode_graphs": False})
         if scoring.chunked_prefill_tokens > 1024:
             half = scoring.chunked_prefill_tokens // 2
             candidates.append({"scoring.chunked_prefill_tokens": half})

@@ -94,6 +94,14 @@ class ModelShape:
             if name in target_modules
         )
 
+    def merged_parameters(self, target_modules: Collection[str]) -> int:
+        """Of the named linear layers themselves, which merging makes anew."""
+        return self.num_layers * sum(
+            rows * columns
+            for name, (rows, columns) in self.linear_layers.items()
+            if name in target_modules
+        )
+
     def saved_elements_per_token(self) -> int:
         """What one block keeps of a token for the backward pass.
 

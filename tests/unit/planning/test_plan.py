@@ -9,6 +9,7 @@ import pytest
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config_io import check_config, load_config
 from qwen3_distill.errors import ConfigError, ModelError
+from qwen3_distill.planning import plan as plan_module
 from qwen3_distill.planning.device import DeviceMemory
 from qwen3_distill.planning.memory import GIB, Models, activation_bytes
 from qwen3_distill.planning.plan import MemoryPlan, lay_out, make_plan
@@ -151,6 +152,21 @@ def test_quantized_rollouts_halve_the_weights() -> None:
     assert size(plan, "student", "weights") == named_shape("4B").fp8_weight_bytes(2)
 
 
+def test_swapped_adapters_have_a_slot_and_merged_ones_a_copy_of_the_layers() -> None:
+    swap, merge = planned(config(), 140), planned(config(generation={"adapters": "merge"}), 140)
+    assert size(swap, "student", "adapter") == 66_060_288 * 2
+    assert size(merge, "learner", "merged weights") == named_shape("4B").linear_parameters * 2
+    with pytest.raises(ConfigError) as caught:
+        planned(config(generation={"adapters": "merge"}), 90)
+    saved = (named_shape("4B").linear_parameters - 66_060_288) * 2
+    found = freed_by(str(caught.value))["generation.adapters=swap"]
+    assert found == pytest.approx(saved / GIB, abs=0.051)
+    full = planned(
+        config(training={"tuning": {"kind": "full"}, "dtype": "float32"}), 200, teacher="8B"
+    )
+    assert all(row.what not in ("adapter", "merged weights") for row in full.rows)
+
+
 def test_stated_cache_wins_and_must_hold_one_sequence() -> None:
     plan = planned(config(generation={"kv_cache_gib": 6.0}), 140)
     assert plan.vllm_kv_cache_bytes == 6 * GIB == size(plan, "student", "key-value cache")
@@ -177,6 +193,21 @@ def test_fraction_of_a_second_start_is_of_what_is_then_free() -> None:
     again = plan.teacher_memory_fraction(80 * GIB)
     assert again * 80 == pytest.approx(plan.sglang_memory_fraction * 140, rel=1e-3)
     assert plan.teacher_memory_fraction(10 * GIB) == 0.95
+
+
+def test_fraction_at_a_start_is_of_what_is_free_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = DeviceMemory(kind="cuda", name="GPU", free_bytes=80 * GIB)
+    monkeypatch.setattr(plan_module, "detect_memory", lambda: now)
+    plan = planned(config(), 140)
+    assert plan.memory_fraction_at_start() == plan.teacher_memory_fraction(80 * GIB)
+    assert plan.memory_fraction_at_start() > plan.sglang_memory_fraction
+    stated = planned(config(scoring={"memory_fraction": 0.4}), 140)
+    assert stated.memory_fraction_at_start() == 0.4
+
+
+def test_graphs_of_the_teachers_own_answers_are_counted() -> None:
+    plan = planned(config(scoring={"decode_graphs": True}), 140)
+    assert size(plan, "teacher", "CUDA graphs") == GIB
 
 
 def test_stated_fraction_and_tokens_win() -> None:
@@ -288,6 +319,7 @@ def test_advice_frees_what_it_says() -> None:
     """Each setting, made, lowers the sum by the figure in the message."""
     changes: dict[str, dict[str, Any]] = {
         "generation.max_sequences=128": {"generation": {"max_sequences": 128}},
+        "scoring.chunk_tokens=1024": {"scoring": {"chunk_tokens": 1024}},
         "scoring.request_tokens=8192": {"scoring": {"request_tokens": 8192}},
         "scoring.chunked_prefill_tokens=4096": {"scoring": {"chunked_prefill_tokens": 4096}},
         "training.micro_batch_tokens=4096": {"training": {"micro_batch_tokens": 4096}},
