@@ -1,0 +1,118 @@
+"""The engines' environments: exactly pinned, made whole or not at all, made once."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LOCKS = sorted(ROOT.glob("environments/*/requirements.lock"))
+CUDA = sorted(ROOT.glob("environments/*-cuda/requirements.txt"))
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    file = ROOT / "scripts" / "make_environment.py"
+    spec = importlib.util.spec_from_file_location("make_environment", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def pins(text: str) -> dict[str, str]:
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return dict(re.fullmatch(r"([\w.-]+)==(\S+)", line).groups() for line in lines)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.parent.name)
+def test_lock_pins_everything_exactly(lock: Path) -> None:
+    found = pins(lock.read_text())
+    assert len(found) > 50
+    assert "torch" in found
+
+
+def test_every_recipe_has_its_files_and_every_folder_its_recipe(script: ModuleType) -> None:
+    folders = {p.parent.name for p in ROOT.glob("environments/*/requirements.*")}
+    assert folders == set(script.RECIPES)
+    for recipe in script.RECIPES.values():
+        assert all((ROOT / "environments" / "extras" / extra).exists() for extra in recipe.extras)
+
+
+@pytest.mark.parametrize("file", CUDA, ids=lambda file: file.parent.name)
+def test_cuda_environments_have_the_versions_of_the_extras(file: Path) -> None:
+    engine = file.parent.name.removesuffix("-cuda")
+    wanted = [line for line in file.read_text().splitlines() if line.startswith(engine)]
+    (extra,) = re.findall(rf"^{engine} = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.M)
+    assert re.findall(r'"([^"]+)"', extra) == wanted
+
+
+# --- Making one ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe called `small`: nothing to install, one extra; the folder of its files."""
+    folder = tmp_path / "environments"
+    (folder / "small").mkdir(parents=True)
+    (folder / "small" / "requirements.txt").write_text("# nothing\n")
+    (folder / "extras").mkdir()
+    (folder / "extras" / "helper.py").write_text("ANSWER = 42\n")
+    monkeypatch.setattr(script, "ENVIRONMENTS", folder)
+    made = script.Recipe("import helper; assert helper.ANSWER == 42", ("helper.py",))
+    monkeypatch.setitem(script.RECIPES, "small", made)
+    return folder
+
+
+def environments(cache: Path) -> list[str]:
+    return sorted(p.name for p in cache.iterdir() if p.is_dir())
+
+
+def test_environment_is_made_once_also_after_a_killed_build_and_anew_when_its_files_change(
+    script: ModuleType, recipe: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    tag = script.python_tag(sys.executable)
+    name = f"small-{script.digest('small', tag)}"
+    (cache / f".{name}.partial" / "lib" / "python3.0").mkdir(parents=True)
+    python = script.interpreter("small", sys.executable, cache)
+    assert python.is_file()
+    (python.parents[1] / "mark").touch()
+    assert script.interpreter("small", sys.executable, cache) == python
+    assert (python.parents[1] / "mark").exists(), "made a second time"
+    pip = (python.parent / "pip").read_text().splitlines()[0]
+    assert pip.startswith(f"#!{python}"), "scripts point to the temporary place"
+    assert environments(cache) == [name]
+    (recipe / "extras" / "helper.py").write_text("ANSWER = 42  # changed\n")
+    assert name != f"small-{script.digest('small', tag)}"
+
+
+def test_environment_that_does_not_work_is_not_left_behind(
+    script: ModuleType, recipe: Path, tmp_path: Path
+) -> None:
+    (recipe / "extras" / "helper.py").write_text("ANSWER = 41\n")
+    cache = tmp_path / "cache"
+    with pytest.raises(script.BuildError, match="failed with status 1"):
+        script.interpreter("small", sys.executable, cache)
+    assert environments(cache) == []
+
+
+def test_old_or_missing_python_is_refused(script: ModuleType, tmp_path: Path) -> None:
+    old = tmp_path / "python3.10"
+    old.write_text("#!/bin/sh\necho 3 10 linux-x86_64\n")
+    old.chmod(0o755)
+    with pytest.raises(script.BuildError, match=r"Python 3\.10.*3\.11 or newer"):
+        script.interpreter("small", str(old), tmp_path)
+    with pytest.raises(script.BuildError, match="cannot be run"):
+        script.interpreter("small", str(tmp_path / "none"), tmp_path)
+
+
+@pytest.mark.usefixtures("recipe")
+def test_digest_depends_on_the_python(script: ModuleType) -> None:
+    tags = ("3.11 linux-x86_64", "3.12 linux-x86_64", "3.11 linux-aarch64")
+    assert len({script.digest("small", tag) for tag in tags}) == 3
