@@ -350,6 +350,17 @@ def test_work_is_shared_by_tokens_in_flight(bench: Bench) -> None:
     assert all(proxy.most_in_flight == 3 for proxy in proxies)
 
 
+def test_a_large_request_counts_for_more_than_a_small_one(bench: Bench) -> None:
+    proxies = [bench.proxy(), bench.proxy()]
+    teacher = bench.started(*(proxy.url for proxy in proxies), request_tokens=1, max_in_flight=9)
+    for proxy in proxies:
+        proxy.requests.clear()
+        proxy.delay_s = 0.1
+    rollouts = [synthetic_rollout(4, 200), *(synthetic_rollout(4, 6, seed) for seed in range(5))]
+    assert len(scores_of(teacher, rollouts)) == 6
+    assert sorted(len(proxy.requests) for proxy in proxies) == [1, 5]
+
+
 def test_a_server_that_fails_is_replaced_by_the_others(
     bench: Bench, expected: dict[str, np.ndarray], parity_nats: float
 ) -> None:

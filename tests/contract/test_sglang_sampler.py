@@ -1,5 +1,6 @@
 """The scoring server as a `Sampler`: the teacher's own answers, for its accuracy."""
 
+import asyncio
 from collections.abc import Iterator
 
 import numpy as np
@@ -122,6 +123,17 @@ def test_answers_are_of_the_directorys_weights(
 
 def test_no_requests_give_no_answers(teacher: SglangTeacher) -> None:
     assert answers(teacher, []) == []
+
+
+def test_who_stops_listening_leaves_nothing_running(teacher: SglangTeacher) -> None:
+    async def first_only() -> int:
+        generator = teacher.sampler().generate(ragged_requests(8))
+        async for _ in generator:
+            break
+        await generator.aclose()
+        return sum("_answer" in repr(task) for task in asyncio.all_tasks())
+
+    assert run(first_only()) == 0
 
 
 def test_ids_beyond_the_vocabulary_never_reach_a_server(teacher: SglangTeacher) -> None:

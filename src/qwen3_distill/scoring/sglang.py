@@ -6,7 +6,7 @@ and every reply only after it was checked token by token (`sglang_wire`).
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -517,7 +517,7 @@ class SglangSampler:
     def __init__(self, teacher: SglangTeacher) -> None:
         self._teacher = teacher
 
-    async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
+    async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncGenerator[Rollout, None]:
         """See `Sampler.generate`.
 
         Raises:
