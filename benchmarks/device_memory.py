@@ -68,14 +68,18 @@ def device() -> Gpu | Machine:
 
 
 class PeakMemory:
-    """Samples the used bytes in a thread; the peak beyond what was used at the beginning."""
+    """Samples the used bytes in a thread; the peak beyond what was used at the beginning.
 
-    def __init__(self) -> None:
+    Args:
+        before_bytes: what counts as used before; default: what is used now.
+    """
+
+    def __init__(self, before_bytes: int | None = None) -> None:
         self._device = device()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
-        self.before_bytes = self._device.used_bytes()
-        self._peak_bytes = self.before_bytes
+        self.before_bytes = self._device.used_bytes() if before_bytes is None else before_bytes
+        self._peak_bytes = self._device.used_bytes()
 
     @property
     def peak_gib(self) -> float:

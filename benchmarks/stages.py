@@ -19,8 +19,8 @@ come; a part that is measured again replaces its figures, so the parts may be ru
 - `trl`: `benchmarks/trl_distillation.py` in an interpreter with TRL and vLLM.
 
 With `--together` all engines are started once, side by side, and every part but `trl` is measured
-on them; `resident` then puts the teacher of `--resident-teacher` in the place of the first. It costs
-minutes less, and asks for settings that leave room while one loads beside another
+on them; `resident` then puts the teacher of `--resident-teacher` in the place of the first. It
+costs minutes less, and asks for settings that leave room while one loads beside another
 (`scoring.memory_fraction` well above what the plan says).
 """
 
@@ -63,7 +63,6 @@ from qwen3_distill.pipeline.build import (
 )
 from qwen3_distill.pipeline.recorder import StageClock
 from qwen3_distill.pipeline.sequential import generate, push_weights, score
-from qwen3_distill.planning.device import detect_memory
 from qwen3_distill.protocols import Learner, RolloutEngine, TeacherScorer
 from qwen3_distill.scoring.request import TopKRequest, request_for
 from qwen3_distill.scoring.sglang import SglangTeacher, request_groups
@@ -295,13 +294,8 @@ def bare_requests(
 
 async def measure_train(work: Work, report: Report, modes: Sequence[str]) -> None:
     """Tokens a second, prompts included, of optimizer steps; one learner after another."""
-    per_sequence = work.prompt_tokens + work.new_tokens
     for mode in modes:
-        training = work.config.training
-        if mode == "off":
-            training = with_checkpointing(training, "off", micro_batch_tokens=8 * per_sequence)
-        elif mode == "ckpt":
-            training = with_checkpointing(training, "unsloth", micro_batch_tokens=32 * per_sequence)
+        training = train_settings(work, mode)
         config = work.config.model_copy(update={"training": training})
         learner, start_s = await started_learner(config)
         try:
@@ -309,6 +303,16 @@ async def measure_train(work: Work, report: Report, modes: Sequence[str]) -> Non
         finally:
             await learner.close()
         report.add(f"train_{mode}", {}, start_s=start_s)
+
+
+def train_settings(work: Work, mode: str) -> EmbeddedTraining | UnslothTraining:
+    """The config's learner with a mode's memory settings."""
+    training, per_sequence = work.config.training, work.prompt_tokens + work.new_tokens
+    if mode == "off":
+        return with_checkpointing(training, "off", micro_batch_tokens=8 * per_sequence)
+    if mode == "ckpt":
+        return with_checkpointing(training, "unsloth", micro_batch_tokens=32 * per_sequence)
+    return training
 
 
 async def measure_learner(
@@ -444,13 +448,27 @@ async def measure_together(arguments: argparse.Namespace, work: Work, report: Re
                 await measure_opd(work, report, parts, memory)
             if "train" in wanted:
                 await measure_own_learner(work, report, parts)
-            if "resident" in wanted:
-                await measure_other_teacher(arguments, work, report, parts)
-            if "train" in wanted:  # other settings need a learner of their own
-                await parts.learner.close()
-                await measure_train(work, report, arguments.train_modes)
-        finally:
+        except BaseException:
             await parts.close()
+            raise
+    try:
+        for mode in arguments.train_modes if "train" in wanted else ():
+            parts = await with_other_learner(work, report, parts, mode)
+        if "resident" in wanted:
+            await measure_other_teacher(arguments, work, report, parts, memory.before_bytes)
+    finally:
+        await parts.close()
+
+
+async def with_other_learner(work: Work, report: Report, parts: Parts, mode: str) -> Parts:
+    """A learner with other memory settings in the place of the first, measured; it stays."""
+    await parts.learner.close()
+    training = train_settings(work, mode)
+    config = work.config.model_copy(update={"training": training})
+    learner, start_s = await started_learner(config)
+    await measure_learner(work, report, learner, mode, training.micro_batch_tokens)
+    report.add(f"train_{mode}", {}, start_s=start_s)
+    return replace(parts, learner=learner)
 
 
 async def start_side_by_side(parts: Parts) -> None:
@@ -473,21 +491,24 @@ async def measure_own_learner(work: Work, report: Report, parts: Parts) -> None:
 
 
 async def measure_other_teacher(
-    arguments: argparse.Namespace, work: Work, report: Report, parts: Parts
+    arguments: argparse.Namespace, work: Work, report: Report, parts: Parts, before_bytes: int
 ) -> None:
-    """A larger teacher in the place of the first, beside the engines that are there."""
+    """A larger teacher in the place of the first, beside the engines that are there.
+
+    Args:
+        before_bytes: of the device's memory, used before any engine was started.
+    """
     await parts.teacher.close()
     scoring = work.config.scoring.model_copy(
-        update={"model": arguments.resident_teacher, "quantization": None, "memory_fraction": None}
+        update={
+            "model": arguments.resident_teacher,
+            "quantization": None,  # as its directory says
+            "memory_fraction": arguments.resident_memory_fraction,
+        }
     )
     config = work.config.model_copy(update={"scoring": scoring})
-    plan = plan_memory(config)
-    assert plan is not None
-    fraction = plan.teacher_memory_fraction(detect_memory().free_bytes)
-    beside = scoring.model_copy(update={"memory_fraction": fraction})
-    beside_config = config.model_copy(update={"scoring": beside})
-    teacher = build_teacher(beside_config, plan_memory(beside_config))
-    with PeakMemory() as memory:
+    teacher = build_teacher(config, plan_memory(config))
+    with PeakMemory(before_bytes) as memory:
         try:
             _, start_s = await timed(teacher.start())
             others = replace(parts, teacher=teacher)
@@ -596,6 +617,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--opd-steps", type=int, default=2, help="measured, after one to warm up")
     parser.add_argument("--together", action="store_true", help="start each engine once")
     parser.add_argument("--resident-teacher", help="model directory, with --together")
+    parser.add_argument(
+        "--resident-memory-fraction", type=float, help="its scoring.memory_fraction"
+    )
     modes = ("off", "ckpt", "auto")
     parser.add_argument("--train-modes", type=_names(modes), default=list(modes))
     parser.add_argument("--resident-figure", default="resident_4b_32b_fp8_gib")

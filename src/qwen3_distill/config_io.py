@@ -19,9 +19,16 @@ from qwen3_distill.errors import ConfigError
 
 
 class _Yaml12Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: PyYAML reads ``1e-5`` as a string, which strict mode would then refuse."""
+    """YAML 1.2: PyYAML reads ``1e-5`` as a string, and ``off`` and ``no`` as booleans."""
 
 
+_Yaml12Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Yaml12Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),

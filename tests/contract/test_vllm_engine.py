@@ -1,4 +1,4 @@
-"""What vLLM does beyond the contract: adapters, swaps under running rollouts, death and recovery."""
+"""What vLLM does beyond the contract: adapters, swaps under running rollouts, death, recovery."""
 
 import asyncio
 import os

@@ -146,7 +146,7 @@ def trained(output: Path) -> list[tuple[Any, ...]]:
     return [tuple(row[key] for key in keys) for row in read_jsonl(output / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("tuning", [(), LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("tuning", [LORA], ids=["lora"])
 def test_each_engine_may_die_once_and_the_run_ends_as_if_none_had(
     tmp_path: Path, tuning: tuple[str, ...]
 ) -> None:

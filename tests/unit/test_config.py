@@ -210,3 +210,10 @@ def test_differences_name_the_leaf_with_both_values() -> None:
         "a.new: 'absent' -> None",
         "list: [1, 2] -> [1, 3]",
     ]
+
+
+@pytest.mark.parametrize("word", ["off", "on", "no", "yes"])
+def test_a_word_is_a_word_and_not_a_boolean(tmp_path: Path, word: str) -> None:
+    file = tmp_path / "words.yaml"
+    file.write_text(f"a: {word}\nb: true\n")
+    assert load_values(file) == {"a": word, "b": True}

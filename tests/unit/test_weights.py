@@ -76,7 +76,7 @@ def some_adapter() -> LoraWeights:
 FILE_CHANNELS = {"directory": DirectoryChannel, "ipc_without_a_gpu": IpcChannel}
 
 
-@pytest.fixture(params=FILE_CHANNELS.values(), ids=FILE_CHANNELS.keys())
+@pytest.fixture(params=FILE_CHANNELS.values(), ids=list(FILE_CHANNELS))
 def file_channel(request: pytest.FixtureRequest, tmp_path: Path) -> WeightChannel:
     return request.param(tmp_path / "channel")
 

@@ -208,7 +208,7 @@ class VllmRolloutEngine:
                 await self._load(*serve)
 
     def _explained(self, error: EngineStartError) -> EngineStartError:
-        """The error with its cause: vLLM's processes print theirs and pass on that there was one."""
+        """The error with its cause: vLLM prints it, and passes on only that there was one."""
         text, config, output = str(error), self._config, self._worker.output()
         if "No module named 'vllm'" in output:
             return EngineStartError(

@@ -9,6 +9,7 @@ Shape letters: B rows of a micro-batch, T positions, N loss tokens, D hidden siz
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 from collections.abc import Sequence
@@ -232,6 +233,9 @@ class UnslothStudent:
         if wanted == "auto" and not self._fused:
             where = f"{self._config.tuning.kind} tuning on {self.device.type}"
             return False, f"off: unsloth has no attention kernel for it with {where}"
+        if wanted == "auto" and not _has_varlen_kernel():
+            # Its fallback takes the sequences one by one: measured 20,300 tok/s packed on one H200.
+            return False, "off: neither flash-attn nor xformers is installed"
         with self.autocast():
             gap = packing_gap(self.core, self._packed_hidden)
         rounds = "bfloat16" if _autocasts(self._config, self.device) else self._config.dtype
@@ -245,6 +249,12 @@ class UnslothStudent:
         if wanted is True:
             raise EngineStartError(f"unsloth learner: training.packing=true, but {reason}")
         return False, f"off: {reason}"
+
+
+def _has_varlen_kernel() -> bool:
+    """Whether unsloth found a kernel for several sequences in one row."""
+    dispatch: Any = importlib.import_module("unsloth.utils.attention_dispatch")
+    return bool(dispatch.HAS_FLASH_ATTENTION or dispatch.HAS_XFORMERS)
 
 
 def _load(
