@@ -45,8 +45,8 @@ SGLANG_PYTHONPATH ?=
 UNSLOTH_PYTHONPATH ?=
 # The interpreter that runs the project itself there; set it where $(VENV) cannot be made.
 GPU_PYTHON ?= $(BIN)/python
-# Settings of a machine's engines, e.g. LAB_SETTINGS="scoring.attention_backend=triton".
-LAB_SETTINGS ?=
+# Settings of a machine's engines. SGLang has no float32 kernels on CUDA, which the lab config asks for.
+LAB_SETTINGS ?= scoring.dtype=bfloat16 scoring.float32_head=true
 STAGES_CONFIG ?= configs/h200.yaml
 STAGES_SETTINGS ?=
 
