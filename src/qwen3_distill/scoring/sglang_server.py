@@ -186,6 +186,8 @@ class SglangServer:
             "skip-tokenizer-init": True,
             # Its readiness is checked here, by a real answer.
             "skip-server-warmup": True,
+            # Between a step's scores the scheduler would keep a core busy with waiting.
+            "sleep-on-idle": True,
             "grammar-backend": "none",
             # Graphs make decoding faster, which only the teacher's own answers need, and take
             # memory and time at the start.
