@@ -120,8 +120,11 @@ def test_a_version_that_was_not_written_to_its_end_cannot_be_fetched(
         channel.fetch(FIRST)
 
 
-def test_an_adapter_lies_in_the_layout_of_peft(tmp_path: Path) -> None:
-    channel = DirectoryChannel(tmp_path)
+@pytest.mark.parametrize("kind", FILE_CHANNELS.values(), ids=list(FILE_CHANNELS))
+def test_an_adapter_lies_in_the_layout_of_peft(
+    tmp_path: Path, kind: type[DirectoryChannel | IpcChannel]
+) -> None:
+    channel = kind(tmp_path)
     channel.publish(FIRST, some_adapter())
     config = PeftConfig.from_pretrained(str(channel.locate(FIRST)))
     assert (config.peft_type, config.r, config.lora_alpha) == ("LORA", 2, 6.0)  # pyright: ignore

@@ -195,8 +195,6 @@ class SglangServer:
             "disable-prefill-cuda-graph": True,
             "enable-fp32-lm-head": config.float32_head,
             "log-level-http": "warning",
-            # Else its scheduler spins on a core while the other stages work.
-            "sleep-on-idle": True,
         }
         optional: dict[str, float | int | str | None] = {
             "quantization": config.quantization,

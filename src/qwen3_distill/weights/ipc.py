@@ -78,6 +78,10 @@ class IpcChannel:
             raise WeightVersionError(f"the channel holds {held}, not {version}; publish it first")
         return FullWeights(tensors=tensors)
 
+    def locate(self, version: WeightVersion) -> Path:
+        """The directory of a version that was sent as files, as adapters always are."""
+        return self._files.locate(version)
+
     @property
     def _handles(self) -> Path:
         return self._root / _HANDLES
