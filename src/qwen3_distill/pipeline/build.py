@@ -34,8 +34,10 @@ from qwen3_distill.generation.embedded import EmbeddedRolloutEngine
 from qwen3_distill.generation.vllm import VllmRolloutEngine
 from qwen3_distill.modeling.loading import load_identity, load_tokenizer, resolve_dtype
 from qwen3_distill.pipeline.requests import make_batch
+from qwen3_distill.planning.device import detect_memory
 from qwen3_distill.planning.plan import MemoryPlan, make_plan
 from qwen3_distill.protocols import Learner, RolloutEngine, Sampler, TeacherScorer, WeightChannel
+from qwen3_distill.scoring.cache import CachedTeacher
 from qwen3_distill.scoring.embedded import EmbeddedTeacher
 from qwen3_distill.scoring.request import HiddenRequest, request_for
 from qwen3_distill.scoring.sglang import SglangTeacher
@@ -219,8 +221,9 @@ async def static_engine(config: RunConfig, model_dir: str) -> AsyncIterator[Roll
 @asynccontextmanager
 async def teacher_sampler(config: RunConfig, teacher: TeacherScorer) -> AsyncIterator[Sampler]:
     """Something that answers as the teacher: the server that scores, or an embedded engine."""
-    if isinstance(teacher, SglangTeacher):
-        yield teacher.sampler()
+    server = teacher.inner if isinstance(teacher, CachedTeacher) else teacher
+    if isinstance(server, SglangTeacher):
+        yield server.sampler()
         return
     scoring = config.scoring
     assert isinstance(scoring, EmbeddedScoring)
@@ -253,13 +256,24 @@ def build_teacher(config: RunConfig, plan: MemoryPlan | None) -> TeacherScorer:
                 chunk_tokens=scoring.chunk_tokens,
             )
         case SglangScoring():
-            return SglangTeacher(
+            teacher = SglangTeacher(
                 scoring,
                 request=request,
-                memory_fraction=_needed(plan).sglang_memory_fraction,
+                memory_fraction=_teacher_share(config, _needed(plan)),
                 max_total_tokens=_needed(plan).sglang_max_total_tokens,
                 log=engine_log(config, "sglang"),
             )
+            return CachedTeacher(teacher, request, scoring.cache) if scoring.cache else teacher
+
+
+def _teacher_share(config: RunConfig, plan: MemoryPlan) -> float | Callable[[], float]:
+    """The server's share of what is free, asked at every start: started again, it is not alone."""
+    if config.scoring.kind == "sglang" and config.scoring.memory_fraction is not None:
+        return config.scoring.memory_fraction
+    stated = config.planning.device_memory_gib is not None
+    if stated:  # of no use beside engines that are there
+        return plan.sglang_memory_fraction
+    return lambda: plan.teacher_memory_fraction(detect_memory().free_bytes)
 
 
 def build_learner(config: RunConfig, teacher: TeacherScorer, plan: MemoryPlan | None) -> Learner:
