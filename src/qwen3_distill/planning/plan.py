@@ -42,8 +42,6 @@ class MemoryPlan:
     sglang_memory_fraction: float
     """Share of the memory free at the scoring server's start, the first of all engines. Of no
     meaning where the servers run elsewhere."""
-    fraction_is_stated: bool
-    """Whether `sglang_memory_fraction` is the config's."""
     sglang_max_total_tokens: int
     """Tokens of the scoring server's key-value cache."""
     learner_memory_bytes: int
@@ -68,15 +66,6 @@ class MemoryPlan:
     def teacher_memory_fraction(self, free_bytes: int) -> float:
         """The share that a server needs where so much is free."""
         return _fraction(self.teacher_static_bytes, free_bytes)
-
-    def memory_fraction_at_start(self) -> float:
-        """The share for a server that starts now, perhaps again and beside the other engines.
-
-        What the config states is taken as it is.
-        """
-        if self.fraction_is_stated:
-            return self.sglang_memory_fraction
-        return self.teacher_memory_fraction(detect_memory().free_bytes)
 
 
 def make_plan(
@@ -168,7 +157,6 @@ def _lay_out(config: RunConfig, models: Models, device: DeviceMemory) -> MemoryP
         reserve_bytes=reserve,
         vllm_kv_cache_bytes=memory.student_cache_bytes(config, models),
         sglang_memory_fraction=fraction,
-        fraction_is_stated=stated is not None,
         sglang_max_total_tokens=memory.teacher_cache_tokens(config, models),
         learner_memory_bytes=_learner_bytes(config, left),
         teacher_static_bytes=static,

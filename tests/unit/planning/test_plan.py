@@ -9,7 +9,6 @@ import pytest
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config_io import check_config, load_config
 from qwen3_distill.errors import ConfigError, ModelError
-from qwen3_distill.planning import plan as plan_module
 from qwen3_distill.planning.device import DeviceMemory
 from qwen3_distill.planning.memory import GIB, Models, activation_bytes
 from qwen3_distill.planning.plan import MemoryPlan, lay_out, make_plan
@@ -193,16 +192,6 @@ def test_fraction_of_a_second_start_is_of_what_is_then_free() -> None:
     again = plan.teacher_memory_fraction(80 * GIB)
     assert again * 80 == pytest.approx(plan.sglang_memory_fraction * 140, rel=1e-3)
     assert plan.teacher_memory_fraction(10 * GIB) == 0.95
-
-
-def test_fraction_at_a_start_is_of_what_is_free_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = DeviceMemory(kind="cuda", name="GPU", free_bytes=80 * GIB)
-    monkeypatch.setattr(plan_module, "detect_memory", lambda: now)
-    plan = planned(config(), 140)
-    assert plan.memory_fraction_at_start() == plan.teacher_memory_fraction(80 * GIB)
-    assert plan.memory_fraction_at_start() > plan.sglang_memory_fraction
-    stated = planned(config(scoring={"memory_fraction": 0.4}), 140)
-    assert stated.memory_fraction_at_start() == 0.4
 
 
 def test_graphs_of_the_teachers_own_answers_are_counted() -> None:
