@@ -20,6 +20,13 @@ COMMANDS = {
     "score": ["--config", "--rollouts", "--out", "KEY.SUB=VALUE"],
     "train": ["--config", "--scored", "--out", "KEY.SUB=VALUE"],
     "eval": ["--config", "--model", "--out", "KEY.SUB=VALUE"],
+    "plan": [
+        "--config",
+        "--shape-student",
+        "--shape-teacher",
+        "--device-memory-gib",
+        "KEY.SUB=VALUE",
+    ],
     "audit-teacher": [
         "--config",
         "--rollouts",
