@@ -223,6 +223,7 @@ class _Pace:
         if self.step is None:
             # Loading and the first evaluation are over: they say nothing about the steps to come.
             self._since = self._now() - sum(stages)
+            self._start_step = step - 1  # a resumed run's earlier steps took none of this time
         self.step = step
         self._recent.append((sum(stages), values.get("tokens/generated") or 0.0))
         self.reverse_kl = _known(values.get("loss/reverse_kl_nats"), self.reverse_kl)

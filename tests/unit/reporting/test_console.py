@@ -86,8 +86,9 @@ def test_a_step_line_says_where_the_run_stands(out, clock_):
     )
 
 
-def test_the_eta_of_a_resumed_run_counts_only_its_own_steps(out, clock_):
-    reporter = _plain(out, clock_, total=100, start=90)
+@pytest.mark.parametrize("start", [0, 90], ids=["not_told", "told"])
+def test_the_eta_of_a_resumed_run_counts_only_its_own_steps(out, clock_, start):
+    reporter = _plain(out, clock_, total=100, start=start)
     reporter.step(91, _values())
     assert out.getvalue().endswith("ETA 0:04\n")  # 9 steps of 0.5 s
 
