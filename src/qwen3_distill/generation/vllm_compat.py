@@ -83,13 +83,14 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
         values["max_num_batched_tokens"] = max(limit, settings.max_model_tokens)
     values |= settings.engine_arguments
     known = {field.name for field in dataclasses.fields(vllm.AsyncEngineArgs)}
-    unknown = sorted(set(settings.engine_arguments) - known)
+    # Ours too: without `logprobs_mode`, say, an engine would start and give other logprobs.
+    unknown = sorted(values.keys() - known)
     if unknown:
         raise EngineStartError(
             f"generation.engine_arguments: vLLM {version()} has no {', '.join(unknown)}; see the "
-            "fields of its AsyncEngineArgs"
+            "fields of its AsyncEngineArgs, or use a version of docs/engines.md"
         )
-    return {key: value for key, value in values.items() if key in known}
+    return values
 
 
 def sampling_params(spec: SamplingSpec, eos_ids: Sequence[int]) -> SamplingParams:

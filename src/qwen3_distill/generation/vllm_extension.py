@@ -35,7 +35,7 @@ class WeightAccess:
         """Write the version of a request file into the adapter's slot; compare it afterwards.
 
         In place, so that CUDA graphs stay valid, and from file to device without vLLM's own
-        loader: that one goes through the host and takes most of a second for a 4B student.
+        loader, which goes through the host.
         """
         device = next(self._model().parameters()).device
         return _problem(lambda: self._swap_adapter(*_read(request, device)))
