@@ -110,6 +110,11 @@ class ReplayBuffer:
         layout = _layout(_shape(config, candidates)).values()
         return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout)
 
+    @property
+    def num_bytes(self) -> int:
+        """What this one takes: `memory_bytes`."""
+        return self.memory_bytes(self._config, candidates=self._shape.candidates)
+
     # --- Adding and dropping ----------------------------------------------------------------------
 
     def add(self, scored: Sequence[ScoredRollout]) -> None:
@@ -203,15 +208,12 @@ class ReplayBuffer:
             mass.zero_()
         self._oldest = oldest
 
-    def evict_older_than(self, max_age_steps: int, step: int) -> None:
-        """Drop the rollouts whose oldest token is older than that at ``step``."""
-        old_M = self._slots["oldest_step"] < step - max_age_steps
-        self._drop(old_M, _AGE)
-
-    def _drop(self, unwanted_M: Tensor, reason: int) -> None:
+    def evict_by_age(self, step: int) -> None:
+        """Drop the rollouts whose oldest token is older than ``max_age_steps`` at ``step``."""
         mass_M = self._slots["mass"]
-        self._slots["evicted"][reason] += (unwanted_M & (mass_M > 0)).sum()
-        mass_M.masked_fill_(unwanted_M, 0.0)
+        old_M = self._slots["oldest_step"] < step - self._config.max_age_steps
+        self._slots["evicted"][_AGE] += (old_M & (mass_M > 0)).sum()
+        mass_M.masked_fill_(old_M, 0.0)
 
     # --- Drawing ----------------------------------------------------------------------------------
 

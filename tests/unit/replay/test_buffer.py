@@ -67,6 +67,7 @@ class BufferMachine(RuleBasedStateMachine):
         candidates=st.sampled_from([0, 2]),
         reuse_cap=st.none() | st.integers(1, 3),
         coverage_first=st.booleans(),
+        max_age_steps=st.integers(0, 3),
         law=st.sampled_from(
             [
                 {"kind": "uniform"},
@@ -83,6 +84,7 @@ class BufferMachine(RuleBasedStateMachine):
         self.candidates, self.step = candidates, 0
         self.buffer = fresh()
         self.coverage_first = settings["coverage_first"]
+        self.max_age = settings["max_age_steps"]
         self.model = ModelBuffer(
             pages=pages,
             rollouts=min(pages, rollouts or pages),
@@ -113,10 +115,10 @@ class BufferMachine(RuleBasedStateMachine):
             self.buffer.add(scored)
         self.model.add(scored)
 
-    @rule(max_age=st.integers(0, 3))
-    def evict(self, max_age: int) -> None:
-        self.buffer.evict_older_than(max_age, self.step)
-        self.model.evict_older_than(max_age, self.step)
+    @rule()
+    def evict(self) -> None:
+        self.buffer.evict_by_age(self.step)
+        self.model.evict_older_than(self.max_age, self.step)
 
     @precondition(lambda self: self.model.live)
     @rule(data=st.data(), forget=st.booleans())
@@ -252,7 +254,7 @@ def test_marking_brings_nothing_back() -> None:
     buffer = buffer_of()
     buffer.add([scored_rollout(i, 2, 3) for i in range(3)])
     sample = buffer.sample(3, 0)
-    buffer.evict_older_than(0, step=9)
+    buffer.evict_by_age(9)
     buffer.mark_used(sample, torch.ones(3))
     assert len(buffer) == 0
 
@@ -313,5 +315,5 @@ def test_the_digest_tells_states_apart() -> None:
     seen.add(buffer.digest())
     buffer.mark_used(buffer.sample(1, 0), torch.ones(1))
     seen.add(buffer.digest())
-    buffer.evict_older_than(0, 5)
+    buffer.evict_by_age(9)
     assert len(seen | {buffer.digest()}) == 4
