@@ -795,17 +795,15 @@ def test_replay_says_what_it_holds_and_ends_with_the_age_limit(
     adapter: LearnerAdapter, bench: Bench
 ) -> None:
     scored = bench.ragged_batch(sampled()).scored
+    rollouts = [entry.rollout for entry in scored]
     config = REPLAY.model_copy(update={"max_age_steps": 2})
     learner = bench.learner(adapter, sampled(), replay=config)
     run(learner.admit(scored))
     *_, last = replayed(learner, 3, 100)
-    rollouts = [entry.rollout for entry in scored]
     expected = {
         "replay/rollouts": len(scored),
         "replay/drawn_rollouts": len(scored),
-        "replay/tokens": sum(
-            s.rollout.prompt.token_ids.size + s.rollout.num_tokens for s in scored
-        ),
+        "replay/tokens": sum(r.prompt.token_ids.size + r.num_tokens for r in rollouts),
         "replay/age_mean_steps": 2,
         "replay/age_max_steps": 2,
         "replay/uses_mean": 3,
