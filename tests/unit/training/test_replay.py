@@ -70,13 +70,13 @@ def test_each_used_rollout_gets_its_own_mean_magnitude(
     objective = OBJECTIVES[name]
     scored = scored_by(tiny_models, request_for(objective))
     learner, buffer = replaying(tiny_models, objective, scored, tokens)
-    first = buffer._slots["priority"][:5].tolist()
+    first = buffer._state["priority"][:5].tolist()
     student = reference_model(tiny_models.student)
     sample = buffer.sample(3, 0)
     asyncio.run(learner.update_replayed(3))
     for slot, entry in enumerate(scored):
-        priority = float(buffer._slots["priority"][slot])
-        if slot not in sample.slots_S:
+        priority = float(buffer._state["priority"][slot])
+        if slot not in sample.places_S:
             assert priority == first[slot]
         elif name == "sampled":
             gap = entry.score.logprobs - token_logprobs(student, entry.rollout)
@@ -84,7 +84,7 @@ def test_each_used_rollout_gets_its_own_mean_magnitude(
             assert priority == pytest.approx(float(expected), rel=1e-4)
         else:
             assert priority == pytest.approx(loss_alone(tiny_models, objective, entry), rel=1e-4)
-    assert buffer._slots["uses"][:5].sum() == 3
+    assert buffer._state["uses"][:5].sum() == 3
 
 
 def loss_alone(models: TinyModels, objective: ObjectiveConfig, entry: ScoredRollout) -> float:
@@ -95,16 +95,15 @@ def loss_alone(models: TinyModels, objective: ObjectiveConfig, entry: ScoredRoll
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("max_tokens", [1, 35, 10**6])
-@pytest.mark.parametrize("page_tokens", [1, 8])
 def test_flat_rollouts_are_laid_out_as_their_records(
-    tiny_models: TinyModels, packed: bool, max_tokens: int, page_tokens: int
+    tiny_models: TinyModels, packed: bool, max_tokens: int
 ) -> None:
     scored = scored_by(tiny_models, request_for(OBJECTIVES["top_k"]))
     weights = np.arange(1, 6, dtype=np.float32)
     batch = Batch(
         scored=tuple(scored), importance_weights=weights, task_advantages=np.zeros(5, np.float32)
     )
-    flat = flatten(scored, page_tokens=page_tokens)
+    flat = flatten(scored)
     ours = list(flat_micro_batches(flat, torch.from_numpy(weights), max_tokens, packed=packed))
     theirs = list(micro_batches(batch, max_tokens, packed=packed))
     assert len(ours) == len(theirs)
