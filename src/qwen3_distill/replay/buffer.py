@@ -197,24 +197,20 @@ class ReplayBuffer:
             )
 
     def _describe(self, flat: FlatRollouts, first_S: Counts, priority_S: Tensor) -> None:
-        tokens_S = flat.tokens_S
         oldest_step_S = torch.from_numpy(flat.oldest_step_S).to(self._device)
-        num_tokens_S = torch.from_numpy(tokens_S).to(self._device)
-        priority_S = self._clipped(priority_S)
-        mass_S = priority_mass(self._config.law, priority_S)
+        mass_S = self._mass(priority_S)
         for here, there in _ring_pieces(self._next, flat.num_rollouts, self._shape.rollouts):
             self._first[here] = first_S[there]
             self._prompt_tokens[here] = flat.prompt_tokens_S[there]
             self._response_tokens[here] = flat.response_tokens_S[there]
             self._oldest_step[here] = flat.oldest_step_S[there]
             self._state["oldest_step"][here] = oldest_step_S[there]
-            self._state["tokens"][here] = num_tokens_S[there]
             self._state["uses"][here] = 0
-            self._state["priority"][here] = priority_S[there]
             self._state["mass"][here] = mass_S[there]
 
-    def _clipped(self, priority_S: Tensor) -> Tensor:
-        return priority_S.clamp(MIN_PRIORITY_NATS, self._config.priority_clip_nats)
+    def _mass(self, priority_S: Tensor) -> Tensor:
+        clipped_S = priority_S.clamp(MIN_PRIORITY_NATS, self._config.priority_clip_nats)
+        return priority_mass(self._config.law, clipped_S)
 
     def _make_room(self, num_rollouts: int, end: int) -> None:
         """Free the oldest places until so many rollouts, with tokens up to ``end``, can follow."""
@@ -299,8 +295,7 @@ class ReplayBuffer:
         """
         self._check_current(sample)
         places_S = torch.from_numpy(sample.places_S).to(self._device)
-        priority_S = self._clipped(priority_S)
-        mass_S = priority_mass(self._config.law, priority_S)
+        mass_S = self._mass(priority_S)
         mass_S = mass_S.masked_fill(self._state["mass"][places_S] == 0, 0.0)  # dropped meanwhile
         uses_S = self._state["uses"][places_S] + 1
         if self._config.reuse_cap is not None:
@@ -308,7 +303,6 @@ class ReplayBuffer:
             mass_S = mass_S.masked_fill(used_up_S, 0.0)
             self._state["evicted"][_REUSE] += used_up_S.sum()
         self._state["uses"][places_S] = uses_S
-        self._state["priority"][places_S] = priority_S
         self._state["mass"][places_S] = mass_S
 
     def _check_current(self, sample: ReplaySample) -> None:
@@ -324,25 +318,18 @@ class ReplayBuffer:
         return int(self._state["mass"].count_nonzero())
 
     def metrics(self, step: int) -> tuple[Metric, ...]:
-        """What is held at ``step`` and what became of the rest. Waits for the device once."""
-        live_M = self._state["mass"] > 0
-        age_M = torch.where(live_M, step - self._state["oldest_step"], 0)
-        values = [
-            live_M.sum(),
-            torch.where(live_M, self._state["tokens"], 0).sum(),
-            age_M.sum(),
-            age_M.max(),
-            torch.where(live_M, self._state["uses"], 0).sum(),
-            *self._state["evicted"],
-        ]
-        live, tokens, age, oldest, uses, by_capacity, by_age, by_reuse = torch.stack(
-            [value.long() for value in values]
-        ).tolist()
+        """What is held at ``step`` and what became of the rest."""
+        live_M = (self._state["mass"] > 0).cpu().numpy()
+        live = int(live_M.sum())
+        tokens = int((self._prompt_tokens + self._response_tokens)[live_M].sum())
+        ages = step - self._oldest_step[live_M]
+        uses = int(self._state["uses"].cpu().numpy()[live_M].sum())
+        by_capacity, by_age, by_reuse = self._state["evicted"].tolist()
         return (
             Metric.last("replay/rollouts", live),
             Metric.last("replay/tokens", tokens),
-            Metric.mean("replay/age_mean_steps", age, live),
-            Metric.max("replay/age_max_steps", oldest),
+            Metric.mean("replay/age_mean_steps", int(ages.sum()), live),
+            Metric.max("replay/age_max_steps", int(ages.max(initial=0))),
             Metric.mean("replay/uses_mean", uses, live),
             Metric.last("replay/added", self._next),
             Metric.last("replay/evicted_by_capacity", by_capacity),
@@ -458,9 +445,7 @@ def _layout(shape: _Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     rollouts = (shape.rollouts,)
     return _arena_layout(shape) | {
         "oldest_step": (rollouts, torch.int64),
-        "tokens": (rollouts, torch.int32),
         "uses": (rollouts, torch.int32),
-        "priority": (rollouts, torch.float32),
         "mass": (rollouts, torch.float64),
         "evicted": ((3,), torch.int64),
     }

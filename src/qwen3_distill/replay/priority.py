@@ -10,6 +10,7 @@ all that an unbiased importance weight needs (Horvitz and Thompson 1952). Drawin
 would be unbiased as well, but would train on a rollout twice in one step.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -85,17 +86,19 @@ def systematic_draw(mass_M: Tensor, count: int, generator: torch.Generator) -> D
     Args:
         mass_M: float64; 0 where nothing may be drawn; positive in at least ``count`` places.
     """
-    total, largest = torch.stack([mass_M.sum(), mass_M.max()]).tolist()
+    edges_M = mass_M.cumsum(0)
+    total, largest = torch.stack([edges_M[-1], mass_M.max()]).tolist()
     if largest * count > total:
         mass_M = _capped(mass_M, count)
-    edges_M = mass_M.cumsum(0)
-    width = edges_M[-1] / count
-    offset = torch.rand((), dtype=torch.float64, generator=generator, device=mass_M.device)
-    points_n = (torch.arange(count, device=mass_M.device) + offset) * width
+        edges_M = mass_M.cumsum(0)
+        total = edges_M[-1].item()
+    device = mass_M.device
+    offset = torch.rand((), dtype=torch.float64, generator=generator, device=device)
+    points_n = torch.arange(count, dtype=torch.float64, device=device).add_(offset)
     # Rounding must not carry the last point past the last place that has a mass.
-    points_n = torch.minimum(points_n, edges_M[-1].nextafter(torch.zeros_like(width)))
+    points_n.mul_(total / count).clamp_(max=math.nextafter(total, 0.0))
     places_n = torch.searchsorted(edges_M, points_n, right=True)
-    return Draw(places_n, mass_M[places_n] / width)
+    return Draw(places_n, mass_M[places_n] * (count / total))
 
 
 def _capped(mass_M: Tensor, count: int) -> Tensor:

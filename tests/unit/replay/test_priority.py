@@ -75,7 +75,6 @@ def filled_buffer(law: ReplayLaw, *, seed: int = 0, **settings: Any) -> ReplayBu
     config = ReplayConfig(capacity_tokens=1000, max_age_steps=99, law=law, **settings)
     buffer = ReplayBuffer(config, candidates=0, device=torch.device("cpu"), seed=seed)
     buffer.add([scored_rollout(i, 2, 3, step=step) for i, step in enumerate(STEPS)])
-    buffer._state["priority"][:8] = torch.tensor(PRIORITIES)
     buffer._state["mass"][:8] = priority_mass(law, torch.tensor(PRIORITIES))
     buffer._state["oldest_step"][:8] = torch.tensor(STEPS)
     return buffer

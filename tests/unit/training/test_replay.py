@@ -11,6 +11,7 @@ from qwen3_distill.config import (
     EmbeddedTraining,
     ObjectiveConfig,
     OptimizerConfig,
+    ProportionalLaw,
     ReplayConfig,
     SampledReverseKL,
     TopKDivergence,
@@ -37,7 +38,11 @@ LENGTHS = [(3, 9), (12, 2), (1, 17), (5, 5), (2, 30)]
 def replaying(
     models: TinyModels, objective: ObjectiveConfig, scored: list[ScoredRollout], tokens: int
 ) -> tuple[EmbeddedLearner, ReplayBuffer]:
-    config = ReplayConfig(capacity_tokens=1000, priority_clip_nats=100.0)
+    config = ReplayConfig(
+        capacity_tokens=1000,
+        priority_clip_nats=100.0,
+        law=ProportionalLaw(kind="proportional", alpha=1.0),  # the mass is the priority
+    )
     buffer = build_replay(config, objective, device=torch.device("cpu"), seed=1)
     learner = EmbeddedLearner(
         models.student,
@@ -70,12 +75,12 @@ def test_each_used_rollout_gets_its_own_mean_magnitude(
     objective = OBJECTIVES[name]
     scored = scored_by(tiny_models, request_for(objective))
     learner, buffer = replaying(tiny_models, objective, scored, tokens)
-    first = buffer._state["priority"][:5].tolist()
+    first = buffer._state["mass"][:5].tolist()
     student = reference_model(tiny_models.student)
     sample = buffer.sample(3, 0)
     asyncio.run(learner.update_replayed(3))
     for slot, entry in enumerate(scored):
-        priority = float(buffer._state["priority"][slot])
+        priority = float(buffer._state["mass"][slot])
         if slot not in sample.places_S:
             assert priority == first[slot]
         elif name == "sampled":
