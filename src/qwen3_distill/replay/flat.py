@@ -67,7 +67,9 @@ class FlatRollouts:
         if np.array_equal(starts_S, self.starts_S) and len(self.token_id_F) == self.tokens_S.sum():
             return self
         slots = torch.from_numpy(spans(self.starts_S, self.tokens_S)).to(self.token_id_F.device)
-        copied: dict[str, Any] = {name: values[slots] for name, values in self.tensors()}
+        copied: dict[str, Any] = {
+            name: values.index_select(0, slots) for name, values in self.tensors()
+        }
         return replace(self, starts_S=starts_S, **copied)
 
 
