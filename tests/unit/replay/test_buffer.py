@@ -224,10 +224,10 @@ def test_a_rollout_that_would_pass_the_end_begins_at_the_start() -> None:
 def test_a_batch_that_would_meet_its_own_beginning_starts_over() -> None:
     buffer = buffer_of(tokens=100)
     buffer.add([scored_rollout(0, 10, 50)])
-    batch = [scored_rollout(i, 10, 20) for i in (1, 2, 3)]
+    batch = [scored_rollout(i, 10, 15) for i in (1, 2, 3, 4)]  # one of them fits behind it
     buffer.add(batch)
-    assert sorted(numbers(buffer)) == [1, 2, 3]
-    sample = buffer.sample(3, 0)
+    assert sorted(numbers(buffer)) == [1, 2, 3, 4]
+    sample = buffer.sample(4, 0)
     assert_holds(buffer.gather(sample), [batch[number - 1] for number in sample.numbers_S])
 
 
@@ -281,6 +281,14 @@ def test_a_sample_that_was_overwritten_is_refused() -> None:
         buffer.gather(sample)
     with pytest.raises(DataError, match="took the place"):
         buffer.mark_used(sample, torch.ones(3))
+
+
+def test_a_place_that_is_taken_again_was_never_used() -> None:
+    buffer = buffer_of(capacity_rollouts=2)
+    buffer.add([scored_rollout(i, 2, 3) for i in range(2)])
+    buffer.mark_used(buffer.sample(2, 0), torch.ones(2))
+    buffer.add([scored_rollout(2, 2, 3)])
+    assert metric(buffer, "uses_mean") == 0.5
 
 
 def test_marking_brings_nothing_back() -> None:
