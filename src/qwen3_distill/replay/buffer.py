@@ -92,6 +92,7 @@ class ReplayBuffer:
             for name, (shape, dtype) in _layout(self._shape).items()
         }
         self._arenas = {name: tensors.pop(name) for name in _arena_layout(self._shape)}
+        self._edges = tensors.pop("edges")
         self._state = tensors
         rollouts = self._shape.rollouts
         self._first = np.zeros(rollouts, dtype=np.int64)
@@ -259,9 +260,11 @@ class ReplayBuffer:
         generator.manual_seed(derive_seed(self._seed, "replay", step))
         drawable = live
         if config.coverage_first:
-            drawn, drawable = _unused_first(mass_M, uses_M, num_rollouts, live, generator)
+            drawn, drawable = _unused_first(
+                mass_M, uses_M, num_rollouts, live, generator, self._edges
+            )
         else:
-            drawn = systematic_draw(mass_M, num_rollouts, generator)
+            drawn = systematic_draw(mass_M, num_rollouts, generator, self._edges)
         beta = annealed(config.beta_start, config.beta_end, config.beta_steps, step)
         weights_S = importance_weights(drawn.inclusion_n, drawable, beta)
         places_S = drawn.places_n.cpu().numpy()
@@ -405,17 +408,22 @@ def build_replay(
 
 
 def _unused_first(
-    mass_M: Tensor, uses_M: Tensor, count: int, live: int, generator: torch.Generator
+    mass_M: Tensor,
+    uses_M: Tensor,
+    count: int,
+    live: int,
+    generator: torch.Generator,
+    edges_M: Tensor,
 ) -> tuple[Draw, int]:
     """Rollouts never used before any other; and how many rollouts could be drawn at all."""
     unused_M = torch.where(uses_M == 0, mass_M, 0.0)
     unused = int(unused_M.count_nonzero())
     if unused == 0:
-        return systematic_draw(mass_M, count, generator), live
-    first = systematic_draw(unused_M, min(count, unused), generator)
+        return systematic_draw(mass_M, count, generator, edges_M), live
+    first = systematic_draw(unused_M, min(count, unused), generator, edges_M)
     if count <= unused:
         return first, unused
-    second = systematic_draw(mass_M - unused_M, count - unused, generator)
+    second = systematic_draw(mass_M - unused_M, count - unused, generator, edges_M)
     both = Draw(*(torch.cat(parts) for parts in zip(first, second, strict=True)))
     order = both.places_n.argsort()
     return Draw(both.places_n[order], both.inclusion_n[order]), live
@@ -448,6 +456,7 @@ def _layout(shape: _Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         "uses": (rollouts, torch.int32),
         "mass": (rollouts, torch.float64),
         "evicted": ((3,), torch.int64),
+        "edges": (rollouts, torch.float64),
     }
 
 

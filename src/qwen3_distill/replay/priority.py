@@ -78,19 +78,22 @@ def _with_floor(mass_M: Tensor, fraction: float) -> Tensor:
     return (1 - fraction) * mass_M / mass_M.sum() + fraction * live_M / live_M.sum()
 
 
-def systematic_draw(mass_M: Tensor, count: int, generator: torch.Generator) -> Draw:
+def systematic_draw(
+    mass_M: Tensor, count: int, generator: torch.Generator, edges_M: Tensor | None = None
+) -> Draw:
     """Draw ``count`` different places, each with probability proportional to its mass.
 
     What would exceed probability 1 is drawn for certain, and the others share the rest.
 
     Args:
         mass_M: float64; 0 where nothing may be drawn; positive in at least ``count`` places.
+        edges_M: float64, overwritten: on a CPU new memory costs more than the sums put into it.
     """
-    edges_M = mass_M.cumsum(0)
+    edges_M = torch.cumsum(mass_M, 0, out=edges_M)
     total, largest = torch.stack([edges_M[-1], mass_M.max()]).tolist()
     if largest * count > total:
         mass_M = _capped(mass_M, count)
-        edges_M = mass_M.cumsum(0)
+        edges_M = torch.cumsum(mass_M, 0, out=edges_M)
         total = edges_M[-1].item()
     device = mass_M.device
     offset = torch.rand((), dtype=torch.float64, generator=generator, device=device)

@@ -197,14 +197,14 @@ TestAgainstTheModel.settings = settings(max_examples=40, stateful_step_count=20,
 def test_the_memory_is_known_before_it_is_taken(candidates: int, rollouts: int | None) -> None:
     config = ReplayConfig(capacity_tokens=1000, capacity_rollouts=rollouts)
     buffer = ReplayBuffer(config, candidates=candidates, device=CPU, seed=0)
-    held = [*buffer._arenas.values(), *buffer._state.values()]
+    held = [*buffer._arenas.values(), *buffer._state.values(), buffer._edges]
     expected = ReplayBuffer.memory_bytes(config, candidates=candidates)
     assert sum(tensor.untyped_storage().nbytes() for tensor in held) == expected
     storages = {tensor.untyped_storage().data_ptr() for tensor in held}
     for first in range(0, 400, 4):
         buffer.add([scored_rollout(first, 20, 30, candidates=candidates) for _ in range(3)])
         buffer.mark_used(buffer.sample(2, first), torch.rand(2))
-    held = [*buffer._arenas.values(), *buffer._state.values()]
+    held = [*buffer._arenas.values(), *buffer._state.values(), buffer._edges]
     assert {tensor.untyped_storage().data_ptr() for tensor in held} == storages
 
 
