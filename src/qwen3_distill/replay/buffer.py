@@ -241,9 +241,8 @@ class ReplayBuffer:
         """Draw different rollouts by the config's law, by the buffer's state and the step alone.
 
         The weights are (1 / (N P))^beta over the probabilities that rollouts were really drawn
-        with, divided by the largest of the sample. The loss divides by their sum, so that this
-        changes no gradient; it keeps them at most 1. With ``coverage_first``, N counts what could
-        be drawn: only rollouts never used, as long as these are enough.
+        with, divided by the largest of the sample, which also cancels N. The loss divides by their
+        sum, so that this changes no gradient; it keeps them at most 1.
 
         Raises:
             DataError: fewer are live.
@@ -258,15 +257,12 @@ class ReplayBuffer:
         mass_M = draw_mass(config.law, mass_M, self._state["oldest_step"], step)
         generator = torch.Generator(self._device)
         generator.manual_seed(derive_seed(self._seed, "replay", step))
-        drawable = live
         if config.coverage_first:
-            drawn, drawable = _unused_first(
-                mass_M, uses_M, num_rollouts, live, generator, self._edges
-            )
+            drawn = _unused_first(mass_M, uses_M, num_rollouts, generator, self._edges)
         else:
             drawn = systematic_draw(mass_M, num_rollouts, generator, self._edges)
         beta = annealed(config.beta_start, config.beta_end, config.beta_steps, step)
-        weights_S = importance_weights(drawn.inclusion_n, drawable, beta)
+        weights_S = importance_weights(drawn.inclusion_n, live, beta)
         places_S = drawn.places_n.cpu().numpy()
         return ReplaySample(
             places_S=places_S,
@@ -408,25 +404,20 @@ def build_replay(
 
 
 def _unused_first(
-    mass_M: Tensor,
-    uses_M: Tensor,
-    count: int,
-    live: int,
-    generator: torch.Generator,
-    edges_M: Tensor,
-) -> tuple[Draw, int]:
-    """Rollouts never used before any other; and how many rollouts could be drawn at all."""
+    mass_M: Tensor, uses_M: Tensor, count: int, generator: torch.Generator, edges_M: Tensor
+) -> Draw:
+    """Rollouts never used before any other."""
     unused_M = torch.where(uses_M == 0, mass_M, 0.0)
     unused = int(unused_M.count_nonzero())
     if unused == 0:
-        return systematic_draw(mass_M, count, generator, edges_M), live
+        return systematic_draw(mass_M, count, generator, edges_M)
     first = systematic_draw(unused_M, min(count, unused), generator, edges_M)
     if count <= unused:
-        return first, unused
+        return first
     second = systematic_draw(mass_M - unused_M, count - unused, generator, edges_M)
     both = Draw(*(torch.cat(parts) for parts in zip(first, second, strict=True)))
     order = both.places_n.argsort()
-    return Draw(both.places_n[order], both.inclusion_n[order]), live
+    return Draw(both.places_n[order], both.inclusion_n[order])
 
 
 def _shape(config: ReplayConfig, candidates: int) -> _Shape:

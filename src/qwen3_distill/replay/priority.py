@@ -121,16 +121,17 @@ def _capped(mass_M: Tensor, count: int) -> Tensor:
     return inclusion_M
 
 
-def importance_weights(inclusion_n: Tensor, num_drawable: int, beta: float) -> Tensor:
+def importance_weights(inclusion_n: Tensor, num_rollouts: int, beta: float) -> Tensor:
     """[n] float64 w_i = (1 / (N P_i))^beta with P_i = pi_i / n, arXiv 1511.05952.
 
-    At beta = 1 the mean of w_i f_i over a draw has the mean of f over all N as its expectation.
+    At beta = 1 the mean of w_i f_i over a draw has the mean of f over all N as its expectation, if
+    each of them has a positive pi_i.
 
     Args:
-        num_drawable: N, the rollouts with a positive pi.
+        num_rollouts: N.
     """
     count = len(inclusion_n)
-    return (count / (num_drawable * inclusion_n)).pow(beta)
+    return (count / (num_rollouts * inclusion_n)).pow(beta)
 
 
 def annealed(start: float, end: float, over_steps: int, step: int) -> float:

@@ -172,6 +172,18 @@ def test_the_last_slots_are_never_drawn_when_they_are_empty() -> None:
         assert int(systematic_draw(mass_M, 997, generator(seed)).places_n.max()) < 1000
 
 
+@pytest.mark.parametrize("offset", [0.0, math.nextafter(1.0, 0.0)])
+def test_the_ends_of_the_line_belong_to_what_has_a_mass(
+    monkeypatch: pytest.MonkeyPatch, offset: float
+) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(offset).double())
+    for count in range(1, 30):
+        masses = [0.0, *(0.1 * i for i in range(1, 31)), 0.0]
+        mass_M = torch.tensor(masses, dtype=torch.float64)
+        drawn = systematic_draw(mass_M, count, generator(0))
+        assert bool((mass_M[drawn.places_n] > 0).all())
+
+
 # --- Importance weights -------------------------------------------------------------------------
 
 VALUES = np.array([4.0, -1.0, 0.5, 7.0, 2.0, -3.0, 10.0, 1.0])
@@ -224,7 +236,7 @@ def test_where_unused_rollouts_are_enough_the_others_do_not_count() -> None:
     shares = expected_probabilities(LAWS["proportional"])
     inclusion = np.zeros(8)
     inclusion[4:] = capped_probabilities(shares[4:], 2)
-    raw = 2 / (4 * inclusion[sample.places_S])
+    raw = 1 / inclusion[sample.places_S]
     assert sample.weights_S.numpy() == pytest.approx(raw / raw.max(), rel=1e-5)
 
 
