@@ -6,7 +6,7 @@ priority^0.6 with importance weights, give the drawn ones new priorities. Each s
 batches in the form it takes: TorchRL's rows have one length, so it gets them padded to 1,024
 tokens and already stacked; ours are flat, without padding. TorchRL hands out a copy of the rows.
 Ours are read where they lie, which is what the learner does (``ours``); ``ours_copied`` also copies
-them, into dense tensors. The sides take turns in every round. A rollout counts once per round.
+them, into dense tensors. The sides take turns every 25 rounds. A rollout counts once per round.
 
     python benchmarks/replay.py --device cpu     # or cuda; figures go to results/replay.json
 
@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -51,6 +51,8 @@ BATCH = 256
 MIN_TOKENS, MAX_TOKENS = 64, 1_024
 ALPHA, BETA = 0.6, 0.4
 DISTINCT_BATCHES = 8
+BLOCK, WARM_UP = 25, 3
+"""Rounds of one side before it is the other's turn; and those that are not counted."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,9 @@ class TorchRL:
         self.buffer.update_tensordict_priority(self._sample)
 
 
+Side: TypeAlias = Ours | TorchRL
+
+
 def _lengths(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     tokens = rng.integers(MIN_TOKENS, MAX_TOKENS + 1, size=BATCH)
     prompt = tokens // 4
@@ -186,29 +191,32 @@ def _padded_batch(rng: np.random.Generator, device: torch.device) -> dict[str, T
     }
 
 
-def measure(
-    sides: dict[str, Ours | TorchRL], device: torch.device, rounds: int
-) -> dict[str, Timings]:
+def measure(sides: dict[str, Side], device: torch.device, rounds: int) -> dict[str, Timings]:
     """Fill every buffer, then take turns."""
     for side in sides.values():
         for index in range(ROLLOUTS // BATCH):
             side.add(index)
     timings = {name: Timings([], [], []) for name in sides}
-    for number in range(-3, rounds):  # the first three warm up
-        priority_S = torch.rand(BATCH, device=device) + 0.01
+    for first in range(0, rounds, BLOCK):
         for name, side in sides.items():
-            parts = [
-                _seconds(partial(side.add, number), device),
-                _seconds(side.draw, device),
-                _seconds(partial(side.refresh, priority_S), device),
-            ]
-            if number >= 0:
-                record = timings[name]
-                for values, seconds in zip(
-                    (record.add, record.draw, record.refresh), parts, strict=True
-                ):
-                    values.append(seconds)
+            _block(side, timings[name], range(first, min(first + BLOCK, rounds)), device)
     return timings
+
+
+def _block(side: Side, record: Timings, rounds: range, device: torch.device) -> None:
+    """Rounds of one side, after some that warm up."""
+    for number in (*range(-WARM_UP, 0), *rounds):
+        priority_S = torch.rand(BATCH, device=device) + 0.01
+        parts = (
+            _seconds(partial(side.add, number), device),
+            _seconds(side.draw, device),
+            _seconds(partial(side.refresh, priority_S), device),
+        )
+        if number >= 0:
+            for values, seconds in zip(
+                (record.add, record.draw, record.refresh), parts, strict=True
+            ):
+                values.append(seconds)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -263,7 +271,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     label = arguments.label or {"cpu": "cpu", "cuda": "h200"}[arguments.device]
     load_before = os.getloadavg()[0]
-    sides: dict[str, Ours | TorchRL] = {
+    sides: dict[str, Side] = {
         "torchrl": TorchRL(device),
         "ours": Ours(device, copies=False),
         "ours_copied": Ours(device, copies=True),

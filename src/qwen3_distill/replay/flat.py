@@ -7,6 +7,7 @@ slot of the token they describe, so those of prompt tokens mean nothing and are 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -49,7 +50,7 @@ class FlatRollouts:
     def num_rollouts(self) -> int:
         return len(self.starts_S)
 
-    @property
+    @cached_property
     def tokens_S(self) -> Counts:
         """Prompt and response tokens of each rollout."""
         return self.prompt_tokens_S + self.response_tokens_S
