@@ -610,9 +610,17 @@ class LoggingConfig(Schema):
     rollouts_per_save: PositiveInt = 16
     """Rollouts kept of such a step."""
     trackers: tuple[TrackerConfig, ...] = ()
+    trace: bool = True
+    """Write ``trace.json``: what every stage did when, for ui.perfetto.dev and the report."""
 
 
-class SequentialPipeline(Schema):
+class _Pipeline(Schema):
+    mps: bool = False
+    """Have the engines' processes share the GPU through an MPS daemon of the run's own, so that
+    their kernels run side by side. Where there is none to be had, the run says so and goes on."""
+
+
+class SequentialPipeline(_Pipeline):
     """Generate, score, train, publish: one after another. Strictly on-policy."""
 
     kind: Literal["sequential"]

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import EngineError, NonFiniteError, WeightVersionError
 from qwen3_distill.pipeline.build import Parts
-from qwen3_distill.pipeline.recorder import Recorder, StageClock
+from qwen3_distill.pipeline.recorder import Recorder
 from qwen3_distill.pipeline.requests import in_request_order, requests_for_step
 from qwen3_distill.protocols import RolloutEngine, TeacherScorer
+from qwen3_distill.reporting.trace import WEIGHTS, Trace
 from qwen3_distill.types import (
     Batch,
     Rollout,
@@ -34,29 +35,37 @@ async def run_sequential(parts: Parts, recorder: Recorder, cursor: RunCursor) ->
         NonFiniteError: a step had no finite loss or gradient; its batch is in the run folder.
     """
     config = parts.config
-    await push_weights(parts)  # before the first rollout: the engine has no weights of its own
+    trace = recorder.trace
+    await traced_push(parts, trace)  # before the first rollout: the engine has no weights yet
     await recorder.evaluate_if_due(cursor)
+    trace.begin_steps()
     while cursor.step < config.steps and not recorder.stop_requested:
-        clock = StageClock()
         prompts = parts.prompts.take(cursor.prompts_drawn, config.prompts_per_step)
         requests = requests_for_step(config, prompts, cursor.step)
-        with clock("generate"):
+        with trace.span("generate", rollouts=len(requests)):
             rollouts = await generate(parts.engine, requests)
-        with clock("score"):
+        with trace.span("score", rollouts=len(rollouts)):
             scored = await score(
                 parts.teacher, rollouts, max_dropped_fraction=max_dropped_fraction(config)
             )
-        with clock("train"):
+        with trace.span("train", rollouts=len(scored)):
             update = await checked_update(parts, recorder, parts.make_batch(scored))
-        with clock("publish"):
-            await push_weights(parts)
+        await traced_push(parts, trace)
         cursor = RunCursor(
             step=cursor.step + 1,
             prompts_drawn=cursor.prompts_drawn + config.prompts_per_step,
             weight_version=update.version,
         )
-        await recorder.after_step(cursor, scored, update, clock)
+        await recorder.after_step(cursor, scored, update)
     return cursor
+
+
+async def traced_push(parts: Parts, trace: Trace) -> None:
+    """`push_weights`, with the version that the engine serves from here on in the trace."""
+    with trace.span("publish"):
+        await push_weights(parts)
+    version = parts.learner.version
+    trace.instant(WEIGHTS, f"version {version.step}", step=version.step, digest=version.digest[:12])
 
 
 async def push_weights(parts: Parts) -> None:
