@@ -25,7 +25,7 @@ from qwen3_distill.protocols import Sampler
 from qwen3_distill.reporting.console import ProgressReporter
 from qwen3_distill.reporting.metrics import STEP_STAGES, MetricsLog, combine, read_jsonl
 from qwen3_distill.reporting.report import RolloutView, write_report
-from qwen3_distill.reporting.trace import StepTimes, Trace
+from qwen3_distill.reporting.trace import Trace
 from qwen3_distill.reporting.trackers import open_trackers
 from qwen3_distill.types import (
     Batch,
@@ -37,6 +37,36 @@ from qwen3_distill.types import (
     Update,
 )
 from qwen3_distill.utils.seeds import derive_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """What became of a step's rollouts, by their numbers, separated by spaces."""
+
+    trained: str
+    """``12`` is all of rollout 12, ``12@128+64`` are 64 of its tokens from token 128 on."""
+    dropped: str
+    """The same with a cause: ``12:stale``."""
+
+
+def ledger_entry(number: int, rollout: Rollout) -> str:
+    """A rollout, or a piece of one, as the `Ledger` names it."""
+    if rollout.is_whole:
+        return str(number)
+    return f"{number}@{rollout.continues_at}+{rollout.num_tokens}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """A finished step."""
+
+    cursor: RunCursor
+    """Where the run stands after it."""
+    scored: Sequence[ScoredRollout]
+    update: Update
+    metrics: Sequence[Metric]
+    """What the pipeline has to say beyond batch and update."""
+    ledger: Ledger
 
 
 class Recorder:
@@ -58,6 +88,8 @@ class Recorder:
         self._metrics.truncate_after(start_step)
         self._evaluations = MetricsLog(folder.evaluations)
         self._evaluations.truncate_after(start_step)
+        self._ledger = MetricsLog(folder.ledger)
+        self._ledger.truncate_after(start_step)
         self._trackers = open_trackers(
             self._config.logging,
             folder.path,
@@ -89,12 +121,13 @@ class Recorder:
         """Seconds since the run began; those of killed processes' lost steps are not in it."""
         return time.perf_counter() - self._clock_started
 
-    async def after_step(
-        self, cursor: RunCursor, scored: Sequence[ScoredRollout], update: Update
-    ) -> None:
+    async def after_step(self, done: StepRecord) -> None:
         """Log a finished step; save and evaluate when the config says so."""
-        values = self._step_values(scored, update, self.trace.end_step(cursor.step))
+        cursor, scored, ledger = done.cursor, done.scored, done.ledger
+        times = self.trace.end_step(cursor.step)
+        values = self._step_values(scored, done.update, [*times.metrics(), *done.metrics])
         values |= {**self._parts.engine.counters, **self._parts.teacher.counters}
+        self._ledger.log(cursor.step, {"trained": ledger.trained, "dropped": ledger.dropped})
         self._metrics.log(cursor.step, values)
         self._trackers.log(cursor.step, values)
         self._progress.step(cursor.step, values)
@@ -138,30 +171,32 @@ class Recorder:
     def close(self) -> None:
         self._metrics.close()
         self._evaluations.close()
+        self._ledger.close()
         self.trace.close()
         self._trackers.close()
 
     def _step_values(
-        self, scored: Sequence[ScoredRollout], update: Update, times: StepTimes
+        self, scored: Sequence[ScoredRollout], update: Update, more: Sequence[Metric]
     ) -> dict[str, float]:
         rollouts = [item.rollout for item in scored]
-        truncated = sum(r.finish_reason is FinishReason.LENGTH for r in rollouts)
+        ended = [r for r in rollouts if r.finish_reason is not FinishReason.HARVESTED]
+        truncated = sum(r.finish_reason is FinishReason.LENGTH for r in ended)
         metrics = [
             *update.metrics,
-            *times.metrics(),
+            *more,
             Metric.last("loss/objective", update.loss),
             Metric.last("optim/grad_norm", update.grad_norm),
             Metric.mean(
                 "rollout/response_tokens", sum(r.num_tokens for r in rollouts), len(rollouts)
             ),
-            Metric.mean("rollout/truncated_fraction", truncated, len(rollouts)),
+            Metric.mean("rollout/truncated_fraction", truncated, len(ended)),
             Metric.sum("tokens/generated", sum(r.num_tokens for r in rollouts)),
             Metric.sum("tokens/trained", update.num_loss_tokens),
-            Metric.sum("score/dropped_rollouts", self._config.rollouts_per_step - len(rollouts)),
         ]
         if self._parts.is_correct is not None:
-            correct = sum(self._parts.is_correct(rollout) for rollout in rollouts)
-            metrics.append(Metric.mean("rollout/accuracy", correct, len(rollouts)))
+            whole = [rollout for rollout in rollouts if rollout.is_whole]
+            correct = sum(self._parts.is_correct(rollout) for rollout in whole)
+            metrics.append(Metric.mean("rollout/accuracy", correct, len(whole)))
         return {"wall_s": self.wall_s, **combine(metrics)}
 
     def _save_rollouts(self, step: int, scored: Sequence[ScoredRollout]) -> None:

@@ -82,6 +82,11 @@ class RunFolder:
         return self.path / "evaluations.jsonl"
 
     @property
+    def ledger(self) -> Path:
+        """Which rollouts each step trained on: none is trained on twice, none lost uncounted."""
+        return self.path / "ledger.jsonl"
+
+    @property
     def trace(self) -> Path:
         return self.path / TRACE_FILE
 

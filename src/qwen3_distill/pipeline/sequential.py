@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import EngineError, NonFiniteError, WeightVersionError
 from qwen3_distill.pipeline.build import Parts
-from qwen3_distill.pipeline.recorder import Recorder
+from qwen3_distill.pipeline.recorder import Ledger, Recorder, StepRecord, ledger_entry
 from qwen3_distill.pipeline.requests import in_request_order, requests_for_step
 from qwen3_distill.protocols import RolloutEngine, TeacherScorer
 from qwen3_distill.reporting.trace import WEIGHTS, Trace
 from qwen3_distill.types import (
     Batch,
+    Metric,
     Rollout,
     RolloutRequest,
     RunCursor,
@@ -56,8 +57,25 @@ async def run_sequential(parts: Parts, recorder: Recorder, cursor: RunCursor) ->
             prompts_drawn=cursor.prompts_drawn + config.prompts_per_step,
             weight_version=update.version,
         )
-        await recorder.after_step(cursor, scored, update)
+        await recorder.after_step(
+            StepRecord(
+                cursor=cursor,
+                scored=scored,
+                update=update,
+                metrics=[Metric.sum("score/dropped_rollouts", len(rollouts) - len(scored))],
+                ledger=_ledger(rollouts, scored, first=(cursor.step - 1) * len(rollouts)),
+            )
+        )
     return cursor
+
+
+def _ledger(rollouts: Sequence[Rollout], scored: Sequence[ScoredRollout], first: int) -> Ledger:
+    """Of a step whose rollouts, in the order of their requests, have numbers from ``first`` on."""
+    kept = {item.rollout.rollout_id for item in scored}
+    numbered = list(enumerate(rollouts, first))
+    trained = [ledger_entry(n, r) for n, r in numbered if r.rollout_id in kept]
+    dropped = [f"{ledger_entry(n, r)}:no-score" for n, r in numbered if r.rollout_id not in kept]
+    return Ledger(trained=" ".join(trained), dropped=" ".join(dropped))
 
 
 async def traced_push(parts: Parts, trace: Trace) -> None:
