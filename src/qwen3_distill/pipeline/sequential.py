@@ -12,7 +12,7 @@ from qwen3_distill.errors import EngineError, NonFiniteError, WeightVersionError
 from qwen3_distill.pipeline.build import Parts
 from qwen3_distill.pipeline.recorder import Ledger, Recorder, StepRecord, ledger_entry
 from qwen3_distill.pipeline.requests import in_request_order, requests_for_step
-from qwen3_distill.protocols import RolloutEngine, TeacherScorer
+from qwen3_distill.protocols import Sampler, TeacherScorer
 from qwen3_distill.reporting.trace import WEIGHTS, Trace
 from qwen3_distill.types import (
     Batch,
@@ -108,7 +108,7 @@ def max_dropped_fraction(config: RunConfig) -> float:
     return scoring.max_dropped_fraction if scoring.kind == "sglang" else 0.0
 
 
-async def generate(engine: RolloutEngine, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+async def generate(engine: Sampler, requests: Sequence[RolloutRequest]) -> list[Rollout]:
     """All requested rollouts, in the order of the requests."""
     finished = [rollout async for rollout in engine.generate(requests)]
     return in_request_order(requests, finished)
