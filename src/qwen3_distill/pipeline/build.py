@@ -326,9 +326,12 @@ def build_channel(config: RunConfig, folder: Path | None) -> WeightChannel:
     generation = config.generation
     if folder is None or generation.kind == "embedded":
         return MemoryChannel()
-    return (
-        DirectoryChannel(folder) if generation.full_weights == "directory" else IpcChannel(folder)
-    )
+    # The handles of IPC are of the very weights that are trained. While a step is taken, an engine
+    # that is started again could not get the version that it served.
+    trained_beside = config.pipeline.kind == "streaming" and config.training.tuning.kind == "full"
+    if generation.full_weights == "directory" or trained_beside:
+        return DirectoryChannel(folder)
+    return IpcChannel(folder)
 
 
 def build_checker(verifier: VerifierConfig, text: TextTools) -> Callable[[Rollout], bool]:
