@@ -73,6 +73,7 @@ async def run_streaming(parts: Parts, recorder: Recorder, cursor: RunCursor) -> 
             done = await flow.trained(batch, update)
             cursor = done.cursor
             await recorder.after_step(done)
+            flow.go_on()
             if recorder.stop_requested:
                 break
     return cursor
@@ -123,7 +124,7 @@ class RolloutFlow:
         self._generating: contextlib.ExitStack | None = None
         """The trace's span while any rollout runs."""
         self._holds_back = False
-        """No rollout is begun: the weights change at a boundary."""
+        """No rollout is begun: others must end first, or a step must."""
         self._step_began = time.monotonic()
         scope.spawn(self._feed(), "feed")
         for index in range(pipeline.scoring_calls):
@@ -224,6 +225,7 @@ class RolloutFlow:
 
     async def next_batch(self, should_stop: Callable[[], bool]) -> list[Ready] | None:
         """A step's rollouts, oldest numbers first; None when asked to stop before it was full."""
+        self._step_began = time.monotonic()
         harvest = self._pipeline.harvest
         harvested_ids: set[str] | None = None
         progress = time.monotonic()
@@ -339,6 +341,7 @@ class RolloutFlow:
 
     async def trained(self, batch: Sequence[Ready], update: Update) -> StepRecord:
         """Bring the new weights into use, and let new rollouts take the places of the batch's."""
+        self._holds_back = self._pipeline.max_staleness_steps == 0
         if self._pipeline.weight_updates == "boundary":
             await self._drain()
         await traced_push(self._parts, self._trace)
@@ -351,9 +354,8 @@ class RolloutFlow:
             outstanding=self._outstanding.to_resume(),
         )
         drops, self._drops = self._drops, Drops()
-        self._holds_back = False
-        self._step_began = time.monotonic()
-        self._moved.ring()
+        if self._pipeline.max_staleness_steps > 0:
+            self.go_on()
         return StepRecord(
             cursor=self.cursor,
             scored=[item.scored for item in batch],
@@ -368,6 +370,14 @@ class RolloutFlow:
                 dropped=" ".join(drops.entries),
             ),
         )
+
+    def go_on(self) -> None:
+        """Begin new rollouts: after the checkpoint and the evaluation where staleness is 0.
+
+        Nothing then runs beside them, as in the sequential loop.
+        """
+        self._holds_back = False
+        self._moved.ring()
 
     async def _drain(self) -> None:
         """Begin no rollout, and wait until none is running."""
