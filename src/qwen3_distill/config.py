@@ -406,6 +406,22 @@ ObjectiveConfig: TypeAlias = Annotated[
 ]
 
 
+def needs_hidden_states(objective: ObjectiveConfig) -> bool:
+    """Whether the teacher's full distribution is compared with."""
+    return objective.kind == "full" or (
+        objective.kind == "sampled_reverse_kl" and objective.kl_baseline.kind == "full"
+    )
+
+
+def candidates_per_token(objective: ObjectiveConfig) -> int:
+    """K: how many of the teacher's most likely tokens every position has; 0 for none."""
+    if objective.kind == "top_k":
+        return objective.k
+    if objective.kind == "sampled_reverse_kl" and objective.kl_baseline.kind == "top_k":
+        return objective.kl_baseline.k
+    return 0
+
+
 # --- Training -----------------------------------------------------------------------------------
 
 
@@ -546,6 +562,99 @@ class PlanningConfig(Schema):
     a time."""
 
 
+# --- Replay -------------------------------------------------------------------------------------
+
+
+class UniformLaw(Schema):
+    """Every rollout that is young enough is drawn alike."""
+
+    kind: Literal["uniform"]
+
+
+class _PriorityLaw(Schema):
+    age_decay_steps: PositiveFloat | None = None
+    """tau: a rollout's priority counts exp(-age / tau), its age in optimizer steps; null: its age
+    does not matter."""
+    uniform_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the probability that is spread over all rollouts alike."""
+
+
+class ProportionalLaw(_PriorityLaw):
+    """Drawn in proportion to priority^alpha (arXiv 1511.05952)."""
+
+    kind: Literal["proportional"]
+    alpha: Annotated[float, Field(gt=0, le=2)] = 0.6
+
+
+class RankLaw(_PriorityLaw):
+    """Drawn in proportion to rank^-alpha, rank 1 for the largest priority (arXiv 1511.05952)."""
+
+    kind: Literal["rank"]
+    alpha: Annotated[float, Field(gt=0, le=2)] = 0.7
+
+
+ReplayLaw: TypeAlias = Annotated[
+    UniformLaw | ProportionalLaw | RankLaw, Field(discriminator="kind")
+]
+
+MIN_PRIORITY_NATS = 1e-3
+"""What is learned stays drawable."""
+
+
+class ReplayConfig(Schema):
+    """Rollouts with their teacher's scores, kept on the learner's device and trained on again."""
+
+    capacity_tokens: PositiveInt
+    """Prompt and response tokens that are kept; 12 bytes each, and 8 more per candidate of the
+    teacher. The oldest rollouts make room."""
+    capacity_rollouts: PositiveInt | None = None
+    """Rollouts that are kept; null: as many as the tokens allow."""
+    max_age_steps: Annotated[int, Field(ge=0)] = 4
+    """Rollouts whose oldest token is older, in optimizer steps, are dropped."""
+    law: ReplayLaw = Field(default_factory=lambda: UniformLaw(kind="uniform"))
+    """Which rollouts are drawn."""
+    updates_per_batch: PositiveInt = 1
+    """Optimizer steps for each batch of fresh rollouts."""
+    reuse_cap: PositiveInt | None = None
+    """A rollout is dropped when it was trained on so often; null: no limit but its age."""
+    coverage_first: bool = False
+    """Rollouts that were never trained on are drawn before any that were."""
+    priority_clip_nats: PositiveFloat = 2.0
+    """Largest priority, which is the mean over a rollout's tokens of the advantage's absolute
+    value, or of the divergence."""
+    beta_start: Annotated[float, Field(ge=0, le=1)] = 0.4
+    """Exponent of the importance weight (1 / (N P))^beta at step 0. 0: no correction, 1: the
+    expected gradient is that of uniform drawing. Uniform drawing needs none, whatever it is."""
+    beta_end: Annotated[float, Field(ge=0, le=1)] = 1.0
+    beta_steps: PositiveInt = 500
+    """Steps in which it goes, linearly, from `beta_start` to `beta_end`."""
+
+    @model_validator(mode="after")
+    def _the_largest_priority_is_above_the_least(self) -> Self:
+        if self.priority_clip_nats <= MIN_PRIORITY_NATS:
+            raise ValueError(
+                f"priority_clip_nats={self.priority_clip_nats}: expected more than the least "
+                f"priority of {MIN_PRIORITY_NATS}, or all rollouts have the same"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _every_update_finds_rollouts(self) -> Self:
+        if self.reuse_cap is not None and self.reuse_cap < self.updates_per_batch:
+            raise ValueError(
+                f"reuse_cap={self.reuse_cap} with updates_per_batch={self.updates_per_batch}: "
+                "rollouts would be used up before the next ones come; raise reuse_cap or lower "
+                "updates_per_batch"
+            )
+        if self.max_age_steps < self.updates_per_batch - 1:
+            raise ValueError(
+                f"max_age_steps={self.max_age_steps} with updates_per_batch="
+                f"{self.updates_per_batch}: a batch would be too old before its last update; "
+                "raise max_age_steps or lower updates_per_batch"
+            )
+        return self
+
+
 # --- The run ------------------------------------------------------------------------------------
 
 
@@ -610,15 +719,71 @@ class LoggingConfig(Schema):
     rollouts_per_save: PositiveInt = 16
     """Rollouts kept of such a step."""
     trackers: tuple[TrackerConfig, ...] = ()
+    trace: bool = True
+    """Write ``trace.json``: what every stage did when, for ui.perfetto.dev and the report."""
 
 
-class SequentialPipeline(Schema):
+class _Pipeline(Schema):
+    mps: bool = False
+    """Have the engines' processes share the GPU through an MPS daemon of the run's own, so that
+    their kernels run side by side. Where there is none to be had, the run says so and goes on."""
+
+
+class SequentialPipeline(_Pipeline):
     """Generate, score, train, publish: one after another. Strictly on-policy."""
 
     kind: Literal["sequential"]
 
 
-PipelineConfig: TypeAlias = Annotated[SequentialPipeline, Field(discriminator="kind")]
+class PrefixBudget(Schema):
+    """Train on the first tokens of most answers; the rest of those is never sampled."""
+
+    tokens: PositiveInt
+    """New tokens of a shortened rollout, where `sampling.max_new_tokens` allows more."""
+    full_length_fraction: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Share of rollouts, drawn by their numbers, that are sampled to their end: only they show
+    the student where to stop."""
+
+
+class Harvest(Schema):
+    """Train on what there is of running rollouts when a step's time is up."""
+
+    deadline_s: PositiveFloat
+    """Seconds after the step before, at which a step takes the prefixes of running rollouts."""
+    min_tokens: PositiveInt = 32
+    """A rollout with fewer tokens that were not harvested before is left alone."""
+    full_length_fraction: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Share of rollouts, drawn by their numbers, that are never harvested."""
+
+
+class StreamingPipeline(_Pipeline):
+    """Generate, score and train at the same time: rollouts run on across steps."""
+
+    kind: Literal["streaming"]
+    max_staleness_steps: Annotated[int, Field(ge=0)] = 4
+    """Age in optimizer steps up to which a rollout is trained on, judged by its oldest token; an
+    older one is dropped and counted. Also how far generation runs ahead: rollouts for at most
+    ``max_staleness_steps + 1`` steps are out at a time. 0 is strictly on-policy."""
+    max_in_flight: PositiveInt | None = None
+    """Rollouts that are sampled at a time; null: generation.max_sequences."""
+    weight_updates: Literal["in_flight", "boundary"] = "in_flight"
+    """``in_flight``: running rollouts go on with the new weights, and their tokens keep the
+    version that sampled them. ``boundary``: a version is loaded when no rollout is running, and
+    until then none is begun."""
+    scoring_calls: PositiveInt = 2
+    """Calls to the teacher under way at a time; each takes all rollouts that wait for a score."""
+    harvest: Harvest | None = None
+    """Null: only finished rollouts are trained on."""
+    prefix: PrefixBudget | None = None
+    """Null: every rollout is sampled to its end."""
+    stall_timeout_s: PositiveFloat = 1800.0
+    """With no rollout finished and none scored for so long, the run stops and says what it
+    waited for."""
+
+
+PipelineConfig: TypeAlias = Annotated[
+    SequentialPipeline | StreamingPipeline, Field(discriminator="kind")
+]
 
 
 class RunConfig(Schema):
@@ -647,6 +812,9 @@ class RunConfig(Schema):
     """The learner."""
     objective: ObjectiveConfig
     """What is minimised; see concepts.md."""
+    replay: ReplayConfig | None = None
+    """Keeps scored rollouts and trains on them again; see replay.md. Null: each is trained on
+    once."""
     verifier: VerifierConfig | None = None
     """Checks training rollouts: for the task reward, and for the metric ``rollout/accuracy``."""
     evaluation: EvaluationConfig | None = None
@@ -659,10 +827,10 @@ class RunConfig(Schema):
     @model_validator(mode="after")
     def _hidden_states_stay_in_one_process(self) -> Self:
         objective = self.objective
-        needs_hidden = objective.kind == "full" or (
-            objective.kind == "sampled_reverse_kl" and objective.kl_baseline.kind == "full"
-        )
-        if needs_hidden and (self.scoring.kind, self.training.kind) != ("embedded", "embedded"):
+        if needs_hidden_states(objective) and (self.scoring.kind, self.training.kind) != (
+            "embedded",
+            "embedded",
+        ):
             raise ValueError(
                 f"objective.kind={objective.kind} over the full vocabulary needs the teacher's "
                 "hidden states and output head, which a server does not give: use "
@@ -741,6 +909,108 @@ class RunConfig(Schema):
         return self
 
     @model_validator(mode="after")
+    def _lent_weights_do_not_change_under_an_engine(self) -> Self:
+        generation, tuning = self.generation, self.training.tuning
+        if (
+            generation.kind == "vllm"
+            and generation.full_weights == "ipc"
+            and tuning.kind == "full"
+            and self.pipeline.kind == "streaming"
+        ):
+            raise ValueError(
+                "generation.full_weights=ipc with training.tuning.kind=full and "
+                "pipeline.kind=streaming: CUDA IPC lends the weights that are being trained, and "
+                "an engine that is started again during a step could not get its version back; "
+                "use full_weights=auto or directory"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_prompts_samples_are_begun_together(self) -> Self:
+        pipeline = self.pipeline
+        if pipeline.kind == "streaming" and self.max_in_flight < self.samples_per_prompt:
+            raise ValueError(
+                f"samples_per_prompt={self.samples_per_prompt} is more than the "
+                f"{self.max_in_flight} rollouts that run at a time, and the samples of a prompt "
+                "are begun together; raise pipeline.max_in_flight or generation.max_sequences"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pieces_of_an_answer_cannot_credit_later_tokens(self) -> Self:
+        pipeline, objective = self.pipeline, self.objective
+        if pipeline.kind != "streaming" or objective.kind != "sampled_reverse_kl":
+            return self
+        cut = "harvest" if pipeline.harvest else "prefix" if pipeline.prefix else None
+        if cut and (objective.discount > 0 or objective.task_reward_weight > 0):
+            raise ValueError(
+                f"pipeline.{cut} with objective.discount={objective.discount}, "
+                f"task_reward_weight={objective.task_reward_weight}: a piece of an answer does not "
+                "know what comes after it; use discount=0 and no task reward, or whole rollouts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replayed_tokens_need_the_ratio(self) -> Self:
+        objective = self.objective
+        if (
+            self.replay is not None
+            and objective.kind == "sampled_reverse_kl"
+            and objective.ratio_cap is None
+        ):
+            raise ValueError(
+                "replay with objective.ratio_cap=null: replayed tokens were sampled from older "
+                "weights, and without the ratio the gradient is biased; set ratio_cap"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replayed_tokens_answer_for_themselves(self) -> Self:
+        objective = self.objective
+        if (
+            self.replay is not None
+            and objective.kind == "sampled_reverse_kl"
+            and (objective.discount > 0 or objective.task_reward_weight > 0)
+        ):
+            raise ValueError(
+                f"replay with objective.discount={objective.discount}, task_reward_weight="
+                f"{objective.task_reward_weight}: a token's ratio does not correct the tokens "
+                "after it, which older weights sampled, so their share of its advantage is "
+                "biased; use discount=0 and no task reward, or no replay"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _hidden_states_are_not_kept(self) -> Self:
+        if self.replay is not None and needs_hidden_states(self.objective):
+            raise ValueError(
+                f"replay with objective.kind={self.objective.kind} over the full vocabulary: the "
+                "teacher's hidden states are thousands of numbers a token and are not kept; use "
+                "objective.kind=top_k, or objective.kl_baseline.kind=top_k or none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_step_fits_the_replay_buffer(self) -> Self:
+        replay = self.replay
+        if replay is None:
+            return self
+        rollouts = self.rollouts_per_step
+        if replay.capacity_rollouts is not None and replay.capacity_rollouts < rollouts:
+            raise ValueError(
+                f"replay.capacity_rollouts={replay.capacity_rollouts} is below one step's "
+                f"{rollouts} rollouts (prompts_per_step x samples_per_prompt); raise it"
+            )
+        least = rollouts * self.sampling.max_new_tokens
+        if replay.capacity_tokens < least:
+            raise ValueError(
+                f"replay.capacity_tokens={replay.capacity_tokens} is below what one step may "
+                f"sample: {rollouts} rollouts of up to {self.sampling.max_new_tokens} tokens are "
+                f"{least}; raise it, with room for the prompts"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _training_and_evaluation_problems_are_apart(self) -> Self:
         evaluation = self.evaluation
         if (
@@ -790,6 +1060,13 @@ class RunConfig(Schema):
     @property
     def output_path(self) -> Path:
         return Path(self.output_dir)
+
+    @property
+    def max_in_flight(self) -> int:
+        """Rollouts that a streaming pipeline has sampled at a time."""
+        pipeline = self.pipeline
+        limit = pipeline.max_in_flight if pipeline.kind == "streaming" else None
+        return limit or self.generation.max_sequences
 
     @property
     def rollouts_per_step(self) -> int:
