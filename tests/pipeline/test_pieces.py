@@ -26,7 +26,7 @@ def rollout_of(tokens: int, edges: list[int]) -> Rollout:
     spans = [(a, b) for a, b in pairwise(bounds) if a < b]
     return Rollout(
         rollout_id="step-000001/prompt-0002/sample-00",
-        prompt=Prompt(prompt_id="p", token_ids=[1, 2, 3], task_data={"answer": "4"}),
+        prompt=Prompt(prompt_id="p", token_ids=np.array([1, 2, 3]), task_data={"answer": "4"}),
         sampling=SamplingSpec(temperature=1, top_p=1, top_k=0, max_new_tokens=64, seed=3),
         response_ids=np.arange(100, 100 + tokens),
         behavior_logprobs=-np.arange(1, tokens + 1, dtype=np.float32),

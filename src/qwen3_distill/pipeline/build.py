@@ -42,8 +42,7 @@ from qwen3_distill.pipeline.requests import make_batch
 from qwen3_distill.planning.device import detect_memory
 from qwen3_distill.planning.plan import MemoryPlan, make_plan
 from qwen3_distill.protocols import (
-    Learner,
-    RolloutEngine,
+    ReplayingLearner,
     Sampler,
     StreamingRolloutEngine,
     TeacherScorer,
@@ -91,7 +90,7 @@ class Parts:
     prompts: PromptStream
     engine: StreamingRolloutEngine
     teacher: TeacherScorer
-    learner: Learner
+    learner: ReplayingLearner
     channel: WeightChannel
     text: TextTools
     is_correct: Callable[[Rollout], bool] | None
@@ -218,7 +217,7 @@ def engine_log(config: RunConfig, name: str) -> Path:
 
 
 @asynccontextmanager
-async def static_engine(config: RunConfig, model_dir: str) -> AsyncIterator[RolloutEngine]:
+async def static_engine(config: RunConfig, model_dir: str) -> AsyncIterator[StreamingRolloutEngine]:
     """An engine that serves a directory's own weights as step 0."""
     scratch = channel_folder(config)
     channel = build_channel(config, scratch)
@@ -306,7 +305,9 @@ def _teacher_share(config: RunConfig, plan: MemoryPlan) -> float | Callable[[], 
     return lambda: plan.teacher_memory_fraction(detect_memory().free_bytes)
 
 
-def build_learner(config: RunConfig, teacher: TeacherScorer, plan: MemoryPlan | None) -> Learner:
+def build_learner(
+    config: RunConfig, teacher: TeacherScorer, plan: MemoryPlan | None
+) -> ReplayingLearner:
     """The learner, with the teacher's output head where the objective needs one."""
     training = config.training
     publish_adapter = _served_adapter(config) is not None

@@ -26,7 +26,12 @@ from qwen3_distill.pipeline.outstanding import Outstanding
 from qwen3_distill.pipeline.pieces import harvested, remainder
 from qwen3_distill.pipeline.recorder import Ledger, Recorder, StepRecord, ledger_entry
 from qwen3_distill.pipeline.requests import request_number
-from qwen3_distill.pipeline.sequential import checked_update, max_dropped_fraction, traced_push
+from qwen3_distill.pipeline.sequential import (
+    max_dropped_fraction,
+    needs_rollouts,
+    take_step,
+    traced_push,
+)
 from qwen3_distill.reporting.trace import Trace
 from qwen3_distill.types import (
     FinishReason,
@@ -64,12 +69,13 @@ async def run_streaming(parts: Parts, recorder: Recorder, cursor: RunCursor) -> 
     async with TaskScope() as scope:
         flow = RolloutFlow(parts, recorder.trace, cursor, scope)
         while cursor.step < parts.config.steps:
-            batch = await flow.next_batch(lambda: recorder.stop_requested)
+            batch: list[Ready] | None = []
+            if needs_rollouts(parts.config, cursor.step):
+                batch = await flow.next_batch(lambda: recorder.stop_requested)
             if batch is None:
                 break
             with recorder.trace.span("train", rollouts=len(batch)):
-                scored = [item.scored for item in batch]
-                update = await checked_update(parts, recorder, parts.make_batch(scored))
+                update = await take_step(parts, recorder, [item.scored for item in batch])
             done = await flow.trained(batch, update)
             cursor = done.cursor
             await recorder.after_step(done)
@@ -146,10 +152,11 @@ class RolloutFlow:
     def _room(self) -> int:
         """How many rollouts may begin."""
         config = self._config
-        steps_left = config.steps - self.cursor.step
-        steps_ahead = min(self._pipeline.max_staleness_steps + 1, steps_left)
+        updates = config.replay.updates_per_batch if config.replay is not None else 1
+        batches_left = -(-config.steps // updates) - -(-self.cursor.step // updates)
+        batches_ahead = min(self._pipeline.max_staleness_steps + 1, batches_left)
         begun = len(self._outstanding) - self._outstanding.num_waiting
-        window = steps_ahead * config.rollouts_per_step - begun
+        window = batches_ahead * config.rollouts_per_step - begun
         return max(0, min(window, config.max_in_flight - len(self._running)))
 
     def _request(self, number: int) -> RolloutRequest:
