@@ -17,7 +17,7 @@ if not os.path.exists("/dev/nvidiactl"):
 import asyncio
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,6 +42,7 @@ from qwen3_distill.types import (
 )
 from qwen3_distill.utils.worker import serve_worker
 
+_DEATH_CHECK_S = 1.0
 _DEAD = 70
 """Exit status of this process when the engine's own process has died."""
 
@@ -157,6 +158,8 @@ class VllmWorker:
 
     async def _sample(self, request: RolloutRequest) -> Rollout | None:
         """One rollout; None if it was aborted."""
+        async with self._load_lock:  # a load under way ends first
+            pass
         if self._settings is None or self._version is None:
             raise WeightVersionError("the rollout engine has no weights yet: load a version first")
         running = RunningRollout(request)
@@ -213,9 +216,17 @@ class VllmWorker:
         for rollout_id, running in self._running.items():
             running.begin(version, at=counts.get(rollout_id, running.num_tokens))
 
-    async def _guarded(self, work: Any) -> Any:
+    async def _guarded(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """The result of ``work``; the end of this process where the engine's own has died.
+
+        vLLM leaves a call unanswered that was under way when its engine died.
+        """
+        task = asyncio.create_task(work)
+        while not (await asyncio.wait([task], timeout=_DEATH_CHECK_S))[0]:
+            if self._engine.errored:
+                _die(self._engine.dead_error)
         try:
-            return await work
+            return task.result()
         except EngineDeadError as error:
             _die(error)
 
