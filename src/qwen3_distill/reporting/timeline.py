@@ -125,7 +125,7 @@ def _spans(
 
     def add(begin: Event, end_s: float) -> None:
         start_s = begin["ts"] / 1e6
-        if end_s >= began_s and start_s < ended_s:
+        if end_s > began_s and start_s < ended_s:
             row = begin["tid"]
             found[row].append(Span(row=row, name=begin["name"], began_s=start_s, ended_s=end_s))
 
