@@ -19,6 +19,7 @@ from tests.pipeline.builders import (
     EVALUATION,
     RecordingReporter,
     raise_warning,
+    read_json,
     run_to_end,
     same_result,
     tiny_config,
@@ -50,7 +51,7 @@ def begins(events: list[Event]) -> list[tuple[str, str]]:
 
 
 def test_the_trace_has_every_stage_of_every_step(finished: RunConfig) -> None:
-    events = read_trace(finished.output_path / "trace.json")
+    events = read_json(finished.output_path / "trace.json")  # with its bracket at the end
     stages = Counter(stage for stage, _ in begins(events))
     assert stages == {
         "generate": 4,

@@ -299,7 +299,6 @@ class _Sketch:
 
     def _area(self, name: str, values: Sequence[Point], css: str) -> None:
         """Steps of a value over time, from 0 to its largest."""
-        values = _from(values, self.timeline.began_s)
         largest = max(value for _, value in values)
         self._label(name, _QUEUE_HEIGHT, f"max {number(largest)}")
         base, ended_x = self.bottom + _QUEUE_HEIGHT, self.x(self.timeline.ended_s)

@@ -41,6 +41,7 @@ def test_runs_without_idle_figures_have_no_table() -> None:
     assert idle_table([]) == []
     assert idle_table([{"step": 1, "time/train_s": 1.0}]) == []
     assert idle_table([{"step": 1, "idle/train_fraction": None, "time/step_s": 1.0}]) == []
+    assert idle_table([{"step": 1, "idle/train_fraction": 0.0, "time/step_s": 0.0}]) == []
 
 
 def test_stages_one_after_another_are_stacked() -> None:

@@ -216,6 +216,30 @@ def test_more_spans_at_one_time_are_drawn_as_their_number(
     assert corners[-1] == pytest.approx((LEFT + WIDTH, base), abs=0.1)
 
 
+def test_what_lies_outside_of_the_window_is_cut_off(
+    trace: Trace, clock: Clock, tmp_path: Path
+) -> None:
+    short = [trace.span("generate") for _ in range(3)]
+    long = [trace.span("generate") for _ in range(MAX_ROWS + 1)]
+    with trace.span("train"):
+        for span in (*long, *short):
+            span.__enter__()
+        clock.wait(3)
+        for span in short:
+            span.__exit__(None, None, None)
+        clock.wait(1)
+        trace.end_step(1)
+        clock.wait(1)
+        trace.end_step(2)
+        clock.wait(1)
+    for span in long:
+        span.__exit__(None, None, None)
+    svg = picture(loaded(tmp_path, 1))
+    ((x, width, *_),) = bars(svg, "c3")
+    assert (x, width) == pytest.approx((LEFT, WIDTH), abs=1)
+    assert f"max {MAX_ROWS + 1}" in texts(svg)  # those that ended before are not among them
+
+
 def test_neighbours_too_narrow_to_be_seen_are_one_bar(
     trace: Trace, clock: Clock, tmp_path: Path
 ) -> None:
