@@ -1,6 +1,6 @@
 """Which rollouts are drawn from a replay buffer, and what corrects for it. Formulas of tensors.
 
-Shape letters: M slots of the buffer, live or not; n rollouts drawn.
+Shape letters: M places of the buffer, live or not; n rollouts drawn.
 
 A draw takes n different rollouts, rollout i with inclusion probability pi_i = n P_i, by systematic
 sampling (Madow 1949): the pi_i are laid end to end on a line of length n, and the rollouts that
@@ -10,6 +10,7 @@ all that an unbiased importance weight needs (Horvitz and Thompson 1952). Drawin
 would be unbiased as well, but would train on a rollout twice in one step.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -24,14 +25,15 @@ MIN_DECAY_EXPONENT = -60.0
 class Draw(NamedTuple):
     """What was drawn, on the buffer's device."""
 
-    slots_n: Tensor
+    places_n: Tensor
     """int64, ascending."""
     inclusion_n: Tensor
     """float64: the probability with which each of them was to be drawn."""
 
 
 def priority_mass(law: ReplayLaw, priority: Tensor) -> Tensor:
-    """What a rollout's priority makes of its share, before its age or rank is known; > 0."""
+    """float64: what a rollout's priority makes of its share, before age or rank is known; > 0."""
+    priority = priority.double()
     if law.kind == "uniform":
         return torch.ones_like(priority)
     if law.kind == "proportional":
@@ -64,9 +66,9 @@ def draw_mass(law: ReplayLaw, mass_M: Tensor, oldest_step_M: Tensor, step: int) 
 
 
 def _by_rank(mass_M: Tensor, alpha: float) -> Tensor:
-    """rank^-alpha with rank 1 for the largest; equal ones by their slot; 0 stays 0."""
+    """rank^-alpha with rank 1 for the largest; equal ones by their place; 0 stays 0."""
     order_M = mass_M.argsort(descending=True, stable=True)
-    ranks_M = torch.arange(1, len(mass_M) + 1, dtype=torch.float32, device=mass_M.device)
+    ranks_M = torch.arange(1, len(mass_M) + 1, dtype=mass_M.dtype, device=mass_M.device)
     ranked_M = torch.empty_like(mass_M).scatter_(0, order_M, ranks_M.pow(-alpha))
     return torch.where(mass_M > 0, ranked_M, 0.0)
 
@@ -77,24 +79,26 @@ def _with_floor(mass_M: Tensor, fraction: float) -> Tensor:
 
 
 def systematic_draw(mass_M: Tensor, count: int, generator: torch.Generator) -> Draw:
-    """Draw ``count`` different slots, each with probability proportional to its mass.
+    """Draw ``count`` different places, each with probability proportional to its mass.
 
     What would exceed probability 1 is drawn for certain, and the others share the rest.
 
     Args:
-        mass_M: 0 where nothing may be drawn; positive in at least ``count`` slots.
+        mass_M: float64; 0 where nothing may be drawn; positive in at least ``count`` places.
     """
-    total, largest = torch.stack([mass_M.sum(dtype=torch.float64), mass_M.max().double()]).tolist()
+    edges_M = mass_M.cumsum(0)
+    total, largest = torch.stack([edges_M[-1], mass_M.max()]).tolist()
     if largest * count > total:
-        mass_M = _capped(mass_M.double(), count)
-    edges_M = mass_M.cumsum(0, dtype=torch.float64)
-    width = edges_M[-1] / count
-    offset = torch.rand((), dtype=torch.float64, generator=generator, device=mass_M.device)
-    points_n = (torch.arange(count, device=mass_M.device) + offset) * width
-    # Rounding must not carry the last point past the last slot that has a mass.
-    points_n = torch.minimum(points_n, edges_M[-1].nextafter(torch.zeros_like(width)))
-    slots_n = torch.searchsorted(edges_M, points_n, right=True)
-    return Draw(slots_n, mass_M[slots_n].double() / width)
+        mass_M = _capped(mass_M, count)
+        edges_M = mass_M.cumsum(0)
+        total = edges_M[-1].item()
+    device = mass_M.device
+    offset = torch.rand((), dtype=torch.float64, generator=generator, device=device)
+    points_n = torch.arange(count, dtype=torch.float64, device=device).add_(offset)
+    # Rounding must not carry the last point past the last place that has a mass.
+    points_n.mul_(total / count).clamp_(max=math.nextafter(total, 0.0))
+    places_n = torch.searchsorted(edges_M, points_n, right=True)
+    return Draw(places_n, mass_M[places_n] * (count / total))
 
 
 def _capped(mass_M: Tensor, count: int) -> Tensor:
