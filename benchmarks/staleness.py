@@ -1,0 +1,262 @@
+"""What stale rollouts cost, by the objective that trains on them.
+
+    python benchmarks/staleness.py --workers 16
+
+The lab pair and the sequential loop, all cases with the same number of optimizer steps of as many
+rollouts. With staleness k the rollouts of step s come from the weights of step max(0, s - k).
+
+- advantage `current`: log q - log pi_theta; `old`: log q - log mu, of the student that sampled.
+- ratio `none`: 1; `truncated`: min(pi_theta / mu, 2); `ppo_clip`: PPO's surrogate, clip 0.2.
+
+`current` with `truncated` is what the product does; `current` with `none` it can be asked to do.
+At staleness 0 pi_theta is mu but for rounding, so the six cases differ by chance alone: their
+spread is the noise of the table. They are run last.
+
+Figures, for each case: held-out accuracy after the last step, of the newest weights (mean over
+seeds), the ends of its 95% interval over seeds, and `_vs_reference`: the mean difference to the
+product's case at staleness 0, seed by seed, with its interval.
+
+A finished run is on disk at once (`<folder>/runs.jsonl`); the same command goes on after a cut.
+"""
+
+import argparse
+import asyncio
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from common import RESULTS, write_result
+from qwen3_distill.config import RunConfig
+from qwen3_distill.config_io import load_config
+from qwen3_distill.evaluation.accuracy import EvaluationResult, evaluate
+from qwen3_distill.pipeline.build import build_checker, build_parts, build_problems
+from qwen3_distill.pipeline.recorder import Recorder
+from qwen3_distill.pipeline.run_folder import RunFolder
+from qwen3_distill.pipeline.sequential import run_sequential
+from qwen3_distill.reporting.console import SilentReporter
+from qwen3_distill.reporting.metrics import read_jsonl
+from qwen3_distill.types import RunCursor
+from staleness_parts import Advantage, Case, LaggedEngine, Ratio, adapted
+from statistics_of_seeds import MeanOfSeeds, mean_of_seeds
+from sweep import Record, Sweep
+
+STALENESS = (4, 16, 1, 0)
+"""The most telling first: a sweep that is cut short has these."""
+CURVE_POINTS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all runs of a sweep share."""
+
+    steps: int
+    rollouts_per_step: int
+    learning_rate: float
+    problems: int
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case(staleness=staleness, advantage=advantage, ratio=ratio)
+        for staleness in STALENESS
+        for advantage in get_args(Advantage)
+        for ratio in get_args(Ratio)
+    )
+}
+REFERENCE = Case(staleness=0, advantage="current", ratio="truncated")
+
+
+def run_case(name: str, seed: int, settings: dict[str, Any]) -> Record:
+    """Train and evaluate once, in this process."""
+    started, cpu_started = time.perf_counter(), time.process_time()
+    case = CASES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        config = case_config(Settings(**settings), seed, folder)
+        result = asyncio.run(_train_and_evaluate(config, case, Settings(**settings)))
+        steps = read_jsonl(Path(folder) / "metrics.jsonl")
+    require_exact_lag(steps, case.staleness)
+    return {
+        "case": name,
+        "seed": seed,
+        "accuracy": result.accuracy,
+        "generated_tokens": sum(int(step["tokens/generated"]) for step in steps),
+        "learner_tokens": sum(int(step["tokens/trained"]) for step in steps),
+        "ratio_bound_fraction": _mean(steps, "health/ratio_bound_fraction"),
+        "learner_vs_behavior_nats": _mean(steps, "health/learner_vs_engine_abs_nats"),
+        "response_tokens": result.mean_tokens,
+        "cpu_s": time.process_time() - cpu_started,
+        "wall_s": time.perf_counter() - started,
+        "curve": _curve(steps),
+    }
+
+
+def case_config(settings: Settings, seed: int, folder: str) -> RunConfig:
+    """The demo's config with this sweep's sizes, and without what would blur the comparison."""
+    return load_config(
+        "configs/demo.yaml",
+        [
+            f"seed={seed}",
+            f"output_dir={folder}",
+            f"steps={settings.steps}",
+            f"prompts_per_step={settings.rollouts_per_step}",
+            f"training.optimizer.learning_rate={settings.learning_rate}",
+            # Every step moves the weights alike, so a lag is as long at the end as at the start.
+            "training.optimizer.schedule={kind: constant}",
+            # A baseline cancels in expectation only under the right ratio.
+            "objective.kl_baseline={kind: none}",
+            f"checkpoint.every_steps={settings.steps}",
+            f"logging.rollouts_every_steps={settings.steps}",
+            "logging.tensorboard=false",
+        ],
+    )
+
+
+async def _train_and_evaluate(
+    config: RunConfig, case: Case, settings: Settings
+) -> EvaluationResult:
+    """The product's loop, then the newest weights on held-out problems."""
+    evaluation = config.evaluation
+    assert evaluation is not None
+    # In the loop the engine's weights are old; what is evaluated must be the newest.
+    config = config.model_copy(update={"evaluation": None})
+    parts = adapted(build_parts(config), case)
+    with RunFolder(config) as folder:
+        recorder = Recorder(parts, folder, SilentReporter(), start_step=0)
+        cursor = RunCursor(step=0, prompts_drawn=0, weight_version=parts.learner.version)
+        await run_sequential(parts, recorder, cursor)
+        recorder.close()
+    assert isinstance(parts.engine, LaggedEngine)
+    engine = parts.engine.inner
+    await engine.load(parts.learner.version, parts.channel)
+    return await evaluate(
+        engine,
+        build_problems(config, evaluation, parts.text)(settings.problems),
+        build_checker(evaluation.verifier, parts.text),
+        sampling=evaluation.sampling,
+        samples_per_problem=1,
+        seed=0,  # the same random numbers in every run: differences are less noisy
+    )
+
+
+def require_exact_lag(steps: Sequence[Record], staleness: int) -> None:
+    """Every step trained on rollouts of exactly the weights that the case promises."""
+    lags = [int(step["weights/lag_steps"]) for step in steps]
+    expected = [min(index, staleness) for index in range(len(steps))]
+    if lags != expected:
+        raise RuntimeError(f"lags were {lags}, expected {expected}")
+
+
+def _mean(steps: Sequence[Record], key: str) -> float:
+    return sum(step[key] for step in steps) / len(steps)
+
+
+def _curve(steps: Sequence[Record]) -> list[float]:
+    """Accuracy of the training rollouts in equal parts of the run; they lag as the case does."""
+    edges = [round(len(steps) * part / CURVE_POINTS) for part in range(CURVE_POINTS + 1)]
+    parts = [steps[start:stop] for start, stop in itertools.pairwise(edges)]
+    return [round(_mean(part, "rollout/accuracy"), 4) for part in parts if part]
+
+
+def jobs_of(settings: Settings, seeds: int, names: Sequence[str]) -> dict[str, list[Any]]:
+    """Seeds outside, so that a cut sweep has every case; the table's noise comes last."""
+    noise = {name for name, case in CASES.items() if case.staleness == 0} - {REFERENCE.name}
+    first = [(name, seed) for seed in range(seeds) for name in names if name not in noise]
+    last = [(name, seed) for seed in range(seeds) for name in names if name in noise]
+    return {f"{name}/seed-{seed}": [name, seed, asdict(settings)] for name, seed in [*first, *last]}
+
+
+def summarize(runs: Sequence[Record]) -> list[Record]:
+    """A record per case that has runs, with intervals over seeds."""
+    by_case: dict[str, dict[int, Record]] = {}
+    for run in runs:
+        by_case.setdefault(run["case"], {})[run["seed"]] = run
+    reference = {seed: run["accuracy"] for seed, run in by_case.get(REFERENCE.name, {}).items()}
+    rows: list[Record] = []
+    for name, of_seed in by_case.items():
+        accuracy = {seed: run["accuracy"] for seed, run in of_seed.items()}
+        paired = [accuracy[seed] - reference[seed] for seed in sorted(accuracy.keys() & reference)]
+        curves = [run["curve"] for run in of_seed.values()]
+        rows.append(
+            {
+                "name": name,
+                **asdict(CASES[name]),
+                "accuracy": asdict(mean_of_seeds(list(accuracy.values()))),
+                "vs_reference": asdict(mean_of_seeds(paired)) if paired else None,
+                **{
+                    key: sum(run[key] for run in of_seed.values()) / len(of_seed)
+                    for key in ("ratio_bound_fraction", "learner_vs_behavior_nats", "cpu_s")
+                },
+                "curve": [round(sum(c) / len(c), 4) for c in zip(*curves, strict=True)],
+            }
+        )
+    return rows
+
+
+def figures_of(rows: Sequence[Record]) -> dict[str, float]:
+    """Numbers by name. An interval needs two seeds; with one there is none to give."""
+    figures: dict[str, float] = {}
+    for row in rows:
+        for suffix, key in (("", "accuracy"), ("_vs_reference", "vs_reference")):
+            if row[key] is None:
+                continue
+            of_seeds = MeanOfSeeds(**row[key])
+            figures[f"{row['name']}{suffix}"] = of_seeds.mean
+            if of_seeds.low is not None and of_seeds.high is not None:
+                figures[f"{row['name']}{suffix}_low"] = of_seeds.low
+                figures[f"{row['name']}{suffix}_high"] = of_seeds.high
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="one core each")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rollouts-per-step", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--problems", type=int, default=500, help="held-out, of the last step")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--time-limit-s", type=float, help="start no run that would end later")
+    parser.add_argument("--folder", type=Path, default=Path("runs/staleness"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the summary")
+    arguments = parser.parse_args()
+    settings = Settings(
+        steps=arguments.steps,
+        rollouts_per_step=arguments.rollouts_per_step,
+        learning_rate=arguments.learning_rate,
+        problems=arguments.problems,
+    )
+    sweep = Sweep(
+        log=arguments.folder / "runs.jsonl",
+        workers=arguments.workers,
+        time_limit_s=arguments.time_limit_s,
+    )
+    jobs = jobs_of(settings, arguments.seeds, arguments.cases)
+    runs = sweep.run(run_case, jobs)
+    if not runs:
+        raise SystemExit("no run was finished")
+    rows = summarize(runs)
+    path = write_result(
+        "staleness",
+        figures_of(rows),
+        folder=arguments.results,
+        settings=asdict(settings),
+        missing_runs=[name for name in jobs if name not in {run["job"] for run in runs}],
+        cases=rows,
+        runs=[{key: run[key] for key in ("case", "seed", "accuracy", "wall_s")} for run in runs],
+    )
+    print(path)
+    if sweep.failed:
+        raise SystemExit(f"{len(sweep.failed)} runs failed: {', '.join(sweep.failed)}")
+
+
+if __name__ == "__main__":
+    main()
