@@ -610,15 +610,71 @@ class LoggingConfig(Schema):
     rollouts_per_save: PositiveInt = 16
     """Rollouts kept of such a step."""
     trackers: tuple[TrackerConfig, ...] = ()
+    trace: bool = True
+    """Write ``trace.json``: what every stage did when, for ui.perfetto.dev and the report."""
 
 
-class SequentialPipeline(Schema):
+class _Pipeline(Schema):
+    mps: bool = False
+    """Have the engines' processes share the GPU through an MPS daemon of the run's own, so that
+    their kernels run side by side. Where there is none to be had, the run says so and goes on."""
+
+
+class SequentialPipeline(_Pipeline):
     """Generate, score, train, publish: one after another. Strictly on-policy."""
 
     kind: Literal["sequential"]
 
 
-PipelineConfig: TypeAlias = Annotated[SequentialPipeline, Field(discriminator="kind")]
+class PrefixBudget(Schema):
+    """Train on the first tokens of most answers; the rest of those is never sampled."""
+
+    tokens: PositiveInt
+    """New tokens of a shortened rollout, where `sampling.max_new_tokens` allows more."""
+    full_length_fraction: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Share of rollouts, drawn by their numbers, that are sampled to their end: only they show
+    the student where to stop."""
+
+
+class Harvest(Schema):
+    """Train on what there is of running rollouts when a step's time is up."""
+
+    deadline_s: PositiveFloat
+    """Seconds after the step before, at which a step takes the prefixes of running rollouts."""
+    min_tokens: PositiveInt = 32
+    """A rollout with fewer tokens that were not harvested before is left alone."""
+    full_length_fraction: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Share of rollouts, drawn by their numbers, that are never harvested."""
+
+
+class StreamingPipeline(_Pipeline):
+    """Generate, score and train at the same time: rollouts run on across steps."""
+
+    kind: Literal["streaming"]
+    max_staleness_steps: Annotated[int, Field(ge=0)] = 4
+    """Age in optimizer steps up to which a rollout is trained on, judged by its oldest token; an
+    older one is dropped and counted. Also how far generation runs ahead: rollouts for at most
+    ``max_staleness_steps + 1`` steps are out at a time. 0 is strictly on-policy."""
+    max_in_flight: PositiveInt | None = None
+    """Rollouts that are sampled at a time; null: generation.max_sequences."""
+    weight_updates: Literal["in_flight", "boundary"] = "in_flight"
+    """``in_flight``: running rollouts go on with the new weights, and their tokens keep the
+    version that sampled them. ``boundary``: a version is loaded when no rollout is running, and
+    until then none is begun."""
+    scoring_calls: PositiveInt = 2
+    """Calls to the teacher under way at a time; each takes all rollouts that wait for a score."""
+    harvest: Harvest | None = None
+    """Null: only finished rollouts are trained on."""
+    prefix: PrefixBudget | None = None
+    """Null: every rollout is sampled to its end."""
+    stall_timeout_s: PositiveFloat = 1800.0
+    """With no rollout finished and none scored for so long, the run stops and says what it
+    waited for."""
+
+
+PipelineConfig: TypeAlias = Annotated[
+    SequentialPipeline | StreamingPipeline, Field(discriminator="kind")
+]
 
 
 class RunConfig(Schema):
@@ -741,6 +797,31 @@ class RunConfig(Schema):
         return self
 
     @model_validator(mode="after")
+    def _a_prompts_samples_are_begun_together(self) -> Self:
+        pipeline = self.pipeline
+        if pipeline.kind == "streaming" and self.max_in_flight < self.samples_per_prompt:
+            raise ValueError(
+                f"samples_per_prompt={self.samples_per_prompt} is more than the "
+                f"{self.max_in_flight} rollouts that run at a time, and the samples of a prompt "
+                "are begun together; raise pipeline.max_in_flight or generation.max_sequences"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pieces_of_an_answer_cannot_credit_later_tokens(self) -> Self:
+        pipeline, objective = self.pipeline, self.objective
+        if pipeline.kind != "streaming" or objective.kind != "sampled_reverse_kl":
+            return self
+        cut = "harvest" if pipeline.harvest else "prefix" if pipeline.prefix else None
+        if cut and (objective.discount > 0 or objective.task_reward_weight > 0):
+            raise ValueError(
+                f"pipeline.{cut} with objective.discount={objective.discount}, "
+                f"task_reward_weight={objective.task_reward_weight}: a piece of an answer does not "
+                "know what comes after it; use discount=0 and no task reward, or whole rollouts"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _training_and_evaluation_problems_are_apart(self) -> Self:
         evaluation = self.evaluation
         if (
@@ -790,6 +871,13 @@ class RunConfig(Schema):
     @property
     def output_path(self) -> Path:
         return Path(self.output_dir)
+
+    @property
+    def max_in_flight(self) -> int:
+        """Rollouts that a streaming pipeline has sampled at a time."""
+        pipeline = self.pipeline
+        limit = pipeline.max_in_flight if pipeline.kind == "streaming" else None
+        return limit or self.generation.max_sequences
 
     @property
     def rollouts_per_step(self) -> int:

@@ -56,6 +56,10 @@ class EngineError(DistillError, RuntimeError):
     exit_code = 3
 
 
+class StallError(EngineError):
+    """Nothing has moved for longer than the config allows; it names what was waited for."""
+
+
 class EngineLost(EngineError):
     """An engine's process is gone, and with it what it had not answered. It may be restarted."""
 

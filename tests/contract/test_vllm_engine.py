@@ -41,8 +41,12 @@ from tests.tiny_models import TinyModels
 
 pytestmark = pytest.mark.vllm
 
-PARITY_NATS = 1e-4
-FAR_NATS = 0.05
+ON_GPU = INSTALLED.device == "cuda"
+ADAPTER_DTYPE = "bfloat16" if ON_GPU else "float32"
+"""vLLM's adapter kernels on a GPU take nothing wider."""
+PARITY_NATS, FAR_NATS = (0.25, 0.5) if ON_GPU else (1e-4, 0.05)
+"""bfloat16 against float32: 0.10 at most and 0.017 on average were seen with these adapters, in
+Hugging Face's model; other adapters are 1.3 nats off at the median token."""
 RANK, ALPHA = 4, 12.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA = LoraTuning(kind="lora", rank=RANK, alpha=ALPHA)
@@ -103,7 +107,7 @@ def base(tiny_models: TinyModels) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def engine(tiny_models: TinyModels) -> Iterator[VllmRolloutEngine]:
     """Serves adapters; tests may leave any version in it."""
-    built = build_vllm(tiny_models.student, lora=LORA)
+    built = build_vllm(tiny_models.student, lora=LORA, dtype=ADAPTER_DTYPE)
     yield built
     run(built.close())
 
@@ -171,7 +175,9 @@ def test_a_stale_prefix_cache_would_fail_the_parity_check(
             filter(None, [root, INSTALLED.variables.get("vllm", {}).get("PYTHONPATH")])
         )
         environment = {**INSTALLED.variables.get("vllm", {}), "PYTHONPATH": path}
-        tested = build_vllm(tiny_models.student, lora=LORA, environment=environment)
+        tested = build_vllm(
+            tiny_models.student, lora=LORA, dtype=ADAPTER_DTYPE, environment=environment
+        )
     try:
         worst = 0.0
         for step in range(2):
@@ -221,13 +227,18 @@ def test_running_rollouts_go_on_with_the_new_weights_and_every_token_names_its_v
     for rollout in rollouts:
         for span in rollout.versions:
             expected = behavior_logprobs(models[span.version], rollout)[span.start : span.stop]
-            assert largest_gap(rollout.behavior_logprobs[span.start : span.stop], expected) < 1e-4
-    for rollout in mixed:  # a boundary off by one token would show
+            seen = rollout.behavior_logprobs[span.start : span.stop]
+            assert largest_gap(seen, expected) < PARITY_NATS
+    last_old, first_new = list[float](), list[float]()
+    for rollout in mixed:
         edge = rollout.versions[1].start
-        last_old = behavior_logprobs(models[second], rollout)[edge - 1]
-        first_new = behavior_logprobs(models[first], rollout)[edge]
-        assert abs(rollout.behavior_logprobs[edge - 1] - last_old) > 1e-4
-        assert abs(rollout.behavior_logprobs[edge] - first_new) > 1e-4
+        wrong_old = behavior_logprobs(models[second], rollout)[edge - 1]
+        wrong_new = behavior_logprobs(models[first], rollout)[edge]
+        last_old.append(abs(rollout.behavior_logprobs[edge - 1] - wrong_old))
+        first_new.append(abs(rollout.behavior_logprobs[edge] - wrong_new))
+    # A boundary off by one token would have shown above.
+    assert max(last_old) > FAR_NATS
+    assert max(first_new) > FAR_NATS
 
 
 def test_a_prefix_is_the_beginning_of_its_rollout_and_an_aborted_one_is_left_out(
@@ -353,8 +364,10 @@ def test_a_killed_engine_comes_back_and_no_rollout_is_lost_or_doubled(
     by_id = {rollout.rollout_id: rollout for rollout in rollouts}
     assert len(by_id) == len(rollouts) == len(requests)
     for rollout in expected:
-        assert by_id[rollout.rollout_id].response_ids.tolist() == rollout.response_ids.tolist()
-        assert by_id[rollout.rollout_id].versions == rollout.versions
+        again = by_id[rollout.rollout_id]
+        assert {span.version for span in again.versions} == {rollout.oldest_version}
+        if not ON_GPU:  # in bfloat16 another batch may sample another token
+            assert again.response_ids.tolist() == rollout.response_ids.tolist()
     assert engine.counters["health/rollout_engine_restarts"] == 1
     assert live_processes(engine.pid)
 
@@ -441,6 +454,12 @@ def test_too_little_cache_says_what_was_planned_and_what_to_change(
     monkeypatch.setattr("tests.contract.vllm_adapter.KV_CACHE_BYTES", 4096)
     with pytest.raises(EngineStartError, match=r"planned 0\.0 GiB .*generation\.kv_cache_gib"):
         build_vllm(tiny_models.student)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="on a CPU there are float32 kernels")
+def test_adapters_in_float32_are_refused_on_a_gpu(tiny_models: TinyModels) -> None:
+    with pytest.raises(EngineStartError, match=r"no float32 .*generation\.adapters=merge"):
+        build_vllm(tiny_models.student, lora=LORA, dtype="float32")
 
 
 def test_an_unknown_engine_argument_is_named(tiny_models: TinyModels) -> None:

@@ -26,6 +26,7 @@ def vllm_config(**changes: object) -> VllmGeneration:
         "python": INSTALLED.python.get("vllm"),
         "environment": {
             "OMP_NUM_THREADS": "2",
+            "TRITON_F32_DEFAULT": "ieee",  # attention in float32 is TF32 on a GPU otherwise
             **INSTALLED.variables.get("vllm", {}),
         },
         "enforce_eager": True,

@@ -18,12 +18,15 @@ from qwen3_distill.pipeline.manifest import git_revision, identity_record, machi
 from qwen3_distill.pipeline.recorder import Recorder, render_report, summarize
 from qwen3_distill.pipeline.run_folder import RunFolder, full_disk_named
 from qwen3_distill.pipeline.sequential import run_sequential
+from qwen3_distill.pipeline.streaming import run_streaming
 from qwen3_distill.reporting.console import ProgressReporter
 from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.types import RunCursor
 from qwen3_distill.utils.files import write_json_atomic
 
 INTERRUPTED_EXIT_CODE = 130
+
+_PIPELINES = {"sequential": run_sequential, "streaming": run_streaming}
 
 
 def run(
@@ -92,7 +95,7 @@ async def _train(
     recorder = Recorder(parts, folder, progress, start_step=cursor.step)
     try:
         with _stop_on_interrupt(recorder, progress):
-            cursor = await run_sequential(parts, recorder, cursor)
+            cursor = await _PIPELINES[config.pipeline.kind](parts, recorder, cursor)
         # Asked to stop in the last step, the final evaluation was left out: not complete.
         if recorder.stop_requested or cursor.step < config.steps:
             await recorder.checkpoint(cursor)

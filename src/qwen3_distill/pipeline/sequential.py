@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import EngineError, NonFiniteError, WeightVersionError
 from qwen3_distill.pipeline.build import Parts
-from qwen3_distill.pipeline.recorder import Recorder, StageClock
+from qwen3_distill.pipeline.recorder import Ledger, Recorder, StepRecord, ledger_entry
 from qwen3_distill.pipeline.requests import in_request_order, requests_for_step
-from qwen3_distill.protocols import RolloutEngine, TeacherScorer
+from qwen3_distill.protocols import Sampler, TeacherScorer
+from qwen3_distill.reporting.trace import WEIGHTS, Trace
 from qwen3_distill.types import (
     Batch,
+    Metric,
     Rollout,
     RolloutRequest,
     RunCursor,
@@ -34,29 +36,54 @@ async def run_sequential(parts: Parts, recorder: Recorder, cursor: RunCursor) ->
         NonFiniteError: a step had no finite loss or gradient; its batch is in the run folder.
     """
     config = parts.config
-    await push_weights(parts)  # before the first rollout: the engine has no weights of its own
+    trace = recorder.trace
+    await traced_push(parts, trace)  # before the first rollout: the engine has no weights yet
     await recorder.evaluate_if_due(cursor)
+    trace.begin_steps()
     while cursor.step < config.steps and not recorder.stop_requested:
-        clock = StageClock()
         prompts = parts.prompts.take(cursor.prompts_drawn, config.prompts_per_step)
         requests = requests_for_step(config, prompts, cursor.step)
-        with clock("generate"):
+        with trace.span("generate", rollouts=len(requests)):
             rollouts = await generate(parts.engine, requests)
-        with clock("score"):
+        with trace.span("score", rollouts=len(rollouts)):
             scored = await score(
                 parts.teacher, rollouts, max_dropped_fraction=max_dropped_fraction(config)
             )
-        with clock("train"):
+        with trace.span("train", rollouts=len(scored)):
             update = await checked_update(parts, recorder, parts.make_batch(scored))
-        with clock("publish"):
-            await push_weights(parts)
+        await traced_push(parts, trace)
         cursor = RunCursor(
             step=cursor.step + 1,
             prompts_drawn=cursor.prompts_drawn + config.prompts_per_step,
             weight_version=update.version,
         )
-        await recorder.after_step(cursor, scored, update, clock)
+        await recorder.after_step(
+            StepRecord(
+                cursor=cursor,
+                scored=scored,
+                update=update,
+                metrics=[Metric.sum("score/dropped_rollouts", len(rollouts) - len(scored))],
+                ledger=_ledger(rollouts, scored, first=(cursor.step - 1) * len(rollouts)),
+            )
+        )
     return cursor
+
+
+def _ledger(rollouts: Sequence[Rollout], scored: Sequence[ScoredRollout], first: int) -> Ledger:
+    """Of a step whose rollouts, in the order of their requests, have numbers from ``first`` on."""
+    kept = {item.rollout.rollout_id for item in scored}
+    numbered = list(enumerate(rollouts, first))
+    trained = [ledger_entry(n, r) for n, r in numbered if r.rollout_id in kept]
+    dropped = [f"{ledger_entry(n, r)}:no-score" for n, r in numbered if r.rollout_id not in kept]
+    return Ledger(trained=" ".join(trained), dropped=" ".join(dropped))
+
+
+async def traced_push(parts: Parts, trace: Trace) -> None:
+    """`push_weights`, with the version that the engine serves from here on in the trace."""
+    with trace.span("publish"):
+        await push_weights(parts)
+    version = parts.learner.version
+    trace.instant(WEIGHTS, f"version {version.step}", step=version.step, digest=version.digest[:12])
 
 
 async def push_weights(parts: Parts) -> None:
@@ -81,7 +108,7 @@ def max_dropped_fraction(config: RunConfig) -> float:
     return scoring.max_dropped_fraction if scoring.kind == "sglang" else 0.0
 
 
-async def generate(engine: RolloutEngine, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+async def generate(engine: Sampler, requests: Sequence[RolloutRequest]) -> list[Rollout]:
     """All requested rollouts, in the order of the requests."""
     finished = [rollout async for rollout in engine.generate(requests)]
     return in_request_order(requests, finished)
