@@ -31,16 +31,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from common import RESULTS, write_result
-from qwen3_distill.config import RunConfig
+from qwen3_distill.config import EvaluationConfig, RunConfig
 from qwen3_distill.config_io import load_config
-from qwen3_distill.evaluation.accuracy import EvaluationResult, evaluate
-from qwen3_distill.pipeline.build import build_checker, build_parts, build_problems
-from qwen3_distill.pipeline.recorder import Recorder
-from qwen3_distill.pipeline.run_folder import RunFolder
-from qwen3_distill.pipeline.sequential import run_sequential
+from qwen3_distill.evaluation.accuracy import evaluate
+from qwen3_distill.pipeline.build import Parts, build_checker, build_problems
+from qwen3_distill.pipeline.run import run
 from qwen3_distill.reporting.console import SilentReporter
 from qwen3_distill.reporting.metrics import read_jsonl
-from qwen3_distill.types import RunCursor
 from staleness_parts import Advantage, Case, LaggedEngine, Ratio, adapted
 from statistics_of_seeds import MeanOfSeeds, mean_of_seeds
 from sweep import Record, Sweep
@@ -48,6 +45,7 @@ from sweep import Record, Sweep
 STALENESS = (4, 16, 1, 0)
 """The most telling first: a sweep that is cut short has these."""
 CURVE_POINTS = 12
+KEPT_OF_A_RUN = ("case", "seed", "accuracy", "generated_tokens", "learner_tokens", "cpu_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,21 +73,23 @@ REFERENCE = Case(staleness=0, advantage="current", ratio="truncated")
 def run_case(name: str, seed: int, settings: dict[str, Any]) -> Record:
     """Train and evaluate once, in this process."""
     started, cpu_started = time.perf_counter(), time.process_time()
-    case = CASES[name]
+    case, sizes = CASES[name], Settings(**settings)
     with tempfile.TemporaryDirectory() as folder:
-        config = case_config(Settings(**settings), seed, folder)
-        result = asyncio.run(_train_and_evaluate(config, case, Settings(**settings)))
+        config = case_config(sizes, seed, folder)
+        assert config.evaluation is not None
+        # In the loop the engine's weights are old; what is evaluated must be the newest.
+        parts = train(config.model_copy(update={"evaluation": None}), case)
+        accuracy = asyncio.run(accuracy_of(parts, config.evaluation, sizes.problems))
         steps = read_jsonl(Path(folder) / "metrics.jsonl")
     require_exact_lag(steps, case.staleness)
     return {
         "case": name,
         "seed": seed,
-        "accuracy": result.accuracy,
+        "accuracy": accuracy,
         "generated_tokens": sum(int(step["tokens/generated"]) for step in steps),
         "learner_tokens": sum(int(step["tokens/trained"]) for step in steps),
         "ratio_bound_fraction": _mean(steps, "health/ratio_bound_fraction"),
         "learner_vs_behavior_nats": _mean(steps, "health/learner_vs_engine_abs_nats"),
-        "response_tokens": result.mean_tokens,
         "cpu_s": time.process_time() - cpu_started,
         "wall_s": time.perf_counter() - started,
         "curve": _curve(steps),
@@ -117,31 +117,32 @@ def case_config(settings: Settings, seed: int, folder: str) -> RunConfig:
     )
 
 
-async def _train_and_evaluate(
-    config: RunConfig, case: Case, settings: Settings
-) -> EvaluationResult:
-    """The product's loop, then the newest weights on held-out problems."""
-    evaluation = config.evaluation
-    assert evaluation is not None
-    # In the loop the engine's weights are old; what is evaluated must be the newest.
-    config = config.model_copy(update={"evaluation": None})
-    parts = adapted(build_parts(config), case)
-    with RunFolder(config) as folder:
-        recorder = Recorder(parts, folder, SilentReporter(), start_step=0)
-        cursor = RunCursor(step=0, prompts_drawn=0, weight_version=parts.learner.version)
-        await run_sequential(parts, recorder, cursor)
-        recorder.close()
+def train(config: RunConfig, case: Case) -> Parts:
+    """Run the product's pipeline with the case's parts; they hold the trained student."""
+    used: list[Parts] = []
+
+    def adapt(parts: Parts) -> Parts:
+        used.append(adapted(parts, case))
+        return used[0]
+
+    run(config, SilentReporter(), print, adapt)
+    return used[0]
+
+
+async def accuracy_of(parts: Parts, evaluation: EvaluationConfig, problems: int) -> float:
+    """Held-out accuracy of the learner's newest weights, whatever lag the engine had."""
     assert isinstance(parts.engine, LaggedEngine)
     engine = parts.engine.inner
     await engine.load(parts.learner.version, parts.channel)
-    return await evaluate(
+    result = await evaluate(
         engine,
-        build_problems(config, evaluation, parts.text)(settings.problems),
+        build_problems(parts.config, evaluation, parts.text)(problems),
         build_checker(evaluation.verifier, parts.text),
         sampling=evaluation.sampling,
-        samples_per_problem=1,
+        samples_per_problem=evaluation.samples_per_problem,
         seed=0,  # the same random numbers in every run: differences are less noisy
     )
+    return result.accuracy
 
 
 def require_exact_lag(steps: Sequence[Record], staleness: int) -> None:
@@ -174,14 +175,14 @@ def jobs_of(settings: Settings, seeds: int, names: Sequence[str]) -> dict[str, l
 def summarize(runs: Sequence[Record]) -> list[Record]:
     """A record per case that has runs, with intervals over seeds."""
     by_case: dict[str, dict[int, Record]] = {}
-    for run in runs:
-        by_case.setdefault(run["case"], {})[run["seed"]] = run
-    reference = {seed: run["accuracy"] for seed, run in by_case.get(REFERENCE.name, {}).items()}
+    for record in runs:
+        by_case.setdefault(record["case"], {})[record["seed"]] = record
+    reference = {seed: r["accuracy"] for seed, r in by_case.get(REFERENCE.name, {}).items()}
     rows: list[Record] = []
     for name, of_seed in by_case.items():
-        accuracy = {seed: run["accuracy"] for seed, run in of_seed.items()}
+        accuracy = {seed: record["accuracy"] for seed, record in of_seed.items()}
         paired = [accuracy[seed] - reference[seed] for seed in sorted(accuracy.keys() & reference)]
-        curves = [run["curve"] for run in of_seed.values()]
+        curves = [record["curve"] for record in of_seed.values()]
         rows.append(
             {
                 "name": name,
@@ -189,7 +190,7 @@ def summarize(runs: Sequence[Record]) -> list[Record]:
                 "accuracy": asdict(mean_of_seeds(list(accuracy.values()))),
                 "vs_reference": asdict(mean_of_seeds(paired)) if paired else None,
                 **{
-                    key: sum(run[key] for run in of_seed.values()) / len(of_seed)
+                    key: sum(record[key] for record in of_seed.values()) / len(of_seed)
                     for key in ("ratio_bound_fraction", "learner_vs_behavior_nats", "cpu_s")
                 },
                 "curve": [round(sum(c) / len(c), 4) for c in zip(*curves, strict=True)],
@@ -221,7 +222,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rollouts-per-step", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--problems", type=int, default=500, help="held-out, of the last step")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--time-limit-s", type=float, help="start no run that would end later")
@@ -249,9 +250,9 @@ def main() -> None:
         figures_of(rows),
         folder=arguments.results,
         settings=asdict(settings),
-        missing_runs=[name for name in jobs if name not in {run["job"] for run in runs}],
+        missing_runs=sorted(jobs.keys() - {record["job"] for record in runs}),
         cases=rows,
-        runs=[{key: run[key] for key in ("case", "seed", "accuracy", "wall_s")} for run in runs],
+        runs=[{key: record[key] for key in KEPT_OF_A_RUN} for record in runs],
     )
     print(path)
     if sweep.failed:

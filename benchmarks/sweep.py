@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+import transformers
 
 from qwen3_distill.errors import DataError
 from qwen3_distill.reporting.metrics import read_jsonl
@@ -24,7 +25,12 @@ def one_core_processes(count: int) -> Executor:
     """Workers in processes of their own, one thread each: more would fight for the cores."""
     os.environ["OMP_NUM_THREADS"] = "1"  # read when a worker loads torch
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, spawn, torch.set_num_threads, (1,))
+    return ProcessPoolExecutor(count, spawn, _prepare_worker)
+
+
+def _prepare_worker() -> None:
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
 
 
 @dataclass(kw_only=True)
