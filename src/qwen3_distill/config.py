@@ -406,6 +406,22 @@ ObjectiveConfig: TypeAlias = Annotated[
 ]
 
 
+def needs_hidden_states(objective: ObjectiveConfig) -> bool:
+    """Whether the teacher's full distribution is compared with."""
+    return objective.kind == "full" or (
+        objective.kind == "sampled_reverse_kl" and objective.kl_baseline.kind == "full"
+    )
+
+
+def candidates_per_token(objective: ObjectiveConfig) -> int:
+    """K: how many of the teacher's most likely tokens every position has; 0 for none."""
+    if objective.kind == "top_k":
+        return objective.k
+    if objective.kind == "sampled_reverse_kl" and objective.kl_baseline.kind == "top_k":
+        return objective.kl_baseline.k
+    return 0
+
+
 # --- Training -----------------------------------------------------------------------------------
 
 
@@ -544,6 +560,99 @@ class PlanningConfig(Schema):
     prompt_tokens: PositiveInt = 256
     """How long prompts are, for sizing caches. Longer ones work too: fewer rollouts then run at
     a time."""
+
+
+# --- Replay -------------------------------------------------------------------------------------
+
+
+class UniformLaw(Schema):
+    """Every rollout that is young enough is drawn alike."""
+
+    kind: Literal["uniform"]
+
+
+class _PriorityLaw(Schema):
+    age_decay_steps: PositiveFloat | None = None
+    """tau: a rollout's priority counts exp(-age / tau), its age in optimizer steps; null: its age
+    does not matter."""
+    uniform_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the probability that is spread over all rollouts alike."""
+
+
+class ProportionalLaw(_PriorityLaw):
+    """Drawn in proportion to priority^alpha (arXiv 1511.05952)."""
+
+    kind: Literal["proportional"]
+    alpha: Annotated[float, Field(gt=0, le=2)] = 0.6
+
+
+class RankLaw(_PriorityLaw):
+    """Drawn in proportion to rank^-alpha, rank 1 for the largest priority (arXiv 1511.05952)."""
+
+    kind: Literal["rank"]
+    alpha: Annotated[float, Field(gt=0, le=2)] = 0.7
+
+
+ReplayLaw: TypeAlias = Annotated[
+    UniformLaw | ProportionalLaw | RankLaw, Field(discriminator="kind")
+]
+
+MIN_PRIORITY_NATS = 1e-3
+"""What is learned stays drawable."""
+
+
+class ReplayConfig(Schema):
+    """Rollouts with their teacher's scores, kept on the learner's device and trained on again."""
+
+    capacity_tokens: PositiveInt
+    """Prompt and response tokens that are kept; 12 bytes each, and 8 more per candidate of the
+    teacher. The oldest rollouts make room."""
+    capacity_rollouts: PositiveInt | None = None
+    """Rollouts that are kept; null: as many as the tokens allow."""
+    max_age_steps: Annotated[int, Field(ge=0)] = 4
+    """Rollouts whose oldest token is older, in optimizer steps, are dropped."""
+    law: ReplayLaw = Field(default_factory=lambda: UniformLaw(kind="uniform"))
+    """Which rollouts are drawn."""
+    updates_per_batch: PositiveInt = 1
+    """Optimizer steps for each batch of fresh rollouts."""
+    reuse_cap: PositiveInt | None = None
+    """A rollout is dropped when it was trained on so often; null: no limit but its age."""
+    coverage_first: bool = False
+    """Rollouts that were never trained on are drawn before any that were."""
+    priority_clip_nats: PositiveFloat = 2.0
+    """Largest priority, which is the mean over a rollout's tokens of the advantage's absolute
+    value, or of the divergence."""
+    beta_start: Annotated[float, Field(ge=0, le=1)] = 0.4
+    """Exponent of the importance weight (1 / (N P))^beta at step 0. 0: no correction, 1: the
+    expected gradient is that of uniform drawing. Uniform drawing needs none, whatever it is."""
+    beta_end: Annotated[float, Field(ge=0, le=1)] = 1.0
+    beta_steps: PositiveInt = 500
+    """Steps in which it goes, linearly, from `beta_start` to `beta_end`."""
+
+    @model_validator(mode="after")
+    def _the_largest_priority_is_above_the_least(self) -> Self:
+        if self.priority_clip_nats <= MIN_PRIORITY_NATS:
+            raise ValueError(
+                f"priority_clip_nats={self.priority_clip_nats}: expected more than the least "
+                f"priority of {MIN_PRIORITY_NATS}, or all rollouts have the same"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _every_update_finds_rollouts(self) -> Self:
+        if self.reuse_cap is not None and self.reuse_cap < self.updates_per_batch:
+            raise ValueError(
+                f"reuse_cap={self.reuse_cap} with updates_per_batch={self.updates_per_batch}: "
+                "rollouts would be used up before the next ones come; raise reuse_cap or lower "
+                "updates_per_batch"
+            )
+        if self.max_age_steps < self.updates_per_batch - 1:
+            raise ValueError(
+                f"max_age_steps={self.max_age_steps} with updates_per_batch="
+                f"{self.updates_per_batch}: a batch would be too old before its last update; "
+                "raise max_age_steps or lower updates_per_batch"
+            )
+        return self
 
 
 # --- The run ------------------------------------------------------------------------------------
@@ -703,6 +812,9 @@ class RunConfig(Schema):
     """The learner."""
     objective: ObjectiveConfig
     """What is minimised; see concepts.md."""
+    replay: ReplayConfig | None = None
+    """Keeps scored rollouts and trains on them again; see replay.md. Null: each is trained on
+    once."""
     verifier: VerifierConfig | None = None
     """Checks training rollouts: for the task reward, and for the metric ``rollout/accuracy``."""
     evaluation: EvaluationConfig | None = None
@@ -715,10 +827,10 @@ class RunConfig(Schema):
     @model_validator(mode="after")
     def _hidden_states_stay_in_one_process(self) -> Self:
         objective = self.objective
-        needs_hidden = objective.kind == "full" or (
-            objective.kind == "sampled_reverse_kl" and objective.kl_baseline.kind == "full"
-        )
-        if needs_hidden and (self.scoring.kind, self.training.kind) != ("embedded", "embedded"):
+        if needs_hidden_states(objective) and (self.scoring.kind, self.training.kind) != (
+            "embedded",
+            "embedded",
+        ):
             raise ValueError(
                 f"objective.kind={objective.kind} over the full vocabulary needs the teacher's "
                 "hidden states and output head, which a server does not give: use "
@@ -818,6 +930,66 @@ class RunConfig(Schema):
                 f"pipeline.{cut} with objective.discount={objective.discount}, "
                 f"task_reward_weight={objective.task_reward_weight}: a piece of an answer does not "
                 "know what comes after it; use discount=0 and no task reward, or whole rollouts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replayed_tokens_need_the_ratio(self) -> Self:
+        objective = self.objective
+        if (
+            self.replay is not None
+            and objective.kind == "sampled_reverse_kl"
+            and objective.ratio_cap is None
+        ):
+            raise ValueError(
+                "replay with objective.ratio_cap=null: replayed tokens were sampled from older "
+                "weights, and without the ratio the gradient is biased; set ratio_cap"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replayed_tokens_answer_for_themselves(self) -> Self:
+        objective = self.objective
+        if (
+            self.replay is not None
+            and objective.kind == "sampled_reverse_kl"
+            and (objective.discount > 0 or objective.task_reward_weight > 0)
+        ):
+            raise ValueError(
+                f"replay with objective.discount={objective.discount}, task_reward_weight="
+                f"{objective.task_reward_weight}: a token's ratio does not correct the tokens "
+                "after it, which older weights sampled, so their share of its advantage is "
+                "biased; use discount=0 and no task reward, or no replay"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _hidden_states_are_not_kept(self) -> Self:
+        if self.replay is not None and needs_hidden_states(self.objective):
+            raise ValueError(
+                f"replay with objective.kind={self.objective.kind} over the full vocabulary: the "
+                "teacher's hidden states are thousands of numbers a token and are not kept; use "
+                "objective.kind=top_k, or objective.kl_baseline.kind=top_k or none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_step_fits_the_replay_buffer(self) -> Self:
+        replay = self.replay
+        if replay is None:
+            return self
+        rollouts = self.rollouts_per_step
+        if replay.capacity_rollouts is not None and replay.capacity_rollouts < rollouts:
+            raise ValueError(
+                f"replay.capacity_rollouts={replay.capacity_rollouts} is below one step's "
+                f"{rollouts} rollouts (prompts_per_step x samples_per_prompt); raise it"
+            )
+        least = rollouts * self.sampling.max_new_tokens
+        if replay.capacity_tokens < least:
+            raise ValueError(
+                f"replay.capacity_tokens={replay.capacity_tokens} is below what one step may "
+                f"sample: {rollouts} rollouts of up to {self.sampling.max_new_tokens} tokens are "
+                f"{least}; raise it, with room for the prompts"
             )
         return self
 

@@ -16,6 +16,7 @@ from qwen3_distill.types import (
     ModelIdentity,
     Rollout,
     RolloutRequest,
+    ScoredRollout,
     ScoreResult,
     Update,
     WeightVersion,
@@ -187,3 +188,29 @@ class Learner(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class ReplayingLearner(Learner, Protocol):
+    """A learner that keeps scored rollouts on its device and trains on them more than once.
+
+    What it keeps belongs to its state: `save_state` and `load_state` include it.
+    """
+
+    async def admit(self, scored: Sequence[ScoredRollout]) -> None:
+        """Keep rollouts for later updates; the oldest make room.
+
+        Raises:
+            DataError: one is longer than the learner takes, or they do not fit an empty buffer.
+            ConfigError: the learner was built without replay.
+        """
+        ...
+
+    async def update_replayed(self, num_rollouts: int) -> Update:
+        """One optimizer step on kept rollouts, drawn by the config's law; on all of them, where
+        fewer are there. Its metrics say how many, and what the buffer holds.
+
+        Raises:
+            DataError: none is there that is young enough.
+            NonFiniteError: as `update`; the rollouts stay as they were.
+        """
+        ...

@@ -32,11 +32,17 @@ from qwen3_distill.data.sources import PromptSource, build_source
 from qwen3_distill.data.verifiers import build_verifier
 from qwen3_distill.generation.embedded import EmbeddedRolloutEngine
 from qwen3_distill.generation.vllm import VllmRolloutEngine
-from qwen3_distill.modeling.loading import load_identity, load_tokenizer, resolve_dtype
+from qwen3_distill.modeling.loading import (
+    load_identity,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
 from qwen3_distill.pipeline.requests import make_batch
 from qwen3_distill.planning.device import detect_memory
 from qwen3_distill.planning.plan import MemoryPlan, make_plan
 from qwen3_distill.protocols import Learner, RolloutEngine, Sampler, TeacherScorer, WeightChannel
+from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
 from qwen3_distill.scoring.cache import CachedTeacher
 from qwen3_distill.scoring.embedded import EmbeddedTeacher
 from qwen3_distill.scoring.request import HiddenRequest, request_for
@@ -294,6 +300,7 @@ def build_learner(config: RunConfig, teacher: TeacherScorer, plan: MemoryPlan | 
                 total_steps=config.steps,
                 seed=config.seed,
                 publish_adapter=publish_adapter,
+                replay=_replay_here(config, training),
             )
         case UnslothTraining():
             return UnslothLearner(
@@ -305,7 +312,16 @@ def build_learner(config: RunConfig, teacher: TeacherScorer, plan: MemoryPlan | 
                 publish_adapter=publish_adapter,
                 memory_bytes=_needed(plan).learner_memory_bytes,
                 log=engine_log(config, "unsloth"),
+                replay=config.replay,
             )
+
+
+def _replay_here(config: RunConfig, training: EmbeddedTraining) -> ReplayBuffer | None:
+    """The buffer of a learner in this process."""
+    if config.replay is None:
+        return None
+    device = resolve_device(training.device)
+    return build_replay(config.replay, config.objective, device=device, seed=config.seed)
 
 
 def _output_head(teacher: TeacherScorer) -> torch.Tensor | None:

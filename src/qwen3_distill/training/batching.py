@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from qwen3_distill.errors import AlignmentError
-from qwen3_distill.types import Batch, HiddenScore, Rollout, TeacherScore, TopKScore
+from qwen3_distill.replay.flat import Counts, FlatRollouts, flatten, spans
+from qwen3_distill.types import Batch
 from qwen3_distill.utils.packing import pack_by_tokens
 
 
@@ -27,6 +26,8 @@ from qwen3_distill.utils.packing import pack_by_tokens
 class MicroBatch:
     """One forward and backward pass."""
 
+    rollouts: tuple[int, ...]
+    """Which rollouts of the step they are, by index, in order."""
     input_BT: Tensor
     """int64 token ids; 0 where nothing stands."""
     position_BT: Tensor
@@ -89,104 +90,102 @@ def micro_batches(batch: Batch, max_tokens: int, *, packed: bool = False) -> Ite
     Raises:
         AlignmentError: the batch mixes kinds of teacher score.
     """
-    lengths = [_input_tokens(scored.rollout) for scored in batch.scored]
-    groups = _fill(lengths, max_tokens) if packed else pack_by_tokens(lengths, max_tokens)
-    for group in groups:
+    tokens = [s.rollout.prompt.token_ids.size + s.rollout.num_tokens for s in batch.scored]
+    for group in _groups(tokens, max_tokens, packed=packed):
         yield collate(batch, group, packed=packed)
+
+
+def flat_micro_batches(
+    flat: FlatRollouts, weights_S: Tensor, max_tokens: int, *, packed: bool = False
+) -> Iterator[MicroBatch]:
+    """`micro_batches` of flat rollouts, on the device that they are on.
+
+    Args:
+        weights_S: importance weight of each rollout, on that device.
+    """
+    no_reward_S = torch.zeros_like(weights_S)
+    for group in _groups(flat.tokens_S.tolist(), max_tokens, packed=packed):
+        yield _laid_out(flat, group, group, weights_S, no_reward_S, packed=packed)
 
 
 def collate(batch: Batch, indices: Sequence[int], *, packed: bool = False) -> MicroBatch:
     """Lay the batch's rollouts ``indices`` out as one micro-batch."""
-    chosen = [batch.scored[index] for index in indices]
-    rollouts = [scored.rollout for scored in chosen]
-    scores = [scored.score for scored in chosen]
-    kinds = {type(score) for score in scores}
-    if len(kinds) != 1:
-        names = sorted(kind.__name__ for kind in kinds)
-        raise AlignmentError(f"one batch holds scores of several kinds: {', '.join(names)}")
-    layout = _Layout.of(rollouts, packed=packed)
-    counts = [rollout.num_tokens for rollout in rollouts]
-    index = np.asarray(indices)
+    flat = flatten([batch.scored[index] for index in indices])
+    weights_S, rewards_S = (
+        torch.from_numpy(values[np.asarray(indices)])
+        for values in (batch.importance_weights, batch.task_advantages)
+    )
+    rows = range(len(indices))
+    return _laid_out(flat, rows, indices, weights_S, rewards_S, packed=packed)
+
+
+def _groups(tokens: Sequence[int], max_tokens: int, *, packed: bool) -> list[list[int]]:
+    lengths = [count - 1 for count in tokens]  # the last token is a target only
+    return _fill(lengths, max_tokens) if packed else pack_by_tokens(lengths, max_tokens)
+
+
+def _laid_out(
+    flat: FlatRollouts,
+    rows: Sequence[int],
+    rollouts: Sequence[int],
+    weights_S: Tensor,
+    rewards_S: Tensor,
+    *,
+    packed: bool,
+) -> MicroBatch:
+    """The rollouts ``rows`` of ``flat`` as one micro-batch: here they are shifted and padded.
+
+    Args:
+        rollouts: what the step calls them.
+        weights_S: importance weight of every rollout in ``flat``; ``rewards_S`` alike.
+    """
+    chosen = np.asarray(rows)
+    device = flat.token_id_F.device
+    prompt_S, response_S = flat.prompt_tokens_S[chosen], flat.response_tokens_S[chosen]
+    starts_S, inputs_S = flat.starts_S[chosen], prompt_S + response_S - 1
+    shape, places_S = _places(inputs_S, packed=packed)
+
+    def index(first_S: Counts, lengths_S: Counts) -> Tensor:
+        return torch.from_numpy(spans(first_S, lengths_S)).to(device)
+
+    input_place = index(places_S, inputs_S)
+
+    def padded(values: Tensor) -> Tensor:
+        empty = torch.zeros(shape[0] * shape[1], dtype=torch.int64, device=device)
+        return empty.index_copy_(0, input_place, values.long()).view(shape)
+
+    target_N = index(starts_S + prompt_S, response_S)
+    row_N = torch.from_numpy(np.repeat(chosen, response_S)).to(device)
     common: dict[str, Any] = {
-        "input_BT": layout.filled([_ids(rollout)[:-1] for rollout in rollouts]),
-        "position_BT": layout.filled([np.arange(length) for length in layout.lengths]),
-        "sequence_tokens": layout.lengths,
-        "loss_tokens": tuple(counts),
-        "loss_index_N": layout.loss_index(rollouts),
-        "target_N": _joined([r.response_ids for r in rollouts], np.int64),
-        "behavior_logprob_N": _joined([r.behavior_logprobs for r in rollouts], np.float32),
-        "teacher_logprob_N": _joined([score.logprobs for score in scores], np.float32),
-        "importance_weight_N": torch.from_numpy(np.repeat(batch.importance_weights[index], counts)),
-        "task_advantage_N": torch.from_numpy(np.repeat(batch.task_advantages[index], counts)),
+        "rollouts": tuple(rollouts),
+        "input_BT": padded(flat.token_id_F[index(starts_S, inputs_S)]),
+        "position_BT": padded(index(np.zeros_like(inputs_S), inputs_S)),
+        "sequence_tokens": tuple(inputs_S.tolist()),
+        "loss_tokens": tuple(response_S.tolist()),
+        "loss_index_N": index(places_S + prompt_S - 1, response_S),
+        "target_N": flat.token_id_F[target_N].long(),
+        "behavior_logprob_N": flat.behavior_logprob_F[target_N],
+        "teacher_logprob_N": flat.teacher_logprob_F[target_N],
+        "importance_weight_N": weights_S[row_N],
+        "task_advantage_N": rewards_S[row_N],
     }
-    return _with_teacher_detail(scores, common)
-
-
-def _with_teacher_detail(scores: Sequence[TeacherScore], common: dict[str, Any]) -> MicroBatch:
-    if all(isinstance(score, TopKScore) for score in scores):
-        top_k = [score for score in scores if isinstance(score, TopKScore)]
+    if flat.candidate_id_FK is not None and flat.candidate_logprob_FK is not None:
         return TopKMicroBatch(
             **common,
-            candidate_id_NK=_joined([s.candidate_ids for s in top_k], np.int64),
-            candidate_logprob_NK=_joined([s.candidate_logprobs for s in top_k], np.float32),
+            candidate_id_NK=flat.candidate_id_FK[target_N].long(),
+            candidate_logprob_NK=flat.candidate_logprob_FK[target_N],
         )
-    if all(isinstance(score, HiddenScore) for score in scores):
-        hidden = [score for score in scores if isinstance(score, HiddenScore)]
-        return HiddenMicroBatch(
-            **common,
-            teacher_hidden_ND=_joined([s.hidden for s in hidden], np.float32),
-        )
+    if flat.teacher_hidden_FD is not None:
+        return HiddenMicroBatch(**common, teacher_hidden_ND=flat.teacher_hidden_FD[target_N])
     return MicroBatch(**common)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where each sequence starts in the flattened [B, T]."""
-
-    shape: tuple[int, int]
-    starts: tuple[int, ...]
-    lengths: tuple[int, ...]
-
-    @classmethod
-    def of(cls, rollouts: Sequence[Rollout], *, packed: bool) -> "_Layout":
-        lengths = tuple(_input_tokens(rollout) for rollout in rollouts)
-        if packed:
-            starts = tuple(sum(lengths[:row]) for row in range(len(lengths)))
-            return cls((1, sum(lengths)), starts, lengths)
-        width = max(lengths)
-        return cls((len(lengths), width), tuple(width * r for r in range(len(lengths))), lengths)
-
-    def filled(self, per_sequence: Sequence[NDArray[np.integer]]) -> Tensor:
-        """[B, T] int64 with each sequence's values in its place."""
-        flat = np.zeros(self.shape[0] * self.shape[1], dtype=np.int64)
-        for start, values in zip(self.starts, per_sequence, strict=True):
-            flat[start : start + len(values)] = values
-        return torch.from_numpy(flat.reshape(self.shape))
-
-    def loss_index(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """[N]: the positions that response tokens are predicted from."""
-        firsts = [
-            start + rollout.prompt.token_ids.size - 1
-            for start, rollout in zip(self.starts, rollouts, strict=True)
-        ]
-        spans = [
-            np.arange(first, first + rollout.num_tokens)
-            for first, rollout in zip(firsts, rollouts, strict=True)
-        ]
-        return torch.from_numpy(np.concatenate(spans))
-
-
-def _ids(rollout: Rollout) -> NDArray[np.integer]:
-    return np.concatenate([rollout.prompt.token_ids, rollout.response_ids])
-
-
-def _input_tokens(rollout: Rollout) -> int:
-    """The last token is a target only."""
-    return rollout.prompt.token_ids.size + rollout.num_tokens - 1
-
-
-def _joined(per_rollout: Sequence[NDArray[np.generic]], dtype: type[np.generic]) -> Tensor:
-    return torch.from_numpy(np.concatenate(per_rollout).astype(dtype))
+def _places(inputs_S: Counts, *, packed: bool) -> tuple[tuple[int, int], Counts]:
+    """(B, T), and where each sequence begins in the flattened [B, T]."""
+    if packed:
+        return (1, int(inputs_S.sum())), np.cumsum(inputs_S) - inputs_S
+    width = int(inputs_S.max())
+    return (len(inputs_S), width), width * np.arange(len(inputs_S))
 
 
 def _fill(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

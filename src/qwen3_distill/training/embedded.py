@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from qwen3_distill.config import EmbeddedTraining, LoraTuning
 from qwen3_distill.modeling.loading import load_model, resolve_device, resolve_dtype
+from qwen3_distill.replay.buffer import ReplayBuffer
 from qwen3_distill.training.batching import MicroBatch
 from qwen3_distill.training.learner import TorchLearner
 from qwen3_distill.training.lora import add_adapters
@@ -32,6 +33,7 @@ class EmbeddedLearner(TorchLearner):
         total_steps: int,
         seed: int,
         publish_adapter: bool = False,
+        replay: ReplayBuffer | None = None,
     ) -> None:
         super().__init__(
             model_dir,
@@ -43,6 +45,7 @@ class EmbeddedLearner(TorchLearner):
             total_steps=total_steps,
             seed=seed,
             publish_adapter=publish_adapter,
+            replay=replay,
         )
 
 

@@ -7,11 +7,14 @@ Shape letters: B rows of a micro-batch, T positions, D hidden size.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
@@ -20,15 +23,29 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from qwen3_distill.config import LoraTuning, OptimizerConfig, TuningConfig
-from qwen3_distill.errors import CheckpointError, DataError, EngineError, NonFiniteError
+from qwen3_distill.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EngineError,
+    NonFiniteError,
+)
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_identity, load_tokenizer, output_head
 from qwen3_distill.protocols import FullWeights, WeightChannel, WeightPayload
-from qwen3_distill.training.batching import MicroBatch, micro_batches
+from qwen3_distill.replay.buffer import ReplayBuffer
+from qwen3_distill.training.batching import MicroBatch, flat_micro_batches, micro_batches
 from qwen3_distill.training.lora import adapter_weights, merged_parameters
 from qwen3_distill.training.objectives import LossTerms, Objective, TensorMetric, read_scalars
 from qwen3_distill.training.schedule import learning_rate_factor
-from qwen3_distill.types import Batch, Metric, ModelIdentity, Update, WeightVersion
+from qwen3_distill.types import (
+    Batch,
+    Metric,
+    ModelIdentity,
+    ScoredRollout,
+    Update,
+    WeightVersion,
+)
 from qwen3_distill.utils.seeds import derive_seed
 
 _GIB = 1 << 30
@@ -67,8 +84,37 @@ class Student(Protocol):
         ...
 
 
+class _MicroBatches(Protocol):
+    """Splits a step's rollouts; see `micro_batches`."""
+
+    def __call__(self, max_tokens: int, *, packed: bool) -> Iterator[MicroBatch]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """What one optimizer step trains on."""
+
+    micros: _MicroBatches
+    denominator: float
+    """sum_i w_i n_i over the whole step: every micro-batch divides by this."""
+    num_loss_tokens: int
+    lag_steps: int
+    """Age of the oldest token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Gradient:
+    """What is known of a step when its gradient is; the gradient itself is in the parameters."""
+
+    loss: float
+    norm: float
+    metrics: list[Metric]
+    magnitude_S: Tensor
+    """[S] mean magnitude of each rollout's tokens, on the device."""
+
+
 class TorchLearner:
-    """A `Learner` on PyTorch.
+    """A `ReplayingLearner` on PyTorch.
 
     A step is: split the batch by tokens, accumulate the gradient of every micro-batch with the
     step's one denominator, check, clip, step. Numbers are read from the device once, before the
@@ -77,6 +123,7 @@ class TorchLearner:
     Args:
         max_model_tokens: longest prompt plus response; None: the student's context length.
         publish_adapter: publish LoRA adapters by themselves, not merged into all weights.
+        replay: where rollouts are kept, on the student's device; None: `update` alone trains.
     """
 
     def __init__(
@@ -92,6 +139,7 @@ class TorchLearner:
         total_steps: int,
         seed: int,
         publish_adapter: bool = False,
+        replay: ReplayBuffer | None = None,
     ) -> None:
         self.student = student
         self._model_dir = Path(model_dir)
@@ -101,6 +149,7 @@ class TorchLearner:
         self._max_model_tokens = max_model_tokens
         self._total_steps = total_steps
         self._seed = seed
+        self._replay = replay
         self._adapter = tuning if publish_adapter and isinstance(tuning, LoraTuning) else None
         self._identity = load_identity(model_dir)
         self._trained = {
@@ -131,31 +180,81 @@ class TorchLearner:
         return self._version
 
     async def update(self, batch: Batch) -> Update:
+        self._check_lengths(batch.scored)
+        return self._step(
+            _Step(
+                micros=partial(micro_batches, batch),
+                denominator=batch.denominator,
+                num_loss_tokens=batch.num_loss_tokens,
+                lag_steps=batch.lag_steps(self._version),
+            )
+        )[0]
+
+    async def admit(self, scored: Sequence[ScoredRollout]) -> None:
+        self._check_lengths(scored)
+        self._kept.add(scored)
+
+    async def update_replayed(self, num_rollouts: int) -> Update:
+        replay, step = self._kept, self._version.step
+        replay.evict_by_age(step)
+        live = len(replay)
+        if live == 0:
+            raise DataError(
+                f"step {step}: the replay buffer has no rollout to train on: none was admitted, or "
+                "all are older than replay.max_age_steps or used replay.reuse_cap times"
+            )
+        sample = replay.sample(min(num_rollouts, live), step)
+        flat = replay.gather(sample)
+        weights_S = sample.weights_S.double().cpu().numpy()
+        update, magnitude_S = self._step(
+            _Step(
+                micros=partial(flat_micro_batches, flat, sample.weights_S),
+                denominator=float(weights_S @ flat.response_tokens_S),
+                num_loss_tokens=int(flat.response_tokens_S.sum()),
+                lag_steps=step - int(flat.oldest_step_S.min()),
+            )
+        )
+        replay.mark_used(sample, magnitude_S)
+        effective = weights_S.sum() ** 2 / (weights_S @ weights_S)
+        metrics = (
+            *replay.metrics(step),
+            Metric.last("replay/drawn_rollouts", sample.num_rollouts),
+            Metric.last("replay/effective_sample_fraction", effective / sample.num_rollouts),
+        )
+        return replace(update, metrics=(*update.metrics, *metrics))
+
+    @property
+    def _kept(self) -> ReplayBuffer:
+        if self._replay is None:
+            raise ConfigError("this learner keeps no rollouts; add a `replay` section")
+        return self._replay
+
+    def _step(self, work: "_Step") -> tuple[Update, Tensor]:
+        """Take an optimizer step; also [S], each rollout's mean magnitude."""
         step = self._version.step
-        self._check_length(batch)
-        lag_steps = batch.lag_steps(self._version)
         torch.manual_seed(derive_seed(self._seed, "dropout", step))
         self._optimizer.zero_grad(set_to_none=True)
         with self._memory_watched(step):
-            loss, grad_norm, metrics = self._gradient(batch)
-            self._require_finite(step, loss, grad_norm)
+            gradient = self._gradient(work)
+            self._require_finite(step, gradient.loss, gradient.norm)
             learning_rate = self._set_learning_rate(step)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
         self._version = WeightVersion(step=step + 1, digest=self._digest())
-        return Update(
+        update = Update(
             version=self._version,
-            loss=loss,
-            grad_norm=grad_norm,
-            num_loss_tokens=batch.num_loss_tokens,
+            loss=gradient.loss,
+            grad_norm=gradient.norm,
+            num_loss_tokens=work.num_loss_tokens,
             metrics=(
-                *metrics,
+                *gradient.metrics,
                 Metric.last("optim/learning_rate", learning_rate),
-                Metric.max("weights/lag_steps", lag_steps),
+                Metric.max("weights/lag_steps", work.lag_steps),
                 *self.student.metrics(),
                 *self._memory_metrics(),
             ),
         )
+        return update, gradient.magnitude_S
 
     async def publish(self, channel: WeightChannel) -> WeightVersion:
         channel.publish(self._version, self.payload())
@@ -172,11 +271,14 @@ class TorchLearner:
         trained = {name: tensor.detach().contiguous() for name, tensor in self._trained.items()}
         save_file(trained, directory / "weights.safetensors")
         torch.save(self._optimizer.state_dict(), directory / "optimizer.pt")
+        if self._replay is not None:
+            save_file(self._replay.state_dict(), directory / "replay.safetensors")
 
     async def load_state(self, directory: Path, version: WeightVersion) -> None:
         try:
             saved = load_file(directory / "weights.safetensors")
             state = torch.load(directory / "optimizer.pt", weights_only=True, map_location="cpu")
+            kept = load_file(directory / "replay.safetensors") if self._replay else None
         except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
             raise CheckpointError(f"{directory}: cannot be read: {error}") from error
         if _shapes(saved) != _shapes(self._trained):
@@ -185,6 +287,8 @@ class TorchLearner:
             for name, parameter in self._trained.items():
                 parameter.copy_(saved[name])
         self._optimizer.load_state_dict(state)
+        if self._replay is not None and kept is not None:
+            self._replay.load_state_dict(kept)
         digest = self._digest()
         if digest != version.digest:
             raise CheckpointError(
@@ -207,21 +311,28 @@ class TorchLearner:
     async def close(self) -> None:
         return None
 
-    def _gradient(self, batch: Batch) -> tuple[float, float, list[Metric]]:
-        """Accumulate and clip the step's gradient; loss, gradient norm and metrics."""
+    def _gradient(self, work: "_Step") -> "_Gradient":
+        """Accumulate and clip the step's gradient."""
         losses, pending = list[Tensor](), list[TensorMetric]()
-        for micro in micro_batches(batch, self._micro_batch_tokens, packed=self.student.packs):
-            terms = self._terms(micro.to(self.student.device), batch.denominator)
+        rollouts, magnitudes = list[int](), list[Tensor]()
+        for micro in work.micros(self._micro_batch_tokens, packed=self.student.packs):
+            terms = self._terms(micro.to(self.student.device), work.denominator)
             terms.loss.backward()
             losses.append(terms.loss.detach())
             pending.extend(terms.metrics)
+            rollouts.extend(micro.rollouts)
+            magnitudes.append(_mean_per_rollout(terms.magnitude_N, micro.loss_tokens))
         norm = torch.nn.utils.clip_grad_norm_(
             self._trained.values(), self._optimizer_config.max_grad_norm
         )
         values = read_scalars([norm, *losses, *(metric.total for metric in pending)])
         totals = values[1 + len(losses) :]
-        metrics = [metric.read(total) for metric, total in zip(pending, totals, strict=True)]
-        return sum(values[1 : 1 + len(losses)]), values[0], metrics
+        return _Gradient(
+            loss=sum(values[1 : 1 + len(losses)]),
+            norm=values[0],
+            metrics=[metric.read(total) for metric, total in zip(pending, totals, strict=True)],
+            magnitude_S=torch.cat(magnitudes)[np.argsort(rollouts).tolist()],
+        )
 
     def _terms(self, micro: MicroBatch, denominator: float) -> LossTerms:
         with self.student.autocast():
@@ -258,12 +369,11 @@ class TorchLearner:
         peak = torch.cuda.max_memory_allocated(device) / _GIB
         return (Metric.max("train/peak_memory_gib", peak),)
 
-    def _check_length(self, batch: Batch) -> None:
+    def _check_lengths(self, scored: Sequence[ScoredRollout]) -> None:
         limit, what = self._identity.context_length, "the student's context"
         if self._max_model_tokens is not None and self._max_model_tokens < limit:
             limit, what = self._max_model_tokens, "training.max_model_tokens"
-        for scored in batch.scored:
-            rollout = scored.rollout
+        for rollout in (entry.rollout for entry in scored):
             length = rollout.prompt.token_ids.size + rollout.num_tokens
             if length > limit:
                 raise DataError(
@@ -290,6 +400,12 @@ class TorchLearner:
         if self._adapter is not None:
             return weights_digest(self.payload().tensors)
         return weights_digest(merged_parameters(self.student.core))
+
+
+def _mean_per_rollout(values_N: Tensor, tokens: Sequence[int]) -> Tensor:
+    """[rollouts of the micro-batch] means over each one's tokens."""
+    lengths = torch.tensor(tokens, device=values_N.device)
+    return torch.segment_reduce(values_N.float(), "mean", lengths=lengths)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:

@@ -63,6 +63,9 @@ class LossTerms:
     loss: Tensor
     """Scalar with gradient; the shares of a step's micro-batches sum to the step's loss."""
     metrics: tuple[TensorMetric, ...]
+    magnitude_N: Tensor
+    """What a token has to teach, in nats, without gradient: its advantage's absolute value, or the
+    divergence at its state. A rollout's mean is its priority in replay."""
 
 
 def read_scalars(scalars: Sequence[Tensor]) -> list[float]:
@@ -164,7 +167,7 @@ class _SampledObjective:
         if self._config.advantage_clip is not None:
             clipped_N = sampled.signal_N.abs() > self._config.advantage_clip
             metrics.append(_mean("health/advantage_clipped_fraction", clipped_N.float()))
-        return LossTerms(sampled.loss, tuple(metrics))
+        return LossTerms(sampled.loss, tuple(metrics), sampled.advantage_N.abs())
 
     @torch.no_grad()
     def _baseline(self, micro: MicroBatch, hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
@@ -209,7 +212,8 @@ class _TopKObjective:
             _mean("health/student_mass_on_top_k", mass_N),
             _mean("health/teacher_mass_on_top_k", top_k.candidate_logprob_NK.exp().sum(-1)),
         ]
-        return LossTerms(_weighted_mean(micro, divergence_N, denominator), tuple(metrics))
+        loss = _weighted_mean(micro, divergence_N, denominator)
+        return LossTerms(loss, tuple(metrics), divergence_N.detach())
 
 
 class _FullObjective:
@@ -233,7 +237,8 @@ class _FullObjective:
             *_common_metrics(micro, logprob_N, entropy_N),
             _mean("loss/divergence_nats", divergence_N),
         ]
-        return LossTerms(_weighted_mean(micro, divergence_N, denominator), tuple(metrics))
+        loss = _weighted_mean(micro, divergence_N, denominator)
+        return LossTerms(loss, tuple(metrics), divergence_N.detach())
 
 
 def _top_k_divergence(

@@ -4,15 +4,15 @@ import asyncio
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3_distill.config import LoraTuning, ObjectiveConfig, UnslothTraining
+from qwen3_distill.config import LoraTuning, ObjectiveConfig, ReplayConfig, UnslothTraining
 from qwen3_distill.errors import EngineError, EngineLost, EngineStartError, LearnerLost
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.protocols import WeightChannel
-from qwen3_distill.types import Batch, ModelIdentity, Update, WeightVersion
+from qwen3_distill.types import Batch, ModelIdentity, ScoredRollout, Update, WeightVersion
 from qwen3_distill.utils.worker import WorkerProcess
 
 _WORKER = "qwen3_distill.training.unsloth_worker"
@@ -27,6 +27,7 @@ class UnslothLearner:
         memory_bytes: what the process may take of the device, for
             ``gradient_checkpointing=auto``; None: the config's, else what is free at the start.
         log: file that takes the process's output; appended to.
+        replay: the buffer in that process, out of the same memory.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class UnslothLearner:
         publish_adapter: bool,
         memory_bytes: int | None,
         log: Path,
+        replay: ReplayConfig | None = None,
     ) -> None:
         self._model_dir = Path(model_dir).resolve()
         self._config = config
@@ -49,6 +51,7 @@ class UnslothLearner:
             "seed": seed,
             "publish_adapter": publish_adapter,
             "memory_bytes": memory_bytes,
+            "replay": replay,
         }
         self._log = log
         self._identity = load_identity(model_dir)
@@ -102,6 +105,14 @@ class UnslothLearner:
 
     async def update(self, batch: Batch) -> Update:
         update: Update = await self._call("update", batch)
+        self._version = update.version
+        return update
+
+    async def admit(self, scored: Sequence[ScoredRollout]) -> None:
+        await self._call("admit", tuple(scored))
+
+    async def update_replayed(self, num_rollouts: int) -> Update:
+        update: Update = await self._call("update_replayed", num_rollouts)
         self._version = update.version
         return update
 

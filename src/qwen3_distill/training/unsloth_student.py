@@ -28,11 +28,12 @@ from unsloth_zoo.fused_losses.fused_linear import (  # pyright: ignore[reportMis
     fused_linear_logprobs,
 )
 
-from qwen3_distill.config import LoraTuning, ObjectiveConfig, UnslothTraining
+from qwen3_distill.config import LoraTuning, ObjectiveConfig, ReplayConfig, UnslothTraining
 from qwen3_distill.errors import EngineStartError, ModelError
 from qwen3_distill.modeling.head import TokenStats
 from qwen3_distill.modeling.loading import load_identity, resolve_device, resolve_dtype
 from qwen3_distill.protocols import WeightPayload
+from qwen3_distill.replay.buffer import build_replay
 from qwen3_distill.training.backbone import packing_gap, recompute_first_layers
 from qwen3_distill.training.batching import MicroBatch
 from qwen3_distill.training.learner import TorchLearner
@@ -73,6 +74,7 @@ def open_learner(
     seed: int,
     publish_adapter: bool,
     memory_bytes: int | None,
+    replay: ReplayConfig | None = None,
 ) -> UnslothTorchLearner:
     """Load the student and put the shared learner on top.
 
@@ -81,6 +83,10 @@ def open_learner(
     """
     _forget_the_model_before()
     budget = memory_bytes or (None if config.memory_gib is None else int(config.memory_gib * GIB))
+    buffer = None
+    if replay is not None:  # before the plan, which looks at what is free
+        buffer = build_replay(replay, objective, device=resolve_device("auto"), seed=seed)
+        budget = None if budget is None else max(budget - buffer.num_bytes, 1)
     plan = CheckpointingPlan(model_dir, config, budget)
     lack: str | None = None
     try:
@@ -101,6 +107,7 @@ def open_learner(
             total_steps=total_steps,
             seed=seed,
             publish_adapter=publish_adapter,
+            replay=buffer,
         )
     except torch.OutOfMemoryError as error:
         lack = str(error).partition("\n")[0]

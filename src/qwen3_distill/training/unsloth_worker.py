@@ -7,6 +7,7 @@ imports neither, and nothing of this package that does, before `open` is called.
 import contextlib
 import importlib
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qwen3_distill.config import ObjectiveConfig, UnslothTraining
 from qwen3_distill.errors import EngineError, EngineStartError
 from qwen3_distill.protocols import WeightChannel, WeightPayload
-from qwen3_distill.types import Batch, Update, WeightVersion
+from qwen3_distill.types import Batch, ScoredRollout, Update, WeightVersion
 from qwen3_distill.utils.worker import serve_worker
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class UnslothWorker:
         """Load the student, in place of the one before; its first version, and a description.
 
         Args:
-            settings: ``total_steps``, ``seed``, ``publish_adapter``, ``memory_bytes``.
+            settings: ``total_steps``, ``seed``, ``publish_adapter``, ``memory_bytes``, ``replay``.
 
         Raises:
             EngineStartError: unsloth is not installed, has another version, or cannot load it.
@@ -59,6 +60,12 @@ class UnslothWorker:
 
     async def update(self, batch: Batch) -> Update:
         return await self._open.update(batch)
+
+    async def admit(self, scored: Sequence[ScoredRollout]) -> None:
+        await self._open.admit(scored)
+
+    async def update_replayed(self, num_rollouts: int) -> Update:
+        return await self._open.update_replayed(num_rollouts)
 
     async def publish(self, channel: WeightChannel) -> WeightVersion:
         """Publish from here: the channel crosses processes."""

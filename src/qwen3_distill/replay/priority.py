@@ -1,0 +1,131 @@
+"""Which rollouts are drawn from a replay buffer, and what corrects for it. Formulas of tensors.
+
+Shape letters: M slots of the buffer, live or not; n rollouts drawn.
+
+A draw takes n different rollouts, rollout i with inclusion probability pi_i = n P_i, by systematic
+sampling (Madow 1949): the pi_i are laid end to end on a line of length n, and the rollouts that
+the points u, u + 1, ..., u + n - 1 fall on are taken, with one uniform u. The pi_i are then exact
+for every law, which no rule for drawing one after another without replacement gives, and they are
+all that an unbiased importance weight needs (Horvitz and Thompson 1952). Drawing with replacement
+would be unbiased as well, but would train on a rollout twice in one step.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qwen3_distill.config import ReplayLaw
+
+MIN_DECAY_EXPONENT = -60.0
+"""Of the age decay: an old rollout becomes unlikely, not impossible."""
+
+
+class Draw(NamedTuple):
+    """What was drawn, on the buffer's device."""
+
+    slots_n: Tensor
+    """int64, ascending."""
+    inclusion_n: Tensor
+    """float64: the probability with which each of them was to be drawn."""
+
+
+def priority_mass(law: ReplayLaw, priority: Tensor) -> Tensor:
+    """What a rollout's priority makes of its share, before its age or rank is known; > 0."""
+    if law.kind == "uniform":
+        return torch.ones_like(priority)
+    if law.kind == "proportional":
+        return priority.pow(law.alpha)
+    return priority
+
+
+def draw_mass(law: ReplayLaw, mass_M: Tensor, oldest_step_M: Tensor, step: int) -> Tensor:
+    """[M] numbers that P is proportional to at ``step``; 0 where ``mass_M`` is 0.
+
+    With p the priority and age the steps since the oldest token's weights:
+
+        uniform       P ~ 1
+        proportional  P ~ (p exp(-age / tau))^alpha    arXiv 1511.05952, decay of 2604.16918
+        rank          P ~ rank^-alpha                  arXiv 1511.05952; by p exp(-age / tau)
+
+    then P <- (1 - f) P + f / N over the N live rollouts, f = ``uniform_fraction``.
+    """
+    if law.kind == "uniform":
+        return mass_M
+    power = law.alpha if law.kind == "proportional" else 1.0
+    if law.age_decay_steps is not None:
+        exponent_M = (oldest_step_M - step) * (power / law.age_decay_steps)
+        mass_M = mass_M * exponent_M.clamp(min=MIN_DECAY_EXPONENT).exp()
+    if law.kind == "rank":
+        mass_M = _by_rank(mass_M, law.alpha)
+    if law.uniform_fraction > 0:
+        mass_M = _with_floor(mass_M, law.uniform_fraction)
+    return mass_M
+
+
+def _by_rank(mass_M: Tensor, alpha: float) -> Tensor:
+    """rank^-alpha with rank 1 for the largest; equal ones by their slot; 0 stays 0."""
+    order_M = mass_M.argsort(descending=True, stable=True)
+    ranks_M = torch.arange(1, len(mass_M) + 1, dtype=torch.float32, device=mass_M.device)
+    ranked_M = torch.empty_like(mass_M).scatter_(0, order_M, ranks_M.pow(-alpha))
+    return torch.where(mass_M > 0, ranked_M, 0.0)
+
+
+def _with_floor(mass_M: Tensor, fraction: float) -> Tensor:
+    live_M = (mass_M > 0).to(mass_M.dtype)
+    return (1 - fraction) * mass_M / mass_M.sum() + fraction * live_M / live_M.sum()
+
+
+def systematic_draw(mass_M: Tensor, count: int, generator: torch.Generator) -> Draw:
+    """Draw ``count`` different slots, each with probability proportional to its mass.
+
+    What would exceed probability 1 is drawn for certain, and the others share the rest.
+
+    Args:
+        mass_M: 0 where nothing may be drawn; positive in at least ``count`` slots.
+    """
+    total, largest = torch.stack([mass_M.sum(dtype=torch.float64), mass_M.max().double()]).tolist()
+    if largest * count > total:
+        mass_M = _capped(mass_M.double(), count)
+    edges_M = mass_M.cumsum(0, dtype=torch.float64)
+    width = edges_M[-1] / count
+    offset = torch.rand((), dtype=torch.float64, generator=generator, device=mass_M.device)
+    points_n = (torch.arange(count, device=mass_M.device) + offset) * width
+    # Rounding must not carry the last point past the last slot that has a mass.
+    points_n = torch.minimum(points_n, edges_M[-1].nextafter(torch.zeros_like(width)))
+    slots_n = torch.searchsorted(edges_M, points_n, right=True)
+    return Draw(slots_n, mass_M[slots_n].double() / width)
+
+
+def _capped(mass_M: Tensor, count: int) -> Tensor:
+    """[M] inclusion probabilities: proportional to the mass, at most 1, summing to ``count``."""
+    certain_M = torch.zeros_like(mass_M, dtype=torch.bool)
+    inclusion_M = mass_M
+    for _ in range(count):
+        free_M = mass_M.masked_fill(certain_M, 0.0)
+        left = count - certain_M.sum()
+        inclusion_M = (free_M * (left / free_M.sum())).masked_fill(certain_M, 1.0)
+        beyond_M = (inclusion_M >= 1) & ~certain_M
+        if not bool(beyond_M.any()):
+            break
+        certain_M |= beyond_M
+        if int(certain_M.sum()) >= count:
+            return certain_M.double()
+    return inclusion_M
+
+
+def importance_weights(inclusion_n: Tensor, num_drawable: int, beta: float) -> Tensor:
+    """[n] float64 w_i = (1 / (N P_i))^beta with P_i = pi_i / n, arXiv 1511.05952.
+
+    At beta = 1 the mean of w_i f_i over a draw has the mean of f over all N as its expectation.
+
+    Args:
+        num_drawable: N, the rollouts with a positive pi.
+    """
+    count = len(inclusion_n)
+    return (count / (num_drawable * inclusion_n)).pow(beta)
+
+
+def annealed(start: float, end: float, over_steps: int, step: int) -> float:
+    """Linear from ``start`` at step 0 to ``end`` at ``over_steps`` and after."""
+    return start + (end - start) * min(step / over_steps, 1.0)

@@ -1,0 +1,113 @@
+"""A replay buffer in plain Python, and rollouts whose every value says where it belongs."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from qwen3_distill.replay.buffer import PAGE_TOKENS
+from qwen3_distill.types import (
+    FinishReason,
+    Prompt,
+    Rollout,
+    SamplingSpec,
+    ScoredRollout,
+    TeacherScore,
+    TopKScore,
+    VersionSpan,
+    WeightVersion,
+)
+
+
+def scored_rollout(
+    number: int, prompt_tokens: int, response_tokens: int, *, step: int = 0, candidates: int = 0
+) -> ScoredRollout:
+    """Token t of rollout i is 1000 i + t; its logprobs are made of the same number."""
+    t = np.arange(response_tokens)
+    address = 1000 * number + prompt_tokens + t
+    behavior = -(address + 1) / 1e5
+    split = response_tokens // 2  # half of a longer answer is of younger weights
+    versions = [VersionSpan(start=split, stop=response_tokens, version=_version(step + 1))]
+    if split:
+        versions.insert(0, VersionSpan(start=0, stop=split, version=_version(step)))
+    else:
+        versions = [VersionSpan(start=0, stop=response_tokens, version=_version(step))]
+    rollout = Rollout(
+        rollout_id=f"r{number}",
+        prompt=Prompt(prompt_id=f"p{number}", token_ids=1000 * number + np.arange(prompt_tokens)),
+        sampling=SamplingSpec(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=9999, seed=0),
+        response_ids=address,
+        behavior_logprobs=behavior,
+        versions=tuple(versions),
+        finish_reason=FinishReason.LENGTH,
+    )
+    score = TeacherScore(teacher_id="t", logprobs=2 * behavior)
+    if candidates:
+        k = np.arange(candidates)
+        score = TopKScore(
+            teacher_id="t",
+            logprobs=2 * behavior,
+            candidate_ids=address[:, None] + k,
+            candidate_logprobs=-(address[:, None] + k + 1) / 1e4,
+        )
+    return ScoredRollout(rollout=rollout, score=score)
+
+
+def _version(step: int) -> WeightVersion:
+    return WeightVersion(step=step, digest=str(step))
+
+
+@dataclass
+class Held:
+    """A rollout in the model."""
+
+    number: int
+    scored: ScoredRollout
+    live: bool = True
+    uses: int = 0
+
+    @property
+    def pages(self) -> int:
+        rollout = self.scored.rollout
+        return -(-(rollout.prompt.token_ids.size + rollout.num_tokens) // PAGE_TOKENS)
+
+    @property
+    def oldest_step(self) -> int:
+        return self.scored.rollout.oldest_version.step
+
+
+class ModelBuffer:
+    """What `ReplayBuffer` promises, one rollout at a time."""
+
+    def __init__(self, *, pages: int, rollouts: int, reuse_cap: int | None) -> None:
+        self.pages, self.rollouts, self.reuse_cap = pages, rollouts, reuse_cap
+        self.held: list[Held] = []
+        self.added = 0
+        self.evicted = {"capacity": 0, "age": 0, "reuse": 0}
+
+    @property
+    def live(self) -> list[Held]:
+        return [held for held in self.held if held.live]
+
+    def add(self, scored: list[ScoredRollout]) -> None:
+        new = [Held(self.added + i, entry) for i, entry in enumerate(scored)]
+        while (
+            len(self.held) + len(new) > self.rollouts
+            or sum(held.pages for held in [*self.held, *new]) > self.pages
+        ):
+            self.evicted["capacity"] += self.held.pop(0).live
+        self.held += new
+        self.added += len(new)
+
+    def evict_older_than(self, max_age: int, step: int) -> None:
+        for held in self.live:
+            if step - held.oldest_step > max_age:
+                held.live = False
+                self.evicted["age"] += 1
+
+    def mark_used(self, numbers: list[int]) -> None:
+        for held in self.live:
+            if held.number in numbers:
+                held.uses += 1
+                if self.reuse_cap is not None and held.uses >= self.reuse_cap:
+                    held.live = False
+                    self.evicted["reuse"] += 1
