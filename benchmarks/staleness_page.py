@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 Row: TypeAlias = Mapping[str, Any]
 
+REFERENCE = "staleness_0_current_truncated"
 RESULT = Path(__file__).parent / "results" / "staleness.json"
 COLUMNS = tuple(
     (advantage, ratio)
@@ -68,12 +69,41 @@ def ranking(cases: Sequence[Row], staleness: int) -> str:
             f"{case['advantage']} advantage, {RATIO_NAMES[case['ratio']]}",
             percent(case["accuracy"]),
             percent(case["vs_reference"]),
-            f"{100 * case['ratio_bound_fraction']:.1f}",
+            f"{100 * case['ratio_capped_fraction']:.1f}",
         ]
         for case in found
     ]
-    header = [f"at staleness {staleness}", "accuracy, %", "against fresh, pp", "tokens bound, %"]
+    header = [
+        f"at staleness {staleness}",
+        "accuracy, %",
+        "against fresh, pp",
+        "capped or clipped, %",
+    ]
     return table(header, body)
+
+
+def replay_table(result: Row) -> str:
+    """Accuracy by law and budget, with the tokens that it really took, against no replay."""
+    baseline = next(case for case in result["cases"] if case["name"] == REFERENCE)
+    body = [
+        [
+            name,
+            percent(row["accuracy"]),
+            percent(row["vs_reference"]),
+            f"{row['generated_tokens'] / 1000:.1f} k",
+            f"{row['learner_tokens'] / 1000:.1f} k",
+        ]
+        for name, row in [
+            ("no replay", baseline),
+            *((_replay_name(row), row) for row in result["replay_cases"]),
+        ]
+    ]
+    header = ["replay", "accuracy, %", "against none, pp", "generated", "trained on"]
+    return table(header, body)
+
+
+def _replay_name(row: Row) -> str:
+    return f"{row['law'].replace('_', ' ')}, equal {row['budget']} tokens"
 
 
 @dataclass(frozen=True)
@@ -156,7 +186,10 @@ def page(result: Row) -> str:
     """All tables, one below another."""
     cases = result["cases"]
     stale = sorted({case["staleness"] for case in cases} - {0})
-    return "\n\n".join([staleness_table(cases), *(ranking(cases, k) for k in stale)])
+    tables = [staleness_table(cases), *(ranking(cases, k) for k in stale)]
+    if result["replay_cases"]:
+        tables.append(replay_table(result))
+    return "\n\n".join(tables)
 
 
 def main() -> None:

@@ -16,11 +16,20 @@ from qwen3_distill.config import EmbeddedTraining, SampledReverseKL
 from qwen3_distill.errors import WeightVersionError
 from qwen3_distill.modeling.head import token_stats
 from qwen3_distill.pipeline.build import Parts
-from qwen3_distill.protocols import RolloutEngine, WeightChannel, WeightPayload
+from qwen3_distill.protocols import (
+    RolloutEngine,
+    WeightChannel,
+    WeightPayload,
+)
 from qwen3_distill.training.batching import MicroBatch
 from qwen3_distill.training.embedded import EmbeddedLearner
 from qwen3_distill.training.objectives import LossTerms, TensorMetric
-from qwen3_distill.types import Reduction, Rollout, RolloutRequest, WeightVersion
+from qwen3_distill.types import (
+    Reduction,
+    Rollout,
+    RolloutRequest,
+    WeightVersion,
+)
 
 Advantage: TypeAlias = Literal["old", "current"]
 """``old``: log q - log mu, of the student that sampled; ``current``: log q - log pi_theta."""
@@ -31,7 +40,7 @@ gradient where it has left [1 - clip, 1 + clip] in the direction that the advant
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One row of the table."""
+    """One row of the staleness table."""
 
     staleness: int
     advantage: Advantage
@@ -126,7 +135,7 @@ class StaleTerms(NamedTuple):
     """pi_theta / mu of the sampled tokens."""
     advantage_N: Tensor
     """A_t as used."""
-    bound_N: Tensor
+    capped_N: Tensor
     """bool: the cap or the clip changed the token's gradient."""
 
 
@@ -216,7 +225,7 @@ class StaleObjective:
         means = {
             "loss/reverse_kl_nats": learner_N - micro.teacher_logprob_N,
             "health/learner_vs_engine_abs_nats": (learner_N - micro.behavior_logprob_N).abs(),
-            "health/ratio_bound_fraction": terms.bound_N.float(),
+            "health/ratio_capped_fraction": terms.capped_N.float(),
         }
         return LossTerms(
             terms.loss,
@@ -224,4 +233,5 @@ class StaleObjective:
                 TensorMetric(key, values_N.sum(), values_N.numel(), Reduction.MEAN)
                 for key, values_N in means.items()
             ),
+            magnitude_N=terms.advantage_N.abs(),
         )

@@ -909,6 +909,23 @@ class RunConfig(Schema):
         return self
 
     @model_validator(mode="after")
+    def _lent_weights_do_not_change_under_an_engine(self) -> Self:
+        generation, tuning = self.generation, self.training.tuning
+        if (
+            generation.kind == "vllm"
+            and generation.full_weights == "ipc"
+            and tuning.kind == "full"
+            and self.pipeline.kind == "streaming"
+        ):
+            raise ValueError(
+                "generation.full_weights=ipc with training.tuning.kind=full and "
+                "pipeline.kind=streaming: CUDA IPC lends the weights that are being trained, and "
+                "an engine that is started again during a step could not get its version back; "
+                "use full_weights=auto or directory"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_prompts_samples_are_begun_together(self) -> Self:
         pipeline = self.pipeline
         if pipeline.kind == "streaming" and self.max_in_flight < self.samples_per_prompt:

@@ -72,3 +72,7 @@ class EngineStartError(EngineError):
     """An engine cannot be started: not installed, wrong version, no memory, port taken."""
 
     exit_code = 2
+
+
+class MpsUnavailable(DistillError, RuntimeError):
+    """There is no MPS daemon to be had on this machine. A run warns about it and goes on."""

@@ -15,7 +15,7 @@ from qwen3_distill.config import (
     TuningConfig,
 )
 from qwen3_distill.generation.embedded import EmbeddedRolloutEngine
-from qwen3_distill.protocols import Learner, RolloutEngine, TeacherScorer
+from qwen3_distill.protocols import Learner, StreamingRolloutEngine, TeacherScorer
 from qwen3_distill.scoring.embedded import EmbeddedTeacher
 from qwen3_distill.scoring.request import SampledRequest, ScoreRequest
 from qwen3_distill.training.embedded import EmbeddedLearner
@@ -28,9 +28,14 @@ Device = Literal["cpu", "cuda"]
 
 
 class EngineAdapter(Protocol):
-    """Builds a `RolloutEngine`."""
+    """Builds a `StreamingRolloutEngine`."""
 
-    def build(self, model_dir: Path, *, max_sequences: int = 64) -> RolloutEngine: ...
+    @property
+    def keeps_cache_over_updates(self) -> bool:
+        """Whether new weights go on with keys and values of the old; else they are recomputed."""
+        ...
+
+    def build(self, model_dir: Path, *, max_sequences: int = 64) -> StreamingRolloutEngine: ...
 
 
 class TeacherAdapter(Protocol):
@@ -106,8 +111,9 @@ class LearnerAdapter(Protocol):
 @dataclass(frozen=True)
 class EmbeddedEngineAdapter:
     device: Device
+    keeps_cache_over_updates: bool = True
 
-    def build(self, model_dir: Path, *, max_sequences: int = 64) -> RolloutEngine:
+    def build(self, model_dir: Path, *, max_sequences: int = 64) -> StreamingRolloutEngine:
         return EmbeddedRolloutEngine(
             model_dir, device=self.device, dtype="float32", max_sequences=max_sequences
         )

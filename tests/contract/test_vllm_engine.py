@@ -26,6 +26,7 @@ from qwen3_distill.weights.directory import DirectoryChannel
 from tests.contract.builders import (
     directory_weights,
     generate,
+    long_requests,
     make_prompt,
     make_request,
     make_spec,
@@ -92,11 +93,9 @@ def gap(rollout: Rollout, base: Path, weights: Mapping[str, Tensor]) -> float:
     return largest_gap(rollout.behavior_logprobs, expected)
 
 
-def long_requests(count: int, new_tokens: int = 64) -> list[RolloutRequest]:
-    return [
-        make_request(f"long{i}", make_prompt(LONG_PROMPT), make_spec(i, max_new_tokens=new_tokens))
-        for i in range(count)
-    ]
+def cached_requests(count: int, new_tokens: int = 64) -> list[RolloutRequest]:
+    """With prompts that the prefix cache keeps."""
+    return long_requests(count, new_tokens, prompt_tokens=LONG_PROMPT)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +130,7 @@ def test_each_swap_is_sampled_from_at_once_with_long_cached_prompts(
         adapter = adapter_weights(base, seed=step)
         version = serve_adapter(engine, channel, adapter, step)
         new = merged(base, adapter)
-        for rollout in generate(engine, long_requests(3, new_tokens=12)):
+        for rollout in generate(engine, cached_requests(3, new_tokens=12)):
             assert rollout.oldest_version == version
             assert gap(rollout, tiny_models.student, new) < PARITY_NATS
             assert gap(rollout, tiny_models.student, old) > FAR_NATS
@@ -183,7 +182,7 @@ def test_a_stale_prefix_cache_would_fail_the_parity_check(
         for step in range(2):
             adapter = adapter_weights(base, seed=40 + step)
             serve_adapter(tested, channel, adapter, step)
-            for rollout in generate(tested, long_requests(2, new_tokens=8)):
+            for rollout in generate(tested, cached_requests(2, new_tokens=8)):
                 worst = max(worst, gap(rollout, tiny_models.student, merged(base, adapter)))
         assert (worst > FAR_NATS) if keep_cache else (worst < PARITY_NATS)
     finally:
@@ -204,7 +203,7 @@ def test_running_rollouts_go_on_with_the_new_weights_and_every_token_names_its_v
 
     async def swap_under_way() -> list[Rollout]:
         async def collect() -> list[Rollout]:
-            requests = long_requests(12, new_tokens=90)
+            requests = cached_requests(12, new_tokens=90)
             return [rollout async for rollout in engine.generate(requests)]
 
         collecting = asyncio.create_task(collect())
@@ -239,54 +238,6 @@ def test_running_rollouts_go_on_with_the_new_weights_and_every_token_names_its_v
     # A boundary off by one token would have shown above.
     assert max(last_old) > FAR_NATS
     assert max(first_new) > FAR_NATS
-
-
-def test_a_prefix_is_the_beginning_of_its_rollout_and_an_aborted_one_is_left_out(
-    engine: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
-) -> None:
-    serve_adapter(engine, channel, adapter_weights(base, seed=1), 0)
-
-    async def watch() -> tuple[list[Rollout], dict[str, list[int]]]:
-        async def collect() -> list[Rollout]:
-            requests = long_requests(6, new_tokens=90)
-            return [rollout async for rollout in engine.generate(requests)]
-
-        collecting = asyncio.create_task(collect())
-        while len(prefixes := await engine.prefixes()) < 6:
-            await asyncio.sleep(0.01)
-        await engine.pause()
-        before = [prefix.response_ids.size for prefix in await engine.prefixes()]
-        await asyncio.sleep(0.3)
-        assert [prefix.response_ids.size for prefix in await engine.prefixes()] == before
-        await engine.abort(["long5"])
-        await engine.resume()
-        ids = {p.request.rollout_id: p.response_ids.tolist() for p in prefixes}
-        return await collecting, ids
-
-    rollouts, prefixes = run(watch())
-    assert {rollout.rollout_id for rollout in rollouts} == {f"long{i}" for i in range(5)}
-    for rollout in rollouts:
-        beginning = prefixes[rollout.rollout_id]
-        assert beginning == rollout.response_ids[: len(beginning)].tolist()
-
-
-def test_a_consumer_that_leaves_early_ends_what_it_started(
-    engine: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
-) -> None:
-    serve_adapter(engine, channel, adapter_weights(base, seed=1), 0)
-
-    async def leave() -> int:
-        requests = [*long_requests(4, new_tokens=90), *ragged_requests(1, max_new_tokens=1)]
-        stream = engine.generate(requests)
-        await anext(stream)
-        await stream.aclose()  # pyright: ignore[reportAttributeAccessIssue] - a generator
-        for _ in range(100):
-            if not await engine.prefixes():
-                return 0
-            await asyncio.sleep(0.02)
-        return len(await engine.prefixes())
-
-    assert run(leave()) == 0
 
 
 def test_more_prompt_tokens_than_a_step_takes_are_no_trouble(
@@ -349,7 +300,7 @@ def test_a_killed_engine_comes_back_and_no_rollout_is_lost_or_doubled(
     engine: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
 ) -> None:
     serve_adapter(engine, channel, adapter_weights(base, seed=1), 0)
-    requests = [*ragged_requests(20, max_new_tokens=2), *long_requests(8, new_tokens=90)]
+    requests = [*ragged_requests(20, max_new_tokens=2), *cached_requests(8, new_tokens=90)]
     expected = generate(engine, requests)
 
     async def kill_under_way() -> list[Rollout]:

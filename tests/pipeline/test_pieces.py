@@ -1,5 +1,7 @@
 """Pieces of a rollout: together they are the rollout, and each is a rollout."""
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,10 +23,10 @@ VERSIONS = [WeightVersion(step=step, digest=str(step)) for step in range(4)]
 
 def rollout_of(tokens: int, edges: list[int]) -> Rollout:
     bounds = [0, *sorted(set(edges)), tokens]
-    spans = [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
+    spans = [(a, b) for a, b in pairwise(bounds) if a < b]
     return Rollout(
         rollout_id="step-000001/prompt-0002/sample-00",
-        prompt=Prompt(prompt_id="p", token_ids=[1, 2, 3], task_data={"answer": "4"}),
+        prompt=Prompt(prompt_id="p", token_ids=np.array([1, 2, 3]), task_data={"answer": "4"}),
         sampling=SamplingSpec(temperature=1, top_p=1, top_k=0, max_new_tokens=64, seed=3),
         response_ids=np.arange(100, 100 + tokens),
         behavior_logprobs=-np.arange(1, tokens + 1, dtype=np.float32),

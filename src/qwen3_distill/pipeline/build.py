@@ -41,7 +41,13 @@ from qwen3_distill.modeling.loading import (
 from qwen3_distill.pipeline.requests import make_batch
 from qwen3_distill.planning.device import detect_memory
 from qwen3_distill.planning.plan import MemoryPlan, make_plan
-from qwen3_distill.protocols import Learner, RolloutEngine, Sampler, TeacherScorer, WeightChannel
+from qwen3_distill.protocols import (
+    ReplayingLearner,
+    RolloutEngine,
+    Sampler,
+    TeacherScorer,
+    WeightChannel,
+)
 from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
 from qwen3_distill.scoring.cache import CachedTeacher
 from qwen3_distill.scoring.embedded import EmbeddedTeacher
@@ -84,7 +90,7 @@ class Parts:
     prompts: PromptStream
     engine: RolloutEngine
     teacher: TeacherScorer
-    learner: Learner
+    learner: ReplayingLearner
     channel: WeightChannel
     text: TextTools
     is_correct: Callable[[Rollout], bool] | None
@@ -282,7 +288,9 @@ def _teacher_share(config: RunConfig, plan: MemoryPlan) -> float | Callable[[], 
     return lambda: plan.teacher_memory_fraction(detect_memory().free_bytes)
 
 
-def build_learner(config: RunConfig, teacher: TeacherScorer, plan: MemoryPlan | None) -> Learner:
+def build_learner(
+    config: RunConfig, teacher: TeacherScorer, plan: MemoryPlan | None
+) -> ReplayingLearner:
     """The learner, with the teacher's output head where the objective needs one."""
     training = config.training
     publish_adapter = _served_adapter(config) is not None
@@ -342,9 +350,12 @@ def build_channel(config: RunConfig, folder: Path | None) -> WeightChannel:
     generation = config.generation
     if folder is None or generation.kind == "embedded":
         return MemoryChannel()
-    return (
-        DirectoryChannel(folder) if generation.full_weights == "directory" else IpcChannel(folder)
-    )
+    # The handles of IPC are of the very weights that are trained. While a step is taken, an engine
+    # that is started again could not get the version that it served.
+    trained_beside = config.pipeline.kind == "streaming" and config.training.tuning.kind == "full"
+    if generation.full_weights == "directory" or trained_beside:
+        return DirectoryChannel(folder)
+    return IpcChannel(folder)
 
 
 def build_checker(verifier: VerifierConfig, text: TextTools) -> Callable[[Rollout], bool]:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import LearnerLost
 from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.pipeline.build import Parts, build_parts
+from qwen3_distill.pipeline.build import Parts, build_parts, engine_log
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.manifest import git_revision, identity_record, machine, versions
 from qwen3_distill.pipeline.recorder import Recorder, render_report, summarize
@@ -23,6 +23,7 @@ from qwen3_distill.reporting.console import ProgressReporter
 from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.types import RunCursor
 from qwen3_distill.utils.files import write_json_atomic
+from qwen3_distill.utils.mps import MpsDaemon, private_mps
 
 INTERRUPTED_EXIT_CODE = 130
 
@@ -63,22 +64,32 @@ async def _run(
 ) -> bool:
     progress.stage("checking that student and teacher match")
     check_compatible(load_identity(config.student.model), load_identity(config.scoring.model))
-    progress.stage("loading models")
-    parts = adapt(build_parts(config))
-    try:
+    async with AsyncExitStack() as stack:
+        if config.pipeline.mps:  # before anything here uses CUDA, and until after the last engine
+            progress.stage("starting MPS")
+            daemon = MpsDaemon(engine_log(config, "mps"))
+            await stack.enter_async_context(private_mps(daemon, warn))
+        progress.stage("loading models")
+        parts = adapt(build_parts(config))
+        stack.push_async_callback(parts.close)
         await parts.start(progress.stage)
-        for restarts_left in reversed(range(_max_learner_restarts(config) + 1)):
-            try:
-                return await _train(parts, folder, progress, warn)
-            except LearnerLost as error:
-                if restarts_left == 0:
-                    raise
-                warn(f"the learner is started again from the last checkpoint: {error}")
-                await parts.learner.close()
-                await parts.learner.start()
-        raise AssertionError("the last attempt returns or raises")
-    finally:
-        await parts.close()
+        return await _train_with_restarts(parts, folder, progress, warn)
+
+
+async def _train_with_restarts(
+    parts: Parts, folder: RunFolder, progress: ProgressReporter, warn: Callable[[str], None]
+) -> bool:
+    """`_train`, again from the last checkpoint when the learner's process is lost."""
+    for restarts_left in reversed(range(_max_learner_restarts(parts.config) + 1)):
+        try:
+            return await _train(parts, folder, progress, warn)
+        except LearnerLost as error:
+            if restarts_left == 0:
+                raise
+            warn(f"the learner is started again from the last checkpoint: {error}")
+            await parts.learner.close()
+            await parts.learner.start()
+    raise AssertionError("the last attempt returns or raises")
 
 
 async def _train(

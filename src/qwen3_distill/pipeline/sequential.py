@@ -15,7 +15,6 @@ from qwen3_distill.pipeline.requests import in_request_order, requests_for_step
 from qwen3_distill.protocols import Sampler, TeacherScorer
 from qwen3_distill.reporting.trace import WEIGHTS, Trace
 from qwen3_distill.types import (
-    Batch,
     Metric,
     Rollout,
     RolloutRequest,
@@ -41,29 +40,30 @@ async def run_sequential(parts: Parts, recorder: Recorder, cursor: RunCursor) ->
     await recorder.evaluate_if_due(cursor)
     trace.begin_steps()
     while cursor.step < config.steps and not recorder.stop_requested:
-        prompts = parts.prompts.take(cursor.prompts_drawn, config.prompts_per_step)
-        requests = requests_for_step(config, prompts, cursor.step)
-        with trace.span("generate", rollouts=len(requests)):
-            rollouts = await generate(parts.engine, requests)
-        with trace.span("score", rollouts=len(rollouts)):
-            scored = await score(
-                parts.teacher, rollouts, max_dropped_fraction=max_dropped_fraction(config)
-            )
+        rollouts, scored = list[Rollout](), list[ScoredRollout]()
+        drawn = cursor.prompts_drawn
+        if needs_rollouts(config, cursor.step):
+            prompts = parts.prompts.take(drawn, config.prompts_per_step)
+            requests = requests_for_step(config, prompts, drawn // config.prompts_per_step)
+            with trace.span("generate", rollouts=len(requests)):
+                rollouts = await generate(parts.engine, requests)
+            with trace.span("score", rollouts=len(rollouts)):
+                scored = await score(
+                    parts.teacher, rollouts, max_dropped_fraction=max_dropped_fraction(config)
+                )
+            drawn += config.prompts_per_step
         with trace.span("train", rollouts=len(scored)):
-            update = await checked_update(parts, recorder, parts.make_batch(scored))
+            update = await take_step(parts, recorder, scored)
         await traced_push(parts, trace)
-        cursor = RunCursor(
-            step=cursor.step + 1,
-            prompts_drawn=cursor.prompts_drawn + config.prompts_per_step,
-            weight_version=update.version,
-        )
+        first = cursor.prompts_drawn * config.samples_per_prompt
+        cursor = RunCursor(step=cursor.step + 1, prompts_drawn=drawn, weight_version=update.version)
         await recorder.after_step(
             StepRecord(
                 cursor=cursor,
                 scored=scored,
                 update=update,
                 metrics=[Metric.sum("score/dropped_rollouts", len(rollouts) - len(scored))],
-                ledger=_ledger(rollouts, scored, first=(cursor.step - 1) * len(rollouts)),
+                ledger=_ledger(rollouts, scored, first),
             )
         )
     return cursor
@@ -140,8 +140,23 @@ async def score(
     return scored
 
 
-async def checked_update(parts: Parts, recorder: Recorder, batch: Batch) -> Update:
-    """One optimizer step; a batch without a finite gradient is saved before the error goes on."""
+def needs_rollouts(config: RunConfig, step: int) -> bool:
+    """Whether a step begins with new rollouts: with replay, some train on kept ones alone."""
+    return config.replay is None or step % config.replay.updates_per_batch == 0
+
+
+async def take_step(parts: Parts, recorder: Recorder, scored: Sequence[ScoredRollout]) -> Update:
+    """One optimizer step: on these rollouts, or, with replay, on what is drawn from all kept ones.
+
+    Raises:
+        NonFiniteError: no finite gradient; the batch was saved before the error went on, unless it
+            was drawn from kept rollouts.
+    """
+    if parts.config.replay is not None:
+        if scored:
+            await parts.learner.admit(scored)
+        return await parts.learner.update_replayed(parts.config.rollouts_per_step)
+    batch = parts.make_batch(scored)
     try:
         return await parts.learner.update(batch)
     except NonFiniteError as error:

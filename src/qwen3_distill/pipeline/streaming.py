@@ -26,7 +26,12 @@ from qwen3_distill.pipeline.outstanding import Outstanding
 from qwen3_distill.pipeline.pieces import harvested, remainder
 from qwen3_distill.pipeline.recorder import Ledger, Recorder, StepRecord, ledger_entry
 from qwen3_distill.pipeline.requests import request_number
-from qwen3_distill.pipeline.sequential import checked_update, max_dropped_fraction, traced_push
+from qwen3_distill.pipeline.sequential import (
+    max_dropped_fraction,
+    needs_rollouts,
+    take_step,
+    traced_push,
+)
 from qwen3_distill.reporting.trace import Trace
 from qwen3_distill.types import (
     FinishReason,
@@ -64,15 +69,17 @@ async def run_streaming(parts: Parts, recorder: Recorder, cursor: RunCursor) -> 
     async with TaskScope() as scope:
         flow = RolloutFlow(parts, recorder.trace, cursor, scope)
         while cursor.step < parts.config.steps:
-            batch = await flow.next_batch(lambda: recorder.stop_requested)
+            batch: list[Ready] | None = []
+            if needs_rollouts(parts.config, cursor.step):
+                batch = await flow.next_batch(lambda: recorder.stop_requested)
             if batch is None:
                 break
             with recorder.trace.span("train", rollouts=len(batch)):
-                scored = [item.scored for item in batch]
-                update = await checked_update(parts, recorder, parts.make_batch(scored))
+                update = await take_step(parts, recorder, [item.scored for item in batch])
             done = await flow.trained(batch, update)
             cursor = done.cursor
             await recorder.after_step(done)
+            flow.go_on()
             if recorder.stop_requested:
                 break
     return cursor
@@ -123,7 +130,7 @@ class RolloutFlow:
         self._generating: contextlib.ExitStack | None = None
         """The trace's span while any rollout runs."""
         self._holds_back = False
-        """No rollout is begun: the weights change at a boundary."""
+        """No rollout is begun: others must end first, or a step must."""
         self._step_began = time.monotonic()
         scope.spawn(self._feed(), "feed")
         for index in range(pipeline.scoring_calls):
@@ -145,10 +152,11 @@ class RolloutFlow:
     def _room(self) -> int:
         """How many rollouts may begin."""
         config = self._config
-        steps_left = config.steps - self.cursor.step
-        steps_ahead = min(self._pipeline.max_staleness_steps + 1, steps_left)
+        updates = config.replay.updates_per_batch if config.replay is not None else 1
+        batches_left = -(-config.steps // updates) - -(-self.cursor.step // updates)
+        batches_ahead = min(self._pipeline.max_staleness_steps + 1, batches_left)
         begun = len(self._outstanding) - self._outstanding.num_waiting
-        window = steps_ahead * config.rollouts_per_step - begun
+        window = batches_ahead * config.rollouts_per_step - begun
         return max(0, min(window, config.max_in_flight - len(self._running)))
 
     def _request(self, number: int) -> RolloutRequest:
@@ -224,6 +232,7 @@ class RolloutFlow:
 
     async def next_batch(self, should_stop: Callable[[], bool]) -> list[Ready] | None:
         """A step's rollouts, oldest numbers first; None when asked to stop before it was full."""
+        self._step_began = time.monotonic()
         harvest = self._pipeline.harvest
         harvested_ids: set[str] | None = None
         progress = time.monotonic()
@@ -339,6 +348,7 @@ class RolloutFlow:
 
     async def trained(self, batch: Sequence[Ready], update: Update) -> StepRecord:
         """Bring the new weights into use, and let new rollouts take the places of the batch's."""
+        self._holds_back = self._pipeline.max_staleness_steps == 0
         if self._pipeline.weight_updates == "boundary":
             await self._drain()
         await traced_push(self._parts, self._trace)
@@ -351,9 +361,8 @@ class RolloutFlow:
             outstanding=self._outstanding.to_resume(),
         )
         drops, self._drops = self._drops, Drops()
-        self._holds_back = False
-        self._step_began = time.monotonic()
-        self._moved.ring()
+        if self._pipeline.max_staleness_steps > 0:
+            self.go_on()
         return StepRecord(
             cursor=self.cursor,
             scored=[item.scored for item in batch],
@@ -368,6 +377,14 @@ class RolloutFlow:
                 dropped=" ".join(drops.entries),
             ),
         )
+
+    def go_on(self) -> None:
+        """Begin new rollouts: after the checkpoint and the evaluation where staleness is 0.
+
+        Nothing then runs beside them, as in the sequential loop.
+        """
+        self._holds_back = False
+        self._moved.ring()
 
     async def _drain(self) -> None:
         """Begin no rollout, and wait until none is running."""

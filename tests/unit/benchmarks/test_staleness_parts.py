@@ -87,15 +87,15 @@ def test_per_token_gradient_by_hand(
 
 
 @pytest.mark.parametrize(
-    ("ratio", "bound"),
+    ("ratio", "capped"),
     [
         ("none", [False] * 6),
         ("truncated", [True, False, False, False, True, False]),
         ("ppo_clip", [True, False, False, True, False, False]),
     ],
 )
-def test_bound_tokens_are_those_whose_ratio_was_changed(ratio: Ratio, bound: list[bool]) -> None:
-    assert surrogate("current", ratio)[0].bound_N.tolist() == bound
+def test_capped_tokens_are_those_whose_ratio_was_changed(ratio: Ratio, capped: list[bool]) -> None:
+    assert surrogate("current", ratio)[0].capped_N.tolist() == capped
 
 
 def test_the_clipped_surrogate_has_ppos_value() -> None:
@@ -110,6 +110,7 @@ def micro_batch(behavior_logprob_N: Tensor) -> MicroBatch:
     generator = torch.Generator().manual_seed(1)
     size = behavior_logprob_N.numel()
     return MicroBatch(
+        rollouts=(0,),
         input_BT=torch.zeros(1, size, dtype=torch.long),
         position_BT=torch.arange(size).unsqueeze(0),
         sequence_tokens=(size,),
