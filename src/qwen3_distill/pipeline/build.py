@@ -43,8 +43,8 @@ from qwen3_distill.planning.device import detect_memory
 from qwen3_distill.planning.plan import MemoryPlan, make_plan
 from qwen3_distill.protocols import (
     ReplayingLearner,
-    RolloutEngine,
     Sampler,
+    StreamingRolloutEngine,
     TeacherScorer,
     WeightChannel,
 )
@@ -88,7 +88,7 @@ class Parts:
 
     config: RunConfig
     prompts: PromptStream
-    engine: RolloutEngine
+    engine: StreamingRolloutEngine
     teacher: TeacherScorer
     learner: ReplayingLearner
     channel: WeightChannel
@@ -170,7 +170,7 @@ def build_prompts(config: RunConfig, text: TextTools) -> PromptStream:
 
 def build_engine(
     config: RunConfig, plan: MemoryPlan | None, model_dir: str | None = None
-) -> RolloutEngine:
+) -> StreamingRolloutEngine:
     """The rollout engine, without weights: load a version before the first rollout.
 
     Args:
@@ -213,7 +213,7 @@ def engine_log(config: RunConfig, name: str) -> Path:
 
 
 @asynccontextmanager
-async def static_engine(config: RunConfig, model_dir: str) -> AsyncIterator[RolloutEngine]:
+async def static_engine(config: RunConfig, model_dir: str) -> AsyncIterator[StreamingRolloutEngine]:
     """An engine that serves a directory's own weights as step 0."""
     scratch = channel_folder(config)
     channel = build_channel(config, scratch)
