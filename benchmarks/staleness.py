@@ -47,9 +47,7 @@ from qwen3_distill.pipeline.build import Parts, build_checker, build_problems
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.reporting.console import SilentReporter
 from qwen3_distill.reporting.metrics import read_jsonl
-from staleness_parts import (
-    Advantage, Case, LaggedEngine, Ratio, adapted
-)
+from staleness_parts import Advantage, Case, LaggedEngine, Ratio, adapted
 from statistics_of_seeds import MeanOfSeeds, mean_of_seeds
 from sweep import Record, Sweep
 
@@ -143,7 +141,7 @@ def run_case(name: str, seed: int, settings: dict[str, Any]) -> Record:
         "learner_vs_behavior_nats": _mean(steps, "health/learner_vs_engine_abs_nats"),
         "cpu_s": time.process_time() - cpu_started,
         "wall_s": time.perf_counter() - started,
-        "curve": _curve(steps),
+        "curve": _curve([step for step in steps if step["tokens/generated"]]),
     }
 
 
