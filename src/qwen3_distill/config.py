@@ -131,8 +131,45 @@ VLLM_MAX_RANK = 512
 """The highest LoRA rank that vLLM has kernels for."""
 
 
-class EmbeddedGeneration(Schema):
-    """Batched KV-cache sampling on PyTorch, in the controller's process."""
+class _Supervised(Schema):
+    """What is said of a process that is started, watched and started again."""
+
+    start_timeout_s: PositiveFloat = 900.0
+    """Loading and compiling included."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """How often in a run the process may die and be started again."""
+
+
+class _Watched(_Supervised):
+    """A process that answers a heartbeat."""
+
+    hang_timeout_s: PositiveFloat = 900.0
+    """A process that gives no sign of life for so long is killed, and started again like one that
+    died. Longer than the longest thing that keeps it from answering: a learner's step, a teacher's
+    forward pass, a decode step of an embedded engine. The start has a limit of its own."""
+
+
+class _Embedded(_Watched):
+    """An engine on PyTorch, in the controller's process or in one of its own."""
+
+    own_process: bool = False
+    """Run in a process of its own: stages then compute at the same time, and one that dies is
+    started again. The settings of the process count only then."""
+    threads: PositiveInt | None = None
+    """Threads of PyTorch in that process; null: PyTorch's default, which is one a core."""
+
+    @model_validator(mode="after")
+    def _threads_are_a_process_s_own(self) -> Self:
+        if self.threads is not None and not self.own_process:
+            raise ValueError(
+                f"threads={self.threads} with own_process=false would hold for everything in the "
+                "controller's process; set own_process=true, or drop threads"
+            )
+        return self
+
+
+class EmbeddedGeneration(_Embedded):
+    """Batched KV-cache sampling on PyTorch."""
 
     kind: Literal["embedded"]
     device: Device = "auto"
@@ -141,20 +178,16 @@ class EmbeddedGeneration(Schema):
     """Rollouts decoded together."""
 
 
-class _EngineProcess(Schema):
+class _EngineProcess(_Supervised):
     """What every engine that runs in a process of its own has."""
 
     python: str | None = None
     """Interpreter of the engine's own environment; null: the one that runs this."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Variables set for the engine's process beside the inherited ones, e.g. a ``PYTHONPATH``."""
-    start_timeout_s: PositiveFloat = 900.0
-    """Loading and compiling included."""
-    max_restarts: Annotated[int, Field(ge=0)] = 3
-    """How often in a run the process may die and be started again."""
 
 
-class VllmGeneration(_EngineProcess):
+class VllmGeneration(_EngineProcess, _Watched):
     """vLLM in a process of its own (extra ``[vllm]``)."""
 
     kind: Literal["vllm"]
@@ -192,8 +225,8 @@ GenerationConfig: TypeAlias = Annotated[
 ]
 
 
-class EmbeddedScoring(Schema):
-    """The teacher in the controller's process."""
+class EmbeddedScoring(_Embedded):
+    """The teacher on PyTorch."""
 
     kind: Literal["embedded"]
     model: str
@@ -485,8 +518,8 @@ class OptimizerConfig(Schema):
     schedule: ScheduleConfig = Field(default_factory=lambda: ConstantSchedule(kind="constant"))
 
 
-class EmbeddedTraining(Schema):
-    """PyTorch (and peft) in the controller's process."""
+class EmbeddedTraining(_Embedded):
+    """PyTorch and peft."""
 
     kind: Literal["embedded"]
     device: Device = "auto"
@@ -503,7 +536,7 @@ class EmbeddedTraining(Schema):
     gradient_checkpointing: bool = False
 
 
-class UnslothTraining(_EngineProcess):
+class UnslothTraining(_EngineProcess, _Watched):
     """unsloth in a process of its own (extra ``[unsloth]``)."""
 
     kind: Literal["unsloth"]
@@ -826,15 +859,21 @@ class RunConfig(Schema):
 
     @model_validator(mode="after")
     def _hidden_states_stay_in_one_process(self) -> Self:
-        objective = self.objective
-        if needs_hidden_states(objective) and (self.scoring.kind, self.training.kind) != (
-            "embedded",
-            "embedded",
-        ):
+        objective, scoring, training = self.objective, self.scoring, self.training
+        if not needs_hidden_states(objective):
+            return self
+        if scoring.kind != "embedded" or training.kind != "embedded":
             raise ValueError(
                 f"objective.kind={objective.kind} over the full vocabulary needs the teacher's "
                 "hidden states and output head, which a server does not give: use "
                 "scoring.kind=embedded with training.kind=embedded, or objective.kind=top_k, or "
+                "objective.kl_baseline.kind=top_k"
+            )
+        if scoring.own_process or training.own_process:
+            raise ValueError(
+                f"objective.kind={objective.kind} over the full vocabulary needs teacher and "
+                "learner in one process, where the teacher's output head is shared: use "
+                "own_process=false for both, or objective.kind=top_k, or "
                 "objective.kl_baseline.kind=top_k"
             )
         return self

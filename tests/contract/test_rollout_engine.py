@@ -148,7 +148,8 @@ def test_a_shift_by_one_token_would_fail_the_parity_check(
 def test_a_rollout_ends_with_its_first_eos_or_is_cut_at_its_length(engine: RolloutEngine) -> None:
     rollouts = generate(engine, ragged_requests(150))
     by_reason = {
-        reason: [r for r in rollouts if r.finish_reason is reason] for reason in FinishReason
+        reason: [r for r in rollouts if r.finish_reason is reason]
+        for reason in (FinishReason.STOP, FinishReason.LENGTH)
     }
     assert min(len(group) for group in by_reason.values()) >= 10  # both kinds are tested
     for rollout in by_reason[FinishReason.STOP]:

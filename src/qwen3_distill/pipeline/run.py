@@ -9,8 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from qwen3_distill.config import RunConfig
-from qwen3_distill.errors import LearnerLost
+from qwen3_distill.config import EmbeddedTraining, RunConfig
+from qwen3_distill.errors import EngineStartError, LearnerLost
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.pipeline.build import Parts, build_parts, engine_log
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
@@ -19,6 +19,7 @@ from qwen3_distill.pipeline.recorder import Recorder, render_report, summarize
 from qwen3_distill.pipeline.run_folder import RunFolder, full_disk_named
 from qwen3_distill.pipeline.sequential import run_sequential
 from qwen3_distill.pipeline.streaming import run_streaming
+from qwen3_distill.protocols import Learner
 from qwen3_distill.reporting.console import ProgressReporter
 from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.types import RunCursor
@@ -80,16 +81,26 @@ async def _train_with_restarts(
     parts: Parts, folder: RunFolder, progress: ProgressReporter, warn: Callable[[str], None]
 ) -> bool:
     """`_train`, again from the last checkpoint when the learner's process is lost."""
+    lost: LearnerLost | None = None
     for restarts_left in reversed(range(_max_learner_restarts(parts.config) + 1)):
         try:
+            if lost is not None:
+                warn(f"the learner is started again from the last checkpoint: {lost}")
+                await _start_again(parts.learner)
             return await _train(parts, folder, progress, warn)
         except LearnerLost as error:
             if restarts_left == 0:
                 raise
-            warn(f"the learner is started again from the last checkpoint: {error}")
-            await parts.learner.close()
-            await parts.learner.start()
+            lost = error
     raise AssertionError("the last attempt returns or raises")
+
+
+async def _start_again(learner: Learner) -> None:
+    await learner.close()
+    try:
+        await learner.start()
+    except EngineStartError as error:  # it has started before, so it may again
+        raise LearnerLost(str(error)) from error
 
 
 async def _train(
@@ -120,7 +131,9 @@ async def _train(
 
 
 def _max_learner_restarts(config: RunConfig) -> int:
-    return config.training.max_restarts if config.training.kind == "unsloth" else 0
+    training = config.training
+    here = isinstance(training, EmbeddedTraining) and not training.own_process
+    return 0 if here else training.max_restarts
 
 
 async def _restore(
