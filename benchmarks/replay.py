@@ -21,6 +21,8 @@ TorchRL is needed by this benchmark only. Beside torch 2.13 its compiled part ha
 Beside torch 2.11, torchrl 0.12.0 with tensordict 0.12.4 loads as it is.
 """
 
+# pyright: reportMissingImports=false
+
 import argparse
 import importlib.util
 import json
@@ -244,7 +246,7 @@ def rebuild_torchrl() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--threads", type=int, help="torch's threads on the CPU; default: its own")
