@@ -22,6 +22,8 @@ torchrl 0.12.0 with tensordict 0.12.4 is of the time of torch 2.11; where it say
 SumSegmentTreeFp32 is not available, it is rebuilt the same way.
 """
 
+# pyright: reportMissingImports=false
+
 import argparse
 import importlib.util
 import json
@@ -116,10 +118,10 @@ class TorchRL:
     """`TensorDictPrioritizedReplayBuffer` over rows padded to the longest."""
 
     def __init__(self, device: torch.device) -> None:
-        from tensordict import (  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
+        from tensordict import (  # noqa: PLC0415
             TensorDict,
         )
-        from torchrl.data import (  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
+        from torchrl.data import (  # noqa: PLC0415
             LazyTensorStorage,
             TensorDictPrioritizedReplayBuffer,
         )

@@ -61,9 +61,10 @@ from qwen3_distill.pipeline.build import (
     plan_memory,
     static_engine,
 )
-from qwen3_distill.pipeline.recorder import StageClock
 from qwen3_distill.pipeline.sequential import generate, push_weights, score
 from qwen3_distill.protocols import Learner, RolloutEngine, TeacherScorer
+from qwen3_distill.reporting.metrics import STEP_STAGES
+from qwen3_distill.reporting.trace import Trace
 from qwen3_distill.scoring.request import TopKRequest, request_for
 from qwen3_distill.scoring.sglang import SglangTeacher, request_groups
 from qwen3_distill.scoring.sglang_wire import TokenSequence, score_body
@@ -368,17 +369,16 @@ def peak_gib(update: Update) -> float:
 async def measure_opd(work: Work, report: Report, parts: Parts, memory: PeakMemory) -> None:
     """Whole steps of the loop with all engines resident."""
     _, first_push_s = await timed(push_weights(parts))
-    await opd_step(work, parts, StageClock())  # warm-up
+    await opd_step(work, parts, Trace())  # warm-up
     steps: list[dict[str, float]] = []
     tokens, learner_peak_gib = 0, 0.0
     for _ in range(work.opd_steps):
-        clock = StageClock()
-        generated, update = await opd_step(work, parts, clock)
+        trace = Trace()
+        generated, update = await opd_step(work, parts, trace)
         tokens += generated
         learner_peak_gib = max(learner_peak_gib, peak_gib(update))
-        steps.append({**clock.seconds, "generated_tokens": float(generated)})
-    stages = ("generate", "score", "train", "publish")
-    totals = {stage: sum(step[stage] for step in steps) for stage in stages}
+        steps.append({**stage_seconds(trace), "generated_tokens": float(generated)})
+    totals = {stage: sum(step[stage] for step in steps) for stage in STEP_STAGES}
     whole = sum(totals.values())
     report.add(
         "opd",
@@ -401,28 +401,33 @@ async def measure_resident(
 ) -> None:
     """The device's peak over one whole step with all engines resident."""
     await push_weights(parts)
-    clock = StageClock()
-    generated, update = await opd_step(work, parts, clock)
+    trace = Trace()
+    generated, update = await opd_step(work, parts, trace)
     report.add(
         "resident",
         {figure: memory.peak_gib},
         teacher=parts.teacher.teacher_id,
         generated_tokens=generated,
-        first_step_s=clock.seconds,
+        first_step_s=stage_seconds(trace),
         learner_peak_gib=peak_gib(update),
     )
 
 
-async def opd_step(work: Work, parts: Parts, clock: StageClock) -> tuple[int, Update]:
+def stage_seconds(trace: Trace) -> dict[str, float]:
+    """Seconds of each stage of the one step in this trace."""
+    return {stage: trace.busy_seconds(stage) for stage in STEP_STAGES}
+
+
+async def opd_step(work: Work, parts: Parts, trace: Trace) -> tuple[int, Update]:
     """One step as `run_sequential` takes it; new tokens and what the learner reports."""
     requests = work.requests(work.sequences, work.new_tokens)
-    with clock("generate"):
+    with trace.span("generate"):
         rollouts = await generate(parts.engine, requests)
-    with clock("score"):
+    with trace.span("score"):
         scored = await score(parts.teacher, rollouts)
-    with clock("train"):
+    with trace.span("train"):
         update = await parts.learner.update(parts.make_batch(scored))
-    with clock("publish"):
+    with trace.span("publish"):
         await push_weights(parts)
     return sum(rollout.num_tokens for rollout in rollouts), update
 

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 
 from qwen3_distill.errors import DataError
@@ -41,6 +42,9 @@ class Echo:
     def variable(self, name: str) -> str | None:
         return os.environ.get(name)
 
+    def size(self, data: bytes) -> int:
+        return len(data)
+
     def pid(self) -> int:
         return os.getpid()
 
@@ -49,6 +53,11 @@ class Echo:
 
     def unknown_error(self) -> None:
         raise ZeroDivisionError("by hand")
+
+    def block(self, duration_s: float) -> str:
+        """Keep the event loop from everything else."""
+        time.sleep(duration_s)
+        return "done"
 
     def die(self) -> None:
         os.write(2, b"last words\n")

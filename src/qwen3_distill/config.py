@@ -131,8 +131,45 @@ VLLM_MAX_RANK = 512
 """The highest LoRA rank that vLLM has kernels for."""
 
 
-class EmbeddedGeneration(Schema):
-    """Batched KV-cache sampling on PyTorch, in the controller's process."""
+class _Supervised(Schema):
+    """What is said of a process that is started, watched and started again."""
+
+    start_timeout_s: PositiveFloat = 900.0
+    """Loading and compiling included."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """How often in a run the process may die and be started again."""
+
+
+class _Watched(_Supervised):
+    """A process that answers a heartbeat."""
+
+    hang_timeout_s: PositiveFloat = 900.0
+    """A process that gives no sign of life for so long is killed, and started again like one that
+    died. Longer than the longest thing that keeps it from answering: a learner's step, a teacher's
+    forward pass, a decode step of an embedded engine. The start has a limit of its own."""
+
+
+class _Embedded(_Watched):
+    """An engine on PyTorch, in the controller's process or in one of its own."""
+
+    own_process: bool = False
+    """Run in a process of its own: stages then compute at the same time, and one that dies is
+    started again. The settings of the process count only then."""
+    threads: PositiveInt | None = None
+    """Threads of PyTorch in that process; null: PyTorch's default, which is one a core."""
+
+    @model_validator(mode="after")
+    def _threads_are_a_process_s_own(self) -> Self:
+        if self.threads is not None and not self.own_process:
+            raise ValueError(
+                f"threads={self.threads} with own_process=false would hold for everything in the "
+                "controller's process; set own_process=true, or drop threads"
+            )
+        return self
+
+
+class EmbeddedGeneration(_Embedded):
+    """Batched KV-cache sampling on PyTorch."""
 
     kind: Literal["embedded"]
     device: Device = "auto"
@@ -141,20 +178,16 @@ class EmbeddedGeneration(Schema):
     """Rollouts decoded together."""
 
 
-class _EngineProcess(Schema):
+class _EngineProcess(_Supervised):
     """What every engine that runs in a process of its own has."""
 
     python: str | None = None
     """Interpreter of the engine's own environment; null: the one that runs this."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Variables set for the engine's process beside the inherited ones, e.g. a ``PYTHONPATH``."""
-    start_timeout_s: PositiveFloat = 900.0
-    """Loading and compiling included."""
-    max_restarts: Annotated[int, Field(ge=0)] = 3
-    """How often in a run the process may die and be started again."""
 
 
-class VllmGeneration(_EngineProcess):
+class VllmGeneration(_EngineProcess, _Watched):
     """vLLM in a process of its own (extra ``[vllm]``)."""
 
     kind: Literal["vllm"]
@@ -192,8 +225,8 @@ GenerationConfig: TypeAlias = Annotated[
 ]
 
 
-class EmbeddedScoring(Schema):
-    """The teacher in the controller's process."""
+class EmbeddedScoring(_Embedded):
+    """The teacher on PyTorch."""
 
     kind: Literal["embedded"]
     model: str
@@ -485,8 +518,8 @@ class OptimizerConfig(Schema):
     schedule: ScheduleConfig = Field(default_factory=lambda: ConstantSchedule(kind="constant"))
 
 
-class EmbeddedTraining(Schema):
-    """PyTorch (and peft) in the controller's process."""
+class EmbeddedTraining(_Embedded):
+    """PyTorch and peft."""
 
     kind: Literal["embedded"]
     device: Device = "auto"
@@ -503,7 +536,7 @@ class EmbeddedTraining(Schema):
     gradient_checkpointing: bool = False
 
 
-class UnslothTraining(_EngineProcess):
+class UnslothTraining(_EngineProcess, _Watched):
     """unsloth in a process of its own (extra ``[unsloth]``)."""
 
     kind: Literal["unsloth"]
@@ -719,15 +752,71 @@ class LoggingConfig(Schema):
     rollouts_per_save: PositiveInt = 16
     """Rollouts kept of such a step."""
     trackers: tuple[TrackerConfig, ...] = ()
+    trace: bool = True
+    """Write ``trace.json``: what every stage did when, for ui.perfetto.dev and the report."""
 
 
-class SequentialPipeline(Schema):
+class _Pipeline(Schema):
+    mps: bool = False
+    """Have the engines' processes share the GPU through an MPS daemon of the run's own, so that
+    their kernels run side by side. Where there is none to be had, the run says so and goes on."""
+
+
+class SequentialPipeline(_Pipeline):
     """Generate, score, train, publish: one after another. Strictly on-policy."""
 
     kind: Literal["sequential"]
 
 
-PipelineConfig: TypeAlias = Annotated[SequentialPipeline, Field(discriminator="kind")]
+class PrefixBudget(Schema):
+    """Train on the first tokens of most answers; the rest of those is never sampled."""
+
+    tokens: PositiveInt
+    """New tokens of a shortened rollout, where `sampling.max_new_tokens` allows more."""
+    full_length_fraction: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Share of rollouts, drawn by their numbers, that are sampled to their end: only they show
+    the student where to stop."""
+
+
+class Harvest(Schema):
+    """Train on what there is of running rollouts when a step's time is up."""
+
+    deadline_s: PositiveFloat
+    """Seconds after the step before, at which a step takes the prefixes of running rollouts."""
+    min_tokens: PositiveInt = 32
+    """A rollout with fewer tokens that were not harvested before is left alone."""
+    full_length_fraction: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Share of rollouts, drawn by their numbers, that are never harvested."""
+
+
+class StreamingPipeline(_Pipeline):
+    """Generate, score and train at the same time: rollouts run on across steps."""
+
+    kind: Literal["streaming"]
+    max_staleness_steps: Annotated[int, Field(ge=0)] = 4
+    """Age in optimizer steps up to which a rollout is trained on, judged by its oldest token; an
+    older one is dropped and counted. Also how far generation runs ahead: rollouts for at most
+    ``max_staleness_steps + 1`` steps are out at a time. 0 is strictly on-policy."""
+    max_in_flight: PositiveInt | None = None
+    """Rollouts that are sampled at a time; null: generation.max_sequences."""
+    weight_updates: Literal["in_flight", "boundary"] = "in_flight"
+    """``in_flight``: running rollouts go on with the new weights, and their tokens keep the
+    version that sampled them. ``boundary``: a version is loaded when no rollout is running, and
+    until then none is begun."""
+    scoring_calls: PositiveInt = 2
+    """Calls to the teacher under way at a time; each takes all rollouts that wait for a score."""
+    harvest: Harvest | None = None
+    """Null: only finished rollouts are trained on."""
+    prefix: PrefixBudget | None = None
+    """Null: every rollout is sampled to its end."""
+    stall_timeout_s: PositiveFloat = 1800.0
+    """With no rollout finished and none scored for so long, the run stops and says what it
+    waited for."""
+
+
+PipelineConfig: TypeAlias = Annotated[
+    SequentialPipeline | StreamingPipeline, Field(discriminator="kind")
+]
 
 
 class RunConfig(Schema):
@@ -770,15 +859,21 @@ class RunConfig(Schema):
 
     @model_validator(mode="after")
     def _hidden_states_stay_in_one_process(self) -> Self:
-        objective = self.objective
-        if needs_hidden_states(objective) and (self.scoring.kind, self.training.kind) != (
-            "embedded",
-            "embedded",
-        ):
+        objective, scoring, training = self.objective, self.scoring, self.training
+        if not needs_hidden_states(objective):
+            return self
+        if scoring.kind != "embedded" or training.kind != "embedded":
             raise ValueError(
                 f"objective.kind={objective.kind} over the full vocabulary needs the teacher's "
                 "hidden states and output head, which a server does not give: use "
                 "scoring.kind=embedded with training.kind=embedded, or objective.kind=top_k, or "
+                "objective.kl_baseline.kind=top_k"
+            )
+        if scoring.own_process or training.own_process:
+            raise ValueError(
+                f"objective.kind={objective.kind} over the full vocabulary needs teacher and "
+                "learner in one process, where the teacher's output head is shared: use "
+                "own_process=false for both, or objective.kind=top_k, or "
                 "objective.kl_baseline.kind=top_k"
             )
         return self
@@ -849,6 +944,48 @@ class RunConfig(Schema):
                 f"{objective.discount}, task_reward_weight={objective.task_reward_weight}: a "
                 "token's ratio does not correct the tokens after it, so their share of its "
                 "advantage is biased; use temperature=1, or discount=0 and no task reward"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lent_weights_do_not_change_under_an_engine(self) -> Self:
+        generation, tuning = self.generation, self.training.tuning
+        if (
+            generation.kind == "vllm"
+            and generation.full_weights == "ipc"
+            and tuning.kind == "full"
+            and self.pipeline.kind == "streaming"
+        ):
+            raise ValueError(
+                "generation.full_weights=ipc with training.tuning.kind=full and "
+                "pipeline.kind=streaming: CUDA IPC lends the weights that are being trained, and "
+                "an engine that is started again during a step could not get its version back; "
+                "use full_weights=auto or directory"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_prompts_samples_are_begun_together(self) -> Self:
+        pipeline = self.pipeline
+        if pipeline.kind == "streaming" and self.max_in_flight < self.samples_per_prompt:
+            raise ValueError(
+                f"samples_per_prompt={self.samples_per_prompt} is more than the "
+                f"{self.max_in_flight} rollouts that run at a time, and the samples of a prompt "
+                "are begun together; raise pipeline.max_in_flight or generation.max_sequences"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pieces_of_an_answer_cannot_credit_later_tokens(self) -> Self:
+        pipeline, objective = self.pipeline, self.objective
+        if pipeline.kind != "streaming" or objective.kind != "sampled_reverse_kl":
+            return self
+        cut = "harvest" if pipeline.harvest else "prefix" if pipeline.prefix else None
+        if cut and (objective.discount > 0 or objective.task_reward_weight > 0):
+            raise ValueError(
+                f"pipeline.{cut} with objective.discount={objective.discount}, "
+                f"task_reward_weight={objective.task_reward_weight}: a piece of an answer does not "
+                "know what comes after it; use discount=0 and no task reward, or whole rollouts"
             )
         return self
 
@@ -962,6 +1099,13 @@ class RunConfig(Schema):
     @property
     def output_path(self) -> Path:
         return Path(self.output_dir)
+
+    @property
+    def max_in_flight(self) -> int:
+        """Rollouts that a streaming pipeline has sampled at a time."""
+        pipeline = self.pipeline
+        limit = pipeline.max_in_flight if pipeline.kind == "streaming" else None
+        return limit or self.generation.max_sequences
 
     @property
     def rollouts_per_step(self) -> int:

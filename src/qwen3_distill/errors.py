@@ -56,6 +56,10 @@ class EngineError(DistillError, RuntimeError):
     exit_code = 3
 
 
+class StallError(EngineError):
+    """Nothing has moved for longer than the config allows; it names what was waited for."""
+
+
 class EngineLost(EngineError):
     """An engine's process is gone, and with it what it had not answered. It may be restarted."""
 
@@ -68,3 +72,7 @@ class EngineStartError(EngineError):
     """An engine cannot be started: not installed, wrong version, no memory, port taken."""
 
     exit_code = 2
+
+
+class MpsUnavailable(DistillError, RuntimeError):
+    """There is no MPS daemon to be had on this machine. A run warns about it and goes on."""

@@ -15,6 +15,7 @@ from qwen3_distill.types import (
     Batch,
     ModelIdentity,
     Rollout,
+    RolloutPrefix,
     RolloutRequest,
     ScoredRollout,
     ScoreResult,
@@ -113,6 +114,30 @@ class RolloutEngine(Sampler, Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class StreamingRolloutEngine(RolloutEngine, Protocol):
+    """A `RolloutEngine` that is never drained.
+
+    Calls of `generate` may overlap: their requests are decoded together. `load` may come while
+    rollouts run: they keep what they have and go on with the new weights, and every token's
+    version is in the rollout's spans. When such a load fails, running rollouts end like aborted
+    ones: there are no weights to go on with.
+    """
+
+    async def prefixes(self) -> list[RolloutPrefix]:
+        """What exists of every running rollout that has a token; an engine may lag behind."""
+        ...
+
+    async def abort(self, rollout_ids: Sequence[str]) -> None:
+        """End rollouts: `generate` does not yield them. Unknown ids are passed over."""
+        ...
+
+    async def pause(self) -> None:
+        """Stop decoding until `resume`; rollouts keep what they have, new requests wait."""
+        ...
+
+    async def resume(self) -> None: ...
 
 
 class TeacherScorer(Protocol):

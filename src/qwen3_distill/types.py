@@ -60,6 +60,8 @@ class FinishReason(str, Enum):
     """The student sampled an end-of-sequence token; it is the last response token."""
     LENGTH = "length"
     """Cut at ``max_new_tokens``. No end-of-sequence token was sampled and none is added."""
+    HARVESTED = "harvested"
+    """A piece of a rollout that was still being sampled; another piece continues it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,6 +158,8 @@ class Rollout:
     versions: tuple[VersionSpan, ...]
     """Spans that tile ``[0, R)`` in order; more than one after an in-flight weight update."""
     finish_reason: FinishReason
+    continues_at: int = 0
+    """Response tokens that earlier pieces of the rollout hold; they end ``prompt.token_ids``."""
 
     def __post_init__(self) -> None:
         what = f"rollout {self.rollout_id}"
@@ -181,6 +185,11 @@ class Rollout:
     def num_tokens(self) -> int:
         """R: response tokens, which are the loss tokens."""
         return int(self.response_ids.size)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is an answer from its first token to its last, not a piece of one."""
+        return self.continues_at == 0 and self.finish_reason is not FinishReason.HARVESTED
 
     @property
     def oldest_version(self) -> WeightVersion:
@@ -441,3 +450,6 @@ class RunCursor:
     step: int
     prompts_drawn: int
     weight_version: WeightVersion
+    outstanding: tuple[int, ...] = ()
+    """Numbers of the rollouts of drawn prompts that are neither trained on nor dropped yet: they
+    are sampled again after a resume. Rollout n is sample n % G of prompt n // G, G samples each."""

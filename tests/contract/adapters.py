@@ -1,14 +1,18 @@
 """The implementations that the contract suites run against. A new engine is one more entry."""
 
+import atexit
+import contextlib
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import pytest
 import torch
 from torch import Tensor
 
 from qwen3_distill.config import (
+    EmbeddedGeneration,
     EmbeddedTraining,
     FullTuning,
     ObjectiveConfig,
@@ -16,24 +20,35 @@ from qwen3_distill.config import (
     ReplayConfig,
     TuningConfig,
 )
+from qwen3_distill.errors import WeightVersionError
 from qwen3_distill.generation.embedded import EmbeddedRolloutEngine
-from qwen3_distill.protocols import ReplayingLearner, RolloutEngine, TeacherScorer
+from qwen3_distill.generation.embedded_process import EmbeddedRolloutProcess
+from qwen3_distill.protocols import ReplayingLearner, StreamingRolloutEngine, TeacherScorer
 from qwen3_distill.replay.buffer import build_replay
 from qwen3_distill.scoring.embedded import EmbeddedTeacher
 from qwen3_distill.scoring.request import SampledRequest, ScoreRequest
 from qwen3_distill.training.embedded import EmbeddedLearner
 from qwen3_distill.training.objectives import build_objective
+from qwen3_distill.types import WeightVersion
+from qwen3_distill.weights.memory import MemoryChannel
+from tests.contract.builders import run
 from tests.contract.sglang_adapter import SglangTeacherAdapter
 from tests.contract.unsloth_adapter import UnslothLearnerAdapter
 from tests.contract.vllm_adapter import VllmEngineAdapter
 
 Device = Literal["cpu", "cuda"]
+LOGS = Path(tempfile.gettempdir()) / "qwen3-distill-tests"
 
 
 class EngineAdapter(Protocol):
-    """Builds a `RolloutEngine`."""
+    """Builds a `StreamingRolloutEngine`."""
 
-    def build(self, model_dir: Path, *, max_sequences: int = 64) -> RolloutEngine: ...
+    @property
+    def keeps_cache_over_updates(self) -> bool:
+        """Whether new weights go on with keys and values of the old; else they are recomputed."""
+        ...
+
+    def build(self, model_dir: Path, *, max_sequences: int = 64) -> StreamingRolloutEngine: ...
 
 
 class TeacherAdapter(Protocol):
@@ -110,11 +125,47 @@ class LearnerAdapter(Protocol):
 @dataclass(frozen=True)
 class EmbeddedEngineAdapter:
     device: Device
+    keeps_cache_over_updates: bool = True
 
-    def build(self, model_dir: Path, *, max_sequences: int = 64) -> RolloutEngine:
+    def build(self, model_dir: Path, *, max_sequences: int = 64) -> StreamingRolloutEngine:
         return EmbeddedRolloutEngine(
             model_dir, device=self.device, dtype="float32", max_sequences=max_sequences
         )
+
+
+@dataclass
+class EmbeddedProcessAdapter:
+    """The embedded engine in a process of its own; a start takes seconds, so the last are kept."""
+
+    keeps_cache_over_updates: bool = True
+    _kept: dict[tuple[str, int], EmbeddedRolloutProcess] = field(default_factory=dict)
+
+    def build(self, model_dir: Path, *, max_sequences: int = 64) -> StreamingRolloutEngine:
+        key = (str(model_dir), max_sequences)
+        if not self._kept:
+            atexit.register(self.close)
+        engine = self._kept.pop(key, None)
+        while len(self._kept) >= 3:
+            run(self._kept.pop(next(iter(self._kept))).close())
+        if engine is None:
+            engine = build_embedded_process(model_dir, max_sequences=max_sequences)
+        self._kept[key] = engine  # the last used stands last
+        with contextlib.suppress(WeightVersionError):  # serves nothing from here on
+            run(engine.load(WeightVersion(step=0, digest="absent"), MemoryChannel()))
+        return engine
+
+    def close(self) -> None:
+        while self._kept:
+            run(self._kept.popitem()[1].close())
+
+
+def build_embedded_process(model_dir: Path, **changes: Any) -> EmbeddedRolloutProcess:
+    """An engine of its own, started."""
+    values = {"kind": "embedded", "device": "cpu", "own_process": True, "threads": 1}
+    config = EmbeddedGeneration.model_validate(values | changes)
+    engine = EmbeddedRolloutProcess(model_dir, config, log=LOGS / "rollouts.log")
+    run(engine.start())
+    return engine
 
 
 @dataclass(frozen=True)
@@ -190,6 +241,7 @@ class EmbeddedLearnerAdapter:
 
 ENGINES = [
     pytest.param(EmbeddedEngineAdapter("cpu"), id="embedded"),
+    pytest.param(EmbeddedProcessAdapter(), id="embedded_process"),
     pytest.param(EmbeddedEngineAdapter("cuda"), id="embedded_cuda", marks=pytest.mark.gpu),
     pytest.param(VllmEngineAdapter(), id="vllm", marks=pytest.mark.vllm),
 ]

@@ -12,11 +12,17 @@ from torch import Tensor
 
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_model
-from qwen3_distill.protocols import FullWeights, RolloutEngine, TeacherScorer
+from qwen3_distill.protocols import (
+    FullWeights,
+    RolloutEngine,
+    StreamingRolloutEngine,
+    TeacherScorer,
+)
 from qwen3_distill.types import (
     FinishReason,
     Prompt,
     Rollout,
+    RolloutPrefix,
     RolloutRequest,
     SamplingSpec,
     TeacherScore,
@@ -80,13 +86,38 @@ def ragged_requests(count: int = 14, **overrides: Any) -> list[RolloutRequest]:
     ]
 
 
+async def collect(engine: RolloutEngine, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+    """All rollouts that come, as they come."""
+    return [rollout async for rollout in engine.generate(requests)]
+
+
+async def prefixes_when(
+    engine: StreamingRolloutEngine, ready: Callable[[list[RolloutPrefix]], bool]
+) -> list[RolloutPrefix]:
+    """The first prefixes that are ``ready``."""
+    for _ in range(100_000):
+        if ready(prefixes := await engine.prefixes()):
+            return prefixes
+        await asyncio.sleep(0.0005)
+    raise AssertionError("never ready")
+
+
+def long_requests(
+    count: int, new_tokens: int = 90, prompt_tokens: int = 12
+) -> list[RolloutRequest]:
+    """Requests that run for a while."""
+    return [
+        make_request(
+            f"long{i}", make_prompt(prompt_tokens), make_spec(i, max_new_tokens=new_tokens)
+        )
+        for i in range(count)
+    ]
+
+
 def generate(engine: RolloutEngine, requests: Sequence[RolloutRequest]) -> list[Rollout]:
     """All rollouts, in the order of the requests, each exactly once."""
 
-    async def collect() -> list[Rollout]:
-        return [rollout async for rollout in engine.generate(requests)]
-
-    rollouts = run(collect())
+    rollouts = run(collect(engine, requests))
     by_id = {rollout.rollout_id: rollout for rollout in rollouts}
     assert len(by_id) == len(rollouts) == len(requests)
     return [by_id[request.rollout_id] for request in requests]

@@ -69,6 +69,28 @@ def behavior_logprobs(
     return np.array([truncated_logprobs(row, spec.top_k, spec.top_p)[token] for row, token in rows])
 
 
+def swapped_logprobs(
+    old: PreTrainedModel, new: PreTrainedModel, rollout: Rollout, start: int, *, keeps_cache: bool
+) -> NDArray[np.float64]:
+    """[R] nats at temperature 1 where ``new`` took over before response token ``start``.
+
+    Args:
+        keeps_cache: what ``old`` computed of the tokens before is kept; else ``new`` computes it
+            again.
+    """
+    before = behavior_logprobs(old, rollout)[:start]
+    if not keeps_cache:
+        return np.concatenate([before, behavior_logprobs(new, rollout)[start:]])
+    ids = torch.tensor([[*rollout.prompt.token_ids.tolist(), *rollout.response_ids.tolist()]])
+    taken_over = rollout.prompt.token_ids.size + start - 1  # this token is new's first input
+    with torch.no_grad():
+        cache = old(ids[:, :taken_over], use_cache=True).past_key_values
+        logits = new(ids[:, taken_over:], past_key_values=cache, use_cache=True).logits[0, :-1]
+    logprobs = torch.log_softmax(logits.double(), dim=-1)
+    target = ids[0, taken_over + 1 :].unsqueeze(-1)
+    return np.concatenate([before, logprobs.gather(-1, target).squeeze(-1).numpy()])
+
+
 def truncated_logprobs(
     logits_V: NDArray[np.float64], top_k: int, top_p: float
 ) -> NDArray[np.float64]:

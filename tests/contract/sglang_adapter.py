@@ -28,7 +28,7 @@ os.environ["XDG_CACHE_HOME"] = str(_FOLDER / "cache")  # no test reads or leaves
 
 
 def sglang_config(model_dir: Path, kind: Kind, **changes: object) -> SglangScoring:
-    """Small, float32, for wherever the tests run."""
+    """Small, for wherever the tests run: float32, but on a GPU SGLang has no kernels for that."""
     on_gpu = kind == "real" and INSTALLED.device == "cuda"
     values: dict[str, object] = {
         "kind": "sglang",
@@ -42,7 +42,8 @@ def sglang_config(model_dir: Path, kind: Kind, **changes: object) -> SglangScori
             **(INSTALLED.variables.get("sglang", {}) if kind == "real" else {}),
         },
         "device": "cuda" if on_gpu else "cpu",
-        "dtype": "float32",
+        "dtype": "bfloat16" if on_gpu else "float32",
+        "float32_head": on_gpu,
         "quantization": None,
         # FlashAttention is not in every environment; SGLang would choose it.
         "attention_backend": "triton" if on_gpu else None,
@@ -170,7 +171,6 @@ class SglangTeacherAdapter:
             model_dir,
             self.kind,
             quantization=self.quantization,
-            dtype="float32" if self.quantization is None else "bfloat16",
             request_tokens=batch_tokens,
             chunk_tokens=chunk,
             chunked_prefill_tokens=8192 if chunk > SMALL_CHUNKS else 64,

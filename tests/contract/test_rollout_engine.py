@@ -1,5 +1,6 @@
 """The contract of `RolloutEngine`: what is sampled, how it is reported, which weights are used."""
 
+import asyncio
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,18 +15,27 @@ from transformers import PreTrainedModel
 
 from qwen3_distill.errors import DataError, WeightVersionError
 from qwen3_distill.modeling.digest import weights_digest
-from qwen3_distill.protocols import FullWeights, RolloutEngine
-from qwen3_distill.types import FinishReason, Rollout, RolloutRequest, WeightVersion
+from qwen3_distill.protocols import FullWeights, RolloutEngine, StreamingRolloutEngine
+from qwen3_distill.types import (
+    FinishReason,
+    Rollout,
+    RolloutPrefix,
+    RolloutRequest,
+    WeightVersion,
+)
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.contract.adapters import ENGINES, EngineAdapter
 from tests.contract.builders import (
+    collect,
     directory_weights,
     draws_after,
     generate,
     likelier_eos,
+    long_requests,
     make_prompt,
     make_request,
     make_spec,
+    prefixes_when,
     published,
     ragged_requests,
     run,
@@ -36,6 +46,7 @@ from tests.contract.reference import (
     head_of,
     largest_gap,
     reference_model,
+    swapped_logprobs,
 )
 from tests.tiny_models import CONTEXT_LENGTH, EOS_ID, TinyModels, write_model
 
@@ -73,7 +84,7 @@ def reference(tiny_models: TinyModels, weights: Mapping[str, Tensor]) -> PreTrai
 @pytest.fixture
 def engine(
     adapter: EngineAdapter, tiny_models: TinyModels, weights: Mapping[str, Tensor]
-) -> RolloutEngine:
+) -> StreamingRolloutEngine:
     """An engine that serves `weights`."""
     built = adapter.build(tiny_models.student)
     serve(built, weights)
@@ -81,7 +92,7 @@ def engine(
 
 
 @pytest.fixture
-def fresh(adapter: EngineAdapter, tiny_models: TinyModels) -> RolloutEngine:
+def fresh(adapter: EngineAdapter, tiny_models: TinyModels) -> StreamingRolloutEngine:
     """An engine that has no weights yet."""
     return adapter.build(tiny_models.student)
 
@@ -137,7 +148,8 @@ def test_a_shift_by_one_token_would_fail_the_parity_check(
 def test_a_rollout_ends_with_its_first_eos_or_is_cut_at_its_length(engine: RolloutEngine) -> None:
     rollouts = generate(engine, ragged_requests(150))
     by_reason = {
-        reason: [r for r in rollouts if r.finish_reason is reason] for reason in FinishReason
+        reason: [r for r in rollouts if r.finish_reason is reason]
+        for reason in (FinishReason.STOP, FinishReason.LENGTH)
     }
     assert min(len(group) for group in by_reason.values()) >= 10  # both kinds are tested
     for rollout in by_reason[FinishReason.STOP]:
@@ -489,6 +501,179 @@ def test_a_good_load_ends_the_refusal(
         serve(fresh, without_one(weights))
     serve(fresh, weights)
     assert parity_gap(generate(fresh, ragged_requests()), reference) < PARITY_NATS
+
+
+# --- Overlapping calls --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_sequences", [3, 64])
+def test_calls_that_overlap_get_their_own_rollouts_as_if_alone(
+    adapter: EngineAdapter,
+    tiny_models: TinyModels,
+    weights: Mapping[str, Tensor],
+    expected: list[Rollout],
+    max_sequences: int,
+) -> None:
+    engine = adapter.build(tiny_models.student, max_sequences=max_sequences)
+    serve(engine, weights)
+    calls = [requests_of(expected[start::4]) for start in range(4)]
+
+    async def overlap() -> list[list[Rollout]]:
+        background = asyncio.create_task(collect(engine, long_requests(2, new_tokens=200)))
+        started: list[asyncio.Task[list[Rollout]]] = []
+        for index, requests in enumerate(calls):  # one after another, into what already runs
+            await prefixes_when(engine, lambda prefixes, n=2 * index: _longest(prefixes) > n)
+            started.append(asyncio.create_task(collect(engine, requests)))
+        results = [await task for task in started]
+        await background
+        return results
+
+    for requests, rollouts in zip(calls, run(overlap()), strict=True):
+        assert {r.rollout_id for r in rollouts} == {r.rollout_id for r in requests}
+        alone = [
+            rollout
+            for rollout in expected
+            if rollout.rollout_id in {r.rollout_id for r in rollouts}
+        ]
+        assert_same_rollouts(rollouts, alone)
+
+
+def _longest(prefixes: Sequence[RolloutPrefix]) -> int:
+    return max((prefix.response_ids.size for prefix in prefixes), default=0)
+
+
+def test_a_prefix_is_the_beginning_of_its_rollout_and_an_aborted_one_is_left_out(
+    engine: StreamingRolloutEngine,
+) -> None:
+    async def watch() -> tuple[list[Rollout], list[RolloutPrefix]]:
+        collecting = asyncio.create_task(collect(engine, long_requests(6)))
+        prefixes = await prefixes_when(engine, lambda prefixes: len(prefixes) == 6)
+        await engine.abort(["long5", "nobody"])
+        return await collecting, prefixes
+
+    rollouts, prefixes = run(watch())
+    by_id = {rollout.rollout_id: rollout for rollout in rollouts}
+    assert sorted(by_id) == [f"long{i}" for i in range(5)]
+    assert len(rollouts) == 5
+    for prefix in prefixes:
+        assert prefix.versions[-1].stop == prefix.response_ids.size
+        if prefix.request.rollout_id in by_id:
+            rollout = by_id[prefix.request.rollout_id]
+            beginning = slice(prefix.response_ids.size)
+            assert prefix.response_ids.tolist() == rollout.response_ids[beginning].tolist()
+            assert np.array_equal(prefix.behavior_logprobs, rollout.behavior_logprobs[beginning])
+
+
+def test_a_waiting_request_can_be_aborted(
+    adapter: EngineAdapter, tiny_models: TinyModels, weights: Mapping[str, Tensor]
+) -> None:
+    engine = adapter.build(tiny_models.student, max_sequences=1)
+    serve(engine, weights)
+
+    async def abort_the_second() -> list[Rollout]:
+        collecting = asyncio.create_task(collect(engine, long_requests(2)))
+        await prefixes_when(engine, bool)
+        await engine.abort(["long1"])
+        return await collecting
+
+    assert [rollout.rollout_id for rollout in run(abort_the_second())] == ["long0"]
+
+
+def test_a_pause_holds_running_rollouts_and_new_requests_until_resume(
+    engine: StreamingRolloutEngine,
+) -> None:
+    first, second = long_requests(3)[:2], long_requests(3)[2:]
+
+    async def pause_under_way() -> list[Rollout]:
+        running = asyncio.create_task(collect(engine, first))
+        await prefixes_when(engine, lambda prefixes: len(prefixes) == 2)
+        await engine.pause()
+        new = asyncio.create_task(collect(engine, second))
+        before = await engine.prefixes()
+        await asyncio.sleep(0.3)
+        after = await engine.prefixes()
+        assert [p.response_ids.size for p in after] == [p.response_ids.size for p in before]
+        assert not running.done()
+        await engine.resume()
+        return [*await running, *await new]
+
+    paused = run(pause_under_way())
+    assert_same_rollouts(paused, generate(engine, [*first, *second]))
+
+
+def test_a_consumer_that_leaves_early_ends_what_it_started(
+    engine: StreamingRolloutEngine,
+) -> None:
+    async def leave() -> None:
+        requests = [*long_requests(4, new_tokens=200), *ragged_requests(1, max_new_tokens=1)]
+        stream = engine.generate(requests)
+        await anext(stream)
+        await stream.aclose()  # pyright: ignore[reportAttributeAccessIssue] - a generator
+        await prefixes_when(engine, lambda prefixes: not prefixes)
+
+    run(leave())
+    assert len(generate(engine, ragged_requests())) == len(ragged_requests())
+
+
+# --- Weights that change under running rollouts -------------------------------------------------
+
+
+def test_running_rollouts_go_on_with_new_weights_and_every_token_names_its_version(
+    adapter: EngineAdapter,
+    engine: StreamingRolloutEngine,
+    tiny_models: TinyModels,
+    weights: Mapping[str, Tensor],
+) -> None:
+    first = engine.version
+    new = changed(weights, "model.layers.0.mlp.down_proj.weight")
+    second, channel = published(new, step=1)
+
+    async def swap_under_way() -> list[Rollout]:
+        collecting = asyncio.create_task(collect(engine, long_requests(12)))
+        await prefixes_when(engine, lambda prefixes: len(prefixes) >= 6 and _longest(prefixes) >= 6)
+        await engine.load(second, channel)
+        assert engine.version == second
+        return await collecting
+
+    rollouts = run(swap_under_way())
+    assert len(rollouts) == 12
+    mixed = [rollout for rollout in rollouts if len(rollout.versions) == 2]
+    assert len(mixed) >= 6
+    assert {span.version for rollout in rollouts for span in rollout.versions} == {first, second}
+    old_model = reference_model(tiny_models.student, weights)
+    new_model = reference_model(tiny_models.student, new)
+
+    def gap(rollout: Rollout, off_by: int) -> float:
+        wanted = swapped_logprobs(
+            old_model,
+            new_model,
+            rollout,
+            rollout.versions[1].start + off_by,
+            keeps_cache=adapter.keeps_cache_over_updates,
+        )
+        return largest_gap(rollout.behavior_logprobs, wanted)
+
+    for rollout in mixed:
+        assert [span.version for span in rollout.versions] == [first, second]
+        assert gap(rollout, 0) < PARITY_NATS
+    for off_by_one in (-1, 1):  # the check would see it
+        assert max(gap(rollout, off_by_one) for rollout in mixed) > FAR_NATS
+
+
+def test_a_load_that_fails_ends_what_runs(
+    engine: StreamingRolloutEngine, weights: Mapping[str, Tensor]
+) -> None:
+    absent, channel = published(without_one(weights), step=1)
+
+    async def fail_under_way() -> list[Rollout]:
+        collecting = asyncio.create_task(collect(engine, long_requests(4, new_tokens=200)))
+        await prefixes_when(engine, lambda prefixes: len(prefixes) >= 2)
+        with pytest.raises(WeightVersionError):
+            await engine.load(absent, channel)
+        return await collecting
+
+    assert len(run(fail_under_way())) < 4
+    assert_refuses(engine)
 
 
 def test_close_may_be_called_twice(fresh: RolloutEngine) -> None:

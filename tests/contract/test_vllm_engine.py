@@ -26,6 +26,7 @@ from qwen3_distill.weights.directory import DirectoryChannel
 from tests.contract.builders import (
     directory_weights,
     generate,
+    long_requests,
     make_prompt,
     make_request,
     make_spec,
@@ -41,8 +42,12 @@ from tests.tiny_models import TinyModels
 
 pytestmark = pytest.mark.vllm
 
-PARITY_NATS = 1e-4
-FAR_NATS = 0.05
+ON_GPU = INSTALLED.device == "cuda"
+ADAPTER_DTYPE = "bfloat16" if ON_GPU else "float32"
+"""vLLM's adapter kernels on a GPU take nothing wider."""
+PARITY_NATS, FAR_NATS = (0.25, 0.5) if ON_GPU else (1e-4, 0.05)
+"""bfloat16 against float32: 0.10 at most and 0.017 on average were seen with these adapters, in
+Hugging Face's model; other adapters are 1.3 nats off at the median token."""
 RANK, ALPHA = 4, 12.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA = LoraTuning(kind="lora", rank=RANK, alpha=ALPHA)
@@ -88,11 +93,9 @@ def gap(rollout: Rollout, base: Path, weights: Mapping[str, Tensor]) -> float:
     return largest_gap(rollout.behavior_logprobs, expected)
 
 
-def long_requests(count: int, new_tokens: int = 64) -> list[RolloutRequest]:
-    return [
-        make_request(f"long{i}", make_prompt(LONG_PROMPT), make_spec(i, max_new_tokens=new_tokens))
-        for i in range(count)
-    ]
+def cached_requests(count: int, new_tokens: int = 64) -> list[RolloutRequest]:
+    """With prompts that the prefix cache keeps."""
+    return long_requests(count, new_tokens, prompt_tokens=LONG_PROMPT)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,7 @@ def base(tiny_models: TinyModels) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def engine(tiny_models: TinyModels) -> Iterator[VllmRolloutEngine]:
     """Serves adapters; tests may leave any version in it."""
-    built = build_vllm(tiny_models.student, lora=LORA)
+    built = build_vllm(tiny_models.student, lora=LORA, dtype=ADAPTER_DTYPE)
     yield built
     run(built.close())
 
@@ -127,7 +130,7 @@ def test_each_swap_is_sampled_from_at_once_with_long_cached_prompts(
         adapter = adapter_weights(base, seed=step)
         version = serve_adapter(engine, channel, adapter, step)
         new = merged(base, adapter)
-        for rollout in generate(engine, long_requests(3, new_tokens=12)):
+        for rollout in generate(engine, cached_requests(3, new_tokens=12)):
             assert rollout.oldest_version == version
             assert gap(rollout, tiny_models.student, new) < PARITY_NATS
             assert gap(rollout, tiny_models.student, old) > FAR_NATS
@@ -171,13 +174,15 @@ def test_a_stale_prefix_cache_would_fail_the_parity_check(
             filter(None, [root, INSTALLED.variables.get("vllm", {}).get("PYTHONPATH")])
         )
         environment = {**INSTALLED.variables.get("vllm", {}), "PYTHONPATH": path}
-        tested = build_vllm(tiny_models.student, lora=LORA, environment=environment)
+        tested = build_vllm(
+            tiny_models.student, lora=LORA, dtype=ADAPTER_DTYPE, environment=environment
+        )
     try:
         worst = 0.0
         for step in range(2):
             adapter = adapter_weights(base, seed=40 + step)
             serve_adapter(tested, channel, adapter, step)
-            for rollout in generate(tested, long_requests(2, new_tokens=8)):
+            for rollout in generate(tested, cached_requests(2, new_tokens=8)):
                 worst = max(worst, gap(rollout, tiny_models.student, merged(base, adapter)))
         assert (worst > FAR_NATS) if keep_cache else (worst < PARITY_NATS)
     finally:
@@ -198,7 +203,7 @@ def test_running_rollouts_go_on_with_the_new_weights_and_every_token_names_its_v
 
     async def swap_under_way() -> list[Rollout]:
         async def collect() -> list[Rollout]:
-            requests = long_requests(12, new_tokens=90)
+            requests = cached_requests(12, new_tokens=90)
             return [rollout async for rollout in engine.generate(requests)]
 
         collecting = asyncio.create_task(collect())
@@ -221,61 +226,18 @@ def test_running_rollouts_go_on_with_the_new_weights_and_every_token_names_its_v
     for rollout in rollouts:
         for span in rollout.versions:
             expected = behavior_logprobs(models[span.version], rollout)[span.start : span.stop]
-            assert largest_gap(rollout.behavior_logprobs[span.start : span.stop], expected) < 1e-4
-    for rollout in mixed:  # a boundary off by one token would show
+            seen = rollout.behavior_logprobs[span.start : span.stop]
+            assert largest_gap(seen, expected) < PARITY_NATS
+    last_old, first_new = list[float](), list[float]()
+    for rollout in mixed:
         edge = rollout.versions[1].start
-        last_old = behavior_logprobs(models[second], rollout)[edge - 1]
-        first_new = behavior_logprobs(models[first], rollout)[edge]
-        assert abs(rollout.behavior_logprobs[edge - 1] - last_old) > 1e-4
-        assert abs(rollout.behavior_logprobs[edge] - first_new) > 1e-4
-
-
-def test_a_prefix_is_the_beginning_of_its_rollout_and_an_aborted_one_is_left_out(
-    engine: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
-) -> None:
-    serve_adapter(engine, channel, adapter_weights(base, seed=1), 0)
-
-    async def watch() -> tuple[list[Rollout], dict[str, list[int]]]:
-        async def collect() -> list[Rollout]:
-            requests = long_requests(6, new_tokens=90)
-            return [rollout async for rollout in engine.generate(requests)]
-
-        collecting = asyncio.create_task(collect())
-        while len(prefixes := await engine.prefixes()) < 6:
-            await asyncio.sleep(0.01)
-        await engine.pause()
-        before = [prefix.response_ids.size for prefix in await engine.prefixes()]
-        await asyncio.sleep(0.3)
-        assert [prefix.response_ids.size for prefix in await engine.prefixes()] == before
-        await engine.abort(["long5"])
-        await engine.resume()
-        ids = {p.request.rollout_id: p.response_ids.tolist() for p in prefixes}
-        return await collecting, ids
-
-    rollouts, prefixes = run(watch())
-    assert {rollout.rollout_id for rollout in rollouts} == {f"long{i}" for i in range(5)}
-    for rollout in rollouts:
-        beginning = prefixes[rollout.rollout_id]
-        assert beginning == rollout.response_ids[: len(beginning)].tolist()
-
-
-def test_a_consumer_that_leaves_early_ends_what_it_started(
-    engine: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
-) -> None:
-    serve_adapter(engine, channel, adapter_weights(base, seed=1), 0)
-
-    async def leave() -> int:
-        requests = [*long_requests(4, new_tokens=90), *ragged_requests(1, max_new_tokens=1)]
-        stream = engine.generate(requests)
-        await anext(stream)
-        await stream.aclose()  # pyright: ignore[reportAttributeAccessIssue] - a generator
-        for _ in range(100):
-            if not await engine.prefixes():
-                return 0
-            await asyncio.sleep(0.02)
-        return len(await engine.prefixes())
-
-    assert run(leave()) == 0
+        wrong_old = behavior_logprobs(models[second], rollout)[edge - 1]
+        wrong_new = behavior_logprobs(models[first], rollout)[edge]
+        last_old.append(abs(rollout.behavior_logprobs[edge - 1] - wrong_old))
+        first_new.append(abs(rollout.behavior_logprobs[edge] - wrong_new))
+    # A boundary off by one token would have shown above.
+    assert max(last_old) > FAR_NATS
+    assert max(first_new) > FAR_NATS
 
 
 def test_more_prompt_tokens_than_a_step_takes_are_no_trouble(
@@ -338,7 +300,7 @@ def test_a_killed_engine_comes_back_and_no_rollout_is_lost_or_doubled(
     engine: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
 ) -> None:
     serve_adapter(engine, channel, adapter_weights(base, seed=1), 0)
-    requests = [*ragged_requests(20, max_new_tokens=2), *long_requests(8, new_tokens=90)]
+    requests = [*ragged_requests(20, max_new_tokens=2), *cached_requests(8, new_tokens=90)]
     expected = generate(engine, requests)
 
     async def kill_under_way() -> list[Rollout]:
@@ -353,10 +315,33 @@ def test_a_killed_engine_comes_back_and_no_rollout_is_lost_or_doubled(
     by_id = {rollout.rollout_id: rollout for rollout in rollouts}
     assert len(by_id) == len(rollouts) == len(requests)
     for rollout in expected:
-        assert by_id[rollout.rollout_id].response_ids.tolist() == rollout.response_ids.tolist()
-        assert by_id[rollout.rollout_id].versions == rollout.versions
+        again = by_id[rollout.rollout_id]
+        assert {span.version for span in again.versions} == {rollout.oldest_version}
+        if not ON_GPU:  # in bfloat16 another batch may sample another token
+            assert again.response_ids.tolist() == rollout.response_ids.tolist()
     assert engine.counters["health/rollout_engine_restarts"] == 1
     assert live_processes(engine.pid)
+
+
+def test_an_engine_core_that_dies_alone_is_noticed_by_a_load(
+    engine: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
+) -> None:
+    """vLLM leaves a call to a dead engine core unanswered; the system kills the largest process."""
+    serve_adapter(engine, channel, adapter_weights(base, seed=1), 0)
+    before = engine.counters["health/rollout_engine_restarts"]
+    for pid in engine_cores(engine.pid):
+        os.kill(pid, signal.SIGKILL)
+    version = serve_adapter(engine, channel, adapter_weights(base, seed=2), 1)
+    assert engine.version == version
+    assert engine.counters["health/rollout_engine_restarts"] == before + 1
+    assert len(generate(engine, ragged_requests(2))) == 2
+
+
+def engine_cores(group: int | None) -> list[int]:
+    """vLLM's own processes in a process group."""
+    out = subprocess.run(["ps", "-eo", "pid=,pgid=,args="], capture_output=True, text=True)
+    rows = [line.split(None, 2) for line in out.stdout.splitlines()]
+    return [int(row[0]) for row in rows if row[1] == str(group) and row[2].startswith("VLLM::")]
 
 
 def test_an_engine_that_dies_too_often_is_given_up(
@@ -441,6 +426,12 @@ def test_too_little_cache_says_what_was_planned_and_what_to_change(
     monkeypatch.setattr("tests.contract.vllm_adapter.KV_CACHE_BYTES", 4096)
     with pytest.raises(EngineStartError, match=r"planned 0\.0 GiB .*generation\.kv_cache_gib"):
         build_vllm(tiny_models.student)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="on a CPU there are float32 kernels")
+def test_adapters_in_float32_are_refused_on_a_gpu(tiny_models: TinyModels) -> None:
+    with pytest.raises(EngineStartError, match=r"no float32 .*generation\.adapters=merge"):
+        build_vllm(tiny_models.student, lora=LORA, dtype="float32")
 
 
 def test_an_unknown_engine_argument_is_named(tiny_models: TinyModels) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3_distill.config import ObjectiveConfig, UnslothTraining
-from qwen3_distill.errors import EngineError
 from qwen3_distill.training.unsloth import UnslothLearner
 from qwen3_distill.utils.worker import WorkerProcess
 from tests.contract.builders import run
@@ -84,28 +83,35 @@ class _Pool:
 _POOL = _Pool()
 
 
-class PooledUnslothLearner(UnslothLearner):
-    """An `UnslothLearner` whose process it shares with others; all else is the real one's."""
+class _PooledWorker(WorkerProcess):
+    """One learner's part of a process that many share."""
 
-    _process: WorkerProcess | None = None
-    _number = -1
-
-    async def _launch(self) -> None:
-        self._process = await _POOL.process(self._config.tuning.kind)
+    def __init__(self, kind: str) -> None:
+        super().__init__("unsloth learner", python="", module="", log=LOGS / "unsloth.log")
+        self._kind = kind
         self._number = _POOL.number()
+        self._shared: WorkerProcess | None = None
 
-    async def _call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
-        if self._process is None:
-            raise EngineError("not running")
-        return await self._process.call(
+    async def start(self) -> None:
+        self._shared = await _POOL.process(self._kind)
+
+    async def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
+        assert self._shared is not None
+        return await self._shared.call(
             "call", self._number, method, *arguments, timeout_s=timeout_s
         )
 
     async def close(self) -> None:
-        process, self._process = self._process, None
-        if process is not None and process.is_running:
-            await process.call("drop", self._number)
-        await super().close()
+        shared, self._shared = self._shared, None
+        if shared is not None and shared.is_running:
+            await shared.call("drop", self._number)
+
+
+class PooledUnslothLearner(UnslothLearner):
+    """An `UnslothLearner` whose process it shares with others; all else is the real one's."""
+
+    def _make_worker(self) -> WorkerProcess:
+        return _PooledWorker(self._config.tuning.kind)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ def vllm_config(**changes: object) -> VllmGeneration:
         "python": INSTALLED.python.get("vllm"),
         "environment": {
             "OMP_NUM_THREADS": "2",
+            "TRITON_F32_DEFAULT": "ieee",  # attention in float32 is TF32 on a GPU otherwise
             **INSTALLED.variables.get("vllm", {}),
         },
         "enforce_eager": True,
@@ -56,6 +57,7 @@ KEPT_ENGINES = 2
 class VllmEngineAdapter:
     """Keeps the last engines by model and batch limit; `build` gives one back without weights."""
 
+    keeps_cache_over_updates: bool = False
     _kept: dict[tuple[str, int], VllmRolloutEngine] = field(default_factory=dict)
 
     def build(self, model_dir: Path, *, max_sequences: int = 64) -> VllmRolloutEngine:

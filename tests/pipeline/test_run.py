@@ -70,6 +70,13 @@ STEP_KEYS = {
     "time/train_s",
     "time/publish_s",
     "time/checkpoint_s",
+    "time/evaluate_s",
+    "time/step_s",
+    "idle/generate_fraction",
+    "idle/score_fraction",
+    "idle/train_fraction",
+    "idle/publish_fraction",
+    "idle/all_fraction",
 }
 EVALUATION_KEYS = {
     "step",
@@ -109,6 +116,7 @@ def test_folder_holds_exactly_what_is_promised(finished: RunConfig) -> None:
         "checkpoints",
         "config.json",
         "evaluations.jsonl",
+        "ledger.jsonl",
         "manifest.json",
         "metrics.jsonl",
         "report.html",
@@ -116,6 +124,7 @@ def test_folder_holds_exactly_what_is_promised(finished: RunConfig) -> None:
         "student",
         "summary.json",
         "tensorboard",
+        "trace.json",
     }
 
 
@@ -139,7 +148,7 @@ def test_manifest_names_versions_models_code_and_machine(finished: RunConfig) ->
 def test_metrics_have_one_line_per_step_with_the_promised_keys(finished: RunConfig) -> None:
     records = timeless(finished.output_path / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-    timed = {key for key in STEP_KEYS if key == "wall_s" or key.startswith("time/")}
+    timed = {key for key in STEP_KEYS if key == "wall_s" or key.startswith(("time/", "idle/"))}
     for record in records:
         assert STEP_KEYS - timed <= record.keys()
         assert record["tokens/generated"] == record["tokens/trained"] > 0

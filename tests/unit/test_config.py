@@ -92,7 +92,7 @@ def test_dump_is_json_and_leads_back_to_the_same_config(text: str, tmp_path: Pat
 def test_dump_holds_the_defaults_too() -> None:
     dumped = dump_config(parsed(MINIMAL))
     assert dumped.keys() == RunConfig.model_fields.keys()
-    assert dumped["pipeline"] == {"kind": "sequential"}
+    assert dumped["pipeline"] == {"kind": "sequential", "mps": False}
     assert dumped["training"]["optimizer"]["schedule"] == {"kind": "constant"}
 
 

@@ -7,7 +7,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 
-from qwen3_distill.errors import WeightVersionError
+from qwen3_distill.errors import EngineError, WeightVersionError
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_model
 from qwen3_distill.protocols import FullWeights, LoraWeights, WeightChannel, WeightPayload
@@ -114,7 +114,7 @@ def test_a_version_that_was_not_written_to_its_end_cannot_be_fetched(
         raise OSError("No space left on device")
 
     monkeypatch.setattr("qwen3_distill.weights.directory._flush", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(EngineError, match=r"step=0.*No space left on device; make room there"):
         channel.publish(FIRST, some_payload())
     with pytest.raises(WeightVersionError):
         channel.fetch(FIRST)

@@ -20,7 +20,9 @@ Use = Callable[[WorkerProcess], Awaitable[None]]
 
 
 @asynccontextmanager
-async def started(log: Path, **changes: str) -> AsyncIterator[WorkerProcess]:
+async def started(
+    log: Path, *, hang_timeout_s: float | None = None, **changes: str
+) -> AsyncIterator[WorkerProcess]:
     root = str(Path(__file__).parents[2])
     worker = WorkerProcess(
         "echo",
@@ -28,6 +30,7 @@ async def started(log: Path, **changes: str) -> AsyncIterator[WorkerProcess]:
         module=changes.get("module", "tests.echo_worker"),
         log=log,
         environment={"PYTHONPATH": f"{root}/src:{root}", "ECHO_MARK": "set"},
+        hang_timeout_s=hang_timeout_s,
     )
     try:
         await worker.start()
@@ -36,9 +39,9 @@ async def started(log: Path, **changes: str) -> AsyncIterator[WorkerProcess]:
         await worker.close()
 
 
-def with_worker(log: Path, use: Use) -> None:
+def with_worker(log: Path, use: Use, *, hang_timeout_s: float | None = None) -> None:
     async def run() -> None:
-        async with started(log) as worker:
+        async with started(log, hang_timeout_s=hang_timeout_s) as worker:
             await asyncio.wait_for(use(worker), 30)
 
     asyncio.run(run())
@@ -138,6 +141,90 @@ def test_a_stream_left_early_is_cancelled_over_there(log: Path) -> None:
                 return
             await asyncio.sleep(0.02)
         pytest.fail("still ticking")
+
+    with_worker(log, use)
+
+
+# --- Hangs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["worker", "group"])
+def test_a_stopped_worker_is_killed_and_lost_and_a_new_start_works(log: Path, what: str) -> None:
+    async def use(worker: WorkerProcess) -> None:
+        pid = await worker.call("pid")
+        stream = worker.stream("ticks")
+        await anext(stream)
+        calling = asyncio.create_task(worker.call("after", 60.0, "never"))
+        await asyncio.sleep(0)
+        if what == "group":  # with the guard that could have killed it
+            assert worker.pid is not None
+            os.killpg(worker.pid, signal.SIGSTOP)
+        else:
+            os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(EngineLost, match=r"echo did not answer for 1 s and was killed"):
+            await calling
+        with pytest.raises(EngineLost, match="did not answer"):
+            async for _ in stream:
+                pass
+        assert all_gone([pid])
+        await worker.close()
+        await worker.start()
+        assert await worker.call("add", 1, 1) == 2
+
+    with_worker(log, use, hang_timeout_s=1.0)
+
+
+def test_a_large_message_to_a_stopped_worker_does_not_hide_the_hang(log: Path) -> None:
+    async def use(worker: WorkerProcess) -> None:
+        os.kill(await worker.call("pid"), signal.SIGSTOP)
+        with pytest.raises(EngineLost):
+            await worker.call("size", bytes(1 << 24))
+
+    with_worker(log, use, hang_timeout_s=1.0)
+
+
+def test_a_stuck_event_loop_is_a_hang(log: Path) -> None:
+    async def use(worker: WorkerProcess) -> None:
+        with pytest.raises(EngineLost, match="did not answer for 1 s"):
+            await worker.call("block", 60.0)
+
+    with_worker(log, use, hang_timeout_s=1.0)
+
+
+def test_a_worker_that_blocks_for_less_than_the_limit_lives(log: Path) -> None:
+    async def use(worker: WorkerProcess) -> None:
+        for _ in range(3):
+            assert await worker.call("block", 1.5) == "done"
+
+    with_worker(log, use, hang_timeout_s=4.0)
+
+
+def test_a_silent_call_has_its_own_limit(log: Path) -> None:
+    async def use(worker: WorkerProcess) -> None:
+        assert await worker.silent_call("block", 3.0, timeout_s=20.0) == "done"
+        with pytest.raises(EngineLost, match="did not answer"):  # watched again
+            await worker.call("block", 60.0)
+
+    with_worker(log, use, hang_timeout_s=1.0)
+
+
+def test_a_controller_that_was_busy_does_not_take_its_worker_for_dead(log: Path) -> None:
+    async def use(worker: WorkerProcess) -> None:
+        for _ in range(4):
+            time.sleep(1.5)
+            assert await worker.call("add", 1, 1) == 2
+
+    with_worker(log, use, hang_timeout_s=1.0)
+
+
+def test_no_time_limit_means_no_watch(log: Path) -> None:
+    async def use(worker: WorkerProcess) -> None:
+        pid = await worker.call("pid")
+        os.kill(pid, signal.SIGSTOP)
+        waiting = asyncio.create_task(worker.call("add", 2, 3))
+        await asyncio.sleep(1.5)
+        os.kill(pid, signal.SIGCONT)
+        assert await waiting == 5
 
     with_worker(log, use)
 

@@ -29,7 +29,7 @@ from qwen3_distill.utils.files import atomic_path
 
 Decode: TypeAlias = Callable[[Sequence[int]], str]
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 VERSION_KEY = b"qwen3_distill.rollouts.schema_version"
 """Key of the Parquet metadata that holds `SCHEMA_VERSION`."""
 
@@ -53,7 +53,8 @@ ROLLOUT_SCHEMA = pa.schema(
         pa.field("seed", pa.uint64(), nullable=False),
         pa.field("response_ids", _IDS, nullable=False),
         pa.field("behavior_logprobs", _FLOATS, nullable=False),
-        pa.field("finish_reason", pa.string(), nullable=False),  # stop | length
+        pa.field("finish_reason", pa.string(), nullable=False),  # stop | length | harvested
+        pa.field("continues_at", pa.int32(), nullable=False),
         pa.field("versions", pa.list_(_SPAN), nullable=False),
         pa.field("response_text", pa.string(), nullable=False),  # for people; never read back
     ]
@@ -143,6 +144,7 @@ def _rollout_columns(step_rollouts: Sequence[tuple[int, Rollout]], decode: Decod
         "response_ids": [r.response_ids for r in rollouts],
         "behavior_logprobs": [r.behavior_logprobs for r in rollouts],
         "finish_reason": [r.finish_reason.value for r in rollouts],
+        "continues_at": [r.continues_at for r in rollouts],
         "versions": [[_span_row(span) for span in r.versions] for r in rollouts],
         "response_text": [decode(r.response_ids.tolist()) for r in rollouts],
     }
@@ -313,6 +315,7 @@ def _rollout(row: _Row) -> Rollout:
         behavior_logprobs=row.vector("behavior_logprobs"),
         versions=_spans(row.scalar("versions")),
         finish_reason=FinishReason(row.scalar("finish_reason")),
+        continues_at=row.scalar("continues_at"),
     )
 
 

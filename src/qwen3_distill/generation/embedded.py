@@ -1,19 +1,14 @@
-"""Batched sampling with a KV cache, in this process, on any device PyTorch has.
+"""Continuous batching with a KV cache, in this process, on any device PyTorch has."""
 
-Shape letters: B rows decoded together, T prompt positions (left-padded), V vocabulary.
-"""
-
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 
-from qwen3_distill.errors import DataError, WeightVersionError
-from qwen3_distill.generation.sampling import RowSampler
+from qwen3_distill.errors import DataError, EngineError, WeightVersionError
+from qwen3_distill.generation.decode_batch import DecodeBatch, DecodeRow
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import (
     load_identity,
@@ -22,22 +17,23 @@ from qwen3_distill.modeling.loading import (
     resolve_dtype,
 )
 from qwen3_distill.protocols import FullWeights, WeightChannel
-from qwen3_distill.types import (
-    FinishReason,
-    Prompt,
-    Rollout,
-    RolloutRequest,
-    VersionSpan,
-    WeightVersion,
-)
+from qwen3_distill.types import Rollout, RolloutPrefix, RolloutRequest, WeightVersion
 
 
 class EmbeddedRolloutEngine:
-    """A `RolloutEngine` on PyTorch.
+    """A `StreamingRolloutEngine` on PyTorch.
+
+    All calls of `generate` share one batch: rows leave when they have finished, and waiting ones
+    take their places. The decode loop is a task that lives while there is something to decode; it
+    lets others run between two steps, and a step is never interrupted.
 
     The same request gives the same rollout whatever is decoded beside it, up to float rounding:
     another batch shape may change a logit in its last bits, which matters only where the random
-    number falls that close to the boundary between two tokens.
+    number falls that close to the boundary between two tokens. One call alone, of no more than
+    ``max_sequences`` requests, gives the same bits every time.
+
+    Args:
+        max_sequences: rows decoded together.
     """
 
     def __init__(
@@ -49,7 +45,11 @@ class EmbeddedRolloutEngine:
         self._model.requires_grad_(False)
         self._max_sequences = max_sequences
         self._version: WeightVersion | None = None
-        self._num_decoding = 0
+        self._batch = DecodeBatch(self._model, self._device, self._identity.eos_ids)
+        self._waiting: deque[DecodeRow] = deque()
+        self._idle_row_steps = 0
+        self._paused = False
+        self._decoding: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         return None
@@ -68,10 +68,61 @@ class EmbeddedRolloutEngine:
         return self._version
 
     async def load(self, version: WeightVersion, channel: WeightChannel) -> None:
-        if self._num_decoding:
-            # Their later tokens would come from the new weights under the old version's name.
-            raise WeightVersionError(f"cannot load {version} while rollouts are being sampled")
         self._version = None  # a failure half-way must not leave the old version in name
+        try:
+            self._replace_weights(version, channel)
+        except Exception:
+            self._end_all(None)  # no weights to go on with
+            raise
+        self._version = version
+        for row in self._batch.rows:
+            row.running.begin(version)
+
+    async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
+        if not requests:
+            return
+        _ = self.version  # nothing is sampled without weights
+        self._check_context(requests)
+        outbox: asyncio.Queue[Rollout | Exception | None] = asyncio.Queue()
+        rows = [DecodeRow(request, outbox) for request in requests]
+        self._waiting.extend(rows)
+        self._keep_decoding()
+        try:
+            for _ in rows:
+                result = await outbox.get()
+                if isinstance(result, Exception):
+                    raise result
+                if result is not None:
+                    yield result
+        finally:
+            for row in rows:
+                row.deliver(None)  # what the consumer no longer wants
+
+    async def prefixes(self) -> list[RolloutPrefix]:
+        return [row.running.prefix() for row in self._batch.rows]
+
+    async def abort(self, rollout_ids: Sequence[str]) -> None:
+        ended = set(rollout_ids)
+        for row in (*self._batch.rows, *self._waiting):
+            if row.request.rollout_id in ended:
+                row.deliver(None)
+
+    async def pause(self) -> None:
+        self._paused = True
+
+    async def resume(self) -> None:
+        self._paused = False
+        self._keep_decoding()
+
+    async def close(self) -> None:
+        self._version = None
+        self._paused = False
+        self._end_all(EngineError("the rollout engine was closed while it sampled"))
+        if self._decoding is not None and not self._decoding.done():
+            await asyncio.wait([self._decoding])  # it has nothing left to decode
+        self._decoding = None
+
+    def _replace_weights(self, version: WeightVersion, channel: WeightChannel) -> None:
         payload = channel.fetch(version)
         if not isinstance(payload, FullWeights):
             raise WeightVersionError(f"{version} was published as adapters; publish whole weights")
@@ -96,46 +147,6 @@ class EmbeddedRolloutEngine:
         expected = {name: published[name].to(own[name].dtype) for name in own}
         if weights_digest(own) != weights_digest(expected):
             raise WeightVersionError(f"{version}: the weights in use are not the published ones")
-        self._version = version
-
-    async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
-        self._num_decoding += 1
-        try:
-            for start in range(0, len(requests), self._max_sequences):
-                for rollout in self._decode(requests[start : start + self._max_sequences]):
-                    yield rollout
-        finally:
-            self._num_decoding -= 1
-
-    async def close(self) -> None:
-        return None
-
-    @torch.inference_mode()
-    def _decode(self, requests: Sequence[RolloutRequest]) -> Iterator[Rollout]:
-        """Decode all requests together; rows leave when they finish."""
-        version = self.version
-        self._check_context(requests)
-        rows = [_Row(request) for request in requests]
-        sampler = RowSampler([row.request.sampling for row in rows], self._device)
-        logits_BV, cache, mask_BT = self._prefill([request.prompt for request in requests])
-        for position in range(max(row.request.sampling.max_new_tokens for row in rows)):
-            ids_B, logprobs_B = sampler.sample(logits_BV, position)
-            for row, token, logprob in zip(rows, ids_B.tolist(), logprobs_B.tolist(), strict=True):
-                if row.finish_reason is None:
-                    row.append(token, logprob, self._identity.eos_ids)
-                    if row.finish_reason is not None:
-                        yield row.rollout(version)
-            alive = [index for index, row in enumerate(rows) if row.finish_reason is None]
-            if not alive:
-                return
-            # Dropping rows copies the cache, so it is done when a quarter of them is finished.
-            if len(alive) <= 0.75 * len(rows):
-                index = torch.tensor(alive, device=self._device)
-                rows, sampler = [rows[i] for i in alive], sampler.select(alive)
-                cache.batch_select_indices(index)
-                ids_B, mask_BT = ids_B[index], mask_BT[index]
-            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], dim=1)
-            logits_BV = self._forward(ids_B.unsqueeze(1), mask_BT, cache)
 
     def _check_context(self, requests: Sequence[RolloutRequest]) -> None:
         limit = self._identity.context_length
@@ -148,86 +159,58 @@ class EmbeddedRolloutEngine:
                     f"context of {limit}"
                 )
 
-    def _prefill(self, prompts: Sequence[Prompt]) -> tuple[Tensor, DynamicCache, Tensor]:
-        """Logits after each prompt, the cache and the attention mask, one row per prompt.
+    # --- The decode loop --------------------------------------------------------------------------
 
-        Adjacent rows of one prompt share its forward pass.
+    def _keep_decoding(self) -> None:
+        """Start the decode loop, unless it runs or has nothing to do."""
+        if self._may_decode() and (self._decoding is None or self._decoding.done()):
+            self._decoding = asyncio.create_task(self._decode())
+
+    def _may_decode(self) -> bool:
+        if self._paused:
+            return False
+        return any(not row.is_over for row in self._waiting) or bool(self._batch.rows)
+
+    async def _decode(self) -> None:
+        """Step after step until all rows are over; what goes wrong reaches everybody who waits."""
+        try:
+            while self._may_decode():
+                self._step()
+                if self._may_decode():
+                    await asyncio.sleep(0)
+            if not self._paused:
+                self._batch.clear()
+        except Exception as error:  # noqa: BLE001 - handed to those who wait
+            self._end_all(error)
+        except BaseException:
+            self._end_all(EngineError("sampling was ended from outside"))
+            raise
+
+    def _step(self) -> None:
+        joining = self._take_joining()
+        for row in joining:
+            row.running.begin(self.version)
+        self._batch.step(joining)
+
+    def _take_joining(self) -> list[DecodeRow]:
+        """The waiting rows that join the batch now.
+
+        To join costs about half a step: a forward pass over the prompts, and a copy of the cache.
+        Rows that find room wait until others have come, or until by waiting they have lost as
+        much: half a step of the whole batch.
         """
-        distinct: list[Prompt] = []
-        row_to_distinct: list[int] = []
-        for prompt in prompts:
-            if not distinct or not np.array_equal(prompt.token_ids, distinct[-1].token_ids):
-                distinct.append(prompt)
-            row_to_distinct.append(len(distinct) - 1)
-        longest = max(prompt.token_ids.size for prompt in distinct)
-        ids_BT = torch.zeros(len(distinct), longest, dtype=torch.long)
-        mask_BT = torch.zeros(len(distinct), longest, dtype=torch.long)
-        for row, prompt in enumerate(distinct):
-            # Left padding: every row's last prompt token, whose logits start the response, and
-            # every new token stand in the same column.
-            ids_BT[row, longest - prompt.token_ids.size :] = torch.from_numpy(
-                prompt.token_ids.astype(np.int64)
-            )
-            mask_BT[row, longest - prompt.token_ids.size :] = 1
-        cache = DynamicCache(config=self._model.config)
-        mask_BT = mask_BT.to(self._device)
-        logits_BV = self._forward(ids_BT.to(self._device), mask_BT, cache)
-        if len(distinct) < len(prompts):
-            index = torch.tensor(row_to_distinct, device=self._device)
-            cache.batch_select_indices(index)
-            logits_BV, mask_BT = logits_BV[index], mask_BT[index]
-        return logits_BV, cache, mask_BT
+        self._waiting = deque(row for row in self._waiting if not row.is_over)
+        running = len(self._batch.rows)
+        joining = min(self._max_sequences - running, len(self._waiting))
+        self._idle_row_steps += joining
+        if self._idle_row_steps < running / 2:
+            return []
+        self._idle_row_steps = 0
+        return [self._waiting.popleft() for _ in range(joining)]
 
-    def _forward(self, ids_BT: Tensor, mask_BT: Tensor, cache: DynamicCache) -> Tensor:
-        """[B, V] logits after the last of the new positions ``ids_BT``; extends the cache."""
-        position_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
-        return next_token_logits(self._model, ids_BT, mask_BT, position_BT, cache)
-
-
-def next_token_logits(
-    model: PreTrainedModel,
-    ids_BT: Tensor,
-    mask_BT: Tensor,
-    position_BT: Tensor,
-    cache: DynamicCache,
-) -> Tensor:
-    """One cached forward pass; the head is applied to the last position only."""
-    return model(
-        input_ids=ids_BT,
-        attention_mask=mask_BT,
-        position_ids=position_BT,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-
-
-@dataclass
-class _Row:
-    """One answer in the making."""
-
-    request: RolloutRequest
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-    def append(self, token: int, logprob: float, eos_ids: frozenset[int]) -> None:
-        self.token_ids.append(token)
-        self.logprobs.append(logprob)
-        if token in eos_ids:
-            self.finish_reason = FinishReason.STOP
-        elif len(self.token_ids) == self.request.sampling.max_new_tokens:
-            self.finish_reason = FinishReason.LENGTH
-
-    def rollout(self, version: WeightVersion) -> Rollout:
-        if self.finish_reason is None:
-            raise AssertionError("a running row is not a rollout")
-        return Rollout(
-            rollout_id=self.request.rollout_id,
-            prompt=self.request.prompt,
-            sampling=self.request.sampling,
-            response_ids=np.array(self.token_ids, dtype=np.int32),
-            behavior_logprobs=np.array(self.logprobs, dtype=np.float32),
-            versions=(VersionSpan(start=0, stop=len(self.token_ids), version=version),),
-            finish_reason=self.finish_reason,
-        )
+    def _end_all(self, result: Exception | None) -> None:
+        """Deliver the same to everybody who waits, and forget all rows."""
+        for row in (*self._batch.rows, *self._waiting):
+            row.deliver(result)
+        self._batch.clear()
+        self._waiting.clear()

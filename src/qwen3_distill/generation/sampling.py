@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qwen3_distill.types import SamplingSpec
 
 
 class RowSampler:
-    """Samples for a fixed set of rows, each by its own `SamplingSpec`.
+    """Samples token after token for some rows, each by its own `SamplingSpec`.
 
     The random numbers of a row depend on its seed and the token's position alone, never on the
     rows beside it.
@@ -22,6 +23,7 @@ class RowSampler:
 
     def __init__(self, specs: Sequence[SamplingSpec], device: torch.device) -> None:
         self._uniform_BR = torch.from_numpy(_uniforms(specs)).to(device)
+        self._position_B1 = torch.zeros(len(specs), 1, dtype=torch.long, device=device)
         self._temperature_B1 = torch.tensor(
             [[spec.temperature] for spec in specs], dtype=torch.float32, device=device
         )
@@ -33,22 +35,48 @@ class RowSampler:
         chosen = object.__new__(RowSampler)
         index = torch.tensor(rows, device=self._uniform_BR.device)
         chosen._uniform_BR = self._uniform_BR[index]
+        chosen._position_B1 = self._position_B1[index]
         chosen._temperature_B1 = self._temperature_B1[index]
         chosen._top_k = [self._top_k[row] for row in rows]
         chosen._top_p = [self._top_p[row] for row in rows]
         return chosen
 
-    def sample(self, logits_BV: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Token number ``position`` of every row: ids [B] int64 and logprobs [B] float32 nats."""
+    def joined(self, other: "RowSampler") -> "RowSampler":
+        """A sampler for the rows of both; each goes on at its own position."""
+        both = object.__new__(RowSampler)
+        longest = max(self._uniform_BR.shape[1], other._uniform_BR.shape[1])
+        both._uniform_BR = torch.cat(
+            [
+                pad(part._uniform_BR, (0, longest - part._uniform_BR.shape[1]))
+                for part in (self, other)
+            ]
+        )
+        both._position_B1 = torch.cat([self._position_B1, other._position_B1])
+        both._temperature_B1 = torch.cat([self._temperature_B1, other._temperature_B1])
+        both._top_k = [*self._top_k, *other._top_k]
+        both._top_p = [*self._top_p, *other._top_p]
+        return both
+
+    def sample(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+        """The next token of every row: ids [B] int64 and logprobs [B] float32 nats.
+
+        A row that has had its ``max_new_tokens`` gets tokens of no meaning.
+        """
         logprobs_BV = torch.log_softmax(self._truncated(logits_BV.float()), dim=-1)
         # Inverse CDF: one uniform number a row. In float64, so that the sum over a large
         # vocabulary does not shift the boundaries between tokens.
         cdf_BV = logprobs_BV.double().exp().cumsum(dim=-1)
         # Just below the total: a tail of zero probability must never be reached by rounding.
         total_B1 = cdf_BV[:, -1:] * (1 - 1e-12)
-        threshold_B1 = self._uniform_BR[:, position : position + 1] * total_B1
+        threshold_B1 = self._next_uniform_B1() * total_B1
         ids_B1 = torch.searchsorted(cdf_BV, threshold_B1, right=True)
         return ids_B1.squeeze(1), logprobs_BV.gather(1, ids_B1).squeeze(1)
+
+    def _next_uniform_B1(self) -> Tensor:
+        last = self._uniform_BR.shape[1] - 1
+        uniform_B1 = self._uniform_BR.gather(1, self._position_B1.clamp(max=last))
+        self._position_B1 = self._position_B1 + 1
+        return uniform_B1
 
     def _truncated(self, logits_BV: Tensor) -> Tensor:
         """Logits over temperature, with -inf for what top-k and top-p exclude."""

@@ -71,6 +71,11 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
     if settings.float32_head:
         values["hf_overrides"] = {"head_dtype": "float32"}
     if settings.lora_rank is not None:
+        if settings.dtype == "float32" and not is_cpu():
+            raise EngineStartError(
+                "vLLM's adapter kernels have no float32 on a GPU: set generation.dtype=bfloat16, "
+                "or generation.adapters=merge to be sent whole weights"
+            )
         rank = next(limit for limit in _RANKS if limit >= settings.lora_rank)
         # One slot: every request uses the one adapter that is served, so rows with and without
         # an adapter never share a batch (on CPU that gives base rows the adapter).

@@ -17,8 +17,7 @@ if not os.path.exists("/dev/nvidiactl"):
 import asyncio
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +29,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from qwen3_distill.errors import EngineError, EngineStartError, WeightVersionError
 from qwen3_distill.generation import vllm_compat as compat
+from qwen3_distill.generation.running import RunningRollout
 from qwen3_distill.generation.vllm_extension import write_request
 from qwen3_distill.generation.vllm_settings import VllmInfo, VllmSettings
 from qwen3_distill.protocols import WeightChannel
@@ -38,59 +38,13 @@ from qwen3_distill.types import (
     Rollout,
     RolloutPrefix,
     RolloutRequest,
-    VersionSpan,
     WeightVersion,
 )
 from qwen3_distill.utils.worker import serve_worker
 
+_DEATH_CHECK_S = 1.0
 _DEAD = 70
 """Exit status of this process when the engine's own process has died."""
-
-
-@dataclass
-class _Running:
-    """A rollout in the making."""
-
-    request: RolloutRequest
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[NDArray[np.float32]] = field(default_factory=list)
-    swaps: list[tuple[int, WeightVersion]] = field(default_factory=list)
-    """Token counts at which a version came into use; the first is 0."""
-
-    def add(self, output: Any) -> None:
-        ids, logprobs = compat.delta(output)
-        self.token_ids += ids
-        self.logprobs.append(logprobs)
-
-    def spans(self) -> tuple[VersionSpan, ...]:
-        edges = [start for start, _ in self.swaps[1:]] + [len(self.token_ids)]
-        return tuple(
-            VersionSpan(start=start, stop=min(stop, len(self.token_ids)), version=version)
-            for (start, version), stop in zip(self.swaps, edges, strict=True)
-            if start < min(stop, len(self.token_ids))
-        )
-
-    def prefix(self) -> RolloutPrefix:
-        return RolloutPrefix(
-            request=self.request,
-            response_ids=np.array(self.token_ids, dtype=np.int32),
-            behavior_logprobs=self._all_logprobs(),
-            versions=self.spans(),
-        )
-
-    def rollout(self, finish_reason: FinishReason) -> Rollout:
-        return Rollout(
-            rollout_id=self.request.rollout_id,
-            prompt=self.request.prompt,
-            sampling=self.request.sampling,
-            response_ids=np.array(self.token_ids, dtype=np.int32),
-            behavior_logprobs=self._all_logprobs(),
-            versions=self.spans(),
-            finish_reason=finish_reason,
-        )
-
-    def _all_logprobs(self) -> NDArray[np.float32]:
-        return np.concatenate([np.empty(0, dtype=np.float32), *self.logprobs])
 
 
 class VllmWorker:
@@ -101,7 +55,7 @@ class VllmWorker:
         self._settings: VllmSettings | None = None
         self._version: WeightVersion | None = None
         self._adapter_path: str | None = None
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, RunningRollout] = {}
         self._scratch = tempfile.TemporaryDirectory(prefix="qwen3-distill-vllm-")
         self._load_lock = asyncio.Lock()
 
@@ -204,9 +158,12 @@ class VllmWorker:
 
     async def _sample(self, request: RolloutRequest) -> Rollout | None:
         """One rollout; None if it was aborted."""
+        async with self._load_lock:  # a load under way ends first
+            pass
         if self._settings is None or self._version is None:
             raise WeightVersionError("the rollout engine has no weights yet: load a version first")
-        running = _Running(request, swaps=[(0, self._version)])
+        running = RunningRollout(request)
+        running.begin(self._version)
         self._running[request.rollout_id] = running
         try:
             async for output in self._engine.generate(
@@ -216,7 +173,7 @@ class VllmWorker:
                 lora_request=self._adapter(),
             ):
                 completion = output.outputs[0]
-                running.add(completion)
+                running.add(*compat.delta(completion))
                 if output.finished:
                     return _finished(running, completion.finish_reason)
         finally:
@@ -257,17 +214,24 @@ class VllmWorker:
         await compat.settle(self._engine)
         counts = compat.tokens_sampled(self._engine)
         for rollout_id, running in self._running.items():
-            boundary = counts.get(rollout_id, len(running.token_ids))
-            running.swaps.append((boundary, version))
+            running.begin(version, at=counts.get(rollout_id, running.num_tokens))
 
-    async def _guarded(self, work: Any) -> Any:
+    async def _guarded(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """The result of ``work``; the end of this process where the engine's own has died.
+
+        vLLM leaves a call unanswered that was under way when its engine died.
+        """
+        task = asyncio.create_task(work)
+        while not (await asyncio.wait([task], timeout=_DEATH_CHECK_S))[0]:
+            if self._engine.errored:
+                _die(self._engine.dead_error)
         try:
-            return await work
+            return task.result()
         except EngineDeadError as error:
             _die(error)
 
 
-def _finished(running: _Running, reason: str | None) -> Rollout | None:
+def _finished(running: RunningRollout, reason: str | None) -> Rollout | None:
     if reason == "abort":
         return None
     return running.rollout(FinishReason(reason))

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -15,19 +15,23 @@ _FILE_CHUNK_BYTES = 1 << 24
 _INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """Hex digest over names, shapes, dtypes and every bit of the tensors.
+def weights_digest(weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:
+    """Hex digest over names, shapes, dtypes and every bit of the tensors, in any order.
+
+    Of an iterable, one tensor is held at a time: weights that are merged for it need no memory of
+    their own.
 
     Each tensor is reduced on its own device by a position-dependent 64-bit sum (a multilinear
     hash), so that weights on a GPU are not copied to the host. It tells accidents apart, such as
     a stale or half-copied tensor; it does not resist an adversary.
     """
+    heads, scalars = list[str](), list[Tensor]()
+    for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
+        heads.append(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|")
+        scalars.append(_checksum(tensor.detach()))
     outer = hashlib.sha256()
-    names = sorted(weights)
-    checksums = _read([_checksum(weights[name].detach()) for name in names])
-    for name, checksum in zip(names, checksums, strict=True):
-        tensor = weights[name]
-        outer.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+    for head, checksum in sorted(zip(heads, _read(scalars), strict=True)):
+        outer.update(head.encode())
         outer.update(checksum.to_bytes(8, "little", signed=True))
     return outer.hexdigest()[:16]
 

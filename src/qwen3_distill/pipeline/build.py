@@ -31,24 +31,30 @@ from qwen3_distill.data.prompts import PromptStream
 from qwen3_distill.data.sources import PromptSource, build_source
 from qwen3_distill.data.verifiers import build_verifier
 from qwen3_distill.generation.embedded import EmbeddedRolloutEngine
+from qwen3_distill.generation.embedded_process import EmbeddedRolloutProcess
 from qwen3_distill.generation.vllm import VllmRolloutEngine
 from qwen3_distill.modeling.loading import (
     load_identity,
     load_tokenizer,
-    resolve_device,
     resolve_dtype,
 )
 from qwen3_distill.pipeline.requests import make_batch
 from qwen3_distill.planning.device import detect_memory
 from qwen3_distill.planning.plan import MemoryPlan, make_plan
-from qwen3_distill.protocols import Learner, RolloutEngine, Sampler, TeacherScorer, WeightChannel
-from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
+from qwen3_distill.protocols import (
+    ReplayingLearner,
+    Sampler,
+    StreamingRolloutEngine,
+    TeacherScorer,
+    WeightChannel,
+)
 from qwen3_distill.scoring.cache import CachedTeacher
 from qwen3_distill.scoring.embedded import EmbeddedTeacher
+from qwen3_distill.scoring.embedded_process import EmbeddedTeacherProcess
 from qwen3_distill.scoring.request import HiddenRequest, request_for
 from qwen3_distill.scoring.sglang import SglangTeacher
-from qwen3_distill.training.embedded import EmbeddedLearner
-from qwen3_distill.training.objectives import build_objective
+from qwen3_distill.training.embedded import build_embedded_learner
+from qwen3_distill.training.embedded_process import EmbeddedLearnerProcess
 from qwen3_distill.training.unsloth import UnslothLearner
 from qwen3_distill.types import Batch, Prompt, Rollout, ScoredRollout
 from qwen3_distill.weights.directory import DirectoryChannel, publish_directory
@@ -82,9 +88,9 @@ class Parts:
 
     config: RunConfig
     prompts: PromptStream
-    engine: RolloutEngine
+    engine: StreamingRolloutEngine
     teacher: TeacherScorer
-    learner: Learner
+    learner: ReplayingLearner
     channel: WeightChannel
     text: TextTools
     is_correct: Callable[[Rollout], bool] | None
@@ -164,7 +170,7 @@ def build_prompts(config: RunConfig, text: TextTools) -> PromptStream:
 
 def build_engine(
     config: RunConfig, plan: MemoryPlan | None, model_dir: str | None = None
-) -> RolloutEngine:
+) -> StreamingRolloutEngine:
     """The rollout engine, without weights: load a version before the first rollout.
 
     Args:
@@ -172,6 +178,10 @@ def build_engine(
     """
     generation = config.generation
     match generation:
+        case EmbeddedGeneration(own_process=True):
+            return EmbeddedRolloutProcess(
+                model_dir or config.student.model, generation, log=engine_log(config, "rollouts")
+            )
         case EmbeddedGeneration():
             return EmbeddedRolloutEngine(
                 model_dir or config.student.model,
@@ -207,7 +217,7 @@ def engine_log(config: RunConfig, name: str) -> Path:
 
 
 @asynccontextmanager
-async def static_engine(config: RunConfig, model_dir: str) -> AsyncIterator[RolloutEngine]:
+async def static_engine(config: RunConfig, model_dir: str) -> AsyncIterator[StreamingRolloutEngine]:
     """An engine that serves a directory's own weights as step 0."""
     scratch = channel_folder(config)
     channel = build_channel(config, scratch)
@@ -247,11 +257,24 @@ async def teacher_sampler(config: RunConfig, teacher: TeacherScorer) -> AsyncIte
     yield engine
 
 
+def in_this_process(config: RunConfig) -> RunConfig:
+    """The config with an embedded teacher that is there when it is built, for its id."""
+    scoring = config.scoring
+    if not isinstance(scoring, EmbeddedScoring):
+        return config
+    here = scoring.model_copy(update={"own_process": False, "threads": None})
+    return config.model_copy(update={"scoring": here})
+
+
 def build_teacher(config: RunConfig, plan: MemoryPlan | None) -> TeacherScorer:
     """The scorer, asked for what the objective needs."""
     scoring = config.scoring
     request = request_for(config.objective)
     match scoring:
+        case EmbeddedScoring(own_process=True):
+            return EmbeddedTeacherProcess(
+                scoring, request=request, log=engine_log(config, "teacher")
+            )
         case EmbeddedScoring():
             return EmbeddedTeacher(
                 scoring.model,
@@ -282,25 +305,35 @@ def _teacher_share(config: RunConfig, plan: MemoryPlan) -> float | Callable[[], 
     return lambda: plan.teacher_memory_fraction(detect_memory().free_bytes)
 
 
-def build_learner(config: RunConfig, teacher: TeacherScorer, plan: MemoryPlan | None) -> Learner:
+def build_learner(
+    config: RunConfig, teacher: TeacherScorer, plan: MemoryPlan | None
+) -> ReplayingLearner:
     """The learner, with the teacher's output head where the objective needs one."""
     training = config.training
     publish_adapter = _served_adapter(config) is not None
     match training:
-        case EmbeddedTraining():
-            needs_head = isinstance(request_for(config.objective), HiddenRequest)
-            return EmbeddedLearner(
+        case EmbeddedTraining(own_process=True):
+            return EmbeddedLearnerProcess(
                 config.student.model,
-                config=training,
-                objective=build_objective(
-                    config.objective,
-                    teacher_head_VD=_output_head(teacher) if needs_head else None,
-                    chunk_tokens=training.chunk_tokens,
-                ),
+                training,
+                objective=config.objective,
+                replay=config.replay,
                 total_steps=config.steps,
                 seed=config.seed,
                 publish_adapter=publish_adapter,
-                replay=_replay_here(config, training),
+                log=engine_log(config, "learner"),
+            )
+        case EmbeddedTraining():
+            needs_head = isinstance(request_for(config.objective), HiddenRequest)
+            return build_embedded_learner(
+                config.student.model,
+                training,
+                config.objective,
+                total_steps=config.steps,
+                seed=config.seed,
+                publish_adapter=publish_adapter,
+                replay=config.replay,
+                teacher_head_VD=_output_head(teacher) if needs_head else None,
             )
         case UnslothTraining():
             return UnslothLearner(
@@ -316,21 +349,13 @@ def build_learner(config: RunConfig, teacher: TeacherScorer, plan: MemoryPlan | 
             )
 
 
-def _replay_here(config: RunConfig, training: EmbeddedTraining) -> ReplayBuffer | None:
-    """The buffer of a learner in this process."""
-    if config.replay is None:
-        return None
-    device = resolve_device(training.device)
-    return build_replay(config.replay, config.objective, device=device, seed=config.seed)
-
-
 def _output_head(teacher: TeacherScorer) -> torch.Tensor | None:
     return teacher.output_head if isinstance(teacher, EmbeddedTeacher) else None
 
 
 def channel_folder(config: RunConfig) -> Path | None:
     """A new folder in memory for weights that go from process to process; None if none do."""
-    if config.generation.kind == "embedded":
+    if isinstance(config.generation, EmbeddedGeneration) and not config.generation.own_process:
         return None
     memory = Path("/dev/shm")
     base = memory if os.access(memory, os.W_OK) else None
@@ -340,11 +365,16 @@ def channel_folder(config: RunConfig) -> Path | None:
 def build_channel(config: RunConfig, folder: Path | None) -> WeightChannel:
     """How weights travel between this run's learner and its engine."""
     generation = config.generation
-    if folder is None or generation.kind == "embedded":
+    if folder is None:
         return MemoryChannel()
-    return (
-        DirectoryChannel(folder) if generation.full_weights == "directory" else IpcChannel(folder)
-    )
+    if generation.kind == "embedded":
+        return DirectoryChannel(folder)
+    # The handles of IPC are of the very weights that are trained. While a step is taken, an engine
+    # that is started again could not get the version that it served.
+    trained_beside = config.pipeline.kind == "streaming" and config.training.tuning.kind == "full"
+    if generation.full_weights == "directory" or trained_beside:
+        return DirectoryChannel(folder)
+    return IpcChannel(folder)
 
 
 def build_checker(verifier: VerifierConfig, text: TextTools) -> Callable[[Rollout], bool]:

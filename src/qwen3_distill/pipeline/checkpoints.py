@@ -98,6 +98,7 @@ class CheckpointStore:
                     raise CheckpointError(f"{directory / name} does not match its digest")
             raw = json.loads((directory / _CURSOR).read_text())
             raw["weight_version"] = WeightVersion(**raw["weight_version"])
+            raw["outstanding"] = tuple(raw["outstanding"])
             return RunCursor(**raw)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{directory}: {error}") from error

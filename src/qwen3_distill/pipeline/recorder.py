@@ -1,8 +1,7 @@
 """What happens around a step: metrics, rollouts, checkpoints, evaluations, the report."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,15 @@ from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.run_folder import RunFolder
 from qwen3_distill.protocols import Sampler
 from qwen3_distill.reporting.console import ProgressReporter
-from qwen3_distill.reporting.metrics import STEP_STAGES, MetricsLog, combine, read_jsonl
+from qwen3_distill.reporting.metrics import (
+    OCCASIONAL_STAGES,
+    STEP_STAGES,
+    MetricsLog,
+    combine,
+    read_jsonl,
+)
 from qwen3_distill.reporting.report import RolloutView, write_report
+from qwen3_distill.reporting.trace import Trace
 from qwen3_distill.reporting.trackers import open_trackers
 from qwen3_distill.types import (
     Batch,
@@ -39,20 +45,34 @@ from qwen3_distill.types import (
 from qwen3_distill.utils.seeds import derive_seed
 
 
-class StageClock:
-    """Wall seconds of a step's stages."""
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """What became of a step's rollouts, by their numbers, separated by spaces."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    trained: str
+    """``12`` is all of rollout 12, ``12@128+64`` are 64 of its tokens from token 128 on."""
+    dropped: str
+    """The same with a cause: ``12:stale``."""
 
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
-    def metrics(self) -> list[Metric]:
-        return [Metric.sum(f"time/{stage}_s", s) for stage, s in self.seconds.items()]
+def ledger_entry(number: int, rollout: Rollout) -> str:
+    """A rollout, or a piece of one, as the `Ledger` names it."""
+    if rollout.is_whole:
+        return str(number)
+    return f"{number}@{rollout.continues_at}+{rollout.num_tokens}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """A finished step."""
+
+    cursor: RunCursor
+    """Where the run stands after it."""
+    scored: Sequence[ScoredRollout]
+    update: Update
+    metrics: Sequence[Metric]
+    """What the pipeline has to say beyond batch and update."""
+    ledger: Ledger
 
 
 class Recorder:
@@ -74,6 +94,8 @@ class Recorder:
         self._metrics.truncate_after(start_step)
         self._evaluations = MetricsLog(folder.evaluations)
         self._evaluations.truncate_after(start_step)
+        self._ledger = MetricsLog(folder.ledger)
+        self._ledger.truncate_after(start_step)
         self._trackers = open_trackers(
             self._config.logging,
             folder.path,
@@ -83,10 +105,14 @@ class Recorder:
         self._checkpoints = CheckpointStore(
             folder.checkpoints, keep_last=self._config.checkpoint.keep_last
         )
+        self.trace = Trace(
+            folder.trace if self._config.logging.trace else None,
+            title=f"{folder.path.name} from step {start_step}",
+        )
+        """The pipeline's clock, for its stages, queues and weight versions."""
         earlier = read_jsonl(folder.metrics)
         spent_s = float(earlier[-1]["wall_s"]) if earlier else 0.0
         self._clock_started = time.perf_counter() - spent_s
-        self._last_checkpoint_s = 0.0
         self._last_checkpoint_step = start_step if start_step else None
         self._evaluator = (
             _Evaluator(parts, self._config.evaluation, progress)
@@ -101,12 +127,13 @@ class Recorder:
         """Seconds since the run began; those of killed processes' lost steps are not in it."""
         return time.perf_counter() - self._clock_started
 
-    async def after_step(
-        self, cursor: RunCursor, scored: Sequence[ScoredRollout], update: Update, clock: StageClock
-    ) -> None:
+    async def after_step(self, done: StepRecord) -> None:
         """Log a finished step; save and evaluate when the config says so."""
-        values = self._step_values(scored, update, clock)
+        cursor, scored, ledger = done.cursor, done.scored, done.ledger
+        times = self.trace.end_step(cursor.step)
+        values = self._step_values(scored, done.update, [*times.metrics(), *done.metrics])
         values |= {**self._parts.engine.counters, **self._parts.teacher.counters}
+        self._ledger.log(cursor.step, {"trained": ledger.trained, "dropped": ledger.dropped})
         self._metrics.log(cursor.step, values)
         self._trackers.log(cursor.step, values)
         self._progress.step(cursor.step, values)
@@ -120,10 +147,9 @@ class Recorder:
         """Save a checkpoint of the learner at this cursor, unless there is one already."""
         if cursor.step == self._last_checkpoint_step:
             return
-        started = time.perf_counter()
-        await self._checkpoints.save(self._parts.learner, cursor)
+        with self.trace.span("checkpoint", f"checkpoint {cursor.step}"):
+            await self._checkpoints.save(self._parts.learner, cursor)
         self._last_checkpoint_step = cursor.step
-        self._last_checkpoint_s = time.perf_counter() - started
 
     async def evaluate_if_due(self, cursor: RunCursor) -> None:
         """Measure the student (and before the run the teacher), unless that is on record."""
@@ -134,7 +160,8 @@ class Recorder:
             if (cursor.step, model) in done or self.stop_requested:
                 continue
             started = time.perf_counter()
-            result = await self._evaluator.run(model, cursor.step)
+            with self.trace.span("evaluate", model, step=cursor.step):
+                result = await self._evaluator.run(model, cursor.step)
             record = {"model": model, **result, "wall_s": time.perf_counter() - started}
             self._evaluations.log(cursor.step, record)
             self._progress.evaluation({"step": cursor.step, **record})
@@ -150,32 +177,32 @@ class Recorder:
     def close(self) -> None:
         self._metrics.close()
         self._evaluations.close()
+        self._ledger.close()
+        self.trace.close()
         self._trackers.close()
 
     def _step_values(
-        self, scored: Sequence[ScoredRollout], update: Update, clock: StageClock
+        self, scored: Sequence[ScoredRollout], update: Update, more: Sequence[Metric]
     ) -> dict[str, float]:
         rollouts = [item.rollout for item in scored]
-        truncated = sum(r.finish_reason is FinishReason.LENGTH for r in rollouts)
+        ended = [r for r in rollouts if r.finish_reason is not FinishReason.HARVESTED]
+        truncated = sum(r.finish_reason is FinishReason.LENGTH for r in ended)
         metrics = [
             *update.metrics,
-            *clock.metrics(),
+            *more,
             Metric.last("loss/objective", update.loss),
             Metric.last("optim/grad_norm", update.grad_norm),
             Metric.mean(
                 "rollout/response_tokens", sum(r.num_tokens for r in rollouts), len(rollouts)
             ),
-            Metric.mean("rollout/truncated_fraction", truncated, len(rollouts)),
+            Metric.mean("rollout/truncated_fraction", truncated, len(ended)),
             Metric.sum("tokens/generated", sum(r.num_tokens for r in rollouts)),
             Metric.sum("tokens/trained", update.num_loss_tokens),
-            Metric.sum("score/dropped_rollouts", self._config.rollouts_per_step - len(rollouts)),
-            # A step's checkpoint is written after its line, so its time stands in the next one.
-            Metric.sum("time/checkpoint_s", self._last_checkpoint_s),
         ]
-        self._last_checkpoint_s = 0.0
         if self._parts.is_correct is not None:
-            correct = sum(self._parts.is_correct(rollout) for rollout in rollouts)
-            metrics.append(Metric.mean("rollout/accuracy", correct, len(rollouts)))
+            whole = [rollout for rollout in rollouts if rollout.is_whole]
+            correct = sum(self._parts.is_correct(rollout) for rollout in whole)
+            metrics.append(Metric.mean("rollout/accuracy", correct, len(whole)))
         return {"wall_s": self.wall_s, **combine(metrics)}
 
     def _save_rollouts(self, step: int, scored: Sequence[ScoredRollout]) -> None:
@@ -243,7 +270,9 @@ def summarize(folder: RunFolder, total_wall_s: float) -> dict[str, Any]:
         for stage in (*STEP_STAGES, "checkpoint")
     }
     wall_s["evaluate"] = sum(record["wall_s"] for record in evaluations)
-    wall_s["other"] = max(0.0, total_wall_s - sum(wall_s.values()))
+    # What ran side by side took its time once.
+    busy_s = sum(wall_s.values()) - sum(_overlap_s(record) for record in steps)
+    wall_s["other"] = max(0.0, total_wall_s - busy_s)
     wall_s["total"] = total_wall_s
     generated = sum(int(record["tokens/generated"]) for record in steps)
     trained = sum(int(record["tokens/trained"]) for record in steps)
@@ -257,6 +286,15 @@ def summarize(folder: RunFolder, total_wall_s: float) -> dict[str, Any]:
         "tokens": {"generated": generated, "scored": generated, "trained": trained},
         "wall_s": wall_s,
     }
+
+
+def _overlap_s(record: Mapping[str, Any]) -> float:
+    """Seconds of a step by which its stages' times exceed the time in which any was at work."""
+    if "time/step_s" not in record:
+        return 0.0
+    stages = (*STEP_STAGES, *OCCASIONAL_STAGES)
+    busy_s = record["time/step_s"] * (1.0 - record["idle/all_fraction"])
+    return sum(record[f"time/{stage}_s"] for stage in stages) - busy_s
 
 
 def _accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

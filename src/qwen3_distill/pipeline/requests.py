@@ -20,15 +20,25 @@ def requests_for_step(
     config: RunConfig, prompts: Sequence[Prompt], step: int
 ) -> list[RolloutRequest]:
     """The step's rollout requests, samples of one prompt adjacent, one seed each."""
+    first = step * config.rollouts_per_step
     return [
-        RolloutRequest(
-            rollout_id=f"step-{step:06d}/prompt-{p:04d}/sample-{g:02d}",
-            prompt=prompt,
-            sampling=config.sampling.spec(derive_seed(config.seed, "rollout", step, p, g)),
-        )
-        for p, prompt in enumerate(prompts)
-        for g in range(config.samples_per_prompt)
+        request_number(config, prompts[index // config.samples_per_prompt], first + index)
+        for index in range(len(prompts) * config.samples_per_prompt)
     ]
+
+
+def request_number(config: RunConfig, prompt: Prompt, number: int) -> RolloutRequest:
+    """Request of rollout ``number`` of the run: sample n % G of prompt n // G.
+
+    Named after the step that takes it when every step takes the next `rollouts_per_step` of them.
+    """
+    step, index = divmod(number, config.rollouts_per_step)
+    p, g = divmod(index, config.samples_per_prompt)
+    return RolloutRequest(
+        rollout_id=f"step-{step:06d}/prompt-{p:04d}/sample-{g:02d}",
+        prompt=prompt,
+        sampling=config.sampling.spec(derive_seed(config.seed, "rollout", step, p, g)),
+    )
 
 
 def in_request_order(

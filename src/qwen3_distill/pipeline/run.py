@@ -4,26 +4,31 @@ import asyncio
 import json
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from qwen3_distill.config import RunConfig
-from qwen3_distill.errors import LearnerLost
+from qwen3_distill.config import EmbeddedTraining, RunConfig
+from qwen3_distill.errors import EngineStartError, LearnerLost
 from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.pipeline.build import Parts, build_parts
+from qwen3_distill.pipeline.build import Parts, build_parts, engine_log
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.manifest import git_revision, identity_record, machine, versions
 from qwen3_distill.pipeline.recorder import Recorder, render_report, summarize
 from qwen3_distill.pipeline.run_folder import RunFolder, full_disk_named
 from qwen3_distill.pipeline.sequential import run_sequential
+from qwen3_distill.pipeline.streaming import run_streaming
+from qwen3_distill.protocols import Learner
 from qwen3_distill.reporting.console import ProgressReporter
 from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.types import RunCursor
 from qwen3_distill.utils.files import write_json_atomic
+from qwen3_distill.utils.mps import MpsDaemon, private_mps
 
 INTERRUPTED_EXIT_CODE = 130
+
+_PIPELINES = {"sequential": run_sequential, "streaming": run_streaming}
 
 
 def run(
@@ -60,22 +65,42 @@ async def _run(
 ) -> bool:
     progress.stage("checking that student and teacher match")
     check_compatible(load_identity(config.student.model), load_identity(config.scoring.model))
-    progress.stage("loading models")
-    parts = adapt(build_parts(config))
-    try:
+    async with AsyncExitStack() as stack:
+        if config.pipeline.mps:  # before anything here uses CUDA, and until after the last engine
+            progress.stage("starting MPS")
+            daemon = MpsDaemon(engine_log(config, "mps"))
+            await stack.enter_async_context(private_mps(daemon, warn))
+        progress.stage("loading models")
+        parts = adapt(build_parts(config))
+        stack.push_async_callback(parts.close)
         await parts.start(progress.stage)
-        for restarts_left in reversed(range(_max_learner_restarts(config) + 1)):
-            try:
-                return await _train(parts, folder, progress, warn)
-            except LearnerLost as error:
-                if restarts_left == 0:
-                    raise
-                warn(f"the learner is started again from the last checkpoint: {error}")
-                await parts.learner.close()
-                await parts.learner.start()
-        raise AssertionError("the last attempt returns or raises")
-    finally:
-        await parts.close()
+        return await _train_with_restarts(parts, folder, progress, warn)
+
+
+async def _train_with_restarts(
+    parts: Parts, folder: RunFolder, progress: ProgressReporter, warn: Callable[[str], None]
+) -> bool:
+    """`_train`, again from the last checkpoint when the learner's process is lost."""
+    lost: LearnerLost | None = None
+    for restarts_left in reversed(range(_max_learner_restarts(parts.config) + 1)):
+        try:
+            if lost is not None:
+                warn(f"the learner is started again from the last checkpoint: {lost}")
+                await _start_again(parts.learner)
+            return await _train(parts, folder, progress, warn)
+        except LearnerLost as error:
+            if restarts_left == 0:
+                raise
+            lost = error
+    raise AssertionError("the last attempt returns or raises")
+
+
+async def _start_again(learner: Learner) -> None:
+    await learner.close()
+    try:
+        await learner.start()
+    except EngineStartError as error:  # it has started before, so it may again
+        raise LearnerLost(str(error)) from error
 
 
 async def _train(
@@ -92,7 +117,7 @@ async def _train(
     recorder = Recorder(parts, folder, progress, start_step=cursor.step)
     try:
         with _stop_on_interrupt(recorder, progress):
-            cursor = await run_sequential(parts, recorder, cursor)
+            cursor = await _PIPELINES[config.pipeline.kind](parts, recorder, cursor)
         # Asked to stop in the last step, the final evaluation was left out: not complete.
         if recorder.stop_requested or cursor.step < config.steps:
             await recorder.checkpoint(cursor)
@@ -106,7 +131,9 @@ async def _train(
 
 
 def _max_learner_restarts(config: RunConfig) -> int:
-    return config.training.max_restarts if config.training.kind == "unsloth" else 0
+    training = config.training
+    here = isinstance(training, EmbeddedTraining) and not training.own_process
+    return 0 if here else training.max_restarts
 
 
 async def _restore(

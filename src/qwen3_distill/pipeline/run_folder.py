@@ -16,6 +16,7 @@ from typing_extensions import Self
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config_io import config_differences, dump_config
 from qwen3_distill.errors import RunFolderError
+from qwen3_distill.reporting.trace import TRACE_FILE
 from qwen3_distill.utils.files import write_json_atomic
 
 _TORCH_WRITER = re.compile("inline_container|PytorchStreamWriter")
@@ -79,6 +80,15 @@ class RunFolder:
     @property
     def evaluations(self) -> Path:
         return self.path / "evaluations.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        """Which rollouts each step trained on: none is trained on twice, none lost uncounted."""
+        return self.path / "ledger.jsonl"
+
+    @property
+    def trace(self) -> Path:
+        return self.path / TRACE_FILE
 
     @property
     def checkpoints(self) -> Path:

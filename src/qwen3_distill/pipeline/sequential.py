@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import EngineError, NonFiniteError, WeightVersionError
 from qwen3_distill.pipeline.build import Parts
-from qwen3_distill.pipeline.recorder import Recorder, StageClock
+from qwen3_distill.pipeline.recorder import Ledger, Recorder, StepRecord, ledger_entry
 from qwen3_distill.pipeline.requests import in_request_order, requests_for_step
-from qwen3_distill.protocols import RolloutEngine, TeacherScorer
+from qwen3_distill.protocols import Sampler, TeacherScorer
+from qwen3_distill.reporting.trace import WEIGHTS, Trace
 from qwen3_distill.types import (
-    Batch,
+    Metric,
     Rollout,
     RolloutRequest,
     RunCursor,
@@ -34,29 +35,55 @@ async def run_sequential(parts: Parts, recorder: Recorder, cursor: RunCursor) ->
         NonFiniteError: a step had no finite loss or gradient; its batch is in the run folder.
     """
     config = parts.config
-    await push_weights(parts)  # before the first rollout: the engine has no weights of its own
+    trace = recorder.trace
+    await traced_push(parts, trace)  # before the first rollout: the engine has no weights yet
     await recorder.evaluate_if_due(cursor)
+    trace.begin_steps()
     while cursor.step < config.steps and not recorder.stop_requested:
-        clock = StageClock()
-        prompts = parts.prompts.take(cursor.prompts_drawn, config.prompts_per_step)
-        requests = requests_for_step(config, prompts, cursor.step)
-        with clock("generate"):
-            rollouts = await generate(parts.engine, requests)
-        with clock("score"):
-            scored = await score(
-                parts.teacher, rollouts, max_dropped_fraction=max_dropped_fraction(config)
+        rollouts, scored = list[Rollout](), list[ScoredRollout]()
+        drawn = cursor.prompts_drawn
+        if needs_rollouts(config, cursor.step):
+            prompts = parts.prompts.take(drawn, config.prompts_per_step)
+            requests = requests_for_step(config, prompts, drawn // config.prompts_per_step)
+            with trace.span("generate", rollouts=len(requests)):
+                rollouts = await generate(parts.engine, requests)
+            with trace.span("score", rollouts=len(rollouts)):
+                scored = await score(
+                    parts.teacher, rollouts, max_dropped_fraction=max_dropped_fraction(config)
+                )
+            drawn += config.prompts_per_step
+        with trace.span("train", rollouts=len(scored)):
+            update = await take_step(parts, recorder, scored)
+        await traced_push(parts, trace)
+        first = cursor.prompts_drawn * config.samples_per_prompt
+        cursor = RunCursor(step=cursor.step + 1, prompts_drawn=drawn, weight_version=update.version)
+        await recorder.after_step(
+            StepRecord(
+                cursor=cursor,
+                scored=scored,
+                update=update,
+                metrics=[Metric.sum("score/dropped_rollouts", len(rollouts) - len(scored))],
+                ledger=_ledger(rollouts, scored, first),
             )
-        with clock("train"):
-            update = await checked_update(parts, recorder, parts.make_batch(scored))
-        with clock("publish"):
-            await push_weights(parts)
-        cursor = RunCursor(
-            step=cursor.step + 1,
-            prompts_drawn=cursor.prompts_drawn + config.prompts_per_step,
-            weight_version=update.version,
         )
-        await recorder.after_step(cursor, scored, update, clock)
     return cursor
+
+
+def _ledger(rollouts: Sequence[Rollout], scored: Sequence[ScoredRollout], first: int) -> Ledger:
+    """Of a step whose rollouts, in the order of their requests, have numbers from ``first`` on."""
+    kept = {item.rollout.rollout_id for item in scored}
+    numbered = list(enumerate(rollouts, first))
+    trained = [ledger_entry(n, r) for n, r in numbered if r.rollout_id in kept]
+    dropped = [f"{ledger_entry(n, r)}:no-score" for n, r in numbered if r.rollout_id not in kept]
+    return Ledger(trained=" ".join(trained), dropped=" ".join(dropped))
+
+
+async def traced_push(parts: Parts, trace: Trace) -> None:
+    """`push_weights`, with the version that the engine serves from here on in the trace."""
+    with trace.span("publish"):
+        await push_weights(parts)
+    version = parts.learner.version
+    trace.instant(WEIGHTS, f"version {version.step}", step=version.step, digest=version.digest[:12])
 
 
 async def push_weights(parts: Parts) -> None:
@@ -81,7 +108,7 @@ def max_dropped_fraction(config: RunConfig) -> float:
     return scoring.max_dropped_fraction if scoring.kind == "sglang" else 0.0
 
 
-async def generate(engine: RolloutEngine, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+async def generate(engine: Sampler, requests: Sequence[RolloutRequest]) -> list[Rollout]:
     """All requested rollouts, in the order of the requests."""
     finished = [rollout async for rollout in engine.generate(requests)]
     return in_request_order(requests, finished)
@@ -113,8 +140,23 @@ async def score(
     return scored
 
 
-async def checked_update(parts: Parts, recorder: Recorder, batch: Batch) -> Update:
-    """One optimizer step; a batch without a finite gradient is saved before the error goes on."""
+def needs_rollouts(config: RunConfig, step: int) -> bool:
+    """Whether a step begins with new rollouts: with replay, some train on kept ones alone."""
+    return config.replay is None or step % config.replay.updates_per_batch == 0
+
+
+async def take_step(parts: Parts, recorder: Recorder, scored: Sequence[ScoredRollout]) -> Update:
+    """One optimizer step: on these rollouts, or, with replay, on what is drawn from all kept ones.
+
+    Raises:
+        NonFiniteError: no finite gradient; the batch was saved before the error went on, unless it
+            was drawn from kept rollouts.
+    """
+    if parts.config.replay is not None:
+        if scored:
+            await parts.learner.admit(scored)
+        return await parts.learner.update_replayed(parts.config.rollouts_per_step)
+    batch = parts.make_batch(scored)
     try:
         return await parts.learner.update(batch)
     except NonFiniteError as error:

@@ -29,6 +29,7 @@ from qwen3_distill.pipeline.build import (
     build_problems,
     build_prompts,
     build_teacher,
+    in_this_process,
     plan_memory,
     static_engine,
     task_reward_weight,
@@ -123,7 +124,7 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty; choose a new directory for the trained student")
     plan = plan_memory(config)
-    teacher = build_teacher(config, plan)
+    teacher = build_teacher(in_this_process(config), plan)  # not started: who it is, and its head
     strangers = {item.score.teacher_id for _, item in rows} - {teacher.teacher_id}
     if strangers:
         raise DataError(

@@ -225,7 +225,10 @@ class _Pace:
             self._since = self._now() - sum(stages)
             self._start_step = step - 1  # a resumed run's earlier steps took none of this time
         self.step = step
-        self._recent.append((sum(stages), values.get("tokens/generated") or 0.0))
+        step_s = values.get("time/step_s")
+        # Stages that overlap take no longer than the step does.
+        taken_s = sum(stages) if step_s is None else min(sum(stages), step_s)
+        self._recent.append((taken_s, values.get("tokens/generated") or 0.0))
         self.reverse_kl = _known(values.get("loss/reverse_kl_nats"), self.reverse_kl)
         rollouts = _known(values.get("rollout/accuracy"), None)
         if rollouts is not None and not self._measured:

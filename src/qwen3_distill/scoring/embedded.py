@@ -4,6 +4,7 @@ Shape letters: B rows of a padded batch, T positions, N response tokens of a bat
 V vocabulary, K candidates, R response tokens of one rollout.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -93,6 +94,7 @@ class EmbeddedTeacher:
         for group in pack_by_tokens(lengths, self._batch_tokens):
             group_scores = self._score_batch([rollouts[index] for index in group])
             scores.update(zip(group, group_scores, strict=True))
+            await asyncio.sleep(0)  # others may be waiting for this event loop
         return [scores[index] for index in range(len(rollouts))]
 
     async def close(self) -> None:

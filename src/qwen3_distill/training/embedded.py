@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qwen3_distill.config import EmbeddedTraining, LoraTuning
+from qwen3_distill.config import EmbeddedTraining, LoraTuning, ObjectiveConfig, ReplayConfig
 from qwen3_distill.modeling.loading import load_model, resolve_device, resolve_dtype
-from qwen3_distill.replay.buffer import ReplayBuffer
+from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
 from qwen3_distill.training.batching import MicroBatch
 from qwen3_distill.training.learner import TorchLearner
 from qwen3_distill.training.lora import add_adapters
-from qwen3_distill.training.objectives import Objective
+from qwen3_distill.training.objectives import Objective, build_objective
 from qwen3_distill.types import Metric
 
 
@@ -47,6 +47,39 @@ class EmbeddedLearner(TorchLearner):
             publish_adapter=publish_adapter,
             replay=replay,
         )
+
+
+def build_embedded_learner(
+    model_dir: str | Path,
+    config: EmbeddedTraining,
+    objective: ObjectiveConfig,
+    *,
+    total_steps: int,
+    seed: int,
+    publish_adapter: bool,
+    replay: ReplayConfig | None,
+    teacher_head_VD: Tensor | None = None,
+) -> EmbeddedLearner:
+    """A learner from the config's sections.
+
+    Args:
+        teacher_head_VD: the teacher's output head, for objectives over hidden states.
+    """
+    buffer = None
+    if replay is not None:
+        device = resolve_device(config.device)
+        buffer = build_replay(replay, objective, device=device, seed=seed)
+    return EmbeddedLearner(
+        model_dir,
+        config=config,
+        objective=build_objective(
+            objective, teacher_head_VD=teacher_head_VD, chunk_tokens=config.chunk_tokens
+        ),
+        total_steps=total_steps,
+        seed=seed,
+        publish_adapter=publish_adapter,
+        replay=buffer,
+    )
 
 
 class _EmbeddedStudent:

@@ -397,7 +397,10 @@ class TorchLearner:
         return optimizer.learning_rate * factor
 
     def _digest(self) -> str:
-        return weights_digest(self.payload().tensors)
+        """Of what `payload` gives, without a merged copy of the whole model."""
+        if self._adapter is not None:
+            return weights_digest(self.payload().tensors)
+        return weights_digest(merged_parameters(self.student.core))
 
 
 def _mean_per_rollout(values_N: Tensor, tokens: Sequence[int]) -> Tensor:

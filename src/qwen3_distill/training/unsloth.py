@@ -4,22 +4,19 @@ import asyncio
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from qwen3_distill.config import LoraTuning, ObjectiveConfig, ReplayConfig, UnslothTraining
-from qwen3_distill.errors import EngineError, EngineLost, EngineStartError, LearnerLost
-from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.protocols import WeightChannel
-from qwen3_distill.types import Batch, ModelIdentity, ScoredRollout, Update, WeightVersion
+from qwen3_distill.training.remote import RemoteLearner
+from qwen3_distill.types import WeightVersion
 from qwen3_distill.utils.worker import WorkerProcess
 
 _WORKER = "qwen3_distill.training.unsloth_worker"
 
 
-class UnslothLearner:
-    """A `Learner` whose steps are taken by unsloth in a process of its own.
+class UnslothLearner(RemoteLearner):
+    """A `ReplayingLearner` whose steps are taken by unsloth in a process of its own.
 
     Args:
         model_dir: the student.
@@ -43,6 +40,7 @@ class UnslothLearner:
         log: Path,
         replay: ReplayConfig | None = None,
     ) -> None:
+        super().__init__("unsloth learner", model_dir)
         self._model_dir = Path(model_dir).resolve()
         self._config = config
         self._objective = objective
@@ -54,113 +52,40 @@ class UnslothLearner:
             "replay": replay,
         }
         self._log = log
-        self._identity = load_identity(model_dir)
         self._scratch: Path | None = None
-        self._worker: WorkerProcess | None = None
-        self._version: WeightVersion | None = None
         self._description: Mapping[str, str] = {}
-
-    @property
-    def identity(self) -> ModelIdentity:
-        return self._identity
-
-    @property
-    def version(self) -> WeightVersion:
-        if self._version is None:
-            raise EngineError("the unsloth learner has no weights yet: start it first")
-        return self._version
-
-    @property
-    def worker(self) -> WorkerProcess | None:
-        """The process, while there is one."""
-        return self._worker
 
     def describe(self) -> Mapping[str, str]:
         """How the model runs (kernels, layers recomputed, packing), for people; after `start`."""
         return self._description
 
-    async def start(self) -> None:
-        """Start the process and load the student: step 0, whatever was trained before.
-
-        Raises:
-            EngineStartError: not installed, wrong version, no memory, no answer in time.
-        """
-        await self.close()
-        try:
-            await self._launch()
-            opened = await self._call(
-                "open",
-                str(self._model_dir),
-                self._config,
-                self._objective,
-                self._settings,
-                timeout_s=self._config.start_timeout_s,
-            )
-        except BaseException as error:
-            await self.close()
-            if isinstance(error, EngineError) and not isinstance(error, EngineStartError):
-                raise EngineStartError(str(error)) from error
-            raise
-        self._version, self._description = opened
-
-    async def update(self, batch: Batch) -> Update:
-        update: Update = await self._call("update", batch)
-        self._version = update.version
-        return update
-
-    async def admit(self, scored: Sequence[ScoredRollout]) -> None:
-        await self._call("admit", tuple(scored))
-
-    async def update_replayed(self, num_rollouts: int) -> Update:
-        update: Update = await self._call("update_replayed", num_rollouts)
-        self._version = update.version
-        return update
-
-    async def publish(self, channel: WeightChannel) -> WeightVersion:
-        if channel.crosses_processes:
-            return await self._call("publish", channel)
-        version, payload = self.version, await self._call("payload")
-        channel.publish(version, payload)
-        return version
-
-    async def save_state(self, directory: Path) -> None:
-        await self._call("save_state", directory.resolve())
-
-    async def load_state(self, directory: Path, version: WeightVersion) -> None:
-        await self._call("load_state", directory.resolve(), version)
-        self._version = version
-
-    async def save_student(self, directory: Path) -> None:
-        await self._call("save_student", directory.resolve())
-
     async def close(self) -> None:
-        self._version = None
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            await worker.close()
+        await super().close()
         scratch, self._scratch = self._scratch, None
         if scratch is not None:
             await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
 
-    async def _launch(self) -> None:
-        """Start the process."""
+    def _make_worker(self) -> WorkerProcess:
         self._scratch = Path(tempfile.mkdtemp(prefix="qwen3-distill-unsloth-"))
-        self._worker = WorkerProcess(
+        return WorkerProcess(
             "unsloth learner",
             python=self._config.python or sys.executable,
             module=_WORKER,
             log=self._log,
             environment=self.environment(self._scratch),
+            hang_timeout_s=self._config.hang_timeout_s,
         )
-        await self._worker.start()
 
-    async def _call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
-        if self._worker is None:
-            raise EngineError("the unsloth learner is not running: start it first")
-        try:
-            return await self._worker.call(method, *arguments, timeout_s=timeout_s)
-        except EngineLost as error:
-            raise LearnerLost(str(error)) from None
+    async def _open(self, worker: WorkerProcess) -> WeightVersion:
+        version, self._description = await worker.silent_call(
+            "open",
+            str(self._model_dir),
+            self._config,
+            self._objective,
+            self._settings,
+            timeout_s=self._config.start_timeout_s,
+        )
+        return version
 
     def environment(self, scratch: Path) -> dict[str, str]:
         """Variables of the process; the config's come last."""

@@ -13,7 +13,6 @@ import importlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from qwen3_distill.config import LoraTuning, ObjectiveConfig, ReplayConfig, Unsl
 from qwen3_distill.errors import EngineStartError, ModelError
 from qwen3_distill.modeling.head import TokenStats
 from qwen3_distill.modeling.loading import load_identity, resolve_device, resolve_dtype
-from qwen3_distill.protocols import WeightPayload
 from qwen3_distill.replay.buffer import build_replay
 from qwen3_distill.training.backbone import packing_gap, recompute_first_layers
 from qwen3_distill.training.batching import MicroBatch
@@ -115,12 +113,6 @@ def open_learner(
         f"unsloth learner: no memory for the weights. Planned: {plan.report()}. Found: {lack} "
         "Give the learner more (training.memory_gib, planning), or train adapters of lower rank"
     )
-
-
-def on_host(payload: WeightPayload) -> WeightPayload:
-    """The payload with its tensors in host memory."""
-    tensors = {name: tensor.cpu() for name, tensor in payload.tensors.items()}
-    return replace(payload, tensors=tensors)
 
 
 def fused_token_stats(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> TokenStats:

@@ -7,19 +7,15 @@ imports neither, and nothing of this package that does, before `open` is called.
 import contextlib
 import importlib
 import sys
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwen3_distill.config import ObjectiveConfig, UnslothTraining
-from qwen3_distill.errors import EngineError, EngineStartError
-from qwen3_distill.protocols import WeightChannel, WeightPayload
-from qwen3_distill.types import Batch, ScoredRollout, Update, WeightVersion
+from qwen3_distill.errors import EngineStartError
+from qwen3_distill.training.served import ServedLearner
+from qwen3_distill.types import WeightVersion
 from qwen3_distill.utils.worker import serve_worker
-
-if TYPE_CHECKING:
-    from qwen3_distill.training.unsloth_student import UnslothTorchLearner
 
 UNSLOTH_VERSION = "2026.10.9"
 """The one this was written against and tested with: it reaches below unsloth's public functions."""
@@ -28,11 +24,8 @@ TRANSFORMERS_VERSIONS = ((5, 12), (5, 17))
 _INSTALL = "install the extra: pip install 'qwen3-distill[unsloth]' (docs/engines.md)"
 
 
-class UnslothWorker:
+class UnslothWorker(ServedLearner):
     """What the worker serves; everything but `open` needs a learner that is open."""
-
-    def __init__(self) -> None:
-        self._learner: UnslothTorchLearner | None = None
 
     def open(
         self,
@@ -49,46 +42,14 @@ class UnslothWorker:
         Raises:
             EngineStartError: unsloth is not installed, has another version, or cannot load it.
         """
-        self._learner = None
+        self.learner = None
         check_installation()
         learner = _engine().open_learner(Path(model_dir), config, objective, **settings)
-        self._learner = learner
+        self.learner = learner
         description = learner.describe()
         for key, value in description.items():  # into the worker's log
             sys.stderr.write(f"unsloth learner: {key}: {value}\n")
         return learner.version, description
-
-    async def update(self, batch: Batch) -> Update:
-        return await self._open.update(batch)
-
-    async def admit(self, scored: Sequence[ScoredRollout]) -> None:
-        await self._open.admit(scored)
-
-    async def update_replayed(self, num_rollouts: int) -> Update:
-        return await self._open.update_replayed(num_rollouts)
-
-    async def publish(self, channel: WeightChannel) -> WeightVersion:
-        """Publish from here: the channel crosses processes."""
-        return await self._open.publish(channel)
-
-    def payload(self) -> WeightPayload:
-        """The current weights on the host, to be published over there."""
-        return _engine().on_host(self._open.payload())
-
-    async def save_state(self, directory: Path) -> None:
-        await self._open.save_state(directory)
-
-    async def load_state(self, directory: Path, version: WeightVersion) -> None:
-        await self._open.load_state(directory, version)
-
-    async def save_student(self, directory: Path) -> None:
-        await self._open.save_student(directory)
-
-    @property
-    def _open(self) -> "UnslothTorchLearner":
-        if self._learner is None:
-            raise EngineError("the unsloth learner is not open: start it first")
-        return self._learner
 
 
 def check_installation() -> None:

@@ -95,6 +95,7 @@ class ChildProcess:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGTERM)  # the guard kills its descendants
+                self._process.send_signal(signal.SIGCONT)  # also one that was stopped
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._process.wait(), 10)
         self.kill()

@@ -1,8 +1,8 @@
 """An object in a process of its own, under its own interpreter, reached over a local socket.
 
 The controller's side is `WorkerProcess`: it starts the process, calls methods, reads streams, and
-knows when the process has died. The worker's side is `serve_worker`, run by a small module that
-imports its engine there and nowhere else.
+knows when the process has died or hangs. The worker's side is `serve_worker`, run by a small module
+that imports its engine there and nowhere else.
 
 Frames are pickles over a Unix socket in a directory that only this user can enter. Both sides are
 this package, so records (numpy only) cross unchanged; no engine's types ever do.
@@ -18,7 +18,7 @@ import struct
 import sys
 import tempfile
 import traceback
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,10 @@ _CONNECT_TIMEOUT_S = 120.0
 _SHUTDOWN_GRACE_S = 15.0
 _CANCEL = ""
 """In place of a method's name: end the call of that number."""
+_PING = "?"
+"""In place of a method's name: the worker's event loop answers by itself."""
+_TICKS = 10
+"""Parts that the time for an answer is counted in."""
 
 
 class WorkerProcess:
@@ -41,6 +45,9 @@ class WorkerProcess:
         module: module that calls `serve_worker` when run with ``-m``.
         log: file that takes the worker's output; appended to.
         environment: variables set for the worker, beside those of this process.
+        hang_timeout_s: a worker whose event loop does not answer for so long is killed, and lost
+            like one that died; None: it is waited for. Longer than the longest method that
+            blocks the loop.
     """
 
     def __init__(
@@ -51,14 +58,19 @@ class WorkerProcess:
         module: str,
         log: Path,
         environment: Mapping[str, str] | None = None,
+        hang_timeout_s: float | None = None,
     ) -> None:
         self.name = name
         self._python = python
         self._module = module
         self._environment = dict(environment or {})
+        self._hang_timeout_s = hang_timeout_s
         self._process = ChildProcess(name, log)
         self._writer: asyncio.StreamWriter | None = None
         self._reader_task: asyncio.Task[None] | None = None
+        self._watch_task: asyncio.Task[None] | None = None
+        self._hang: str | None = None
+        self._num_silent_calls = 0
         self._waiting: dict[int, asyncio.Queue[tuple[str, Any]]] = {}
         self._next_call = 0
         self._write_lock = asyncio.Lock()
@@ -79,7 +91,7 @@ class WorkerProcess:
         Raises:
             EngineStartError: it ended before it connected; the message has its last output.
         """
-        self._death = None
+        self._death = self._hang = None
         directory = Path(tempfile.mkdtemp(prefix="qwen3-distill-"))
         connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
         connected = asyncio.get_running_loop().create_future()
@@ -98,24 +110,41 @@ class WorkerProcess:
             server.close()
             shutil.rmtree(directory, ignore_errors=True)
         self._reader_task = asyncio.create_task(self._read(reader))
+        if self._hang_timeout_s is not None:
+            self._watch_task = asyncio.create_task(self._watch(self._hang_timeout_s))
 
     async def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
         """Call a method of the worker's object and wait for what it returns.
 
         Raises:
-            EngineLost: the process died before it answered.
-            EngineError: the method raised, or did not answer within ``timeout_s``.
+            EngineLost: the process died before it answered, or hung, or did not answer within
+                ``timeout_s`` and was killed.
+            EngineError: the method raised.
         """
         call, answers = await self._send(method, arguments)
         try:
             kind, value = await asyncio.wait_for(answers.get(), timeout_s)
         except asyncio.TimeoutError:
-            raise EngineError(f"{self.name}: no answer to {method} within {timeout_s} s") from None
+            self.kill()
+            raise EngineLost(
+                f"{self.name}: no answer to {method} within {timeout_s} s; it was killed"
+            ) from None
         finally:
             self._waiting.pop(call, None)
         return self._unwrap(kind, value)
 
-    async def stream(self, method: str, *arguments: Any) -> AsyncIterator[Any]:
+    async def silent_call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
+        """`call` of a method that may block the worker for all of ``timeout_s``: no hang till then.
+
+        For an engine's start, which has a limit of its own.
+        """
+        self._num_silent_calls += 1
+        try:
+            return await self.call(method, *arguments, timeout_s=timeout_s)
+        finally:
+            self._num_silent_calls -= 1
+
+    async def stream(self, method: str, *arguments: Any) -> AsyncGenerator[Any, None]:
         """Call an asynchronous generator of the worker's object and yield what it yields.
 
         Left early, the generator is cancelled over there too.
@@ -142,6 +171,9 @@ class WorkerProcess:
 
     async def close(self) -> None:
         """End the process and everything it started. May be called more than once."""
+        if self._watch_task is not None:
+            self._watch_task.cancel()
+            self._watch_task = None
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()  # the worker's sign to leave
@@ -204,9 +236,36 @@ class WorkerProcess:
                 call, kind, value = await _read_frame(reader)
                 if call in self._waiting:
                     self._waiting[call].put_nowait((kind, value))
-        self._death = EngineLost(f"{self.name} died{self._process.last_output()}")
+        what = self._hang or "died"
+        self._death = EngineLost(f"{self.name} {what}{self._process.last_output()}")
         for answers in self._waiting.values():
             answers.put_nowait(("died", self._death))
+
+    async def _watch(self, hang_timeout_s: float) -> None:
+        """Kill a worker whose event loop does not answer; the reader tells those who wait.
+
+        Time is counted in ticks of this event loop: what kept it from reading an answer (a long
+        step of an engine in this process, a laptop's sleep) is one tick, however long it was.
+        """
+        tick_s = hang_timeout_s / _TICKS
+        while self._death is None:
+            answer = asyncio.create_task(self._ping())
+            try:
+                silent_ticks = 0
+                while not answer.done() and silent_ticks < _TICKS:
+                    await asyncio.wait({answer}, timeout=tick_s)
+                    silent_ticks = 0 if self._num_silent_calls else silent_ticks + 1
+                if not answer.done():
+                    self._hang = f"did not answer for {hang_timeout_s:g} s and was killed"
+                    await self._process.end()
+                    return
+            finally:
+                answer.cancel()
+            await asyncio.sleep(tick_s)
+
+    async def _ping(self) -> None:
+        with contextlib.suppress(EngineLost):  # the reader deals with that
+            await self.call(_PING)
 
     def _unwrap(self, kind: str, value: Any) -> Any:
         if kind == "value":
@@ -242,6 +301,10 @@ async def _serve(target: object, socket: str) -> None:
             if method == _CANCEL:
                 if call in running:
                     running[call].cancel()
+                continue
+            if method == _PING:
+                async with lock:
+                    await _write_frame(writer, (call, "value", None))
                 continue
             task = asyncio.create_task(_answer(target, writer, lock, call, method, arguments))
             running[call] = task

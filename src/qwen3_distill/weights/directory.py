@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwen3_distill.errors import WeightVersionError
+from qwen3_distill.errors import EngineError, WeightVersionError
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_model
 from qwen3_distill.protocols import FullWeights, LoraWeights, WeightChannel, WeightPayload
@@ -37,6 +37,15 @@ class DirectoryChannel:
         self._root = root
 
     def publish(self, version: WeightVersion, payload: WeightPayload) -> None:
+        try:
+            self._write(version, payload)
+        except (OSError, SafetensorError) as error:
+            raise EngineError(
+                f"{version} cannot be written to {self._root}: {error}; make room there (the "
+                "/dev/shm of a container is as large as its --shm-size)"
+            ) from error
+
+    def _write(self, version: WeightVersion, payload: WeightPayload) -> None:
         final = self.locate(version)
         temporary = self._root / f".unfinished-{final.name}"
         shutil.rmtree(temporary, ignore_errors=True)

@@ -86,6 +86,11 @@ def test_a_step_line_says_where_the_run_stands(out, clock_):
     )
 
 
+def test_stages_that_overlap_take_no_longer_than_the_step(out, clock_):
+    _plain(out, clock_).step(1, _values(**{"time/step_s": 0.4}))
+    assert "2,500 tok/s  0.40 s/step" in out.getvalue()
+
+
 @pytest.mark.parametrize("start", [0, 90], ids=["not_told", "told"])
 def test_the_eta_of_a_resumed_run_counts_only_its_own_steps(out, clock_, start):
     reporter = _plain(out, clock_, total=100, start=start)

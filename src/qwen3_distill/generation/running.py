@@ -1,0 +1,69 @@
+"""A rollout in the making, whichever engine makes it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qwen3_distill.types import (
+    FinishReason,
+    Rollout,
+    RolloutPrefix,
+    RolloutRequest,
+    VersionSpan,
+    WeightVersion,
+)
+
+
+@dataclass
+class RunningRollout:
+    """What was sampled of a request so far, and by which weights."""
+
+    request: RolloutRequest
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    swaps: list[tuple[int, WeightVersion]] = field(default_factory=list)
+    """Token counts at which a version came into use, in order; the first is 0."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    def add(self, token_ids: Iterable[int], logprobs: Iterable[float]) -> None:
+        """Append sampled tokens and their behavior logprobs in nats."""
+        self.token_ids.extend(token_ids)
+        self.logprobs.extend(logprobs)
+
+    def begin(self, version: WeightVersion, at: int | None = None) -> None:
+        """Note that tokens from number ``at`` on are ``version``'s; default: from the next on."""
+        self.swaps.append((self.num_tokens if at is None else at, version))
+
+    def spans(self) -> tuple[VersionSpan, ...]:
+        """Who sampled what; a version that sampled nothing is left out."""
+        starts = [min(start, self.num_tokens) for start, _ in self.swaps]
+        stops = [*starts[1:], self.num_tokens]
+        return tuple(
+            VersionSpan(start=start, stop=stop, version=version)
+            for start, stop, (_, version) in zip(starts, stops, self.swaps, strict=True)
+            if start < stop
+        )
+
+    def prefix(self) -> RolloutPrefix:
+        """What exists now; the rollout itself goes on."""
+        return RolloutPrefix(
+            request=self.request,
+            response_ids=np.array(self.token_ids, dtype=np.int32),
+            behavior_logprobs=np.array(self.logprobs, dtype=np.float32),
+            versions=self.spans(),
+        )
+
+    def rollout(self, finish_reason: FinishReason) -> Rollout:
+        return Rollout(
+            rollout_id=self.request.rollout_id,
+            prompt=self.request.prompt,
+            sampling=self.request.sampling,
+            response_ids=np.array(self.token_ids, dtype=np.int32),
+            behavior_logprobs=np.array(self.logprobs, dtype=np.float32),
+            versions=self.spans(),
+            finish_reason=finish_reason,
+        )

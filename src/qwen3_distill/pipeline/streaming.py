@@ -1,0 +1,470 @@
+"""The loop without turns: rollouts run on across steps, and no stage waits for another to end.
+
+    feed --> engine.generate --> waiting --> teacher.score --> ready --> batch --> update
+     ^                                                                               |
+     +------ a step's rollouts are settled: as many new ones may begin <-- publish --+
+
+One asyncio controller. What is under way is bounded by rollouts for ``max_staleness_steps + 1``
+steps, so queues need no bounds of their own. With staleness 0 the rollouts of a step begin when
+the step before is done: the sequential loop, rollout for rollout.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from qwen3_distill.config import Harvest, RunConfig, StreamingPipeline
+from qwen3_distill.errors import EngineError, StallError
+from qwen3_distill.pipeline.build import Parts, task_reward_weight
+from qwen3_distill.pipeline.outstanding import Outstanding
+from qwen3_distill.pipeline.pieces import harvested, remainder
+from qwen3_distill.pipeline.recorder import Ledger, Recorder, StepRecord, ledger_entry
+from qwen3_distill.pipeline.requests import request_number
+from qwen3_distill.pipeline.sequential import (
+    max_dropped_fraction,
+    needs_rollouts,
+    take_step,
+    traced_push,
+)
+from qwen3_distill.reporting.trace import Trace
+from qwen3_distill.types import (
+    FinishReason,
+    Metric,
+    Rollout,
+    RolloutPrefix,
+    RolloutRequest,
+    RunCursor,
+    ScoredRollout,
+    ScoreFailure,
+    Update,
+)
+from qwen3_distill.utils.seeds import derive_seed
+from qwen3_distill.utils.tasks import TaskScope, within
+
+Cause: TypeAlias = Literal["stale", "no score"]
+"""Why a rollout was dropped."""
+
+_STOP_CHECK_S = 0.5
+"""A signal handler cannot wake the loop that waits for a batch: it looks this often."""
+
+
+async def run_streaming(parts: Parts, recorder: Recorder, cursor: RunCursor) -> RunCursor:
+    """Train from ``cursor`` to the last step, or until the recorder is asked to stop.
+
+    The learner must stand at the cursor's weight version.
+
+    Raises:
+        NonFiniteError: a step had no finite loss or gradient; its batch is in the run folder.
+        StallError: nothing moved for ``stall_timeout_s``.
+    """
+    await traced_push(parts, recorder.trace)  # before the first rollout: there are no weights yet
+    await recorder.evaluate_if_due(cursor)
+    recorder.trace.begin_steps()
+    async with TaskScope() as scope:
+        flow = RolloutFlow(parts, recorder.trace, cursor, scope)
+        while cursor.step < parts.config.steps:
+            batch: list[Ready] | None = []
+            if needs_rollouts(parts.config, cursor.step):
+                batch = await flow.next_batch(lambda: recorder.stop_requested)
+            if batch is None:
+                break
+            with recorder.trace.span("train", rollouts=len(batch)):
+                update = await take_step(parts, recorder, [item.scored for item in batch])
+            done = await flow.trained(batch, update)
+            cursor = done.cursor
+            await recorder.after_step(done)
+            flow.go_on()
+            if recorder.stop_requested:
+                break
+    return cursor
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A scored rollout, or piece of one, and the number of the rollout."""
+
+    number: int
+    scored: ScoredRollout
+
+    @property
+    def rollout(self) -> Rollout:
+        return self.scored.rollout
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing of the rollout comes after it."""
+        return self.rollout.finish_reason is not FinishReason.HARVESTED
+
+
+class RolloutFlow:
+    """Rollouts on their way to the learner: feeds the engine and the teacher, and keeps count.
+
+    Its tasks belong to ``scope``.
+    """
+
+    def __init__(self, parts: Parts, trace: Trace, cursor: RunCursor, scope: TaskScope) -> None:
+        pipeline = parts.config.pipeline
+        assert isinstance(pipeline, StreamingPipeline)
+        self._parts, self._config, self._pipeline = parts, parts.config, pipeline
+        self._trace, self._scope = trace, scope
+        self.cursor = cursor
+        self._outstanding = Outstanding(cursor, samples_per_prompt=self._config.samples_per_prompt)
+        self._running: dict[int, RolloutRequest] = {}
+        """By number: rollouts that the engine has."""
+        self._waiting: deque[tuple[int, Rollout]] = deque()
+        """For the teacher."""
+        self._num_scoring = 0
+        self._ready: list[Ready] = []
+        self._harvested_to: dict[int, int] = {}
+        """By number of a running rollout: response tokens that its pieces hold."""
+        self._drops = Drops()
+        self._moved = _Bell()
+        """Rung when a rollout finishes, is scored, dropped or settled."""
+        self._has_waiting = _Bell()
+        self._generating: contextlib.ExitStack | None = None
+        """The trace's span while any rollout runs."""
+        self._holds_back = False
+        """No rollout is begun: others must end first, or a step must."""
+        self._step_began = time.monotonic()
+        scope.spawn(self._feed(), "feed")
+        for index in range(pipeline.scoring_calls):
+            scope.spawn(self._score(), f"score-{index}")
+
+    # --- Generate -------------------------------------------------------------------------------
+
+    async def _feed(self) -> None:
+        """Keep the engine as full as the window and the limit in flight allow."""
+        while True:
+            numbers = [] if self._holds_back else self._outstanding.ask(self._room())
+            if numbers:
+                requests = [self._request(number) for number in numbers]
+                self._running.update(zip(numbers, requests, strict=True))
+                self._count()
+                self._scope.spawn(self._follow(numbers, requests), f"rollouts from {numbers[0]}")
+            await self._moved.wait()
+
+    def _room(self) -> int:
+        """How many rollouts may begin."""
+        config = self._config
+        updates = config.replay.updates_per_batch if config.replay is not None else 1
+        batches_left = -(-config.steps // updates) - -(-self.cursor.step // updates)
+        batches_ahead = min(self._pipeline.max_staleness_steps + 1, batches_left)
+        begun = len(self._outstanding) - self._outstanding.num_waiting
+        window = batches_ahead * config.rollouts_per_step - begun
+        return max(0, min(window, config.max_in_flight - len(self._running)))
+
+    def _request(self, number: int) -> RolloutRequest:
+        (prompt,) = self._parts.prompts.take(number // self._config.samples_per_prompt, 1)
+        return shortened(self._config, request_number(self._config, prompt, number), number)
+
+    async def _follow(self, numbers: Sequence[int], requests: Sequence[RolloutRequest]) -> None:
+        """Pass rollouts on as they finish."""
+        number_of = {r.rollout_id: n for n, r in zip(numbers, requests, strict=True)}
+        async for rollout in self._parts.engine.generate(requests):
+            self._finish(number_of.pop(rollout.rollout_id), rollout)
+        if number_of:
+            raise EngineError(f"the rollout engine ended without {sorted(number_of)}")
+
+    def _finish(self, number: int, rollout: Rollout) -> None:
+        del self._running[number]
+        rest = remainder(rollout, self._harvested_to.pop(number, 0))
+        if rest is None:
+            self._outstanding.settle([number])
+        else:
+            self._pass_on(number, rest)
+        self._count()
+        self._moved.ring()
+
+    def _pass_on(self, number: int, rollout: Rollout) -> None:
+        self._waiting.append((number, rollout))
+        self._has_waiting.ring()
+
+    # --- Score ----------------------------------------------------------------------------------
+
+    async def _score(self) -> None:
+        """Have everything that waits scored, in one call, over and over."""
+        while True:
+            while not self._waiting:
+                await self._has_waiting.wait()
+            taken = sorted(self._waiting, key=lambda item: item[0])
+            self._waiting.clear()
+            self._num_scoring += len(taken)
+            self._count()
+            with self._trace.span("score", rollouts=len(taken)):
+                results = await within(
+                    self._pipeline.stall_timeout_s,
+                    self._parts.teacher.score([rollout for _, rollout in taken]),
+                    f"the teacher's scores of {len(taken)} rollouts (pipeline.stall_timeout_s)",
+                )
+            for (number, rollout), result in zip(taken, results, strict=True):
+                if isinstance(result, ScoreFailure):
+                    self._drop(number, rollout, "no score", result.reason)
+                else:
+                    scored = ScoredRollout(rollout=rollout, score=result)
+                    self._ready.append(Ready(number, scored))
+            self._num_scoring -= len(taken)
+            self._count()
+            self._moved.ring()
+
+    def _drop(self, number: int, rollout: Rollout, cause: Cause, detail: str = "") -> None:
+        self._drops.add(number, rollout, cause, detail)
+        if rollout.finish_reason is not FinishReason.HARVESTED:
+            self._outstanding.settle([number])
+        self._check_drops()
+
+    def _check_drops(self) -> None:
+        allowed = max_dropped_fraction(self._config) * self._config.rollouts_per_step
+        failed = self._drops.count("no score")
+        if failed > allowed:
+            raise EngineError(
+                f"{failed} rollouts got no score from {self._parts.teacher.teacher_id} within one "
+                f"step, more than the {allowed:.0f} that may be dropped "
+                f"(scoring.max_dropped_fraction); the last: {self._drops.detail}"
+            )
+
+    # --- Batch ----------------------------------------------------------------------------------
+
+    async def next_batch(self, should_stop: Callable[[], bool]) -> list[Ready] | None:
+        """A step's rollouts, oldest numbers first; None when asked to stop before it was full."""
+        self._step_began = time.monotonic()
+        harvest = self._pipeline.harvest
+        harvested_ids: set[str] | None = None
+        progress = time.monotonic()
+        while not should_stop():
+            self._drop_stale()
+            batch = self._full_batch()
+            if batch is None and harvest is not None and self._is_late(harvest):
+                if harvested_ids is None:
+                    harvested_ids = await self._harvest(harvest)
+                elif not self._has_unscored(harvested_ids):
+                    batch = self._take(self._ready[: self._config.rollouts_per_step]) or None
+                    harvested_ids = None
+            if batch is not None:
+                return batch
+            if await self._moved.wait(_STOP_CHECK_S):
+                progress = time.monotonic()
+            self._check_progress(time.monotonic() - progress)
+        return None
+
+    def _full_batch(self) -> list[Ready] | None:
+        self._ready.sort(key=lambda item: (item.number, item.rollout.continues_at))
+        ready = self._ready
+        if task_reward_weight(self._config):
+            ready = self._whole_groups()
+        size = self._config.rollouts_per_step
+        if len(ready) < size and not (ready and self._ends_with_fewer()):
+            return None
+        return self._take(ready[:size])
+
+    def _whole_groups(self) -> list[Ready]:
+        """What is ready of prompts all of whose samples are ready, or dropped: reward baselines."""
+        numbers = {item.number for item in self._ready}
+        samples = self._config.samples_per_prompt
+        missing = {n // samples for n in self._outstanding.numbers() - numbers}
+        return [item for item in self._ready if item.number // samples not in missing]
+
+    def _ends_with_fewer(self) -> bool:
+        """Whether nothing more can come for this step: what the window allows is all here."""
+        return not (
+            self._running
+            or self._waiting
+            or self._num_scoring
+            or self._outstanding.num_waiting
+            or self._room() >= self._config.samples_per_prompt
+        )
+
+    def _take(self, chosen: Sequence[Ready]) -> list[Ready]:
+        taken = list(chosen)
+        kept = {id(item) for item in taken}
+        self._ready = [item for item in self._ready if id(item) not in kept]
+        self._count()
+        return taken
+
+    def _drop_stale(self) -> None:
+        """Drop what is too old to be trained on in the coming step."""
+        limit = self.cursor.step - self._pipeline.max_staleness_steps
+        fresh: list[Ready] = []
+        for item in self._ready:
+            if item.rollout.oldest_version.step < limit:
+                self._drop(item.number, item.rollout, "stale")
+            else:
+                fresh.append(item)
+        if len(fresh) < len(self._ready):
+            self._ready = fresh
+            self._moved.ring()
+
+    def _check_progress(self, stalled_s: float) -> None:
+        if stalled_s > self._pipeline.stall_timeout_s:
+            raise StallError(
+                f"step {self.cursor.step}: nothing moved for {stalled_s:.0f} s "
+                f"(pipeline.stall_timeout_s): {len(self._running)} rollouts are being sampled, "
+                f"{len(self._waiting)} wait for the teacher, {self._num_scoring} are being scored, "
+                f"{len(self._ready)} of {self._config.rollouts_per_step} are ready. The engines' "
+                "logs are in the run folder"
+            )
+
+    # --- Harvest --------------------------------------------------------------------------------
+
+    def _is_late(self, harvest: Harvest) -> bool:
+        return time.monotonic() - self._step_began >= harvest.deadline_s
+
+    async def _harvest(self, harvest: Harvest) -> set[str]:
+        """Pass on what running rollouts have sampled since they were harvested last; its ids."""
+        numbers = {request.rollout_id: n for n, request in self._running.items()}
+        prefixes = await self._parts.engine.prefixes()
+        pieces: set[str] = set()
+        for prefix in prefixes:
+            number = numbers.get(prefix.request.rollout_id)
+            if number is None or number not in self._running:
+                continue  # an evaluation's, or it has finished meanwhile
+            if is_full_length(self._config, number, harvest.full_length_fraction):
+                continue
+            piece = self._new_tokens(number, prefix, harvest.min_tokens)
+            if piece is not None:
+                pieces.add(piece.rollout_id)
+                self._pass_on(number, piece)
+        self._trace.instant("generate", "harvest", pieces=len(pieces))
+        return pieces
+
+    def _new_tokens(self, number: int, prefix: RolloutPrefix, min_tokens: int) -> Rollout | None:
+        start, stop = self._harvested_to.get(number, 0), prefix.response_ids.size
+        if stop - start < min_tokens:
+            return None
+        self._harvested_to[number] = stop
+        self._outstanding.harvest(number)
+        return harvested(prefix, start)
+
+    def _has_unscored(self, rollout_ids: set[str]) -> bool:
+        waiting = {rollout.rollout_id for _, rollout in self._waiting}
+        return bool(self._num_scoring or waiting & rollout_ids)
+
+    # --- Publish --------------------------------------------------------------------------------
+
+    async def trained(self, batch: Sequence[Ready], update: Update) -> StepRecord:
+        """Bring the new weights into use, and let new rollouts take the places of the batch's."""
+        self._holds_back = self._pipeline.max_staleness_steps == 0
+        if self._pipeline.weight_updates == "boundary":
+            await self._drain()
+        await traced_push(self._parts, self._trace)
+        ages = [self.cursor.step - item.rollout.oldest_version.step for item in batch]
+        self._outstanding.settle(item.number for item in batch if item.is_last)
+        self.cursor = RunCursor(
+            step=self.cursor.step + 1,
+            prompts_drawn=self._outstanding.prompts_drawn,
+            weight_version=update.version,
+            outstanding=self._outstanding.to_resume(),
+        )
+        drops, self._drops = self._drops, Drops()
+        if self._pipeline.max_staleness_steps > 0:
+            self.go_on()
+        return StepRecord(
+            cursor=self.cursor,
+            scored=[item.scored for item in batch],
+            update=update,
+            metrics=[
+                Metric.mean("staleness/age_steps", sum(ages), len(ages)),
+                Metric.sum("staleness/pieces", sum(not item.rollout.is_whole for item in batch)),
+                *drops.metrics(),
+            ],
+            ledger=Ledger(
+                trained=" ".join(ledger_entry(item.number, item.rollout) for item in batch),
+                dropped=" ".join(drops.entries),
+            ),
+        )
+
+    def go_on(self) -> None:
+        """Begin new rollouts: after the checkpoint and the evaluation where staleness is 0.
+
+        Nothing then runs beside them, as in the sequential loop.
+        """
+        self._holds_back = False
+        self._moved.ring()
+
+    async def _drain(self) -> None:
+        """Begin no rollout, and wait until none is running."""
+        self._holds_back = True
+        progress = time.monotonic()
+        while self._running:
+            if await self._moved.wait(_STOP_CHECK_S):
+                progress = time.monotonic()
+            self._check_progress(time.monotonic() - progress)
+
+    def _count(self) -> None:
+        """Tell the trace how much is under way."""
+        self._trace.counter("in_flight", len(self._running))
+        self._trace.counter("unscored", len(self._waiting) + self._num_scoring)
+        self._trace.counter("ready", len(self._ready))
+        if self._running and self._generating is None:
+            self._generating = contextlib.ExitStack()
+            self._generating.enter_context(self._trace.span("generate"))
+        elif not self._running and self._generating is not None:
+            self._generating.close()
+            self._generating = None
+
+
+class Drops:
+    """What was dropped since the last step, and why."""
+
+    def __init__(self) -> None:
+        self.entries: list[str] = []
+        self.detail = ""
+        self._rollouts: dict[Cause, int] = {"stale": 0, "no score": 0}
+        self._tokens = 0
+
+    def add(self, number: int, rollout: Rollout, cause: Cause, detail: str) -> None:
+        self.entries.append(f"{ledger_entry(number, rollout)}:{cause.replace(' ', '-')}")
+        self.detail = f"{rollout.rollout_id}: {detail}"
+        self._rollouts[cause] += 1
+        self._tokens += rollout.num_tokens
+
+    def count(self, cause: Cause) -> int:
+        return self._rollouts[cause]
+
+    def metrics(self) -> list[Metric]:
+        return [
+            Metric.sum("score/dropped_rollouts", self._rollouts["no score"]),
+            Metric.sum("staleness/dropped_rollouts", self._rollouts["stale"]),
+            Metric.sum("tokens/dropped", self._tokens),
+        ]
+
+
+class _Bell:
+    """Wakes those who wait for a change."""
+
+    def __init__(self) -> None:
+        self._change: asyncio.Future[None] | None = None
+
+    def ring(self) -> None:
+        if self._change is not None and not self._change.done():
+            self._change.set_result(None)
+        self._change = None
+
+    async def wait(self, timeout_s: float | None = None) -> bool:
+        """Until the next ring; False when there was none in time."""
+        if self._change is None:
+            self._change = asyncio.get_running_loop().create_future()
+        done, _ = await asyncio.wait([self._change], timeout=timeout_s)
+        return bool(done)
+
+
+def is_full_length(config: RunConfig, number: int, fraction: float) -> bool:
+    """Whether a rollout is one of those that are kept whole; drawn by its number alone."""
+    seed = derive_seed(config.seed, "full-length", number)
+    return bool(np.random.Generator(np.random.PCG64(seed)).random() < fraction)
+
+
+def shortened(config: RunConfig, request: RolloutRequest, number: int) -> RolloutRequest:
+    """The request with the prefix budget's limit, unless the rollout is kept whole."""
+    pipeline = config.pipeline
+    budget = pipeline.prefix if isinstance(pipeline, StreamingPipeline) else None
+    if budget is None or is_full_length(config, number, budget.full_length_fraction):
+        return request
+    sampling = request.sampling
+    limit = min(budget.tokens, sampling.max_new_tokens)
+    return replace(request, sampling=replace(sampling, max_new_tokens=limit))

@@ -1,0 +1,81 @@
+"""Tasks that live and die together, and waits that say what they wait for."""
+
+import asyncio
+from collections.abc import Awaitable, Coroutine
+from types import TracebackType
+from typing import Any, TypeVar
+
+from typing_extensions import Self
+
+from qwen3_distill.errors import StallError
+
+Result = TypeVar("Result")
+
+_CANCEL_AGAIN_S = 0.2
+
+
+class TaskScope:
+    """Background tasks of one block: none outlives it, and an error of one ends the block.
+
+    What `asyncio.TaskGroup` is from Python 3.11 on, but for one thing: the block ends its tasks
+    when it is left, and the first error is raised by itself, not in a group.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._error: BaseException | None = None
+        self._block: asyncio.Task[Any] | None = None
+        self._interrupted = False
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Run ``work`` until it ends or the block is left."""
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    async def __aenter__(self) -> Self:
+        self._block = asyncio.current_task()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._block = None
+        while self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            # More than once: up to Python 3.11, `asyncio.wait_for` loses a cancellation that comes
+            # together with the result, and the task goes on.
+            await asyncio.wait(self._tasks, timeout=_CANCEL_AGAIN_S)
+        if self._error is not None and (
+            error is None or (self._interrupted and isinstance(error, asyncio.CancelledError))
+        ):
+            raise self._error
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or (error := task.exception()) is None or self._error is not None:
+            return
+        self._error = error
+        if self._block is not None:  # else it is being left anyway
+            self._interrupted = True
+            self._block.cancel()
+
+
+async def within(timeout_s: float, work: Awaitable[Result], what: str) -> Result:
+    """The result of ``work``.
+
+    Raises:
+        StallError: it did not come in time; ``what`` names it.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait([task], timeout=timeout_s)
+    finally:
+        task.cancel()  # of no effect where it has ended
+    if not done:
+        raise StallError(f"waited {timeout_s:.0f} s for {what}")
+    return task.result()

@@ -1,0 +1,499 @@
+"""Streaming: the sequential loop where it must be, and what its freedom may not cost."""
+
+import asyncio
+import os
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qwen3_distill.config import RunConfig
+from qwen3_distill.errors import ConfigError, EngineError, StallError
+from qwen3_distill.pipeline.build import Parts
+from qwen3_distill.pipeline.run import run
+from qwen3_distill.pipeline.streaming import is_full_length
+from qwen3_distill.reporting.metrics import read_jsonl
+from qwen3_distill.types import (
+    Batch,
+    FinishReason,
+    Rollout,
+    RolloutRequest,
+    ScoreFailure,
+    ScoreResult,
+)
+from tests.pipeline.builders import (
+    EVALUATION,
+    LORA,
+    TASK_REWARD,
+    TOP_K,
+    RecordingReporter,
+    Values,
+    raise_warning,
+    run_to_end,
+    student_bytes,
+    timeless,
+    tiny_config,
+)
+from tests.tiny_models import TinyModels
+
+ALONE = {"scoring.batch_tokens": 1}
+"""Every rollout is scored by itself: a teacher's batch does not show in the last bits."""
+
+
+def streaming(**settings: Any) -> Values:
+    return {"pipeline": {"kind": "streaming", **settings}}
+
+
+@dataclass
+class Ledger:
+    """What a run folder says became of its rollouts."""
+
+    trained: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Ledger":
+        records = read_jsonl(config.output_path / "ledger.jsonl")
+        return cls(
+            [entry for record in records for entry in record["trained"].split()],
+            [entry for record in records for entry in record["dropped"].split()],
+        )
+
+    @property
+    def trained_numbers(self) -> list[int]:
+        return [int(entry) for entry in self.trained]
+
+
+def metric(config: RunConfig, key: str) -> list[Any]:
+    return [record[key] for record in read_jsonl(config.output_path / "metrics.jsonl")]
+
+
+# --- As the sequential loop ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"training.tuning": LORA}, TASK_REWARD, {"objective": TOP_K}],
+    ids=["full", "lora", "task_reward", "top_k"],
+)
+def test_one_batch_in_flight_and_staleness_0_give_the_sequential_result_bit_for_bit(
+    tiny_models: TinyModels, tmp_path: Path, changes: Values
+) -> None:
+    common = {**ALONE, "evaluation": EVALUATION, **changes}
+    plain = tiny_config(tiny_models, tmp_path / "sequential", common)
+    streamed = tiny_config(
+        tiny_models,
+        tmp_path / "streaming",
+        {**common, **streaming(max_staleness_steps=0, max_in_flight=4)},
+    )
+    run_to_end(plain)
+    run_to_end(streamed)
+    assert student_bytes(plain.output_path) == student_bytes(streamed.output_path)
+    for name in ("evaluations.jsonl", "ledger.jsonl"):
+        assert timeless(plain.output_path / name) == timeless(streamed.output_path / name)
+    for one, other in zip(
+        timeless(plain.output_path / "metrics.jsonl"),
+        timeless(streamed.output_path / "metrics.jsonl"),
+        strict=True,
+    ):
+        assert one == {key: other[key] for key in one}
+
+
+# --- What streaming may and may not do -----------------------------------------------------------
+
+
+def test_every_rollout_is_trained_on_once_and_none_is_older_than_allowed(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    config = tiny_config(
+        tiny_models, tmp_path / "run", {"steps": 12, **streaming(max_staleness_steps=2)}
+    )
+    seen = Batches()
+    run_streaming(config, seen.watch)
+    ledger = Ledger.of(config)
+    assert sorted(ledger.trained_numbers) == list(range(12 * 4))
+    assert not ledger.dropped
+    assert [len(batch.scored) for batch in seen.batches] == [4] * 12
+    ages = [
+        batch.lag_steps(version) for version, batch in zip(seen.steps, seen.batches, strict=True)
+    ]
+    assert max(ages) <= 2
+    assert max(ages) > 0  # it does run ahead
+    assert max(metric(config, "weights/lag_steps")) == max(ages)
+
+
+def test_running_rollouts_go_on_with_new_weights_and_name_both(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    changes = {"steps": 8, "sampling.max_new_tokens": 30, **streaming(max_staleness_steps=4)}
+    config = tiny_config(tiny_models, tmp_path / "run", changes)
+    seen = Batches()
+    run_streaming(config, lambda parts: seen.watch(ragged(parts)))
+    spans = [len(item.rollout.versions) for batch in seen.batches for item in batch.scored]
+    assert max(spans) > 1
+
+
+def test_at_boundaries_no_rollout_sees_two_versions(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    changes = {
+        "steps": 8,
+        "sampling.max_new_tokens": 30,
+        **streaming(max_staleness_steps=4, weight_updates="boundary"),
+    }
+    config = tiny_config(tiny_models, tmp_path / "run", changes)
+    seen = Batches()
+    run_streaming(config, lambda parts: seen.watch(ragged(parts)))
+    rollouts = [item.rollout for batch in seen.batches for item in batch.scored]
+    assert {len(rollout.versions) for rollout in rollouts} == {1}
+    assert sorted(Ledger.of(config).trained_numbers) == list(range(8 * 4))
+
+
+def test_what_is_too_old_is_dropped_and_counted(tiny_models: TinyModels, tmp_path: Path) -> None:
+    config = tiny_config(
+        tiny_models, tmp_path / "run", {"steps": 8, **streaming(max_staleness_steps=1)}
+    )
+    run_streaming(config, lambda parts: replace(parts, engine=HoldsBack(parts.engine, {2}, 16)))
+    ledger = Ledger.of(config)
+    assert ledger.dropped == ["2:stale"]
+    assert sum(metric(config, "staleness/dropped_rollouts")) == 1
+    assert sum(metric(config, "tokens/dropped")) > 0
+    counts = Counter(ledger.trained_numbers)
+    assert set(counts.values()) == {1}
+    assert 2 not in counts
+    # Every step had its four; one place is no room for the two samples of another prompt.
+    trained = [len(r["trained"].split()) for r in read_jsonl(config.output_path / "ledger.jsonl")]
+    assert trained == [4] * 7 + [3]
+    assert max(metric(config, "weights/lag_steps")) <= 1
+
+
+def test_a_prompts_samples_share_a_step_when_they_are_compared_with_one_another(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    changes = {"steps": 8, **TASK_REWARD, **streaming(max_staleness_steps=8)}
+    config = tiny_config(tiny_models, tmp_path / "run", changes)
+    run_streaming(config, lambda parts: replace(parts, engine=HoldsBack(parts.engine, {3}, 9)))
+    for record in read_jsonl(config.output_path / "ledger.jsonl"):
+        numbers = [int(entry) for entry in record["trained"].split()]
+        prompts = Counter(number // 2 for number in numbers)
+        assert set(prompts.values()) == {2}, numbers
+
+
+# --- Interruptions ------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """A crash."""
+
+
+@pytest.mark.parametrize("crash_after", [1, 3, 4, 7])
+def test_a_run_that_crashed_goes_on_and_loses_or_repeats_no_rollout(
+    tiny_models: TinyModels, tmp_path: Path, crash_after: int
+) -> None:
+    changes = {"steps": 10, **streaming(max_staleness_steps=2)}
+    config = tiny_config(tiny_models, tmp_path / "run", changes)
+    crashing = Batches(crash_after=crash_after)
+    with pytest.raises(Stop):
+        run_streaming(config, crashing.watch)
+    run_streaming(config, lambda parts: parts)
+    ledger = Ledger.of(config)
+    assert sorted(ledger.trained_numbers) == list(range(10 * 4))
+    assert not ledger.dropped
+
+
+def test_a_run_that_is_stopped_saves_its_step_and_goes_on(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    changes = {"steps": 6, "checkpoint.every_steps": 100, **streaming(max_staleness_steps=2)}
+    config = tiny_config(tiny_models, tmp_path / "run", changes)
+    seen = Batches(interrupt_after=3)
+    assert run(config, RecordingReporter(), raise_warning, seen.watch) is None
+    assert len(read_jsonl(config.output_path / "metrics.jsonl")) == 3
+    run_streaming(config, lambda parts: parts)
+    assert sorted(Ledger.of(config).trained_numbers) == list(range(6 * 4))
+
+
+def test_an_engine_that_hangs_ends_the_run_with_what_it_waited_for(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    changes = {"steps": 4, **streaming(max_staleness_steps=1, stall_timeout_s=0.7)}
+    config = tiny_config(tiny_models, tmp_path / "run", changes)
+    message = r"nothing moved for .*: 1 rollouts are being sampled.* of 4 are ready"
+    with pytest.raises(StallError, match=message):
+        run_streaming(config, lambda parts: replace(parts, engine=HoldsBack(parts.engine, {5}, 99)))
+
+
+def test_a_teacher_that_hangs_ends_the_run_with_what_it_waited_for(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    changes = {"steps": 4, **streaming(max_staleness_steps=1, stall_timeout_s=0.7)}
+    config = tiny_config(tiny_models, tmp_path / "run", changes)
+    with pytest.raises(StallError, match=r"the teacher's scores of .* rollouts"):
+        run_streaming(config, lambda parts: replace(parts, teacher=HangingTeacher(parts.teacher)))
+
+
+@pytest.mark.parametrize("part", ["engine", "teacher"])
+def test_an_error_of_a_stage_ends_the_run_with_that_error(
+    tiny_models: TinyModels, tmp_path: Path, part: str
+) -> None:
+    config = tiny_config(tiny_models, tmp_path / "run", {"steps": 6, **streaming()})
+    broken = {"engine": FailingEngine, "teacher": FailingTeacher}[part]
+    with pytest.raises(EngineError, match=f"the {part} is broken"):
+        run_streaming(config, lambda parts: replace(parts, **{part: broken(getattr(parts, part))}))
+
+
+def test_rollouts_without_a_score_are_dropped_and_too_many_of_them_are_an_error(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    config = tiny_config(tiny_models, tmp_path / "run", {"steps": 6, **streaming()})
+    with pytest.raises(EngineError, match=r"1 rollouts got no score .*more than the 0"):
+        run_streaming(config, lambda parts: replace(parts, teacher=Unscored(parts.teacher, {9})))
+
+
+# --- Pieces -------------------------------------------------------------------------------------
+
+
+def test_harvested_pieces_and_remainders_hold_every_token_once(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    harvest = {"deadline_s": 1e-6, "min_tokens": 3, "full_length_fraction": 0.25}
+    changes = {
+        "steps": 10,
+        "sampling.max_new_tokens": 60,
+        **streaming(max_staleness_steps=20, harvest=harvest),
+    }
+    config = tiny_config(tiny_models, tmp_path / "run", changes)
+    seen, tap = Batches(), Tap()
+    run_streaming(config, lambda parts: seen.watch(tap.watch(ragged(parts))))
+    pieces: dict[str, list[Rollout]] = {}
+    for batch in seen.batches:
+        for item in batch.scored:
+            pieces.setdefault(item.rollout.rollout_id.partition("/from-")[0], []).append(
+                item.rollout
+            )
+    assert any(len(parts) > 1 for parts in pieces.values())
+    for rollout_id, parts in pieces.items():
+        parts.sort(key=lambda piece: piece.continues_at)
+        edges = np.cumsum([0, *(piece.num_tokens for piece in parts)])
+        assert [piece.continues_at for piece in parts] == edges[:-1].tolist()
+        if rollout_id in tap.finished and parts[-1].finish_reason is not FinishReason.HARVESTED:
+            ids = np.concatenate([piece.response_ids for piece in parts])
+            assert ids.tolist() == tap.finished[rollout_id].response_ids.tolist()
+    kept_whole = {number for number in range(400) if is_full_length(config, number, 0.25)}
+    in_pieces = {int(e.partition("@")[0]) for e in Ledger.of(config).trained if "@" in e}
+    assert in_pieces
+    assert not in_pieces & kept_whole
+    assert sum(metric(config, "staleness/pieces")) == len(
+        [e for e in Ledger.of(config).trained if "@" in e]
+    )
+
+
+def test_a_prefix_budget_shortens_all_but_some(tiny_models: TinyModels, tmp_path: Path) -> None:
+    prefix = {"tokens": 5, "full_length_fraction": 0.3}
+    changes = {"steps": 10, "sampling.max_new_tokens": 12, **streaming(prefix=prefix)}
+    config = tiny_config(tiny_models, tmp_path / "run", changes)
+    seen = Batches()
+    run_streaming(config, seen.watch)
+    limits = Counter(
+        item.rollout.sampling.max_new_tokens for batch in seen.batches for item in batch.scored
+    )
+    assert set(limits) == {5, 12}
+    full = sum(is_full_length(config, number, 0.3) for number in range(40))
+    assert limits[12] == full
+    assert 4 < full < 20
+
+
+# --- What is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (streaming(max_in_flight=1), "samples_per_prompt=2 is more than the 1"),
+        (
+            {**TASK_REWARD, **streaming(harvest={"deadline_s": 1.0})},
+            r"pipeline.harvest with .*task_reward_weight=0.5",
+        ),
+        (
+            {
+                "objective": {"kind": "sampled_reverse_kl", "discount": 0.5},
+                **streaming(prefix={"tokens": 4}),
+            },
+            r"pipeline.prefix with objective.discount=0.5",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_together_are_refused(
+    tiny_models: TinyModels, tmp_path: Path, changes: Values, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        tiny_config(tiny_models, tmp_path / "run", changes)
+
+
+# --- Helpers, and fakes for faults ---------------------------------------------------------------
+
+
+def run_streaming(config: RunConfig, adapt: Callable[[Parts], Parts]) -> None:
+    """To the end, in this process."""
+    assert run(config, RecordingReporter(), raise_warning, adapt)
+
+
+@dataclass
+class Batches:
+    """Watches a learner's steps, and ends the run after some."""
+
+    crash_after: int | None = None
+    interrupt_after: int | None = None
+    batches: list[Batch] = field(default_factory=list)
+    steps: list[Any] = field(default_factory=list)
+
+    def watch(self, parts: Parts) -> Parts:
+        learner: Any = parts.learner
+        update = learner.update
+
+        async def watched(batch: Batch) -> Any:
+            if self.crash_after is not None and len(self.batches) == self.crash_after:
+                raise Stop
+            self.batches.append(batch)
+            self.steps.append(learner.version)
+            if len(self.batches) == self.interrupt_after:
+                os.kill(os.getpid(), signal.SIGINT)
+            return await update(batch)
+
+        learner.update = watched
+        return parts
+
+
+class _Wrapped:
+    """A part that is another one, but for what a fake changes."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class HoldsBack(_Wrapped):
+    """FAKE: gives some rollouts only when ``until`` others have come, or never."""
+
+    def __init__(self, inner: Any, numbers: set[int], until: int) -> None:
+        super().__init__(inner)
+        self._numbers, self._until, self._given = numbers, until, 0
+
+    async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
+        held: list[Rollout] = []
+        async for rollout in self._inner.generate(requests):
+            if number_of(rollout.rollout_id) in self._numbers:
+                held.append(rollout)
+            else:
+                self._given += 1
+                yield rollout
+        for rollout in held:
+            while self._given < self._until:
+                await asyncio.sleep(0.005)
+            yield rollout
+
+
+def number_of(rollout_id: str) -> int:
+    """By the names of `tiny_config`: two prompts a step, two samples each."""
+    step, prompt, sample = (int(part.rpartition("-")[2]) for part in rollout_id.split("/")[:3])
+    return 4 * step + 2 * prompt + sample
+
+
+class _Ragged(_Wrapped):
+    """Gives rollouts lengths of their own: some end long before others."""
+
+    async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
+        changed = [
+            replace(
+                request,
+                sampling=replace(
+                    request.sampling,
+                    max_new_tokens=request.sampling.max_new_tokens
+                    if number_of(request.rollout_id) % 5 == 0
+                    else 1 + number_of(request.rollout_id) % 4,
+                ),
+            )
+            if request.rollout_id.startswith("step-")
+            else request
+            for request in requests
+        ]
+        async for rollout in self._inner.generate(changed):
+            yield rollout
+
+
+def ragged(parts: Parts) -> Parts:
+    return replace(parts, engine=_Ragged(parts.engine))  # pyright: ignore[reportArgumentType]
+
+
+class Tap:
+    """Keeps what the engine finished."""
+
+    def __init__(self) -> None:
+        self.finished: dict[str, Rollout] = {}
+
+    def watch(self, parts: Parts) -> Parts:
+        tap = self
+
+        class Tapped(_Wrapped):
+            async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
+                async for rollout in self._inner.generate(requests):
+                    tap.finished[rollout.rollout_id] = rollout
+                    yield rollout
+
+        return replace(parts, engine=Tapped(parts.engine))  # pyright: ignore[reportArgumentType]
+
+
+class HangingTeacher(_Wrapped):
+    """FAKE: never answers after the first call."""
+
+    _calls = 0
+
+    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
+        self._calls += 1
+        if self._calls > 1:
+            await asyncio.Event().wait()
+        return await self._inner.score(rollouts)
+
+
+class FailingTeacher(_Wrapped):
+    """FAKE."""
+
+    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
+        raise EngineError("the teacher is broken")
+
+
+class FailingEngine(_Wrapped):
+    """FAKE: breaks at the second call."""
+
+    _calls = 0
+
+    async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
+        self._calls += 1
+        if self._calls > 1:
+            raise EngineError("the engine is broken")
+        async for rollout in self._inner.generate(requests):
+            yield rollout
+
+
+class Unscored(_Wrapped):
+    """FAKE: some rollouts get no score."""
+
+    def __init__(self, inner: Any, numbers: set[int]) -> None:
+        super().__init__(inner)
+        self._numbers = numbers
+
+    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
+        results = await self._inner.score(rollouts)
+        return [
+            ScoreFailure(rollout_id=rollout.rollout_id, reason="said the fake")
+            if number_of(rollout.rollout_id) in self._numbers
+            else result
+            for rollout, result in zip(rollouts, results, strict=True)
+        ]
