@@ -224,7 +224,7 @@ class ReplayBuffer:
         oldest = max(self._oldest + in_the_way, self._next + num_rollouts - rollouts)
         for here, _ in _ring_pieces(self._oldest, oldest - self._oldest, rollouts):
             mass = self._state["mass"][here]
-            self._state["evicted"][_CAPACITY] += mass.count_nonzero()
+            self._state["evicted"][_CAPACITY].add_(mass.count_nonzero())
             mass.zero_()
         self._oldest = oldest
 
@@ -232,7 +232,7 @@ class ReplayBuffer:
         """Drop the rollouts whose oldest token is older than ``max_age_steps`` at ``step``."""
         mass_M = self._state["mass"]
         old_M = self._state["oldest_step"] < step - self._config.max_age_steps
-        self._state["evicted"][_AGE] += (old_M & (mass_M > 0)).sum()
+        self._state["evicted"][_AGE].add_((old_M & (mass_M > 0)).sum())
         mass_M.masked_fill_(old_M, 0.0)
 
     # --- Drawing ----------------------------------------------------------------------------------
@@ -241,18 +241,13 @@ class ReplayBuffer:
         """Draw different rollouts by the config's law, by the buffer's state and the step alone.
 
         The weights are (1 / (N P))^beta over the probabilities that rollouts were really drawn
-        with, divided by the largest of the sample, which also cancels N. The loss divides by their
-        sum, so that this changes no gradient; it keeps them at most 1.
+        with, divided by the largest of the sample. The loss divides by their sum, so that this
+        changes no gradient; it keeps them at most 1.
 
         Raises:
             DataError: fewer are live.
         """
         uses_M, mass_M = self._state["uses"], self._state["mass"]
-        live = int(mass_M.count_nonzero())
-        if not 1 <= num_rollouts <= live:
-            raise DataError(
-                f"{num_rollouts} rollouts asked of a replay buffer with {live} that may be drawn"
-            )
         config = self._config
         mass_M = draw_mass(config.law, mass_M, self._state["oldest_step"], step)
         generator = torch.Generator(self._device)
@@ -262,11 +257,10 @@ class ReplayBuffer:
         else:
             drawn = systematic_draw(mass_M, num_rollouts, generator, self._edges)
         beta = annealed(config.beta_start, config.beta_end, config.beta_steps, step)
-        weights_S = importance_weights(drawn.inclusion_n, live, beta)
         places_S = drawn.places_n.cpu().numpy()
         return ReplaySample(
             places_S=places_S,
-            weights_S=(weights_S / weights_S.max()).float(),
+            weights_S=importance_weights(drawn.inclusion_n, beta),
             numbers_S=self._oldest + (places_S - self._oldest) % self._shape.rollouts,
         )
 
@@ -300,7 +294,7 @@ class ReplayBuffer:
         if self._config.reuse_cap is not None:
             used_up_S = (uses_S >= self._config.reuse_cap) & (mass_S > 0)
             mass_S = mass_S.masked_fill(used_up_S, 0.0)
-            self._state["evicted"][_REUSE] += used_up_S.sum()
+            self._state["evicted"][_REUSE].add_(used_up_S.sum())
         self._state["uses"][places_S] = uses_S
         self._state["mass"][places_S] = mass_S
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qwen3_distill.config import ReplayLaw
+from qwen3_distill.errors import DataError
 
 MIN_DECAY_EXPONENT = -60.0
 """Of the age decay: an old rollout becomes unlikely, not impossible."""
@@ -86,12 +87,16 @@ def systematic_draw(
     What would exceed probability 1 is drawn for certain, and the others share the rest.
 
     Args:
-        mass_M: float64; 0 where nothing may be drawn; positive in at least ``count`` places.
+        mass_M: float64; 0 where nothing may be drawn.
         edges_M: float64, overwritten: on a CPU new memory costs more than the sums put into it.
+
+    Raises:
+        DataError: fewer than ``count`` places have a mass.
     """
     edges_M = torch.cumsum(mass_M, 0, out=edges_M)
     total, largest = torch.stack([edges_M[-1], mass_M.max()]).tolist()
-    if largest * count > total:
+    if largest * count >= total:  # else there are more than ``count``, and none exceeds 1
+        _require(mass_M, count)
         mass_M = _capped(mass_M, count)
         edges_M = torch.cumsum(mass_M, 0, out=edges_M)
         total = edges_M[-1].item()
@@ -102,6 +107,12 @@ def systematic_draw(
     points_n.mul_(total / count).clamp_(max=math.nextafter(total, 0.0))
     places_n = torch.searchsorted(edges_M, points_n, right=True)
     return Draw(places_n, mass_M[places_n] * (count / total))
+
+
+def _require(mass_M: Tensor, count: int) -> None:
+    live = int(mass_M.count_nonzero())
+    if not 1 <= count <= live:
+        raise DataError(f"{count} rollouts asked of a replay buffer with {live} that may be drawn")
 
 
 def _capped(mass_M: Tensor, count: int) -> Tensor:
@@ -121,17 +132,15 @@ def _capped(mass_M: Tensor, count: int) -> Tensor:
     return inclusion_M
 
 
-def importance_weights(inclusion_n: Tensor, num_rollouts: int, beta: float) -> Tensor:
-    """[n] float64 w_i = (1 / (N P_i))^beta with P_i = pi_i / n, arXiv 1511.05952.
+def importance_weights(inclusion_n: Tensor, beta: float) -> Tensor:
+    """[n] float32 w_i = (1 / (N P_i))^beta, arXiv 1511.05952, with P_i = pi_i / n.
 
-    At beta = 1 the mean of w_i f_i over a draw has the mean of f over all N as its expectation, if
-    each of them has a positive pi_i.
-
-    Args:
-        num_rollouts: N.
+    Divided by the largest of the draw, which cancels N and n. Before that division and at beta = 1,
+    the mean of w_i f_i over a draw has the mean of f over all N as its expectation, if each of them
+    has a positive pi_i.
     """
-    count = len(inclusion_n)
-    return (count / (num_rollouts * inclusion_n)).pow(beta)
+    weights_n = inclusion_n.pow(-beta)
+    return (weights_n / weights_n.max()).float()
 
 
 def annealed(start: float, end: float, over_steps: int, step: int) -> float:
