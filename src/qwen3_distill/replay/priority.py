@@ -95,7 +95,9 @@ def systematic_draw(
     """
     edges_M = torch.cumsum(mass_M, 0, out=edges_M)
     total, largest = torch.stack([edges_M[-1], mass_M.max()]).tolist()
-    if largest * count >= total:  # else there are more than ``count``, and none exceeds 1
+    if (
+        count < 1 or largest * count >= total
+    ):  # else there are more than ``count``, and none exceeds 1
         _require(mass_M, count)
         mass_M = _capped(mass_M, count)
         edges_M = torch.cumsum(mass_M, 0, out=edges_M)
