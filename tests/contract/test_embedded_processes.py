@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +96,19 @@ def by_id(rollouts: list[Rollout]) -> dict[str, list[int]]:
 def test_calls_under_way_get_every_rollout_once_though_the_process_is_lost(
     engine: EmbeddedRolloutProcess, strike: Strike
 ) -> None:
-    short, long = ragged_requests(20, max_new_tokens=2), long_requests(8)
-    expected = by_id(generate(engine, [*short, *long]))
+    requests = [*ragged_requests(20, max_new_tokens=2), *long_requests(8)]
+    others = [replace(request, rollout_id=f"other/{request.rollout_id}") for request in requests]
+    expected = by_id(generate(engine, [*requests, *others]))
     restarts = engine.counters["health/rollout_engine_restarts"]
 
     async def strike_under_way() -> list[Rollout]:
-        calls = [asyncio.create_task(collect(engine, part)) for part in (short, long)]
-        await prefixes_when(engine, lambda prefixes: len(prefixes) >= 6)
-        strike(pid_of(engine))
-        return [rollout for call in calls for rollout in await call]
+        beside = asyncio.create_task(collect(engine, others))
+        rollouts: list[Rollout] = []
+        async for rollout in engine.generate(requests):
+            rollouts.append(rollout)
+            if len(rollouts) == 20:  # some are there, and some are not
+                strike(pid_of(engine))
+        return [*rollouts, *await beside]
 
     assert by_id(run(strike_under_way())) == expected
     assert engine.counters["health/rollout_engine_restarts"] == restarts + 1
