@@ -1,9 +1,6 @@
 """Whole runs with vLLM, SGLang and unsloth in their processes, and each of them killed once."""
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +11,12 @@ from qwen3_distill.config_io import load_config
 from qwen3_distill.generation.vllm import VllmRolloutEngine
 from qwen3_distill.pipeline.build import Parts
 from qwen3_distill.pipeline.run import run
-from qwen3_distill.protocols import RolloutEngine, TeacherScorer
 from qwen3_distill.reporting.console import SilentReporter
 from qwen3_distill.reporting.metrics import read_jsonl
 from qwen3_distill.scoring.sglang import SglangTeacher
 from qwen3_distill.training.unsloth import UnslothLearner
-from qwen3_distill.types import Batch, Rollout, RolloutRequest, ScoreResult, Update
 from tests.engines import INSTALLED
+from tests.pipeline.faults import struck
 
 pytestmark = [pytest.mark.vllm, pytest.mark.sglang, pytest.mark.unsloth]
 
@@ -68,76 +64,22 @@ SHORT = ("steps=6", "prompts_per_step=16", "evaluation=null", "checkpoint.every_
 LORA = ("training.tuning={kind: lora, rank: 8, alpha: 16.0}",)
 
 
-class KillingEngine:
-    """Passes everything on to vLLM, and kills it in the middle of one step's rollouts."""
-
-    def __init__(self, engine: RolloutEngine, step: int) -> None:
-        assert isinstance(engine, VllmRolloutEngine)
-        self._engine = engine
-        self._generations_left = step
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
-        self._generations_left -= 1
-        async for rollout in self._engine.generate(requests):
-            yield rollout
-            if self._generations_left == 0:
-                self._generations_left = -1
-                self._engine.kill()
-
-
-class KillingTeacher:
-    """Passes everything on to the SGLang teacher, and kills its server under a request."""
-
-    def __init__(self, teacher: TeacherScorer, step: int) -> None:
-        assert isinstance(teacher, SglangTeacher)
-        self._teacher = teacher
-        self._calls_left = step
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._teacher, name)
-
-    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
-        self._calls_left -= 1
-        scoring = asyncio.create_task(self._teacher.score(rollouts))
-        if self._calls_left == 0:
-            await asyncio.sleep(0.02)
-            assert self._teacher.server is not None
-            self._teacher.server.kill()
-        return await scoring
-
-
-class KillingLearner:
-    """Passes everything on to the unsloth learner, and kills its process in one step."""
-
-    def __init__(self, learner: Any, step: int) -> None:
-        assert isinstance(learner, UnslothLearner)
-        self._learner = learner
-        self._updates_left = step
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._learner, name)
-
-    async def update(self, batch: Batch) -> Update:
-        self._updates_left -= 1
-        updating = asyncio.create_task(self._learner.update(batch))
-        if self._updates_left == 0:
-            await asyncio.sleep(0.02)
-            assert self._learner.worker is not None
-            self._learner.worker.kill()
-        return await updating
-
-
 def killing(parts: Parts) -> Parts:
     """vLLM dies in step 1, the teacher in step 3, the learner in step 4: its checkpoint is 4."""
-    fakes: dict[str, Any] = {
-        "engine": KillingEngine(parts.engine, step=2),
-        "teacher": KillingTeacher(parts.teacher, step=4),
-        "learner": KillingLearner(parts.learner, step=5),
-    }
-    return replace(parts, **fakes)
+    engine, teacher, learner = parts.engine, parts.teacher, parts.learner
+    assert isinstance(engine, VllmRolloutEngine)
+    assert isinstance(teacher, SglangTeacher)
+    assert isinstance(learner, UnslothLearner)
+
+    def kill_server() -> None:
+        assert teacher.server is not None
+        teacher.server.kill()
+
+    def kill_learner() -> None:
+        assert learner.worker is not None
+        learner.worker.kill()
+
+    return struck(parts, engine=engine.kill, teacher=kill_server, learner=kill_learner)
 
 
 def trained(output: Path) -> list[tuple[Any, ...]]:

@@ -5,13 +5,14 @@ Shape letters: B rows decoded together, T cached positions (left-padded), V voca
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 
 from qwen3_distill.generation.running import RunningRollout
 from qwen3_distill.generation.sampling import RowSampler
@@ -123,7 +124,7 @@ class DecodeBatch:
         self._rows = [*self._rows, *joining]
         return logits_BV
 
-    def _prefill(self, prompts: Sequence[Prompt]) -> tuple[Tensor, DynamicCache, Tensor]:
+    def _prefill(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Cache, Tensor]:
         """Logits after each prompt, the cache and the attention mask, one row per prompt.
 
         Adjacent rows of one prompt share its forward pass.
@@ -144,9 +145,9 @@ class DecodeBatch:
                 prompt.token_ids.astype(np.int64)
             )
             mask_BT[row, longest - prompt.token_ids.size :] = 1
-        # Without the config: layers that keep every position, so that caches can be joined. A
-        # sliding window, where a model has one, is in the attention mask.
-        cache = DynamicCache()
+        # Layers that keep every position, so that caches can be joined: a sliding window, where a
+        # model has one, is in the attention mask.
+        cache = Cache(layer_class_to_replicate=_RoomyLayer)
         mask_BT = mask_BT.to(self._device)
         logits_BV = self._forward(ids_BT.to(self._device), mask_BT, cache)
         if len(distinct) < len(prompts):
@@ -155,18 +156,49 @@ class DecodeBatch:
             logits_BV, mask_BT = logits_BV[index], mask_BT[index]
         return logits_BV, cache, mask_BT
 
-    def _forward(self, ids_BT: Tensor, mask_BT: Tensor, cache: DynamicCache) -> Tensor:
+    def _forward(self, ids_BT: Tensor, mask_BT: Tensor, cache: Cache) -> Tensor:
         """[B, V] logits after the last of the new positions ``ids_BT``; extends the cache."""
         position_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
         return next_token_logits(self._model, ids_BT, mask_BT, position_BT, cache)
 
 
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room behind them: a new token does not copy all that came before."""
+
+    _ROOM = 64
+    """Columns allocated beyond those in use."""
+    _key_room: Tensor | None = None
+    _value_room: Tensor | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append [B, heads, T, D] of new positions; all there are, as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self._key_room = self._with_room(_held(self.keys), key_states, self._key_room)
+        self._value_room = self._with_room(_held(self.values), value_states, self._value_room)
+        length = _held(self.keys).shape[2] + key_states.shape[2]
+        self.keys, self.values = self._key_room[:, :, :length], self._value_room[:, :, :length]
+        return self.keys, self.values
+
+    def _with_room(self, held: Tensor, new: Tensor, room: Tensor | None) -> Tensor:
+        """A tensor that begins with what is held and then what is new."""
+        old, length = held.shape[2], held.shape[2] + new.shape[2]
+        # What was selected, trimmed or joined in between is another tensor.
+        is_same = room is not None and held.data_ptr() == room.data_ptr()
+        if room is None or not is_same or len(room) != len(held) or room.shape[2] < length:
+            room = new.new_empty(*new.shape[:2], length + self._ROOM, new.shape[3])
+            room[:, :, :old] = held
+        room[:, :, old:length] = new
+        return room
+
+
 class _State:
     """What the rows of a batch have on the device, row by row."""
 
-    def __init__(
-        self, cache: DynamicCache, mask_BT: Tensor, sampler: RowSampler, last_B: Tensor
-    ) -> None:
+    def __init__(self, cache: Cache, mask_BT: Tensor, sampler: RowSampler, last_B: Tensor) -> None:
         self.cache = cache
         self.mask_BT = mask_BT
         self.sampler = sampler
@@ -197,7 +229,7 @@ class _State:
         self.sampler = self.sampler.joined(other.sampler)
 
 
-def _layers(cache: DynamicCache) -> list[DynamicLayer]:
+def _layers(cache: Cache) -> list[DynamicLayer]:
     return [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
 
 
@@ -222,7 +254,7 @@ def next_token_logits(
     ids_BT: Tensor,
     mask_BT: Tensor,
     position_BT: Tensor,
-    cache: DynamicCache,
+    cache: Cache,
 ) -> Tensor:
     """One cached forward pass; the head is applied to the last position only."""
     return model(

@@ -63,6 +63,10 @@ class RemoteRolloutEngine:
         return {"health/rollout_engine_restarts": self._restarts.count}
 
     @property
+    def worker(self) -> WorkerProcess:
+        return self._worker
+
+    @property
     def pid(self) -> int | None:
         """Leader of the process group of the engine's processes."""
         return self._worker.pid

@@ -66,6 +66,7 @@ class VllmRolloutEngine(RemoteRolloutEngine):
             max_batched_tokens=config.max_batched_tokens,
             kv_cache_bytes=kv_cache_bytes,
             stream_interval=config.stream_interval,
+            hang_timeout_s=config.hang_timeout_s,
             lora_rank=None if lora is None else lora.rank,
             quantization=config.quantization,
             float32_head=config.float32_head,

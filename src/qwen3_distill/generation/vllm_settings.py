@@ -23,6 +23,8 @@ class VllmSettings:
     float32_head: bool = False
     enforce_eager: bool = False
     seed: int = 0
+    hang_timeout_s: float = 900.0
+    """Time without a token for any running rollout after which the engine counts as lost."""
     engine_arguments: Mapping[str, Any] = field(default_factory=dict)
     """Further ``AsyncEngineArgs``; they win over all of the above."""
 

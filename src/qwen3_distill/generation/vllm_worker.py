@@ -40,6 +40,7 @@ from qwen3_distill.types import (
     RolloutRequest,
     WeightVersion,
 )
+from qwen3_distill.utils.stillness import until_still
 from qwen3_distill.utils.worker import serve_worker
 
 _DEATH_CHECK_S = 1.0
@@ -58,6 +59,9 @@ class VllmWorker:
         self._running: dict[str, RunningRollout] = {}
         self._scratch = tempfile.TemporaryDirectory(prefix="qwen3-distill-vllm-")
         self._load_lock = asyncio.Lock()
+        self._paused = False
+        self._num_outputs = 0
+        self._watching: asyncio.Task[None] | None = None
 
     async def open(self, settings: VllmSettings) -> VllmInfo:
         """Start the engine.
@@ -72,6 +76,7 @@ class VllmWorker:
             text = " ".join(str(error).split()) or type(error).__name__
             raise EngineStartError(f"vLLM {compat.version()} does not start: {text}") from error
         self._settings = settings
+        self._watching = asyncio.create_task(self._end_if_it_hangs(settings.hang_timeout_s))
         device = "cpu" if compat.is_cpu() else "cuda"
         return VllmInfo(version=compat.version(), device=device, platform_is_cpu=device == "cpu")
 
@@ -133,9 +138,11 @@ class VllmWorker:
 
     async def pause(self) -> None:
         """Stop decoding; running rollouts and new requests wait."""
+        self._paused = True
         await self._guarded(self._engine.pause_generation(mode="keep", clear_cache=False))
 
     async def resume(self) -> None:
+        self._paused = False
         await self._guarded(self._engine.resume_generation())
 
     async def prompt_logprobs(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -152,16 +159,17 @@ class VllmWorker:
         return np.array([row[token].logprob for row, token in rows], dtype=np.float32)
 
     def shutdown(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
         if self._engine is not None:
             self._engine.shutdown()
         self._scratch.cleanup()
 
     async def _sample(self, request: RolloutRequest) -> Rollout | None:
         """One rollout; None if it was aborted."""
-        async with self._load_lock:  # a load under way ends first
-            pass
-        if self._settings is None or self._version is None:
-            raise WeightVersionError("the rollout engine has no weights yet: load a version first")
+        async with self._load_lock:  # a load that is under way is waited for
+            if self._settings is None or self._version is None:
+                raise WeightVersionError("the rollout engine has no weights: load a version first")
         running = RunningRollout(request)
         running.begin(self._version)
         self._running[request.rollout_id] = running
@@ -172,6 +180,7 @@ class VllmWorker:
                 request.rollout_id,
                 lora_request=self._adapter(),
             ):
+                self._num_outputs += 1
                 completion = output.outputs[0]
                 running.add(*compat.delta(completion))
                 if output.finished:
@@ -216,6 +225,19 @@ class VllmWorker:
         for rollout_id, running in self._running.items():
             running.begin(version, at=counts.get(rollout_id, running.num_tokens))
 
+    async def _end_if_it_hangs(self, hang_timeout_s: float) -> None:
+        """End this process when rollouts run and none gets a token: vLLM's own process hangs.
+
+        This one still answers then, so that the controller sees nothing.
+        """
+        await until_still(self._progress, hang_timeout_s)
+        _die(EngineError(f"no rollout got a token for {hang_timeout_s:g} s"))
+
+    def _progress(self) -> int | None:
+        """Outputs so far; None while none are due."""
+        is_due = self._running and not self._paused and not self._load_lock.locked()
+        return self._num_outputs if is_due else None
+
     async def _guarded(self, work: Coroutine[Any, Any, Any]) -> Any:
         """The result of ``work``; the end of this process where the engine's own has died.
 
@@ -239,7 +261,7 @@ def _finished(running: RunningRollout, reason: str | None) -> Rollout | None:
 
 def _die(error: BaseException) -> NoReturn:
     """The engine's process is gone and this one is of no more use: the controller restarts it."""
-    print(f"vLLM's engine process died: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    print(f"vLLM's engine process is lost: {error}", file=sys.stderr, flush=True)  # noqa: T201
     os._exit(_DEAD)
 
 

@@ -1,0 +1,334 @@
+"""Embedded engines in processes of their own: the same answers, and how they come back."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from qwen3_distill.config import (
+    EmbeddedGeneration,
+    EmbeddedScoring,
+    EmbeddedTraining,
+    SampledReverseKL,
+)
+from qwen3_distill.errors import DataError, EngineError, EngineLost, LearnerLost
+from qwen3_distill.generation.embedded_process import EmbeddedRolloutProcess
+from qwen3_distill.protocols import FullWeights
+from qwen3_distill.scoring.embedded import EmbeddedTeacher
+from qwen3_distill.scoring.embedded_process import EmbeddedTeacherProcess
+from qwen3_distill.scoring.request import SampledRequest
+from qwen3_distill.training.embedded import build_embedded_learner
+from qwen3_distill.training.embedded_process import EmbeddedLearnerProcess
+from qwen3_distill.types import Batch, Rollout, ScoredRollout
+from qwen3_distill.weights.directory import DirectoryChannel
+from qwen3_distill.weights.memory import MemoryChannel
+from tests.contract.adapters import LOGS, build_embedded_process
+from tests.contract.builders import (
+    collect,
+    directory_weights,
+    generate,
+    long_requests,
+    prefixes_when,
+    published,
+    ragged_requests,
+    run,
+    scores_of,
+    serve,
+    synthetic_rollout,
+)
+from tests.tiny_models import TinyModels
+
+Strike = Callable[[int], None]
+
+
+def kill_group(pid: int) -> None:
+    os.killpg(pid, signal.SIGKILL)
+
+
+def stop_group(pid: int) -> None:
+    os.killpg(pid, signal.SIGSTOP)
+
+
+STRIKES = pytest.mark.parametrize("strike", [kill_group, stop_group])
+
+
+# --- Rollouts -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_models: TinyModels) -> Iterator[EmbeddedRolloutProcess]:
+    built = build_embedded_process(tiny_models.student, max_restarts=1000, hang_timeout_s=8.0)
+    yield built
+    run(built.close())
+
+
+@pytest.fixture
+def weights(tiny_models: TinyModels) -> dict[str, Tensor]:
+    return directory_weights(tiny_models.student)
+
+
+@pytest.fixture
+def engine(shared: EmbeddedRolloutProcess, weights: dict[str, Tensor]) -> EmbeddedRolloutProcess:
+    """Serves `weights`; it may be struck."""
+    serve(shared, weights)
+    return shared
+
+
+def pid_of(engine: EmbeddedRolloutProcess) -> int:
+    assert engine.pid is not None
+    return engine.pid
+
+
+def by_id(rollouts: list[Rollout]) -> dict[str, list[int]]:
+    assert len({rollout.rollout_id for rollout in rollouts}) == len(rollouts)
+    return {rollout.rollout_id: rollout.response_ids.tolist() for rollout in rollouts}
+
+
+@STRIKES
+def test_calls_under_way_get_every_rollout_once_though_the_process_is_lost(
+    engine: EmbeddedRolloutProcess, strike: Strike
+) -> None:
+    requests = [*ragged_requests(20, max_new_tokens=2), *long_requests(8)]
+    others = [replace(request, rollout_id=f"other/{request.rollout_id}") for request in requests]
+    expected = by_id(generate(engine, [*requests, *others]))
+    restarts = engine.counters["health/rollout_engine_restarts"]
+
+    async def strike_under_way() -> list[Rollout]:
+        beside = asyncio.create_task(collect(engine, others))
+        rollouts: list[Rollout] = []
+        async for rollout in engine.generate(requests):
+            rollouts.append(rollout)
+            if len(rollouts) == 20:  # some are there, and some are not
+                strike(pid_of(engine))
+        return [*rollouts, *await beside]
+
+    assert by_id(run(strike_under_way())) == expected
+    assert engine.counters["health/rollout_engine_restarts"] == restarts + 1
+
+
+def test_what_was_aborted_does_not_come_back_with_the_process(
+    engine: EmbeddedRolloutProcess,
+) -> None:
+    async def abort_and_kill() -> list[Rollout]:
+        call = asyncio.create_task(collect(engine, long_requests(3)))
+        await prefixes_when(engine, lambda prefixes: len(prefixes) == 3)
+        await engine.abort(["long1"])
+        engine.kill()
+        return await call
+
+    assert sorted(by_id(run(abort_and_kill()))) == ["long0", "long2"]
+
+
+def test_an_engine_that_was_paused_is_paused_when_it_comes_back(
+    engine: EmbeddedRolloutProcess,
+) -> None:
+    async def pause_and_kill() -> list[Rollout]:
+        await engine.pause()
+        engine.kill()
+        call = asyncio.create_task(collect(engine, ragged_requests(3)))
+        assert await engine.prefixes() == []  # it is back
+        await asyncio.sleep(0.3)
+        assert not call.done()
+        await engine.resume()
+        return await call
+
+    assert len(run(pause_and_kill())) == 3
+
+
+def test_a_version_that_was_being_loaded_is_served_after_the_death(
+    engine: EmbeddedRolloutProcess, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    new = {name: tensor * 1.01 for name, tensor in weights.items()}
+    version, _ = published(new, step=1)
+    channel = DirectoryChannel(tmp_path)
+    channel.publish(version, FullWeights(tensors=new))
+
+    async def kill_under_the_load() -> list[Rollout]:
+        call = asyncio.create_task(collect(engine, long_requests(4)))
+        await prefixes_when(engine, lambda prefixes: len(prefixes) == 4)
+        os.killpg(pid_of(engine), signal.SIGSTOP)
+        loading = asyncio.create_task(engine.load(version, channel))
+        await asyncio.sleep(0.1)
+        engine.kill()
+        await loading
+        return await call
+
+    rollouts = run(kill_under_the_load())
+    assert engine.version == version
+    assert {span.version for rollout in rollouts for span in rollout.versions} == {version}
+    assert len(by_id(rollouts)) == 4
+
+
+def test_a_request_made_during_a_load_waits_for_it(
+    engine: EmbeddedRolloutProcess, weights: dict[str, Tensor]
+) -> None:
+    version, channel = published({name: t * 1.01 for name, t in weights.items()}, step=1)
+
+    async def ask_under_the_load() -> list[Rollout]:
+        loading = asyncio.create_task(engine.load(version, channel))
+        await asyncio.sleep(0)
+        rollouts = await collect(engine, ragged_requests(2))
+        await loading
+        return rollouts
+
+    assert {rollout.oldest_version for rollout in run(ask_under_the_load())} == {version}
+
+
+def test_a_death_while_it_comes_back_is_one_more_restart(engine: EmbeddedRolloutProcess) -> None:
+    restarts = engine.counters["health/rollout_engine_restarts"]
+
+    async def kill_twice() -> list[Rollout]:
+        first = pid_of(engine)
+        engine.kill()
+        call = asyncio.create_task(collect(engine, ragged_requests(3)))
+        while pid_of(engine) == first:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        engine.kill()  # it has not even connected
+        return await call
+
+    assert len(run(kill_twice())) == 3
+    assert engine.counters["health/rollout_engine_restarts"] == restarts + 2
+
+
+def test_an_engine_that_dies_too_often_is_given_up(
+    tiny_models: TinyModels, weights: dict[str, Tensor]
+) -> None:
+    engine = build_embedded_process(tiny_models.student, max_restarts=0)
+    serve(engine, weights)
+    engine.kill()
+    with pytest.raises(EngineLost, match="embedded rollout engine died"):
+        generate(engine, ragged_requests(2))
+    run(engine.close())
+
+
+def test_asking_a_closed_engine_does_not_start_it(tiny_models: TinyModels) -> None:
+    config = EmbeddedGeneration(kind="embedded", device="cpu", own_process=True)
+    engine = EmbeddedRolloutProcess(tiny_models.student, config, log=LOGS / "closed.log")
+    run(engine.close())
+    with pytest.raises(EngineLost, match="not running: start it first"):
+        run(engine.prefixes())
+    assert engine.pid is None
+
+
+# --- Scores -------------------------------------------------------------------------------------
+
+
+@STRIKES
+def test_a_teacher_that_is_lost_scores_again_as_the_one_here(
+    tiny_models: TinyModels, strike: Strike
+) -> None:
+    here = EmbeddedTeacher(
+        tiny_models.teacher,
+        request=SampledRequest(),
+        device="cpu",
+        dtype="float32",
+        batch_tokens=64,
+        chunk_tokens=1024,
+    )
+    config = EmbeddedScoring(
+        kind="embedded",
+        model=str(tiny_models.teacher),
+        device="cpu",
+        batch_tokens=64,
+        own_process=True,
+        threads=1,
+        hang_timeout_s=8.0,
+    )
+    teacher = EmbeddedTeacherProcess(config, request=SampledRequest(), log=LOGS / "teacher.log")
+    rollouts = [synthetic_rollout(5, 40, seed) for seed in range(300)]
+    expected = scores_of(here, rollouts)
+    with pytest.raises(EngineError, match="start it first"):
+        _ = teacher.teacher_id
+
+    async def strike_under_way() -> list[Any]:
+        calls = [asyncio.create_task(teacher.score(part)) for part in (rollouts, rollouts[:9])]
+        await asyncio.sleep(0.05)
+        assert teacher.worker.pid is not None
+        strike(teacher.worker.pid)
+        return [score for call in calls for score in await call]
+
+    try:
+        run(teacher.start())
+        assert teacher.teacher_id == here.teacher_id
+        assert teacher.identity == here.identity
+        scores = run(strike_under_way())
+        for score, wanted in zip(scores, [*expected, *expected[:9]], strict=True):
+            assert np.array_equal(score.logprobs, wanted.logprobs)
+        assert teacher.counters == {"score/server_restarts": 1}
+        with pytest.raises(DataError, match="context"):  # not a death: it is not tried again
+            run(teacher.score([synthetic_rollout(200, 100)]))
+    finally:
+        run(teacher.close())
+
+
+# --- Steps --------------------------------------------------------------------------------------
+
+
+@STRIKES
+def test_a_lost_learner_goes_on_from_its_state_as_the_one_here(
+    tiny_models: TinyModels, tmp_path: Path, strike: Strike
+) -> None:
+    config = EmbeddedTraining(
+        kind="embedded", device="cpu", own_process=True, threads=1, hang_timeout_s=8.0
+    )
+    objective = SampledReverseKL(kind="sampled_reverse_kl")
+    settings: dict[str, Any] = {
+        "replay": None,
+        "total_steps": 10,
+        "seed": 0,
+        "publish_adapter": False,
+    }
+    here = build_embedded_learner(tiny_models.student, config, objective, **settings)
+    learner = EmbeddedLearnerProcess(
+        tiny_models.student, config, objective=objective, log=LOGS / "learner.log", **settings
+    )
+    teacher = EmbeddedTeacher(
+        tiny_models.teacher,
+        request=SampledRequest(),
+        device="cpu",
+        dtype="float32",
+        batch_tokens=4096,
+        chunk_tokens=1024,
+    )
+    rollouts = [synthetic_rollout(5, 40, seed, version=here.version) for seed in range(40)]
+    scores = scores_of(teacher, rollouts)
+    batch = Batch.uniform(
+        [ScoredRollout(rollout=r, score=s) for r, s in zip(rollouts, scores, strict=True)]
+    )
+
+    async def strike_under_way() -> None:
+        updating = asyncio.create_task(learner.update(batch))
+        await asyncio.sleep(0.02)
+        assert learner.worker is not None
+        assert learner.worker.pid is not None
+        strike(learner.worker.pid)
+        await updating
+
+    try:
+        run(learner.start())
+        assert learner.version == here.version
+        assert run(learner.update(batch)) == run(here.update(batch))
+        run(learner.save_state(tmp_path))
+        with pytest.raises(LearnerLost):
+            run(strike_under_way())
+        run(learner.start())
+        assert learner.version.step == 0
+        run(learner.load_state(tmp_path, here.version))
+        assert run(learner.update(batch)) == run(here.update(batch))
+        for channel in (MemoryChannel(), DirectoryChannel(tmp_path / "channel")):
+            assert run(learner.publish(channel)) == here.version
+            fetched = channel.fetch(here.version).tensors
+            assert all(torch.equal(fetched[n], t) for n, t in here.payload().tensors.items())
+    finally:
+        run(learner.close())
+    with pytest.raises(EngineError, match="not running"):
+        run(learner.update(batch))

@@ -1,0 +1,78 @@
+"""Engines that are struck once, in the middle of their work; all else is the real one's."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from qwen3_distill.pipeline.build import Parts
+from qwen3_distill.types import (
+    Batch,
+    Rollout,
+    RolloutRequest,
+    ScoreResult,
+    Update,
+)
+
+Strike = Callable[[], None]
+_INTO_THE_CALL_S = 0.02
+
+
+class _Struck:
+    """Passes everything on, and strikes when the countdown is over."""
+
+    def __init__(self, part: Any, calls_before: int, strike: Strike) -> None:
+        self._part = part
+        self._calls_left = calls_before + 1
+        self._strike = strike
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._part, name)
+
+    def _is_due(self) -> bool:
+        self._calls_left -= 1
+        return self._calls_left == 0
+
+    async def _under_way(self, method: str, argument: Any) -> Any:
+        """A call, struck soon after its beginning where it is due."""
+        working = asyncio.create_task(getattr(self._part, method)(argument))
+        if self._is_due():
+            await asyncio.sleep(_INTO_THE_CALL_S)
+            self._strike()
+        return await working
+
+
+class StruckEngine(_Struck):
+    """Struck when some of a call's rollouts are there and others are not."""
+
+    async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
+        due = self._is_due()
+        async for rollout in self._part.generate(requests):
+            yield rollout
+            if due:
+                due = False
+                self._strike()
+
+
+class StruckTeacher(_Struck):
+    """Struck under a request."""
+
+    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
+        return await self._under_way("score", rollouts)
+
+
+class StruckLearner(_Struck):
+    """Struck in a step."""
+
+    async def update(self, batch: Batch) -> Update:
+        return await self._under_way("update", batch)
+
+
+def struck(parts: Parts, *, engine: Strike, teacher: Strike, learner: Strike) -> Parts:
+    """The engine is struck in step 1, the teacher in step 3, the learner in step 4."""
+    fakes: dict[str, Any] = {
+        "engine": StruckEngine(parts.engine, 1, engine),
+        "teacher": StruckTeacher(parts.teacher, 3, teacher),
+        "learner": StruckLearner(parts.learner, 4, learner),
+    }
+    return replace(parts, **fakes)

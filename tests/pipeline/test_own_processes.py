@@ -1,0 +1,151 @@
+"""Runs of the lab pair with the embedded engines in processes of their own, and those struck."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from qwen3_distill.config_io import load_config
+from qwen3_distill.generation.embedded_process import EmbeddedRolloutProcess
+from qwen3_distill.pipeline.build import Parts
+from qwen3_distill.pipeline.run import run
+from qwen3_distill.reporting.console import SilentReporter
+from qwen3_distill.reporting.metrics import read_jsonl
+from qwen3_distill.scoring.embedded_process import EmbeddedTeacherProcess
+from qwen3_distill.training.embedded_process import EmbeddedLearnerProcess
+from qwen3_distill.utils.worker import WorkerProcess
+from tests.pipeline.builders import student_bytes, timeless
+from tests.pipeline.faults import struck
+
+ROOT = Path(__file__).parents[2]
+STEPS, ROLLOUTS = 6, 16
+SHORT = (
+    f"steps={STEPS}",
+    f"prompts_per_step={ROLLOUTS}",
+    "evaluation=null",
+    "checkpoint.every_steps=2",
+    "logging.tensorboard=false",
+)
+STREAMING = "pipeline={kind: streaming, max_staleness_steps: 2}"
+OWN_PROCESSES = tuple(
+    f"{section}.{setting}"
+    for section in ("generation", "scoring", "training")
+    # A hang is found in time, and a busy machine is not taken for one.
+    for setting in ("own_process=true", "threads=1", "hang_timeout_s=8")
+)
+
+
+def lab_run(
+    output: Path, *overrides: str, adapt: Callable[[Parts], Parts] = lambda parts: parts
+) -> list[str]:
+    """A short run of the lab pair; its warnings."""
+    models = (
+        f"student.model={ROOT}/models/lab/student",
+        f"scoring.model={ROOT}/models/lab/teacher",
+    )
+    config = load_config(
+        ROOT / "configs" / "demo.yaml", [f"output_dir={output}", *models, *SHORT, *overrides]
+    )
+    warnings: list[str] = []
+    assert run(config, SilentReporter(), warnings.append, adapt) is not None
+    return warnings
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in one process that nothing happened to."""
+    output = tmp_path_factory.mktemp("calm") / "run"
+    assert lab_run(output) == []
+    return output
+
+
+def test_processes_change_nothing_bit_for_bit(tmp_path: Path, calm: Path) -> None:
+    output = tmp_path / "run"
+    assert lab_run(output, *OWN_PROCESSES) == []
+    assert student_bytes(output) == student_bytes(calm)
+    assert timeless(output / "ledger.jsonl") == timeless(calm / "ledger.jsonl")
+
+
+# --- Each process struck once -------------------------------------------------------------------
+
+
+def kill(worker: WorkerProcess) -> None:
+    worker.kill()
+
+
+def stop(worker: WorkerProcess) -> None:
+    """It is there and does nothing more."""
+    assert worker.pid is not None
+    os.killpg(worker.pid, signal.SIGSTOP)
+
+
+def striking(strike: Callable[[WorkerProcess], None]) -> Callable[[Parts], Parts]:
+    def adapt(parts: Parts) -> Parts:
+        engine, teacher, learner = parts.engine, parts.teacher, parts.learner
+        assert isinstance(engine, EmbeddedRolloutProcess)
+        assert isinstance(teacher, EmbeddedTeacherProcess)
+        assert isinstance(learner, EmbeddedLearnerProcess)
+
+        def strike_learner() -> None:
+            assert learner.worker is not None
+            strike(learner.worker)
+
+        return struck(
+            parts,
+            engine=lambda: strike(engine.worker),
+            teacher=lambda: strike(teacher.worker),
+            learner=strike_learner,
+        )
+
+    return adapt
+
+
+def assert_each_came_back(output: Path, warnings: list[str]) -> None:
+    assert len([w for w in warnings if "the learner is started again" in w]) == len(warnings) == 1
+    (*_, last) = read_jsonl(output / "metrics.jsonl")
+    assert last["health/rollout_engine_restarts"] == 1
+    assert last["score/server_restarts"] == 1
+
+
+def trained(output: Path) -> list[tuple[Any, ...]]:
+    """What each step trained on and what came of it."""
+    keys = ("step", "tokens/trained", "loss/objective", "optim/grad_norm")
+    return [tuple(row[key] for key in keys) for row in read_jsonl(output / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("strike", [kill, stop])
+def test_each_process_may_die_or_hang_once_and_the_run_ends_as_if_none_had(
+    tmp_path: Path, calm: Path, strike: Callable[[WorkerProcess], None]
+) -> None:
+    output = tmp_path / "run"
+    assert_each_came_back(output, lab_run(output, *OWN_PROCESSES, adapt=striking(strike)))
+    assert timeless(output / "ledger.jsonl") == timeless(calm / "ledger.jsonl")
+    ours, theirs = trained(output), trained(calm)
+    assert [row[:2] for row in ours] == [row[:2] for row in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one[2:] == pytest.approx(other[2:], rel=1e-3, abs=1e-5)
+    before = load_file(ROOT / "models/lab/student/model.safetensors")
+    mine, calms = (load_file(folder / "student" / "model.safetensors") for folder in (output, calm))
+    for name, weights in calms.items():
+        assert abs(mine[name] - weights).max() < 1e-4, name
+    assert max(abs(calms[name] - before[name]).max() for name in calms) > 1e-3
+
+
+@pytest.mark.parametrize("strike", [kill, stop])
+def test_streaming_loses_no_rollout_and_trains_on_none_twice_when_processes_are_struck(
+    tmp_path: Path, strike: Callable[[WorkerProcess], None]
+) -> None:
+    output = tmp_path / "run"
+    warnings = lab_run(output, *OWN_PROCESSES, STREAMING, adapt=striking(strike))
+    assert_each_came_back(output, warnings)
+    entries = [
+        entry
+        for record in read_jsonl(output / "ledger.jsonl")
+        for entry in f"{record['trained']} {record['dropped']}".split()
+    ]
+    numbers = sorted(int(entry.partition(":")[0]) for entry in entries)
+    assert numbers == list(range(STEPS * ROLLOUTS))
