@@ -6,7 +6,8 @@ Every run has its three embedded engines in processes of their own. At a random 
 one of them is struck: killed (SIGKILL), stopped for good (SIGSTOP), or stopped for a second or two
 and then let go on. The run must end by itself, and its ledger must name every rollout that was
 asked for exactly once: trained on, or dropped as too old. A run that takes longer than
-``--limit-s`` counts as not finished. Runs are processes of their own, so a crash of one cannot hide another.
+``--limit-s`` counts as not finished. Runs are processes of their own, so a crash of one cannot hide
+another.
 
 Figures: ``runs``, ``finished``, ``lost`` and ``duplicated`` (rollouts over all runs), ``stale``
 (dropped and counted), ``struck`` (runs whose fault came before their end).
