@@ -14,6 +14,11 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from qwen3_distill.generation.grouped_attention import (
+    RowGroups,
+    group_rows,
+    use_grouped_attention,
+)
 from qwen3_distill.generation.running import RunningRollout
 from qwen3_distill.generation.sampling import RowSampler
 from qwen3_distill.types import FinishReason, Prompt, Rollout, RolloutRequest
@@ -63,6 +68,7 @@ class DecodeBatch:
     def __init__(
         self, model: PreTrainedModel, device: torch.device, eos_ids: frozenset[int]
     ) -> None:
+        use_grouped_attention(model)
         self._model = model
         self._device = device
         self._eos_ids = eos_ids
@@ -72,6 +78,8 @@ class DecodeBatch:
         """Forget all rows."""
         self._rows: list[DecodeRow] = []
         self._state: _State | None = None
+        self._is_mixed = False
+        """Rows have joined since the first ones: some are much longer than others."""
 
     @property
     def rows(self) -> list[DecodeRow]:
@@ -100,7 +108,8 @@ class DecodeBatch:
     def _next_logits(self, state: "_State") -> Tensor:
         """[B, V] after each row's last token, which enters the cache."""
         state.mask_BT = pad(state.mask_BT, (0, 1), value=1)
-        return self._forward(state.last_B.unsqueeze(1), state.mask_BT, state.cache)
+        groups = group_rows([_cached_tokens(row) for row in self._rows]) if self._is_mixed else None
+        return self._forward(state.last_B.unsqueeze(1), state.mask_BT, state.cache, groups)
 
     def _drop_finished(self) -> None:
         alive = [index for index, row in enumerate(self._rows) if not row.is_over]
@@ -121,6 +130,7 @@ class DecodeBatch:
         else:
             self._state.trim(max(_cached_tokens(row) for row in self._rows))
             self._state.join(joined)
+            self._is_mixed = True
         self._rows = [*self._rows, *joining]
         return logits_BV
 
@@ -156,10 +166,12 @@ class DecodeBatch:
             logits_BV, mask_BT = logits_BV[index], mask_BT[index]
         return logits_BV, cache, mask_BT
 
-    def _forward(self, ids_BT: Tensor, mask_BT: Tensor, cache: Cache) -> Tensor:
+    def _forward(
+        self, ids_BT: Tensor, mask_BT: Tensor, cache: Cache, groups: RowGroups | None = None
+    ) -> Tensor:
         """[B, V] logits after the last of the new positions ``ids_BT``; extends the cache."""
         position_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
-        return next_token_logits(self._model, ids_BT, mask_BT, position_BT, cache)
+        return next_token_logits(self._model, ids_BT, mask_BT, position_BT, cache, groups)
 
 
 class _RoomyLayer(DynamicLayer):
@@ -255,6 +267,7 @@ def next_token_logits(
     mask_BT: Tensor,
     position_BT: Tensor,
     cache: Cache,
+    groups: RowGroups | None,
 ) -> Tensor:
     """One cached forward pass; the head is applied to the last position only."""
     return model(
@@ -262,6 +275,7 @@ def next_token_logits(
         attention_mask=mask_BT,
         position_ids=position_BT,
         past_key_values=cache,
+        row_groups=groups,
         use_cache=True,
         logits_to_keep=1,
     ).logits[:, -1]
