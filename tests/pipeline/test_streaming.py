@@ -175,9 +175,10 @@ def test_what_is_too_old_is_dropped_and_counted(tiny_models: TinyModels, tmp_pat
 def test_a_prompts_samples_share_a_step_when_they_are_compared_with_one_another(
     tiny_models: TinyModels, tmp_path: Path
 ) -> None:
-    changes = {"steps": 8, **TASK_REWARD, **streaming(max_staleness_steps=8)}
+    changes = {"steps": 8, **TASK_REWARD, **streaming(max_staleness_steps=2)}
     config = tiny_config(tiny_models, tmp_path / "run", changes)
-    run_streaming(config, lambda parts: replace(parts, engine=HoldsBack(parts.engine, {3}, 9)))
+    # Of the first twelve it comes last: when the second step's rollouts are there.
+    run_streaming(config, lambda parts: replace(parts, engine=HoldsBack(parts.engine, {3}, 12)))
     for record in read_jsonl(config.output_path / "ledger.jsonl"):
         numbers = [int(entry) for entry in record["trained"].split()]
         prompts = Counter(number // 2 for number in numbers)
@@ -263,9 +264,9 @@ def test_harvested_pieces_and_remainders_hold_every_token_once(
 ) -> None:
     harvest = {"deadline_s": 1e-6, "min_tokens": 3, "full_length_fraction": 0.25}
     changes = {
-        "steps": 10,
-        "sampling.max_new_tokens": 60,
-        **streaming(max_staleness_steps=20, harvest=harvest),
+        "steps": 30,
+        "sampling.max_new_tokens": 24,
+        **streaming(max_staleness_steps=40, max_in_flight=6, harvest=harvest),
     }
     config = tiny_config(tiny_models, tmp_path / "run", changes)
     seen, tap = Batches(), Tap()
@@ -276,9 +277,11 @@ def test_harvested_pieces_and_remainders_hold_every_token_once(
             pieces.setdefault(item.rollout.rollout_id.partition("/from-")[0], []).append(
                 item.rollout
             )
-    assert any(len(parts) > 1 for parts in pieces.values())
-    for rollout_id, parts in pieces.items():
+    for parts in pieces.values():
         parts.sort(key=lambda piece: piece.continues_at)
+    in_parts = [parts for parts in pieces.values() if len(parts) > 1]
+    assert any(parts[-1].finish_reason is not FinishReason.HARVESTED for parts in in_parts)
+    for rollout_id, parts in pieces.items():
         edges = np.cumsum([0, *(piece.num_tokens for piece in parts)])
         assert [piece.continues_at for piece in parts] == edges[:-1].tolist()
         if rollout_id in tap.finished and parts[-1].finish_reason is not FinishReason.HARVESTED:

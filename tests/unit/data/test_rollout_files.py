@@ -70,6 +70,7 @@ def rollout(rng: np.random.Generator, size: int, index: int = 0) -> Rollout:
             for a, b, step in spans
         ),
         finish_reason=FinishReason.STOP if index % 2 else FinishReason.LENGTH,
+        continues_at=index % 3,
     )
 
 
@@ -203,7 +204,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
 # --- Files that are not what they should be -----------------------------------------------------
 
 
-def rewrite(path: Path, table: pa.Table, version: str | None = "1") -> None:
+def rewrite(path: Path, table: pa.Table, version: str | None = "2") -> None:
     metadata = {} if version is None else {VERSION_KEY: version.encode()}
     pq.write_table(table.replace_schema_metadata(metadata), path)
 
@@ -278,12 +279,12 @@ def test_unscored_file_is_not_a_scored_one(tmp_path: Path) -> None:
         read_scored(tmp_path / "r.parquet")
 
 
-@pytest.mark.parametrize(("version", "named"), [(None, "'none'"), ("2", "'2'")])
+@pytest.mark.parametrize(("version", "named"), [(None, "'none'"), ("1", "'1'")])
 def test_other_schema_versions_are_refused(tmp_path: Path, version: Any, named: str) -> None:
     path = tmp_path / "s.parquet"
     write_sample(path)
     rewrite(path, pq.read_table(path), version)
-    with pytest.raises(DataError, match=f"schema version {named}, expected '1'"):
+    with pytest.raises(DataError, match=f"schema version {named}, expected '2'"):
         read_scored(path)
 
 
