@@ -11,7 +11,7 @@ name an end-of-sequence token which is never sampled.
 
 ``NAME:STEPS`` measures so many steps of a distribution. Both pipelines train on the same rollouts,
 from the first request to the last weights in use: what streaming needs to fill and to drain its
-stages is in its time. A warm-up step comes before.
+stages is in its time. A warm-up step of the same lengths comes before.
 
 ``--swapping NAME`` measures one step of that distribution in which only one model is loaded at a
 time: start the rollout engine, generate, end it, and so on, all caches of compiled code warm.
@@ -192,6 +192,7 @@ class Bench:
     async def compare(self, name: str, steps: int) -> None:
         """Both pipelines on the same rollouts."""
         results: dict[str, dict[str, float]] = {}
+        await self.pipeline("sequential", name, 1, "warm-up")  # shapes that were not seen yet
         for kind in ("sequential", "streaming"):
             results[kind] = await self.pipeline(kind, name, steps, f"{name}-{kind}")
             print(name, kind, json.dumps(results[kind]), flush=True)
@@ -261,7 +262,6 @@ async def measure(arguments: argparse.Namespace, config: RunConfig, report: Repo
         with PeakMemory() as memory:
             _, start_s = await timed(start_side_by_side(parts))
             await push_weights(parts)
-            await bench.pipeline("sequential", "fixed", 1, "warm-up")
             for name, steps in arguments.lengths:
                 await bench.compare(name, steps)
             report.add("together", {"peak_gib": memory.peak_gib}, start_s=start_s)

@@ -641,7 +641,7 @@ class ReplayConfig(Schema):
     """Prompt and response tokens that are kept; 12 bytes each, and 8 more per candidate of the
     teacher. The oldest rollouts make room."""
     capacity_rollouts: PositiveInt | None = None
-    """Rollouts that are kept; null: as many as the tokens allow."""
+    """Rollouts that are kept; null: one for every 32 tokens, so that the tokens decide."""
     max_age_steps: Annotated[int, Field(ge=0)] = 4
     """Rollouts whose oldest token is older, in optimizer steps, are dropped."""
     law: ReplayLaw = Field(default_factory=lambda: UniformLaw(kind="uniform"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import pytest
+import torch
 from torch import Tensor
 
 from qwen3_distill.config import (
@@ -16,12 +17,14 @@ from qwen3_distill.config import (
     FullTuning,
     ObjectiveConfig,
     OptimizerConfig,
+    ReplayConfig,
     TuningConfig,
 )
 from qwen3_distill.errors import WeightVersionError
 from qwen3_distill.generation.embedded import EmbeddedRolloutEngine
 from qwen3_distill.generation.embedded_process import EmbeddedRolloutProcess
-from qwen3_distill.protocols import Learner, StreamingRolloutEngine, TeacherScorer
+from qwen3_distill.protocols import ReplayingLearner, StreamingRolloutEngine, TeacherScorer
+from qwen3_distill.replay.buffer import build_replay
 from qwen3_distill.scoring.embedded import EmbeddedTeacher
 from qwen3_distill.scoring.request import SampledRequest, ScoreRequest
 from qwen3_distill.training.embedded import EmbeddedLearner
@@ -98,6 +101,7 @@ class LearnerSettings:
     publish_adapter: bool = False
     total_steps: int = 10
     seed: int = 0
+    replay: ReplayConfig | None = None
 
 
 class LearnerAdapter(Protocol):
@@ -115,7 +119,7 @@ class LearnerAdapter(Protocol):
 
     def supports(self, objective: ObjectiveConfig) -> bool: ...
 
-    def build(self, model_dir: Path, settings: LearnerSettings) -> Learner: ...
+    def build(self, model_dir: Path, settings: LearnerSettings) -> ReplayingLearner: ...
 
 
 @dataclass(frozen=True)
@@ -206,8 +210,11 @@ class EmbeddedLearnerAdapter:
     def supports(self, objective: ObjectiveConfig) -> bool:
         return True
 
-    def build(self, model_dir: Path, settings: LearnerSettings) -> Learner:
-        head_VD = settings.teacher_head_VD
+    def build(self, model_dir: Path, settings: LearnerSettings) -> ReplayingLearner:
+        head_VD, replay = settings.teacher_head_VD, settings.replay
+        buffer = replay and build_replay(
+            replay, settings.objective, device=torch.device(self.device), seed=settings.seed
+        )
         return EmbeddedLearner(
             model_dir,
             config=EmbeddedTraining(
@@ -228,6 +235,7 @@ class EmbeddedLearnerAdapter:
             total_steps=settings.total_steps,
             seed=settings.seed,
             publish_adapter=settings.publish_adapter,
+            replay=buffer,
         )
 
 

@@ -3,6 +3,7 @@
 Shape letters: R response tokens, V vocabulary, X outcomes of a closed set.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from qwen3_distill.config import (
     LoraTuning,
     ObjectiveConfig,
     OptimizerConfig,
+    ReplayConfig,
     SampledReverseKL,
     TopKBaseline,
     TopKDivergence,
@@ -34,7 +36,7 @@ from qwen3_distill.errors import CheckpointError, ConfigError, DataError, NonFin
 from qwen3_distill.generation.embedded import EmbeddedRolloutEngine
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.protocols import Learner, LoraWeights
+from qwen3_distill.protocols import Learner, LoraWeights, ReplayingLearner
 from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.scoring.request import request_for
 from qwen3_distill.types import (
@@ -78,6 +80,9 @@ TUNINGS = {"full": FULL, "lora": LORA}
 # eps is large, so that the step is a smooth function of the gradient: with the usual 1e-8 Adam's
 # first step is the gradient's sign, and rounding in a gradient near zero would show at full size.
 SMOOTH = OptimizerConfig(learning_rate=1e-2, eps=1e-2, weight_decay=0.1, max_grad_norm=1.0)
+
+STILL = SMOOTH.model_copy(update={"learning_rate": 1e-12, "weight_decay": 0.0})
+"""Steps that change nothing, so that the same rollouts have the same loss again."""
 
 sampled = partial(SampledReverseKL, kind="sampled_reverse_kl", advantage_clip=2.0)
 top_k = partial(TopKDivergence, kind="top_k", k=8)
@@ -129,7 +134,7 @@ class Bench:
         objective: ObjectiveConfig,
         optimizer: OptimizerConfig = SMOOTH,
         **settings: Any,
-    ) -> Learner:
+    ) -> ReplayingLearner:
         if not adapter.supports(objective):
             pytest.skip("this learner cannot have the teacher's hidden states")
         return adapter.build(
@@ -692,6 +697,159 @@ def test_the_saved_student_is_the_published_one(
         for path in (bench.student_dir, tmp_path / "student")
     )
     assert old == new == "<|user|>1 + 1?<|end|>"
+
+
+# --- Replay -------------------------------------------------------------------------------------
+
+REPLAY = ReplayConfig(capacity_tokens=2000, max_age_steps=9, coverage_first=True)
+PRIORITIZED = ReplayConfig.model_validate(
+    {
+        "capacity_tokens": 2000,
+        "max_age_steps": 9,
+        "law": {"kind": "proportional", "alpha": 1.0, "age_decay_steps": 3.0},
+    }
+)
+REPLAYABLE = ("sampled", "sampled_top_k_baseline", "top_k_bin_reverse")
+
+
+def replayed(learner: ReplayingLearner, count: int, num_rollouts: int) -> list[Update]:
+    return [run(learner.update_replayed(num_rollouts)) for _ in range(count)]
+
+
+@each_tuning
+@pytest.mark.parametrize("name", REPLAYABLE)
+@pytest.mark.parametrize("micro_batch_tokens", [90, 10**6])
+def test_a_replayed_batch_has_the_gradient_of_the_batch(
+    adapter: LearnerAdapter,
+    bench: Bench,
+    name: str,
+    tuning: TuningConfig,
+    micro_batch_tokens: int,
+) -> None:
+    objective = OBJECTIVES[name]
+    batch = Batch.uniform(bench.ragged_batch(objective).scored)
+    settings = {"tuning": tuning, "micro_batch_tokens": micro_batch_tokens}
+    direct = bench.learner(adapter, objective, **settings)
+    replaying = bench.learner(adapter, objective, replay=REPLAY, **settings)
+    before = weights_of(direct)
+    (expected,) = steps(direct, batch, 1)
+    run(replaying.admit(batch.scored))
+    (update,) = replayed(replaying, 1, len(batch.scored))
+    assert update.loss == pytest.approx(expected.loss, rel=1e-5 * adapter.slack)
+    assert update.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5 * adapter.slack)
+    assert update.num_loss_tokens == expected.num_loss_tokens
+    limits = {"worst": WORST * adapter.slack, "drift": DRIFT * adapter.slack}
+    assert_same_weights(weights_of(replaying), weights_of(direct), before, **limits)
+    for key in ("loss/reverse_kl_nats", "health/learner_vs_engine_max_nats", "weights/lag_steps"):
+        slack = 1e-4 * adapter.slack
+        assert metric(update, key) == pytest.approx(metric(expected, key), rel=slack, abs=slack)
+
+
+def test_importance_weights_reach_the_gradient(adapter: LearnerAdapter, bench: Bench) -> None:
+    """Four of seven were used before and five are drawn: the used count more, once drawn."""
+    objective = OBJECTIVES["sampled"]
+    scored = bench.ragged_batch(objective).scored
+    full_correction = REPLAY.model_copy(update={"beta_start": 1.0})
+    learner = bench.learner(adapter, objective, replay=full_correction, optimizer=STILL)
+    run(learner.admit(scored[:4]))
+    replayed(learner, 1, 4)
+    run(learner.admit(scored[4:]))
+    (update,) = replayed(learner, 1, 5)
+    # Three unused for certain, two of the four used with probability 1/2 and so twice the weight.
+    fraction = (3 * 1 + 2 * 2) ** 2 / (3 * 1 + 2 * 4) / 5
+    assert metric(update, "replay/effective_sample_fraction") == pytest.approx(fraction)
+    candidates = []
+    for pair in itertools.combinations(range(4), 2):
+        chosen = [*(scored[i] for i in pair), *scored[4:]]
+        weights = np.array([2.0, 2.0, 1.0, 1.0, 1.0])
+        batch = replace(Batch.uniform(chosen), importance_weights=weights)
+        other = bench.learner(adapter, objective, optimizer=STILL)
+        candidates.append(run(other.update(batch)).loss)
+    assert min(abs(update.loss - loss) for loss in candidates) < 1e-5 * adapter.slack
+
+
+def test_a_resumed_learner_replays_on_bit_for_bit(
+    adapter: LearnerAdapter, bench: Bench, tmp_path: Path
+) -> None:
+    if not adapter.bitwise_repeatable:
+        pytest.skip("this learner's kernels add up in any order")
+    scored = bench.ragged_batch(sampled()).scored
+    build = partial(bench.learner, adapter, sampled(), replay=PRIORITIZED)
+    unbroken = build()
+    run(unbroken.admit(scored))
+    head = replayed(unbroken, 3, 3)
+    run(unbroken.save_state(tmp_path))
+    tail = replayed(unbroken, 3, 3)
+    resumed = build()
+    run(resumed.load_state(tmp_path, head[-1].version))
+    again = replayed(resumed, 3, 3)
+    assert [(u.version, u.loss) for u in again] == [(u.version, u.loss) for u in tail]
+    without = build()
+    run(without.admit(scored))
+    (tmp_path / "replay.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="replay"):
+        run(without.load_state(tmp_path, head[-1].version))
+
+
+def test_replay_says_what_it_holds_and_ends_with_the_age_limit(
+    adapter: LearnerAdapter, bench: Bench
+) -> None:
+    scored = bench.ragged_batch(sampled()).scored
+    rollouts = [entry.rollout for entry in scored]
+    config = REPLAY.model_copy(update={"max_age_steps": 2})
+    learner = bench.learner(adapter, sampled(), replay=config)
+    run(learner.admit(scored))
+    *_, last = replayed(learner, 3, 100)
+    expected = {
+        "replay/rollouts": len(scored),
+        "replay/drawn_rollouts": len(scored),
+        "replay/tokens": sum(r.prompt.token_ids.size + r.num_tokens for r in rollouts),
+        "replay/age_mean_steps": 2,
+        "replay/age_max_steps": 2,
+        "replay/uses_mean": 3,
+        "replay/added": len(scored),
+        "replay/evicted_by_age": 0,
+        "replay/effective_sample_fraction": 1,
+        "weights/lag_steps": 2,
+    }
+    assert {key: metric(last, key) for key in expected} == pytest.approx(expected)
+    with pytest.raises(DataError, match="max_age_steps"):
+        run(learner.update_replayed(100))
+
+
+def test_a_replayed_step_that_is_not_finite_uses_nothing_up(
+    adapter: LearnerAdapter, bench: Bench
+) -> None:
+    config = REPLAY.model_copy(update={"reuse_cap": 1})
+    unlikely = OBJECTIVES["sampled_plain"]
+    batch = bench.ragged_batch(unlikely)
+    impossible = [
+        ScoredRollout(
+            rollout=s.rollout, score=replace(s.score, logprobs=np.full(s.rollout.num_tokens, -3e38))
+        )
+        for s in batch.scored
+    ]
+    learner = bench.learner(adapter, unlikely, replay=config)
+    run(learner.admit(impossible))
+    for _ in range(2):  # still there
+        with pytest.raises(NonFiniteError):
+            run(learner.update_replayed(3))
+    assert learner.version.step == 0
+
+
+def test_a_learner_without_replay_says_so(adapter: LearnerAdapter, bench: Bench) -> None:
+    learner = bench.learner(adapter, sampled())
+    with pytest.raises(ConfigError, match="`replay` section"):
+        run(learner.admit(bench.ragged_batch(sampled()).scored))
+    with pytest.raises(ConfigError, match="`replay` section"):
+        run(learner.update_replayed(1))
+
+
+def test_what_is_too_long_is_not_admitted(adapter: LearnerAdapter, bench: Bench) -> None:
+    learner = bench.learner(adapter, sampled(), replay=REPLAY)
+    too_long = bench.batch(sampled(), [synthetic_rollout(7, CONTEXT_LENGTH - 6)])
+    with pytest.raises(DataError, match="has 257 tokens"):
+        run(learner.admit(too_long.scored))
 
 
 # --- What is refused ----------------------------------------------------------------------------

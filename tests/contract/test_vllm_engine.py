@@ -323,6 +323,27 @@ def test_a_killed_engine_comes_back_and_no_rollout_is_lost_or_doubled(
     assert live_processes(engine.pid)
 
 
+def test_an_engine_core_that_dies_alone_is_noticed_by_a_load(
+    engine: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
+) -> None:
+    """vLLM leaves a call to a dead engine core unanswered; the system kills the largest process."""
+    serve_adapter(engine, channel, adapter_weights(base, seed=1), 0)
+    before = engine.counters["health/rollout_engine_restarts"]
+    for pid in engine_cores(engine.pid):
+        os.kill(pid, signal.SIGKILL)
+    version = serve_adapter(engine, channel, adapter_weights(base, seed=2), 1)
+    assert engine.version == version
+    assert engine.counters["health/rollout_engine_restarts"] == before + 1
+    assert len(generate(engine, ragged_requests(2))) == 2
+
+
+def engine_cores(group: int | None) -> list[int]:
+    """vLLM's own processes in a process group."""
+    out = subprocess.run(["ps", "-eo", "pid=,pgid=,args="], capture_output=True, text=True)
+    rows = [line.split(None, 2) for line in out.stdout.splitlines()]
+    return [int(row[0]) for row in rows if row[1] == str(group) and row[2].startswith("VLLM::")]
+
+
 def test_an_engine_that_dies_too_often_is_given_up(
     tiny_models: TinyModels, base: dict[str, Tensor]
 ) -> None:

@@ -153,6 +153,7 @@ class UnslothLearnerAdapter:
             publish_adapter=settings.publish_adapter,
             memory_bytes=None,
             log=LOGS / "unsloth.log",
+            replay=settings.replay,
         )
         run(learner.start())
         return learner

@@ -116,6 +116,7 @@ def test_folder_holds_exactly_what_is_promised(finished: RunConfig) -> None:
         "checkpoints",
         "config.json",
         "evaluations.jsonl",
+        "ledger.jsonl",
         "manifest.json",
         "metrics.jsonl",
         "report.html",

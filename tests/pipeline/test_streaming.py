@@ -261,7 +261,7 @@ def test_rollouts_without_a_score_are_dropped_and_too_many_of_them_are_an_error(
 def test_harvested_pieces_and_remainders_hold_every_token_once(
     tiny_models: TinyModels, tmp_path: Path
 ) -> None:
-    harvest = {"deadline_s": 0.05, "min_tokens": 3, "full_length_fraction": 0.25}
+    harvest = {"deadline_s": 1e-6, "min_tokens": 3, "full_length_fraction": 0.25}
     changes = {
         "steps": 10,
         "sampling.max_new_tokens": 60,

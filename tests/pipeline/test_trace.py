@@ -9,20 +9,30 @@ import pytest
 from qwen3_distill.config import RunConfig
 from qwen3_distill.pipeline import run as run_module
 from qwen3_distill.pipeline.build import Parts
+from qwen3_distill.pipeline.recorder import summarize
 from qwen3_distill.pipeline.run import run
-from qwen3_distill.reporting.metrics import OCCASIONAL_STAGES, STEP_STAGES, read_jsonl
+from qwen3_distill.pipeline.run_folder import RunFolder
+from qwen3_distill.reporting.metrics import OCCASIONAL_STAGES, STEP_STAGES, MetricsLog, read_jsonl
 from qwen3_distill.reporting.trace import Event, read_trace
 from qwen3_distill.utils.mps import PIPE_VARIABLE, MpsDaemon
 from tests.pipeline.builders import (
     EVALUATION,
     RecordingReporter,
     raise_warning,
+    read_json,
     run_to_end,
     same_result,
     tiny_config,
 )
 from tests.tiny_models import TinyModels
 
+ACCURACY = {
+    "accuracy": 0.5,
+    "ci_low": 0.4,
+    "ci_high": 0.6,
+    "num_problems": 8,
+    "samples_per_problem": 1,
+}
 MPS = {"pipeline": {"kind": "sequential", "mps": True}}
 
 
@@ -41,7 +51,7 @@ def begins(events: list[Event]) -> list[tuple[str, str]]:
 
 
 def test_the_trace_has_every_stage_of_every_step(finished: RunConfig) -> None:
-    events = read_trace(finished.output_path / "trace.json")
+    events = read_json(finished.output_path / "trace.json")  # with its bracket at the end
     stages = Counter(stage for stage, _ in begins(events))
     assert stages == {
         "generate": 4,
@@ -113,6 +123,26 @@ def test_a_resumed_run_begins_a_trace_and_keeps_the_earlier_one(
     reference = tmp_path / "reference"
     run_to_end(tiny_config(tiny_models, reference, {"logging.trace": False}))
     assert same_result(tmp_path / "run", reference)
+
+
+@pytest.mark.parametrize(
+    ("idle", "other"), [(0.1, 7.0), (0.4, 10.0)], ids=["one-after-another", "side-by-side"]
+)
+def test_the_summary_counts_what_ran_side_by_side_once(
+    idle: float, other: float, tiny_models: TinyModels, run_dir: Path
+) -> None:
+    stages = {"generate": 5.0, "score": 1.0, "train": 3.0, "publish": 0.0}
+    times = {f"time/{s}_s": t for s, t in (stages | {"evaluate": 0.0, "checkpoint": 0.0}).items()}
+    counts = {"tokens/generated": 1, "tokens/trained": 1}
+    with RunFolder(tiny_config(tiny_models, run_dir)) as folder:
+        MetricsLog(folder.metrics).log(
+            1, {"time/step_s": 10.0, "idle/all_fraction": idle, **times, **counts}
+        )
+        MetricsLog(folder.evaluations).log(1, {"model": "student", "wall_s": 4.0} | ACCURACY)
+        summary = summarize(folder, total_wall_s=20.0)
+    assert summary["wall_s"] == pytest.approx(
+        stages | {"checkpoint": 0.0, "evaluate": 4.0, "other": other, "total": 20.0}
+    )
 
 
 # --- MPS ------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Tasks that live and die together."""
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine
 from typing import Any
 
@@ -111,6 +112,24 @@ def test_a_task_that_ends_by_itself_leaves_the_block_alone() -> None:
             return 7
 
     assert run(block()) == 7
+
+
+def test_a_task_that_loses_a_cancellation_is_cancelled_again() -> None:
+    seen: list[str] = []
+
+    async def deaf_once() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        seen.append("deaf")
+        await forever(seen)
+
+    async def block() -> None:
+        async with TaskScope() as scope:
+            scope.spawn(deaf_once(), "a")
+            await asyncio.sleep(0.01)
+
+    run(block())
+    assert seen == ["deaf", "ended"]
 
 
 def test_a_wait_says_what_it_waited_for() -> None:

@@ -17,7 +17,7 @@ if not os.path.exists("/dev/nvidiactl"):
 import asyncio
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,6 +43,7 @@ from qwen3_distill.types import (
 from qwen3_distill.utils.stillness import until_still
 from qwen3_distill.utils.worker import serve_worker
 
+_DEATH_CHECK_S = 1.0
 _DEAD = 70
 """Exit status of this process when the engine's own process has died."""
 
@@ -237,9 +238,17 @@ class VllmWorker:
         is_due = self._running and not self._paused and not self._load_lock.locked()
         return self._num_outputs if is_due else None
 
-    async def _guarded(self, work: Any) -> Any:
+    async def _guarded(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """The result of ``work``; the end of this process where the engine's own has died.
+
+        vLLM leaves a call unanswered that was under way when its engine died.
+        """
+        task = asyncio.create_task(work)
+        while not (await asyncio.wait([task], timeout=_DEATH_CHECK_S))[0]:
+            if self._engine.errored:
+                _die(self._engine.dead_error)
         try:
-            return await work
+            return task.result()
         except EngineDeadError as error:
             _die(error)
 

@@ -23,7 +23,13 @@ from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.run_folder import RunFolder
 from qwen3_distill.protocols import Sampler
 from qwen3_distill.reporting.console import ProgressReporter
-from qwen3_distill.reporting.metrics import STEP_STAGES, MetricsLog, combine, read_jsonl
+from qwen3_distill.reporting.metrics import (
+    OCCASIONAL_STAGES,
+    STEP_STAGES,
+    MetricsLog,
+    combine,
+    read_jsonl,
+)
 from qwen3_distill.reporting.report import RolloutView, write_report
 from qwen3_distill.reporting.trace import Trace
 from qwen3_distill.reporting.trackers import open_trackers
@@ -264,7 +270,9 @@ def summarize(folder: RunFolder, total_wall_s: float) -> dict[str, Any]:
         for stage in (*STEP_STAGES, "checkpoint")
     }
     wall_s["evaluate"] = sum(record["wall_s"] for record in evaluations)
-    wall_s["other"] = max(0.0, total_wall_s - sum(wall_s.values()))
+    # What ran side by side took its time once.
+    busy_s = sum(wall_s.values()) - sum(_overlap_s(record) for record in steps)
+    wall_s["other"] = max(0.0, total_wall_s - busy_s)
     wall_s["total"] = total_wall_s
     generated = sum(int(record["tokens/generated"]) for record in steps)
     trained = sum(int(record["tokens/trained"]) for record in steps)
@@ -278,6 +286,15 @@ def summarize(folder: RunFolder, total_wall_s: float) -> dict[str, Any]:
         "tokens": {"generated": generated, "scored": generated, "trained": trained},
         "wall_s": wall_s,
     }
+
+
+def _overlap_s(record: Mapping[str, Any]) -> float:
+    """Seconds of a step by which its stages' times exceed the time in which any was at work."""
+    if "time/step_s" not in record:
+        return 0.0
+    stages = (*STEP_STAGES, *OCCASIONAL_STAGES)
+    busy_s = record["time/step_s"] * (1.0 - record["idle/all_fraction"])
+    return sum(record[f"time/{stage}_s"] for stage in stages) - busy_s
 
 
 def _accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

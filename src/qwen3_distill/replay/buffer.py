@@ -1,17 +1,18 @@
-"""The replay buffer: rings of pages on the learner's device; no Python per token or rollout.
+"""The replay buffer: rings of tokens on the learner's device; no Python per token or rollout.
 
-Per-token values lie in arenas of pages. A rollout takes whole pages, one behind another, and may
-wrap from the last page to the first: gathering is then an index over pages, each copied whole,
-instead of one over tokens, and no room is lost at the ring's end. Rollouts are numbered as they
-come; rollout number i has slot ``i % M`` in every per-rollout array.
+Per-token values lie in arenas. A rollout stands in consecutive slots of them: where it would not
+fit before the arena's end it begins at the start again, and less than a rollout's length stays
+empty. So what is drawn is read where it lies; the layout of micro-batches is the only copy that is
+ever made of it. Rollouts are numbered as they come; rollout number i is at ``i % M`` in every
+per-rollout array.
 
-What the layout needs (pages, lengths) is known when a rollout comes and never changes: it is kept
-on the host, so that making room and finding pages never waits for the device. What the drawing
+What the layout needs (places, lengths) is known when a rollout comes and never changes: it is kept
+on the host, so that making room and finding rollouts never waits for the device. What the drawing
 needs (priority, age, uses) is kept on the device. ``mass`` is both share and sign of life: it is
-0 in a slot that is empty or whose rollout was dropped. A dropped rollout's pages are free when the
-oldest end of the ring reaches them.
+0 where no rollout is or where it was dropped. A dropped rollout's tokens are free when the oldest
+end of the ring reaches them.
 
-Shape letters: P pages, M slots, S rollouts given or drawn, F token slots, K teacher candidates.
+Shape letters: C token slots, M rollouts kept, S rollouts given or drawn, K teacher candidates.
 """
 
 import bisect
@@ -31,7 +32,7 @@ from qwen3_distill.config import (
 )
 from qwen3_distill.errors import AlignmentError, CheckpointError, DataError
 from qwen3_distill.modeling.digest import weights_digest
-from qwen3_distill.replay.flat import Counts, FlatRollouts, flatten, spans
+from qwen3_distill.replay.flat import Counts, FlatRollouts, flatten
 from qwen3_distill.replay.priority import (
     Draw,
     annealed,
@@ -43,18 +44,18 @@ from qwen3_distill.replay.priority import (
 from qwen3_distill.types import Metric, ScoredRollout
 from qwen3_distill.utils.seeds import derive_seed
 
-PAGE_TOKENS = 32
-"""A page of ids is two cache lines; on average half a page per rollout stays empty."""
+ASSUMED_TOKENS = 32
+"""A rollout's length if the config says nothing: shorter ones fill the places before the tokens."""
 
 _CAPACITY, _AGE, _REUSE = range(3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplaySample:
-    """Rollouts that were drawn, in the order of their slots. Good until rollouts are added."""
+    """Rollouts that were drawn, in the order of their places. Good until rollouts are added."""
 
-    slots_S: Counts
-    """On the host."""
+    places_S: Counts
+    """In per-rollout arrays; on the host."""
     weights_S: Tensor
     """float32 on the device: importance weights, divided by the largest of them."""
     numbers_S: Counts
@@ -62,12 +63,12 @@ class ReplaySample:
 
     @property
     def num_rollouts(self) -> int:
-        return len(self.slots_S)
+        return len(self.places_S)
 
 
 class _Shape(NamedTuple):
-    pages: int
-    slots: int
+    tokens: int
+    rollouts: int
     candidates: int
 
 
@@ -91,18 +92,20 @@ class ReplayBuffer:
             for name, (shape, dtype) in _layout(self._shape).items()
         }
         self._arenas = {name: tensors.pop(name) for name in _arena_layout(self._shape)}
-        self._slots = tensors
-        slots = self._shape.slots
-        self._first_page = np.zeros(slots, dtype=np.int64)
-        """Counted on without end; modulo P it is the place."""
-        self._prompt_tokens = np.zeros(slots, dtype=np.int64)
-        self._response_tokens = np.zeros(slots, dtype=np.int64)
-        self._oldest_step = np.zeros(slots, dtype=np.int64)
+        self._edges = tensors.pop("edges")
+        self._state = tensors
+        rollouts = self._shape.rollouts
+        self._first = np.zeros(rollouts, dtype=np.int64)
+        """A rollout's first token, counted on without end; modulo C it is the slot."""
+        self._prompt_tokens = np.zeros(rollouts, dtype=np.int64)
+        self._response_tokens = np.zeros(rollouts, dtype=np.int64)
+        self._oldest_step = np.zeros(rollouts, dtype=np.int64)
         self._oldest = 0
-        """Number of the oldest rollout whose pages are not free again."""
+        """Number of the oldest rollout whose tokens are not free again."""
         self._next = 0
         """Number of the next rollout."""
-        self._next_page = 0
+        self._end = 0
+        """Where it would begin, counted like `_first`."""
 
     @classmethod
     def memory_bytes(cls, config: ReplayConfig, *, candidates: int) -> int:
@@ -127,7 +130,7 @@ class ReplayBuffer:
         """
         if not scored:
             return
-        flat = flatten(scored, page_tokens=PAGE_TOKENS)
+        flat = flatten(scored)
         gaps_F = (flat.teacher_logprob_F - flat.behavior_logprob_F).abs()  # 0 outside responses
         sums_S = np.add.reduceat(gaps_F.numpy(), flat.starts_S, dtype=np.float64)
         self.add_flat(flat, torch.from_numpy(sums_S / flat.response_tokens_S).float())
@@ -138,21 +141,45 @@ class ReplayBuffer:
         Args:
             priority_S: float32, in nats.
         """
-        flat = flat.aligned(PAGE_TOKENS)
+        flat = flat.dense()
         self._check(flat, priority_S)
-        num_pages = len(flat.token_id_F) // PAGE_TOKENS
-        self._make_room(flat.num_rollouts, num_pages)
-        for here, there in _ring_pieces(self._next_page, num_pages, self._shape.pages):
-            for name, tensor in flat.tensors():
-                pages = tensor.view(num_pages, PAGE_TOKENS, *tensor.shape[1:])
-                self._arenas[name][here].copy_(pages[there])
-        self._describe(flat, priority_S.to(self._device))
+        first_S = self._placed(flat.tokens_S)
+        end = int(first_S[-1] + flat.tokens_S[-1])
+        self._make_room(flat.num_rollouts, end)
+        self._write(flat, first_S)
+        self._describe(flat, first_S, priority_S.to(self._device))
         self._next += flat.num_rollouts
-        self._next_page += num_pages
+        self._end = end
+
+    def _placed(self, tokens_S: Counts) -> Counts:
+        """Where rollouts of these lengths would begin: none of them passes the arena's end."""
+        capacity = self._shape.tokens
+        ends_S = np.cumsum(tokens_S)
+        left = -self._end % capacity
+        before_end = int(np.searchsorted(ends_S, left, side="right"))
+        starts_S = self._end + ends_S - tokens_S
+        if before_end < len(tokens_S):
+            if left + ends_S[-1] - ends_S[before_end] + tokens_S[before_end] > capacity:
+                before_end = 0  # the batch would meet its own beginning
+            starts_S[before_end:] += self._end + left - starts_S[before_end]
+        return starts_S
+
+    def _write(self, flat: FlatRollouts, first_S: Counts) -> None:
+        """Copy the tokens, in one piece or two."""
+        capacity, lap_S = self._shape.tokens, first_S // self._shape.tokens
+        split = int(np.searchsorted(lap_S, lap_S[-1]))
+        for rows in (slice(0, split), slice(split, None)):
+            starts_S = flat.starts_S[rows]
+            if not len(starts_S):
+                continue
+            count = int(flat.tokens_S[rows].sum())
+            here, there = int(first_S[rows][0]) % capacity, int(starts_S[0])
+            for name, values in flat.tensors():
+                self._arenas[name][here : here + count].copy_(values[there : there + count])
 
     def _check(self, flat: FlatRollouts, priority_S: Tensor) -> None:
         given = dict(flat.tensors())
-        expected = {name: shape[2:] for name, (shape, _) in _arena_layout(self._shape).items()}
+        expected = {name: shape[1:] for name, (shape, _) in _arena_layout(self._shape).items()}
         if {name: tensor.shape[1:] for name, tensor in given.items()} != expected:
             raise AlignmentError(
                 f"rollouts with {', '.join(given)} for a replay buffer with "
@@ -162,57 +189,50 @@ class ReplayBuffer:
             raise AlignmentError(
                 f"{tuple(priority_S.shape)} priorities for {flat.num_rollouts} rollouts"
             )
-        pages, slots, _ = self._shape
-        if flat.num_rollouts > slots or len(flat.token_id_F) > pages * PAGE_TOKENS:
+        tokens, rollouts, _ = self._shape
+        if flat.num_rollouts > rollouts or len(flat.token_id_F) > tokens:
             raise DataError(
-                f"{flat.num_rollouts} rollouts of {flat.tokens_S.sum()} tokens, in pages of "
-                f"{PAGE_TOKENS}, do not fit a replay buffer of {slots} rollouts and "
-                f"{pages * PAGE_TOKENS} tokens; raise replay.capacity_tokens"
+                f"{flat.num_rollouts} rollouts of {len(flat.token_id_F)} tokens do not fit a "
+                f"replay buffer of {rollouts} rollouts and {tokens} tokens; raise "
+                "replay.capacity_tokens or replay.capacity_rollouts"
             )
 
-    def _describe(self, flat: FlatRollouts, priority_S: Tensor) -> None:
-        tokens_S = flat.tokens_S
+    def _describe(self, flat: FlatRollouts, first_S: Counts, priority_S: Tensor) -> None:
         oldest_step_S = torch.from_numpy(flat.oldest_step_S).to(self._device)
-        num_tokens_S = torch.from_numpy(tokens_S).to(self._device)
-        priority_S = self._clipped(priority_S)
-        mass_S = priority_mass(self._config.law, priority_S)
-        first_page_S = self._next_page + flat.starts_S // PAGE_TOKENS
-        for here, there in _ring_pieces(self._next, flat.num_rollouts, self._shape.slots):
-            self._first_page[here] = first_page_S[there]
+        mass_S = self._mass(priority_S)
+        for here, there in _ring_pieces(self._next, flat.num_rollouts, self._shape.rollouts):
+            self._first[here] = first_S[there]
             self._prompt_tokens[here] = flat.prompt_tokens_S[there]
             self._response_tokens[here] = flat.response_tokens_S[there]
             self._oldest_step[here] = flat.oldest_step_S[there]
-            self._slots["oldest_step"][here] = oldest_step_S[there]
-            self._slots["tokens"][here] = num_tokens_S[there]
-            self._slots["uses"][here] = 0
-            self._slots["priority"][here] = priority_S[there]
-            self._slots["mass"][here] = mass_S[there]
+            self._state["oldest_step"][here] = oldest_step_S[there]
+            self._state["uses"][here] = 0
+            self._state["mass"][here] = mass_S[there]
 
-    def _clipped(self, priority_S: Tensor) -> Tensor:
-        return priority_S.clamp(MIN_PRIORITY_NATS, self._config.priority_clip_nats)
+    def _mass(self, priority_S: Tensor) -> Tensor:
+        clipped_S = priority_S.clamp(MIN_PRIORITY_NATS, self._config.priority_clip_nats)
+        return priority_mass(self._config.law, clipped_S)
 
-    def _make_room(self, num_rollouts: int, num_pages: int) -> None:
-        """Free the oldest slots until so many rollouts and pages can follow."""
-        pages, slots, _ = self._shape
-        least_page = self._next_page + num_pages - pages
-        # The rollouts before it begin on pages that the new ones need.
-        keep = bisect.bisect_left(
+    def _make_room(self, num_rollouts: int, end: int) -> None:
+        """Free the oldest places until so many rollouts, with tokens up to ``end``, can follow."""
+        tokens, rollouts, _ = self._shape
+        in_the_way = bisect.bisect_left(
             range(self._oldest, self._next),
-            least_page,
-            key=lambda number: self._first_page[number % slots],
+            end - tokens,
+            key=lambda number: self._first[number % rollouts],
         )
-        oldest = max(self._oldest + keep, self._next + num_rollouts - slots)
-        for here, _ in _ring_pieces(self._oldest, oldest - self._oldest, slots):
-            mass = self._slots["mass"][here]
-            self._slots["evicted"][_CAPACITY] += mass.count_nonzero()
+        oldest = max(self._oldest + in_the_way, self._next + num_rollouts - rollouts)
+        for here, _ in _ring_pieces(self._oldest, oldest - self._oldest, rollouts):
+            mass = self._state["mass"][here]
+            self._state["evicted"][_CAPACITY].add_(mass.count_nonzero())
             mass.zero_()
         self._oldest = oldest
 
     def evict_by_age(self, step: int) -> None:
         """Drop the rollouts whose oldest token is older than ``max_age_steps`` at ``step``."""
-        mass_M = self._slots["mass"]
-        old_M = self._slots["oldest_step"] < step - self._config.max_age_steps
-        self._slots["evicted"][_AGE] += (old_M & (mass_M > 0)).sum()
+        mass_M = self._state["mass"]
+        old_M = self._state["oldest_step"] < step - self._config.max_age_steps
+        self._state["evicted"][_AGE].add_((old_M & (mass_M > 0)).sum())
         mass_M.masked_fill_(old_M, 0.0)
 
     # --- Drawing ----------------------------------------------------------------------------------
@@ -222,58 +242,42 @@ class ReplayBuffer:
 
         The weights are (1 / (N P))^beta over the probabilities that rollouts were really drawn
         with, divided by the largest of the sample. The loss divides by their sum, so that this
-        changes no gradient; it keeps them at most 1. With ``coverage_first``, N counts what could
-        be drawn: only rollouts never used, as long as these are enough.
+        changes no gradient; it keeps them at most 1.
 
         Raises:
             DataError: fewer are live.
         """
-        uses_M, mass_M = self._slots["uses"], self._slots["mass"]
-        live = int(mass_M.count_nonzero())
-        if not 1 <= num_rollouts <= live:
-            raise DataError(
-                f"{num_rollouts} rollouts asked of a replay buffer with {live} that may be drawn"
-            )
+        uses_M, mass_M = self._state["uses"], self._state["mass"]
         config = self._config
-        mass_M = draw_mass(config.law, mass_M, self._slots["oldest_step"], step)
+        mass_M = draw_mass(config.law, mass_M, self._state["oldest_step"], step)
         generator = torch.Generator(self._device)
         generator.manual_seed(derive_seed(self._seed, "replay", step))
-        drawable = live
         if config.coverage_first:
-            drawn, drawable = _unused_first(mass_M, uses_M, num_rollouts, live, generator)
+            drawn = _unused_first(mass_M, uses_M, num_rollouts, generator, self._edges)
         else:
-            drawn = systematic_draw(mass_M, num_rollouts, generator)
+            drawn = systematic_draw(mass_M, num_rollouts, generator, self._edges)
         beta = annealed(config.beta_start, config.beta_end, config.beta_steps, step)
-        weights_S = importance_weights(drawn.inclusion_n, drawable, beta)
-        slots_S = drawn.slots_n.cpu().numpy()
-        slots = self._shape.slots
+        places_S = drawn.places_n.cpu().numpy()
         return ReplaySample(
-            slots_S=slots_S,
-            weights_S=(weights_S / weights_S.max()).float(),
-            numbers_S=self._oldest + (slots_S - self._oldest) % slots,
+            places_S=places_S,
+            weights_S=importance_weights(drawn.inclusion_n, beta),
+            numbers_S=self._oldest + (places_S - self._oldest) % self._shape.rollouts,
         )
 
     def gather(self, sample: ReplaySample) -> FlatRollouts:
-        """The sample's rollouts, flat on the device, each from the beginning of a page.
+        """The sample's rollouts, where they lie: the tensors are the whole arenas.
 
         Raises:
             DataError: rollouts were added since, and some of the sample's are gone.
         """
         self._check_current(sample)
-        slots_S = sample.slots_S
-        prompt_S, response_S = self._prompt_tokens[slots_S], self._response_tokens[slots_S]
-        num_pages_S = -(-(prompt_S + response_S) // PAGE_TOKENS)
-        pages = spans(self._first_page[slots_S], num_pages_S) % self._shape.pages
-        pages = torch.from_numpy(pages).to(self._device)
+        places_S = sample.places_S
         return FlatRollouts(
-            **{
-                name: arena.index_select(0, pages).flatten(0, 1)
-                for name, arena in self._arenas.items()
-            },
-            starts_S=(np.cumsum(num_pages_S) - num_pages_S) * PAGE_TOKENS,
-            prompt_tokens_S=prompt_S,
-            response_tokens_S=response_S,
-            oldest_step_S=self._oldest_step[slots_S],
+            **self._arenas,
+            starts_S=self._first[places_S] % self._shape.tokens,
+            prompt_tokens_S=self._prompt_tokens[places_S],
+            response_tokens_S=self._response_tokens[places_S],
+            oldest_step_S=self._oldest_step[places_S],
         )
 
     def mark_used(self, sample: ReplaySample, priority_S: Tensor) -> None:
@@ -283,18 +287,16 @@ class ReplayBuffer:
             priority_S: float32 on the device, in nats, of each of the sample's rollouts.
         """
         self._check_current(sample)
-        slots_S = torch.from_numpy(sample.slots_S).to(self._device)
-        priority_S = self._clipped(priority_S)
-        mass_S = priority_mass(self._config.law, priority_S)
-        mass_S = mass_S.masked_fill(self._slots["mass"][slots_S] == 0, 0.0)  # dropped meanwhile
-        uses_S = self._slots["uses"][slots_S] + 1
+        places_S = torch.from_numpy(sample.places_S).to(self._device)
+        mass_S = self._mass(priority_S)
+        mass_S = mass_S.masked_fill(self._state["mass"][places_S] == 0, 0.0)  # dropped meanwhile
+        uses_S = self._state["uses"][places_S] + 1
         if self._config.reuse_cap is not None:
             used_up_S = (uses_S >= self._config.reuse_cap) & (mass_S > 0)
             mass_S = mass_S.masked_fill(used_up_S, 0.0)
-            self._slots["evicted"][_REUSE] += used_up_S.sum()
-        self._slots["uses"][slots_S] = uses_S
-        self._slots["priority"][slots_S] = priority_S
-        self._slots["mass"][slots_S] = mass_S
+            self._state["evicted"][_REUSE].add_(used_up_S.sum())
+        self._state["uses"][places_S] = uses_S
+        self._state["mass"][places_S] = mass_S
 
     def _check_current(self, sample: ReplaySample) -> None:
         if sample.numbers_S.min() < self._oldest:
@@ -306,28 +308,21 @@ class ReplayBuffer:
 
     def __len__(self) -> int:
         """Rollouts that may be drawn."""
-        return int(self._slots["mass"].count_nonzero())
+        return int(self._state["mass"].count_nonzero())
 
     def metrics(self, step: int) -> tuple[Metric, ...]:
-        """What is held at ``step`` and what became of the rest. Waits for the device once."""
-        live_M = self._slots["mass"] > 0
-        age_M = torch.where(live_M, step - self._slots["oldest_step"], 0)
-        values = [
-            live_M.sum(),
-            torch.where(live_M, self._slots["tokens"], 0).sum(),
-            age_M.sum(),
-            age_M.max(),
-            torch.where(live_M, self._slots["uses"], 0).sum(),
-            *self._slots["evicted"],
-        ]
-        live, tokens, age, oldest, uses, by_capacity, by_age, by_reuse = torch.stack(
-            [value.long() for value in values]
-        ).tolist()
+        """What is held at ``step`` and what became of the rest."""
+        live_M = (self._state["mass"] > 0).cpu().numpy()
+        live = int(live_M.sum())
+        tokens = int((self._prompt_tokens + self._response_tokens)[live_M].sum())
+        ages = step - self._oldest_step[live_M]
+        uses = int(self._state["uses"].cpu().numpy()[live_M].sum())
+        by_capacity, by_age, by_reuse = self._state["evicted"].tolist()
         return (
             Metric.last("replay/rollouts", live),
             Metric.last("replay/tokens", tokens),
-            Metric.mean("replay/age_mean_steps", age, live),
-            Metric.max("replay/age_max_steps", oldest),
+            Metric.mean("replay/age_mean_steps", int(ages.sum()), live),
+            Metric.max("replay/age_max_steps", int(ages.max(initial=0))),
             Metric.mean("replay/uses_mean", uses, live),
             Metric.last("replay/added", self._next),
             Metric.last("replay/evicted_by_capacity", by_capacity),
@@ -338,13 +333,16 @@ class ReplayBuffer:
     # --- Saving -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that `load_state_dict` needs to go on bit for bit; free pages are left out."""
-        pages = self._pages_in_use()
-        state = {name: arena.index_select(0, pages) for name, arena in self._arenas.items()}
-        state |= {name: tensor.clone() for name, tensor in self._slots.items()}
+        """All that `load_state_dict` needs to go on bit for bit; free tokens are left out."""
+        pieces = list(self._pieces_in_use())
+        state = {
+            name: torch.cat([arena[here] for here, _ in pieces]) if pieces else arena[:0].clone()
+            for name, arena in self._arenas.items()
+        }
+        state |= {name: tensor.clone() for name, tensor in self._state.items()}
         for name, values in self._host_arrays():
             state[name] = torch.from_numpy(values.copy())
-        state["ring"] = torch.tensor([*self._shape, self._oldest, self._next, self._next_page])
+        state["ring"] = torch.tensor([*self._shape, self._oldest, self._next, self._end])
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -354,20 +352,19 @@ class ReplayBuffer:
             CheckpointError: it is of a buffer of another size or kind.
         """
         try:
-            *shape, self._oldest, self._next, self._next_page = state["ring"].tolist()
+            *shape, self._oldest, self._next, self._end = state["ring"].tolist()
             if tuple(shape) != self._shape:
                 raise CheckpointError(
-                    f"a replay buffer with (pages, rollouts, candidates) = {tuple(shape)} was "
+                    f"a replay buffer with (tokens, rollouts, candidates) = {tuple(shape)} was "
                     f"saved, the config asks for {tuple(self._shape)}"
                 )
             for name, values in self._host_arrays():
                 values[:] = state[name].cpu().numpy()
-            for name, tensor in self._slots.items():
+            for name, tensor in self._state.items():
                 tensor.copy_(state[name])
-            pages = self._pages_in_use()
             for name, arena in self._arenas.items():
-                arena.zero_()
-                arena[pages] = state[name].to(self._device)
+                for here, there in self._pieces_in_use():
+                    arena[here].copy_(state[name][there])
         except (KeyError, ValueError, RuntimeError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -380,17 +377,15 @@ class ReplayBuffer:
         )
 
     def _host_arrays(self) -> Iterator[tuple[str, Counts]]:
-        yield "first_page", self._first_page
+        yield "first", self._first
         yield "prompt_tokens", self._prompt_tokens
         yield "response_tokens", self._response_tokens
         yield "oldest_step_on_host", self._oldest_step
 
-    def _pages_in_use(self) -> Tensor:
-        first = self._next_page
+    def _pieces_in_use(self) -> Iterator[tuple[slice, slice]]:
         if self._oldest < self._next:
-            first = int(self._first_page[self._oldest % self._shape.slots])
-        pages = np.arange(first, self._next_page) % self._shape.pages
-        return torch.from_numpy(pages).to(self._device)
+            first = int(self._first[self._oldest % self._shape.rollouts])
+            yield from _ring_pieces(first, self._end - first, self._shape.tokens)
 
 
 def build_replay(
@@ -403,51 +398,50 @@ def build_replay(
 
 
 def _unused_first(
-    mass_M: Tensor, uses_M: Tensor, count: int, live: int, generator: torch.Generator
-) -> tuple[Draw, int]:
-    """Rollouts never used before any other; and how many rollouts could be drawn at all."""
+    mass_M: Tensor, uses_M: Tensor, count: int, generator: torch.Generator, edges_M: Tensor
+) -> Draw:
+    """Rollouts never used before any other."""
     unused_M = torch.where(uses_M == 0, mass_M, 0.0)
     unused = int(unused_M.count_nonzero())
     if unused == 0:
-        return systematic_draw(mass_M, count, generator), live
-    first = systematic_draw(unused_M, min(count, unused), generator)
+        return systematic_draw(mass_M, count, generator, edges_M)
+    first = systematic_draw(unused_M, min(count, unused), generator, edges_M)
     if count <= unused:
-        return first, unused
-    second = systematic_draw(mass_M - unused_M, count - unused, generator)
+        return first
+    second = systematic_draw(mass_M - unused_M, count - unused, generator, edges_M)
     both = Draw(*(torch.cat(parts) for parts in zip(first, second, strict=True)))
-    order = both.slots_n.argsort()
-    return Draw(both.slots_n[order], both.inclusion_n[order]), live
+    order = both.places_n.argsort()
+    return Draw(both.places_n[order], both.inclusion_n[order])
 
 
 def _shape(config: ReplayConfig, candidates: int) -> _Shape:
-    pages = -(-config.capacity_tokens // PAGE_TOKENS)
-    return _Shape(pages, min(pages, config.capacity_rollouts or pages), candidates)
+    rollouts = config.capacity_rollouts or -(-config.capacity_tokens // ASSUMED_TOKENS)
+    return _Shape(config.capacity_tokens, rollouts, candidates)
 
 
 def _arena_layout(shape: _Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Per-token arenas by the names of `FlatRollouts`."""
-    arena = (shape.pages, PAGE_TOKENS)
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "token_id_F": (arena, torch.int32),
-        "behavior_logprob_F": (arena, torch.float32),
-        "teacher_logprob_F": (arena, torch.float32),
+        "token_id_F": ((shape.tokens,), torch.int32),
+        "behavior_logprob_F": ((shape.tokens,), torch.float32),
+        "teacher_logprob_F": ((shape.tokens,), torch.float32),
     }
     if shape.candidates:
-        layout["candidate_id_FK"] = ((*arena, shape.candidates), torch.int32)
-        layout["candidate_logprob_FK"] = ((*arena, shape.candidates), torch.float32)
+        each = (shape.tokens, shape.candidates)
+        layout["candidate_id_FK"] = (each, torch.int32)
+        layout["candidate_logprob_FK"] = (each, torch.float32)
     return layout
 
 
 def _layout(shape: _Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Everything on the device."""
-    slots = (shape.slots,)
+    rollouts = (shape.rollouts,)
     return _arena_layout(shape) | {
-        "oldest_step": (slots, torch.int64),
-        "tokens": (slots, torch.int32),
-        "uses": (slots, torch.int32),
-        "priority": (slots, torch.float32),
-        "mass": (slots, torch.float32),
+        "oldest_step": (rollouts, torch.int64),
+        "uses": (rollouts, torch.int32),
+        "mass": (rollouts, torch.float64),
         "evicted": ((3,), torch.int64),
+        "edges": (rollouts, torch.float64),
     }
 
 

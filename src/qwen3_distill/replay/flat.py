@@ -7,6 +7,7 @@ slot of the token they describe, so those of prompt tokens mean nothing and are 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -49,7 +50,7 @@ class FlatRollouts:
     def num_rollouts(self) -> int:
         return len(self.starts_S)
 
-    @property
+    @cached_property
     def tokens_S(self) -> Counts:
         """Prompt and response tokens of each rollout."""
         return self.prompt_tokens_S + self.response_tokens_S
@@ -61,19 +62,16 @@ class FlatRollouts:
             if isinstance(value, Tensor):
                 yield entry.name, value
 
-    def aligned(self, page_tokens: int) -> "FlatRollouts":
-        """The same rollouts, without gaps, each from the beginning of a page."""
-        starts_S, num_slots = page_starts(self.tokens_S, page_tokens)
-        if np.array_equal(starts_S, self.starts_S) and len(self.token_id_F) == num_slots:
+    def dense(self) -> "FlatRollouts":
+        """The same rollouts in their order, without anything between them."""
+        starts_S = np.cumsum(self.tokens_S) - self.tokens_S
+        if np.array_equal(starts_S, self.starts_S) and len(self.token_id_F) == self.tokens_S.sum():
             return self
-        device = self.token_id_F.device
-        source_F = torch.from_numpy(spans(self.starts_S, self.tokens_S)).to(device)
-        target_F = torch.from_numpy(spans(starts_S, self.tokens_S)).to(device)
-        moved: dict[str, Any] = {}
-        for name, tensor in self.tensors():
-            moved[name] = tensor.new_zeros((num_slots, *tensor.shape[1:]))
-            moved[name][target_F] = tensor[source_F]
-        return replace(self, starts_S=starts_S, **moved)
+        slots = torch.from_numpy(spans(self.starts_S, self.tokens_S)).to(self.token_id_F.device)
+        copied: dict[str, Any] = {
+            name: values.index_select(0, slots) for name, values in self.tensors()
+        }
+        return replace(self, starts_S=starts_S, **copied)
 
 
 def spans(starts_S: Counts, lengths_S: Counts) -> Counts:
@@ -82,17 +80,8 @@ def spans(starts_S: Counts, lengths_S: Counts) -> Counts:
     return np.repeat(starts_S - before_S, lengths_S) + np.arange(lengths_S.sum())
 
 
-def page_starts(tokens_S: Counts, page_tokens: int) -> tuple[Counts, int]:
-    """Where each rollout begins if each fills whole pages, and the slots of all of them."""
-    slots_S = -(-tokens_S // page_tokens) * page_tokens
-    return np.cumsum(slots_S) - slots_S, int(slots_S.sum())
-
-
-def flatten(scored: Sequence[ScoredRollout], *, page_tokens: int = 1) -> FlatRollouts:
-    """Records to flat tensors on the host.
-
-    Args:
-        page_tokens: every rollout begins at a multiple of it.
+def flatten(scored: Sequence[ScoredRollout]) -> FlatRollouts:
+    """Records to flat tensors on the host, nothing between them.
 
     Raises:
         AlignmentError: the rollouts mix kinds of teacher score, or numbers of candidates.
@@ -100,25 +89,21 @@ def flatten(scored: Sequence[ScoredRollout], *, page_tokens: int = 1) -> FlatRol
     rollouts = [entry.rollout for entry in scored]
     prompt_S = _counts(rollout.prompt.token_ids.size for rollout in rollouts)
     response_S = _counts(rollout.num_tokens for rollout in rollouts)
-    starts_S, num_slots = page_starts(prompt_S + response_S, page_tokens)
-    sequence_F = spans(starts_S, prompt_S + response_S)
-    response_F = spans(starts_S + prompt_S, response_S)
+    ends_S = np.cumsum(prompt_S + response_S)
+    response_F = spans(ends_S - response_S, response_S)
 
-    def placed(values: list[NDArray[Any]], at: Counts, dtype: type[np.generic]) -> Tensor:
+    def placed(values: list[NDArray[Any]], dtype: type[np.generic]) -> Tensor:
         joined = np.concatenate(values)
-        slots = np.zeros((num_slots, *joined.shape[1:]), dtype=dtype)
-        slots[at] = joined
+        slots = np.zeros((ends_S[-1], *joined.shape[1:]), dtype=dtype)
+        slots[response_F] = joined
         return torch.from_numpy(slots)
 
     ids = [part for r in rollouts for part in (r.prompt.token_ids, r.response_ids)]
     return FlatRollouts(
-        token_id_F=placed(ids, sequence_F, np.int32),
-        behavior_logprob_F=placed([r.behavior_logprobs for r in rollouts], response_F, np.float32),
-        **{
-            name: placed(values, response_F, dtype)
-            for name, (values, dtype) in _score_values(scored).items()
-        },
-        starts_S=starts_S,
+        token_id_F=torch.from_numpy(np.concatenate(ids).astype(np.int32, copy=False)),
+        behavior_logprob_F=placed([r.behavior_logprobs for r in rollouts], np.float32),
+        **{name: placed(values, dtype) for name, (values, dtype) in _score_values(scored).items()},
+        starts_S=ends_S - prompt_S - response_S,
         prompt_tokens_S=prompt_S,
         response_tokens_S=response_S,
         oldest_step_S=_counts(rollout.oldest_version.step for rollout in rollouts),

@@ -1,6 +1,6 @@
 """Which rollouts are drawn from a replay buffer, and what corrects for it. Formulas of tensors.
 
-Shape letters: M slots of the buffer, live or not; n rollouts drawn.
+Shape letters: M places of the buffer, live or not; n rollouts drawn.
 
 A draw takes n different rollouts, rollout i with inclusion probability pi_i = n P_i, by systematic
 sampling (Madow 1949): the pi_i are laid end to end on a line of length n, and the rollouts that
@@ -10,12 +10,14 @@ all that an unbiased importance weight needs (Horvitz and Thompson 1952). Drawin
 would be unbiased as well, but would train on a rollout twice in one step.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qwen3_distill.config import ReplayLaw
+from qwen3_distill.errors import DataError
 
 MIN_DECAY_EXPONENT = -60.0
 """Of the age decay: an old rollout becomes unlikely, not impossible."""
@@ -24,14 +26,15 @@ MIN_DECAY_EXPONENT = -60.0
 class Draw(NamedTuple):
     """What was drawn, on the buffer's device."""
 
-    slots_n: Tensor
+    places_n: Tensor
     """int64, ascending."""
     inclusion_n: Tensor
     """float64: the probability with which each of them was to be drawn."""
 
 
 def priority_mass(law: ReplayLaw, priority: Tensor) -> Tensor:
-    """What a rollout's priority makes of its share, before its age or rank is known; > 0."""
+    """float64: what a rollout's priority makes of its share, before age or rank is known; > 0."""
+    priority = priority.double()
     if law.kind == "uniform":
         return torch.ones_like(priority)
     if law.kind == "proportional":
@@ -64,9 +67,9 @@ def draw_mass(law: ReplayLaw, mass_M: Tensor, oldest_step_M: Tensor, step: int) 
 
 
 def _by_rank(mass_M: Tensor, alpha: float) -> Tensor:
-    """rank^-alpha with rank 1 for the largest; equal ones by their slot; 0 stays 0."""
+    """rank^-alpha with rank 1 for the largest; equal ones by their place; 0 stays 0."""
     order_M = mass_M.argsort(descending=True, stable=True)
-    ranks_M = torch.arange(1, len(mass_M) + 1, dtype=torch.float32, device=mass_M.device)
+    ranks_M = torch.arange(1, len(mass_M) + 1, dtype=mass_M.dtype, device=mass_M.device)
     ranked_M = torch.empty_like(mass_M).scatter_(0, order_M, ranks_M.pow(-alpha))
     return torch.where(mass_M > 0, ranked_M, 0.0)
 
@@ -76,25 +79,42 @@ def _with_floor(mass_M: Tensor, fraction: float) -> Tensor:
     return (1 - fraction) * mass_M / mass_M.sum() + fraction * live_M / live_M.sum()
 
 
-def systematic_draw(mass_M: Tensor, count: int, generator: torch.Generator) -> Draw:
-    """Draw ``count`` different slots, each with probability proportional to its mass.
+def systematic_draw(
+    mass_M: Tensor, count: int, generator: torch.Generator, edges_M: Tensor | None = None
+) -> Draw:
+    """Draw ``count`` different places, each with probability proportional to its mass.
 
     What would exceed probability 1 is drawn for certain, and the others share the rest.
 
     Args:
-        mass_M: 0 where nothing may be drawn; positive in at least ``count`` slots.
+        mass_M: float64; 0 where nothing may be drawn.
+        edges_M: float64, overwritten: on a CPU new memory costs more than the sums put into it.
+
+    Raises:
+        DataError: fewer than ``count`` places have a mass.
     """
-    total, largest = torch.stack([mass_M.sum(dtype=torch.float64), mass_M.max().double()]).tolist()
-    if largest * count > total:
-        mass_M = _capped(mass_M.double(), count)
-    edges_M = mass_M.cumsum(0, dtype=torch.float64)
-    width = edges_M[-1] / count
-    offset = torch.rand((), dtype=torch.float64, generator=generator, device=mass_M.device)
-    points_n = (torch.arange(count, device=mass_M.device) + offset) * width
-    # Rounding must not carry the last point past the last slot that has a mass.
-    points_n = torch.minimum(points_n, edges_M[-1].nextafter(torch.zeros_like(width)))
-    slots_n = torch.searchsorted(edges_M, points_n, right=True)
-    return Draw(slots_n, mass_M[slots_n].double() / width)
+    edges_M = torch.cumsum(mass_M, 0, out=edges_M)
+    total, largest = torch.stack([edges_M[-1], mass_M.max()]).tolist()
+    if (
+        count < 1 or largest * count >= total
+    ):  # else there are more than ``count``, and none exceeds 1
+        _require(mass_M, count)
+        mass_M = _capped(mass_M, count)
+        edges_M = torch.cumsum(mass_M, 0, out=edges_M)
+        total = edges_M[-1].item()
+    device = mass_M.device
+    offset = torch.rand((), dtype=torch.float64, generator=generator, device=device)
+    points_n = torch.arange(count, dtype=torch.float64, device=device).add_(offset)
+    # Rounding must not carry the last point past the last place that has a mass.
+    points_n.mul_(total / count).clamp_(max=math.nextafter(total, 0.0))
+    places_n = torch.searchsorted(edges_M, points_n, right=True)
+    return Draw(places_n, mass_M[places_n] * (count / total))
+
+
+def _require(mass_M: Tensor, count: int) -> None:
+    live = int(mass_M.count_nonzero())
+    if not 1 <= count <= live:
+        raise DataError(f"{count} rollouts asked of a replay buffer with {live} that may be drawn")
 
 
 def _capped(mass_M: Tensor, count: int) -> Tensor:
@@ -114,16 +134,15 @@ def _capped(mass_M: Tensor, count: int) -> Tensor:
     return inclusion_M
 
 
-def importance_weights(inclusion_n: Tensor, num_drawable: int, beta: float) -> Tensor:
-    """[n] float64 w_i = (1 / (N P_i))^beta with P_i = pi_i / n, arXiv 1511.05952.
+def importance_weights(inclusion_n: Tensor, beta: float) -> Tensor:
+    """[n] float32 w_i = (1 / (N P_i))^beta, arXiv 1511.05952, with P_i = pi_i / n.
 
-    At beta = 1 the mean of w_i f_i over a draw has the mean of f over all N as its expectation.
-
-    Args:
-        num_drawable: N, the rollouts with a positive pi.
+    Divided by the largest of the draw, which cancels N and n. Before that division and at beta = 1,
+    the mean of w_i f_i over a draw has the mean of f over all N as its expectation, if each of them
+    has a positive pi_i.
     """
-    count = len(inclusion_n)
-    return (count / (num_drawable * inclusion_n)).pow(beta)
+    weights_n = inclusion_n.pow(-beta)
+    return (weights_n / weights_n.max()).float()
 
 
 def annealed(start: float, end: float, over_steps: int, step: int) -> float:

@@ -45,6 +45,7 @@ class Line:
     markers: bool = False
     smooth: int = 1
     reduce: Literal["mean", "max"] = "mean"
+    dashed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +157,7 @@ class _Canvas:
                 y=self.y(tick),
                 xt=_LEFT - 8,
                 yt=self.y(tick) + 4,
-                label=_tick_label(tick, spacing, y_format),
+                label=tick_label(tick, spacing, y_format),
             )
         for tick in ticks(*self.x_range, 8 if self.width > 600 else 5, whole=True):
             self.add(
@@ -203,7 +204,7 @@ def draw_lines(chart: LineChart) -> Figure | None:
         title=chart.title,
         svg=canvas.svg(chart.title, hover),
         legend=(
-            *((line.colour, line.name) for line in lines),
+            *((_css(line), line.name) for line in lines),
             *((f"{level.colour} dash", level.name) for level in chart.levels),
         ),
         wide=chart.wide,
@@ -287,7 +288,7 @@ def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[f
     """About ``count`` round numbers in ``[low, high]``; with ``whole``, integers only."""
     step = _round_step((high - low) / max(count, 1))
     if whole:
-        step = max(1.0, step)
+        step = 5.0 if step == 2.5 else max(1.0, step)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [index * step for index in range(first, last + 1)]
@@ -341,7 +342,7 @@ def _round_step(rough: float) -> float:
     return next(size * digit for digit in (1, 2, 2.5, 5, 10) if size * digit >= rough * 0.999)
 
 
-def _tick_label(value: float, spacing: float, y_format: Format) -> str:
+def tick_label(value: float, spacing: float, y_format: Format) -> str:
     """With as many digits as tell neighbours apart, and no more."""
     if y_format == "percent":
         value, spacing = 100 * value, 100 * spacing
@@ -370,11 +371,15 @@ def _draw_line(canvas: _Canvas, line: Line) -> None:
         canvas.path(line.points, f"raw {line.colour}")
         canvas.path(running_mean(line.points, line.smooth), f"line {line.colour}")
     else:
-        canvas.path(line.points, f"line {line.colour}")
+        canvas.path(line.points, f"line {_css(line)}")
     if line.markers or len(line.points) == 1:
         for x, y in line.points:
             template = '<circle class="dot {c}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
             canvas.add(template, c=line.colour, x=canvas.x(x), y=canvas.y(y))
+
+
+def _css(line: Line) -> str:
+    return f"{line.colour} dash" if line.dashed else line.colour
 
 
 def _thinned(line: Line) -> Line:

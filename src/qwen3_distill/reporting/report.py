@@ -23,31 +23,21 @@ from qwen3_distill.reporting.charts import (
     Line,
     LineChart,
     Point,
-    StackedChart,
     draw_intervals,
     draw_lines,
-    draw_stack,
 )
-from qwen3_distill.reporting.metrics import OCCASIONAL_STAGES, STEP_STAGES, read_jsonl
+from qwen3_distill.reporting.metrics import read_jsonl
 from qwen3_distill.reporting.rollout_view import (
     ROLLOUTS_PER_STEP,
     RolloutView,
     gap_legend,
     rollout_groups,
 )
+from qwen3_distill.reporting.time_view import STAGE_COLOURS, idle_table, time_figure, time_table
+from qwen3_distill.reporting.timeline import Timeline, draw_timeline, load_timeline
 from qwen3_distill.utils.files import atomic_path
 
 __all__ = ["RolloutView", "write_report"]
-
-_STAGE_COLOURS: dict[str, Colour] = {
-    "generate": "c1",
-    "score": "c2",
-    "train": "c3",
-    "publish": "c4",
-    "evaluate": "c5",
-    "checkpoint": "c6",
-    "other": "c7",
-}
 
 
 def write_report(
@@ -60,7 +50,7 @@ def write_report(
 
     Args:
         run_folder: Reads ``config.json``, ``manifest.json``, ``metrics.jsonl``,
-            ``evaluations.jsonl`` and ``summary.json`` where they exist.
+            ``evaluations.jsonl``, ``summary.json`` and traces where they exist.
         rollouts: Saved rollouts of the run, in any order of steps.
         out: File to write; default ``report.html`` in the run folder.
 
@@ -95,6 +85,7 @@ class _Run:
     summary: Mapping[str, Any] | None
     steps: Sequence[Mapping[str, Any]]
     evaluations: Sequence[Mapping[str, Any]]
+    timeline: Timeline | None
 
     @classmethod
     def load(cls, folder: Path) -> "_Run":
@@ -105,6 +96,7 @@ class _Run:
             summary=_json_if_there(folder / "summary.json"),
             steps=_jsonl_if_there(folder / "metrics.jsonl"),
             evaluations=_jsonl_if_there(folder / "evaluations.jsonl"),
+            timeline=load_timeline(folder),
         )
 
     def points(self, key: str) -> list[Point]:
@@ -167,8 +159,10 @@ def _render(run: _Run, rollouts: Sequence[RolloutView]) -> str:
         tiles=_tiles(run),
         learning=_learning_figures(run),
         responses=_response_figures(run),
-        time_figure=_time_figure(run),
-        time_table=_time_table(run),
+        time_figure=time_figure(run.steps),
+        time_table=time_table(run.steps, run.summary),
+        timeline=draw_timeline(run.timeline, STAGE_COLOURS) if run.timeline else None,
+        idle_table=idle_table(run.steps),
         health=_health_figures(run),
         health_table=_health_table(run),
         legend=gap_legend(),
@@ -475,58 +469,6 @@ def _health_table(run: _Run) -> list[tuple[str, str, str, str]]:
             show = text.percent if key.endswith("_fraction") else text.number
             rows.append((name, show(median(values)), show(max(values)), show(values[-1])))
     return rows
-
-
-def _time_figure(run: _Run) -> Figure | None:
-    lines = [
-        line
-        for line in run.steps
-        if any(_is_number(line.get(f"time/{stage}_s")) for stage in STEP_STAGES)
-    ]
-    return draw_stack(
-        StackedChart(
-            title="Seconds per step",
-            names=STEP_STAGES,
-            colours=[_STAGE_COLOURS[stage] for stage in STEP_STAGES],
-            x=[line["step"] for line in lines],
-            values=[
-                [line.get(f"time/{stage}_s") or 0.0 for line in lines] for stage in STEP_STAGES
-            ],
-            note="Evaluations and checkpoints, which only some steps have, are in the totals.",
-        )
-    )
-
-
-@dataclass(frozen=True)
-class _TimeRow:
-    name: str
-    colour: str
-    time: str
-    share: str
-    percent: float
-    """Of the total, 0 to 100: the width of the bar."""
-
-
-def _time_table(run: _Run) -> list[_TimeRow]:
-    """Totals by stage, from the summary or, before there is one, from the steps recorded."""
-    spent: dict[str, float] = dict((run.summary or {}).get("wall_s") or {})
-    if not spent:
-        stages = (*STEP_STAGES, *OCCASIONAL_STAGES)
-        spent = {s: sum(run.values(f"time/{s}_s")) for s in stages if run.values(f"time/{s}_s")}
-    parts = {name: seconds for name, seconds in spent.items() if name != "total"}
-    total = spent.get("total") or sum(parts.values())
-    if not total:
-        return []
-    return [
-        _TimeRow(
-            name=name,
-            colour=_STAGE_COLOURS.get(name, "c7"),
-            time=text.duration(seconds),
-            share=text.percent(seconds / total),
-            percent=round(100 * seconds / total, 2),
-        )
-        for name, seconds in parts.items()
-    ] + [_TimeRow("total", "", text.duration(total), "", 0.0)]
 
 
 # --- Config and manifest ------------------------------------------------------------------------

@@ -270,6 +270,11 @@ def read_trace(path: Path | str) -> list[Event]:
     return events
 
 
+def set_aside(path: Path) -> list[Path]:
+    """Where earlier traces go when ``path`` is begun anew, the newest first."""
+    return [path.with_name(f"{path.stem}-{n}{path.suffix}") for n in range(1, FILES_KEPT)]
+
+
 _BRACKETS = (b"", b"[", b"]")
 
 
@@ -444,9 +449,8 @@ class _TraceFile:
         self._append(b"[\n" + b",\n".join(_encoded(event) for event in self._head()))
 
     def _put_aside(self) -> None:
-        stem, suffix = self._path.stem, self._path.suffix
-        older = [self._path.with_name(f"{stem}-{n}{suffix}") for n in range(1, FILES_KEPT)]
-        for source, target in reversed(list(pairwise([self._path, *older]))):
+        files = [self._path, *set_aside(self._path)]
+        for source, target in reversed(list(pairwise(files))):
             if source.exists():
                 source.replace(target)
 

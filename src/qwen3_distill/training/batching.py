@@ -158,25 +158,27 @@ def _laid_out(
     row_N = torch.from_numpy(np.repeat(chosen, response_S)).to(device)
     common: dict[str, Any] = {
         "rollouts": tuple(rollouts),
-        "input_BT": padded(flat.token_id_F[index(starts_S, inputs_S)]),
+        "input_BT": padded(flat.token_id_F.index_select(0, index(starts_S, inputs_S))),
         "position_BT": padded(index(np.zeros_like(inputs_S), inputs_S)),
         "sequence_tokens": tuple(inputs_S.tolist()),
         "loss_tokens": tuple(response_S.tolist()),
         "loss_index_N": index(places_S + prompt_S - 1, response_S),
-        "target_N": flat.token_id_F[target_N].long(),
-        "behavior_logprob_N": flat.behavior_logprob_F[target_N],
-        "teacher_logprob_N": flat.teacher_logprob_F[target_N],
+        "target_N": flat.token_id_F.index_select(0, target_N).long(),
+        "behavior_logprob_N": flat.behavior_logprob_F.index_select(0, target_N),
+        "teacher_logprob_N": flat.teacher_logprob_F.index_select(0, target_N),
         "importance_weight_N": weights_S[row_N],
         "task_advantage_N": rewards_S[row_N],
     }
     if flat.candidate_id_FK is not None and flat.candidate_logprob_FK is not None:
         return TopKMicroBatch(
             **common,
-            candidate_id_NK=flat.candidate_id_FK[target_N].long(),
-            candidate_logprob_NK=flat.candidate_logprob_FK[target_N],
+            candidate_id_NK=flat.candidate_id_FK.index_select(0, target_N).long(),
+            candidate_logprob_NK=flat.candidate_logprob_FK.index_select(0, target_N),
         )
     if flat.teacher_hidden_FD is not None:
-        return HiddenMicroBatch(**common, teacher_hidden_ND=flat.teacher_hidden_FD[target_N])
+        return HiddenMicroBatch(
+            **common, teacher_hidden_ND=flat.teacher_hidden_FD.index_select(0, target_N)
+        )
     return MicroBatch(**common)
 
 

@@ -278,7 +278,8 @@ class TorchLearner:
         try:
             saved = load_file(directory / "weights.safetensors")
             state = torch.load(directory / "optimizer.pt", weights_only=True, map_location="cpu")
-            kept = load_file(directory / "replay.safetensors") if self._replay else None
+            saved_replay = directory / "replay.safetensors"
+            kept = None if self._replay is None else load_file(saved_replay)
         except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
             raise CheckpointError(f"{directory}: cannot be read: {error}") from error
         if _shapes(saved) != _shapes(self._trained):

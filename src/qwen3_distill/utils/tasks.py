@@ -11,6 +11,8 @@ from qwen3_distill.errors import StallError
 
 Result = TypeVar("Result")
 
+_CANCEL_AGAIN_S = 0.2
+
 
 class TaskScope:
     """Background tasks of one block: none outlives it, and an error of one ends the block.
@@ -42,9 +44,12 @@ class TaskScope:
         traceback: TracebackType | None,
     ) -> None:
         self._block = None
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            # More than once: up to Python 3.11, `asyncio.wait_for` loses a cancellation that comes
+            # together with the result, and the task goes on.
+            await asyncio.wait(self._tasks, timeout=_CANCEL_AGAIN_S)
         if self._error is not None and (
             error is None or (self._interrupted and isinstance(error, asyncio.CancelledError))
         ):
@@ -66,7 +71,11 @@ async def within(timeout_s: float, work: Awaitable[Result], what: str) -> Result
     Raises:
         StallError: it did not come in time; ``what`` names it.
     """
+    task = asyncio.ensure_future(work)
     try:
-        return await asyncio.wait_for(work, timeout_s)
-    except asyncio.TimeoutError:
-        raise StallError(f"waited {timeout_s:.0f} s for {what}") from None
+        done, _ = await asyncio.wait([task], timeout=timeout_s)
+    finally:
+        task.cancel()  # of no effect where it has ended
+    if not done:
+        raise StallError(f"waited {timeout_s:.0f} s for {what}")
+    return task.result()

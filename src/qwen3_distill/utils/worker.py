@@ -117,14 +117,18 @@ class WorkerProcess:
         """Call a method of the worker's object and wait for what it returns.
 
         Raises:
-            EngineLost: the process died before it answered, or hung.
-            EngineError: the method raised, or did not answer within ``timeout_s``.
+            EngineLost: the process died before it answered, or hung, or did not answer within
+                ``timeout_s`` and was killed.
+            EngineError: the method raised.
         """
         call, answers = await self._send(method, arguments)
         try:
             kind, value = await asyncio.wait_for(answers.get(), timeout_s)
         except asyncio.TimeoutError:
-            raise EngineError(f"{self.name}: no answer to {method} within {timeout_s} s") from None
+            self.kill()
+            raise EngineLost(
+                f"{self.name}: no answer to {method} within {timeout_s} s; it was killed"
+            ) from None
         finally:
             self._waiting.pop(call, None)
         return self._unwrap(kind, value)

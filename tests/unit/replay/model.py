@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qwen3_distill.replay.buffer import PAGE_TOKENS
 from qwen3_distill.types import (
     FinishReason,
     Prompt,
@@ -56,19 +55,20 @@ def _version(step: int) -> WeightVersion:
     return WeightVersion(step=step, digest=str(step))
 
 
+def num_tokens(scored: ScoredRollout) -> int:
+    return scored.rollout.prompt.token_ids.size + scored.rollout.num_tokens
+
+
 @dataclass
 class Held:
     """A rollout in the model."""
 
     number: int
     scored: ScoredRollout
+    first: int
+    """Its first token, counted on over every lap of the ring."""
     live: bool = True
     uses: int = 0
-
-    @property
-    def pages(self) -> int:
-        rollout = self.scored.rollout
-        return -(-(rollout.prompt.token_ids.size + rollout.num_tokens) // PAGE_TOKENS)
 
     @property
     def oldest_step(self) -> int:
@@ -78,8 +78,9 @@ class Held:
 class ModelBuffer:
     """What `ReplayBuffer` promises, one rollout at a time."""
 
-    def __init__(self, *, pages: int, rollouts: int, reuse_cap: int | None) -> None:
-        self.pages, self.rollouts, self.reuse_cap = pages, rollouts, reuse_cap
+    def __init__(self, *, tokens: int, rollouts: int, reuse_cap: int | None) -> None:
+        self.tokens, self.rollouts, self.reuse_cap = tokens, rollouts, reuse_cap
+        self.end = 0
         self.held: list[Held] = []
         self.added = 0
         self.evicted = {"capacity": 0, "age": 0, "reuse": 0}
@@ -89,14 +90,31 @@ class ModelBuffer:
         return [held for held in self.held if held.live]
 
     def add(self, scored: list[ScoredRollout]) -> None:
-        new = [Held(self.added + i, entry) for i, entry in enumerate(scored)]
-        while (
-            len(self.held) + len(new) > self.rollouts
-            or sum(held.pages for held in [*self.held, *new]) > self.pages
+        firsts, end = self._placed(scored, self.end)
+        if end - self.end > self.tokens:  # would meet its own beginning
+            firsts, end = self._placed(scored, self.end + -self.end % self.tokens)
+        new = [
+            Held(self.added + i, entry, first)
+            for i, (entry, first) in enumerate(zip(scored, firsts, strict=True))
+        ]
+        while self.held and (
+            len(self.held) + len(new) > self.rollouts or self.held[0].first < end - self.tokens
         ):
             self.evicted["capacity"] += self.held.pop(0).live
         self.held += new
         self.added += len(new)
+        self.end = end
+
+    def _placed(self, scored: list[ScoredRollout], cursor: int) -> tuple[list[int], int]:
+        """One behind another; what would pass the ring's end begins at its start."""
+        firsts = []
+        for entry in scored:
+            size = num_tokens(entry)
+            if cursor % self.tokens + size > self.tokens:
+                cursor += -cursor % self.tokens
+            firsts.append(cursor)
+            cursor += size
+        return firsts, cursor
 
     def evict_older_than(self, max_age: int, step: int) -> None:
         for held in self.live:

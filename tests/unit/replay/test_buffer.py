@@ -1,5 +1,6 @@
 """The buffer against a model of it in plain Python: nothing lost, nothing twice, bits as added."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from qwen3_distill.config import ReplayConfig
 from qwen3_distill.errors import AlignmentError, CheckpointError, DataError
-from qwen3_distill.replay.buffer import PAGE_TOKENS, ReplayBuffer
-from qwen3_distill.replay.flat import FlatRollouts, flatten
+from qwen3_distill.replay.buffer import ASSUMED_TOKENS, ReplayBuffer
+from qwen3_distill.replay.flat import FlatRollouts, flatten, spans
 from qwen3_distill.types import ScoredRollout
-from tests.unit.replay.model import ModelBuffer, scored_rollout
+from tests.unit.replay.model import ModelBuffer, num_tokens, scored_rollout
 
 CPU = torch.device("cpu")
 
 
 def buffer_of(
-    pages: int = 12, *, candidates: int = 0, seed: int = 3, **settings: Any
+    tokens: int = 400, *, candidates: int = 0, seed: int = 3, **settings: Any
 ) -> ReplayBuffer:
-    config = ReplayConfig.model_validate({"capacity_tokens": pages * PAGE_TOKENS, **settings})
+    config = ReplayConfig.model_validate({"capacity_tokens": tokens, **settings})
     return ReplayBuffer(config, candidates=candidates, device=CPU, seed=seed)
 
 
@@ -58,11 +59,23 @@ def assert_holds(flat: FlatRollouts, expected: list[ScoredRollout]) -> None:
                 assert np.array_equal(values[response], getattr(score, f"{name}s"))
 
 
+def spread(flat: FlatRollouts) -> FlatRollouts:
+    """The same rollouts with three slots of nonsense before each."""
+    starts_S = flat.starts_S + 3 * np.arange(1, flat.num_rollouts + 1)
+    target = torch.from_numpy(spans(starts_S, flat.tokens_S))
+    moved = {}
+    for name, values in flat.tensors():
+        size = len(values) + 3 * flat.num_rollouts
+        moved[name] = values.new_full((size, *values.shape[1:]), 77)
+        moved[name][target] = values
+    return replace(flat, starts_S=starts_S, **moved)
+
+
 class BufferMachine(RuleBasedStateMachine):
     """Any order of additions, evictions, draws and restarts."""
 
     @initialize(
-        pages=st.integers(4, 20),
+        tokens=st.integers(60, 500),
         rollouts=st.none() | st.integers(3, 9),
         candidates=st.sampled_from([0, 2]),
         reuse_cap=st.none() | st.integers(1, 3),
@@ -76,9 +89,9 @@ class BufferMachine(RuleBasedStateMachine):
             ]
         ),
     )
-    def build(self, candidates: int, pages: int, rollouts: int | None, **settings: Any) -> None:
+    def build(self, candidates: int, tokens: int, rollouts: int | None, **settings: Any) -> None:
         def fresh() -> ReplayBuffer:
-            return buffer_of(pages, candidates=candidates, capacity_rollouts=rollouts, **settings)
+            return buffer_of(tokens, candidates=candidates, capacity_rollouts=rollouts, **settings)
 
         self.fresh = fresh
         self.candidates, self.step = candidates, 0
@@ -86,31 +99,30 @@ class BufferMachine(RuleBasedStateMachine):
         self.coverage_first = settings["coverage_first"]
         self.max_age = settings["max_age_steps"]
         self.model = ModelBuffer(
-            pages=pages,
-            rollouts=min(pages, rollouts or pages),
+            tokens=tokens,
+            rollouts=rollouts or -(-tokens // ASSUMED_TOKENS),
             reuse_cap=settings["reuse_cap"],
         )
 
     @rule(
         lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), min_size=1, max_size=4),
-        dense=st.booleans(),
+        with_gaps=st.booleans(),
         staleness=st.integers(0, 2),
     )
-    def add(self, lengths: list[tuple[int, int]], dense: bool, staleness: int) -> None:
+    def add(self, lengths: list[tuple[int, int]], with_gaps: bool, staleness: int) -> None:
         oldest = max(0, self.step - staleness)
         scored = [
             scored_rollout(self.model.added + i, p, r, step=oldest, candidates=self.candidates)
             for i, (p, r) in enumerate(lengths)
         ]
-        need = sum(-(-(p + r) // PAGE_TOKENS) for p, r in lengths)
-        if need > self.model.pages or len(scored) > self.model.rollouts:
+        if sum(map(sum, lengths)) > self.model.tokens or len(scored) > self.model.rollouts:
             before = self.buffer.digest()
             with pytest.raises(DataError, match="do not fit"):
                 self.buffer.add(scored)
             assert self.buffer.digest() == before
             return
-        if dense:
-            self.buffer.add_flat(flatten(scored), torch.ones(len(scored)))
+        if with_gaps:
+            self.buffer.add_flat(spread(flatten(scored)), torch.ones(len(scored)))
         else:
             self.buffer.add(scored)
         self.model.add(scored)
@@ -164,10 +176,8 @@ class BufferMachine(RuleBasedStateMachine):
             assert values[f"evicted_by_{reason}"] == count
         gone = sum(self.model.evicted.values())
         assert values["added"] == values["rollouts"] + gone
-        tokens = [
-            h.scored.rollout.prompt.token_ids.size + h.scored.rollout.num_tokens for h in live
-        ]
-        assert values["tokens"] == sum(tokens) <= self.model.pages * PAGE_TOKENS
+        tokens = [num_tokens(held.scored) for held in live]
+        assert values["tokens"] == sum(tokens) <= self.model.tokens
         if live:
             ages = [self.step - held.oldest_step for held in live]
             assert values["age_max_steps"] == max(ages)
@@ -187,36 +197,59 @@ TestAgainstTheModel.settings = settings(max_examples=40, stateful_step_count=20,
 def test_the_memory_is_known_before_it_is_taken(candidates: int, rollouts: int | None) -> None:
     config = ReplayConfig(capacity_tokens=1000, capacity_rollouts=rollouts)
     buffer = ReplayBuffer(config, candidates=candidates, device=CPU, seed=0)
-    held = [*buffer._arenas.values(), *buffer._slots.values()]
+    held = [*buffer._arenas.values(), *buffer._state.values(), buffer._edges]
     expected = ReplayBuffer.memory_bytes(config, candidates=candidates)
     assert sum(tensor.untyped_storage().nbytes() for tensor in held) == expected
     storages = {tensor.untyped_storage().data_ptr() for tensor in held}
     for first in range(0, 400, 4):
         buffer.add([scored_rollout(first, 20, 30, candidates=candidates) for _ in range(3)])
         buffer.mark_used(buffer.sample(2, first), torch.rand(2))
-    held = [*buffer._arenas.values(), *buffer._slots.values()]
+    held = [*buffer._arenas.values(), *buffer._state.values(), buffer._edges]
     assert {tensor.untyped_storage().data_ptr() for tensor in held} == storages
 
 
-def test_a_rollout_wraps_from_the_last_page_to_the_first() -> None:
-    buffer = buffer_of(pages=5)
-    rollouts = [scored_rollout(i, 30, 60) for i in range(3)]  # three pages each
-    for rollout in rollouts[:2]:
-        buffer.add([rollout])
-    assert numbers(buffer) == [1]  # two pages are free: not enough beside the first
-    assert_holds(buffer.gather(buffer.sample(1, 0)), [rollouts[1]])
-    buffer.add([rollouts[2]])
-    assert_holds(buffer.gather(buffer.sample(1, 0)), [rollouts[2]])
+def test_a_rollout_that_would_pass_the_end_begins_at_the_start() -> None:
+    buffer = buffer_of(tokens=100)
+    rollouts = [scored_rollout(i, 10, 20) for i in range(5)]
+    buffer.add(rollouts[:3])
+    assert numbers(buffer) == [0, 1, 2]
+    buffer.add([rollouts[3]])  # ten slots are left at the end
+    assert sorted(numbers(buffer)) == [1, 2, 3]
+    sample = buffer.sample(3, 0)
+    flat = buffer.gather(sample)
+    assert sorted(flat.starts_S.tolist()) == [0, 30, 60]
+    assert_holds(flat, [rollouts[number] for number in sample.numbers_S])
+
+
+def test_a_batch_that_would_meet_its_own_beginning_starts_over() -> None:
+    buffer = buffer_of(tokens=100)
+    buffer.add([scored_rollout(0, 10, 50)])
+    batch = [scored_rollout(i, 10, 15) for i in (1, 2, 3, 4)]  # one of them fits behind it
+    buffer.add(batch)
+    assert sorted(numbers(buffer)) == [1, 2, 3, 4]
+    sample = buffer.sample(4, 0)
+    assert_holds(buffer.gather(sample), [batch[number - 1] for number in sample.numbers_S])
 
 
 def test_a_batch_is_added_whole_or_not_at_all() -> None:
-    buffer = buffer_of(pages=4)
+    buffer = buffer_of(tokens=100)
     buffer.add([scored_rollout(0, 10, 10)])
-    with pytest.raises(DataError, match="5 rollouts of 100 tokens"):
-        buffer.add([scored_rollout(i, 10, 10) for i in range(5)])
+    with pytest.raises(DataError, match="4 rollouts of 120 tokens"):
+        buffer.add([scored_rollout(i, 20, 10) for i in range(4)])
     assert (numbers(buffer), metric(buffer, "evicted_by_capacity")) == ([0], 0)
     buffer.add([])
     assert metric(buffer, "added") == 1
+
+
+def test_what_is_drawn_is_read_where_it_lies() -> None:
+    buffer = buffer_of()
+    buffer.add([scored_rollout(i, 10, 20) for i in range(3)])
+    flat = buffer.gather(buffer.sample(2, 0))
+    arenas = {values.data_ptr() for values in buffer._arenas.values()}
+    assert {values.data_ptr() for _, values in flat.tensors()} == arenas
+    dense = flat.dense()
+    assert len(dense.token_id_F) == 60
+    assert dense.dense() is dense
 
 
 def test_scores_of_another_kind_are_refused() -> None:
@@ -240,7 +273,7 @@ def test_no_more_can_be_drawn_than_is_there(count: int) -> None:
 
 
 def test_a_sample_that_was_overwritten_is_refused() -> None:
-    buffer = buffer_of(pages=3)
+    buffer = buffer_of(tokens=15, capacity_rollouts=3)
     buffer.add([scored_rollout(i, 2, 3) for i in range(3)])
     sample = buffer.sample(3, 0)
     buffer.add([scored_rollout(3, 2, 3)])
@@ -248,6 +281,14 @@ def test_a_sample_that_was_overwritten_is_refused() -> None:
         buffer.gather(sample)
     with pytest.raises(DataError, match="took the place"):
         buffer.mark_used(sample, torch.ones(3))
+
+
+def test_a_place_that_is_taken_again_was_never_used() -> None:
+    buffer = buffer_of(capacity_rollouts=2)
+    buffer.add([scored_rollout(i, 2, 3) for i in range(2)])
+    buffer.mark_used(buffer.sample(2, 0), torch.ones(2))
+    buffer.add([scored_rollout(2, 2, 3)])
+    assert metric(buffer, "uses_mean") == 0.5
 
 
 def test_marking_brings_nothing_back() -> None:
@@ -263,11 +304,11 @@ def test_marking_brings_nothing_back() -> None:
 
 
 def test_the_first_priority_is_the_mean_gap_of_the_stored_logprobs() -> None:
-    buffer = buffer_of(law={"kind": "proportional"})
+    buffer = buffer_of(law={"kind": "proportional", "alpha": 1.0})
     buffer.add([scored_rollout(7, 20, 40), scored_rollout(3, 1, 1)])
     # The teacher's logprob is twice the student's: the gap is (address + 1) / 1e5.
     expected = [(7000 + np.arange(20, 60) + 1).mean() / 1e5, 3002 / 1e5]
-    assert buffer._slots["priority"][:2].tolist() == pytest.approx(expected, rel=1e-5)
+    assert buffer._state["mass"][:2].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_priorities_are_clipped_and_refreshed_where_they_belong() -> None:
@@ -275,8 +316,7 @@ def test_priorities_are_clipped_and_refreshed_where_they_belong() -> None:
     buffer.add([scored_rollout(i, 2, 3) for i in range(4)])
     sample = buffer.sample(4, 0)
     buffer.mark_used(sample, torch.tensor([0.5, 9.0, 0.0, 1.0]))
-    assert buffer._slots["priority"][:4].tolist() == pytest.approx([0.5, 1.5, 1e-3, 1.0])
-    assert buffer._slots["mass"][:4].tolist() == pytest.approx([0.25, 2.25, 1e-6, 1.0])
+    assert buffer._state["mass"][:4].tolist() == pytest.approx([0.25, 2.25, 1e-6, 1.0])
 
 
 # --- Going on after a restart -------------------------------------------------------------------
@@ -290,22 +330,22 @@ def test_what_is_drawn_depends_on_state_seed_and_step_alone() -> None:
 
     one, other, elsewhere = filled(), filled(), filled(seed=4)
     torch.manual_seed(0)
-    drawn = [one.sample(3, step).slots_S.tolist() for step in range(20)]
+    drawn = [one.sample(3, step).places_S.tolist() for step in range(20)]
     torch.manual_seed(1)
-    again = [other.sample(3, step).slots_S.tolist() for step in reversed(range(20))]
+    again = [other.sample(3, step).places_S.tolist() for step in reversed(range(20))]
     assert drawn == again[::-1]
     assert len({tuple(slots) for slots in drawn}) > 1
-    assert drawn != [elsewhere.sample(3, step).slots_S.tolist() for step in range(20)]
+    assert drawn != [elsewhere.sample(3, step).places_S.tolist() for step in range(20)]
 
 
 def test_a_state_of_another_buffer_is_refused() -> None:
-    state = buffer_of(pages=12).state_dict()
-    for other in (buffer_of(pages=11), buffer_of(candidates=2), buffer_of(capacity_rollouts=3)):
+    state = buffer_of().state_dict()
+    for other in (buffer_of(tokens=399), buffer_of(candidates=2), buffer_of(capacity_rollouts=3)):
         with pytest.raises(CheckpointError, match="was saved, the config asks for"):
             other.load_state_dict(state)
     del state["uses"]
     with pytest.raises(CheckpointError, match="uses"):
-        buffer_of(pages=12).load_state_dict(state)
+        buffer_of().load_state_dict(state)
 
 
 def test_the_digest_tells_states_apart() -> None:

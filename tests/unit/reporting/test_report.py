@@ -492,5 +492,6 @@ def test_odd_ranges_can_be_drawn(points):
 def test_ticks_are_round_and_running_means_are_means():
     assert ticks(0.0, 1.0, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert ticks(1, 3, 8, whole=True) == [1, 2, 3]
+    assert ticks(1, 21, 8, whole=True) == [5, 10, 15, 20]  # not every 2.5
     points = [(float(x), float(y)) for x, y in enumerate([0, 3, 6, 9])]
     assert [y for _, y in running_mean(points, 3)] == [1.5, 3.0, 6.0, 7.5]
