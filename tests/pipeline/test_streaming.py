@@ -349,12 +349,13 @@ class Batches:
 
     crash_after: int | None = None
     interrupt_after: int | None = None
+    method: str = "update"
     batches: list[Batch] = field(default_factory=list)
     steps: list[Any] = field(default_factory=list)
 
     def watch(self, parts: Parts) -> Parts:
         learner: Any = parts.learner
-        update = learner.update
+        update = getattr(learner, self.method)
 
         async def watched(batch: Batch) -> Any:
             if self.crash_after is not None and len(self.batches) == self.crash_after:
@@ -365,7 +366,7 @@ class Batches:
                 os.kill(os.getpid(), signal.SIGINT)
             return await update(batch)
 
-        learner.update = watched
+        setattr(learner, self.method, watched)
         return parts
 
 
