@@ -138,8 +138,6 @@ def main() -> None:
         for name in ("all_at_once", "one_by_one"):
             ours = figures[f"tail{longest}_{name}_tok_s"]
             figures[f"tail{longest}_{name}_speedup"] = ours / plain
-                figures[f"tail{longest}_{name}_tok_s"] / plain
-            )
     for name, value in figures.items():
         print(f"{name}: {value:.2f}")
     write_result("embedded_decode", {name: round(v, 3) for name, v in figures.items()})
