@@ -33,11 +33,7 @@ from qwen3_distill.data.verifiers import build_verifier
 from qwen3_distill.generation.embedded import EmbeddedRolloutEngine
 from qwen3_distill.generation.embedded_process import EmbeddedRolloutProcess
 from qwen3_distill.generation.vllm import VllmRolloutEngine
-from qwen3_distill.modeling.loading import (
-    load_identity,
-    load_tokenizer,
-    resolve_dtype,
-)
+from qwen3_distill.modeling.loading import load_identity, load_tokenizer, resolve_dtype
 from qwen3_distill.pipeline.requests import make_batch
 from qwen3_distill.planning.device import detect_memory
 from qwen3_distill.planning.plan import MemoryPlan, make_plan

@@ -95,9 +95,8 @@ def systematic_draw(
     """
     edges_M = torch.cumsum(mass_M, 0, out=edges_M)
     total, largest = torch.stack([edges_M[-1], mass_M.max()]).tolist()
-    if (
-        count < 1 or largest * count >= total
-    ):  # else there are more than ``count``, and none exceeds 1
+    # Where this does not hold, there are more than ``count``, and none exceeds probability 1.
+    if count < 1 or largest * count >= total:
         _require(mass_M, count)
         mass_M = _capped(mass_M, count)
         edges_M = torch.cumsum(mass_M, 0, out=edges_M)
