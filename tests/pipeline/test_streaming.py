@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import ConfigError, EngineError, StallError
 from qwen3_distill.pipeline.build import Parts
 from qwen3_distill.pipeline.run import run
-from qwen3_distill.pipeline.streaming import is_full_length
+from qwen3_distill.pipeline.streaming import is_full_length, whole_prompts
 from qwen3_distill.reporting.metrics import read_jsonl
 from qwen3_distill.types import (
     Batch,
@@ -294,6 +295,48 @@ def test_harvested_pieces_and_remainders_hold_every_token_once(
     assert sum(metric(config, "staleness/pieces")) == len(
         [e for e in Ledger.of(config).trained if "@" in e]
     )
+
+
+def test_a_crash_repeats_no_token_of_a_harvested_rollout(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    harvest = {"deadline_s": 1e-6, "min_tokens": 3, "full_length_fraction": 0.0}
+    changes = {
+        "steps": 16,
+        "sampling.max_new_tokens": 24,
+        "checkpoint.every_steps": 1,
+        **streaming(max_staleness_steps=40, max_in_flight=6, harvest=harvest),
+    }
+    config = tiny_config(tiny_models, tmp_path / "run", changes)
+    crashing = Batches(crash_after=6)
+    with pytest.raises(Stop):
+        run_streaming(config, lambda parts: crashing.watch(ragged(parts)))
+    before = Ledger.of(config).trained
+    run_streaming(config, ragged)
+    ledger = Ledger.of(config).trained
+    assert any("@" in entry for entry in before)
+    assert len(set(ledger)) == len(ledger)
+    pieces = {number_in(entry) for entry in ledger if "@" in entry}
+    whole = {number_in(entry) for entry in ledger if "@" not in entry}
+    assert not pieces & whole
+    starts = [entry.partition("+")[0] for entry in ledger if "@" in entry]
+    assert len(set(starts)) == len(starts)
+
+
+def number_in(entry: str) -> int:
+    return int(entry.partition("@")[0])
+
+
+def test_a_batch_does_not_part_a_prompts_samples() -> None:
+    def of(*numbers: int) -> list[Any]:
+        return [SimpleNamespace(number=number) for number in numbers]
+
+    def cut(ready: list[Any], size: int) -> list[int]:
+        return [item.number for item in whole_prompts(ready, size, samples=2)]
+
+    assert cut(of(0, 1, 2, 3, 4, 5), 4) == [0, 1, 2, 3]
+    assert cut(of(0, 2, 3, 4, 5), 4) == [0, 2, 3]  # number 1 was dropped
+    assert cut(of(0, 2), 4) == [0, 2]
 
 
 def test_a_prefix_budget_shortens_all_but_some(tiny_models: TinyModels, tmp_path: Path) -> None:

@@ -53,11 +53,12 @@ class Outstanding:
         return again + new
 
     def harvest(self, number: int) -> None:
-        """Note that a piece of a running rollout went into the flow.
+        """Note that a piece of a running rollout was trained on.
 
         From here on a resume does not ask for it again: its first tokens would count twice.
         """
-        self._in_pieces.add(number)
+        if number in self._numbers:
+            self._in_pieces.add(number)
 
     def settle(self, numbers: Iterable[int]) -> None:
         """These are trained on or dropped, for good.

@@ -254,13 +254,12 @@ class RolloutFlow:
 
     def _full_batch(self) -> list[Ready] | None:
         self._ready.sort(key=lambda item: (item.number, item.rollout.continues_at))
-        ready = self._ready
-        if task_reward_weight(self._config):
-            ready = self._whole_groups()
-        size = self._config.rollouts_per_step
+        size, samples = self._config.rollouts_per_step, self._config.samples_per_prompt
+        compares = task_reward_weight(self._config) > 0
+        ready = self._whole_groups() if compares else self._ready
         if len(ready) < size and not (ready and self._ends_with_fewer()):
             return None
-        return self._take(ready[:size])
+        return self._take(whole_prompts(ready, size, samples) if compares else ready[:size])
 
     def _whole_groups(self) -> list[Ready]:
         """What is ready of prompts all of whose samples are ready, or dropped: reward baselines."""
@@ -337,7 +336,6 @@ class RolloutFlow:
         if stop - start < min_tokens:
             return None
         self._harvested_to[number] = stop
-        self._outstanding.harvest(number)
         return harvested(prefix, start)
 
     def _has_unscored(self, rollout_ids: set[str]) -> bool:
@@ -352,6 +350,9 @@ class RolloutFlow:
         if self._pipeline.weight_updates == "boundary":
             await self._drain()
         await traced_push(self._parts, self._trace)
+        for item in batch:
+            if not item.is_last:
+                self._outstanding.harvest(item.number)
         ages = [self.cursor.step - item.rollout.oldest_version.step for item in batch]
         self._outstanding.settle(item.number for item in batch if item.is_last)
         self.cursor = RunCursor(
@@ -451,6 +452,15 @@ class _Bell:
             self._change = asyncio.get_running_loop().create_future()
         done, _ = await asyncio.wait([self._change], timeout=timeout_s)
         return bool(done)
+
+
+def whole_prompts(ready: Sequence[Ready], size: int, samples: int) -> list[Ready]:
+    """The first ``size``, less those of a prompt that has more behind them: it waits whole.
+
+    Only where samples were dropped does the cut not lie between two prompts.
+    """
+    behind = {item.number // samples for item in ready[size:]}
+    return [item for item in ready[:size] if item.number // samples not in behind]
 
 
 def is_full_length(config: RunConfig, number: int, fraction: float) -> bool:
