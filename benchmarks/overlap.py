@@ -1,7 +1,8 @@
-"""Sequential, streaming and one model at a time: the same engines, the same rollouts, one run.
+"""Sequential, streaming and one model at a time: the same engines and lengths, one run.
 
-    python benchmarks/overlap.py --config configs/h200.yaml --lengths fixed:3,longtail8:4 \
-        --swapping longtail8 student.model=models/random-4B scoring.model=models/random-8B
+    python benchmarks/overlap.py --config configs/h200.yaml --lengths longtail8:4:8,fixed:2:6 \
+        --mps-lengths longtail8:0:8 --swapping longtail8 \
+        student.model=models/random-4B scoring.model=models/random-8B
 
 Every rollout has a length of its own, drawn by its number: ``fixed`` is `sampling.max_new_tokens`
 for all; ``longtail8`` is lognormal with a median of ``--median-tokens`` and a 99th percentile of 8
@@ -9,12 +10,14 @@ times as much (``longtail16``: 16 times), cut at ``--max-tokens``. Models must n
 themselves: random weights hardly ever do; with ``--ignore-eos`` copies of the models are used that
 name an end-of-sequence token which is never sampled.
 
-``NAME:STEPS`` measures so many steps of a distribution. Both pipelines train on the same rollouts,
-from the first request to the last weights in use: what streaming needs to fill and to drain its
-stages is in its time. A warm-up step of the same lengths comes before.
+``NAME:SEQUENTIAL:STREAMING`` says how many steps of a distribution are measured. Figures are tokens
+trained on over the time of these steps. A sequential step is like any other, so all count, after a
+warm-up step of the same lengths. A streaming run first fills its stages: its first ``--skip`` steps
+do not count, and it is stopped while they are full. The details say how long the first step took.
 
-``--swapping NAME`` measures one step of that distribution in which only one model is loaded at a
-time: start the rollout engine, generate, end it, and so on, all caches of compiled code warm.
+``--mps-lengths`` starts the engines again as clients of an MPS daemon. ``--swapping NAME`` measures
+one step of that distribution in which only one model is loaded at a time: start the rollout engine,
+generate, end it, and so on, all caches of compiled code warm.
 
 The trace of every run lies in ``<output_dir>/<name>-<pipeline>/trace.json``.
 """
@@ -25,7 +28,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +41,6 @@ from qwen3_distill.config import (
     LoggingConfig,
     RunConfig,
     SequentialPipeline,
-    StreamingPipeline,
     TaskPrompts,
 )
 from qwen3_distill.config_io import load_config
@@ -51,6 +53,7 @@ from qwen3_distill.pipeline.streaming import run_streaming
 from qwen3_distill.reporting.console import SilentReporter
 from qwen3_distill.reporting.metrics import read_jsonl
 from qwen3_distill.types import Prompt, Rollout, RolloutRequest, RunCursor
+from qwen3_distill.utils.mps import MpsDaemon, private_mps
 from qwen3_distill.utils.seeds import derive_seed
 from qwen3_distill.weights.directory import DirectoryChannel
 from stages import Report, start_side_by_side, timed
@@ -120,6 +123,35 @@ class RandomPrompts:
         return Prompt(prompt_id=f"random:{number}", token_ids=ids)
 
 
+class StopsAfter(SilentReporter):
+    """Ends a run after some steps, as Ctrl-C would."""
+
+    def __init__(self, last_step: int) -> None:
+        self._last_step = last_step
+        self.recorder: Recorder | None = None
+
+    def step(self, step: int, values: Mapping[str, float | None]) -> None:
+        if step >= self._last_step and self.recorder is not None:
+            self.recorder.stop_requested = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured of one distribution."""
+
+    name: str
+    sequential_steps: int
+    streaming_steps: int
+
+    @classmethod
+    def parse(cls, text: str) -> list["Plan"]:
+        """Of ``NAME:SEQUENTIAL:STREAMING,...``."""
+        fields = [item.split(":") for item in text.split(",") if item]
+        return [
+            cls(name, int(sequential), int(streaming)) for name, sequential, streaming in fields
+        ]
+
+
 @dataclass
 class Bench:
     """Engines that run, and what is measured on them."""
@@ -128,79 +160,106 @@ class Bench:
     report: Report
     median_tokens: int
     max_tokens: int
-    max_staleness_steps: int
+    skip: int
+    mps: bool = False
+    drawn_steps: int = 0
+    """So many steps' prompts were used: nothing of the next ones is in the teacher's cache."""
 
-    def engine(self, name: str, first_step: int) -> Any:
+    def engine(self, name: str) -> Any:
         fixed = self.parts.config.sampling.max_new_tokens
         median = fixed if name == "fixed" else self.median_tokens
-        return ForcedLengths(self.parts.engine, Lengths(name, median, self.max_tokens, first_step))
+        lengths = Lengths(name, median, self.max_tokens, self.drawn_steps)
+        return ForcedLengths(self.parts.engine, lengths)
 
     async def pipeline(self, kind: str, name: str, steps: int, label: str) -> dict[str, float]:
-        """Seconds and tokens of some steps; the rollouts are those of the numbers asked for."""
+        """Seconds and tokens of some steps, and means of their metrics."""
         config = self.run_config(kind, steps, label)
         version = self.parts.learner.version
-        engine = self.engine(name, version.step)
-        parts = replace(self.parts, config=config, engine=engine)
-        # Prompts that no run before had: nothing of them is in the teacher's cache.
-        drawn = version.step * config.prompts_per_step
+        parts = replace(self.parts, config=config, engine=self.engine(name))
+        drawn = self.drawn_steps * config.prompts_per_step
         cursor = RunCursor(step=version.step, prompts_drawn=drawn, weight_version=version)
+        self.drawn_steps += steps + config.max_steps_ahead + 1
         run = run_streaming if kind == "streaming" else run_sequential
         shutil.rmtree(config.output_path, ignore_errors=True)
         with RunFolder(config) as folder, PeakMemory() as memory:
-            recorder = Recorder(parts, folder, SilentReporter(), start_step=version.step)
+            stops = StopsAfter(version.step + steps)
+            recorder = Recorder(parts, folder, stops, start_step=version.step)
+            stops.recorder = recorder
             try:
-                _, seconds = await timed(run(parts, recorder, cursor))
+                await run(parts, recorder, cursor)
             finally:
                 recorder.close()
             records = read_jsonl(folder.metrics)
-        tokens = sum(record["tokens/trained"] for record in records)
+        counted = records[self.skip if kind == "streaming" else 0 :]
+        tokens = sum(record["tokens/trained"] for record in counted)
+        seconds = sum(record["time/step_s"] for record in counted)
         return {
+            "tok_s": tokens / seconds,
             "seconds": seconds,
             "tokens": tokens,
-            "tok_s": tokens / seconds,
-            "steps": steps,
-            "dropped": sum(record.get("staleness/dropped_rollouts", 0) for record in records),
-            "age_steps": float(np.mean([r.get("staleness/age_steps", 0) for r in records])),
+            "steps": len(counted),
+            "first_step_s": records[0]["time/step_s"],
+            "dropped": sum(r.get("staleness/dropped_rollouts", 0) for r in records),
+            "mean_age_steps": float(np.mean([r.get("staleness/age_steps", 0) for r in counted])),
+            "max_age_steps": max(r["weights/lag_steps"] for r in counted),
             "peak_beyond_gib": memory.peak_gib,
             **{
-                key: float(np.mean([record.get(key) or 0.0 for record in records]))
+                key: float(np.mean([record.get(key) or 0.0 for record in counted]))
                 for key in records[-1]
                 if key.startswith(("idle/", "queue/", "time/"))
             },
         }
 
     def run_config(self, kind: str, steps: int, label: str) -> RunConfig:
+        """Of a run that goes on after the learner's last step."""
         config = self.parts.config
-        pipeline = SequentialPipeline(kind="sequential", mps=config.pipeline.mps)
-        if kind == "streaming":
-            given = config.pipeline if config.pipeline.kind == "streaming" else None
-            pipeline = given or StreamingPipeline(
-                kind="streaming",
-                mps=config.pipeline.mps,
-                max_staleness_steps=self.max_staleness_steps,
-            )
+        pipeline = config.pipeline if kind == "streaming" else SequentialPipeline(kind="sequential")
+        ahead = config.max_steps_ahead + 1 if kind == "streaming" else 0
         return config.model_copy(
             update={
                 "pipeline": pipeline,
-                "steps": self.parts.learner.version.step + steps,
+                # More than are measured: a run that nears its end begins fewer rollouts.
+                "steps": self.parts.learner.version.step + steps + ahead,
                 "output_dir": str(config.output_path / label),
                 "logging": LoggingConfig(tensorboard=False, rollouts_every_steps=1 << 30),
                 "checkpoint": config.checkpoint.model_copy(update={"every_steps": 1 << 30}),
             }
         )
 
-    async def compare(self, name: str, steps: int) -> None:
-        """Both pipelines on the same rollouts."""
-        results: dict[str, dict[str, float]] = {}
-        await self.pipeline("sequential", name, 1, "warm-up")  # shapes that were not seen yet
-        for kind in ("sequential", "streaming"):
-            results[kind] = await self.pipeline(kind, name, steps, f"{name}-{kind}")
-            print(name, kind, json.dumps(results[kind]), flush=True)
-        ratio = results["streaming"]["tok_s"] / results["sequential"]["tok_s"]
-        figures = {f"{name}_vs_sequential": ratio}
+    async def compare(self, plan: Plan) -> None:
+        """Both pipelines on the same distribution."""
+        name, results = plan.name, dict[str, dict[str, float]]()
+        suffix = "-mps" if self.mps else ""
+        for kind, steps in (
+            ("sequential", plan.sequential_steps),
+            ("streaming", plan.streaming_steps),
+        ):
+            if kind == "sequential" and steps:
+                await self.pipeline("sequential", name, 1, "warm-up")  # shapes not seen yet
+            if steps:
+                results[kind] = await self.pipeline(kind, name, steps, f"{name}-{kind}{suffix}")
+                print(f"{name}{suffix}", kind, json.dumps(results[kind]), flush=True)
+        self.report.add(f"{name}{suffix}", self.figures(name, suffix, results), **results)
+
+    def figures(
+        self, name: str, suffix: str, results: Mapping[str, dict[str, float]]
+    ) -> dict[str, float]:
+        """Ratios; a side that was not measured now is taken from the run without MPS before."""
+        plain = self.report.parts.get(name, {})
+        sides = {**plain, **results}
+        if not {"sequential", "streaming"} <= sides.keys():
+            return {}
+        streaming = sides["streaming"]["tok_s"]
+        key = name + suffix.replace("-", "_")
+        figures = {f"{key}_vs_sequential": streaming / sides["sequential"]["tok_s"]}
         if name == "fixed":
-            figures["opd_tok_s_256x512"] = results["streaming"]["tok_s"]
-        self.report.add(name, figures, **results)
+            figures["opd_tok_s_256x512" + suffix.replace("-", "_")] = streaming
+        if self.mps and "streaming" in plain:
+            gain = streaming / plain["streaming"]["tok_s"]
+            figures[f"mps_gain_{name}"] = gain
+            if name == "fixed":
+                figures["mps_gain"] = gain
+        return figures
 
     async def swapping(self, name: str) -> None:
         """One step with one model loaded at a time; the engines are closed afterwards."""
@@ -210,11 +269,10 @@ class Bench:
         state = folder / "state"
         state.mkdir()
         times: dict[str, float] = {}
-        step = parts.learner.version.step
-        engine = self.engine(name, step)
-        prompts = parts.prompts.take(step * config.prompts_per_step, config.prompts_per_step)
-        requests = requests_for_step(config, prompts, step)
-        await parts.close()
+        engine = self.engine(name)
+        drawn = self.drawn_steps * config.prompts_per_step
+        prompts = parts.prompts.take(drawn, config.prompts_per_step)
+        requests = requests_for_step(config, prompts, self.drawn_steps)
         _, times["first_learner_start_s"] = await timed(parts.learner.start())  # not counted
         version = await parts.learner.publish(channel)
         await parts.learner.save_state(state)
@@ -255,20 +313,38 @@ async def measure(arguments: argparse.Namespace, config: RunConfig, report: Repo
     parts = build_parts(config)
     vocab_size = parts.learner.identity.vocab_size
     parts = replace(parts, prompts=RandomPrompts(arguments.prompt_tokens, vocab_size))
-    bench = Bench(
-        parts, report, arguments.median_tokens, arguments.max_tokens, arguments.max_staleness_steps
-    )
+    bench = Bench(parts, report, arguments.median_tokens, arguments.max_tokens, arguments.skip)
+    await together(bench, arguments.lengths)
+    if arguments.mps_lengths:
+        bench.mps = True
+        async with private_mps(MpsDaemon(config.output_path / "mps.log"), refuse):
+            await together(bench, arguments.mps_lengths)
+    if arguments.swapping:
+        try:
+            await bench.swapping(arguments.swapping)
+        finally:
+            await parts.close()
+
+
+async def together(bench: Bench, plans: Sequence[Plan]) -> None:
+    """Start all engines, measure, and close them."""
+    if not plans:
+        return
+    parts = bench.parts
     try:
         with PeakMemory() as memory:
             _, start_s = await timed(start_side_by_side(parts))
             await push_weights(parts)
-            for name, steps in arguments.lengths:
-                await bench.compare(name, steps)
-            report.add("together", {"peak_gib": memory.peak_gib}, start_s=start_s)
-        if arguments.swapping:
-            await bench.swapping(arguments.swapping)
+            for plan in plans:
+                await bench.compare(plan)
+        key = "together-mps" if bench.mps else "together"
+        bench.report.add(key, {"peak_gib": memory.peak_gib}, start_s=start_s)
     finally:
         await parts.close()
+
+
+def refuse(reason: str) -> None:
+    raise SystemExit(f"nothing is measured with MPS: {reason}")
 
 
 def main() -> None:
@@ -277,12 +353,13 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True)
     parser.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE")
-    parser.add_argument("--lengths", type=_lengths, default=[("fixed", 3), ("longtail8", 4)])
-    parser.add_argument("--swapping", help="a distribution of --lengths")
+    parser.add_argument("--lengths", type=Plan.parse, default=[])
+    parser.add_argument("--mps-lengths", type=Plan.parse, default=[])
+    parser.add_argument("--swapping", metavar="NAME")
     parser.add_argument("--median-tokens", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=4096)
     parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--max-staleness-steps", type=int, default=8)
+    parser.add_argument("--skip", type=int, default=3, help="streaming steps that do not count")
     parser.add_argument("--ignore-eos", action="store_true")
     parser.add_argument("--name", default="overlap", help="of the result")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
@@ -296,14 +373,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.ignore_eos:
             update |= without_eos(given, Path(folder))
+        if given.pipeline.kind != "streaming":
+            parser.error("the config must say how to stream: pipeline.kind=streaming")
         config = given.model_copy(update=update)
         asyncio.run(measure(arguments, config, Report(arguments.name, arguments.results)))
     print(arguments.results / f"{arguments.name}.json")
-
-
-def _lengths(text: str) -> list[tuple[str, int]]:
-    pairs = [item.partition(":") for item in text.split(",")]
-    return [(name, int(steps or 3)) for name, _, steps in pairs]
 
 
 def without_eos(config: RunConfig, folder: Path) -> dict[str, Any]:

@@ -795,8 +795,12 @@ class StreamingPipeline(_Pipeline):
     kind: Literal["streaming"]
     max_staleness_steps: Annotated[int, Field(ge=0)] = 4
     """Age in optimizer steps up to which a rollout is trained on, judged by its oldest token; an
-    older one is dropped and counted. Also how far generation runs ahead: rollouts for at most
-    ``max_staleness_steps + 1`` steps are out at a time. 0 is strictly on-policy."""
+    older one is dropped and counted. 0 is strictly on-policy."""
+    max_steps_ahead: Annotated[int, Field(ge=0)] | None = None
+    """How far generation runs ahead of training: rollouts for at most so many steps beyond the
+    coming one are out at a time; null: max_staleness_steps. Where a few answers are much longer than
+    the rest, a small number here and a large max_staleness_steps keep the rest fresh and do not
+    drop the few."""
     max_in_flight: PositiveInt | None = None
     """Rollouts that are sampled at a time; null: generation.max_sequences."""
     weight_updates: Literal["in_flight", "boundary"] = "in_flight"
@@ -976,6 +980,19 @@ class RunConfig(Schema):
         return self
 
     @model_validator(mode="after")
+    def _what_runs_ahead_may_be_trained_on(self) -> Self:
+        pipeline = self.pipeline
+        if pipeline.kind != "streaming" or pipeline.max_steps_ahead is None:
+            return self
+        if pipeline.max_steps_ahead > pipeline.max_staleness_steps:
+            raise ValueError(
+                f"pipeline.max_steps_ahead={pipeline.max_steps_ahead} is more than "
+                f"max_staleness_steps={pipeline.max_staleness_steps}: rollouts would be sampled to "
+                "be dropped; lower the one or raise the other"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _pieces_of_an_answer_cannot_credit_later_tokens(self) -> Self:
         pipeline, objective = self.pipeline, self.objective
         if pipeline.kind != "streaming" or objective.kind != "sampled_reverse_kl":
@@ -1106,6 +1123,15 @@ class RunConfig(Schema):
         pipeline = self.pipeline
         limit = pipeline.max_in_flight if pipeline.kind == "streaming" else None
         return limit or self.generation.max_sequences
+
+    @property
+    def max_steps_ahead(self) -> int:
+        """Steps beyond the coming one that a streaming pipeline has rollouts out for."""
+        pipeline = self.pipeline
+        if pipeline.kind != "streaming":
+            return 0
+        ahead = pipeline.max_steps_ahead
+        return pipeline.max_staleness_steps if ahead is None else ahead
 
     @property
     def rollouts_per_step(self) -> int:

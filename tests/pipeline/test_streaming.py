@@ -173,6 +173,40 @@ def test_what_is_too_old_is_dropped_and_counted(tiny_models: TinyModels, tmp_pat
     assert max(metric(config, "weights/lag_steps")) <= 1
 
 
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_generation_runs_only_so_far_ahead_and_what_is_slow_may_be_older(
+    tiny_models: TinyModels, tmp_path: Path, ahead: int
+) -> None:
+    config = tiny_config(
+        tiny_models,
+        tmp_path / "run",
+        {
+            "steps": 9,
+            "generation.max_sequences": 64,
+            **streaming(max_staleness_steps=8, max_steps_ahead=ahead),
+        },
+    )
+    begun = list[tuple[int, int]]()
+    seen = Batches()
+
+    def adapt(parts: Parts) -> Parts:
+        slow = HoldsBack(parts.engine, {2}, 30)
+        return seen.watch(replace(parts, engine=CountsBegun(slow, parts.learner, begun)))
+
+    run_streaming(config, adapt)
+    ledger = Ledger.of(config)
+    assert sorted(ledger.trained_numbers) == list(range(9 * 4))  # the slow one was not dropped
+    ages = sorted(
+        version.step - item.rollout.oldest_version.step
+        for version, batch in zip(seen.steps, seen.batches, strict=True)
+        for item in batch.scored
+    )
+    assert ages[-1] > ahead
+    assert ages[-2] <= ahead
+    # A step's window is full at its begin, and never more than full.
+    assert max(total - 4 * step for step, total in begun) == 4 * (ahead + 1)
+
+
 def test_a_prompts_samples_share_a_step_when_they_are_compared_with_one_another(
     tiny_models: TinyModels, tmp_path: Path
 ) -> None:
@@ -372,6 +406,10 @@ def test_a_prefix_budget_shortens_all_but_some(tiny_models: TinyModels, tmp_path
             },
             r"pipeline.prefix with objective.discount=0.5",
         ),
+        (
+            streaming(max_staleness_steps=2, max_steps_ahead=3),
+            r"max_steps_ahead=3 is more than max_staleness_steps=2",
+        ),
     ],
 )
 def test_settings_that_cannot_work_together_are_refused(
@@ -445,6 +483,19 @@ class HoldsBack(_Wrapped):
             while self._given < self._until:
                 await asyncio.sleep(0.005)
             yield rollout
+
+
+class CountsBegun(_Wrapped):
+    """Notes the learner's steps and the rollouts asked for so far, whenever some are asked for."""
+
+    def __init__(self, inner: Any, learner: Any, begun: list[tuple[int, int]]) -> None:
+        super().__init__(inner)
+        self._learner, self._begun = learner, begun
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
+        before = self._begun[-1][1] if self._begun else 0
+        self._begun.append((self._learner.version.step, before + len(requests)))
+        return self._inner.generate(requests)
 
 
 def number_of(rollout_id: str) -> int:

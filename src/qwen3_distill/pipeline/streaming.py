@@ -4,7 +4,7 @@
      ^                                                                               |
      +------ a step's rollouts are settled: as many new ones may begin <-- publish --+
 
-One asyncio controller. What is under way is bounded by rollouts for ``max_staleness_steps + 1``
+One asyncio controller. What is under way is bounded by rollouts for ``max_steps_ahead + 1``
 steps, so queues need no bounds of their own. With staleness 0 the rollouts of a step begin when
 the step before is done: the sequential loop, rollout for rollout.
 """
@@ -154,7 +154,7 @@ class RolloutFlow:
         config = self._config
         updates = config.replay.updates_per_batch if config.replay is not None else 1
         batches_left = -(-config.steps // updates) - -(-self.cursor.step // updates)
-        batches_ahead = min(self._pipeline.max_staleness_steps + 1, batches_left)
+        batches_ahead = min(config.max_steps_ahead + 1, batches_left)
         begun = len(self._outstanding) - self._outstanding.num_waiting
         window = batches_ahead * config.rollouts_per_step - begun
         return max(0, min(window, config.max_in_flight - len(self._running)))
@@ -346,7 +346,7 @@ class RolloutFlow:
 
     async def trained(self, batch: Sequence[Ready], update: Update) -> StepRecord:
         """Bring the new weights into use, and let new rollouts take the places of the batch's."""
-        self._holds_back = self._pipeline.max_staleness_steps == 0
+        self._holds_back = self._config.max_steps_ahead == 0
         if self._pipeline.weight_updates == "boundary":
             await self._drain()
         await traced_push(self._parts, self._trace)
@@ -362,7 +362,7 @@ class RolloutFlow:
             outstanding=self._outstanding.to_resume(),
         )
         drops, self._drops = self._drops, Drops()
-        if self._pipeline.max_staleness_steps > 0:
+        if self._config.max_steps_ahead > 0:
             self.go_on()
         return StepRecord(
             cursor=self.cursor,
