@@ -798,9 +798,9 @@ class StreamingPipeline(_Pipeline):
     older one is dropped and counted. 0 is strictly on-policy."""
     max_steps_ahead: Annotated[int, Field(ge=0)] | None = None
     """How far generation runs ahead of training: rollouts for at most so many steps beyond the
-    coming one are out at a time; null: max_staleness_steps. Where a few answers are much longer than
-    the rest, a small number here and a large max_staleness_steps keep the rest fresh and do not
-    drop the few."""
+    coming one are out at a time; null: max_staleness_steps. Where a few answers are much longer
+    than the rest, a small number here and a large max_staleness_steps keep the rest fresh and do
+    not drop the few."""
     max_in_flight: PositiveInt | None = None
     """Rollouts that are sampled at a time; null: generation.max_sequences."""
     weight_updates: Literal["in_flight", "boundary"] = "in_flight"

@@ -95,7 +95,7 @@ async def prefixes_when(
     engine: StreamingRolloutEngine, ready: Callable[[list[RolloutPrefix]], bool]
 ) -> list[RolloutPrefix]:
     """The first prefixes that are ``ready``."""
-    for _ in range(100_000):
+    for _ in range(20_000):
         if ready(prefixes := await engine.prefixes()):
             return prefixes
         await asyncio.sleep(0.0005)

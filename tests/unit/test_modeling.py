@@ -283,6 +283,21 @@ def test_cuda_is_taken_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [resolve_device(name).type for name in names] == ["cuda", "cuda", "cpu"]
 
 
+def test_attention_on_a_gpu_is_not_one_that_is_built_for_every_shape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        resolve_device("cpu")
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        resolve_device("auto")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 # --- Tokenizer and identity ---------------------------------------------------------------------
 
 
