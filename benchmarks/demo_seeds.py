@@ -18,14 +18,14 @@ from typing import Any
 from common import write_result
 
 
-def run_demo(seed: int, folder: Path) -> dict[str, Any]:
+def run_demo(seed: int, folder: Path, config: str = "configs/demo.yaml") -> dict[str, Any]:
     """Run the demo in a process of its own; its summary and wall seconds."""
     shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()
     subprocess.run(
         [
             *(sys.executable, "-m", "qwen3_distill.cli", "run"),
-            *("--config", "configs/demo.yaml", f"seed={seed}", f"output_dir={folder}"),
+            *("--config", config, f"seed={seed}", f"output_dir={folder}"),
         ],
         check=True,
     )
