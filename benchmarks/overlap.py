@@ -247,19 +247,18 @@ class Bench:
         """Ratios; a side that was not measured now is taken from the run without MPS before."""
         plain = self.report.parts.get(name, {})
         sides = {**plain, **results}
-        if not {"sequential", "streaming"} <= sides.keys():
+        if "streaming" not in sides:
             return {}
         streaming = sides["streaming"]["tok_s"]
-        key = name + suffix.replace("-", "_")
-        figures = {f"{key}_vs_sequential": streaming / sides["sequential"]["tok_s"]}
+        figures = dict[str, float]()
+        if "sequential" in sides:
+            figures[f"{name}{suffix}_vs_sequential"] = streaming / sides["sequential"]["tok_s"]
         if name == "fixed":
-            figures["opd_tok_s_256x512" + suffix.replace("-", "_")] = streaming
+            figures[f"opd_tok_s_256x512{suffix}"] = streaming
         if self.mps and "streaming" in plain:
             gain = streaming / plain["streaming"]["tok_s"]
-            figures[f"mps_gain_{name}"] = gain
-            if name == "fixed":
-                figures["mps_gain"] = gain
-        return figures
+            figures["mps_gain" if name == "longtail8" else f"mps_gain_{name}"] = gain
+        return {key.replace("-", "_"): value for key, value in figures.items()}
 
     async def swapping(self, name: str) -> None:
         """One step with one model loaded at a time; the engines are closed afterwards."""
