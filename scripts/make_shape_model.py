@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from qwen3_distill.planning.shapes import QWEN3_SHAPES, ModelShape
+from qwen3_distill.modeling.shapes import QWEN3_SHAPES, ModelShape
 
 STANDARD_DEVIATION = 0.02
 FP8_BLOCK = 128

@@ -184,8 +184,8 @@ def plan(
 ) -> None:
     """Who gets how much memory. Exit status 2, and what would help, where it does not fit."""
     settings = load_config(config, overrides or ())
+    from qwen3_distill.modeling.shapes import named_shape
     from qwen3_distill.planning.plan import make_plan
-    from qwen3_distill.planning.shapes import named_shape
     from qwen3_distill.planning.table import plan_settings, plan_table
 
     planned = make_plan(

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from qwen3_distill.config import LoraTuning, TuningConfig
 from qwen3_distill.errors import DataError, EngineError, EngineLost, EngineStartError, ModelError
+from qwen3_distill.modeling.shapes import read_shape
+from qwen3_distill.modeling.step_memory import GIB, Checkpointing, MemoryModel
 from qwen3_distill.protocols import FullWeights, LoraWeights
-from qwen3_distill.training.memory import GIB, Checkpointing, MemoryModel, ModelShape
 from qwen3_distill.training.unsloth import UnslothLearner
 from qwen3_distill.types import Batch, Update
 from qwen3_distill.utils.process import engine_environment
@@ -199,16 +200,7 @@ def pooled(
 def test_layers_are_recomputed_as_memory_demands_and_the_step_stays(bench: Bench) -> None:
     """With a million tokens a micro-batch, so that a tiny model fills gigabytes."""
     batch, tokens = bench.ragged_batch(sampled()), 1_000_000
-    config = bench.student.config
-    shape = ModelShape(
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        layers=config.num_hidden_layers,
-        query=config.num_attention_heads * config.head_dim,
-        key=config.num_key_value_heads * config.head_dim,
-        vocabulary=config.vocab_size,
-        tied=config.tie_word_embeddings,
-    )
+    shape = read_shape(bench.student_dir)
     model = MemoryModel(shape=shape, tuning=LORA, arithmetic="float32", base_bytes=4)
     peaks = [
         model.peak_bytes(tokens, Checkpointing(recomputed_layers=layers, offload=False))

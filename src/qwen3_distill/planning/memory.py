@@ -8,15 +8,15 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from qwen3_distill.config import RunConfig
+from qwen3_distill.config import RunConfig, candidates_per_token
+from qwen3_distill.modeling.shapes import ModelShape
+from qwen3_distill.modeling.step_memory import GIB, Checkpointing, MemoryModel, usable_bytes
 from qwen3_distill.planning.device import DeviceMemory
-from qwen3_distill.planning.shapes import ModelShape
+from qwen3_distill.replay.buffer import ReplayBuffer
 
-GIB = 2**30
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 Engine: TypeAlias = Literal["teacher", "student", "learner"]
-Checkpointing: TypeAlias = Literal["off", "on", "unsloth"]
 
 _RUNTIME_GIB: dict[str, dict[Engine, float]] = {
     # CUDA's context and libraries.
@@ -31,8 +31,6 @@ _VLLM_BATCHED_TOKENS = 8192
 """vLLM's own default on large GPUs."""
 _DECODE_GRAPH_BYTES = 1.0 * GIB
 _CACHE_BLOCK_TOKENS = 16
-_PLAIN_KERNELS = 2
-"""Without unsloth's fused kernels a block keeps about twice as much for the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,85 +229,84 @@ def _teacher_is_quantized(config: RunConfig, shape: ModelShape) -> bool:
 # --- Learner ------------------------------------------------------------------------------------
 
 
-def activation_bytes(
-    config: RunConfig, models: Models, device: DeviceMemory, mode: Checkpointing
-) -> int:
-    """What a micro-batch keeps for its backward pass.
+def step_memory(config: RunConfig, models: Models, device: DeviceMemory) -> MemoryModel:
+    """What the learner's steps take, by the same model that the learner decides with."""
+    training = config.training
+    on_gpu = device.kind != "cpu" and not (training.kind == "embedded" and training.device == "cpu")
+    return MemoryModel.of(models.student, training, on_gpu=on_gpu, merges=_learner_merges(config))
 
-    Measured at 20,480 tokens: 77 GB ``off`` and 4.3 GB ``unsloth`` beside the weights; this gives
-    76.3 and 4.2.
+
+def checkpointing(
+    config: RunConfig, models: Models, device: DeviceMemory, room_bytes: int
+) -> Checkpointing:
+    """Which layers are recomputed.
+
+    Args:
+        room_bytes: what the learner's process may take; decides where the config says ``auto``.
     """
-    shape, training = models.student, config.training
-    itemsize = 4 if training.dtype == "float32" and not _has_autocast(config, device) else 2
-    fused = training.kind == "unsloth" and device.kind != "cpu"
-    per_layer = shape.saved_elements_per_token() * itemsize * (1 if fused else _PLAIN_KERNELS)
-    boundary = shape.num_layers * shape.hidden_size * itemsize
-    tokens = micro_batch_tokens(config, models)
-    if mode == "off":
-        return tokens * shape.num_layers * per_layer
-    # One layer is recomputed, and its gradients are as large again.
-    recomputed = 2 * per_layer
-    if mode == "unsloth" and device.kind in ("cuda", "stated"):
-        return tokens * recomputed  # the layers' inputs lie in the host's memory
-    return tokens * (recomputed + boundary)
-
-
-def least_checkpointing(config: RunConfig) -> Checkpointing:
-    """The mode that the config asks for; of ``auto``, the one that needs least."""
-    mode = config.training.gradient_checkpointing
+    training, layers = config.training, models.student.num_layers
+    mode = training.gradient_checkpointing
     if mode == "auto":
-        return "on"
-    if isinstance(mode, bool):
-        return "on" if mode else "off"
-    return mode
+        return step_memory(config, models, device).fewest_recomputed(
+            micro_batch_tokens(config, models),
+            usable_bytes(max(0, room_bytes - replay_bytes(config))),
+            may_offload=device.kind in ("cuda", "stated"),
+        )
+    if mode in (False, "off"):
+        return Checkpointing(recomputed_layers=0, offload=False)
+    offload = mode == "unsloth" and device.kind in ("cuda", "stated")
+    return Checkpointing(recomputed_layers=layers, offload=offload)
 
 
-def learner_state_rows(config: RunConfig, models: Models) -> list[PlanRow]:
-    """Weights, gradients and AdamW's two moments."""
-    shape, training = models.student, config.training
-    itemsize = _ITEMSIZE[training.dtype]
-    if training.tuning.kind == "lora":
-        tuning = training.tuning
-        adapters = shape.lora_parameters(tuning.rank, tuning.target_modules)
-        rows = [_weights_row("learner", shape, itemsize, quantized=False)]
-        how = f"rank {tuning.rank}, float32: weights, gradients, two moments"
-        rows.append(_row("learner", "adapters and optimizer", 16 * adapters, how))
-        if config.generation.kind == "vllm" and config.generation.adapters == "merge":
-            merged = shape.merged_parameters(tuning.target_modules) * itemsize
-            rows.append(_row("learner", "merged weights", merged, "generation.adapters=merge"))
-        return rows
-    weights = _weights_row("learner", shape, itemsize, quantized=False)
-    how = f"gradients and two moments, {training.dtype}"
-    return [weights, _row("learner", "optimizer", 3 * weights.num_bytes, how)]
+def replay_bytes(config: RunConfig) -> int:
+    """The replay buffer, on the learner's device."""
+    if config.replay is None:
+        return 0
+    candidates = candidates_per_token(config.objective)
+    return ReplayBuffer.memory_bytes(config.replay, candidates=candidates)
+
+
+def _learner_merges(config: RunConfig) -> bool:
+    return config.generation.kind == "vllm" and config.generation.adapters == "merge"
 
 
 def learner_rows(
-    config: RunConfig, models: Models, device: DeviceMemory, mode: Checkpointing
+    config: RunConfig, models: Models, device: DeviceMemory, choice: Checkpointing
 ) -> list[PlanRow]:
-    """The learner with a checkpointing mode."""
+    """The learner with so many layers recomputed."""
     training, shape = config.training, models.student
     tokens = micro_batch_tokens(config, models)
-    activations = activation_bytes(config, models, device, mode)
-    logits = 3 * min(training.chunk_tokens, tokens) * shape.vocab_size * 4
+    model = step_memory(config, models, device)
+    step = model.step_bytes(tokens, choice)
+    how = f"{tokens} tokens, {choice.describe(shape)}; estimate"
     rows = [
-        *learner_state_rows(config, models),
-        _row(
-            "learner",
-            "activations",
-            activations,
-            f"{tokens} tokens, gradient checkpointing {mode}; estimate",
-        ),
-        _row("learner", "logits", logits, f"{training.chunk_tokens} rows at a time"),
+        *_learner_state_rows(config, models, model),
+        _row("learner", "activations and logits", step, how),
     ]
+    if config.replay is not None:
+        how = f"{config.replay.capacity_tokens} tokens"
+        rows.append(_row("learner", "replay", replay_bytes(config), how))
     if training.kind == "unsloth":
         rows.append(_runtime_row("learner", device))
     return rows
 
 
-def _has_autocast(config: RunConfig, device: DeviceMemory) -> bool:
-    training = config.training
-    on_gpu = device.kind != "cpu" and not (training.kind == "embedded" and training.device == "cpu")
-    return training.autocast == "bfloat16" or (training.autocast == "auto" and on_gpu)
+def _learner_state_rows(config: RunConfig, models: Models, model: MemoryModel) -> list[PlanRow]:
+    """Weights, gradients and AdamW's two moments."""
+    shape, training = models.student, config.training
+    weights = _weights_row("learner", shape, _ITEMSIZE[training.dtype], quantized=False)
+    state = model.fixed_bytes - weights.num_bytes - model.merged_bytes
+    if training.tuning.kind == "full":
+        how = f"gradients and two moments, {training.dtype}"
+        if model.arithmetic == "bfloat16" and training.dtype == "float32":
+            how += ", and bfloat16 copies of the weights"
+        return [weights, _row("learner", "optimizer", state, how)]
+    how = f"rank {training.tuning.rank}, float32: weights, gradients, two moments"
+    rows = [weights, _row("learner", "adapters and optimizer", state, how)]
+    if model.merged_bytes:
+        how = "generation.adapters=merge"
+        rows.append(_row("learner", "merged weights", model.merged_bytes, how))
+    return rows
 
 
 # --- Shared -------------------------------------------------------------------------------------

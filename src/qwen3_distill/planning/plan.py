@@ -10,10 +10,10 @@ from typing import Any
 
 from qwen3_distill.config import LoraTuning, RunConfig
 from qwen3_distill.errors import ConfigError
+from qwen3_distill.modeling.shapes import ModelShape, read_shape
 from qwen3_distill.planning import memory
 from qwen3_distill.planning.device import DeviceMemory, detect_memory, stated_memory
 from qwen3_distill.planning.memory import GIB, Engine, Models, PlanRow
-from qwen3_distill.planning.shapes import ModelShape, read_shape
 
 _DEFAULT_RESERVE_BYTES = 8 * GIB
 _DEFAULT_RESERVE_FRACTION = 1 / 8
@@ -131,16 +131,20 @@ def _device(config: RunConfig, device_memory_bytes: int | None) -> DeviceMemory:
     return detect_memory()
 
 
-def _lay_out(config: RunConfig, models: Models, device: DeviceMemory) -> MemoryPlan:
+def _lay_out(
+    config: RunConfig, models: Models, device: DeviceMemory, *, thrifty: bool = False
+) -> MemoryPlan:
+    """Args:
+    thrifty: let the learner recompute what it can, whatever is left for it.
+    """
     reserve = _reserve_bytes(config, device)
     teacher = memory.teacher_rows(config, models, device)
     student = memory.student_rows(config, models, device)
     others = reserve + sum(row.num_bytes for row in [*teacher, *student])
     left = device.free_bytes - others
-    mode = memory.least_checkpointing(config)
-    if config.training.gradient_checkpointing == "auto":
-        mode = _mode_that_fits(config, models, device, left)
-    learner = memory.learner_rows(config, models, device, mode)
+    room = _learner_bytes(config, left)
+    choice = memory.checkpointing(config, models, device, 0 if thrifty else room)
+    learner = memory.learner_rows(config, models, device, choice)
     static = memory.teacher_static_bytes(config, models, device.free_bytes)
     scoring = config.scoring
     stated = scoring.memory_fraction if scoring.kind == "sglang" else None
@@ -158,7 +162,7 @@ def _lay_out(config: RunConfig, models: Models, device: DeviceMemory) -> MemoryP
         vllm_kv_cache_bytes=memory.student_cache_bytes(config, models),
         sglang_memory_fraction=fraction,
         sglang_max_total_tokens=memory.teacher_cache_tokens(config, models),
-        learner_memory_bytes=_learner_bytes(config, left),
+        learner_memory_bytes=room,
         teacher_static_bytes=static,
     )
 
@@ -167,14 +171,6 @@ def _reserve_bytes(config: RunConfig, device: DeviceMemory) -> int:
     if config.planning.reserve_gib is not None:
         return int(config.planning.reserve_gib * GIB)
     return int(min(_DEFAULT_RESERVE_BYTES, device.free_bytes * _DEFAULT_RESERVE_FRACTION))
-
-
-def _mode_that_fits(
-    config: RunConfig, models: Models, device: DeviceMemory, left: int
-) -> memory.Checkpointing:
-    """What ``auto`` comes to: nothing is recomputed where the memory allows it."""
-    rows = memory.learner_rows(config, models, device, "off")
-    return "off" if sum(row.num_bytes for row in rows) <= _learner_bytes(config, left) else "on"
 
 
 def _learner_bytes(config: RunConfig, left: int) -> int:
@@ -220,14 +216,13 @@ def _check_what_is_stated(config: RunConfig, models: Models, plan: MemoryPlan) -
             f"{longest} tokens; raise it, or leave it out to have it planned"
         )
     if training.kind == "unsloth" and training.memory_gib is not None:
-        mode = memory.least_checkpointing(config)
-        rows = memory.learner_rows(config, models, plan.device, mode)
-        needed = sum(row.num_bytes for row in rows)
+        needed = plan.engine_bytes("learner")
         if plan.learner_memory_bytes < needed:
+            choice = memory.checkpointing(config, models, plan.device, plan.learner_memory_bytes)
             raise ConfigError(
                 f"training.memory_gib={training.memory_gib}, but weights, optimizer and a "
-                f"micro-batch of {memory.micro_batch_tokens(config, models)} tokens with gradient "
-                f"checkpointing {mode} need {_gib(needed)}; raise it, or lower "
+                f"micro-batch of {memory.micro_batch_tokens(config, models)} tokens with "
+                f"{choice.describe(models.student)} need {_gib(needed)}; raise it, or lower "
                 "training.micro_batch_tokens"
             )
 
@@ -273,10 +268,11 @@ def _gib(num_bytes: int) -> str:
 
 
 def _knobs(config: RunConfig, models: Models, device: DeviceMemory) -> list[Knob]:
-    before = _lay_out(config, models, device)
+    # Thrifty, or what is freed elsewhere would be taken by the learner.
+    before = _lay_out(config, models, device, thrifty=True)
     found = []
     for changes, changed in _changes(config):
-        after = _lay_out(changed, models, device)
+        after = _lay_out(changed, models, device, thrifty=True)
         frees = before.required_bytes - after.required_bytes
         if frees >= GIB / 20:
             change = ", ".join(f"{key}={value}" for key, value in changes.items())

@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from qwen3_distill.config import RunConfig
-from qwen3_distill.planning.memory import GIB
+from qwen3_distill.modeling.step_memory import GIB
 from qwen3_distill.planning.plan import ENGINES, MemoryPlan
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from qwen3_distill.config import EmbeddedTraining, LoraTuning, ObjectiveConfig, ReplayConfig
 from qwen3_distill.modeling.loading import load_model, resolve_device, resolve_dtype
+from qwen3_distill.modeling.step_memory import autocasts
 from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
 from qwen3_distill.training.batching import MicroBatch
 from qwen3_distill.training.learner import TorchLearner
@@ -98,8 +99,7 @@ class _EmbeddedStudent:
         self.core.train()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        setting = self._config.autocast
-        on = setting == "bfloat16" or (setting == "auto" and self.device.type == "cuda")
+        on = autocasts(self._config, on_gpu=self.device.type == "cuda")
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
 
     def hidden(self, micro: MicroBatch) -> Tensor:

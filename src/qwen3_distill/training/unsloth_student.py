@@ -10,7 +10,6 @@ Shape letters: B rows of a micro-batch, T positions, N loss tokens, D hidden siz
 import contextlib
 import gc
 import importlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,19 +30,19 @@ from qwen3_distill.config import LoraTuning, ObjectiveConfig, ReplayConfig, Unsl
 from qwen3_distill.errors import EngineStartError, ModelError
 from qwen3_distill.modeling.head import TokenStats
 from qwen3_distill.modeling.loading import load_identity, resolve_device, resolve_dtype
+from qwen3_distill.modeling.shapes import read_shape
+from qwen3_distill.modeling.step_memory import (
+    GIB,
+    Checkpointing,
+    MemoryModel,
+    autocasts,
+    usable_bytes,
+)
 from qwen3_distill.replay.buffer import build_replay
 from qwen3_distill.training.backbone import packing_gap, recompute_first_layers
 from qwen3_distill.training.batching import MicroBatch
 from qwen3_distill.training.learner import TorchLearner
 from qwen3_distill.training.lora import check_targets, initialise_adapters
-from qwen3_distill.training.memory import (
-    GIB,
-    Arithmetic,
-    Checkpointing,
-    MemoryModel,
-    ModelShape,
-    usable_bytes,
-)
 from qwen3_distill.training.objectives import build_objective
 from qwen3_distill.types import Metric
 
@@ -85,7 +84,8 @@ def open_learner(
     if replay is not None:  # before the plan, which looks at what is free
         buffer = build_replay(replay, objective, device=resolve_device("auto"), seed=seed)
         budget = None if budget is None else max(budget - buffer.num_bytes, 1)
-    plan = CheckpointingPlan(model_dir, config, budget)
+    merges = isinstance(config.tuning, LoraTuning) and not publish_adapter
+    plan = CheckpointingPlan(model_dir, config, budget, merges=merges)
     lack: str | None = None
     try:
         student = UnslothStudent(model_dir, config, seed, plan)
@@ -129,38 +129,36 @@ class CheckpointingPlan:
 
     Args:
         memory_bytes: what this process may take; None: what is free on the device.
+        merges: an engine takes the layers with their adapters merged in.
     """
 
-    def __init__(self, model_dir: Path, config: UnslothTraining, memory_bytes: int | None) -> None:
+    def __init__(
+        self, model_dir: Path, config: UnslothTraining, memory_bytes: int | None, *, merges: bool
+    ) -> None:
         self._device = resolve_device("auto")
-        self._shape = _shape(model_dir)
+        self._shape = read_shape(model_dir)
         self._micro_batch_tokens = config.micro_batch_tokens
         self._mode = config.gradient_checkpointing
         self._budget = memory_bytes
         if memory_bytes is None and self._device.type == "cuda":
             self._budget = _free_bytes(self._device)
-        self._model = MemoryModel(
-            shape=self._shape,
-            tuning=config.tuning,
-            arithmetic=_arithmetic(config, self._device),
-            base_bytes=resolve_dtype(config.dtype).itemsize,
+        self._model = MemoryModel.of(
+            self._shape, config, on_gpu=self._device.type == "cuda", merges=merges
         )
         self.choice = self._choose()
 
     def report(self) -> str:
         """The choice with its figures."""
-        choice, layers = self.choice, self._shape.layers
-        peak = self._model.peak_bytes(self._micro_batch_tokens, choice) / GIB
+        peak = self._model.peak_bytes(self._micro_batch_tokens, self.choice) / GIB
         have = "unknown" if self._budget is None else f"{self._budget / GIB:.1f} GiB"
-        where = ", their inputs kept in host memory" if choice.offload else ""
         return (
-            f"{choice.recomputed_layers} of {layers} layers recomputed{where} "
+            f"{self.choice.describe(self._shape)} "
             f"(gradient_checkpointing={self._mode}), a peak of {peak:.1f} GiB with "
             f"micro-batches of {self._micro_batch_tokens} tokens, of {have}"
         )
 
     def _choose(self) -> Checkpointing:
-        layers = self._shape.layers
+        layers = self._shape.num_layers
         if self._mode == "off" or (self._mode == "auto" and self._budget is None):
             return Checkpointing(recomputed_layers=0, offload=False)  # host memory is unplanned
         if self._mode != "auto" or self._budget is None:
@@ -188,7 +186,7 @@ class UnslothStudent:
         self.packs, self._packing = self._decide_packing()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        on = _autocasts(self._config, self.device)
+        on = autocasts(self._config, on_gpu=self.device.type == "cuda")
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
 
     def hidden(self, micro: MicroBatch) -> Tensor:
@@ -237,7 +235,8 @@ class UnslothStudent:
             return False, "off: neither flash-attn nor xformers is installed"
         with self.autocast():
             gap = packing_gap(self.core, self._packed_hidden)
-        rounds = "bfloat16" if _autocasts(self._config, self.device) else self._config.dtype
+        on = autocasts(self._config, on_gpu=self.device.type == "cuda")
+        rounds = "bfloat16" if on else self._config.dtype
         limit = _PROBE_TOLERANCE[rounds]
         if gap <= limit:
             return True, f"on: differs from single sequences by {gap:.1e} of the largest value"
@@ -317,35 +316,6 @@ def _forget_the_model_before() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _arithmetic(config: UnslothTraining, device: torch.device) -> Arithmetic:
-    if device.type == "cuda" and config.tuning.kind == "lora" and config.dtype == "bfloat16":
-        return "fused"
-    if config.dtype == "bfloat16" or _autocasts(config, device):
-        return "bfloat16"
-    return "float32"
-
-
-def _autocasts(config: UnslothTraining, device: torch.device) -> bool:
-    if config.autocast == "auto":
-        return config.tuning.kind == "full" and device.type == "cuda"
-    return config.autocast == "bfloat16"
-
-
-def _shape(model_dir: Path) -> ModelShape:
-    values = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    heads = values["num_attention_heads"]
-    size = values.get("head_dim") or values["hidden_size"] // heads
-    return ModelShape(
-        hidden=values["hidden_size"],
-        intermediate=values["intermediate_size"],
-        layers=values["num_hidden_layers"],
-        query=heads * size,
-        key=values["num_key_value_heads"] * size,
-        vocabulary=values["vocab_size"],
-        tied=values.get("tie_word_embeddings", False),
-    )
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -9,10 +9,11 @@ import pytest
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config_io import check_config, load_config
 from qwen3_distill.errors import ConfigError, ModelError
+from qwen3_distill.modeling.shapes import named_shape
+from qwen3_distill.modeling.step_memory import GIB, Checkpointing
 from qwen3_distill.planning.device import DeviceMemory
-from qwen3_distill.planning.memory import GIB, Models, activation_bytes
+from qwen3_distill.planning.memory import Models, PlanRow, checkpointing, step_memory
 from qwen3_distill.planning.plan import MemoryPlan, lay_out, make_plan
-from qwen3_distill.planning.shapes import named_shape
 
 ROOT = Path(__file__).parents[3]
 CUDA = DeviceMemory(kind="cuda", name="GPU", free_bytes=0)
@@ -227,41 +228,55 @@ def test_servers_that_run_elsewhere_take_nothing() -> None:
 # --- Learner ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("sequences", "off_gb", "offloaded_gb"),
-    [(8, 28, 10.2), (16, 48, 11.3), (32, 86, 13.4)],
-)
-def test_learner_is_near_what_was_measured(
-    sequences: int, off_gb: float, offloaded_gb: float
-) -> None:
-    """Peaks of a LoRA step of the 4B shape, in GB as torch counts them, of 640 tokens each."""
-    run = config(training={"micro_batch_tokens": sequences * 640})
-    shape = named_shape("4B")
-    models = Models(student=shape, teacher=shape)
-    state = shape.weight_bytes(2) + 16 * 66_060_288
-    off = state + activation_bytes(run, models, CUDA, "off")
-    offloaded = state + activation_bytes(run, models, CUDA, "unsloth")
-    assert off / 1e9 == pytest.approx(off_gb, rel=0.03)
-    assert offloaded / 1e9 == pytest.approx(offloaded_gb, rel=0.03)
-
-
-def test_recomputing_keeps_the_inputs_of_every_layer() -> None:
+def test_activations_are_those_that_the_learner_decides_by() -> None:
     run, shape = config(), named_shape("4B")
     models = Models(student=shape, teacher=shape)
-    offloaded = activation_bytes(run, models, CUDA, "unsloth")
-    on = activation_bytes(run, models, CUDA, "on")
-    assert on - offloaded == 8192 * 36 * 2560 * 2
+    model = step_memory(run, models, CUDA)
+    for mode, layers, offload in [("off", 0, False), ("on", 36, False), ("unsloth", 36, True)]:
+        plan = planned(config(training={"gradient_checkpointing": mode}), 140)
+        choice = Checkpointing(recomputed_layers=layers, offload=offload)
+        assert size(plan, "learner", "activations and logits") == model.step_bytes(8192, choice)
+    merging = config(generation={"adapters": "merge"})
+    assert step_memory(merging, models, CUDA).merged_bytes == 2 * shape.linear_parameters
+
+
+def test_where_memory_is_one_no_inputs_wait_in_the_hosts() -> None:
+    run = config(training={"gradient_checkpointing": "unsloth"})
+    shape = named_shape("4B")
+    models = Models(student=shape, teacher=shape)
     unified = DeviceMemory(kind="unified", name="GB10", free_bytes=0)
-    assert activation_bytes(run, models, unified, "unsloth") == on  # the host's memory is the same
+    assert checkpointing(run, models, CUDA, 0).offload
+    assert not checkpointing(run, models, unified, 0).offload
+
+
+def test_a_replay_buffer_is_planned_and_leaves_less_for_activations() -> None:
+    replay = {"capacity_tokens": 2_000_000_000}
+    without, kept = planned(config(), 140), planned(config(replay=replay), 140)
+    buffer = size(kept, "learner", "replay")
+    assert buffer > 12 * 2_000_000_000
+    assert all(row.what != "replay" for row in without.rows)
+    assert recomputed(kept) > recomputed(without)
+    assert kept.fits
+
+
+def activations(plan: MemoryPlan) -> PlanRow:
+    """The learner's."""
+    wanted = ("learner", "activations and logits")
+    (row,) = [row for row in plan.rows if (row.engine, row.what) == wanted]
+    return row
+
+
+def recomputed(plan: MemoryPlan) -> int:
+    found = re.search(r"(\d+) of 36 layers", activations(plan).how)
+    assert found is not None
+    return int(found[1])
 
 
 def test_auto_recomputes_only_where_it_must() -> None:
     roomy, tight = planned(config(), 140), planned(config(), 112)
-    (roomy_row,) = [row for row in roomy.rows if row.what == "activations"]
-    (tight_row,) = [row for row in tight.rows if row.what == "activations"]
-    assert "checkpointing off" in roomy_row.how
-    assert "checkpointing on" in tight_row.how
-    assert roomy_row.num_bytes > 5 * tight_row.num_bytes
+    assert recomputed(roomy) == 0
+    assert 0 < recomputed(tight) < 36
+    assert tight.fits
 
 
 def test_learner_may_take_all_that_is_left() -> None:
@@ -273,32 +288,24 @@ def test_learner_may_take_all_that_is_left() -> None:
 def test_stated_memory_of_the_learner_wins_and_must_do() -> None:
     plan = planned(config(training={"memory_gib": 20.0}), 140)
     assert plan.learner_memory_bytes == 20 * GIB
-    (row,) = [row for row in plan.rows if row.what == "activations"]
-    assert "checkpointing on" in row.how
-    with pytest.raises(ConfigError, match=r"memory_gib=10.0.*need 13.9 GiB"):
+    assert 0 < recomputed(plan) < 36
+    with pytest.raises(ConfigError, match=r"memory_gib=10.0.*layers recomputed.*need 1\d\.\d GiB"):
         planned(config(training={"memory_gib": 10.0}), 140)
 
 
 def test_full_tuning_counts_gradients_and_moments_of_every_weight() -> None:
     training = {"tuning": {"kind": "full"}, "dtype": "float32"}
-    plan = planned(config(training=training), 200, teacher="8B")
     weights = named_shape("4B").weight_bytes(4)
-    assert size(plan, "learner", "optimizer") == 3 * weights
-
-
-@pytest.mark.parametrize(("autocast", "halved"), [("auto", 2), ("bfloat16", 2), ("off", 1)])
-def test_autocast_halves_the_activations_of_float32_weights(autocast: str, halved: int) -> None:
-    training = {"dtype": "float32", "autocast": autocast}
-    models = Models(student=named_shape("4B"), teacher=named_shape("4B"))
-    plain = activation_bytes(config(training={"dtype": "bfloat16"}), models, CUDA, "off")
-    assert activation_bytes(config(training=training), models, CUDA, "off") == plain * 2 / halved
+    autocast = planned(config(training=training), 200, teacher="8B")
+    assert size(autocast, "learner", "optimizer") == 3.5 * weights
+    plain = planned(config(training={**training, "autocast": "off"}), 200, teacher="8B")
+    assert size(plain, "learner", "optimizer") == 3 * weights
 
 
 def test_micro_batch_holds_one_sequence_at_least() -> None:
     run = config(sampling={"max_new_tokens": 16000}, samples_per_prompt=64)
     plan = planned(run, 1000)
-    (row,) = [row for row in plan.rows if row.what == "activations"]
-    assert row.how.startswith(f"{256 + 16000} tokens")
+    assert activations(plan).how.startswith(f"{256 + 16000} tokens")
 
 
 # --- When it does not fit -----------------------------------------------------------------------

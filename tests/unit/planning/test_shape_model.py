@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qwen3_distill.modeling.loading import load_identity, load_tokenizer
-from qwen3_distill.planning.shapes import QWEN3_SHAPES, ModelShape, read_shape
+from qwen3_distill.modeling.shapes import QWEN3_SHAPES, ModelShape, read_shape
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "make_shape_model.py"
 

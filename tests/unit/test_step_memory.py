@@ -1,32 +1,33 @@
 """The memory model against peaks measured on a GPU and against what PyTorch really keeps."""
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qwen3_distill.config import FullTuning, LoraTuning, TuningConfig
-from qwen3_distill.training.memory import (
+from qwen3_distill.config import (
+    EmbeddedTraining,
+    FullTuning,
+    LoraTuning,
+    TuningConfig,
+    UnslothTraining,
+)
+from qwen3_distill.modeling.shapes import ModelShape, named_shape
+from qwen3_distill.modeling.step_memory import (
     GIB,
     Arithmetic,
     Checkpointing,
     MemoryModel,
-    ModelShape,
     activation_bytes,
+    arithmetic_of,
     usable_bytes,
     weight_bytes,
 )
 
-QWEN3_4B = ModelShape(
-    hidden=2560,
-    intermediate=9728,
-    layers=36,
-    query=32 * 128,
-    key=8 * 128,
-    vocabulary=151936,
-    tied=True,
-)
+QWEN3_4B = named_shape("4B")
 LORA = LoraTuning(kind="lora", rank=32)
 FULL = FullTuning(kind="full")
 MODEL = MemoryModel(shape=QWEN3_4B, tuning=LORA, arithmetic="fused", base_bytes=2)
@@ -54,17 +55,21 @@ def test_peaks_of_qwen3_4b_agree_with_an_h200(
     assert predicted_gb == pytest.approx(measured_gb, rel=0.03)
 
 
-def test_parameters_of_qwen3_4b() -> None:
-    assert QWEN3_4B.parameters == pytest.approx(4.02e9, rel=0.005)
-    assert QWEN3_4B.adapter_parameters(LORA) == 66_060_288
-
-
 # --- What plain PyTorch keeps -------------------------------------------------------------------
 
 TOKENS = 64
 SHAPES = [
     ModelShape(
-        hidden=h, intermediate=i, layers=2, query=32 * q, key=32 * k, vocabulary=64, tied=True
+        name="tiny",
+        hidden_size=h,
+        intermediate_size=i,
+        num_layers=2,
+        num_heads=q,
+        num_kv_heads=k,
+        head_dim=32,
+        vocab_size=64,
+        tied=True,
+        context_length=128,
     )
     for h, i, q, k in [(64, 128, 4, 2), (192, 128, 4, 2), (64, 512, 8, 2), (64, 128, 8, 8)]
 ]
@@ -75,13 +80,13 @@ def kept_by_pytorch(
 ) -> int:
     """Bytes that a forward pass keeps for its backward pass, parameters left out."""
     config = Qwen3Config(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
         num_hidden_layers=layers,
-        num_attention_heads=shape.query // 32,
-        num_key_value_heads=shape.key // 32,
-        head_dim=32,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
         tie_word_embeddings=True,
     )
     model = Qwen3ForCausalLM(config).train()
@@ -162,8 +167,45 @@ def test_host_memory_helps_only_where_it_is_other_memory() -> None:
 def test_full_tuning_holds_weights_gradients_and_moments_in_float32() -> None:
     plain = weight_bytes(QWEN3_4B, FULL, base_bytes=4, arithmetic="float32")
     autocast = weight_bytes(QWEN3_4B, FULL, base_bytes=4, arithmetic="bfloat16")
-    assert plain == 16 * QWEN3_4B.parameters
-    assert autocast == 18 * QWEN3_4B.parameters
+    bfloat16 = weight_bytes(QWEN3_4B, FULL, base_bytes=2, arithmetic="bfloat16")
+    assert plain == 16 * QWEN3_4B.num_parameters
+    assert autocast == 18 * QWEN3_4B.num_parameters
+    assert bfloat16 == 8 * QWEN3_4B.num_parameters
+
+
+def test_a_merged_copy_is_there_in_every_step_and_leaves_less_for_activations() -> None:
+    """Measured with one: 32.7 GiB for micro-batches of 5,120 tokens, nothing recomputed."""
+    training = UnslothTraining(kind="unsloth", tuning=LORA)
+    merging = MemoryModel.of(QWEN3_4B, training, on_gpu=True, merges=True)
+    assert merging.merged_bytes == 2 * QWEN3_4B.linear_parameters
+    assert merging.peak_bytes(5120, OFF) / GIB == pytest.approx(32.7, rel=0.03)
+    plain = MemoryModel.of(QWEN3_4B, training, on_gpu=True, merges=False)
+    assert plain.peak_bytes(5120, OFF) == merging.peak_bytes(5120, OFF) - merging.merged_bytes
+    fewest = [
+        model.fewest_recomputed(5120, 30 * GIB, may_offload=False) for model in (plain, merging)
+    ]
+    assert fewest[0].recomputed_layers < fewest[1].recomputed_layers
+
+
+@pytest.mark.parametrize(
+    ("kind", "tuning", "dtype", "autocast", "on_gpu", "expected"),
+    [
+        ("unsloth", LORA, "bfloat16", "auto", True, "fused"),
+        ("unsloth", LORA, "bfloat16", "auto", False, "bfloat16"),
+        ("unsloth", LORA, "float32", "auto", True, "float32"),
+        ("unsloth", FULL, "float32", "auto", True, "bfloat16"),
+        ("unsloth", FULL, "float32", "off", True, "float32"),
+        ("unsloth", LORA, "float32", "bfloat16", False, "bfloat16"),
+        ("embedded", LORA, "float32", "auto", True, "bfloat16"),
+        ("embedded", LORA, "float32", "auto", False, "float32"),
+    ],
+)
+def test_arithmetic_follows_from_the_config_and_the_device(
+    kind: str, tuning: TuningConfig, dtype: Any, autocast: Any, on_gpu: bool, expected: str
+) -> None:
+    make: Any = {"unsloth": UnslothTraining, "embedded": EmbeddedTraining}[kind]
+    training = make(kind=kind, tuning=tuning, dtype=dtype, autocast=autocast)
+    assert arithmetic_of(training, on_gpu=on_gpu) == expected
 
 
 def test_usable_memory_leaves_room_for_the_context() -> None:

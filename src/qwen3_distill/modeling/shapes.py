@@ -32,10 +32,19 @@ class ModelShape:
     """The linear layers are stored in FP8 with a scale per block of 128 x 128."""
 
     @property
+    def query_size(self) -> int:
+        """Heads times their size."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def key_size(self) -> int:
+        """Key-value heads times their size."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
     def linear_layers(self) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of each linear layer of one block."""
-        queries = self.num_heads * self.head_dim
-        keys = self.num_kv_heads * self.head_dim
+        queries, keys = self.query_size, self.key_size
         width, inner = self.hidden_size, self.intermediate_size
         return {
             "q_proj": (queries, width),
@@ -101,18 +110,6 @@ class ModelShape:
             for name, (rows, columns) in self.linear_layers.items()
             if name in target_modules
         )
-
-    def saved_elements_per_token(self) -> int:
-        """What one block keeps of a token for the backward pass.
-
-        Four times the width (residuals and norms), three times the inner width (gate, up, their
-        product), queries and the attention's result, keys and values twice (before and after the
-        rotation). In bfloat16 that is 3.72 MB a token for the 4B; unsloth's LoRA step was measured
-        at 3.7 to 3.8 MB.
-        """
-        queries = self.num_heads * self.head_dim
-        keys_and_values = 2 * self.num_kv_heads * self.head_dim
-        return 4 * self.hidden_size + 3 * self.intermediate_size + 2 * queries + 2 * keys_and_values
 
 
 def _qwen3(

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from qwen3_distill.errors import ConfigError, ModelError
-from qwen3_distill.planning.shapes import QWEN3_SHAPES, named_shape, read_shape
+from qwen3_distill.modeling.shapes import QWEN3_SHAPES, named_shape, read_shape
 from tests.tiny_models import TinyModels, write_model
 
 PARAMETERS = {
