@@ -207,6 +207,34 @@ def test_generation_runs_only_so_far_ahead_and_what_is_slow_may_be_older(
     assert max(total - 4 * step for step, total in begun) == 4 * (ahead + 1)
 
 
+@pytest.mark.parametrize("steps", [1, 2, None])
+def test_decoding_pauses_while_the_learner_is_behind_and_goes_on_with_every_rollout(
+    tiny_models: TinyModels, tmp_path: Path, steps: int | None
+) -> None:
+    """The learner's step here lasts until decoding pauses, or until nothing more can begin."""
+    config = tiny_config(
+        tiny_models,
+        tmp_path / "run",
+        {
+            "steps": 8,
+            "sampling.max_new_tokens": 30,
+            "generation.max_sequences": 64,
+            **streaming(max_staleness_steps=8, max_steps_ahead=3, pause_at_ready_steps=steps),
+        },
+    )
+    behind = WaitsForPause()
+    run_streaming(config, behind.watch)
+    assert sorted(Ledger.of(config).trained_numbers) == list(range(8 * 4))
+    assert behind.pauses == behind.resumes
+    assert behind.decoded_while_paused == 0
+    if steps is None:
+        assert behind.pauses == 0
+    else:
+        assert behind.pauses >= 3
+        assert min(behind.ended_at_pause) >= 4 * steps
+        assert max(behind.left_at_pause) > 0
+
+
 def test_a_prompts_samples_share_a_step_when_they_are_compared_with_one_another(
     tiny_models: TinyModels, tmp_path: Path
 ) -> None:
@@ -496,6 +524,56 @@ class CountsBegun(_Wrapped):
         before = self._begun[-1][1] if self._begun else 0
         self._begun.append((self._learner.version.step, before + len(requests)))
         return self._inner.generate(requests)
+
+
+class WaitsForPause:
+    """FAKE: a learner that is slower than the rollouts, and an engine whose pauses are counted."""
+
+    def __init__(self) -> None:
+        self.pauses = self.resumes = self.decoded_while_paused = 0
+        self.ended_at_pause: list[int] = []
+        self.left_at_pause: list[int] = []
+        self._ended = self._begun = self._taken = 0
+
+    def watch(self, parts: Parts) -> Parts:
+        waits = self
+        inner: Any = ragged(parts).engine
+        learner: Any = parts.learner
+        update = learner.update
+
+        class Engine(_Wrapped):
+            async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
+                waits._begun += len(requests)
+                async for rollout in self._inner.generate(requests):
+                    waits._ended += 1
+                    yield rollout
+
+            async def pause(self) -> None:
+                waits.pauses += 1
+                waits.ended_at_pause.append(waits._ended - waits._taken)
+                waits.left_at_pause.append(waits._begun - waits._ended)
+                await self._inner.pause()
+
+            async def resume(self) -> None:
+                waits.resumes += 1
+                await self._inner.resume()
+
+        async def behind(batch: Batch) -> Any:
+            waits._taken += len(batch.scored)
+            before, idle = waits._ended, 0
+            while waits.pauses == waits.resumes and idle < 40:
+                await asyncio.sleep(0.01)
+                idle = idle + 1 if waits._ended == before else 0
+                before = waits._ended
+            if waits.pauses > waits.resumes:
+                sizes = [p.response_ids.size for p in await inner.prefixes()]
+                await asyncio.sleep(0.05)
+                later = [p.response_ids.size for p in await inner.prefixes()]
+                waits.decoded_while_paused += sum(later) - sum(sizes)
+            return await update(batch)
+
+        learner.update = behind
+        return replace(parts, engine=Engine(inner))  # pyright: ignore[reportArgumentType]
 
 
 def number_of(rollout_id: str) -> int:

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -74,8 +74,9 @@ async def run_streaming(parts: Parts, recorder: Recorder, cursor: RunCursor) -> 
                 batch = await flow.next_batch(lambda: recorder.stop_requested)
             if batch is None:
                 break
-            with recorder.trace.span("train", rollouts=len(batch)):
-                update = await take_step(parts, recorder, [item.scored for item in batch])
+            async with flow.paused_when_ahead():
+                with recorder.trace.span("train", rollouts=len(batch)):
+                    update = await take_step(parts, recorder, [item.scored for item in batch])
             done = await flow.trained(batch, update)
             cursor = done.cursor
             await recorder.after_step(done)
@@ -131,6 +132,7 @@ class RolloutFlow:
         """The trace's span while any rollout runs."""
         self._holds_back = False
         """No rollout is begun: others must end first, or a step must."""
+        self._is_paused = False
         self._step_began = time.monotonic()
         scope.spawn(self._feed(), "feed")
         for index in range(pipeline.scoring_calls):
@@ -342,6 +344,43 @@ class RolloutFlow:
         waiting = {rollout.rollout_id for _, rollout in self._waiting}
         return bool(self._num_scoring or waiting & rollout_ids)
 
+    # --- Train ----------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def paused_when_ahead(self) -> AsyncIterator[None]:
+        """Around a step of the learner: decoding pauses when it has done enough for the next ones.
+
+        It then goes on with all the rollouts it had, instead of decoding the last of them in a
+        batch that runs empty and takes the device from the learner.
+        """
+        pausing = asyncio.create_task(self._pause_when_ahead(), name="pause")
+        try:
+            yield
+        finally:
+            pausing.cancel()
+            await asyncio.wait([pausing])
+            if not pausing.cancelled():
+                pausing.result()  # an engine that is lost
+
+    async def _pause_when_ahead(self) -> None:
+        """Until cancelled."""
+        steps = self._pipeline.pause_at_ready_steps
+        if steps is None:
+            return
+        while self._num_unscored + len(self._ready) < steps * self._config.rollouts_per_step:
+            await self._moved.wait()
+        self._is_paused = True
+        self._count()
+        pause = asyncio.ensure_future(self._parts.engine.pause())
+        try:
+            await asyncio.shield(pause)
+            await asyncio.Event().wait()
+        finally:
+            await pause
+            await self._parts.engine.resume()
+            self._is_paused = False
+            self._count()
+
     # --- Publish --------------------------------------------------------------------------------
 
     async def trained(self, batch: Sequence[Ready], update: Update) -> StepRecord:
@@ -396,15 +435,21 @@ class RolloutFlow:
                 progress = time.monotonic()
             self._check_progress(time.monotonic() - progress)
 
+    @property
+    def _num_unscored(self) -> int:
+        """Rollouts, or pieces of them, on their way through the teacher."""
+        return len(self._waiting) + self._num_scoring
+
     def _count(self) -> None:
         """Tell the trace how much is under way."""
         self._trace.counter("in_flight", len(self._running))
-        self._trace.counter("unscored", len(self._waiting) + self._num_scoring)
+        self._trace.counter("unscored", self._num_unscored)
         self._trace.counter("ready", len(self._ready))
-        if self._running and self._generating is None:
+        generates = bool(self._running) and not self._is_paused
+        if generates and self._generating is None:
             self._generating = contextlib.ExitStack()
             self._generating.enter_context(self._trace.span("generate"))
-        elif not self._running and self._generating is not None:
+        elif not generates and self._generating is not None:
             self._generating.close()
             self._generating = None
 
