@@ -7,7 +7,7 @@ PIP_FLAGS ?= --quiet --disable-pip-version-check
 ENGINE_PYTHON ?= $(PYTHON)
 ENVIRONMENT := $(ENGINE_PYTHON) scripts/make_environment.py
 
-.PHONY: help demo test test-engines test-gpu gpu-check check format docs clean
+.PHONY: help demo test test-engines test-vllm test-sglang test-unsloth test-engines-together test-gpu gpu-check check format docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -18,19 +18,22 @@ demo: $(VENV)/installed ## distil the lab student from the lab teacher (two CPU 
 test: $(VENV)/installed-dev ## the test suite a laptop can run
 	$(BIN)/pytest tests
 
-# One pytest for each engine: none then waits in memory while another is tested.
+# One pytest for each engine, two at a time: most of the time one of them waits for a start.
 test-engines: $(VENV)/installed-dev ## the tests of the real engines on a CPU, in environments it makes
-	@set -e; \
-	vllm=$$($(ENVIRONMENT) vllm-cpu); \
-	sglang=$$($(ENVIRONMENT) sglang-cpu); \
-	unsloth=$$($(ENVIRONMENT) unsloth-cpu); \
-	for tests in "vllm and not sglang and not unsloth" "sglang and not vllm and not unsloth" \
-	  "unsloth and not vllm and not sglang" \
-	  "(vllm and sglang) or (vllm and unsloth) or (sglang and unsloth)"; do \
-	  echo "pytest -m '$$tests'"; \
-	  $(BIN)/pytest tests -m "$$tests" \
-	    --engine vllm=$$vllm --engine sglang=$$sglang --engine unsloth=$$unsloth; \
-	done
+	@set -e; for engine in vllm sglang unsloth; do $(ENVIRONMENT) $$engine-cpu > /dev/null; done
+	@echo "vllm, sglang and unsloth, two at a time; each is shown when it is done (10 minutes and more)"
+	@$(MAKE) --no-print-directory --output-sync=target -j2 test-vllm test-sglang test-unsloth
+	@$(MAKE) --no-print-directory test-engines-together
+
+# selected(tests): pytest on the tests of these markers, with the engines that are installed.
+selected = $(BIN)/pytest tests -m "$(1)" --engine vllm=$$($(ENVIRONMENT) vllm-cpu) \
+  --engine sglang=$$($(ENVIRONMENT) sglang-cpu) --engine unsloth=$$($(ENVIRONMENT) unsloth-cpu)
+
+test-vllm test-sglang test-unsloth: test-%: $(VENV)/installed-dev
+	$(call selected,$* and not ($(subst $() , or ,$(filter-out $*,vllm sglang unsloth))))
+
+test-engines-together: $(VENV)/installed-dev
+	$(call selected,(vllm and sglang) or (vllm and unsloth) or (sglang and unsloth))
 
 test-gpu: $(VENV)/installed-dev ## the same suite with the tests that need a CUDA device
 	$(BIN)/pytest tests -m "gpu or not gpu" --require-gpu
