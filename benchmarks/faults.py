@@ -7,7 +7,7 @@ one of them is struck: killed (SIGKILL), stopped for good (SIGSTOP), or stopped 
 and then let go on. The run must end by itself, and its ledger must name every rollout that was
 asked for exactly once: trained on, or dropped as too old. A run that takes longer than
 ``--limit-s`` counts as not finished. Runs are processes of their own, so a crash of one cannot hide
-another.
+another. Stopped, it goes on from its result with ``--resume``.
 
 Figures: ``runs``, ``finished``, ``lost`` and ``duplicated`` (rollouts over all runs), ``stale``
 (dropped and counted), ``struck`` (runs whose fault came before their end).
@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--limit-s", type=float, default=300.0)
+    parser.add_argument("--resume", action="store_true", help="runs of the result are kept")
     parser.add_argument("--name", default="faults", help="of the result")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
@@ -175,13 +176,18 @@ def main() -> None:
         arguments.out.write_text(json.dumps(one_run(arguments.one, arguments.folder)))
         return
     results: list[dict[str, Any]] = []
+    earlier = arguments.results / f"{arguments.name}.json"
+    if arguments.resume and earlier.exists():
+        results = json.loads(earlier.read_text())["results"]
+    done = {result["seed"] for result in results}
     began = time.perf_counter()
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.runs)
+    left = [seed for seed in seeds if seed not in done]
     with ThreadPoolExecutor(arguments.workers) as pool:
-        for result in pool.map(lambda seed: run_apart(seed, arguments.limit_s), seeds):
+        for result in pool.map(lambda seed: run_apart(seed, arguments.limit_s), left):
             results.append(result)
-            spent = time.perf_counter() - began
-            left_s = spent / len(results) * (arguments.runs - len(results))
+            spent, new = time.perf_counter() - began, len(results) - len(done)
+            left_s = spent / new * (len(left) - new)
             print(
                 f"[{len(results)}/{arguments.runs}, ETA {left_s / 60:.0f} min] {result}", flush=True
             )
