@@ -16,7 +16,7 @@ demo: $(VENV)/installed ## distil the lab student from the lab teacher (two CPU 
 	$(BIN)/qwen3-distill run --config configs/demo.yaml
 
 test: $(VENV)/installed-dev ## the test suite a laptop can run
-	$(BIN)/pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n auto --dist loadfile
 
 # One pytest for each engine, two at a time: most of the time one of them waits for a start.
 test-engines: $(VENV)/installed-dev ## the tests of the real engines on a CPU, in environments it makes

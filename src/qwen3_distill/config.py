@@ -803,9 +803,10 @@ class StreamingPipeline(_Pipeline):
     not drop the few."""
     max_in_flight: PositiveInt | None = None
     """Rollouts that are sampled at a time; null: generation.max_sequences."""
-    pause_at_ready_steps: PositiveInt | None = 1
+    pause_at_ready_steps: PositiveInt | None = None
     """While the learner steps, decoding pauses once rollouts for so many further steps have ended:
-    a decode batch that runs empty costs the device as much as a full one. Null: it never does."""
+    a decode batch that runs empty costs the device as much as a full one. What is paused ages, so
+    leave max_staleness_steps some room. Null: it never pauses."""
     weight_updates: Literal["in_flight", "boundary"] = "in_flight"
     """``in_flight``: running rollouts go on with the new weights, and their tokens keep the
     version that sampled them. ``boundary``: a version is loaded when no rollout is running, and

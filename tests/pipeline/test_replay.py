@@ -1,12 +1,16 @@
 """Runs that train on kept rollouts: what they draw, and that they go on bit for bit."""
 
+import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwen3_distill.config import RunConfig
+from qwen3_distill.pipeline.build import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.reporting.metrics import read_jsonl
+from qwen3_distill.types import Update
 from tests.pipeline.builders import (
     RecordingReporter,
     Values,
@@ -64,6 +68,31 @@ def test_a_run_with_replay_that_crashed_ends_as_one_that_did_not(
     run_to_end(broken)
     assert trained(broken) == trained(whole)
     assert same_result(broken.output_path, whole.output_path)
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+def test_rollouts_do_not_begin_before_steps_that_would_make_them_too_old(
+    tiny_models: TinyModels, tmp_path: Path, staleness: int
+) -> None:
+    """Every second step trains on kept rollouts alone, and the engine has all the time it wants."""
+    changes = {**REPLAY, **streaming(max_staleness_steps=staleness)}
+    config = tiny_config(tiny_models, tmp_path / "run", changes)
+
+    def adapt(parts: Parts) -> Parts:
+        learner: Any = parts.learner
+        update = learner.update_replayed
+
+        async def slow(num_rollouts: int) -> Update:
+            await asyncio.sleep(0.1)
+            return await update(num_rollouts)
+
+        learner.update_replayed = slow
+        return parts
+
+    assert run(config, RecordingReporter(), raise_warning, adapt)
+    records = read_jsonl(config.output_path / "ledger.jsonl")
+    assert [record["dropped"] for record in records] == [""] * 8
+    assert sorted(" ".join(trained(config)).split(), key=int) == [str(n) for n in range(16)]
 
 
 def test_streaming_without_staleness_replays_as_the_sequential_loop_does(

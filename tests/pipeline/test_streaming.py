@@ -403,7 +403,11 @@ def test_a_batch_does_not_part_a_prompts_samples() -> None:
 
 def test_a_prefix_budget_shortens_all_but_some(tiny_models: TinyModels, tmp_path: Path) -> None:
     prefix = {"tokens": 5, "full_length_fraction": 0.3}
-    changes = {"steps": 10, "sampling.max_new_tokens": 12, **streaming(prefix=prefix)}
+    changes = {
+        "steps": 10,
+        "sampling.max_new_tokens": 12,
+        **streaming(prefix=prefix, max_staleness_steps=9, max_steps_ahead=4),  # nothing is stale
+    }
     config = tiny_config(tiny_models, tmp_path / "run", changes)
     seen = Batches()
     run_streaming(config, seen.watch)

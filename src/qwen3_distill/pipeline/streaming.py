@@ -152,11 +152,16 @@ class RolloutFlow:
             await self._moved.wait()
 
     def _room(self) -> int:
-        """How many rollouts may begin."""
+        """How many rollouts may begin.
+
+        With replay, steps that train on kept rollouts alone count as steps ahead and need none:
+        what begins now ages by them.
+        """
         config = self._config
-        updates = config.replay.updates_per_batch if config.replay is not None else 1
-        batches_left = -(-config.steps // updates) - -(-self.cursor.step // updates)
-        batches_ahead = min(config.max_steps_ahead + 1, batches_left)
+        first, beyond = self.cursor.step, self.cursor.step + config.max_steps_ahead + 1
+        batches_ahead = sum(
+            needs_rollouts(config, step) for step in range(first, min(beyond, config.steps))
+        )
         begun = len(self._outstanding) - self._outstanding.num_waiting
         window = batches_ahead * config.rollouts_per_step - begun
         return max(0, min(window, config.max_in_flight - len(self._running)))
@@ -353,7 +358,12 @@ class RolloutFlow:
         It then goes on with all the rollouts it had, instead of decoding the last of them in a
         batch that runs empty and takes the device from the learner.
         """
-        pausing = asyncio.create_task(self._pause_when_ahead(), name="pause")
+        steps = self._pipeline.pause_at_ready_steps
+        if steps is None:
+            yield
+            return
+        wanted = steps * self._config.rollouts_per_step
+        pausing = asyncio.create_task(self._pause_when_ready(wanted), name="pause")
         try:
             yield
         finally:
@@ -362,12 +372,9 @@ class RolloutFlow:
             if not pausing.cancelled():
                 pausing.result()  # an engine that is lost
 
-    async def _pause_when_ahead(self) -> None:
-        """Until cancelled."""
-        steps = self._pipeline.pause_at_ready_steps
-        if steps is None:
-            return
-        while self._num_unscored + len(self._ready) < steps * self._config.rollouts_per_step:
+    async def _pause_when_ready(self, num_rollouts: int) -> None:
+        """Pause once so many have ended; until cancelled."""
+        while self._num_unscored + len(self._ready) < num_rollouts:
             await self._moved.wait()
         self._is_paused = True
         self._count()
