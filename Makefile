@@ -25,15 +25,13 @@ test-engines: $(VENV)/installed-dev ## the tests of the real engines on a CPU, i
 	@$(MAKE) --no-print-directory --output-sync=target -j2 test-vllm test-sglang test-unsloth
 	@$(MAKE) --no-print-directory test-engines-together
 
-# selected(tests): pytest on the tests of these markers, with the engines that are installed.
-selected = $(BIN)/pytest tests -m "$(1)" --engine vllm=$$($(ENVIRONMENT) vllm-cpu) \
-  --engine sglang=$$($(ENVIRONMENT) sglang-cpu) --engine unsloth=$$($(ENVIRONMENT) unsloth-cpu)
-
-test-vllm test-sglang test-unsloth: test-%: $(VENV)/installed-dev
-	$(call selected,$* and not ($(subst $() , or ,$(filter-out $*,vllm sglang unsloth))))
-
-test-engines-together: $(VENV)/installed-dev
-	$(call selected,(vllm and sglang) or (vllm and unsloth) or (sglang and unsloth))
+test-vllm: MARKERS := vllm and not (sglang or unsloth)
+test-sglang: MARKERS := sglang and not (vllm or unsloth)
+test-unsloth: MARKERS := unsloth and not (vllm or sglang)
+test-engines-together: MARKERS := (vllm and sglang) or (vllm and unsloth) or (sglang and unsloth)
+test-vllm test-sglang test-unsloth test-engines-together: $(VENV)/installed-dev
+	$(BIN)/pytest tests -m "$(MARKERS)" --engine vllm=$$($(ENVIRONMENT) vllm-cpu) \
+	  --engine sglang=$$($(ENVIRONMENT) sglang-cpu) --engine unsloth=$$($(ENVIRONMENT) unsloth-cpu)
 
 test-gpu: $(VENV)/installed-dev ## the same suite with the tests that need a CUDA device
 	$(BIN)/pytest tests -m "gpu or not gpu" --require-gpu

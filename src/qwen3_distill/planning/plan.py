@@ -11,9 +11,10 @@ from typing import Any
 from qwen3_distill.config import LoraTuning, RunConfig
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.shapes import ModelShape, read_shape
+from qwen3_distill.modeling.step_memory import GIB
 from qwen3_distill.planning import memory
 from qwen3_distill.planning.device import DeviceMemory, detect_memory, stated_memory
-from qwen3_distill.planning.memory import GIB, Engine, Models, PlanRow
+from qwen3_distill.planning.memory import Engine, Models, PlanRow
 
 _DEFAULT_RESERVE_BYTES = 8 * GIB
 _DEFAULT_RESERVE_FRACTION = 1 / 8
@@ -134,9 +135,7 @@ def _device(config: RunConfig, device_memory_bytes: int | None) -> DeviceMemory:
 def _lay_out(
     config: RunConfig, models: Models, device: DeviceMemory, *, thrifty: bool = False
 ) -> MemoryPlan:
-    """Args:
-    thrifty: let the learner recompute what it can, whatever is left for it.
-    """
+    """The plan; a ``thrifty`` learner recomputes what it can, whatever is left for it."""
     reserve = _reserve_bytes(config, device)
     teacher = memory.teacher_rows(config, models, device)
     student = memory.student_rows(config, models, device)
