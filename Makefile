@@ -62,12 +62,14 @@ gpu-check: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(VENV)/installed-dev) ## on a 
 	unsloth=$(or $(UNSLOTH_PYTHON),$$($(ENVIRONMENT) unsloth-cuda)); \
 	for engine in vllm sglang unsloth; do \
 	  $(GPU_PYTHON) -m pytest tests/contract -m $$engine -W default --engine-device cuda \
+	    --junit-xml runs/gpu-check/$$engine.xml \
 	    --engine vllm=$$vllm --engine sglang=$$sglang --engine unsloth=$$unsloth \
 	    $(call path,vllm,VLLM) $(call path,sglang,SGLANG) $(call path,unsloth,UNSLOTH); \
 	done; \
 	set -- generation.python=$$vllm scoring.python=$$sglang training.python=$$unsloth \
 	  $(call setting,generation,VLLM) $(call setting,scoring,SGLANG) $(call setting,training,UNSLOTH); \
-	$(GPU_PYTHON) benchmarks/gpu_check.py --config configs/lab-vllm.yaml "$$@" $(LAB_SETTINGS); \
+	$(GPU_PYTHON) benchmarks/gpu_check.py --config configs/lab-vllm.yaml "$$@" $(LAB_SETTINGS) \
+	  --suites runs/gpu-check/*.xml; \
 	$(GPU_PYTHON) benchmarks/stages.py --config $(STAGES_CONFIG) "$$@" $(STAGES_SETTINGS)
 
 check: $(VENV)/installed-dev ## ruff, pyright, import contract

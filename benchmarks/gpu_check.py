@@ -9,15 +9,19 @@ accuracy with the runs of the embedded engines in `benchmarks/results/demo_seeds
 
 Figures: accuracy `before`, `after` and of the `teacher`; `embedded_after_low`, the lower end of the
 lowest embedded run's interval; `wall_s` from the start of the first engine to the report;
-`peak_gib` of the device's memory, as the driver counts it.
+`peak_gib` of the device's memory, as the driver counts it. With `--suites`, JUnit files of the
+contract suites run before, also `contract_passed`, `contract_failed` and `contract_skipped`.
 """
 
 import argparse
 import json
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from common import RESULTS, write_result
 from device_memory import PeakMemory
@@ -33,6 +37,7 @@ def main() -> None:
     )
     parser.add_argument("--config", default="configs/lab-vllm.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE")
+    parser.add_argument("--suites", type=Path, nargs="*", default=[], help="JUnit files")
     parser.add_argument("--name", default="gpu_check", help="of the result")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
     arguments = parser.parse_intermixed_args()
@@ -40,6 +45,7 @@ def main() -> None:
     folder = f"{config.output_dir}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = config.model_copy(update={"output_dir": folder})
     lowest = lowest_embedded_interval(RESULTS / "demo_seeds.json")
+    suites = outcomes(arguments.suites)
     summary, wall_s, peak_gib = distil(config)
     accuracy = summary["accuracy"]
     path = write_result(
@@ -51,9 +57,15 @@ def main() -> None:
             "embedded_after_low": lowest,
             "wall_s": wall_s,
             "peak_gib": peak_gib,
+            **{
+                f"contract_{outcome}": sum(suite[outcome] for suite in suites.values())
+                for outcome in ("passed", "failed", "skipped")
+                if suites
+            },
         },
         folder=arguments.results,
         summary=summary,
+        contract=suites,
     )
     print(path)
     if accuracy["after"]["ci_high"] < lowest:
@@ -67,6 +79,19 @@ def lowest_embedded_interval(file: Path) -> float:
     """Lower end of the 95% interval of the embedded run that got least."""
     runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
     return min(one["accuracy"]["after"]["ci_low"] for one in runs)
+
+
+def outcomes(files: Sequence[Path]) -> dict[str, dict[str, int]]:
+    """By a file's name: how many tests passed, failed (errors too) and were skipped."""
+    suites: dict[str, dict[str, int]] = {}
+    for file in files:
+        counts = Counter(passed=0, failed=0, skipped=0)
+        for case in ElementTree.parse(file).getroot().iter("testcase"):
+            bad = case.find("failure") is not None or case.find("error") is not None
+            skipped = case.find("skipped") is not None
+            counts["failed" if bad else "skipped" if skipped else "passed"] += 1
+        suites[file.stem] = dict(counts)
+    return suites
 
 
 def distil(config: RunConfig) -> tuple[dict[str, Any], float, float]:

@@ -1,7 +1,8 @@
 """Sequential, streaming and one model at a time: the same engines and lengths, one run.
 
-    python benchmarks/overlap.py --config configs/h200.yaml --lengths longtail8:4:8,fixed:2:6 \
-        --mps-lengths longtail8:0:8 --swapping longtail8 \
+    python benchmarks/overlap.py --config configs/h200.yaml --lengths longtail8:2:8,fixed:2:6 \
+        --variants longtail8:8:pause_at_ready_steps=1 --other-mps longtail8:0:6 \
+        --swapping longtail8 pipeline.kind=streaming pipeline.mps=true \
         student.model=models/random-4B scoring.model=models/random-8B
 
 Every rollout has a length of its own, drawn by its number: ``fixed`` is `sampling.max_new_tokens`
@@ -15,9 +16,11 @@ trained on over the time of these steps. A sequential step is like any other, so
 warm-up step of the same lengths. A streaming run first fills its stages: its first ``--skip`` steps
 do not count, and it is stopped while they are full. The details say how long the first step took.
 
-``--mps-lengths`` starts the engines again as clients of an MPS daemon. ``--swapping NAME`` measures
-one step of that distribution in which only one model is loaded at a time: start the rollout engine,
-generate, end it, and so on, all caches of compiled code warm.
+With ``pipeline.mps=true`` both sides run as clients of an MPS daemon. ``--other-mps`` starts the
+engines once more the other way, for ``mps_gain``. ``--variants NAME:STREAMING:SETTING=VALUE``
+streams once more on the same engines with another setting of `pipeline`. ``--swapping NAME``
+measures one step of that distribution in which only one model is loaded at a time: start the
+rollout engine, generate, end it, and so on, all caches of compiled code warm.
 
 The trace of every run lies in ``<output_dir>/<name>-<pipeline>/trace.json``.
 """
@@ -28,7 +31,8 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +45,7 @@ from qwen3_distill.config import (
     LoggingConfig,
     RunConfig,
     SequentialPipeline,
+    StreamingPipeline,
     TaskPrompts,
 )
 from qwen3_distill.config_io import load_config
@@ -152,6 +157,21 @@ class Plan:
         ]
 
 
+@dataclass(frozen=True)
+class Variant:
+    """One distribution, streamed with another setting of `pipeline`."""
+
+    name: str
+    streaming_steps: int
+    setting: str
+
+    @classmethod
+    def parse(cls, text: str) -> list["Variant"]:
+        """Of ``NAME:STREAMING:SETTING=VALUE,...``."""
+        fields = [item.split(":", 2) for item in text.split(",") if item]
+        return [cls(name, int(steps), setting) for name, steps, setting in fields]
+
+
 @dataclass
 class Bench:
     """Engines that run, and what is measured on them."""
@@ -161,7 +181,10 @@ class Bench:
     median_tokens: int
     max_tokens: int
     skip: int
-    mps: bool = False
+    pipeline_with: Callable[[str], StreamingPipeline]
+    """The config's, with another ``SETTING=VALUE``."""
+    suffix: str = ""
+    """Of figures and details, where MPS is not used as the config says."""
     drawn_steps: int = 0
     """So many steps' prompts were used: nothing of the next ones is in the teacher's cache."""
 
@@ -228,8 +251,7 @@ class Bench:
 
     async def compare(self, plan: Plan) -> None:
         """Both pipelines on the same distribution."""
-        name, results = plan.name, dict[str, dict[str, float]]()
-        suffix = "-mps" if self.mps else ""
+        name, suffix, results = plan.name, self.suffix, dict[str, dict[str, float]]()
         for kind, steps in (
             ("sequential", plan.sequential_steps),
             ("streaming", plan.streaming_steps),
@@ -239,26 +261,43 @@ class Bench:
             if steps:
                 results[kind] = await self.pipeline(kind, name, steps, f"{name}-{kind}{suffix}")
                 print(f"{name}{suffix}", kind, json.dumps(results[kind]), flush=True)
-        self.report.add(f"{name}{suffix}", self.figures(name, suffix, results), **results)
+        self.report.add(f"{name}{suffix}", self.figures(name, results), **results)
 
-    def figures(
-        self, name: str, suffix: str, results: Mapping[str, dict[str, float]]
-    ) -> dict[str, float]:
-        """Ratios; a side that was not measured now is taken from the run without MPS before."""
-        plain = self.report.parts.get(name, {})
-        sides = {**plain, **results}
-        if "streaming" not in sides:
+    def figures(self, name: str, results: Mapping[str, dict[str, float]]) -> dict[str, float]:
+        """Speeds and ratios of what was measured now, and what MPS gains if both ways were."""
+        if "streaming" not in results:
             return {}
-        streaming = sides["streaming"]["tok_s"]
+        streaming = results["streaming"]["tok_s"]
         figures = dict[str, float]()
-        if "sequential" in sides:
-            figures[f"{name}{suffix}_vs_sequential"] = streaming / sides["sequential"]["tok_s"]
+        if "sequential" in results:
+            figures[f"{name}_vs_sequential"] = streaming / results["sequential"]["tok_s"]
         if name == "fixed":
-            figures[f"opd_tok_s_256x512{suffix}"] = streaming
-        if self.mps and "streaming" in plain:
-            gain = streaming / plain["streaming"]["tok_s"]
-            figures["mps_gain" if name == "longtail8" else f"mps_gain_{name}"] = gain
-        return {key.replace("-", "_"): value for key, value in figures.items()}
+            config = self.parts.config
+            work = f"{config.rollouts_per_step}x{config.sampling.max_new_tokens}"
+            figures[f"opd_tok_s_{work}"] = streaming
+        figures = {f"{key}{self.suffix}": value for key, value in figures.items()}
+        other = self.report.parts.get(name, {}).get("streaming")
+        if self.suffix and other:
+            gain = other["tok_s"] / streaming
+            key = "mps_gain" if name == "longtail8" else f"mps_gain_{name}"
+            figures[key] = gain if self.suffix == "_without_mps" else 1 / gain
+        return figures
+
+    async def vary(self, variant: Variant) -> None:
+        """Stream once more with another setting."""
+        parts, key = self.parts, f"{variant.name}-{variant.setting}{self.suffix}"
+        pipeline = self.pipeline_with(variant.setting)
+        self.parts = replace(parts, config=parts.config.model_copy(update={"pipeline": pipeline}))
+        try:
+            result = await self.pipeline("streaming", variant.name, variant.streaming_steps, key)
+        finally:
+            self.parts = parts
+        print(key, json.dumps(result), flush=True)
+        sequential = self.report.parts.get(variant.name, {}).get("sequential")
+        ratio = (
+            {f"{key}_vs_sequential": result["tok_s"] / sequential["tok_s"]} if sequential else {}
+        )
+        self.report.add(key, ratio, streaming=result)
 
     async def swapping(self, name: str) -> None:
         """One step with one model loaded at a time; the engines are closed afterwards."""
@@ -309,15 +348,21 @@ def shared_memory() -> str | None:
 
 
 async def measure(arguments: argparse.Namespace, config: RunConfig, report: Report) -> None:
+    def pipeline_with(setting: str) -> StreamingPipeline:
+        overrides = [*arguments.overrides, f"pipeline.{setting}"]
+        pipeline = load_config(arguments.config, overrides).pipeline
+        assert isinstance(pipeline, StreamingPipeline)
+        return pipeline
+
     parts = build_parts(config)
     vocab_size = parts.learner.identity.vocab_size
     parts = replace(parts, prompts=RandomPrompts(arguments.prompt_tokens, vocab_size))
-    bench = Bench(parts, report, arguments.median_tokens, arguments.max_tokens, arguments.skip)
-    await together(bench, arguments.lengths)
-    if arguments.mps_lengths:
-        bench.mps = True
-        async with private_mps(MpsDaemon(config.output_path / "mps.log"), refuse):
-            await together(bench, arguments.mps_lengths)
+    lengths = arguments.median_tokens, arguments.max_tokens
+    bench = Bench(parts, report, *lengths, arguments.skip, pipeline_with)
+    mps = config.pipeline.mps
+    await together(bench, mps, arguments.lengths, arguments.variants)
+    bench.suffix = "_without_mps" if mps else "_with_mps"
+    await together(bench, not mps, arguments.other_mps, [])
     if arguments.swapping:
         try:
             await bench.swapping(arguments.swapping)
@@ -325,21 +370,27 @@ async def measure(arguments: argparse.Namespace, config: RunConfig, report: Repo
             await parts.close()
 
 
-async def together(bench: Bench, plans: Sequence[Plan]) -> None:
+async def together(
+    bench: Bench, mps: bool, plans: Sequence[Plan], variants: Sequence[Variant]
+) -> None:
     """Start all engines, measure, and close them."""
-    if not plans:
+    if not plans and not variants:
         return
     parts = bench.parts
-    try:
+    daemon = MpsDaemon(parts.config.output_path / "mps.log")
+    async with AsyncExitStack() as stack:
+        if mps:
+            await stack.enter_async_context(private_mps(daemon, refuse))
+        stack.push_async_callback(parts.close)
         with PeakMemory() as memory:
             _, start_s = await timed(start_side_by_side(parts))
             await push_weights(parts)
             for plan in plans:
                 await bench.compare(plan)
-        key = "together-mps" if bench.mps else "together"
-        bench.report.add(key, {"peak_gib": memory.peak_gib}, start_s=start_s)
-    finally:
-        await parts.close()
+            for variant in variants:
+                await bench.vary(variant)
+        figures = {f"peak_gib{bench.suffix}": memory.peak_gib}
+        bench.report.add(f"together{bench.suffix}", figures, start_s=start_s, mps=mps)
 
 
 def refuse(reason: str) -> None:
@@ -353,7 +404,8 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE")
     parser.add_argument("--lengths", type=Plan.parse, default=[])
-    parser.add_argument("--mps-lengths", type=Plan.parse, default=[])
+    parser.add_argument("--variants", type=Variant.parse, default=[])
+    parser.add_argument("--other-mps", type=Plan.parse, default=[])
     parser.add_argument("--swapping", metavar="NAME")
     parser.add_argument("--median-tokens", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=4096)
