@@ -2,12 +2,13 @@
 
     python benchmarks/faults.py --runs 100 --workers 1
 
-Every run has its three embedded engines in processes of their own. At a random moment a random
-one of them is struck: killed (SIGKILL), stopped for good (SIGSTOP), or stopped for a second or two
-and then let go on. The run must end by itself, and its ledger must name every rollout that was
-asked for exactly once: trained on, or dropped as too old. A run that takes longer than
-``--limit-s`` counts as not finished. Runs are processes of their own, so a crash of one cannot hide
-another. Stopped, it goes on from its result with ``--resume``.
+Every run has its three embedded engines in processes of their own. At a random moment, some time
+after the learner has reached a random step, a random one of them is struck: killed (SIGKILL),
+stopped for good (SIGSTOP), or stopped for a second or two and then let go on. The run must end by
+itself, and its ledger must name every rollout that was asked for exactly once: trained on, or
+dropped as too old. A run that takes longer than ``--limit-s`` counts as not finished. Runs are
+processes of their own, so a crash of one cannot hide another. Stopped, it goes on from its result
+with ``--resume``.
 
 Figures: ``runs``, ``finished``, ``lost`` and ``duplicated`` (rollouts over all runs), ``stale``
 (dropped and counted), ``struck`` (runs whose fault came before their end).
@@ -38,8 +39,8 @@ from qwen3_distill.reporting.metrics import read_jsonl
 ROOT = Path(__file__).parents[1]
 STEPS, ROLLOUTS = 8, 16
 STAGES, FAULTS = ("generate", "score", "train"), ("kill", "hang", "slow")
-LATEST_S = 6.0
-"""After the engines are up; a run without a fault takes about as long."""
+DELAY_S = 0.7
+"""At most so long after its step: some steps' time. A run may end before, where it is the last."""
 HANG_TIMEOUT_S = 8.0
 SETTINGS = (
     f"steps={STEPS}",
@@ -66,12 +67,13 @@ class Striker:
     def __init__(self, seed: int) -> None:
         rng = random.Random(seed)
         self.stage, self.fault = rng.choice(STAGES), rng.choice(FAULTS)
-        self.after_s, self.pause_s = rng.uniform(0, LATEST_S), rng.uniform(0.5, 2.5)
+        self.step, self.delay_s = rng.randrange(STEPS), rng.uniform(0, DELAY_S)
+        self.pause_s = rng.uniform(0.5, 2.5)
         self.struck_at_step: int | None = None
         self._task: asyncio.Task[None] | None = None
 
     def attach(self, parts: Parts) -> Parts:
-        """The clock runs from the first push of weights: the engines are up then."""
+        """The watch begins with the first push of weights: the engines are up then."""
         part = {"generate": parts.engine, "score": parts.teacher, "train": parts.learner}
         engine: Any = parts.engine
         load = engine.load
@@ -85,7 +87,9 @@ class Striker:
         return parts
 
     async def _strike(self, part: Any, parts: Parts) -> None:
-        await asyncio.sleep(self.after_s)
+        while parts.learner.version.step < self.step:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(self.delay_s)
         worker = part.worker
         if worker is None or worker.pid is None:
             return  # between two starts: there is nothing to strike

@@ -15,7 +15,7 @@ from pathlib import Path
 from qwen3_distill.reporting.timeline import Timeline, timeline_of
 from qwen3_distill.reporting.trace import read_trace
 
-WIDTH, LEFT, ROW, GAP, TOP = 960, 150, 22, 6, 30
+WIDTH, LEFT, RIGHT, ROW, GAP, TOP = 960, 80, 25, 22, 6, 10
 COLOURS = {"generate": "#4c78a8", "score": "#f58518", "train": "#54a24b", "publish": "#b279a2"}
 STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#444}.name{font-weight:600}"
@@ -29,9 +29,10 @@ def panel(name: str, timeline: Timeline, seconds: float, top: float) -> tuple[li
 
     def x(at_s: float) -> float:
         share = (at_s - (ended_s - seconds)) / seconds
-        return LEFT + min(max(share, 0.0), 1.0) * (WIDTH - LEFT - 10)
+        return LEFT + min(max(share, 0.0), 1.0) * (WIDTH - LEFT - RIGHT)
 
-    parts = [f'<text class="name" x="10" y="{top + 15}">{name}</text>']
+    parts = [f'<text class="name" x="{LEFT}" y="{top + 12}">{name}</text>']
+    top += ROW
     begun = top
     for stage, colour in COLOURS.items():
         middle = top + 15
@@ -46,7 +47,7 @@ def panel(name: str, timeline: Timeline, seconds: float, top: float) -> tuple[li
                 corners.append(f"{pixel},{top + ROW - height:.1f}")
                 height = value / most * ROW
                 corners.append(f"{pixel},{top + ROW - height:.1f}")
-            corners += [f"{WIDTH - 10},{top + ROW - height:.1f}", f"{WIDTH - 10},{top + ROW}"]
+            corners += [f"{WIDTH - RIGHT},{top + ROW - height:.1f}", f"{WIDTH - RIGHT},{top + ROW}"]
             parts.append(f'<path fill="{colour}" d="M{"L".join(corners)}Z"/>')
         else:
             for span in timeline.spans.get(stage, ()):
@@ -75,7 +76,7 @@ def picture(runs: Sequence[tuple[str, Timeline]], seconds: float) -> str:
         body += parts
     grid: list[str] = []
     for tick in range(0, int(seconds) + 1, 10):
-        x = LEFT + tick / seconds * (WIDTH - LEFT - 10)
+        x = LEFT + tick / seconds * (WIDTH - LEFT - RIGHT)
         grid.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 8}" y2="{top}"/>')
         grid.append(f'<text x="{x:.1f}" y="{top + 16}" text-anchor="middle">{tick} s</text>')
     return (

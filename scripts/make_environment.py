@@ -137,6 +137,7 @@ def _build(name: str, python: str, target: Path) -> None:
         _install(name, partial / "bin" / "python")
         _copy_extras(name, partial)
         _check(name, partial / "bin" / "python")
+        _compile(partial, target)
         _point_scripts_to(partial, target)
         partial.rename(target)
     except BaseException:
@@ -179,6 +180,17 @@ def _check(name: str, python: Path) -> None:
     """Import the engine, in a folder that it may write its caches into."""
     with tempfile.TemporaryDirectory() as folder:
         _run([str(python), "-c", RECIPES[name].check], folder=folder)
+
+
+def _compile(partial: Path, target: Path) -> None:
+    """Byte-code for all packages on all cores: where Python may not write it, every start of an
+    engine would compile again, for half a minute and more."""
+    (packages,) = partial.glob("lib/python*/site-packages")
+    paths = ["-s", str(partial), "-p", str(target)]  # what a traceback shows
+    python = str(partial / "bin" / "python")
+    command = [python, "-m", "compileall", "-q", "-j", "0", *paths, str(packages)]
+    # Some packages hold files of other Python versions; those fail and nobody imports them.
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
 
 
 def _point_scripts_to(partial: Path, target: Path) -> None:

@@ -210,6 +210,11 @@ class VllmGeneration(_EngineProcess, _Watched):
     full_weights: Literal["auto", "ipc", "directory"] = "auto"
     """How whole weights reach the engine. ``auto``: CUDA IPC where the first push shows that it
     works, else files. Adapters always travel as files."""
+    kv_cache_at_update: Literal["keep", "recompute"] = "keep"
+    """Of running rollouts, when weights come in flight. ``keep``: their keys and values stay those
+    of older weights (PipelineRL, arXiv 2509.19128). ``recompute``: the new weights read everything
+    in flight again, at every update. Either way a token's logprob is that of the distribution it
+    was sampled from."""
     float32_head: bool = False
     """Compute the output head in float32: less noise in logprobs, some speed lost."""
     enforce_eager: bool = False

@@ -58,15 +58,20 @@ def token_logprobs(model: PreTrainedModel, rollout: Rollout) -> NDArray[np.float
 
 
 def behavior_logprobs(
-    model: PreTrainedModel, rollout: Rollout, *, temperature: float | None = None
+    model: PreTrainedModel,
+    rollout: Rollout,
+    *,
+    temperature: float | None = None,
+    top_p_shift: float = 0.0,
 ) -> NDArray[np.float64]:
     """[R] nats under the distribution that the rollout's `SamplingSpec` describes."""
     spec = rollout.sampling
     with torch.no_grad():
         logits = response_positions(model, rollout)[1].double().numpy()
     logits = logits / (temperature or spec.temperature)
+    top_p = spec.top_p + top_p_shift if spec.top_p < 1 else 1.0
     rows = zip(logits, rollout.response_ids.tolist(), strict=True)
-    return np.array([truncated_logprobs(row, spec.top_k, spec.top_p)[token] for row, token in rows])
+    return np.array([truncated_logprobs(row, spec.top_k, top_p)[token] for row, token in rows])
 
 
 def swapped_logprobs(

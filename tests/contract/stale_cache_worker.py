@@ -1,6 +1,10 @@
-"""A rollout process with the mistake that the contract guards against: the cache is kept."""
+"""A rollout process with the mistake that the contract guards against: the cache is kept, and new
+rollouts find in it what older weights computed."""
+# pyright: reportMissingImports=false
 
-from qwen3_distill.generation.vllm_worker import VllmWorker
+from typing import Any
+
+from qwen3_distill.generation.vllm_worker import VllmWorker, compat
 from qwen3_distill.protocols import WeightChannel
 from qwen3_distill.types import WeightVersion
 from qwen3_distill.utils.worker import serve_worker
@@ -17,5 +21,12 @@ class StaleCacheWorker(VllmWorker):
         await self._engine.resume_generation()
 
 
+def unsalted(token_ids: list[int], version: WeightVersion | None) -> Any:
+    from vllm import TokensPrompt  # noqa: PLC0415 - after the worker has set its variables
+
+    return TokensPrompt(prompt_token_ids=token_ids)
+
+
 if __name__ == "__main__":
+    compat.prompt = unsalted
     serve_worker(StaleCacheWorker())

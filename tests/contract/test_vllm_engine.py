@@ -9,6 +9,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,12 @@ from tests.contract.builders import (
     run,
     serve,
 )
-from tests.contract.reference import behavior_logprobs, largest_gap, reference_model
+from tests.contract.reference import (
+    behavior_logprobs,
+    largest_gap,
+    reference_model,
+    swapped_logprobs,
+)
 from tests.contract.vllm_adapter import build_vllm
 from tests.engines import INSTALLED
 from tests.tiny_models import TinyModels
@@ -190,54 +196,65 @@ def test_a_stale_prefix_cache_would_fail_the_parity_check(
             run(tested.close())
 
 
+async def begun(engine: VllmRolloutEngine, requests: list[RolloutRequest]) -> Any:
+    """A task that collects the requests' rollouts, when each of them has some tokens."""
+
+    async def collect() -> list[Rollout]:
+        return [rollout async for rollout in engine.generate(requests)]
+
+    collecting = asyncio.create_task(collect())
+    while (
+        not (prefixes := await engine.prefixes())
+        or min(prefix.response_ids.size for prefix in prefixes) < 6
+    ):
+        await asyncio.sleep(0.01)
+        assert not collecting.done()
+    return collecting
+
+
+@pytest.mark.parametrize("keeps_cache", [True, False], ids=["keep", "recompute"])
 def test_running_rollouts_go_on_with_the_new_weights_and_every_token_names_its_version(
     engine: VllmRolloutEngine,
     channel: DirectoryChannel,
     base: dict[str, Tensor],
     tiny_models: TinyModels,
+    keeps_cache: bool,
 ) -> None:
+    tested = engine
+    if not keeps_cache:
+        tested = build_vllm(
+            tiny_models.student, lora=LORA, dtype=ADAPTER_DTYPE, kv_cache_at_update="recompute"
+        )
     adapters = [adapter_weights(base, seed=60 + step) for step in range(2)]
-    first = serve_adapter(engine, channel, adapters[0], 0)
-    second = WeightVersion(step=1, digest=weights_digest(adapters[1].tensors))
-    channel.publish(second, adapters[1])
 
-    async def swap_under_way() -> list[Rollout]:
-        async def collect() -> list[Rollout]:
-            requests = cached_requests(12, new_tokens=90)
-            return [rollout async for rollout in engine.generate(requests)]
-
-        collecting = asyncio.create_task(collect())
-        while (
-            not (prefixes := await engine.prefixes())
-            or min(prefix.response_ids.size for prefix in prefixes) < 6
-        ):
-            await asyncio.sleep(0.01)
-            assert not collecting.done()
-        await engine.load(second, channel)
+    async def swap_under_way(version: WeightVersion) -> list[Rollout]:
+        collecting = await begun(tested, cached_requests(12, new_tokens=90))
+        await tested.load(version, channel)
         return await collecting
 
-    rollouts = run(swap_under_way())
+    try:
+        first = serve_adapter(tested, channel, adapters[0], 0)
+        second = WeightVersion(step=1, digest=weights_digest(adapters[1].tensors))
+        channel.publish(second, adapters[1])
+        rollouts = run(swap_under_way(second))
+    finally:
+        if not keeps_cache:
+            run(tested.close())
     mixed = [rollout for rollout in rollouts if len(rollout.versions) == 2]
     assert len(mixed) >= 6
-    models = {
-        version: reference_model(tiny_models.student, merged(base, adapter))
-        for version, adapter in zip((first, second), adapters, strict=True)
-    }
-    for rollout in rollouts:
-        for span in rollout.versions:
-            expected = behavior_logprobs(models[span.version], rollout)[span.start : span.stop]
-            seen = rollout.behavior_logprobs[span.start : span.stop]
-            assert largest_gap(seen, expected) < PARITY_NATS
-    last_old, first_new = list[float](), list[float]()
-    for rollout in mixed:
-        edge = rollout.versions[1].start
-        wrong_old = behavior_logprobs(models[second], rollout)[edge - 1]
-        wrong_new = behavior_logprobs(models[first], rollout)[edge]
-        last_old.append(abs(rollout.behavior_logprobs[edge - 1] - wrong_old))
-        first_new.append(abs(rollout.behavior_logprobs[edge] - wrong_new))
-    # A boundary off by one token would have shown above.
-    assert max(last_old) > FAR_NATS
-    assert max(first_new) > FAR_NATS
+    assert {span.version for rollout in rollouts for span in rollout.versions} == {first, second}
+    old, new = (reference_model(tiny_models.student, merged(base, one)) for one in adapters)
+
+    def gaps(rollout: Rollout, off_by: int, keeps: bool) -> float:
+        edge = rollout.versions[1].start + off_by
+        expected = swapped_logprobs(old, new, rollout, edge, keeps_cache=keeps)
+        return largest_gap(rollout.behavior_logprobs, expected)
+
+    assert max(gaps(rollout, 0, keeps_cache) for rollout in mixed) < PARITY_NATS
+    # The check would see a boundary that is off by one token, and the other kind of cache.
+    for off_by_one in (-1, 1):
+        assert max(gaps(rollout, off_by_one, keeps_cache) for rollout in mixed) > FAR_NATS
+    assert max(gaps(rollout, 0, not keeps_cache) for rollout in mixed) > FAR_NATS
 
 
 def test_more_prompt_tokens_than_a_step_takes_are_no_trouble(

@@ -57,7 +57,7 @@ KEPT_ENGINES = 2
 class VllmEngineAdapter:
     """Keeps the last engines by model and batch limit; `build` gives one back without weights."""
 
-    keeps_cache_over_updates: bool = False
+    keeps_cache_over_updates: bool = True
     _kept: dict[tuple[str, int], VllmRolloutEngine] = field(default_factory=dict)
 
     def build(self, model_dir: Path, *, max_sequences: int = 64) -> VllmRolloutEngine:

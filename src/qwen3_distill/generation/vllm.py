@@ -68,6 +68,7 @@ class VllmRolloutEngine(RemoteRolloutEngine):
             stream_interval=config.stream_interval,
             hang_timeout_s=config.hang_timeout_s,
             lora_rank=None if lora is None else lora.rank,
+            keeps_cache=config.kv_cache_at_update == "keep",
             quantization=config.quantization,
             float32_head=config.float32_head,
             enforce_eager=config.enforce_eager,

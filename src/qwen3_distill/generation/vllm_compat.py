@@ -15,13 +15,13 @@ import torch
 import vllm
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from vllm import SamplingParams
+from vllm import SamplingParams, TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from qwen3_distill.errors import EngineError, EngineStartError
 from qwen3_distill.generation.vllm_settings import VllmSettings
-from qwen3_distill.types import SamplingSpec
+from qwen3_distill.types import SamplingSpec, WeightVersion
 
 ADAPTER_NAME = "policy"
 ADAPTER_ID = 1
@@ -114,6 +114,15 @@ def sampling_params(spec: SamplingSpec, eos_ids: Sequence[int]) -> SamplingParam
         stop_token_ids=list(eos_ids),
         output_kind=RequestOutputKind.DELTA,
     )
+
+
+def prompt(token_ids: Sequence[int], version: WeightVersion | None) -> TokensPrompt:
+    """A prompt that shares cached blocks only with others that came under the same version.
+
+    Blocks of running rollouts cannot be cleared, and vLLM would hand them to a later request with
+    the same prompt, whatever weights they were computed with.
+    """
+    return TokensPrompt(prompt_token_ids=list(token_ids), cache_salt=str(version))
 
 
 def scoring_params() -> SamplingParams:

@@ -18,6 +18,8 @@ class VllmSettings:
     stream_interval: int
     lora_rank: int | None
     """Highest rank of the adapters it will serve; None: whole weights are loaded instead."""
+    keeps_cache: bool = True
+    """Whether running rollouts keep their keys and values when new weights come."""
     max_batched_tokens: int | None = None
     quantization: str | None = None
     float32_head: bool = False

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from vllm import AsyncEngineArgs, TokensPrompt
+from vllm import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -83,20 +83,26 @@ class VllmWorker:
     async def load(self, version: WeightVersion, channel: WeightChannel) -> None:
         """Serve ``version``. Running rollouts go on with it: their next tokens are its tokens.
 
+        What older weights computed of them is kept or computed again (`VllmSettings.keeps_cache`);
+        what no running rollout needs is cleared.
+
         Raises:
             WeightVersionError: the weights in use are not ``version``; nothing is served then,
                 and running rollouts were aborted.
         """
+        assert self._settings is not None
+        clears = not self._settings.keeps_cache
         async with self._load_lock:
             self._version = None
-            await self._guarded(self._engine.pause_generation(mode="keep", clear_cache=True))
+            await self._guarded(self._engine.pause_generation(mode="keep", clear_cache=clears))
             try:
                 problem = await self._replace(version, channel)
                 if problem:
                     await self.abort(list(self._running))
                     raise WeightVersionError(problem)
-                # Also what was cached in between; False would mean blocks still in use.
-                if not await self._guarded(self._engine.reset_prefix_cache(True)):
+                # Also what was cached in between. False: blocks are still in use, which nothing but
+                # the rollouts that use them can find any more (`compat.prompt`).
+                if not await self._guarded(self._engine.reset_prefix_cache(clears)) and clears:
                     raise WeightVersionError(f"{version}: vLLM did not clear its prefix cache")
                 await self._mark_swap(version)
                 self._version = version
@@ -147,8 +153,7 @@ class VllmWorker:
 
     async def prompt_logprobs(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """[T - 1] nats of every token but the first, under the served weights at temperature 1."""
-        parameters = compat.scoring_params()
-        prompt = TokensPrompt(prompt_token_ids=list(token_ids))
+        parameters, prompt = compat.scoring_params(), compat.prompt(token_ids, self._version)
         outputs = [
             output
             async for output in self._engine.generate(
@@ -175,7 +180,7 @@ class VllmWorker:
         self._running[request.rollout_id] = running
         try:
             async for output in self._engine.generate(
-                TokensPrompt(prompt_token_ids=request.prompt.token_ids.tolist()),
+                compat.prompt(request.prompt.token_ids.tolist(), self._version),
                 compat.sampling_params(request.sampling, self._settings.eos_ids),
                 request.rollout_id,
                 lora_request=self._adapter(),
