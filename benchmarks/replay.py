@@ -96,7 +96,7 @@ class Ours:
         )
         self.buffer = ReplayBuffer(config, candidates=0, device=device, seed=0)
         self.bytes = self.buffer.num_bytes
-        self._priority = torch.ones(BATCH, device=device)
+        self._priority = np.ones(BATCH)
         self._copies = copies
         self._step = 0
         self._sample: Any = None

@@ -6,11 +6,12 @@ empty. So what is drawn is read where it lies; the layout of micro-batches is th
 ever made of it. Rollouts are numbered as they come; rollout number i is at ``i % M`` in every
 per-rollout array.
 
-What the layout needs (places, lengths) is known when a rollout comes and never changes: it is kept
-on the host, so that making room and finding rollouts never waits for the device. What the drawing
-needs (priority, age, uses) is kept on the device. ``mass`` is both share and sign of life: it is
-0 where no rollout is or where it was dropped. A dropped rollout's tokens are free when the oldest
-end of the ring reaches them.
+Tokens are on the device; what there is of a rollout (place, lengths, age, uses, priority) is a few
+numbers, kept on the host in arrays. So making room, drawing and finding rollouts launch no kernels
+and wait for nothing: on the device they were sixty launches a step for microseconds of work. Only a
+sample's new priorities come from there. ``mass`` is both share and sign of life: it is 0 where no
+rollout is or where it was dropped. A dropped rollout's tokens are free when the oldest end of the
+ring reaches them.
 
 Shape letters: C token slots, M rollouts kept, S rollouts given or drawn, K teacher candidates.
 """
@@ -18,10 +19,11 @@ Shape letters: C token slots, M rollouts kept, S rollouts given or drawn, K teac
 import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen3_distill.config import (
@@ -35,6 +37,8 @@ from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.replay.flat import Counts, FlatRollouts, flatten
 from qwen3_distill.replay.priority import (
     Draw,
+    Floats,
+    Integers,
     annealed,
     draw_mass,
     importance_weights,
@@ -55,9 +59,9 @@ class ReplaySample:
     """Rollouts that were drawn, in the order of their places. Good until rollouts are added."""
 
     places_S: Counts
-    """In per-rollout arrays; on the host."""
-    weights_S: Tensor
-    """float32 on the device: importance weights, divided by the largest of them."""
+    """In per-rollout arrays."""
+    weights_S: NDArray[np.float32]
+    """Importance weights, divided by the largest of them."""
     numbers_S: Counts
     """When each came: 0 for the first rollout that was ever added."""
 
@@ -87,19 +91,19 @@ class ReplayBuffer:
         self._device = device
         self._seed = seed
         self._shape = _shape(config, candidates)
-        tensors = {
+        self._arenas = {
             name: torch.zeros(shape, dtype=dtype, device=device)
-            for name, (shape, dtype) in _layout(self._shape).items()
+            for name, (shape, dtype) in _arena_layout(self._shape).items()
         }
-        self._arenas = {name: tensors.pop(name) for name in _arena_layout(self._shape)}
-        self._edges = tensors.pop("edges")
-        self._state = tensors
         rollouts = self._shape.rollouts
         self._first = np.zeros(rollouts, dtype=np.int64)
         """A rollout's first token, counted on without end; modulo C it is the slot."""
         self._prompt_tokens = np.zeros(rollouts, dtype=np.int64)
         self._response_tokens = np.zeros(rollouts, dtype=np.int64)
         self._oldest_step = np.zeros(rollouts, dtype=np.int64)
+        self._uses = np.zeros(rollouts, dtype=np.int32)
+        self._mass = np.zeros(rollouts)
+        self._evicted = np.zeros(3, dtype=np.int64)
         self._oldest = 0
         """Number of the oldest rollout whose tokens are not free again."""
         self._next = 0
@@ -110,7 +114,7 @@ class ReplayBuffer:
     @classmethod
     def memory_bytes(cls, config: ReplayConfig, *, candidates: int) -> int:
         """What a buffer takes on its device, all of it when it is made."""
-        layout = _layout(_shape(config, candidates)).values()
+        layout = _arena_layout(_shape(config, candidates)).values()
         return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout)
 
     @property
@@ -133,13 +137,13 @@ class ReplayBuffer:
         flat = flatten(scored)
         gaps_F = (flat.teacher_logprob_F - flat.behavior_logprob_F).abs()  # 0 outside responses
         sums_S = np.add.reduceat(gaps_F.numpy(), flat.starts_S, dtype=np.float64)
-        self.add_flat(flat, torch.from_numpy(sums_S / flat.response_tokens_S).float())
+        self.add_flat(flat, sums_S / flat.response_tokens_S)
 
-    def add_flat(self, flat: FlatRollouts, priority_S: Tensor) -> None:
+    def add_flat(self, flat: FlatRollouts, priority_S: Floats) -> None:
         """Keep rollouts that are flat already, on any device. See `add`.
 
         Args:
-            priority_S: float32, in nats.
+            priority_S: in nats.
         """
         flat = flat.dense()
         self._check(flat, priority_S)
@@ -147,7 +151,7 @@ class ReplayBuffer:
         end = int(first_S[-1] + flat.tokens_S[-1])
         self._make_room(flat.num_rollouts, end)
         self._write(flat, first_S)
-        self._describe(flat, first_S, priority_S.to(self._device))
+        self._describe(flat, first_S, priority_S)
         self._next += flat.num_rollouts
         self._end = end
 
@@ -177,7 +181,7 @@ class ReplayBuffer:
             for name, values in flat.tensors():
                 self._arenas[name][here : here + count].copy_(values[there : there + count])
 
-    def _check(self, flat: FlatRollouts, priority_S: Tensor) -> None:
+    def _check(self, flat: FlatRollouts, priority_S: Floats) -> None:
         given = dict(flat.tensors())
         expected = {name: shape[1:] for name, (shape, _) in _arena_layout(self._shape).items()}
         if {name: tensor.shape[1:] for name, tensor in given.items()} != expected:
@@ -186,9 +190,7 @@ class ReplayBuffer:
                 f"{self._shape.candidates} candidates a token"
             )
         if priority_S.shape != (flat.num_rollouts,):
-            raise AlignmentError(
-                f"{tuple(priority_S.shape)} priorities for {flat.num_rollouts} rollouts"
-            )
+            raise AlignmentError(f"{priority_S.shape} priorities for {flat.num_rollouts} rollouts")
         tokens, rollouts, _ = self._shape
         if flat.num_rollouts > rollouts or len(flat.token_id_F) > tokens:
             raise DataError(
@@ -197,20 +199,18 @@ class ReplayBuffer:
                 "replay.capacity_tokens or replay.capacity_rollouts"
             )
 
-    def _describe(self, flat: FlatRollouts, first_S: Counts, priority_S: Tensor) -> None:
-        oldest_step_S = torch.from_numpy(flat.oldest_step_S).to(self._device)
-        mass_S = self._mass(priority_S)
+    def _describe(self, flat: FlatRollouts, first_S: Counts, priority_S: Floats) -> None:
+        mass_S = self._mass_of(priority_S)
         for here, there in _ring_pieces(self._next, flat.num_rollouts, self._shape.rollouts):
             self._first[here] = first_S[there]
             self._prompt_tokens[here] = flat.prompt_tokens_S[there]
             self._response_tokens[here] = flat.response_tokens_S[there]
             self._oldest_step[here] = flat.oldest_step_S[there]
-            self._state["oldest_step"][here] = oldest_step_S[there]
-            self._state["uses"][here] = 0
-            self._state["mass"][here] = mass_S[there]
+            self._uses[here] = 0
+            self._mass[here] = mass_S[there]
 
-    def _mass(self, priority_S: Tensor) -> Tensor:
-        clipped_S = priority_S.clamp(MIN_PRIORITY_NATS, self._config.priority_clip_nats)
+    def _mass_of(self, priority_S: Floats) -> Floats:
+        clipped_S = priority_S.clip(MIN_PRIORITY_NATS, self._config.priority_clip_nats)
         return priority_mass(self._config.law, clipped_S)
 
     def _make_room(self, num_rollouts: int, end: int) -> None:
@@ -223,17 +223,15 @@ class ReplayBuffer:
         )
         oldest = max(self._oldest + in_the_way, self._next + num_rollouts - rollouts)
         for here, _ in _ring_pieces(self._oldest, oldest - self._oldest, rollouts):
-            mass = self._state["mass"][here]
-            self._state["evicted"][_CAPACITY].add_(mass.count_nonzero())
-            mass.zero_()
+            self._evicted[_CAPACITY] += np.count_nonzero(self._mass[here])
+            self._mass[here] = 0.0
         self._oldest = oldest
 
     def evict_by_age(self, step: int) -> None:
         """Drop the rollouts whose oldest token is older than ``max_age_steps`` at ``step``."""
-        mass_M = self._state["mass"]
-        old_M = self._state["oldest_step"] < step - self._config.max_age_steps
-        self._state["evicted"][_AGE].add_((old_M & (mass_M > 0)).sum())
-        mass_M.masked_fill_(old_M, 0.0)
+        old_M = (self._oldest_step < step - self._config.max_age_steps) & (self._mass > 0)
+        self._evicted[_AGE] += np.count_nonzero(old_M)
+        self._mass[old_M] = 0.0
 
     # --- Drawing ----------------------------------------------------------------------------------
 
@@ -247,21 +245,18 @@ class ReplayBuffer:
         Raises:
             DataError: fewer are live.
         """
-        uses_M, mass_M = self._state["uses"], self._state["mass"]
         config = self._config
-        mass_M = draw_mass(config.law, mass_M, self._state["oldest_step"], step)
-        generator = torch.Generator(self._device)
-        generator.manual_seed(derive_seed(self._seed, "replay", step))
+        mass_M = draw_mass(config.law, self._mass, self._oldest_step, step)
+        generator = np.random.Generator(np.random.PCG64(derive_seed(self._seed, "replay", step)))
         if config.coverage_first:
-            drawn = _unused_first(mass_M, uses_M, num_rollouts, generator, self._edges)
+            drawn = _unused_first(mass_M, self._uses, num_rollouts, generator)
         else:
-            drawn = systematic_draw(mass_M, num_rollouts, generator, self._edges)
+            drawn = systematic_draw(mass_M, num_rollouts, generator)
         beta = annealed(config.beta_start, config.beta_end, config.beta_steps, step)
-        places_S = drawn.places_n.cpu().numpy()
         return ReplaySample(
-            places_S=places_S,
+            places_S=drawn.places_n,
             weights_S=importance_weights(drawn.inclusion_n, beta),
-            numbers_S=self._oldest + (places_S - self._oldest) % self._shape.rollouts,
+            numbers_S=self._oldest + (drawn.places_n - self._oldest) % self._shape.rollouts,
         )
 
     def gather(self, sample: ReplaySample) -> FlatRollouts:
@@ -287,16 +282,16 @@ class ReplayBuffer:
             priority_S: float32 on the device, in nats, of each of the sample's rollouts.
         """
         self._check_current(sample)
-        places_S = torch.from_numpy(sample.places_S).to(self._device)
-        mass_S = self._mass(priority_S)
-        mass_S = mass_S.masked_fill(self._state["mass"][places_S] == 0, 0.0)  # dropped meanwhile
-        uses_S = self._state["uses"][places_S] + 1
+        places_S = sample.places_S
+        mass_S = self._mass_of(priority_S.cpu().double().numpy())
+        mass_S[self._mass[places_S] == 0] = 0.0  # dropped meanwhile
+        uses_S = self._uses[places_S] + 1
         if self._config.reuse_cap is not None:
             used_up_S = (uses_S >= self._config.reuse_cap) & (mass_S > 0)
-            mass_S = mass_S.masked_fill(used_up_S, 0.0)
-            self._state["evicted"][_REUSE].add_(used_up_S.sum())
-        self._state["uses"][places_S] = uses_S
-        self._state["mass"][places_S] = mass_S
+            mass_S[used_up_S] = 0.0
+            self._evicted[_REUSE] += np.count_nonzero(used_up_S)
+        self._uses[places_S] = uses_S
+        self._mass[places_S] = mass_S
 
     def _check_current(self, sample: ReplaySample) -> None:
         if sample.numbers_S.min() < self._oldest:
@@ -308,16 +303,16 @@ class ReplayBuffer:
 
     def __len__(self) -> int:
         """Rollouts that may be drawn."""
-        return int(self._state["mass"].count_nonzero())
+        return int(np.count_nonzero(self._mass))
 
     def metrics(self, step: int) -> tuple[Metric, ...]:
         """What is held at ``step`` and what became of the rest."""
-        live_M = (self._state["mass"] > 0).cpu().numpy()
+        live_M = self._mass > 0
         live = int(live_M.sum())
         tokens = int((self._prompt_tokens + self._response_tokens)[live_M].sum())
         ages = step - self._oldest_step[live_M]
-        uses = int(self._state["uses"].cpu().numpy()[live_M].sum())
-        by_capacity, by_age, by_reuse = self._state["evicted"].tolist()
+        uses = int(self._uses[live_M].sum())
+        by_capacity, by_age, by_reuse = self._evicted.tolist()
         return (
             Metric.last("replay/rollouts", live),
             Metric.last("replay/tokens", tokens),
@@ -339,7 +334,6 @@ class ReplayBuffer:
             name: torch.cat([arena[here] for here, _ in pieces]) if pieces else arena[:0].clone()
             for name, arena in self._arenas.items()
         }
-        state |= {name: tensor.clone() for name, tensor in self._state.items()}
         for name, values in self._host_arrays():
             state[name] = torch.from_numpy(values.copy())
         state["ring"] = torch.tensor([*self._shape, self._oldest, self._next, self._end])
@@ -360,8 +354,6 @@ class ReplayBuffer:
                 )
             for name, values in self._host_arrays():
                 values[:] = state[name].cpu().numpy()
-            for name, tensor in self._state.items():
-                tensor.copy_(state[name])
             for name, arena in self._arenas.items():
                 for here, there in self._pieces_in_use():
                     arena[here].copy_(state[name][there])
@@ -376,11 +368,14 @@ class ReplayBuffer:
             {name: tensor.to(self._device) for name, tensor in self.state_dict().items()}
         )
 
-    def _host_arrays(self) -> Iterator[tuple[str, Counts]]:
+    def _host_arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
         yield "first", self._first
         yield "prompt_tokens", self._prompt_tokens
         yield "response_tokens", self._response_tokens
-        yield "oldest_step_on_host", self._oldest_step
+        yield "oldest_step", self._oldest_step
+        yield "uses", self._uses
+        yield "mass", self._mass
+        yield "evicted", self._evicted
 
     def _pieces_in_use(self) -> Iterator[tuple[slice, slice]]:
         if self._oldest < self._next:
@@ -398,20 +393,21 @@ def build_replay(
 
 
 def _unused_first(
-    mass_M: Tensor, uses_M: Tensor, count: int, generator: torch.Generator, edges_M: Tensor
+    mass_M: Floats, uses_M: NDArray[np.int32], count: int, generator: np.random.Generator
 ) -> Draw:
     """Rollouts never used before any other."""
-    unused_M = torch.where(uses_M == 0, mass_M, 0.0)
-    unused = int(unused_M.count_nonzero())
+    unused_M = np.where(uses_M == 0, mass_M, 0.0)
+    unused = int(np.count_nonzero(unused_M))
     if unused == 0:
-        return systematic_draw(mass_M, count, generator, edges_M)
-    first = systematic_draw(unused_M, min(count, unused), generator, edges_M)
+        return systematic_draw(mass_M, count, generator)
+    first = systematic_draw(unused_M, min(count, unused), generator)
     if count <= unused:
         return first
-    second = systematic_draw(mass_M - unused_M, count - unused, generator, edges_M)
-    both = Draw(*(torch.cat(parts) for parts in zip(first, second, strict=True)))
-    order = both.places_n.argsort()
-    return Draw(both.places_n[order], both.inclusion_n[order])
+    second = systematic_draw(mass_M - unused_M, count - unused, generator)
+    places_n: Integers = np.concatenate([first.places_n, second.places_n])
+    inclusion_n: Floats = np.concatenate([first.inclusion_n, second.inclusion_n])
+    order = places_n.argsort()
+    return Draw(places_n[order], inclusion_n[order])
 
 
 def _shape(config: ReplayConfig, candidates: int) -> _Shape:
@@ -420,7 +416,7 @@ def _shape(config: ReplayConfig, candidates: int) -> _Shape:
 
 
 def _arena_layout(shape: _Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Per-token arenas by the names of `FlatRollouts`."""
+    """Everything on the device: per-token arenas by the names of `FlatRollouts`."""
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "token_id_F": ((shape.tokens,), torch.int32),
         "behavior_logprob_F": ((shape.tokens,), torch.float32),
@@ -431,18 +427,6 @@ def _arena_layout(shape: _Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype
         layout["candidate_id_FK"] = (each, torch.int32)
         layout["candidate_logprob_FK"] = (each, torch.float32)
     return layout
-
-
-def _layout(shape: _Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Everything on the device."""
-    rollouts = (shape.rollouts,)
-    return _arena_layout(shape) | {
-        "oldest_step": (rollouts, torch.int64),
-        "uses": (rollouts, torch.int32),
-        "mass": (rollouts, torch.float64),
-        "evicted": ((3,), torch.int64),
-        "edges": (rollouts, torch.float64),
-    }
 
 
 def _ring_pieces(start: int, count: int, size: int) -> Iterator[tuple[slice, slice]]:

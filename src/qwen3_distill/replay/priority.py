@@ -1,6 +1,6 @@
-"""Which rollouts are drawn from a replay buffer, and what corrects for it. Formulas of tensors.
+"""Which rollouts are drawn from a replay buffer, and what corrects for it. Formulas of arrays.
 
-Shape letters: M places of the buffer, live or not; n rollouts drawn.
+Shape letters: M places of the buffer, live or not, in B blocks of K; n rollouts drawn.
 
 A draw takes n different rollouts, rollout i with inclusion probability pi_i = n P_i, by systematic
 sampling (Madow 1949): the pi_i are laid end to end on a line of length n, and the rollouts that
@@ -11,10 +11,10 @@ would be unbiased as well, but would train on a rollout twice in one step.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from qwen3_distill.config import ReplayLaw
 from qwen3_distill.errors import DataError
@@ -22,27 +22,32 @@ from qwen3_distill.errors import DataError
 MIN_DECAY_EXPONENT = -60.0
 """Of the age decay: an old rollout becomes unlikely, not impossible."""
 
+_BLOCK = 16
+"""Places that are summed as one when a draw looks for its points."""
+
+Floats: TypeAlias = NDArray[np.float64]
+Integers: TypeAlias = NDArray[np.int64]
+
 
 class Draw(NamedTuple):
-    """What was drawn, on the buffer's device."""
+    """What was drawn."""
 
-    places_n: Tensor
-    """int64, ascending."""
-    inclusion_n: Tensor
-    """float64: the probability with which each of them was to be drawn."""
+    places_n: Integers
+    """Ascending."""
+    inclusion_n: Floats
+    """The probability with which each of them was to be drawn."""
 
 
-def priority_mass(law: ReplayLaw, priority: Tensor) -> Tensor:
-    """float64: what a rollout's priority makes of its share, before age or rank is known; > 0."""
-    priority = priority.double()
+def priority_mass(law: ReplayLaw, priority: Floats) -> Floats:
+    """What a rollout's priority makes of its share, before age or rank is known; > 0."""
     if law.kind == "uniform":
-        return torch.ones_like(priority)
+        return np.ones_like(priority)
     if law.kind == "proportional":
-        return priority.pow(law.alpha)
+        return priority**law.alpha
     return priority
 
 
-def draw_mass(law: ReplayLaw, mass_M: Tensor, oldest_step_M: Tensor, step: int) -> Tensor:
+def draw_mass(law: ReplayLaw, mass_M: Floats, oldest_step_M: Integers, step: int) -> Floats:
     """[M] numbers that P is proportional to at ``step``; 0 where ``mass_M`` is 0.
 
     With p the priority and age the steps since the oldest token's weights:
@@ -58,7 +63,7 @@ def draw_mass(law: ReplayLaw, mass_M: Tensor, oldest_step_M: Tensor, step: int) 
     power = law.alpha if law.kind == "proportional" else 1.0
     if law.age_decay_steps is not None:
         exponent_M = (oldest_step_M - step) * (power / law.age_decay_steps)
-        mass_M = mass_M * exponent_M.clamp(min=MIN_DECAY_EXPONENT).exp()
+        mass_M = mass_M * np.exp(np.maximum(exponent_M, MIN_DECAY_EXPONENT))
     if law.kind == "rank":
         mass_M = _by_rank(mass_M, law.alpha)
     if law.uniform_fraction > 0:
@@ -66,82 +71,100 @@ def draw_mass(law: ReplayLaw, mass_M: Tensor, oldest_step_M: Tensor, step: int) 
     return mass_M
 
 
-def _by_rank(mass_M: Tensor, alpha: float) -> Tensor:
+def _by_rank(mass_M: Floats, alpha: float) -> Floats:
     """rank^-alpha with rank 1 for the largest; equal ones by their place; 0 stays 0."""
-    order_M = mass_M.argsort(descending=True, stable=True)
-    ranks_M = torch.arange(1, len(mass_M) + 1, dtype=mass_M.dtype, device=mass_M.device)
-    ranked_M = torch.empty_like(mass_M).scatter_(0, order_M, ranks_M.pow(-alpha))
-    return torch.where(mass_M > 0, ranked_M, 0.0)
+    ranked_M = np.empty_like(mass_M)
+    order_M = np.argsort(-mass_M, kind="stable")
+    ranked_M[order_M] = np.arange(1, len(mass_M) + 1, dtype=mass_M.dtype) ** -alpha
+    return np.where(mass_M > 0, ranked_M, 0.0)
 
 
-def _with_floor(mass_M: Tensor, fraction: float) -> Tensor:
-    live_M = (mass_M > 0).to(mass_M.dtype)
+def _with_floor(mass_M: Floats, fraction: float) -> Floats:
+    live_M = mass_M > 0
     return (1 - fraction) * mass_M / mass_M.sum() + fraction * live_M / live_M.sum()
 
 
-def systematic_draw(
-    mass_M: Tensor, count: int, generator: torch.Generator, edges_M: Tensor | None = None
-) -> Draw:
+class _Line:
+    """Masses laid end to end. Finds the places of a few points without a sum over every place."""
+
+    def __init__(self, mass_M: Floats) -> None:
+        padded_M = np.pad(mass_M, (0, -len(mass_M) % _BLOCK)) if len(mass_M) % _BLOCK else mass_M
+        self._mass_M = mass_M
+        self._mass_BK = padded_M.reshape(-1, _BLOCK)
+        self._end_B = np.cumsum(self._mass_BK @ np.ones(_BLOCK))
+
+    @property
+    def total(self) -> float:
+        return float(self._end_B[-1])
+
+    def places(self, points_n: Floats) -> Integers:
+        """On whose mass each of ascending points of [0, total) falls."""
+        block_n = np.searchsorted(self._end_B, points_n, side="right")
+        rest_n = points_n - np.where(block_n > 0, self._end_B[block_n - 1], 0.0)
+        end_nK = np.cumsum(self._mass_BK[block_n], axis=1)
+        places_n = block_n * _BLOCK + (end_nK <= rest_n[:, None]).sum(axis=1)
+        if (rest_n >= end_nK[:, -1]).any() or (np.diff(places_n) <= 0).any():
+            # Sums in another order, so a point at an edge may miss its block or meet its neighbour.
+            return np.searchsorted(np.cumsum(self._mass_M), points_n, side="right")
+        return places_n
+
+
+def systematic_draw(mass_M: Floats, count: int, generator: np.random.Generator) -> Draw:
     """Draw ``count`` different places, each with probability proportional to its mass.
 
     What would exceed probability 1 is drawn for certain, and the others share the rest.
 
     Args:
-        mass_M: float64; 0 where nothing may be drawn.
-        edges_M: float64, overwritten: on a CPU new memory costs more than the sums put into it.
+        mass_M: 0 where nothing may be drawn.
 
     Raises:
         DataError: fewer than ``count`` places have a mass.
     """
-    edges_M = torch.cumsum(mass_M, 0, out=edges_M)
-    total, largest = torch.stack([edges_M[-1], mass_M.max()]).tolist()
+    line = _Line(mass_M)
     # Where this does not hold, there are more than ``count``, and none exceeds probability 1.
-    if count < 1 or largest * count >= total:
+    if count < 1 or float(mass_M.max()) * count >= line.total:
         _require(mass_M, count)
         mass_M = _capped(mass_M, count)
-        edges_M = torch.cumsum(mass_M, 0, out=edges_M)
-        total = edges_M[-1].item()
-    device = mass_M.device
-    offset = torch.rand((), dtype=torch.float64, generator=generator, device=device)
-    points_n = torch.arange(count, dtype=torch.float64, device=device).add_(offset)
+        line = _Line(mass_M)
+    points_n = (np.arange(count) + generator.random()) * (line.total / count)
     # Rounding must not carry the last point past the last place that has a mass.
-    points_n.mul_(total / count).clamp_(max=math.nextafter(total, 0.0))
-    places_n = torch.searchsorted(edges_M, points_n, right=True)
-    return Draw(places_n, mass_M[places_n] * (count / total))
+    np.minimum(points_n, math.nextafter(line.total, 0.0), out=points_n)
+    places_n = line.places(points_n)
+    return Draw(places_n, mass_M[places_n] * (count / line.total))
 
 
-def _require(mass_M: Tensor, count: int) -> None:
-    live = int(mass_M.count_nonzero())
+def _require(mass_M: Floats, count: int) -> None:
+    live = int(np.count_nonzero(mass_M))
     if not 1 <= count <= live:
         raise DataError(f"{count} rollouts asked of a replay buffer with {live} that may be drawn")
 
 
-def _capped(mass_M: Tensor, count: int) -> Tensor:
+def _capped(mass_M: Floats, count: int) -> Floats:
     """[M] inclusion probabilities: proportional to the mass, at most 1, summing to ``count``."""
-    certain_M = torch.zeros_like(mass_M, dtype=torch.bool)
+    certain_M = np.zeros(len(mass_M), dtype=bool)
     inclusion_M = mass_M
     for _ in range(count):
-        free_M = mass_M.masked_fill(certain_M, 0.0)
-        left = count - certain_M.sum()
-        inclusion_M = (free_M * (left / free_M.sum())).masked_fill(certain_M, 1.0)
+        free_M = np.where(certain_M, 0.0, mass_M)
+        left = count - int(certain_M.sum())
+        inclusion_M = np.where(certain_M, 1.0, free_M * (left / free_M.sum()))
         beyond_M = (inclusion_M >= 1) & ~certain_M
-        if not bool(beyond_M.any()):
+        if not beyond_M.any():
             break
         certain_M |= beyond_M
-        if int(certain_M.sum()) >= count:
-            return certain_M.double()
+        if certain_M.sum() >= count:
+            return certain_M.astype(np.float64)
     return inclusion_M
 
 
-def importance_weights(inclusion_n: Tensor, beta: float) -> Tensor:
-    """[n] float32 w_i = (1 / (N P_i))^beta, arXiv 1511.05952, with P_i = pi_i / n.
+def importance_weights(inclusion_n: Floats, beta: float) -> NDArray[np.float32]:
+    """[n] w_i = (1 / (N P_i))^beta, arXiv 1511.05952, with P_i = pi_i / n.
 
     Divided by the largest of the draw, which cancels N and n. Before that division and at beta = 1,
     the mean of w_i f_i over a draw has the mean of f over all N as its expectation, if each of them
     has a positive pi_i.
     """
-    weights_n = inclusion_n.pow(-beta)
-    return (weights_n / weights_n.max()).float()
+    weights_n = inclusion_n**-beta
+    return (weights_n / weights_n.max()).astype(np.float32)
 
 
 def annealed(start: float, end: float, over_steps: int, step: int) -> float:

@@ -205,10 +205,11 @@ class TorchLearner:
             )
         sample = replay.sample(min(num_rollouts, live), step)
         flat = replay.gather(sample)
-        weights_S = sample.weights_S.double().cpu().numpy()
+        weights_S = sample.weights_S.astype(np.float64)
+        on_device_S = torch.from_numpy(sample.weights_S).to(flat.token_id_F.device)
         update, magnitude_S = self._step(
             _Step(
-                micros=partial(flat_micro_batches, flat, sample.weights_S),
+                micros=partial(flat_micro_batches, flat, on_device_S),
                 denominator=float(weights_S @ flat.response_tokens_S),
                 num_loss_tokens=int(flat.response_tokens_S.sum()),
                 lag_steps=step - int(flat.oldest_step_S.min()),

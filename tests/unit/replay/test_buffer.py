@@ -197,14 +197,14 @@ TestAgainstTheModel.settings = settings(max_examples=40, stateful_step_count=20,
 def test_the_memory_is_known_before_it_is_taken(candidates: int, rollouts: int | None) -> None:
     config = ReplayConfig(capacity_tokens=1000, capacity_rollouts=rollouts)
     buffer = ReplayBuffer(config, candidates=candidates, device=CPU, seed=0)
-    held = [*buffer._arenas.values(), *buffer._state.values(), buffer._edges]
+    held = list(buffer._arenas.values())
     expected = ReplayBuffer.memory_bytes(config, candidates=candidates)
     assert sum(tensor.untyped_storage().nbytes() for tensor in held) == expected
     storages = {tensor.untyped_storage().data_ptr() for tensor in held}
     for first in range(0, 400, 4):
         buffer.add([scored_rollout(first, 20, 30, candidates=candidates) for _ in range(3)])
         buffer.mark_used(buffer.sample(2, first), torch.rand(2))
-    held = [*buffer._arenas.values(), *buffer._state.values(), buffer._edges]
+    held = list(buffer._arenas.values())
     assert {tensor.untyped_storage().data_ptr() for tensor in held} == storages
 
 
@@ -308,7 +308,7 @@ def test_the_first_priority_is_the_mean_gap_of_the_stored_logprobs() -> None:
     buffer.add([scored_rollout(7, 20, 40), scored_rollout(3, 1, 1)])
     # The teacher's logprob is twice the student's: the gap is (address + 1) / 1e5.
     expected = [(7000 + np.arange(20, 60) + 1).mean() / 1e5, 3002 / 1e5]
-    assert buffer._state["mass"][:2].tolist() == pytest.approx(expected, rel=1e-5)
+    assert buffer._mass[:2].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_priorities_are_clipped_and_refreshed_where_they_belong() -> None:
@@ -316,7 +316,7 @@ def test_priorities_are_clipped_and_refreshed_where_they_belong() -> None:
     buffer.add([scored_rollout(i, 2, 3) for i in range(4)])
     sample = buffer.sample(4, 0)
     buffer.mark_used(sample, torch.tensor([0.5, 9.0, 0.0, 1.0]))
-    assert buffer._state["mass"][:4].tolist() == pytest.approx([0.25, 2.25, 1e-6, 1.0])
+    assert buffer._mass[:4].tolist() == pytest.approx([0.25, 2.25, 1e-6, 1.0])
 
 
 # --- Going on after a restart -------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from qwen3_distill.config import ProportionalLaw, RankLaw, ReplayConfig, ReplayLaw, UniformLaw
 from qwen3_distill.replay.buffer import ReplayBuffer
 from qwen3_distill.replay.priority import (
+    Floats,
     annealed,
     draw_mass,
     importance_weights,
@@ -56,8 +57,8 @@ def expected_probabilities(law: ReplayLaw) -> np.ndarray:
     return (1 - law.uniform_fraction) * shares + law.uniform_fraction / 8
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def generator(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
 
 
 def chi_square(counts: Counter[int], expected: np.ndarray) -> float:
@@ -65,9 +66,9 @@ def chi_square(counts: Counter[int], expected: np.ndarray) -> float:
     return float(((seen - expected) ** 2 / expected).sum())
 
 
-def mass_of(law: ReplayLaw) -> Tensor:
-    stored = priority_mass(law, torch.tensor(PRIORITIES))
-    return draw_mass(law, stored, torch.tensor(STEPS), NOW)
+def mass_of(law: ReplayLaw) -> Floats:
+    stored = priority_mass(law, np.array(PRIORITIES))
+    return draw_mass(law, stored, np.array(STEPS), NOW)
 
 
 def filled_buffer(law: ReplayLaw, *, seed: int = 0, **settings: Any) -> ReplayBuffer:
@@ -75,21 +76,20 @@ def filled_buffer(law: ReplayLaw, *, seed: int = 0, **settings: Any) -> ReplayBu
     config = ReplayConfig(capacity_tokens=1000, max_age_steps=99, law=law, **settings)
     buffer = ReplayBuffer(config, candidates=0, device=torch.device("cpu"), seed=seed)
     buffer.add([scored_rollout(i, 2, 3, step=step) for i, step in enumerate(STEPS)])
-    buffer._state["mass"][:8] = priority_mass(law, torch.tensor(PRIORITIES))
-    buffer._state["oldest_step"][:8] = torch.tensor(STEPS)
+    buffer._mass[:8] = priority_mass(law, np.array(PRIORITIES))
+    buffer._oldest_step[:8] = STEPS
     return buffer
 
 
 @each_law
 def test_the_shares_are_those_of_the_law(law: ReplayLaw) -> None:
     mass_M = mass_of(law)
-    shares = (mass_M / mass_M.sum()).numpy()
-    assert shares == pytest.approx(expected_probabilities(law), rel=1e-5)
+    assert mass_M / mass_M.sum() == pytest.approx(expected_probabilities(law), rel=1e-5)
 
 
 def chi_square_of_single_draws(drawn_by: ReplayLaw, expected_by: ReplayLaw) -> float:
     mass_M = mass_of(drawn_by)
-    drawn = [int(systematic_draw(mass_M, 1, generator(seed)).places_n) for seed in range(DRAWS)]
+    drawn = [int(systematic_draw(mass_M, 1, generator(seed)).places_n[0]) for seed in range(DRAWS)]
     seen = Counter(drawn)
     return chi_square(seen, DRAWS * expected_probabilities(expected_by))
 
@@ -137,9 +137,9 @@ def test_a_draw_of_several_has_the_probabilities_it_states(law: ReplayLaw, count
     seen = np.zeros(8)
     for seed in range(draws):
         drawn = systematic_draw(mass_M, count, generator(seed))
-        slots = drawn.places_n.numpy()
+        slots = drawn.places_n
         assert len(set(slots.tolist())) == count
-        assert drawn.inclusion_n.numpy() == pytest.approx(expected[slots], rel=1e-5)
+        assert drawn.inclusion_n == pytest.approx(expected[slots], rel=1e-5)
         seen[slots] += 1
     deviation = np.sqrt(expected * (1 - expected) / draws)
     assert (np.abs(seen / draws - expected) <= 4 * deviation + 1e-6).all()
@@ -152,36 +152,34 @@ def test_a_draw_of_several_has_the_probabilities_it_states(law: ReplayLaw, count
 def test_only_what_has_a_mass_is_drawn_and_never_twice(
     masses: list[float], data: st.DataObject
 ) -> None:
-    mass_M = torch.tensor(masses, dtype=torch.float64)
-    live = int(mass_M.count_nonzero())
+    mass_M = np.array(masses)
+    live = int(np.count_nonzero(mass_M))
     if live == 0:
         return
     count = data.draw(st.integers(1, live))
     drawn = systematic_draw(mass_M, count, generator(data.draw(st.integers(0, 2**32))))
     assert len(set(drawn.places_n.tolist())) == count
-    assert bool((mass_M[drawn.places_n] > 0).all())
-    assert bool((drawn.inclusion_n > 0).all())
-    assert bool((drawn.inclusion_n <= 1 + 1e-9).all())
+    assert (mass_M[drawn.places_n] > 0).all()
+    assert (drawn.inclusion_n > 0).all()
+    assert (drawn.inclusion_n <= 1 + 1e-9).all()
     if count == live:
-        assert drawn.inclusion_n.numpy() == pytest.approx(1.0)
+        assert drawn.inclusion_n == pytest.approx(1.0)
 
 
 def test_the_last_slots_are_never_drawn_when_they_are_empty() -> None:
-    mass_M = torch.cat([torch.rand(1000, generator=generator(0)), torch.zeros(5)]).double()
+    mass_M = np.concatenate([generator(0).random(1000), np.zeros(5)])
     for seed in range(300):
         assert int(systematic_draw(mass_M, 997, generator(seed)).places_n.max()) < 1000
 
 
 @pytest.mark.parametrize("offset", [0.0, math.nextafter(1.0, 0.0)])
-def test_the_ends_of_the_line_belong_to_what_has_a_mass(
-    monkeypatch: pytest.MonkeyPatch, offset: float
-) -> None:
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(offset).double())
+def test_the_ends_of_the_line_belong_to_what_has_a_mass(offset: float) -> None:
+    generator: Any = SimpleNamespace(random=lambda: offset)
     for count in range(1, 30):
         masses = [0.0, *(0.1 * i for i in range(1, 31)), 0.0]
-        mass_M = torch.tensor(masses, dtype=torch.float64)
-        drawn = systematic_draw(mass_M, count, generator(0))
-        assert bool((mass_M[drawn.places_n] > 0).all())
+        mass_M = np.array(masses)
+        drawn = systematic_draw(mass_M, count, generator)
+        assert (mass_M[drawn.places_n] > 0).all()
 
 
 # --- Importance weights -------------------------------------------------------------------------
@@ -196,10 +194,10 @@ def test_weighted_draws_have_the_uniform_mean(law: ReplayLaw, count: int) -> Non
     mass_M, means, plain = mass_of(law), [], []
     for seed in range(DRAWS):
         drawn = systematic_draw(mass_M, count, generator(seed))
-        raw = count / (8 * drawn.inclusion_n.numpy())
-        weights = importance_weights(drawn.inclusion_n, beta=1.0).numpy()
+        raw = count / (8 * drawn.inclusion_n)
+        weights = importance_weights(drawn.inclusion_n, beta=1.0)
         assert weights == pytest.approx(raw / raw.max(), rel=1e-6)
-        values = VALUES[drawn.places_n.numpy()]
+        values = VALUES[drawn.places_n]
         means.append((raw * values).mean())
         plain.append(values.mean())
     error = np.std(means) / math.sqrt(DRAWS)
@@ -218,11 +216,11 @@ def test_weights_correct_for_the_mixture_of_unused_and_used(law: ReplayLaw) -> N
     expected[others] = capped_probabilities(mass[others], 2)
     totals = np.zeros(8)
     buffer = filled_buffer(law, coverage_first=True, beta_start=1.0, beta_end=1.0)
-    buffer._state["uses"][others] = 1
+    buffer._uses[others] = 1
     for buffer._seed in range(DRAWS // 2):
         sample = buffer.sample(count, NOW)
         raw = 5 / (8 * expected[sample.places_S])
-        assert sample.weights_S.numpy() == pytest.approx(raw / raw.max(), rel=1e-5)
+        assert sample.weights_S == pytest.approx(raw / raw.max(), rel=1e-5)
         totals[sample.places_S] += raw
     # Every rollout's mean weight over draws is its uniform share of them.
     share = totals / (DRAWS // 2)
@@ -232,14 +230,14 @@ def test_weights_correct_for_the_mixture_of_unused_and_used(law: ReplayLaw) -> N
 
 def test_where_unused_rollouts_are_enough_the_others_do_not_count() -> None:
     buffer = filled_buffer(LAWS["proportional"], coverage_first=True, beta_start=1.0)
-    buffer._state["uses"][:4] = 1
+    buffer._uses[:4] = 1
     sample = buffer.sample(2, NOW)
     assert set(sample.places_S.tolist()) <= {4, 5, 6, 7}
     shares = expected_probabilities(LAWS["proportional"])
     inclusion = np.zeros(8)
     inclusion[4:] = capped_probabilities(shares[4:], 2)
     raw = 1 / inclusion[sample.places_S]
-    assert sample.weights_S.numpy() == pytest.approx(raw / raw.max(), rel=1e-5)
+    assert sample.weights_S == pytest.approx(raw / raw.max(), rel=1e-5)
 
 
 def test_uniform_draws_have_weight_one() -> None:
@@ -253,7 +251,7 @@ def test_beta_is_annealed_over_the_steps_and_tempers_the_weights() -> None:
     sample = buffer.sample(3, NOW)
     inclusion = capped_probabilities(expected_probabilities(LAWS["proportional"]), 3)
     raw = (3 / (8 * inclusion[sample.places_S])) ** 0.4
-    assert sample.weights_S.numpy() == pytest.approx(raw / raw.max(), rel=1e-5)
+    assert sample.weights_S == pytest.approx(raw / raw.max(), rel=1e-5)
     assert [annealed(0.4, 1.0, 4, step) for step in (0, 1, 4, 9)] == pytest.approx(
         [0.4, 0.55, 1.0, 1.0]
     )
@@ -261,5 +259,5 @@ def test_beta_is_annealed_over_the_steps_and_tempers_the_weights() -> None:
 
 def test_an_old_rollout_stays_drawable() -> None:
     law = ProportionalLaw(kind="proportional", age_decay_steps=0.01)
-    mass_M = draw_mass(law, torch.ones(2).double(), torch.tensor([0, 10_000]), 10_000)
+    mass_M = draw_mass(law, np.ones(2), np.array([0, 10_000]), 10_000)
     assert float(mass_M[0]) > 0

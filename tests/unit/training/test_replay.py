@@ -75,12 +75,12 @@ def test_each_used_rollout_gets_its_own_mean_magnitude(
     objective = OBJECTIVES[name]
     scored = scored_by(tiny_models, request_for(objective))
     learner, buffer = replaying(tiny_models, objective, scored, tokens)
-    first = buffer._state["mass"][:5].tolist()
+    first = buffer._mass[:5].tolist()
     student = reference_model(tiny_models.student)
     sample = buffer.sample(3, 0)
     asyncio.run(learner.update_replayed(3))
     for slot, entry in enumerate(scored):
-        priority = float(buffer._state["mass"][slot])
+        priority = float(buffer._mass[slot])
         if slot not in sample.places_S:
             assert priority == first[slot]
         elif name == "sampled":
@@ -90,7 +90,7 @@ def test_each_used_rollout_gets_its_own_mean_magnitude(
             assert priority == pytest.approx(float(expected), rel=1e-4)
         else:
             assert priority == pytest.approx(loss_alone(tiny_models, objective, entry), rel=1e-4)
-    assert buffer._state["uses"][:5].sum() == 3
+    assert buffer._uses[:5].sum() == 3
 
 
 def loss_alone(models: TinyModels, objective: ObjectiveConfig, entry: ScoredRollout) -> float:
