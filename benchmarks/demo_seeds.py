@@ -12,20 +12,23 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common import write_result
 
 
-def run_demo(seed: int, folder: Path, config: str = "configs/demo.yaml") -> dict[str, Any]:
+def run_demo(
+    seed: int, folder: Path, config: str = "configs/demo.yaml", overrides: Sequence[str] = ()
+) -> dict[str, Any]:
     """Run the demo in a process of its own; its summary and wall seconds."""
     shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()
     subprocess.run(
         [
             *(sys.executable, "-m", "qwen3_distill.cli", "run"),
-            *("--config", config, f"seed={seed}", f"output_dir={folder}"),
+            *("--config", config, f"seed={seed}", f"output_dir={folder}", *overrides),
         ],
         check=True,
     )

@@ -530,7 +530,10 @@ def test_calls_that_overlap_get_their_own_rollouts_as_if_alone(
         background = asyncio.create_task(collect(engine, long_requests(2, new_tokens=200)))
         started: list[asyncio.Task[list[Rollout]]] = []
         for index, requests in enumerate(calls):  # one after another, into what already runs
-            await prefixes_when(engine, lambda prefixes, n=2 * index: _longest(prefixes) > n)
+            await prefixes_when(
+                engine,  # on a busy machine they may have ended before they are looked at
+                lambda seen, n=2 * index: _longest(seen) > n or background.done(),
+            )
             started.append(asyncio.create_task(collect(engine, requests)))
         results = [await task for task in started]
         await background
@@ -635,21 +638,23 @@ def test_running_rollouts_go_on_with_new_weights_and_every_token_names_its_versi
     adapter: EngineAdapter,
     engine: StreamingRolloutEngine,
     tiny_models: TinyModels,
-    weights: Mapping[str, Tensor],
 ) -> None:
+    weights = directory_weights(tiny_models.student)  # hardly ever stops
+    serve(engine, weights)
     first = engine.version
     new = changed(weights, "model.layers.0.mlp.down_proj.weight")
     second, channel = published(new, step=1)
 
     async def swap_under_way() -> list[Rollout]:
-        collecting = asyncio.create_task(collect(engine, long_requests(12)))
+        # So many and so long that a busy machine sees them under way.
+        collecting = asyncio.create_task(collect(engine, long_requests(24, new_tokens=200)))
         await prefixes_when(engine, lambda prefixes: len(prefixes) >= 6 and _longest(prefixes) >= 6)
         await engine.load(second, channel)
         assert engine.version == second
         return await collecting
 
     rollouts = run(swap_under_way())
-    assert len(rollouts) == 12
+    assert len(rollouts) == 24
     mixed = [rollout for rollout in rollouts if len(rollout.versions) == 2]
     assert len(mixed) >= 6
     assert {span.version for rollout in rollouts for span in rollout.versions} == {first, second}
@@ -674,23 +679,29 @@ def test_running_rollouts_go_on_with_new_weights_and_every_token_names_its_versi
 
 
 def test_a_new_rollout_does_not_find_what_older_weights_computed_for_a_running_one(
-    engine: StreamingRolloutEngine, tiny_models: TinyModels, weights: Mapping[str, Tensor]
+    engine: StreamingRolloutEngine, tiny_models: TinyModels
 ) -> None:
     """A running rollout may keep its cache over an update, with a prompt that others share."""
+    weights = directory_weights(tiny_models.student)  # hardly ever stops
+    serve(engine, weights)
     new = changed(weights, "model.layers.0.mlp.down_proj.weight")
     second, channel = published(new, step=1)
-    requests = long_requests(12, prompt_tokens=CACHED_PROMPT)
-    same_prompts = [
-        make_request(f"new{i}", requests[0].prompt, make_spec(i, max_new_tokens=8))
-        for i in range(2)
+    requests = [
+        make_request(f"r{i}", make_prompt(CACHED_PROMPT, seed=i), make_spec(i, max_new_tokens=90))
+        for i in range(16)
     ]
 
     async def begin_beside() -> list[Rollout]:
         running = asyncio.create_task(collect(engine, requests))
-        await prefixes_when(engine, lambda prefixes: len(prefixes) >= 6 and _longest(prefixes) >= 6)
+        prefixes = await prefixes_when(engine, lambda prefixes: _longest(prefixes) >= 6)
+        shared = {p.request.rollout_id for p in prefixes if p.response_ids.size >= 6}
         await engine.load(second, channel)
+        same_prompts = [
+            make_request(f"new-{request.rollout_id}", request.prompt, make_spec(7))
+            for request in requests
+            if request.rollout_id in shared
+        ]
         rollouts = await collect(engine, same_prompts)
-        assert not running.done()
         await running
         return rollouts
 

@@ -126,10 +126,9 @@ def systematic_draw(mass_M: Floats, count: int, generator: np.random.Generator) 
         _require(mass_M, count)
         mass_M = _capped(mass_M, count)
         line = _Line(mass_M)
-    points_n = (np.arange(count) + generator.random()) * (line.total / count)
+    points_n = (np.arange(count, dtype=np.float64) + generator.random()) * (line.total / count)
     # Rounding must not carry the last point past the last place that has a mass.
-    np.minimum(points_n, math.nextafter(line.total, 0.0), out=points_n)
-    places_n = line.places(points_n)
+    places_n = line.places(np.minimum(points_n, math.nextafter(line.total, 0.0)))
     return Draw(places_n, mass_M[places_n] * (count / line.total))
 
 

@@ -122,7 +122,7 @@ class BufferMachine(RuleBasedStateMachine):
             assert self.buffer.digest() == before
             return
         if with_gaps:
-            self.buffer.add_flat(spread(flatten(scored)), torch.ones(len(scored)))
+            self.buffer.add_flat(spread(flatten(scored)), np.ones(len(scored)))
         else:
             self.buffer.add(scored)
         self.model.add(scored)
