@@ -56,7 +56,7 @@ path = $(if $($(2)_PYTHONPATH),--engine-variable $(1):PYTHONPATH=$($(2)_PYTHONPA
 setting = $(if $($(2)_PYTHONPATH),$(1).environment.PYTHONPATH=$($(2)_PYTHONPATH))
 
 gpu-check: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(VENV)/installed-dev) ## on a GPU machine: the real engines' contract suites, a lab run, throughput
-	@set -e; \
+	@set -e; rm -rf runs/gpu-check; failed=0; \
 	vllm=$(or $(VLLM_PYTHON),$$($(ENVIRONMENT) vllm-cuda)); \
 	sglang=$(or $(SGLANG_PYTHON),$$($(ENVIRONMENT) sglang-cuda)); \
 	unsloth=$(or $(UNSLOTH_PYTHON),$$($(ENVIRONMENT) unsloth-cuda)); \
@@ -64,13 +64,15 @@ gpu-check: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(VENV)/installed-dev) ## on a 
 	  $(GPU_PYTHON) -m pytest tests/contract -m $$engine -W default --engine-device cuda \
 	    --junit-xml runs/gpu-check/$$engine.xml \
 	    --engine vllm=$$vllm --engine sglang=$$sglang --engine unsloth=$$unsloth \
-	    $(call path,vllm,VLLM) $(call path,sglang,SGLANG) $(call path,unsloth,UNSLOTH); \
+	    $(call path,vllm,VLLM) $(call path,sglang,SGLANG) $(call path,unsloth,UNSLOTH) \
+	    || failed=1; \
 	done; \
 	set -- generation.python=$$vllm scoring.python=$$sglang training.python=$$unsloth \
 	  $(call setting,generation,VLLM) $(call setting,scoring,SGLANG) $(call setting,training,UNSLOTH); \
 	$(GPU_PYTHON) benchmarks/gpu_check.py --config configs/lab-vllm.yaml "$$@" $(LAB_SETTINGS) \
 	  --suites runs/gpu-check/*.xml; \
-	$(GPU_PYTHON) benchmarks/stages.py --config $(STAGES_CONFIG) "$$@" $(STAGES_SETTINGS)
+	$(GPU_PYTHON) benchmarks/stages.py --config $(STAGES_CONFIG) "$$@" $(STAGES_SETTINGS); \
+	exit $$failed
 
 check: $(VENV)/installed-dev ## ruff, pyright, import contract
 	$(BIN)/ruff check .

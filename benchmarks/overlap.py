@@ -29,6 +29,7 @@ import argparse
 import asyncio
 import json
 import math
+import re
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -169,6 +170,8 @@ class Variant:
     def parse(cls, text: str) -> list["Variant"]:
         """Of ``NAME:STREAMING:SETTING=VALUE,...``."""
         fields = [item.split(":", 2) for item in text.split(",") if item]
+        if any(setting.startswith("mps=") for _, _, setting in fields):
+            raise argparse.ArgumentTypeError("the engines run already: --other-mps measures MPS")
         return [cls(name, int(steps), setting) for name, steps, setting in fields]
 
 
@@ -294,9 +297,8 @@ class Bench:
             self.parts = parts
         print(key, json.dumps(result), flush=True)
         sequential = self.report.parts.get(variant.name, {}).get("sequential")
-        ratio = (
-            {f"{key}_vs_sequential": result["tok_s"] / sequential["tok_s"]} if sequential else {}
-        )
+        figure = re.sub("[^a-z0-9]+", "_", key) + "_vs_sequential"
+        ratio = {figure: result["tok_s"] / sequential["tok_s"]} if sequential else {}
         self.report.add(key, ratio, streaming=result)
 
     async def swapping(self, name: str) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 ENVIRONMENTS = Path(__file__).resolve().parents[1] / "environments"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OLDEST_PYTHON = (3, 11)
-FORMAT = 1
+FORMAT = 2
 """Raise it when this script makes something else from the same files."""
 
 

@@ -21,7 +21,7 @@ class StaleCacheWorker(VllmWorker):
         await self._engine.resume_generation()
 
 
-def unsalted(token_ids: list[int], version: WeightVersion | None) -> Any:
+def unsalted(token_ids: list[int], load: int) -> Any:
     from vllm import TokensPrompt  # noqa: PLC0415 - after the worker has set its variables
 
     return TokensPrompt(prompt_token_ids=token_ids)

@@ -617,6 +617,29 @@ def test_a_pause_holds_running_rollouts_and_new_requests_until_resume(
     assert_same_rollouts(paused, generate(engine, [*first, *second]))
 
 
+def test_a_paused_engine_takes_new_weights_and_stays_paused(
+    engine: StreamingRolloutEngine, tiny_models: TinyModels
+) -> None:
+    weights = directory_weights(tiny_models.student)  # hardly ever stops
+    serve(engine, weights)
+    second, channel = published(changed(weights, "model.layers.0.mlp.down_proj.weight"), step=1)
+
+    async def load_while_paused() -> list[Rollout]:
+        running = asyncio.create_task(collect(engine, long_requests(24, new_tokens=200)))
+        await prefixes_when(engine, lambda prefixes: len(prefixes) >= 2)
+        await engine.pause()
+        await engine.load(second, channel)
+        before = await engine.prefixes()
+        await asyncio.sleep(0.3)
+        after = await engine.prefixes()
+        assert [p.response_ids.size for p in after] == [p.response_ids.size for p in before]
+        assert not running.done()
+        await engine.resume()
+        return await running
+
+    assert len(run(load_while_paused())) == 24
+
+
 def test_a_consumer_that_leaves_early_ends_what_it_started(
     engine: StreamingRolloutEngine,
 ) -> None:
@@ -687,22 +710,22 @@ def test_a_new_rollout_does_not_find_what_older_weights_computed_for_a_running_o
     new = changed(weights, "model.layers.0.mlp.down_proj.weight")
     second, channel = published(new, step=1)
     requests = [
-        make_request(f"r{i}", make_prompt(CACHED_PROMPT, seed=i), make_spec(i, max_new_tokens=90))
-        for i in range(16)
+        make_request(f"r{i}", make_prompt(CACHED_PROMPT, seed=i), make_spec(i, max_new_tokens=95))
+        for i in range(24)
     ]
 
     async def begin_beside() -> list[Rollout]:
-        running = asyncio.create_task(collect(engine, requests))
-        prefixes = await prefixes_when(engine, lambda prefixes: _longest(prefixes) >= 6)
-        shared = {p.request.rollout_id for p in prefixes if p.response_ids.size >= 6}
+        collecting = asyncio.create_task(collect(engine, requests))
+        await prefixes_when(engine, lambda prefixes: _longest(prefixes) >= 6)
         await engine.load(second, channel)
         same_prompts = [
-            make_request(f"new-{request.rollout_id}", request.prompt, make_spec(7))
-            for request in requests
-            if request.rollout_id in shared
+            make_request(f"new-{prefix.request.rollout_id}", prefix.request.prompt, make_spec(7))
+            for prefix in await engine.prefixes()
+            if prefix.versions[0].version != second
         ]
+        assert same_prompts  # what ran over the update has a cache of the old weights
         rollouts = await collect(engine, same_prompts)
-        await running
+        await collecting
         return rollouts
 
     old_model = reference_model(tiny_models.student, weights)
@@ -712,18 +735,20 @@ def test_a_new_rollout_does_not_find_what_older_weights_computed_for_a_running_o
 
 
 def test_a_load_that_fails_ends_what_runs(
-    engine: StreamingRolloutEngine, weights: Mapping[str, Tensor]
+    engine: StreamingRolloutEngine, tiny_models: TinyModels
 ) -> None:
+    weights = directory_weights(tiny_models.student)  # hardly ever stops
+    serve(engine, weights)
     absent, channel = published(without_one(weights), step=1)
 
     async def fail_under_way() -> list[Rollout]:
-        collecting = asyncio.create_task(collect(engine, long_requests(4, new_tokens=200)))
+        collecting = asyncio.create_task(collect(engine, long_requests(24, new_tokens=200)))
         await prefixes_when(engine, lambda prefixes: len(prefixes) >= 2)
         with pytest.raises(WeightVersionError):
             await engine.load(absent, channel)
         return await collecting
 
-    assert len(run(fail_under_way())) < 4
+    assert len(run(fail_under_way())) < 24
     assert_refuses(engine)
 
 

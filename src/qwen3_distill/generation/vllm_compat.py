@@ -21,7 +21,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from qwen3_distill.errors import EngineError, EngineStartError
 from qwen3_distill.generation.vllm_settings import VllmSettings
-from qwen3_distill.types import SamplingSpec, WeightVersion
+from qwen3_distill.types import SamplingSpec
 
 ADAPTER_NAME = "policy"
 ADAPTER_ID = 1
@@ -116,13 +116,13 @@ def sampling_params(spec: SamplingSpec, eos_ids: Sequence[int]) -> SamplingParam
     )
 
 
-def prompt(token_ids: Sequence[int], version: WeightVersion | None) -> TokensPrompt:
-    """A prompt that shares cached blocks only with others that came under the same version.
+def prompt(token_ids: Sequence[int], load: int) -> TokensPrompt:
+    """A prompt that shares cached blocks only with others that came after the same load of weights.
 
     Blocks of running rollouts cannot be cleared, and vLLM would hand them to a later request with
     the same prompt, whatever weights they were computed with.
     """
-    return TokensPrompt(prompt_token_ids=list(token_ids), cache_salt=str(version))
+    return TokensPrompt(prompt_token_ids=list(token_ids), cache_salt=str(load))
 
 
 def scoring_params() -> SamplingParams:

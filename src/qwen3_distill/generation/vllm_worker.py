@@ -55,6 +55,7 @@ class VllmWorker:
         self._engine: Any = None
         self._settings: VllmSettings | None = None
         self._version: WeightVersion | None = None
+        self._num_loads = 0
         self._adapter_path: str | None = None
         self._running: dict[str, RunningRollout] = {}
         self._scratch = tempfile.TemporaryDirectory(prefix="qwen3-distill-vllm-")
@@ -83,8 +84,8 @@ class VllmWorker:
     async def load(self, version: WeightVersion, channel: WeightChannel) -> None:
         """Serve ``version``. Running rollouts go on with it: their next tokens are its tokens.
 
-        What older weights computed of them is kept or computed again (`VllmSettings.keeps_cache`);
-        what no running rollout needs is cleared.
+        What older weights computed of them is kept or computed again (`VllmSettings.keeps_cache`).
+        An engine that is paused stays so.
 
         Raises:
             WeightVersionError: the weights in use are not ``version``; nothing is served then,
@@ -100,14 +101,18 @@ class VllmWorker:
                 if problem:
                     await self.abort(list(self._running))
                     raise WeightVersionError(problem)
-                # Also what was cached in between. False: blocks are still in use, which nothing but
-                # the rollouts that use them can find any more (`compat.prompt`).
-                if not await self._guarded(self._engine.reset_prefix_cache(clears)) and clears:
-                    raise WeightVersionError(f"{version}: vLLM did not clear its prefix cache")
+                # Also what was cached in between. Blocks that running rollouts keep cannot be
+                # cleared, nor any others then: but no later request finds them (`compat.prompt`).
+                if clears or not self._running:
+                    cleared = await self._guarded(self._engine.reset_prefix_cache(clears))
+                    if clears and not cleared:
+                        raise WeightVersionError(f"{version}: vLLM did not clear its prefix cache")
                 await self._mark_swap(version)
                 self._version = version
+                self._num_loads += 1
             finally:
-                await self._guarded(self._engine.resume_generation())
+                if not self._paused:
+                    await self._guarded(self._engine.resume_generation())
 
     async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
         """Yield each rollout when it has finished. Aborted ones are left out."""
@@ -153,7 +158,7 @@ class VllmWorker:
 
     async def prompt_logprobs(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """[T - 1] nats of every token but the first, under the served weights at temperature 1."""
-        parameters, prompt = compat.scoring_params(), compat.prompt(token_ids, self._version)
+        parameters, prompt = compat.scoring_params(), compat.prompt(token_ids, self._num_loads)
         outputs = [
             output
             async for output in self._engine.generate(
@@ -180,7 +185,7 @@ class VllmWorker:
         self._running[request.rollout_id] = running
         try:
             async for output in self._engine.generate(
-                compat.prompt(request.prompt.token_ids.tolist(), self._version),
+                compat.prompt(request.prompt.token_ids.tolist(), self._num_loads),
                 compat.sampling_params(request.sampling, self._settings.eos_ids),
                 request.rollout_id,
                 lora_request=self._adapter(),

@@ -104,9 +104,18 @@ class _Line:
         end_nK = np.cumsum(self._mass_BK[block_n], axis=1)
         places_n = block_n * _BLOCK + (end_nK <= rest_n[:, None]).sum(axis=1)
         if (rest_n >= end_nK[:, -1]).any() or (np.diff(places_n) <= 0).any():
-            # Sums in another order, so a point at an edge may miss its block or meet its neighbour.
-            return np.searchsorted(np.cumsum(self._mass_M), points_n, side="right")
+            return self._places_by_one_sum(points_n)  # rounding carried a point past an edge
         return places_n
+
+    def _places_by_one_sum(self, points_n: Floats) -> Integers:
+        """As `places`, of any points: where two fall on one place, one moves to the next."""
+        end_M, each_n = np.cumsum(self._mass_M), np.arange(len(points_n))
+        limit = math.nextafter(float(end_M[-1]), 0.0)
+        scaled_n = np.minimum(points_n * (float(end_M[-1]) / self.total), limit)
+        live = np.flatnonzero(self._mass_M)
+        ranks_n = np.searchsorted(live, np.searchsorted(end_M, scaled_n, side="right"))
+        ranks_n = np.maximum.accumulate(ranks_n - each_n) + each_n
+        return live[np.minimum(ranks_n, len(live) - len(points_n) + each_n)]
 
 
 def systematic_draw(mass_M: Floats, count: int, generator: np.random.Generator) -> Draw:

@@ -182,6 +182,20 @@ def test_the_ends_of_the_line_belong_to_what_has_a_mass(offset: float) -> None:
         assert (mass_M[drawn.places_n] > 0).all()
 
 
+@pytest.mark.parametrize("offset", [0.0, 1 - 2.0**-47, math.nextafter(1.0, 0.0)])
+@pytest.mark.parametrize("power", [1.0, 8.0], ids=["even", "heavy_tailed"])
+def test_points_on_an_edge_fall_on_different_places_of_many(offset: float, power: float) -> None:
+    """Sums over blocks and over places round differently; either may carry a point past an edge."""
+    at_edge: Any = SimpleNamespace(random=lambda: offset)
+    for seed in range(400):
+        rng = generator(seed)
+        mass_M = rng.random(int(rng.integers(49, 200))) ** power
+        count = int(rng.integers(1, len(mass_M)))
+        drawn = systematic_draw(mass_M, count, at_edge)
+        assert (np.diff(drawn.places_n) > 0).all()
+        assert (mass_M[drawn.places_n] > 0).all()
+
+
 # --- Importance weights -------------------------------------------------------------------------
 
 VALUES = np.array([4.0, -1.0, 0.5, 7.0, 2.0, -3.0, 10.0, 1.0])
