@@ -17,14 +17,12 @@ import argparse
 import json
 import sys
 import time
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from common import RESULTS, write_result
 from device_memory import PeakMemory
+from junit_outcomes import outcomes
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config_io import load_config
 from qwen3_distill.pipeline.run import run
@@ -79,19 +77,6 @@ def lowest_embedded_interval(file: Path) -> float:
     """Lower end of the 95% interval of the embedded run that got least."""
     runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
     return min(one["accuracy"]["after"]["ci_low"] for one in runs)
-
-
-def outcomes(files: Sequence[Path]) -> dict[str, dict[str, int]]:
-    """By a file's name: how many tests passed, failed (errors too) and were skipped."""
-    suites: dict[str, dict[str, int]] = {}
-    for file in files:
-        counts = Counter(passed=0, failed=0, skipped=0)
-        for case in ElementTree.parse(file).getroot().iter("testcase"):
-            bad = case.find("failure") is not None or case.find("error") is not None
-            skipped = case.find("skipped") is not None
-            counts["failed" if bad else "skipped" if skipped else "passed"] += 1
-        suites[file.stem] = dict(counts)
-    return suites
 
 
 def distil(config: RunConfig) -> tuple[dict[str, Any], float, float]:
