@@ -188,7 +188,7 @@ def _compile(partial: Path, target: Path) -> None:
     (packages,) = partial.glob("lib/python*/site-packages")
     paths = ["-s", str(partial), "-p", str(target)]  # what a traceback shows
     python = str(partial / "bin" / "python")
-    command = [python, "-m", "compileall", "-q", "-j", "0", *paths, str(packages)]
+    command = [python, "-m", "compileall", "-q", "-f", "-j", "0", *paths, str(packages)]
     # Some packages hold files of other Python versions; those fail and nobody imports them.
     subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
 

@@ -1,6 +1,7 @@
 """The engines' environments: exactly pinned, made whole or not at all, made once."""
 
 import importlib.util
+import marshal
 import re
 import sys
 from pathlib import Path
@@ -87,6 +88,9 @@ def test_environment_is_made_once_also_after_a_killed_build_and_anew_when_its_fi
     assert (python.parents[1] / "mark").exists(), "made a second time"
     pip = (python.parent / "pip").read_text().splitlines()[0]
     assert pip.startswith(f"#!{python}"), "scripts point to the temporary place"
+    (compiled,) = python.parents[1].glob("lib/python*/site-packages/__pycache__/helper.*.pyc")
+    code = marshal.loads(compiled.read_bytes()[16:])
+    assert code.co_filename.startswith(str(python.parents[1])), "tracebacks name another place"
     assert environments(cache) == [name]
     (recipe / "extras" / "helper.py").write_text("ANSWER = 42  # changed\n")
     assert name != f"small-{script.digest('small', tag)}"
