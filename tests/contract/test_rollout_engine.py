@@ -558,10 +558,12 @@ def _longest(prefixes: Sequence[RolloutPrefix]) -> int:
 
 
 def test_a_prefix_is_the_beginning_of_its_rollout_and_an_aborted_one_is_left_out(
-    engine: StreamingRolloutEngine,
+    engine: StreamingRolloutEngine, tiny_models: TinyModels
 ) -> None:
+    serve(engine, directory_weights(tiny_models.student))  # hardly ever stops
+
     async def watch() -> tuple[list[Rollout], list[RolloutPrefix]]:
-        collecting = asyncio.create_task(collect(engine, long_requests(6)))
+        collecting = asyncio.create_task(collect(engine, long_requests(6, new_tokens=200)))
         # Not all six: on a busy machine the first may end before the last is seen to run.
         prefixes = await prefixes_when(engine, lambda prefixes: "long5" in ids_of(prefixes))
         await engine.abort(["long5", "nobody"])
@@ -596,13 +598,15 @@ def test_a_waiting_request_can_be_aborted(
 
 
 def test_a_pause_holds_running_rollouts_and_new_requests_until_resume(
-    engine: StreamingRolloutEngine,
+    engine: StreamingRolloutEngine, tiny_models: TinyModels
 ) -> None:
-    first, second = long_requests(3)[:2], long_requests(3)[2:]
+    serve(engine, directory_weights(tiny_models.student))  # hardly ever stops
+    requests = long_requests(9, new_tokens=200)
+    first, second = requests[:8], requests[8:]
 
     async def pause_under_way() -> list[Rollout]:
         running = asyncio.create_task(collect(engine, first))
-        await prefixes_when(engine, lambda prefixes: len(prefixes) == 2)
+        await prefixes_when(engine, lambda prefixes: len(prefixes) >= 2)
         await engine.pause()
         new = asyncio.create_task(collect(engine, second))
         before = await engine.prefixes()

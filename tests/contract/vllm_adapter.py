@@ -25,7 +25,7 @@ def vllm_config(**changes: object) -> VllmGeneration:
         "max_sequences": 64,
         "python": INSTALLED.python.get("vllm"),
         "environment": {
-            "OMP_NUM_THREADS": "2",
+            "OMP_NUM_THREADS": "1",  # threads that wait for one another starve the other processes
             "TRITON_F32_DEFAULT": "ieee",  # attention in float32 is TF32 on a GPU otherwise
             **INSTALLED.variables.get("vllm", {}),
         },
