@@ -43,6 +43,9 @@ def main() -> None:
     folder = f"{config.output_dir}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = config.model_copy(update={"output_dir": folder})
     lowest = lowest_embedded_interval(RESULTS / "demo_seeds.json")
+    absent = [str(file) for file in arguments.suites if not file.is_file()]
+    if absent:
+        sys.exit(f"--suites: no {', '.join(absent)}; pytest writes them with --junit-xml")
     suites = outcomes(arguments.suites)
     summary, wall_s, peak_gib = distil(config)
     accuracy = summary["accuracy"]

@@ -32,7 +32,7 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -184,8 +184,6 @@ class Bench:
     median_tokens: int
     max_tokens: int
     skip: int
-    pipeline_with: Callable[[str], StreamingPipeline]
-    """The config's, with another ``SETTING=VALUE``."""
     suffix: str = ""
     """Of figures and details, where MPS is not used as the config says."""
     drawn_steps: int = 0
@@ -286,10 +284,9 @@ class Bench:
             figures[key] = gain if self.suffix == "_without_mps" else 1 / gain
         return figures
 
-    async def vary(self, variant: Variant) -> None:
-        """Stream once more with another setting."""
+    async def vary(self, variant: Variant, pipeline: StreamingPipeline) -> None:
+        """Stream once more with the variant's pipeline."""
         parts, key = self.parts, f"{variant.name}-{variant.setting}{self.suffix}"
-        pipeline = self.pipeline_with(variant.setting)
         self.parts = replace(parts, config=parts.config.model_copy(update={"pipeline": pipeline}))
         try:
             result = await self.pipeline("streaming", variant.name, variant.streaming_steps, key)
@@ -350,19 +347,21 @@ def shared_memory() -> str | None:
 
 
 async def measure(arguments: argparse.Namespace, config: RunConfig, report: Report) -> None:
-    def pipeline_with(setting: str) -> StreamingPipeline:
-        overrides = [*arguments.overrides, f"pipeline.{setting}"]
+    def pipeline_of(variant: Variant) -> StreamingPipeline:
+        overrides = [*arguments.overrides, f"pipeline.{variant.setting}"]
         pipeline = load_config(arguments.config, overrides).pipeline
-        assert isinstance(pipeline, StreamingPipeline)
+        if not isinstance(pipeline, StreamingPipeline):
+            raise SystemExit(f"--variants {variant.setting}: it must still stream")
         return pipeline
 
+    variants = [(variant, pipeline_of(variant)) for variant in arguments.variants]
     parts = build_parts(config)
     vocab_size = parts.learner.identity.vocab_size
     parts = replace(parts, prompts=RandomPrompts(arguments.prompt_tokens, vocab_size))
     lengths = arguments.median_tokens, arguments.max_tokens
-    bench = Bench(parts, report, *lengths, arguments.skip, pipeline_with)
+    bench = Bench(parts, report, *lengths, arguments.skip)
     mps = config.pipeline.mps
-    await together(bench, mps, arguments.lengths, arguments.variants)
+    await together(bench, mps, arguments.lengths, variants)
     bench.suffix = "_without_mps" if mps else "_with_mps"
     await together(bench, not mps, arguments.other_mps, [])
     if arguments.swapping:
@@ -373,7 +372,10 @@ async def measure(arguments: argparse.Namespace, config: RunConfig, report: Repo
 
 
 async def together(
-    bench: Bench, mps: bool, plans: Sequence[Plan], variants: Sequence[Variant]
+    bench: Bench,
+    mps: bool,
+    plans: Sequence[Plan],
+    variants: Sequence[tuple[Variant, StreamingPipeline]],
 ) -> None:
     """Start all engines, measure, and close them."""
     if not plans and not variants:
@@ -389,8 +391,8 @@ async def together(
             await push_weights(parts)
             for plan in plans:
                 await bench.compare(plan)
-            for variant in variants:
-                await bench.vary(variant)
+            for variant, pipeline in variants:
+                await bench.vary(variant, pipeline)
         figures = {f"peak_gib{bench.suffix}": memory.peak_gib}
         bench.report.add(f"together{bench.suffix}", figures, start_s=start_s, mps=mps)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
 VOCAB_SIZE = 256 + len(SPECIAL)
 EOS_ID = 257
-CONTEXT_LENGTH = 256
+CONTEXT_LENGTH = 1024
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|user|>' if message.role != 'assistant' else '<|assistant|>' }}"

@@ -2,7 +2,8 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,11 +39,13 @@ VERSION = WeightVersion(step=0, digest="synthetic")
 
 
 _LOOP = asyncio.new_event_loop()
+HANGS_S = 300
+"""What takes longer hangs: an engine's start is a minute where a machine is busy."""
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     """On one loop for the whole session: engines in processes of their own are bound to theirs."""
-    return _LOOP.run_until_complete(work)
+    return _LOOP.run_until_complete(asyncio.wait_for(work, HANGS_S))
 
 
 def draws_after(action: Callable[[], object]) -> tuple[float, float, float]:
@@ -99,6 +102,35 @@ async def prefixes_when(
         if ready(prefixes := await engine.prefixes()):
             return prefixes
         await asyncio.sleep(0.0005)
+    raise AssertionError("never ready")
+
+
+@asynccontextmanager
+async def paused(engine: StreamingRolloutEngine) -> AsyncIterator[None]:
+    """A test that fails here leaves no paused engine to the next."""
+    await engine.pause()
+    try:
+        yield
+    finally:
+        await engine.resume()
+
+
+async def collecting_when(
+    engine: StreamingRolloutEngine,
+    requests: Sequence[RolloutRequest],
+    ready: Callable[[list[RolloutPrefix]], bool],
+) -> tuple["asyncio.Task[list[Rollout]]", list[RolloutPrefix]]:
+    """A task that collects the requests, and the first of their prefixes that are ``ready``.
+
+    Where a machine holds up the look at them until all have ended, they are begun again.
+    """
+    for _ in range(10):
+        collecting = asyncio.create_task(collect(engine, requests))
+        while not collecting.done():
+            if ready(prefixes := await engine.prefixes()):
+                return collecting, prefixes
+            await asyncio.sleep(0.0005)
+        await collecting
     raise AssertionError("never ready")
 
 

@@ -63,15 +63,45 @@ def behavior_logprobs(
     *,
     temperature: float | None = None,
     top_p_shift: float = 0.0,
+    likelier_nats: float = 0.0,
 ) -> NDArray[np.float64]:
-    """[R] nats under the distribution that the rollout's `SamplingSpec` describes."""
+    """[R] nats under the distribution that the rollout's `SamplingSpec` describes.
+
+    Args:
+        top_p_shift: is added to the nucleus.
+        likelier_nats: by so much the sampled token counts as likelier in what top-k and the nucleus
+            keep, not in its own logprob.
+    """
     spec = rollout.sampling
     with torch.no_grad():
         logits = response_positions(model, rollout)[1].double().numpy()
     logits = logits / (temperature or spec.temperature)
     top_p = spec.top_p + top_p_shift if spec.top_p < 1 else 1.0
-    rows = zip(logits, rollout.response_ids.tolist(), strict=True)
-    return np.array([truncated_logprobs(row, spec.top_k, top_p)[token] for row, token in rows])
+    logprobs: list[float] = []
+    for row, token in zip(logits, rollout.response_ids.tolist(), strict=True):
+        ranks = row.copy()
+        ranks[token] += likelier_nats
+        logprobs.append(float(truncated_logprobs(row, spec.top_k, top_p, ranks)[token]))
+    return np.array(logprobs)
+
+
+def behavior_gap(
+    model: PreTrainedModel, rollout: Rollout, *, top_p_edge: float = 0.0, likelier_nats: float = 0.0
+) -> float:
+    """The largest difference in nats between a rollout's behavior logprobs and the model's.
+
+    Whether a token at the edge of top-k or of a nucleus belongs to it is a matter of an engine's
+    rounding: both are right within ``top_p_edge`` of the nucleus and ``likelier_nats`` of a logit.
+    """
+    expected = np.stack(
+        [
+            behavior_logprobs(model, rollout, top_p_shift=shift, likelier_nats=likelier)
+            for shift in dict.fromkeys((0.0, -top_p_edge, top_p_edge))
+            for likelier in dict.fromkeys((0.0, likelier_nats))
+        ]
+    )
+    assert expected.shape[1:] == rollout.behavior_logprobs.shape
+    return float(np.abs(rollout.behavior_logprobs - expected).min(axis=0).max())
 
 
 def swapped_logprobs(
@@ -97,10 +127,10 @@ def swapped_logprobs(
 
 
 def truncated_logprobs(
-    logits_V: NDArray[np.float64], top_k: int, top_p: float
+    logits_V: NDArray[np.float64], top_k: int, top_p: float, ranks_V: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """[V]: top-k, then the fewest most likely tokens of what is left that reach top_p."""
-    kept = sorted(range(len(logits_V)), key=lambda token: -logits_V[token])
+    kept = sorted(range(len(logits_V)), key=lambda token: -ranks_V[token])
     if top_k > 0:
         kept = kept[:top_k]
     weights = {token: np.exp(logits_V[token]) for token in kept}

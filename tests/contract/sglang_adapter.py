@@ -142,8 +142,8 @@ class SglangTeacherAdapter:
     def parity_nats(self) -> float:
         if self.quantization is not None:
             return 2.0  # 0.15 on average was seen in a simulation, 0.6 at most for 99%
-        # bfloat16: 0.054 was seen, in the longest rollout of the suite.
-        return 0.15 if self._on_gpu else 1e-4
+        # bfloat16: 0.16 was seen, in a rollout of 1,004 tokens.
+        return 0.25 if self._on_gpu else 1e-4
 
     @property
     def decoded_parity_nats(self) -> float:

@@ -44,7 +44,7 @@ from tests.contract.builders import (
     serve,
     synthetic_rollout,
 )
-from tests.tiny_models import TinyModels
+from tests.tiny_models import CONTEXT_LENGTH, TinyModels
 
 Strike = Callable[[int], None]
 
@@ -265,7 +265,7 @@ def test_a_teacher_that_is_lost_scores_again_as_the_one_here(
             assert np.array_equal(score.logprobs, wanted.logprobs)
         assert teacher.counters == {"score/server_restarts": 1}
         with pytest.raises(DataError, match="context"):  # not a death: it is not tried again
-            run(teacher.score([synthetic_rollout(200, 100)]))
+            run(teacher.score([synthetic_rollout(200, CONTEXT_LENGTH)]))
     finally:
         run(teacher.close())
 

@@ -4,6 +4,7 @@ A proxy stands in front of the server, once of the stand-in and once of the real
 """
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from tests.contract.builders import make_prompt, run, scores_of, synthetic_rollo
 from tests.contract.reference import largest_gap, reference_model, token_logprobs
 from tests.contract.sglang_adapter import POOL, Kind, SglangTeacherAdapter, sglang_config
 from tests.fault_proxy import Fault, FaultProxy
-from tests.tiny_models import TinyModels
+from tests.tiny_models import CONTEXT_LENGTH, TinyModels
 
 ROLLOUTS = [synthetic_rollout(6, 5, seed) for seed in range(4)]
 POISONED = ROLLOUTS[2]
@@ -279,11 +280,11 @@ def test_too_long_for_the_server_is_dropped_and_its_neighbours_scored(
     proxy = bench.proxy()
     teacher = bench.started(proxy.url)
     object.__setattr__(teacher.identity, "context_length", 10_000)
-    too_long = synthetic_rollout(6, 300, seed=9)
+    too_long = synthetic_rollout(6, CONTEXT_LENGTH, seed=9)
     results = run(teacher.score([ROLLOUTS[0], too_long, ROLLOUTS[1]]))
     bad = results.pop(1)
     assert isinstance(bad, ScoreFailure)
-    assert "longer" in bad.reason
+    assert re.search("longer than|exceeds the maximum", bad.reason)
     assert_scores(results, ROLLOUTS[:2], expected, parity_nats)
 
 

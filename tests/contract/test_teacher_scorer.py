@@ -196,7 +196,7 @@ def score_all(
 
 def test_a_sequence_beyond_the_teachers_context_is_refused(teacher: TeacherScorer) -> None:
     too_long = synthetic_rollout(20, CONTEXT_LENGTH - 19, seed=0)
-    with pytest.raises(DataError, match="the teacher's context of 256"):
+    with pytest.raises(DataError, match=f"the teacher's context of {CONTEXT_LENGTH}"):
         scores_of(teacher, [too_long])
 
 

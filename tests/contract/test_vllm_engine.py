@@ -1,6 +1,5 @@
 """What vLLM does beyond the contract: adapters, swaps under running rollouts, death, recovery."""
 
-import asyncio
 import os
 import signal
 import subprocess
@@ -9,7 +8,6 @@ import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +23,7 @@ from qwen3_distill.protocols import LoraWeights
 from qwen3_distill.types import Rollout, RolloutRequest, WeightVersion
 from qwen3_distill.weights.directory import DirectoryChannel
 from tests.contract.builders import (
+    collecting_when,
     directory_weights,
     generate,
     long_requests,
@@ -51,9 +50,9 @@ pytestmark = pytest.mark.vllm
 ON_GPU = INSTALLED.device == "cuda"
 ADAPTER_DTYPE = "bfloat16" if ON_GPU else "float32"
 """vLLM's adapter kernels on a GPU take nothing wider."""
-PARITY_NATS, FAR_NATS = (0.25, 0.5) if ON_GPU else (1e-4, 0.05)
-"""bfloat16 against float32: 0.10 at most and 0.017 on average were seen with these adapters, in
-Hugging Face's model; other adapters are 1.3 nats off at the median token."""
+PARITY_NATS, FAR_NATS = (0.4, 0.5) if ON_GPU else (1e-4, 0.05)
+"""bfloat16 against float32: 0.27 at most was seen in 24 answers of 800 tokens, 0.017 on average;
+other adapters are 1.3 nats off at the median token."""
 RANK, ALPHA = 4, 12.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA = LoraTuning(kind="lora", rank=RANK, alpha=ALPHA)
@@ -196,22 +195,6 @@ def test_a_stale_prefix_cache_would_fail_the_parity_check(
             run(tested.close())
 
 
-async def begun(engine: VllmRolloutEngine, requests: list[RolloutRequest]) -> Any:
-    """A task that collects the requests' rollouts, when those that are seen have some tokens."""
-
-    async def collect() -> list[Rollout]:
-        return [rollout async for rollout in engine.generate(requests)]
-
-    collecting = asyncio.create_task(collect())
-    while (
-        not (prefixes := await engine.prefixes())
-        or min(prefix.response_ids.size for prefix in prefixes) < 6
-    ):
-        await asyncio.sleep(0.01)
-        assert not collecting.done()
-    return collecting
-
-
 @pytest.mark.parametrize("keeps_cache", [True, False], ids=["keep", "recompute"])
 def test_running_rollouts_go_on_with_the_new_weights_and_every_token_names_its_version(
     engine: VllmRolloutEngine,
@@ -228,7 +211,11 @@ def test_running_rollouts_go_on_with_the_new_weights_and_every_token_names_its_v
     adapters = [adapter_weights(base, seed=60 + step) for step in range(2)]
 
     async def swap_under_way(version: WeightVersion) -> list[Rollout]:
-        collecting = await begun(tested, cached_requests(24, new_tokens=90))
+        collecting, _ = await collecting_when(
+            tested,
+            cached_requests(24, new_tokens=800),
+            lambda seen: len(seen) >= 6 and min(p.response_ids.size for p in seen) >= 6,
+        )
         await tested.load(version, channel)
         return await collecting
 
@@ -244,6 +231,11 @@ def test_running_rollouts_go_on_with_the_new_weights_and_every_token_names_its_v
     assert len(mixed) >= 4
     assert {span.version for rollout in rollouts for span in rollout.versions} == {first, second}
     old, new = (reference_model(tiny_models.student, merged(base, one)) for one in adapters)
+    for rollout in rollouts:
+        if len(rollout.versions) == 1:
+            model = old if rollout.oldest_version == first else new
+            expected = behavior_logprobs(model, rollout)
+            assert largest_gap(rollout.behavior_logprobs, expected) < PARITY_NATS
 
     def gaps(rollout: Rollout, off_by: int, keeps: bool) -> float:
         edge = rollout.versions[1].start + off_by

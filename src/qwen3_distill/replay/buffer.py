@@ -8,10 +8,9 @@ per-rollout array.
 
 Tokens are on the device; what there is of a rollout (place, lengths, age, uses, priority) is a few
 numbers, kept on the host in arrays. So making room, drawing and finding rollouts launch no kernels
-and wait for nothing: on the device they were sixty launches a step for microseconds of work. Only a
-sample's new priorities come from there. ``mass`` is both share and sign of life: it is 0 where no
-rollout is or where it was dropped. A dropped rollout's tokens are free when the oldest end of the
-ring reaches them.
+and wait for nothing. Only a sample's new priorities come from the device. ``mass`` is both share
+and sign of life: it is 0 where no rollout is or where it was dropped. A dropped rollout's tokens
+are free when the oldest end of the ring reaches them.
 
 Shape letters: C token slots, M rollouts kept, S rollouts given or drawn, K teacher candidates.
 """
