@@ -64,6 +64,8 @@ def behavior_logprobs(
     temperature: float | None = None,
     top_p_shift: float = 0.0,
     likelier_nats: float = 0.0,
+    one_more: int = 0,
+    tie: float = 0.0,
 ) -> NDArray[np.float64]:
     """[R] nats under the distribution that the rollout's `SamplingSpec` describes.
 
@@ -71,6 +73,8 @@ def behavior_logprobs(
         top_p_shift: is added to the nucleus.
         likelier_nats: by so much the sampled token counts as likelier in what top-k and the nucleus
             keep, not in its own logprob.
+        one_more: 1 or -1 token in the nucleus, where its last one and the next are as likely up to
+            ``tie`` times the likeliest one's probability.
     """
     spec = rollout.sampling
     with torch.no_grad():
@@ -81,23 +85,38 @@ def behavior_logprobs(
     for row, token in zip(logits, rollout.response_ids.tolist(), strict=True):
         ranks = row.copy()
         ranks[token] += likelier_nats
-        logprobs.append(float(truncated_logprobs(row, spec.top_k, top_p, ranks)[token]))
+        kept_V = truncated_logprobs(row, spec.top_k, top_p, ranks, one_more, tie)
+        logprobs.append(float(kept_V[token]))
     return np.array(logprobs)
 
 
 def behavior_gap(
-    model: PreTrainedModel, rollout: Rollout, *, top_p_edge: float = 0.0, likelier_nats: float = 0.0
+    model: PreTrainedModel,
+    rollout: Rollout,
+    *,
+    top_p_edge: float = 0.0,
+    likelier_nats: float = 0.0,
+    tie: float = 0.0,
 ) -> float:
     """The largest difference in nats between a rollout's behavior logprobs and the model's.
 
     Whether a token at the edge of top-k or of a nucleus belongs to it is a matter of an engine's
-    rounding: both are right within ``top_p_edge`` of the nucleus and ``likelier_nats`` of a logit.
+    rounding. Both are right within ``top_p_edge`` of the nucleus, ``likelier_nats`` of a logit, or
+    ``tie`` between two tokens (`behavior_logprobs`).
     """
     expected = np.stack(
         [
-            behavior_logprobs(model, rollout, top_p_shift=shift, likelier_nats=likelier)
+            behavior_logprobs(
+                model,
+                rollout,
+                top_p_shift=shift,
+                likelier_nats=likelier,
+                one_more=one_more,
+                tie=tie,
+            )
             for shift in dict.fromkeys((0.0, -top_p_edge, top_p_edge))
             for likelier in dict.fromkeys((0.0, likelier_nats))
+            for one_more in ((0, -1, 1) if tie else (0,))
         ]
     )
     assert expected.shape[1:] == rollout.behavior_logprobs.shape
@@ -127,7 +146,12 @@ def swapped_logprobs(
 
 
 def truncated_logprobs(
-    logits_V: NDArray[np.float64], top_k: int, top_p: float, ranks_V: NDArray[np.float64]
+    logits_V: NDArray[np.float64],
+    top_k: int,
+    top_p: float,
+    ranks_V: NDArray[np.float64],
+    one_more: int = 0,
+    tie: float = 0.0,
 ) -> NDArray[np.float64]:
     """[V]: top-k, then the fewest most likely tokens of what is left that reach top_p."""
     kept = sorted(range(len(logits_V)), key=lambda token: -ranks_V[token])
@@ -140,6 +164,9 @@ def truncated_logprobs(
             break
         nucleus.append(token)
         mass += weights[token] / total
+    last, num_kept = nucleus[-1], len(nucleus)
+    if num_kept < len(kept) and weights[last] - weights[kept[num_kept]] < tie * weights[kept[0]]:
+        nucleus = kept[: num_kept + one_more]
     out = np.full(len(logits_V), -np.inf)
     total = sum(weights[token] for token in nucleus)
     for token in nucleus:
