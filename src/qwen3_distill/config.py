@@ -764,7 +764,8 @@ class LoggingConfig(Schema):
 class _Pipeline(Schema):
     mps: bool = False
     """Have the engines' processes share the GPU through an MPS daemon of the run's own, so that
-    their kernels run side by side. Where there is none to be had, the run says so and goes on."""
+    their kernels run side by side, those of vLLM after the others'. Where there is none to be had,
+    the run says so and goes on."""
 
 
 class SequentialPipeline(_Pipeline):

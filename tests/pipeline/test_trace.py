@@ -1,20 +1,24 @@
 """The trace that a run writes, and the MPS daemon that it may ask for."""
 
+import asyncio
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwen3_distill.config import RunConfig
+from qwen3_distill.errors import EngineStartError
 from qwen3_distill.pipeline import run as run_module
-from qwen3_distill.pipeline.build import Parts
+from qwen3_distill.pipeline.build import Parts, build_engine, plan_memory
 from qwen3_distill.pipeline.recorder import summarize
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.pipeline.run_folder import RunFolder
 from qwen3_distill.reporting.metrics import OCCASIONAL_STAGES, STEP_STAGES, MetricsLog, read_jsonl
 from qwen3_distill.reporting.trace import Event, read_trace
-from qwen3_distill.utils.mps import PIPE_VARIABLE, MpsDaemon
+from qwen3_distill.utils.mps import PIPE_VARIABLE, PRIORITY_VARIABLE, MpsDaemon
 from tests.pipeline.builders import (
     EVALUATION,
     RecordingReporter,
@@ -200,3 +204,33 @@ def test_no_daemon_is_started_unless_asked_for(
 
     monkeypatch.setattr(run_module, "MpsDaemon", refuse)
     run_to_end(tiny_config(tiny_models, run_dir))
+
+
+@pytest.mark.parametrize(
+    ("changes", "priority"),
+    [
+        (MPS, "1"),
+        (MPS | {"generation.environment": {PRIORITY_VARIABLE: "0"}}, "0"),
+        ({}, "unset"),
+    ],
+    ids=["mps", "mps, another priority", "without"],
+)
+def test_decoding_lets_the_other_clients_of_mps_go_first(
+    tiny_models: TinyModels,
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: Mapping[str, Any],
+    priority: str,
+) -> None:
+    monkeypatch.delenv(PRIORITY_VARIABLE, raising=False)
+    run_dir.mkdir(parents=True)
+    told = run_dir / "priority"
+    python = run_dir / "python"
+    python.write_text(f"#!/bin/sh\nprintf %s ${{{PRIORITY_VARIABLE}-unset}} > '{told}'\nexit 1\n")
+    python.chmod(0o755)
+    vllm = {"generation": {"kind": "vllm", "python": str(python), "kv_cache_gib": 0.1}}
+    config = tiny_config(tiny_models, run_dir, vllm | changes)
+    engine = build_engine(config, plan_memory(config))
+    with pytest.raises(EngineStartError):
+        asyncio.run(engine.start())
+    assert told.read_text() == priority

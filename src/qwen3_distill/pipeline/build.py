@@ -53,6 +53,7 @@ from qwen3_distill.training.embedded import build_embedded_learner
 from qwen3_distill.training.embedded_process import EmbeddedLearnerProcess
 from qwen3_distill.training.unsloth import UnslothLearner
 from qwen3_distill.types import Batch, Prompt, Rollout, ScoredRollout
+from qwen3_distill.utils.mps import BELOW_NORMAL, PRIORITY_VARIABLE
 from qwen3_distill.weights.directory import DirectoryChannel, publish_directory
 from qwen3_distill.weights.ipc import IpcChannel
 from qwen3_distill.weights.memory import MemoryChannel
@@ -188,11 +189,21 @@ def build_engine(
         case VllmGeneration():
             return VllmRolloutEngine(
                 model_dir or config.student.model,
-                generation,
+                _yielding(generation) if config.pipeline.mps else generation,
                 lora=_served_adapter(config) if model_dir is None else None,
                 kv_cache_bytes=_needed(plan).vllm_kv_cache_bytes,
                 log=engine_log(config, "vllm"),
             )
+
+
+def _yielding(generation: VllmGeneration) -> VllmGeneration:
+    """Decoding lets scoring and training go first, unless its environment says otherwise.
+
+    So rollouts do not run ahead of the learner to wait there, and more of them are in a decoding
+    step: a full batch costs little more than a small one (docs/streaming.md, what was measured).
+    """
+    environment = {PRIORITY_VARIABLE: BELOW_NORMAL} | generation.environment
+    return generation.model_copy(update={"environment": environment})
 
 
 def _served_adapter(config: RunConfig) -> LoraTuning | None:

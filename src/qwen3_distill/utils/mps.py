@@ -26,6 +26,9 @@ from qwen3_distill.utils.process import ChildProcess
 CONTROL = "nvidia-cuda-mps-control"
 PIPE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY"
 LOG_VARIABLE = "CUDA_MPS_LOG_DIRECTORY"
+PRIORITY_VARIABLE = "CUDA_MPS_CLIENT_PRIORITY"
+BELOW_NORMAL = "1"
+"""Of `PRIORITY_VARIABLE`: this client's kernels start after those of the others, which have 0."""
 
 _START_TIMEOUT_S = 20.0
 _CLIENT_TIMEOUT_S = 60.0
