@@ -33,7 +33,7 @@ from tests.pipeline.builders import (
     tiny_values,
     write_config,
 )
-from tests.tiny_models import EOS_ID, TinyModels, byte_tokenizer, write_model
+from tests.tiny_models import CONTEXT_LENGTH, EOS_ID, TinyModels, byte_tokenizer, write_model
 
 FILE_PROMPTS = {"kind": "jsonl", "path": "none.jsonl"}
 MATH = {"kind": "math"}
@@ -363,8 +363,8 @@ def test_adapters_on_unknown_layers_are_refused(tiny_models: TinyModels, tmp_pat
         pytest.param('{"promt": "a"}\n', ["line 1", "no field 'prompt'", "'promt'"], id="field"),
         pytest.param('{"prompt": 7}\n', ["line 1", "type int", "string"], id="type"),
         pytest.param(
-            json.dumps({"prompt": "x" * 300}) + "\n",
-            ["prompts.jsonl:0", "max_new_tokens=8", "context of 256"],
+            json.dumps({"prompt": "x" * CONTEXT_LENGTH}) + "\n",
+            ["prompts.jsonl:0", "max_new_tokens=8", f"context of {CONTEXT_LENGTH}"],
             id="too-long",
         ),
     ],
