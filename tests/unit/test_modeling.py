@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qwen3_distill.errors import ConfigError, ModelError
 from qwen3_distill.modeling import digest
-from qwen3_distill.modeling.digest import weights_digest
+from qwen3_distill.modeling.digest import are_of_directory, weights_digest
 from qwen3_distill.modeling.head import entropy, logits_of, map_chunks, token_stats
 from qwen3_distill.modeling.loading import (
     load_identity,
@@ -125,6 +125,25 @@ def test_both_sides_of_a_chunk_boundary_show(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_device_does_not_show() -> None:
     weights = random_weights()
     assert weights_digest({n: w.cuda() for n, w in weights.items()}) == weights_digest(weights)
+
+
+@pytest.mark.parametrize("name", ["student", "teacher"])  # tied, and not
+def test_the_weights_of_a_directory_are_known(tiny_models: TinyModels, name: str) -> None:
+    model_dir = getattr(tiny_models, name)
+    model = load_model(model_dir, device=CPU, dtype=torch.float32)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    assert are_of_directory(weights, model_dir)
+    assert are_of_directory({"lm_head.weight": output_head(model)} | weights, model_dir)
+    for changed in weights:
+        other = weights | {changed: weights[changed] * 1.01}
+        assert not are_of_directory(other, model_dir)
+
+
+def test_weights_that_a_directory_lacks_are_not_its(tiny_models: TinyModels) -> None:
+    assert not are_of_directory({}, tiny_models.student)
+    stored = load_file(tiny_models.student / "model.safetensors")
+    assert are_of_directory(stored, tiny_models.student)
+    assert not are_of_directory(stored | {"one.more": torch.ones(2)}, tiny_models.student)
 
 
 # --- Head ---------------------------------------------------------------------------------------

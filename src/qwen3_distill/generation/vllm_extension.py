@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qwen3_distill.errors import DistillError
 from qwen3_distill.generation import vllm_compat as compat
-from qwen3_distill.modeling.digest import weights_digest
+from qwen3_distill.modeling.digest import are_of_directory, weights_digest
 from qwen3_distill.protocols import FullWeights, LoraWeights, WeightPayload
 from qwen3_distill.types import WeightVersion
 
@@ -26,6 +26,8 @@ class WeightAccess:
     """Mixin of vLLM's worker."""
 
     model_runner: Any
+    _in_use: str | None = None
+    """Digest of the whole weights in use; None: the model directory's; "": a load has failed."""
 
     def distill_load_full(self, request: str) -> str:
         """Serve the version of a request file; compare every weight afterwards."""
@@ -45,17 +47,26 @@ class WeightAccess:
         if not isinstance(payload, FullWeights):
             return f"{version} was published as adapters, this engine serves whole weights"
         published = payload.tensors
-        before = _raw_digest(self._served()) if self._is_quantized() else None
+        differ = self._is_quantized() and not self._has_already(version, published)
+        before = _raw_digest(self._served()) if differ else None
         mismatch = _mismatch(self._served_shapes(), published)
         if mismatch:
             return f"{version}: {mismatch}"
+        self._in_use = ""
         compat.load_full(self.model_runner, list(published.items()))
         if before is not None and before == _raw_digest(self._served()):
             return f"{version}: the quantized weights in use did not change"
         for name, own, plain in compat.unfused(self._model()):
             if plain and not torch.equal(own, published[name].to(own)):
                 return f"{version}: {name} in use is not the published one"
+        self._in_use = version.digest
         return ""
+
+    def _has_already(self, version: WeightVersion, published: Mapping[str, Tensor]) -> bool:
+        """Whether these are the weights that are in use: a run's first push often is."""
+        if self._in_use is not None:
+            return self._in_use == version.digest
+        return are_of_directory(published, self.model_runner.model_config.model)
 
     @torch.no_grad()
     def _swap_adapter(self, version: WeightVersion, payload: WeightPayload) -> str:

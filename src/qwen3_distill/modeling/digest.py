@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 _CHUNK = 1 << 22
@@ -99,3 +100,19 @@ def _file_digest(path: Path) -> bytes:
         while chunk := file.read(_FILE_CHUNK_BYTES):
             inner.update(chunk)
     return inner.digest()
+
+
+def are_of_directory(weights: Mapping[str, Tensor], model_dir: str | Path) -> bool:
+    """Whether the weights are those that a model directory holds, up to the dtype of its files.
+
+    A tied output head that is given beside the embedding counts as the directory's.
+    """
+    found: set[str] = set()
+    for file in sorted(Path(model_dir).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as handle:
+            for name in weights.keys() & set(handle.keys()):
+                stored, given = handle.get_tensor(name), weights[name].detach()
+                if not torch.equal(stored.to(given.device), given.to(stored.dtype)):
+                    return False
+                found.add(name)
+    return bool(found) and not weights.keys() - found - {"lm_head.weight"}
