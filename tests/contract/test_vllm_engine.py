@@ -458,6 +458,7 @@ def test_fp8_weights_are_those_that_came_and_new_ones_must_change_them(
 ) -> None:
     engine = build_vllm(tiny_models.student, quantization="fp8", dtype="bfloat16")
     new = merged(base, adapter_weights(base, seed=3))
+    rollouts: list[Rollout] = []
     try:
         for step, weights in enumerate([base, base, new]):  # a run's first push is the directory's
             version, channel = published(weights, step=step)

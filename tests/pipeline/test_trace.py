@@ -229,7 +229,7 @@ def test_decoding_lets_the_other_clients_of_mps_go_first(
     python.write_text(f"#!/bin/sh\nprintf %s ${{{PRIORITY_VARIABLE}-unset}} > '{told}'\nexit 1\n")
     python.chmod(0o755)
     vllm = {"generation": {"kind": "vllm", "python": str(python), "kv_cache_gib": 0.1}}
-    config = tiny_config(tiny_models, run_dir, vllm | changes)
+    config = tiny_config(tiny_models, run_dir, {**vllm, **changes})
     engine = build_engine(config, plan_memory(config))
     with pytest.raises(EngineStartError):
         asyncio.run(engine.start())
