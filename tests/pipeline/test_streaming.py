@@ -1,6 +1,7 @@
 """Streaming: the sequential loop where it must be, and what its freedom may not cost."""
 
 import asyncio
+import itertools
 import os
 import signal
 from collections import Counter
@@ -299,6 +300,28 @@ def test_a_teacher_that_hangs_ends_the_run_with_what_it_waited_for(
     config = tiny_config(tiny_models, tmp_path / "run", changes)
     with pytest.raises(StallError, match=r"the teacher's scores of .* rollouts"):
         run_streaming(config, lambda parts: replace(parts, teacher=HangingTeacher(parts.teacher)))
+
+
+@pytest.mark.parametrize(
+    ("part", "method", "message"),
+    [
+        ("learner", "update", "the learner's step"),
+        ("engine", "load", "the engine to serve the new weights"),
+        ("engine", "prefixes", "what runs, for a harvest"),
+    ],
+)
+def test_a_call_that_hangs_ends_the_run_with_what_it_waited_for(
+    tiny_models: TinyModels, tmp_path: Path, part: str, method: str, message: str
+) -> None:
+    settings = {"harvest": {"deadline_s": 0.001, "min_tokens": 1}} if method == "prefixes" else {}
+    changes = {"steps": 4, **streaming(stall_timeout_s=0.7, **settings)}
+    config = tiny_config(tiny_models, tmp_path / "run", changes)
+
+    def hanging(parts: Parts) -> Parts:
+        return replace(parts, **{part: Hangs(getattr(parts, part), method)})
+
+    with pytest.raises(StallError, match=rf"waited 1 s for {message} \(pipeline.stall_timeout_s"):
+        run_streaming(config, hanging)
 
 
 @pytest.mark.parametrize("part", ["engine", "teacher"])
@@ -628,6 +651,21 @@ class Tap:
                     yield rollout
 
         return replace(parts, engine=Tapped(parts.engine))  # pyright: ignore[reportArgumentType]
+
+
+class Hangs(_Wrapped):
+    """FAKE: one of its calls does not end; the engine's first load does."""
+
+    def __init__(self, inner: Any, method: str) -> None:
+        super().__init__(inner)
+        calls = itertools.count(1 if method != "load" else 0)
+
+        async def hang(*arguments: Any) -> Any:
+            if next(calls) == 0:
+                return await getattr(inner, method)(*arguments)
+            await asyncio.Event().wait()
+
+        setattr(self, method, hang)
 
 
 class HangingTeacher(_Wrapped):

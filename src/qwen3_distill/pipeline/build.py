@@ -199,8 +199,8 @@ def build_engine(
 def _yielding(generation: VllmGeneration) -> VllmGeneration:
     """Decoding lets scoring and training go first, unless its environment says otherwise.
 
-    So rollouts do not run ahead of the learner to wait there, and more of them are in a decoding
-    step: a full batch costs little more than a small one (docs/streaming.md, what was measured).
+    So rollouts run ahead of the learner less and wait there less, and a decoding step serves more
+    of them (docs/streaming.md has what was measured).
     """
     environment = {PRIORITY_VARIABLE: BELOW_NORMAL} | generation.environment
     return generation.model_copy(update={"environment": environment})

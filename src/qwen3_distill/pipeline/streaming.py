@@ -13,9 +13,9 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -47,6 +47,7 @@ from qwen3_distill.types import (
 from qwen3_distill.utils.seeds import derive_seed
 from qwen3_distill.utils.tasks import TaskScope, within
 
+Result = TypeVar("Result")
 Cause: TypeAlias = Literal["stale", "no score"]
 """Why a rollout was dropped."""
 
@@ -76,7 +77,8 @@ async def run_streaming(parts: Parts, recorder: Recorder, cursor: RunCursor) -> 
                 break
             async with flow.paused_when_ahead():
                 with recorder.trace.span("train", rollouts=len(batch)):
-                    update = await take_step(parts, recorder, [item.scored for item in batch])
+                    step = take_step(parts, recorder, [item.scored for item in batch])
+                    update = await flow.in_time(step, "the learner's step")
             done = await flow.trained(batch, update)
             cursor = done.cursor
             await recorder.after_step(done)
@@ -137,6 +139,11 @@ class RolloutFlow:
         scope.spawn(self._feed(), "feed")
         for index in range(pipeline.scoring_calls):
             scope.spawn(self._score(), f"score-{index}")
+
+    async def in_time(self, work: Awaitable[Result], what: str) -> Result:
+        """`within` the time that nothing may move for."""
+        limit_s = self._pipeline.stall_timeout_s
+        return await within(limit_s, work, f"{what} (pipeline.stall_timeout_s)")
 
     # --- Generate -------------------------------------------------------------------------------
 
@@ -204,11 +211,9 @@ class RolloutFlow:
             self._num_scoring += len(taken)
             self._count()
             with self._trace.span("score", rollouts=len(taken)):
-                results = await within(
-                    self._pipeline.stall_timeout_s,
-                    self._parts.teacher.score([rollout for _, rollout in taken]),
-                    f"the teacher's scores of {len(taken)} rollouts (pipeline.stall_timeout_s)",
-                )
+                scores = self._parts.teacher.score([rollout for _, rollout in taken])
+                what = f"the teacher's scores of {len(taken)} rollouts"
+                results = await self.in_time(scores, what)
             for (number, rollout), result in zip(taken, results, strict=True):
                 if isinstance(result, ScoreFailure):
                     self._drop(number, rollout, "no score", result.reason)
@@ -323,7 +328,7 @@ class RolloutFlow:
     async def _harvest(self, harvest: Harvest) -> set[str]:
         """Pass on what running rollouts have sampled since they were harvested last; its ids."""
         numbers = {request.rollout_id: n for n, request in self._running.items()}
-        prefixes = await self._parts.engine.prefixes()
+        prefixes = await self.in_time(self._parts.engine.prefixes(), "what runs, for a harvest")
         pieces: set[str] = set()
         for prefix in prefixes:
             number = numbers.get(prefix.request.rollout_id)
@@ -395,7 +400,8 @@ class RolloutFlow:
         self._holds_back = self._config.max_steps_ahead == 0
         if self._pipeline.weight_updates == "boundary":
             await self._drain()
-        await traced_push(self._parts, self._trace)
+        push = traced_push(self._parts, self._trace)
+        await self.in_time(push, "the engine to serve the new weights")
         for item in batch:
             if not item.is_last:
                 self._outstanding.harvest(item.number)

@@ -1,4 +1,4 @@
-"""The replay buffer: rings of tokens on the learner's device; no Python per token or rollout.
+"""The replay buffer: rings of tokens on the learner's device; no Python per token or kept rollout.
 
 Per-token values lie in arenas. A rollout stands in consecutive slots of them: where it would not
 fit before the arena's end it begins at the start again, and less than a rollout's length stays
