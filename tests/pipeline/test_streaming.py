@@ -20,6 +20,7 @@ from qwen3_distill.pipeline.build import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.pipeline.streaming import is_full_length, whole_prompts
 from qwen3_distill.reporting.metrics import read_jsonl
+from qwen3_distill.reporting.trace import read_trace
 from qwen3_distill.types import (
     Batch,
     FinishReason,
@@ -247,6 +248,43 @@ def test_a_prompts_samples_share_a_step_when_they_are_compared_with_one_another(
         numbers = [int(entry) for entry in record["trained"].split()]
         prompts = Counter(number // 2 for number in numbers)
         assert set(prompts.values()) == {2}, numbers
+
+
+# --- Trace --------------------------------------------------------------------------------------
+
+
+def test_trace_and_metrics_show_stages_side_by_side_and_every_queue(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    changes = {"steps": 6, **streaming(max_staleness_steps=2, max_in_flight=5)}
+    config = tiny_config(tiny_models, tmp_path / "run", changes)
+
+    def slow_learner(parts: Parts) -> Parts:
+        learner: Any = parts.learner
+        update = learner.update
+
+        async def slow(batch: Batch) -> Any:
+            await asyncio.sleep(0.1)
+            return await update(batch)
+
+        learner.update = slow
+        return parts
+
+    run_streaming(config, slow_learner)
+    events = read_trace(config.output_path / "trace.json")
+    counters = {event["name"] for event in events if event["ph"] == "C"}
+    assert counters == {"in_flight", "unscored", "ready"}
+    assert {e["cat"] for e in events if e["ph"] == "B"} >= {"generate", "score", "train", "publish"}
+    records = read_jsonl(config.output_path / "metrics.jsonl")
+    assert 0 < max(record["queue/in_flight_max"] for record in records) <= 5
+    assert max(record["queue/ready_max"] for record in records) > 4  # more than the step's own
+    stages = ("generate", "score", "train", "publish")
+    beside = [
+        sum(record[f"time/{stage}_s"] for stage in stages)
+        - record["time/step_s"] * (1 - record["idle/all_fraction"])
+        for record in records
+    ]
+    assert max(beside) > 0.01  # seconds in which two stages ran
 
 
 # --- Interruptions ------------------------------------------------------------------------------
