@@ -11,12 +11,13 @@ from pathlib import Path
 from qwen3_distill.config import LoraTuning, VllmGeneration
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.generation.remote import RemoteRolloutEngine
-from qwen3_distill.generation.vllm_settings import VllmInfo, VllmSettings
+from qwen3_distill.generation.vllm_settings import VllmSettings
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.utils.worker import WorkerProcess
 
 _PROBE_TIMEOUT_S = 60.0
 _CAUSE = re.compile(r"\b(\w+(?:Error|Exception): .*)")
+_OTHER_VERSION = re.compile(r"(?:ImportError|ModuleNotFoundError): (.*\bvllm\..*|.*from 'vllm'.*)")
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|memory on device|available memory|KV cache is needed|max seq len", re.I
 )
@@ -74,7 +75,6 @@ class VllmRolloutEngine(RemoteRolloutEngine):
             enforce_eager=config.enforce_eager,
             engine_arguments=dict(config.engine_arguments),
         )
-        self._info: VllmInfo | None = None
 
     async def prompt_logprobs(self, token_ids: Sequence[int]) -> Sequence[float]:
         """[T - 1] nats of all tokens but the first under the served weights: a probe."""
@@ -84,9 +84,8 @@ class VllmRolloutEngine(RemoteRolloutEngine):
         return values.tolist()
 
     async def _open(self) -> None:
-        self._info = await self._worker.silent_call(
-            "open", self._settings, timeout_s=self._config.start_timeout_s
-        )
+        limit_s = self._config.start_timeout_s
+        await self._worker.silent_call("open", self._settings, timeout_s=limit_s)
 
     def _explained(self, error: EngineStartError) -> EngineStartError:
         """The error with its cause: vLLM prints it, and passes on only that there was one."""
@@ -96,6 +95,11 @@ class VllmRolloutEngine(RemoteRolloutEngine):
                 f"vLLM is not installed for {config.python or sys.executable}: make an "
                 "environment with `pip install 'qwen3-distill[vllm]'` and set generation.python "
                 "to its interpreter (docs/engines.md)"
+            )
+        if unknown := _OTHER_VERSION.search(output):
+            return EngineStartError(
+                f"the vLLM of {config.python or sys.executable} is a version that this does not "
+                f"work with ({unknown[1]}); use one of docs/engines.md"
             )
         causes = [line for line in _CAUSE.findall(output) if "initialization failed" not in line]
         cause = f"; vLLM says: {causes[-1]}" if causes else ""

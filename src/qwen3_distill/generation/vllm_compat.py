@@ -28,6 +28,15 @@ ADAPTER_ID = 1
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """`max_lora_rank` values that both versions take."""
 _CPU_STEP_TOKENS = 4096
+_METHODS = (
+    "abort",
+    "add_lora",
+    "collective_rpc",
+    "generate",
+    "pause_generation",
+    "reset_prefix_cache",
+    "resume_generation",
+)
 EXTENSION = "qwen3_distill.generation.vllm_extension.WeightAccess"
 
 
@@ -39,6 +48,20 @@ def is_cpu() -> bool:
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
+
+
+def check_methods(engine: type) -> None:
+    """Refuse a vLLM whose engine cannot do what the worker asks of it.
+
+    Raises:
+        EngineStartError: it lacks a method.
+    """
+    absent = [name for name in _METHODS if not hasattr(engine, name)]
+    if absent:
+        raise EngineStartError(
+            f"vLLM {version()} is a version that this does not work with: its engine has no "
+            f"{', '.join(absent)}; use one of docs/engines.md"
+        )
 
 
 def engine_arguments(settings: VllmSettings) -> dict[str, Any]:

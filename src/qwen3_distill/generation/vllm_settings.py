@@ -29,12 +29,3 @@ class VllmSettings:
     """Time without a token for any running rollout after which the engine counts as lost."""
     engine_arguments: Mapping[str, Any] = field(default_factory=dict)
     """Further ``AsyncEngineArgs``; they win over all of the above."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VllmInfo:
-    """What a started engine says of itself."""
-
-    version: str
-    device: str
-    platform_is_cpu: bool

@@ -31,7 +31,7 @@ from qwen3_distill.errors import EngineError, EngineStartError, WeightVersionErr
 from qwen3_distill.generation import vllm_compat as compat
 from qwen3_distill.generation.running import RunningRollout
 from qwen3_distill.generation.vllm_extension import write_request
-from qwen3_distill.generation.vllm_settings import VllmInfo, VllmSettings
+from qwen3_distill.generation.vllm_settings import VllmSettings
 from qwen3_distill.protocols import WeightChannel
 from qwen3_distill.types import (
     FinishReason,
@@ -64,12 +64,13 @@ class VllmWorker:
         self._num_outputs = 0
         self._watching: asyncio.Task[None] | None = None
 
-    async def open(self, settings: VllmSettings) -> VllmInfo:
+    async def open(self, settings: VllmSettings) -> None:
         """Start the engine.
 
         Raises:
-            EngineStartError: it does not start, e.g. for want of memory.
+            EngineStartError: it does not start, e.g. for want of memory, or is another version.
         """
+        compat.check_methods(AsyncLLM)
         arguments = compat.engine_arguments(settings)
         try:
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
@@ -78,8 +79,6 @@ class VllmWorker:
             raise EngineStartError(f"vLLM {compat.version()} does not start: {text}") from error
         self._settings = settings
         self._watching = asyncio.create_task(self._end_if_it_hangs(settings.hang_timeout_s))
-        device = "cpu" if compat.is_cpu() else "cuda"
-        return VllmInfo(version=compat.version(), device=device, platform_is_cpu=device == "cpu")
 
     async def load(self, version: WeightVersion, channel: WeightChannel) -> None:
         """Serve ``version``. Running rollouts go on with it: their next tokens are its tokens.

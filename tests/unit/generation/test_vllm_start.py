@@ -1,0 +1,48 @@
+"""What a vLLM that does not start says, with fake interpreters in its place."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from qwen3_distill.config import VllmGeneration
+from qwen3_distill.errors import EngineStartError
+from qwen3_distill.generation.vllm import VllmRolloutEngine
+from tests.tiny_models import TinyModels
+
+
+@pytest.mark.parametrize(
+    ("printed", "message"),
+    [
+        ("driver: the last words", r"did not start.*driver: the last words"),
+        (
+            "ModuleNotFoundError: No module named 'vllm'",
+            r"not installed for .*qwen3-distill\[vllm\]",
+        ),
+        (
+            "ImportError: cannot import name 'TokensPrompt' from 'vllm' (/x/vllm/__init__.py)",
+            r"version that this does not work with \(cannot import name 'TokensPrompt'.*engines.md",
+        ),
+        (
+            "ModuleNotFoundError: No module named 'vllm.v1.engine'",
+            r"version that this does not work with \(No module named 'vllm.v1.engine'\)",
+        ),
+    ],
+    ids=["its last words", "not installed", "another version", "a version without the engine"],
+)
+def test_why_a_process_ended_at_its_start_is_said(
+    tiny_models: TinyModels, tmp_path: Path, printed: str, message: str
+) -> None:
+    python = tmp_path / "fake-python"
+    python.write_text(f'#!/bin/sh\necho "{printed}" >&2\nexit 3\n')
+    python.chmod(0o755)
+    config = VllmGeneration.model_validate({"kind": "vllm", "python": str(python)})
+    engine = VllmRolloutEngine(
+        tiny_models.student, config, lora=None, kv_cache_bytes=1 << 20, log=tmp_path / "vllm.log"
+    )
+    with pytest.raises(EngineStartError, match=f"(?s){message}"):
+        asyncio.run(engine.start())
+    assert engine.pid is not None
+    with pytest.raises(ProcessLookupError):
+        os.kill(engine.pid, 0)
