@@ -69,6 +69,10 @@ gpu-check: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(VENV)/installed-dev) ## on a 
 	    $(call path,vllm,VLLM) $(call path,sglang,SGLANG) $(call path,unsloth,UNSLOTH) \
 	    || failed=1; \
 	done; \
+	$(GPU_PYTHON) -m pytest tests/pipeline/test_real_engines.py -k die_once -W default \
+	  --engine-device cuda --junit-xml runs/gpu-check/together.xml \
+	  --engine vllm=$$vllm --engine sglang=$$sglang --engine unsloth=$$unsloth \
+	  $(call path,vllm,VLLM) $(call path,sglang,SGLANG) $(call path,unsloth,UNSLOTH) || failed=1; \
 	set -- generation.python=$$vllm scoring.python=$$sglang training.python=$$unsloth \
 	  $(call setting,generation,VLLM) $(call setting,scoring,SGLANG) $(call setting,training,UNSLOTH); \
 	$(GPU_PYTHON) benchmarks/gpu_check.py --config configs/lab-vllm.yaml "$$@" $(LAB_SETTINGS) \
