@@ -910,11 +910,14 @@ class RunConfig(Schema):
 
     @model_validator(mode="after")
     def _adapters_fit_the_rollout_engine(self) -> Self:
-        tuning = self.training.tuning
-        if self.generation.kind == "vllm" and tuning.kind == "lora" and tuning.rank > VLLM_MAX_RANK:
+        tuning, generation = self.training.tuning, self.generation
+        if generation.kind != "vllm" or generation.adapters != "swap" or tuning.kind != "lora":
+            return self
+        limit = generation.engine_arguments.get("max_lora_rank", VLLM_MAX_RANK)
+        if isinstance(limit, int) and tuning.rank > limit:
             raise ValueError(
-                f"training.tuning.rank={tuning.rank} is above vLLM's limit of {VLLM_MAX_RANK}; "
-                "lower the rank, or train all weights with training.tuning.kind=full"
+                f"training.tuning.rank={tuning.rank} is above vLLM's limit of {limit}; lower the "
+                "rank, or have vLLM serve merged weights with generation.adapters=merge"
             )
         return self
 

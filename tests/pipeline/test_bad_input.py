@@ -20,6 +20,7 @@ from qwen3_distill.scoring.embedded import EmbeddedTeacher
 from tests.pipeline.builders import (
     EVALUATION,
     FULL,
+    LORA,
     SAMPLED,
     TASK_REWARD,
     TOP_K,
@@ -157,6 +158,19 @@ def test_missing_key_is_named(tiny_models: TinyModels, tmp_path: Path) -> None:
             {"evaluation": EVALUATION | {"verifier": MATH}},
             ["evaluation: ", "answer_field"],
             id="evaluation-math-verifier",
+        ),
+        pytest.param(
+            {"generation": {"kind": "vllm"}, "training.tuning": LORA | {"rank": 513}},
+            ["tuning.rank=513", "vLLM's limit of 512", "adapters=merge"],
+            id="lora-rank",
+        ),
+        pytest.param(
+            {
+                "generation": {"kind": "vllm", "engine_arguments": {"max_lora_rank": 8}},
+                "training.tuning": LORA | {"rank": 9},
+            },
+            ["tuning.rank=9", "vLLM's limit of 8"],
+            id="lora-rank-of-the-engine",
         ),
         pytest.param(
             {"evaluation": EVALUATION | {"prompts": FILE_PROMPTS}},
