@@ -84,7 +84,8 @@ def main() -> None:
     figures = {key: float(np.mean([state[key] for state in states])) for key in states[0]}
     for key, value in sorted(figures.items(), key=lambda item: -item[1]):
         print(f"{key:20} {value:.3f}")
-    print(write_result("estimators", figures, folder=arguments.results))
+    settings = {name: value for name, value in vars(arguments).items() if name != "results"}
+    print(write_result("estimators", figures, folder=arguments.results, settings=settings))
 
 
 if __name__ == "__main__":
