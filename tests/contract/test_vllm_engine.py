@@ -125,6 +125,14 @@ def channel(tmp_path: Path) -> DirectoryChannel:
     return DirectoryChannel(tmp_path)
 
 
+def of_worker(monkeypatch: pytest.MonkeyPatch, module: str) -> dict[str, str]:
+    """The environment of an engine with another worker, a module of these tests."""
+    monkeypatch.setattr(vllm_module, "_MODULE", module)
+    variables = INSTALLED.variables.get("vllm", {})
+    path = filter(None, [str(Path(__file__).parents[2]), variables.get("PYTHONPATH")])
+    return {**variables, "PYTHONPATH": os.pathsep.join(path)}
+
+
 # --- Adapter swaps ------------------------------------------------------------------------------
 
 
@@ -177,12 +185,7 @@ def test_a_stale_prefix_cache_would_fail_the_parity_check(
     """The negative control: a worker that forgets to clear the cache is caught by the check."""
     tested = engine
     if keep_cache:
-        monkeypatch.setattr(vllm_module, "_MODULE", "tests.contract.stale_cache_worker")
-        root = str(Path(__file__).parents[2])
-        path = os.pathsep.join(
-            filter(None, [root, INSTALLED.variables.get("vllm", {}).get("PYTHONPATH")])
-        )
-        environment = {**INSTALLED.variables.get("vllm", {}), "PYTHONPATH": path}
+        environment = of_worker(monkeypatch, "tests.contract.stale_cache_worker")
         tested = build_vllm(
             tiny_models.student, lora=LORA, dtype=ADAPTER_DTYPE, environment=environment
         )
@@ -445,6 +448,14 @@ def test_too_little_cache_says_what_was_planned_and_what_to_change(
 def test_adapters_in_float32_are_refused_on_a_gpu(tiny_models: TinyModels) -> None:
     with pytest.raises(EngineStartError, match=r"no float32 .*generation\.adapters=merge"):
         build_vllm(tiny_models.student, lora=LORA, dtype="float32")
+
+
+def test_a_version_that_lacks_what_is_needed_is_named(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = of_worker(monkeypatch, "tests.contract.old_version_worker")
+    with pytest.raises(EngineStartError, match=r"its engine has no pause_generation; use one of"):
+        build_vllm(tiny_models.student, environment=environment)
 
 
 def test_an_unknown_engine_argument_is_named(tiny_models: TinyModels) -> None:

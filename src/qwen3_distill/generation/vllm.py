@@ -17,7 +17,7 @@ from qwen3_distill.utils.worker import WorkerProcess
 
 _PROBE_TIMEOUT_S = 60.0
 _CAUSE = re.compile(r"\b(\w+(?:Error|Exception): .*)")
-_OTHER_VERSION = re.compile(r"(?:ImportError|ModuleNotFoundError): (.*\bvllm\..*|.*from 'vllm'.*)")
+_OTHER_VERSION = re.compile(r"(?:Import|ModuleNotFound)Error: (.*\bvllm\..*|.*from 'vllm'.*)")
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|memory on device|available memory|KV cache is needed|max seq len", re.I
 )
@@ -96,12 +96,12 @@ class VllmRolloutEngine(RemoteRolloutEngine):
                 "environment with `pip install 'qwen3-distill[vllm]'` and set generation.python "
                 "to its interpreter (docs/engines.md)"
             )
-        if unknown := _OTHER_VERSION.search(output):
+        causes = [line for line in _CAUSE.findall(output) if "initialization failed" not in line]
+        if causes and (unknown := _OTHER_VERSION.match(causes[-1])):
             return EngineStartError(
                 f"the vLLM of {config.python or sys.executable} is a version that this does not "
                 f"work with ({unknown[1]}); use one of docs/engines.md"
             )
-        causes = [line for line in _CAUSE.findall(output) if "initialization failed" not in line]
         cause = f"; vLLM says: {causes[-1]}" if causes else ""
         if _OUT_OF_MEMORY.search(cause):
             planned = self._settings.kv_cache_bytes / 2**30

@@ -28,8 +28,18 @@ from tests.tiny_models import TinyModels
             "ModuleNotFoundError: No module named 'vllm.v1.engine'",
             r"version that this does not work with \(No module named 'vllm.v1.engine'\)",
         ),
+        (
+            "ImportError: no 'vllm._x', going on\nRuntimeError: CUDA out of memory",
+            r"too little memory: planned .*CUDA out of memory",
+        ),
     ],
-    ids=["its last words", "not installed", "another version", "a version without the engine"],
+    ids=[
+        "its last words",
+        "not installed",
+        "another version",
+        "a version without the engine",
+        "an import that it could do without",
+    ],
 )
 def test_why_a_process_ended_at_its_start_is_said(
     tiny_models: TinyModels, tmp_path: Path, printed: str, message: str
