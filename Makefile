@@ -62,17 +62,15 @@ gpu-check: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(VENV)/installed-dev) ## on a 
 	vllm=$(or $(VLLM_PYTHON),$$($(ENVIRONMENT) vllm-cuda)); \
 	sglang=$(or $(SGLANG_PYTHON),$$($(ENVIRONMENT) sglang-cuda)); \
 	unsloth=$(or $(UNSLOTH_PYTHON),$$($(ENVIRONMENT) unsloth-cuda)); \
-	for engine in vllm sglang unsloth; do \
-	  $(GPU_PYTHON) -m pytest tests/contract -m $$engine -W default --engine-device cuda \
-	    --junit-xml runs/gpu-check/$$engine.xml \
-	    --engine vllm=$$vllm --engine sglang=$$sglang --engine unsloth=$$unsloth \
-	    $(call path,vllm,VLLM) $(call path,sglang,SGLANG) $(call path,unsloth,UNSLOTH) \
-	    || failed=1; \
-	done; \
-	$(GPU_PYTHON) -m pytest tests/pipeline/test_real_engines.py -k die_once -W default \
-	  --engine-device cuda --junit-xml runs/gpu-check/together.xml \
+	set -- -W default --engine-device cuda \
 	  --engine vllm=$$vllm --engine sglang=$$sglang --engine unsloth=$$unsloth \
-	  $(call path,vllm,VLLM) $(call path,sglang,SGLANG) $(call path,unsloth,UNSLOTH) || failed=1; \
+	  $(call path,vllm,VLLM) $(call path,sglang,SGLANG) $(call path,unsloth,UNSLOTH); \
+	for engine in vllm sglang unsloth; do \
+	  $(GPU_PYTHON) -m pytest tests/contract -m $$engine "$$@" \
+	    --junit-xml runs/gpu-check/$$engine.xml || failed=1; \
+	done; \
+	$(GPU_PYTHON) -m pytest tests/pipeline/test_real_engines.py -k die_once "$$@" \
+	  --junit-xml runs/gpu-check/together.xml || failed=1; \
 	set -- generation.python=$$vllm scoring.python=$$sglang training.python=$$unsloth \
 	  $(call setting,generation,VLLM) $(call setting,scoring,SGLANG) $(call setting,training,UNSLOTH); \
 	$(GPU_PYTHON) benchmarks/gpu_check.py --config configs/lab-vllm.yaml "$$@" $(LAB_SETTINGS) \

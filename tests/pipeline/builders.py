@@ -1,5 +1,6 @@
 """Configs over the tiny models, runs of them, and what they leave behind."""
 
+import asyncio
 import io
 import json
 import sys
@@ -15,6 +16,7 @@ import yaml
 from qwen3_distill import cli
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config_io import check_config
+from qwen3_distill.pipeline.build import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.reporting.console import SilentReporter
 from qwen3_distill.reporting.metrics import read_jsonl
@@ -179,3 +181,20 @@ def refused(*arguments: str | Path, words: Iterable[str], code: int = 2) -> str:
     missing = [word for word in words if word not in result.err]
     assert not missing, f"{missing} not in: {result.err}"
     return result.err
+
+
+def slowed(method: str) -> Callable[[Parts], Parts]:
+    """For `run`: the learner waits a tenth of a second before ``method``, and others go on."""
+
+    def adapt(parts: Parts) -> Parts:
+        learner: Any = parts.learner
+        at_once = getattr(learner, method)
+
+        async def slow(*arguments: Any) -> Any:
+            await asyncio.sleep(0.1)
+            return await at_once(*arguments)
+
+        setattr(learner, method, slow)
+        return parts
+
+    return adapt

@@ -1,22 +1,19 @@
 """Runs that train on kept rollouts: what they draw, and that they go on bit for bit."""
 
-import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from qwen3_distill.config import RunConfig
-from qwen3_distill.pipeline.build import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.reporting.metrics import read_jsonl
-from qwen3_distill.types import Update
 from tests.pipeline.builders import (
     RecordingReporter,
     Values,
     raise_warning,
     run_to_end,
     same_result,
+    slowed,
     student_bytes,
     tiny_config,
 )
@@ -77,19 +74,7 @@ def test_rollouts_do_not_begin_before_steps_that_would_make_them_too_old(
     """Every second step trains on kept rollouts alone, and the engine has all the time it wants."""
     changes = {**REPLAY, **streaming(max_staleness_steps=staleness)}
     config = tiny_config(tiny_models, tmp_path / "run", changes)
-
-    def adapt(parts: Parts) -> Parts:
-        learner: Any = parts.learner
-        update = learner.update_replayed
-
-        async def slow(num_rollouts: int) -> Update:
-            await asyncio.sleep(0.1)
-            return await update(num_rollouts)
-
-        learner.update_replayed = slow
-        return parts
-
-    assert run(config, RecordingReporter(), raise_warning, adapt)
+    assert run(config, RecordingReporter(), raise_warning, slowed("update_replayed"))
     records = read_jsonl(config.output_path / "ledger.jsonl")
     assert [record["dropped"] for record in records] == [""] * 8
     assert sorted(" ".join(trained(config)).split(), key=int) == [str(n) for n in range(16)]

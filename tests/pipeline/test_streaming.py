@@ -38,6 +38,7 @@ from tests.pipeline.builders import (
     Values,
     raise_warning,
     run_to_end,
+    slowed,
     student_bytes,
     timeless,
     tiny_config,
@@ -258,19 +259,7 @@ def test_trace_and_metrics_show_stages_side_by_side_and_every_queue(
 ) -> None:
     changes = {"steps": 6, **streaming(max_staleness_steps=2, max_in_flight=5)}
     config = tiny_config(tiny_models, tmp_path / "run", changes)
-
-    def slow_learner(parts: Parts) -> Parts:
-        learner: Any = parts.learner
-        update = learner.update
-
-        async def slow(batch: Batch) -> Any:
-            await asyncio.sleep(0.1)
-            return await update(batch)
-
-        learner.update = slow
-        return parts
-
-    run_streaming(config, slow_learner)
+    run_streaming(config, slowed("update"))
     events = read_trace(config.output_path / "trace.json")
     counters = {event["name"] for event in events if event["ph"] == "C"}
     assert counters == {"in_flight", "unscored", "ready"}
