@@ -824,8 +824,8 @@ class StreamingPipeline(_Pipeline):
     prefix: PrefixBudget | None = None
     """Null: every rollout is sampled to its end."""
     stall_timeout_s: PositiveFloat = 1800.0
-    """With no rollout finished and none scored for so long, the run stops and says what it
-    waited for."""
+    """With no rollout finished and none scored for so long, or a call of a stage (scores, a step,
+    new weights) that takes so long, the run stops and says what it waited for."""
 
 
 PipelineConfig: TypeAlias = Annotated[
