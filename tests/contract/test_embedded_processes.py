@@ -299,14 +299,13 @@ def test_a_lost_learner_goes_on_from_its_state_as_the_one_here(
         batch_tokens=4096,
         chunk_tokens=1024,
     )
-    rollouts = [synthetic_rollout(5, 40, seed, version=here.version) for seed in range(40)]
+    rollouts = [synthetic_rollout(5, 40, seed, version=here.version) for seed in range(800)]
     scores = scores_of(teacher, rollouts)
-    batch = Batch.uniform(
-        [ScoredRollout(rollout=r, score=s) for r, s in zip(rollouts, scores, strict=True)]
-    )
+    scored = [ScoredRollout(rollout=r, score=s) for r, s in zip(rollouts, scores, strict=True)]
+    batch, long = Batch.uniform(scored[:40]), Batch.uniform(scored)
 
     async def strike_under_way() -> None:
-        updating = asyncio.create_task(learner.update(batch))
+        updating = asyncio.create_task(learner.update(long))  # still steps when it is struck
         await asyncio.sleep(0.02)
         assert learner.worker is not None
         assert learner.worker.pid is not None
