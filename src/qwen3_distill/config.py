@@ -9,7 +9,7 @@ written plus the defaults below.
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from typing_extensions import Self
 
 from qwen3_distill.types import SamplingSpec
@@ -221,8 +221,9 @@ class VllmGeneration(_EngineProcess, _Watched):
     """No CUDA graphs: starts sooner, decodes slower."""
     stream_interval: PositiveInt = 8
     """Tokens after which a running rollout's prefix is refreshed."""
-    engine_arguments: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Further arguments of vLLM's ``AsyncEngineArgs``, by its names."""
+    engine_arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    """Further arguments of vLLM's ``AsyncEngineArgs``, by its names; lists and objects too, e.g.
+    ``{compilation_config: {cudagraph_capture_sizes: [64, 128, 256]}}``."""
 
 
 GenerationConfig: TypeAlias = Annotated[

@@ -41,6 +41,8 @@ VERSION = WeightVersion(step=0, digest="synthetic")
 _LOOP = asyncio.new_event_loop()
 HANGS_S = 300
 """What takes longer hangs: an engine's start is a minute where a machine is busy."""
+LONG = 400
+"""New tokens of a rollout that a test acts on while it runs; see `slow_steps`."""
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

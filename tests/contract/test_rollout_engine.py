@@ -26,6 +26,7 @@ from qwen3_distill.types import (
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.contract.adapters import ENGINES, EngineAdapter
 from tests.contract.builders import (
+    LONG,
     collect,
     collecting_when,
     directory_weights,
@@ -527,7 +528,7 @@ def test_calls_that_overlap_get_their_own_rollouts_as_if_alone(
     calls = [requests_of(expected[start::4]) for start in range(4)]
 
     async def overlap() -> list[list[Rollout]]:
-        background = asyncio.create_task(collect(engine, long_requests(2, new_tokens=800)))
+        background = asyncio.create_task(collect(engine, long_requests(2, new_tokens=LONG)))
         started: list[asyncio.Task[list[Rollout]]] = []
         for index, requests in enumerate(calls):  # one after another, into what already runs
             await prefixes_when(
@@ -565,7 +566,7 @@ def test_a_prefix_is_the_beginning_of_its_rollout_and_an_aborted_one_is_left_out
     async def watch() -> tuple[list[Rollout], list[RolloutPrefix]]:
         # Not all six: on a busy machine the first may end before the last is seen to run.
         collecting, prefixes = await collecting_when(
-            engine, long_requests(6, new_tokens=800), lambda seen: "long5" in ids_of(seen)
+            engine, long_requests(6, new_tokens=LONG), lambda seen: "long5" in ids_of(seen)
         )
         await engine.abort(["long5", "nobody"])
         return await collecting, prefixes
@@ -609,7 +610,7 @@ def test_a_pause_holds_running_rollouts_and_new_requests_until_resume(
     engine: StreamingRolloutEngine, tiny_models: TinyModels
 ) -> None:
     serve(engine, directory_weights(tiny_models.student))  # hardly ever stops
-    requests = long_requests(9, new_tokens=800)
+    requests = long_requests(9, new_tokens=LONG)
     first, second = requests[:8], requests[8:]
 
     async def pause_under_way() -> list[Rollout]:
@@ -632,7 +633,7 @@ def test_a_paused_engine_takes_new_weights_and_stays_paused(
     second, channel = published(changed(weights, "model.layers.0.mlp.down_proj.weight"), step=1)
 
     async def load_while_paused() -> list[Rollout]:
-        requests = long_requests(24, new_tokens=800)
+        requests = long_requests(24, new_tokens=LONG)
         running, _ = await collecting_when(engine, requests, lambda seen: len(seen) >= 2)
         async with paused(engine):
             await engine.load(second, channel)
@@ -647,7 +648,7 @@ def test_a_consumer_that_leaves_early_ends_what_it_started(
     engine: StreamingRolloutEngine,
 ) -> None:
     async def leave() -> None:
-        requests = [*long_requests(4, new_tokens=800), *ragged_requests(1, max_new_tokens=1)]
+        requests = [*long_requests(4, new_tokens=LONG), *ragged_requests(1, max_new_tokens=1)]
         stream = engine.generate(requests)
         await anext(stream)
         await stream.aclose()  # pyright: ignore[reportAttributeAccessIssue] - a generator
@@ -674,7 +675,7 @@ def test_running_rollouts_go_on_with_new_weights_and_every_token_names_its_versi
     async def swap_under_way() -> list[Rollout]:
         collecting, _ = await collecting_when(
             engine,
-            long_requests(24, new_tokens=800),
+            long_requests(24, new_tokens=LONG),
             lambda seen: len(seen) >= 6 and _longest(seen) >= 6,
         )
         await engine.load(second, channel)
@@ -715,7 +716,7 @@ def test_a_new_rollout_does_not_find_what_older_weights_computed_for_a_running_o
     new = changed(weights, "model.layers.0.mlp.down_proj.weight")
     second, channel = published(new, step=1)
     requests = [
-        make_request(f"r{i}", make_prompt(CACHED_PROMPT, seed=i), make_spec(i, max_new_tokens=800))
+        make_request(f"r{i}", make_prompt(CACHED_PROMPT, seed=i), make_spec(i, max_new_tokens=LONG))
         for i in range(24)
     ]
 
@@ -746,7 +747,7 @@ def test_a_load_that_fails_ends_what_runs(
     absent, channel = published(without_one(weights), step=1)
 
     async def fail_under_way() -> list[Rollout]:
-        requests = long_requests(24, new_tokens=800)
+        requests = long_requests(24, new_tokens=LONG)
         collecting, _ = await collecting_when(engine, requests, lambda seen: len(seen) >= 2)
         with pytest.raises(WeightVersionError):
             await engine.load(absent, channel)

@@ -23,6 +23,7 @@ from qwen3_distill.protocols import LoraWeights
 from qwen3_distill.types import Rollout, RolloutRequest, WeightVersion
 from qwen3_distill.weights.directory import DirectoryChannel
 from tests.contract.builders import (
+    LONG,
     collecting_when,
     directory_weights,
     generate,
@@ -41,7 +42,7 @@ from tests.contract.reference import (
     reference_model,
     swapped_logprobs,
 )
-from tests.contract.vllm_adapter import build_vllm
+from tests.contract.vllm_adapter import build_vllm, environment_with_tests
 from tests.engines import INSTALLED
 from tests.tiny_models import TinyModels
 
@@ -128,9 +129,7 @@ def channel(tmp_path: Path) -> DirectoryChannel:
 def of_worker(monkeypatch: pytest.MonkeyPatch, module: str) -> dict[str, str]:
     """The environment of an engine with another worker, a module of these tests."""
     monkeypatch.setattr(vllm_module, "_MODULE", module)
-    variables = INSTALLED.variables.get("vllm", {})
-    path = filter(None, [str(Path(__file__).parents[2]), variables.get("PYTHONPATH")])
-    return {**variables, "PYTHONPATH": os.pathsep.join(path)}
+    return environment_with_tests()
 
 
 # --- Adapter swaps ------------------------------------------------------------------------------
@@ -220,7 +219,7 @@ def test_running_rollouts_go_on_with_the_new_weights_and_every_token_names_its_v
     async def swap_under_way(version: WeightVersion) -> list[Rollout]:
         collecting, _ = await collecting_when(
             tested,
-            cached_requests(24, new_tokens=800),
+            cached_requests(24, new_tokens=LONG),
             lambda seen: len(seen) >= 6 and min(p.response_ids.size for p in seen) >= 6,
         )
         await tested.load(version, channel)

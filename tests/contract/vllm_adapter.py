@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,16 @@ from tests.engines import INSTALLED
 KV_CACHE_BYTES = 128 << 20
 
 
+def environment_with_tests() -> dict[str, str]:
+    """vLLM's variables, and these tests where it finds their modules."""
+    variables = INSTALLED.variables.get("vllm", {})
+    path = filter(None, [str(Path(__file__).parents[2]), variables.get("PYTHONPATH")])
+    return {**variables, "PYTHONPATH": os.pathsep.join(path)}
+
+
 def vllm_config(**changes: object) -> VllmGeneration:
     """Small, float32, for wherever the tests run."""
+    slow = [] if INSTALLED.device == "cuda" else ["tests.contract.slow_steps:SlowSteps"]
     values: dict[str, object] = {
         "kind": "vllm",
         "dtype": "float32",
@@ -27,10 +36,11 @@ def vllm_config(**changes: object) -> VllmGeneration:
         "environment": {
             "OMP_NUM_THREADS": "1",  # threads that wait for one another starve the other processes
             "TRITON_F32_DEFAULT": "ieee",  # attention in float32 is TF32 on a GPU otherwise
-            **INSTALLED.variables.get("vllm", {}),
+            **environment_with_tests(),
         },
         "enforce_eager": True,
         "stream_interval": 4,
+        "engine_arguments": {"logits_processors": slow},
     }
     return VllmGeneration.model_validate(values | changes)
 

@@ -27,12 +27,12 @@ def config_reference(root: type[BaseModel]) -> str:
 
 
 def _reachable(node: Any, definitions: dict[str, Any]) -> list[str]:
-    """Definitions in the order in which the keys lead to them."""
+    """Definitions that have keys, in the order in which the keys lead to them."""
     order: list[str] = []
     queue = list(_references(node.get("properties", {})))
     while queue:
         name = queue.pop(0)
-        if name not in order:
+        if name not in order and "properties" in definitions[name]:
             order.append(name)
             queue = [*_references(definitions[name].get("properties", {})), *queue]
     return order
