@@ -1,15 +1,18 @@
 """Runs of the lab pair with the embedded engines in processes of their own, and those struck."""
 
+import asyncio
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from safetensors.numpy import load_file
 
+from qwen3_distill.config import RunConfig
 from qwen3_distill.config_io import load_config
+from qwen3_distill.errors import EngineStartError
 from qwen3_distill.generation.embedded_process import EmbeddedRolloutProcess
 from qwen3_distill.pipeline.build import Parts
 from qwen3_distill.pipeline.run import run
@@ -18,7 +21,7 @@ from qwen3_distill.reporting.metrics import read_jsonl
 from qwen3_distill.scoring.embedded_process import EmbeddedTeacherProcess
 from qwen3_distill.training.embedded_process import EmbeddedLearnerProcess
 from qwen3_distill.utils.worker import WorkerProcess
-from tests.pipeline.builders import student_bytes, timeless
+from tests.pipeline.builders import raise_warning, read_json, student_bytes, timeless
 from tests.pipeline.faults import struck
 
 ROOT = Path(__file__).parents[2]
@@ -39,17 +42,21 @@ OWN_PROCESSES = tuple(
 )
 
 
-def lab_run(
-    output: Path, *overrides: str, adapt: Callable[[Parts], Parts] = lambda parts: parts
-) -> list[str]:
-    """A short run of the lab pair; its warnings."""
+def lab_config(output: Path, *overrides: str, short: Sequence[str] = SHORT) -> RunConfig:
     models = (
         f"student.model={ROOT}/models/lab/student",
         f"scoring.model={ROOT}/models/lab/teacher",
     )
-    config = load_config(
-        ROOT / "configs" / "demo.yaml", [f"output_dir={output}", *models, *SHORT, *overrides]
+    return load_config(
+        ROOT / "configs" / "demo.yaml", [f"output_dir={output}", *models, *short, *overrides]
     )
+
+
+def lab_run(
+    output: Path, *overrides: str, adapt: Callable[[Parts], Parts] = lambda parts: parts
+) -> list[str]:
+    """A short run of the lab pair; its warnings."""
+    config = lab_config(output, *overrides)
     warnings: list[str] = []
     assert run(config, SilentReporter(), warnings.append, adapt) is not None
     return warnings
@@ -68,6 +75,96 @@ def test_processes_change_nothing_bit_for_bit(tmp_path: Path, calm: Path) -> Non
     assert lab_run(output, *OWN_PROCESSES) == []
     assert student_bytes(output) == student_bytes(calm)
     assert timeless(output / "ledger.jsonl") == timeless(calm / "ledger.jsonl")
+
+
+# --- Starting -----------------------------------------------------------------------------------
+
+
+class Starting:
+    """A part whose start another one waits for."""
+
+    def __init__(self, *, after: asyncio.Event | None = None, seen: list[str], name: str) -> None:
+        self.begun = asyncio.Event()
+        self._after, self._seen, self._name = after, seen, name
+
+    async def start(self) -> None:
+        self._seen.append(f"{self._name} begins")
+        self.begun.set()
+        if self._after is not None:
+            await asyncio.wait_for(self._after.wait(), 5)
+        self._seen.append(f"{self._name} is there")
+
+
+@pytest.mark.parametrize("shares", [False, True], ids=["all-three", "two-after-the-teacher"])
+def test_engines_start_side_by_side_after_a_teacher_that_takes_a_share_of_what_is_free(
+    tmp_path: Path, shares: bool
+) -> None:
+    server = f"scoring={{kind: sglang, model: {ROOT}/models/lab/teacher}}"
+    config = lab_config(tmp_path, *([server] if shares else []))
+    seen: list[str] = []
+
+    async def start() -> None:
+        learner = Starting(seen=seen, name="learner")
+        engine = Starting(after=learner.begun, seen=seen, name="engine")
+        teacher = Starting(after=None if shares else engine.begun, seen=seen, name="teacher")
+        nothing: Any = None
+        await Parts(
+            config=config,
+            prompts=nothing,
+            engine=cast(Any, engine),
+            teacher=cast(Any, teacher),
+            learner=cast(Any, learner),
+            channel=nothing,
+            text=nothing,
+            is_correct=None,
+        ).start()
+
+    asyncio.run(start())
+    assert len(seen) == 6
+    if shares:
+        assert seen[:2] == ["teacher begins", "teacher is there"]
+
+
+def test_an_engine_that_does_not_start_leaves_no_process_of_the_others(tmp_path: Path) -> None:
+    started: list[WorkerProcess] = []
+
+    def adapt(parts: Parts) -> Parts:
+        engine, teacher = parts.engine, parts.teacher
+        assert isinstance(engine, EmbeddedRolloutProcess)
+        assert isinstance(teacher, EmbeddedTeacherProcess)
+        started.extend([engine.worker, teacher.worker])
+
+        async def fail() -> None:
+            while not all(worker.is_running for worker in started):  # under way, not yet there
+                await asyncio.sleep(0.01)
+            raise EngineStartError("the learner does not start")
+
+        parts.learner.start = fail
+        return parts
+
+    with pytest.raises(EngineStartError, match="the learner does not start"):
+        lab_run(tmp_path / "run", *OWN_PROCESSES, adapt=adapt)
+    for worker in started:
+        assert worker.pid is not None
+        with pytest.raises(ProcessLookupError):
+            os.killpg(worker.pid, 0)
+
+
+def test_evaluations_side_by_side_are_those_of_one_after_another(tmp_path: Path) -> None:
+    small = ("steps=1", "evaluation.num_problems=20", "evaluation.final_num_problems=20")
+    evaluated = tuple(s for s in SHORT if not s.startswith(("steps", "evaluation"))) + small
+    records, times = {}, {}
+    for name, more in (("one", ()), ("other", OWN_PROCESSES)):
+        config = lab_config(tmp_path / name, *evaluated, *more, short=())
+        assert run(config, SilentReporter(), raise_warning) is not None
+        lines = timeless(tmp_path / name / "evaluations.jsonl")
+        records[name] = sorted(lines, key=lambda line: (line["step"], line["model"]))
+        each = [line["wall_s"] for line in read_jsonl(tmp_path / name / "evaluations.jsonl")]
+        summed = read_json(tmp_path / name / "summary.json")["wall_s"]["evaluate"]
+        times[name] = summed / sum(each)
+    assert records["one"] == records["other"]
+    assert times["one"] == pytest.approx(1, abs=0.02)
+    assert times["other"] < 0.95  # what ran side by side is counted once
 
 
 # --- Each process struck once -------------------------------------------------------------------

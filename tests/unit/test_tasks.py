@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qwen3_distill.errors import StallError
-from qwen3_distill.utils.tasks import TaskScope, within
+from qwen3_distill.utils.tasks import TaskScope, together, within
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
@@ -130,6 +130,23 @@ def test_a_task_that_loses_a_cancellation_is_cancelled_again() -> None:
 
     run(block())
     assert seen == ["deaf", "ended"]
+
+
+def test_together_is_side_by_side() -> None:
+    left, right = asyncio.Event(), asyncio.Event()
+
+    async def set_and_wait(mine: asyncio.Event, other: asyncio.Event) -> None:
+        mine.set()
+        await other.wait()
+
+    run(together(set_and_wait(left, right), set_and_wait(right, left)))
+
+
+def test_an_error_of_one_is_raised_when_the_others_have_ended() -> None:
+    seen: list[str] = []
+    with pytest.raises(ValueError, match="the first"):
+        run(together(forever(seen), fail("the first"), forever(seen)))
+    assert seen == ["ended", "ended"]
 
 
 def test_a_wait_says_what_it_waited_for() -> None:

@@ -54,6 +54,7 @@ from qwen3_distill.training.embedded_process import EmbeddedLearnerProcess
 from qwen3_distill.training.unsloth import UnslothLearner
 from qwen3_distill.types import Batch, Prompt, Rollout, ScoredRollout
 from qwen3_distill.utils.mps import BELOW_NORMAL, PRIORITY_VARIABLE
+from qwen3_distill.utils.tasks import together
 from qwen3_distill.weights.directory import DirectoryChannel, publish_directory
 from qwen3_distill.weights.ipc import IpcChannel
 from qwen3_distill.weights.memory import MemoryChannel
@@ -101,14 +102,22 @@ class Parts:
         return make_batch(scored, task_reward_weight=weight, is_correct=self.is_correct)
 
     async def start(self, say: Callable[[str], None] = lambda message: None) -> None:
-        """Start the engines, one after another: each sizes its memory by what it finds free."""
+        """Start the engines: side by side, after a teacher that takes a share of what is free.
+
+        Raises:
+            EngineStartError: one does not start; none of the others is being started any more.
+        """
         config = self.config
-        say(f"starting the teacher ({config.scoring.kind})")
-        await self.teacher.start()
-        say(f"starting the rollout engine ({config.generation.kind})")
-        await self.engine.start()
-        say(f"starting the learner ({config.training.kind})")
-        await self.learner.start()
+        teacher = f"the teacher ({config.scoring.kind})"
+        others = f"rollout engine ({config.generation.kind}) and learner ({config.training.kind})"
+        if isinstance(config.scoring, SglangScoring):
+            say(f"starting {teacher}")
+            await self.teacher.start()
+            say(f"starting {others}")
+            await together(self.engine.start(), self.learner.start())
+        else:
+            say(f"starting {teacher}, {others}")
+            await together(self.teacher.start(), self.engine.start(), self.learner.start())
 
     async def close(self) -> None:
         """End every engine, also when one of them fails to end."""
@@ -252,6 +261,8 @@ async def teacher_sampler(config: RunConfig, teacher: TeacherScorer) -> AsyncIte
     assert isinstance(scoring, EmbeddedScoring)
     generation = config.generation
     embedded = generation if isinstance(generation, EmbeddedGeneration) else None
+    if scoring.threads is not None:  # this process has nothing else to compute then
+        torch.set_num_threads(scoring.threads)
     engine = EmbeddedRolloutEngine(
         scoring.model,
         device=embedded.device if embedded else scoring.device,
@@ -360,9 +371,15 @@ def _output_head(teacher: TeacherScorer) -> torch.Tensor | None:
     return teacher.output_head if isinstance(teacher, EmbeddedTeacher) else None
 
 
+def samples_elsewhere(config: RunConfig) -> bool:
+    """Whether the rollout engine is in a process of its own."""
+    generation = config.generation
+    return not isinstance(generation, EmbeddedGeneration) or generation.own_process
+
+
 def channel_folder(config: RunConfig) -> Path | None:
     """A new folder in memory for weights that go from process to process; None if none do."""
-    if isinstance(config.generation, EmbeddedGeneration) and not config.generation.own_process:
+    if not samples_elsewhere(config):
         return None
     memory = Path("/dev/shm")
     base = memory if os.access(memory, os.W_OK) else None

@@ -17,6 +17,7 @@ from qwen3_distill.pipeline.build import (
     TextTools,
     build_checker,
     build_problems,
+    samples_elsewhere,
     teacher_sampler,
 )
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
@@ -43,6 +44,7 @@ from qwen3_distill.types import (
     Update,
 )
 from qwen3_distill.utils.seeds import derive_seed
+from qwen3_distill.utils.tasks import together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,7 @@ class Recorder:
             if self._config.evaluation
             else None
         )
+        self._evaluated_s = 0.0
         self.stop_requested = False
         """Set by the signal handler: finish the step, save, leave."""
 
@@ -156,17 +159,31 @@ class Recorder:
         if self._evaluator is None or self.stop_requested:
             return
         done = {(r["step"], r["model"]) for r in read_jsonl(self._folder.evaluations)}
-        for model in self._evaluator.due(cursor.step):
-            if (cursor.step, model) in done or self.stop_requested:
-                continue
-            started = time.perf_counter()
-            with self.trace.span("evaluate", model, step=cursor.step):
-                result = await self._evaluator.run(model, cursor.step)
-            record = {"model": model, **result, "wall_s": time.perf_counter() - started}
-            self._evaluations.log(cursor.step, record)
-            self._progress.evaluation({"step": cursor.step, **record})
-            if model == "student":
-                self._trackers.log(cursor.step, {"evaluation/accuracy": result["accuracy"]})
+        due = [m for m in self._evaluator.due(cursor.step) if (cursor.step, m) not in done]
+        if samples_elsewhere(self._config):
+            await together(*(self._evaluate(self._evaluator, m, cursor.step) for m in due))
+            return
+        for model in due:
+            if not self.stop_requested:
+                await self._evaluate(self._evaluator, model, cursor.step)
+
+    async def _evaluate(self, evaluator: "_Evaluator", model: str, step: int) -> None:
+        started = time.perf_counter()
+        with self.trace.span("evaluate", model, step=step):
+            result = await evaluator.run(model, step)
+        busy_s = self.trace.busy_seconds("evaluate")
+        record = {
+            "model": model,
+            **result,
+            "wall_s": time.perf_counter() - started,
+            # Without what was beside another evaluation.
+            "time/evaluate_s": busy_s - self._evaluated_s,
+        }
+        self._evaluated_s = busy_s
+        self._evaluations.log(step, record)
+        self._progress.evaluation({"step": step, **record})
+        if model == "student":
+            self._trackers.log(step, {"evaluation/accuracy": result["accuracy"]})
 
     def save_failed_batch(self, step: int, batch: Batch) -> Path:
         """Write a batch that could not be trained on, for inspection."""
@@ -226,6 +243,8 @@ class _Evaluator:
     def __post_init__(self) -> None:
         text = self.parts.text
         self._problems = build_problems(self.parts.config, self.evaluation, text)
+        self._answers: dict[str, str] = {}
+        """By model that is being evaluated: how many of how many."""
         self._is_correct = build_checker(self.evaluation.verifier, text)
 
     def due(self, step: int) -> list[str]:
@@ -245,17 +264,23 @@ class _Evaluator:
 
     async def _measure(self, model: str, count: int, engine: Sampler) -> dict[str, Any]:
         evaluation = self.evaluation
-        result = await evaluate(
-            engine,
-            self._problems(count),
-            self._is_correct,
-            sampling=evaluation.sampling,
-            samples_per_problem=evaluation.samples_per_problem,
-            seed=derive_seed(self.parts.config.seed, "evaluation"),
-            on_rollout=lambda done, total: self.progress.stage(
-                f"evaluating the {model} {done}/{total}"
-            ),
-        )
+
+        def count_answer(done: int, total: int) -> None:
+            self._answers[model] = f"the {model} {done}/{total}"
+            self.progress.stage(f"evaluating {', '.join(self._answers.values())}")
+
+        try:
+            result = await evaluate(
+                engine,
+                self._problems(count),
+                self._is_correct,
+                sampling=evaluation.sampling,
+                samples_per_problem=evaluation.samples_per_problem,
+                seed=derive_seed(self.parts.config.seed, "evaluation"),
+                on_rollout=count_answer,
+            )
+        finally:
+            self._answers.pop(model, None)
         return asdict(result)
 
 
@@ -269,7 +294,7 @@ def summarize(folder: RunFolder, total_wall_s: float) -> dict[str, Any]:
         stage: sum(record.get(f"time/{stage}_s", 0.0) for record in steps)
         for stage in (*STEP_STAGES, "checkpoint")
     }
-    wall_s["evaluate"] = sum(record["wall_s"] for record in evaluations)
+    wall_s["evaluate"] = sum(record["time/evaluate_s"] for record in evaluations)
     # What ran side by side took its time once.
     busy_s = sum(wall_s.values()) - sum(_overlap_s(record) for record in steps)
     wall_s["other"] = max(0.0, total_wall_s - busy_s)

@@ -65,6 +65,17 @@ class TaskScope:
             self._block.cancel()
 
 
+async def together(*work: Coroutine[Any, Any, None]) -> None:
+    """Run all of it side by side. An error of one ends the others, and is raised when they have."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def within(timeout_s: float, work: Awaitable[Result], what: str) -> Result:
     """The result of ``work``.
 
