@@ -6,7 +6,9 @@ priority^0.6 with importance weights, give the drawn ones new priorities. Each s
 batches in the form it takes: TorchRL's rows have one length, so it gets them padded to 1,024
 tokens and already stacked; ours are flat, without padding. TorchRL hands out a copy of the rows.
 Ours are read where they lie, which is what the learner does (``ours``); ``ours_copied`` also copies
-them, into dense tensors. The sides take turns every 25 rounds. A rollout counts once per round.
+them, into dense tensors. `host_fraction` is the share of a side's time in which the host was at
+work (or waited for the device by itself): near 1, the device is not what bounds it. The sides take
+turns every 25 rounds. A rollout counts once per round.
 
     python benchmarks/replay.py --device cpu     # or cuda; figures go to results/replay.json
 
@@ -64,6 +66,9 @@ class Timings:
     add: list[float]
     draw: list[float]
     refresh: list[float]
+    issued: list[float]
+    """Of each part: until the call returned. What is missing to the part's time, the device took
+    longer."""
 
     def rounds(self) -> list[float]:
         return [sum(parts) for parts in zip(self.add, self.draw, self.refresh, strict=True)]
@@ -72,7 +77,8 @@ class Timings:
         """Rollouts per second, from medians."""
         stages = {"add": self.add, "draw": self.draw, "refresh": self.refresh}
         stages["round"] = self.rounds()
-        return {f"{name}_{k}_rollouts_s": BATCH / statistics.median(v) for k, v in stages.items()}
+        rates = {f"{name}_{k}_rollouts_s": BATCH / statistics.median(v) for k, v in stages.items()}
+        return {**rates, f"{name}_host_fraction": sum(self.issued) / sum(stages["round"])}
 
 
 class Ours:
@@ -198,7 +204,7 @@ def measure(sides: dict[str, Side], device: torch.device, rounds: int) -> dict[s
     for side in sides.values():
         for index in range(ROLLOUTS // BATCH):
             side.add(index)
-    timings = {name: Timings([], [], []) for name in sides}
+    timings = {name: Timings([], [], [], []) for name in sides}
     for first in range(0, rounds, BLOCK):
         for name, side in sides.items():
             _block(side, timings[name], range(first, min(first + BLOCK, rounds)), device)
@@ -215,18 +221,21 @@ def _block(side: Side, record: Timings, rounds: range, device: torch.device) -> 
             _seconds(partial(side.refresh, priority_S), device),
         )
         if number >= 0:
-            for values, seconds in zip(
+            for values, (issued, seconds) in zip(
                 (record.add, record.draw, record.refresh), parts, strict=True
             ):
                 values.append(seconds)
+                record.issued.append(issued)
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def _seconds(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Until the call returned, and until the device had done it."""
     _wait(device)
     started = time.perf_counter()
     work()
+    issued = time.perf_counter() - started
     _wait(device)
-    return time.perf_counter() - started
+    return issued, time.perf_counter() - started
 
 
 def _wait(device: torch.device) -> None:

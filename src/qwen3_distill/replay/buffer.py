@@ -38,6 +38,7 @@ from qwen3_distill.replay.priority import (
     Draw,
     Floats,
     Integers,
+    Masses,
     annealed,
     draw_mass,
     importance_weights,
@@ -101,7 +102,7 @@ class ReplayBuffer:
         self._response_tokens = np.zeros(rollouts, dtype=np.int64)
         self._oldest_step = np.zeros(rollouts, dtype=np.int64)
         self._uses = np.zeros(rollouts, dtype=np.int32)
-        self._mass = np.zeros(rollouts)
+        self._masses = Masses(np.zeros(rollouts))
         self._evicted = np.zeros(3, dtype=np.int64)
         self._oldest = 0
         """Number of the oldest rollout whose tokens are not free again."""
@@ -115,6 +116,11 @@ class ReplayBuffer:
         """What a buffer takes on its device, all of it when it is made."""
         layout = _arena_layout(_shape(config, candidates)).values()
         return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout)
+
+    @property
+    def _mass(self) -> Floats:
+        """[M] what each rollout's share derives from; changed through `_masses` only."""
+        return self._masses.mass_M
 
     @property
     def num_bytes(self) -> int:
@@ -178,12 +184,11 @@ class ReplayBuffer:
             count = int(flat.tokens_S[rows].sum())
             here, there = int(first_S[rows][0]) % capacity, int(starts_S[0])
             for name, values in flat.tensors():
-                self._arenas[name][here : here + count].copy_(values[there : there + count])
+                self._arenas[name].narrow(0, here, count).copy_(values.narrow(0, there, count))
 
     def _check(self, flat: FlatRollouts, priority_S: Floats) -> None:
-        given = dict(flat.tensors())
-        expected = {name: shape[1:] for name, (shape, _) in _arena_layout(self._shape).items()}
-        if {name: tensor.shape[1:] for name, tensor in given.items()} != expected:
+        given = {name: tensor.shape[1:] for name, tensor in flat.tensors()}
+        if given != {name: arena.shape[1:] for name, arena in self._arenas.items()}:
             raise AlignmentError(
                 f"rollouts with {', '.join(given)} for a replay buffer with "
                 f"{self._shape.candidates} candidates a token"
@@ -206,7 +211,7 @@ class ReplayBuffer:
             self._response_tokens[here] = flat.response_tokens_S[there]
             self._oldest_step[here] = flat.oldest_step_S[there]
             self._uses[here] = 0
-            self._mass[here] = mass_S[there]
+            self._masses.set(here, mass_S[there])
 
     def _mass_of(self, priority_S: Floats) -> Floats:
         clipped_S = priority_S.clip(MIN_PRIORITY_NATS, self._config.priority_clip_nats)
@@ -223,14 +228,15 @@ class ReplayBuffer:
         oldest = max(self._oldest + in_the_way, self._next + num_rollouts - rollouts)
         for here, _ in _ring_pieces(self._oldest, oldest - self._oldest, rollouts):
             self._evicted[_CAPACITY] += np.count_nonzero(self._mass[here])
-            self._mass[here] = 0.0
+            self._masses.set(here, 0.0)
         self._oldest = oldest
 
     def evict_by_age(self, step: int) -> None:
         """Drop the rollouts whose oldest token is older than ``max_age_steps`` at ``step``."""
         old_M = (self._oldest_step < step - self._config.max_age_steps) & (self._mass > 0)
-        self._evicted[_AGE] += np.count_nonzero(old_M)
-        self._mass[old_M] = 0.0
+        old = np.flatnonzero(old_M)
+        self._evicted[_AGE] += len(old)
+        self._masses.set(old, 0.0)
 
     # --- Drawing ----------------------------------------------------------------------------------
 
@@ -246,17 +252,37 @@ class ReplayBuffer:
         """
         config = self._config
         mass_M = draw_mass(config.law, self._mass, self._oldest_step, step)
-        generator = np.random.Generator(np.random.PCG64(derive_seed(self._seed, "replay", step)))
         if config.coverage_first:
-            drawn = _unused_first(mass_M, self._uses, num_rollouts, generator)
+            drawn = self._unused_first(mass_M, num_rollouts, step)
         else:
-            drawn = systematic_draw(mass_M, num_rollouts, generator)
+            masses = self._masses if mass_M is self._mass else Masses(mass_M)
+            drawn = systematic_draw(masses, num_rollouts, self._offset(step))
         beta = annealed(config.beta_start, config.beta_end, config.beta_steps, step)
         return ReplaySample(
             places_S=drawn.places_n,
             weights_S=importance_weights(drawn.inclusion_n, beta),
             numbers_S=self._oldest + (drawn.places_n - self._oldest) % self._shape.rollouts,
         )
+
+    def _unused_first(self, mass_M: Floats, count: int, step: int) -> Draw:
+        """Rollouts never used before any other."""
+        unused_M = np.where(self._uses == 0, mass_M, 0.0)
+        unused = int(np.count_nonzero(unused_M))
+        if unused == 0:
+            return systematic_draw(Masses(mass_M), count, self._offset(step))
+        first = systematic_draw(Masses(unused_M), min(count, unused), self._offset(step))
+        if count <= unused:
+            return first
+        used = Masses(mass_M - unused_M)
+        second = systematic_draw(used, count - unused, self._offset(step, "used"))
+        places_n: Integers = np.concatenate([first.places_n, second.places_n])
+        inclusion_n: Floats = np.concatenate([first.inclusion_n, second.inclusion_n])
+        order = places_n.argsort()
+        return Draw(places_n[order], inclusion_n[order])
+
+    def _offset(self, step: int, *of: str) -> float:
+        """Uniform in [0, 1): the one random number of a draw."""
+        return (derive_seed(self._seed, "replay", step, *of) >> 10) * 2.0**-53
 
     def gather(self, sample: ReplaySample) -> FlatRollouts:
         """The sample's rollouts, where they lie: the tensors are the whole arenas.
@@ -282,7 +308,7 @@ class ReplayBuffer:
         """
         self._check_current(sample)
         places_S = sample.places_S
-        mass_S = self._mass_of(priority_S.cpu().double().numpy())
+        mass_S = self._mass_of(priority_S.cpu().numpy().astype(np.float64))
         mass_S[self._mass[places_S] == 0] = 0.0  # dropped meanwhile
         uses_S = self._uses[places_S] + 1
         if self._config.reuse_cap is not None:
@@ -290,7 +316,7 @@ class ReplayBuffer:
             mass_S[used_up_S] = 0.0
             self._evicted[_REUSE] += np.count_nonzero(used_up_S)
         self._uses[places_S] = uses_S
-        self._mass[places_S] = mass_S
+        self._masses.set(places_S, mass_S)
 
     def _check_current(self, sample: ReplaySample) -> None:
         if sample.numbers_S.min() < self._oldest:
@@ -353,6 +379,7 @@ class ReplayBuffer:
                 )
             for name, values in self._host_arrays():
                 values[:] = state[name].cpu().numpy()
+            self._masses = Masses(self._mass)
             for name, arena in self._arenas.items():
                 for here, there in self._pieces_in_use():
                     arena[here].copy_(state[name][there])
@@ -389,24 +416,6 @@ def build_replay(
     return ReplayBuffer(
         config, candidates=candidates_per_token(objective), device=device, seed=seed
     )
-
-
-def _unused_first(
-    mass_M: Floats, uses_M: NDArray[np.int32], count: int, generator: np.random.Generator
-) -> Draw:
-    """Rollouts never used before any other."""
-    unused_M = np.where(uses_M == 0, mass_M, 0.0)
-    unused = int(np.count_nonzero(unused_M))
-    if unused == 0:
-        return systematic_draw(mass_M, count, generator)
-    first = systematic_draw(unused_M, min(count, unused), generator)
-    if count <= unused:
-        return first
-    second = systematic_draw(mass_M - unused_M, count - unused, generator)
-    places_n: Integers = np.concatenate([first.places_n, second.places_n])
-    inclusion_n: Floats = np.concatenate([first.inclusion_n, second.inclusion_n])
-    order = places_n.argsort()
-    return Draw(places_n[order], inclusion_n[order])
 
 
 def _shape(config: ReplayConfig, candidates: int) -> _Shape:

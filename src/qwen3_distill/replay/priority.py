@@ -24,6 +24,9 @@ MIN_DECAY_EXPONENT = -60.0
 
 _BLOCK = 16
 """Places that are summed as one when a draw looks for its points."""
+_UP_TO = np.triu(np.ones((_BLOCK, _BLOCK)))
+"""[K, K] a row times this is its running sum, several times faster than `np.cumsum` of many short
+rows. A place without a mass adds an exact 0, so that it is never the first that is not passed."""
 
 Floats: TypeAlias = NDArray[np.float64]
 Integers: TypeAlias = NDArray[np.int64]
@@ -84,61 +87,92 @@ def _with_floor(mass_M: Floats, fraction: float) -> Floats:
     return (1 - fraction) * mass_M / mass_M.sum() + fraction * live_M / live_M.sum()
 
 
-class _Line:
-    """Masses laid end to end. Finds the places of a few points without a sum over every place."""
+class Masses:
+    """Masses of places, laid end to end. Finds the places of a few points without a sum over all.
+
+    Sums of blocks of places are kept; `set` adds up anew those whose places it changes, so that no
+    rounding builds up.
+
+    Args:
+        mass_M: the masses to begin with; copied.
+    """
 
     def __init__(self, mass_M: Floats) -> None:
-        padded_M = np.pad(mass_M, (0, -len(mass_M) % _BLOCK)) if len(mass_M) % _BLOCK else mass_M
-        self._mass_M = mass_M
-        self._mass_BK = padded_M.reshape(-1, _BLOCK)
-        self._end_B = np.cumsum(self._mass_BK @ np.ones(_BLOCK))
+        blocks = -(-len(mass_M) // _BLOCK)
+        self._mass_BK = np.zeros((blocks, _BLOCK))
+        self.mass_M = self._mass_BK.reshape(-1)[: len(mass_M)]
+        """Changed by `set` only."""
+        self._sum_B = np.zeros(blocks)
+        self._before_B = np.zeros(blocks + 1)
+        """What comes before each block, and before the end."""
+        self.set(slice(0, len(mass_M)), mass_M)
 
-    @property
+    def set(self, places: slice | Integers, mass: Floats | float) -> None:
+        """Give places new masses."""
+        self.mass_M[places] = mass
+        if isinstance(places, slice):
+            start, stop, _ = places.indices(len(self.mass_M))
+            changed: slice | Integers = slice(start // _BLOCK, -(-stop // _BLOCK))
+        else:
+            changed = places // _BLOCK
+        # Not a product with ones: its rounding depends on how many blocks there are, and a buffer
+        # that is restored must go on bit for bit.
+        self._sum_B[changed] = np.add.reduce(self._mass_BK[changed], axis=1)
+
     def total(self) -> float:
-        return float(self._end_B[-1])
+        """Their sum, as `places` goes by it."""
+        self._sum_B.cumsum(out=self._before_B[1:])
+        return float(self._before_B[-1])
+
+    def may_exceed(self, limit: float) -> bool:
+        """False: no mass is as large as the limit. A block's sum often says so."""
+        return bool(self._sum_B.max() >= limit) and bool(self.mass_M.max() >= limit)
 
     def places(self, points_n: Floats) -> Integers:
-        """On whose mass each of ascending points of [0, total) falls."""
-        block_n = np.searchsorted(self._end_B, points_n, side="right")
-        rest_n = points_n - np.where(block_n > 0, self._end_B[block_n - 1], 0.0)
-        end_nK = np.cumsum(self._mass_BK[block_n], axis=1)
-        places_n = block_n * _BLOCK + (end_nK <= rest_n[:, None]).sum(axis=1)
-        if (rest_n >= end_nK[:, -1]).any() or (np.diff(places_n) <= 0).any():
+        """On whose mass each of ascending points of [0, `total`) falls. After `total`."""
+        block_n = self._before_B.searchsorted(points_n, side="right") - 1
+        rest_n = points_n - self._before_B[block_n]
+        end_nK = self._mass_BK.take(block_n, axis=0) @ _UP_TO
+        is_passed_nK = end_nK <= rest_n[:, None]
+        places_n = block_n * _BLOCK + is_passed_nK.argmin(axis=1)  # the first that is not
+        if is_passed_nK[:, -1].any() or (places_n[1:] <= places_n[:-1]).any():
             return self._places_by_one_sum(points_n)  # rounding carried a point past an edge
         return places_n
 
     def _places_by_one_sum(self, points_n: Floats) -> Integers:
         """As `places`, of any points: where two fall on one place, one moves to the next."""
-        end_M, each_n = np.cumsum(self._mass_M), np.arange(len(points_n))
+        end_M, each_n = np.cumsum(self.mass_M), np.arange(len(points_n))
         limit = math.nextafter(float(end_M[-1]), 0.0)
-        scaled_n = np.minimum(points_n * (float(end_M[-1]) / self.total), limit)
-        live = np.flatnonzero(self._mass_M)
+        scaled_n = np.minimum(points_n * (float(end_M[-1]) / self._before_B[-1]), limit)
+        live = np.flatnonzero(self.mass_M)
         ranks_n = np.searchsorted(live, np.searchsorted(end_M, scaled_n, side="right"))
         ranks_n = np.maximum.accumulate(ranks_n - each_n) + each_n
         return live[np.minimum(ranks_n, len(live) - len(points_n) + each_n)]
 
 
-def systematic_draw(mass_M: Floats, count: int, generator: np.random.Generator) -> Draw:
+def systematic_draw(masses: Masses, count: int, offset: float) -> Draw:
     """Draw ``count`` different places, each with probability proportional to its mass.
 
     What would exceed probability 1 is drawn for certain, and the others share the rest.
 
     Args:
-        mass_M: 0 where nothing may be drawn.
+        masses: 0 where nothing may be drawn.
+        offset: uniform in [0, 1).
 
     Raises:
         DataError: fewer than ``count`` places have a mass.
     """
-    line = _Line(mass_M)
+    total = masses.total()
     # Where this does not hold, there are more than ``count``, and none exceeds probability 1.
-    if count < 1 or float(mass_M.max()) * count >= line.total:
-        _require(mass_M, count)
-        mass_M = _capped(mass_M, count)
-        line = _Line(mass_M)
-    points_n = (np.arange(count, dtype=np.float64) + generator.random()) * (line.total / count)
-    # Rounding must not carry the last point past the last place that has a mass.
-    places_n = line.places(np.minimum(points_n, math.nextafter(line.total, 0.0)))
-    return Draw(places_n, mass_M[places_n] * (count / line.total))
+    if count < 1 or masses.may_exceed(total / count):
+        _require(masses.mass_M, count)
+        masses = Masses(_capped(masses.mass_M, count))
+        total = masses.total()
+    points_n = (np.arange(count) + offset) * (total / count)
+    if points_n[-1] >= total:  # rounding must not carry it past the last place that has a mass
+        points_n = np.minimum(points_n, math.nextafter(total, 0.0))
+    places_n = masses.places(points_n)
+    return Draw(places_n, masses.mass_M[places_n] * (count / total))
 
 
 def _require(mass_M: Floats, count: int) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,9 @@ from hypothesis import strategies as st
 from qwen3_distill.config import ProportionalLaw, RankLaw, ReplayConfig, ReplayLaw, UniformLaw
 from qwen3_distill.replay.buffer import ReplayBuffer
 from qwen3_distill.replay.priority import (
+    Draw,
     Floats,
+    Masses,
     annealed,
     draw_mass,
     importance_weights,
@@ -61,6 +62,10 @@ def generator(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+def draw(mass_M: Floats, count: int, seed: int) -> Draw:
+    return systematic_draw(Masses(mass_M), count, generator(seed).random())
+
+
 def chi_square(counts: Counter[int], expected: np.ndarray) -> float:
     seen = np.array([counts[i] for i in range(len(expected))])
     return float(((seen - expected) ** 2 / expected).sum())
@@ -76,7 +81,7 @@ def filled_buffer(law: ReplayLaw, *, seed: int = 0, **settings: Any) -> ReplayBu
     config = ReplayConfig(capacity_tokens=1000, max_age_steps=99, law=law, **settings)
     buffer = ReplayBuffer(config, candidates=0, device=torch.device("cpu"), seed=seed)
     buffer.add([scored_rollout(i, 2, 3, step=step) for i, step in enumerate(STEPS)])
-    buffer._mass[:8] = priority_mass(law, np.array(PRIORITIES))
+    buffer._masses.set(slice(0, 8), priority_mass(law, np.array(PRIORITIES)))
     buffer._oldest_step[:8] = STEPS
     return buffer
 
@@ -89,7 +94,7 @@ def test_the_shares_are_those_of_the_law(law: ReplayLaw) -> None:
 
 def chi_square_of_single_draws(drawn_by: ReplayLaw, expected_by: ReplayLaw) -> float:
     mass_M = mass_of(drawn_by)
-    drawn = [int(systematic_draw(mass_M, 1, generator(seed)).places_n[0]) for seed in range(DRAWS)]
+    drawn = [int(draw(mass_M, 1, seed).places_n[0]) for seed in range(DRAWS)]
     seen = Counter(drawn)
     return chi_square(seen, DRAWS * expected_probabilities(expected_by))
 
@@ -136,7 +141,7 @@ def test_a_draw_of_several_has_the_probabilities_it_states(law: ReplayLaw, count
     expected = capped_probabilities(expected_probabilities(law), count)
     seen = np.zeros(8)
     for seed in range(draws):
-        drawn = systematic_draw(mass_M, count, generator(seed))
+        drawn = draw(mass_M, count, seed)
         slots = drawn.places_n
         assert len(set(slots.tolist())) == count
         assert drawn.inclusion_n == pytest.approx(expected[slots], rel=1e-5)
@@ -157,7 +162,7 @@ def test_only_what_has_a_mass_is_drawn_and_never_twice(
     if live == 0:
         return
     count = data.draw(st.integers(1, live))
-    drawn = systematic_draw(mass_M, count, generator(data.draw(st.integers(0, 2**32))))
+    drawn = draw(mass_M, count, data.draw(st.integers(0, 2**32)))
     assert len(set(drawn.places_n.tolist())) == count
     assert (mass_M[drawn.places_n] > 0).all()
     assert (drawn.inclusion_n > 0).all()
@@ -169,16 +174,15 @@ def test_only_what_has_a_mass_is_drawn_and_never_twice(
 def test_the_last_slots_are_never_drawn_when_they_are_empty() -> None:
     mass_M = np.concatenate([generator(0).random(1000), np.zeros(5)])
     for seed in range(300):
-        assert int(systematic_draw(mass_M, 997, generator(seed)).places_n.max()) < 1000
+        assert int(draw(mass_M, 997, seed).places_n.max()) < 1000
 
 
 @pytest.mark.parametrize("offset", [0.0, math.nextafter(1.0, 0.0)])
 def test_the_ends_of_the_line_belong_to_what_has_a_mass(offset: float) -> None:
-    generator: Any = SimpleNamespace(random=lambda: offset)
     for count in range(1, 30):
         masses = [0.0, *(0.1 * i for i in range(1, 31)), 0.0]
         mass_M = np.array(masses)
-        drawn = systematic_draw(mass_M, count, generator)
+        drawn = systematic_draw(Masses(mass_M), count, offset)
         assert (mass_M[drawn.places_n] > 0).all()
 
 
@@ -186,14 +190,31 @@ def test_the_ends_of_the_line_belong_to_what_has_a_mass(offset: float) -> None:
 @pytest.mark.parametrize("power", [1.0, 8.0], ids=["even", "heavy_tailed"])
 def test_points_on_an_edge_fall_on_different_places_of_many(offset: float, power: float) -> None:
     """Sums over blocks and over places round differently; either may carry a point past an edge."""
-    at_edge: Any = SimpleNamespace(random=lambda: offset)
     for seed in range(400):
         rng = generator(seed)
         mass_M = rng.random(int(rng.integers(49, 200))) ** power
         count = int(rng.integers(1, len(mass_M)))
-        drawn = systematic_draw(mass_M, count, at_edge)
+        drawn = systematic_draw(Masses(mass_M), count, offset)
         assert (np.diff(drawn.places_n) > 0).all()
         assert (mass_M[drawn.places_n] > 0).all()
+
+
+def test_masses_that_change_are_drawn_as_if_they_had_always_been_so() -> None:
+    rng = generator(3)
+    masses = Masses(rng.random(203))
+    for seed in range(200):
+        if seed % 2:
+            start = int(rng.integers(0, 203))
+            here: Any = slice(start, int(rng.integers(start, 204)))
+            masses.set(here, rng.random(here.stop - start) if seed % 4 == 1 else 0.0)
+        else:
+            here = rng.choice(203, size=9, replace=False)
+            masses.set(here, rng.random(9) ** 4)
+        count = int(rng.integers(1, 1 + np.count_nonzero(masses.mass_M)))
+        kept = systematic_draw(masses, count, 0.3)
+        fresh = systematic_draw(Masses(masses.mass_M), count, 0.3)
+        assert kept.places_n.tolist() == fresh.places_n.tolist()
+        assert kept.inclusion_n.tolist() == fresh.inclusion_n.tolist()
 
 
 # --- Importance weights -------------------------------------------------------------------------
@@ -207,7 +228,7 @@ VALUES = np.array([4.0, -1.0, 0.5, 7.0, 2.0, -3.0, 10.0, 1.0])
 def test_weighted_draws_have_the_uniform_mean(law: ReplayLaw, count: int) -> None:
     mass_M, means, plain = mass_of(law), [], []
     for seed in range(DRAWS):
-        drawn = systematic_draw(mass_M, count, generator(seed))
+        drawn = draw(mass_M, count, seed)
         raw = count / (8 * drawn.inclusion_n)
         weights = importance_weights(drawn.inclusion_n, beta=1.0)
         assert weights == pytest.approx(raw / raw.max(), rel=1e-6)
