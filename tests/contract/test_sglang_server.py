@@ -305,6 +305,21 @@ def test_fp8_without_a_gpu_is_refused(build: Build) -> None:
 
 
 @pytest.mark.sglang
-def test_a_wrong_option_is_shown_in_sglangs_own_words(build: Build) -> None:
+def test_an_option_that_sglang_does_not_have_is_named(build: Build) -> None:
     message = start_error(build("real", server_arguments={"no-such-option": 3}))
-    assert "unrecognized arguments: --no-such-option" in message
+    assert "SGLang has no option no-such-option (unrecognized arguments: --no-such-" in message
+    assert "change scoring.server_arguments" in message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "sglang serve: error: unrecognized arguments: --enable-fp32-lm-head",
+        "ImportError: cannot import name 'tokenizer' from 'sglang.srt' (/site/sglang/srt.py)",
+        "ModuleNotFoundError: No module named 'sglang.launch_server'",
+    ],
+)
+def test_another_version_is_named(build: Build, words: str) -> None:
+    message = start_error(build(prelude=f'echo "{words}"; exit 1'))
+    assert "is a version that this does not work with" in message
+    assert words.partition("rror: ")[2] in message

