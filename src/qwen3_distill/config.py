@@ -914,8 +914,9 @@ class RunConfig(Schema):
         tuning, generation = self.training.tuning, self.generation
         if generation.kind != "vllm" or generation.adapters != "swap" or tuning.kind != "lora":
             return self
-        limit = generation.engine_arguments.get("max_lora_rank", VLLM_MAX_RANK)
-        if isinstance(limit, int) and tuning.rank > limit:
+        given = generation.engine_arguments.get("max_lora_rank")
+        limit = min(given, VLLM_MAX_RANK) if isinstance(given, int) else VLLM_MAX_RANK
+        if tuning.rank > limit:
             raise ValueError(
                 f"training.tuning.rank={tuning.rank} is above vLLM's limit of {limit}; lower the "
                 "rank, or have vLLM serve merged weights with generation.adapters=merge"
@@ -1003,6 +1004,22 @@ class RunConfig(Schema):
                 f"pipeline.max_steps_ahead={pipeline.max_steps_ahead} is more than "
                 f"max_staleness_steps={pipeline.max_staleness_steps}: rollouts would be sampled to "
                 "be dropped; lower the one or raise the other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_kept_outlives_its_updates(self) -> Self:
+        pipeline, replay = self.pipeline, self.replay
+        if pipeline.kind != "streaming" or replay is None:
+            return self
+        needed = pipeline.max_staleness_steps + replay.updates_per_batch - 1
+        if replay.max_age_steps < needed:
+            raise ValueError(
+                f"replay.max_age_steps={replay.max_age_steps} with "
+                f"pipeline.max_staleness_steps={pipeline.max_staleness_steps}, "
+                f"updates_per_batch={replay.updates_per_batch}: rollouts that arrive as old as "
+                f"they may would be dropped before their last update; use at least {needed}, or "
+                "lower the others"
             )
         return self
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,7 +20,13 @@ from qwen3_distill.config import (
     EmbeddedTraining,
     SampledReverseKL,
 )
-from qwen3_distill.errors import DataError, EngineError, EngineLost, LearnerLost
+from qwen3_distill.errors import (
+    DataError,
+    EngineError,
+    EngineLost,
+    LearnerLost,
+    WeightVersionError,
+)
 from qwen3_distill.generation.embedded_process import EmbeddedRolloutProcess
 from qwen3_distill.protocols import FullWeights
 from qwen3_distill.scoring.embedded import EmbeddedTeacher
@@ -165,6 +172,54 @@ def test_a_version_that_was_being_loaded_is_served_after_the_death(
     assert engine.version == version
     assert {span.version for rollout in rollouts for span in rollout.versions} == {version}
     assert len(by_id(rollouts)) == 4
+
+
+def test_rollouts_wait_for_the_version_that_has_taken_the_place_of_theirs(
+    engine: EmbeddedRolloutProcess, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """A channel that holds one version only, as CUDA IPC does: the process that comes back while
+    the next one is published finds no more what it served."""
+    first, _ = published(weights)
+    new = {name: tensor * 1.01 for name, tensor in weights.items()}
+    second, _ = published(new, step=1)
+    channel = DirectoryChannel(tmp_path)
+    channel.publish(first, FullWeights(tensors=weights))
+
+    async def kill_before_the_load() -> list[Rollout]:
+        await engine.load(first, channel)
+        call = asyncio.create_task(collect(engine, long_requests(4)))
+        await prefixes_when(engine, lambda prefixes: len(prefixes) == 4)
+        channel.publish(second, FullWeights(tensors=new))
+        shutil.rmtree(channel.locate(first))
+        engine.kill()
+        await asyncio.sleep(0.2)  # the loss is known, and the process is on its way
+        await engine.load(second, channel)
+        return await call
+
+    rollouts = run(kill_before_the_load())
+    assert len(by_id(rollouts)) == 4  # one may have ended before
+    assert second in {span.version for rollout in rollouts for span in rollout.versions}
+
+
+def test_a_version_that_cannot_be_loaded_by_the_process_that_came_back_is_an_error(
+    engine: EmbeddedRolloutProcess, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    version, _ = published(weights, step=1)
+    channel = DirectoryChannel(tmp_path)
+    channel.publish(version, FullWeights(tensors=weights))
+
+    async def kill_under_the_load() -> None:
+        os.killpg(pid_of(engine), signal.SIGSTOP)
+        loading = asyncio.create_task(engine.load(version, channel))
+        await asyncio.sleep(0.1)
+        shutil.rmtree(channel.locate(version))
+        engine.kill()
+        await loading
+
+    with pytest.raises(WeightVersionError, match="does not hold"):
+        run(kill_under_the_load())
+    with pytest.raises(WeightVersionError, match="does not hold"):
+        generate(engine, ragged_requests(1))
 
 
 def test_a_request_made_during_a_load_waits_for_it(

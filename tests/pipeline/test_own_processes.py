@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config_io import load_config
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.generation.embedded_process import EmbeddedRolloutProcess
-from qwen3_distill.pipeline.build import Parts
+from qwen3_distill.pipeline.build import Parts, run_channel_folder, teacher_sampler
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.reporting.console import SilentReporter
 from qwen3_distill.reporting.metrics import read_jsonl
@@ -170,6 +171,10 @@ def test_evaluations_side_by_side_are_those_of_one_after_another(tmp_path: Path)
 # --- Each process struck once -------------------------------------------------------------------
 
 
+def nothing() -> None:
+    """Strikes nobody."""
+
+
 def kill(worker: WorkerProcess) -> None:
     worker.kill()
 
@@ -246,3 +251,69 @@ def test_streaming_loses_no_rollout_and_trains_on_none_twice_when_processes_are_
     ]
     numbers = sorted(int(entry.partition(":")[0]) for entry in entries)
     assert numbers == list(range(STEPS * ROLLOUTS))
+
+
+# --- What a run leaves behind, and what it is asked ---------------------------------------------
+
+
+def test_a_run_that_was_asked_to_stop_stops_though_the_learner_is_lost_then(
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "run"
+
+    def adapt(parts: Parts) -> Parts:
+        learner = parts.learner
+        assert isinstance(learner, EmbeddedLearnerProcess)
+
+        def stop_and_kill() -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert learner.worker is not None
+            learner.worker.kill()
+
+        return struck(parts, engine=nothing, teacher=nothing, learner=stop_and_kill)
+
+    warnings: list[str] = []
+    config = lab_config(output, *OWN_PROCESSES)
+    assert run(config, SilentReporter(), warnings.append, adapt) is None
+    assert len(warnings) == 1
+    assert "lost while the run was stopping" in warnings[0]
+    assert lab_run(output, *OWN_PROCESSES) == []
+    assert [row["step"] for row in read_jsonl(output / "metrics.jsonl")] == list(
+        range(1, STEPS + 1)
+    )
+
+
+def test_weights_that_a_killed_run_left_in_memory_go_when_it_is_started_again(
+    tmp_path: Path,
+) -> None:
+    config = lab_config(tmp_path / "run", "generation.own_process=true")
+    left = run_channel_folder(config)
+    assert left is not None
+    (left / "step-000001-abc").mkdir()
+    assert run_channel_folder(lab_config(tmp_path / "other", "generation.own_process=true")) != left
+    assert run_channel_folder(config) == left
+    assert list(left.iterdir()) == []
+    assert run_channel_folder(lab_config(tmp_path / "run")) is None  # none travel
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_evaluating_the_teacher_leaves_this_process_its_threads(
+    tmp_path: Path, alone: bool
+) -> None:
+    """Fewer meanwhile only where nothing else is computed here."""
+    learner = ("training.own_process=true",) if alone else ()
+    scoring = ("scoring.own_process=true", "scoring.threads=1")
+    config = lab_config(tmp_path, "generation.own_process=true", *scoring, *learner)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+
+    async def look() -> int:
+        nobody: Any = None
+        async with teacher_sampler(config, nobody):
+            return torch.get_num_threads()
+
+    try:
+        assert asyncio.run(look()) == (1 if alone else 2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

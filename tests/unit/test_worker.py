@@ -217,6 +217,27 @@ def test_a_controller_that_was_busy_does_not_take_its_worker_for_dead(log: Path)
     with_worker(log, use, hang_timeout_s=1.0)
 
 
+def test_an_answer_that_is_there_counts_though_the_controller_was_busy_for_longer(
+    log: Path,
+) -> None:
+    async def use(worker: WorkerProcess) -> None:
+        call = asyncio.create_task(worker.call("after", 0.1, "x", timeout_s=1))
+        await asyncio.sleep(0.05)
+        time.sleep(1.5)
+        assert await call == "x"
+
+    with_worker(log, use)
+
+
+def test_a_worker_that_does_not_connect_in_time_is_named(log: Path, tmp_path: Path) -> None:
+    sleeps = tmp_path / "sleeps"
+    sleeps.write_text("#!/bin/sh\nsleep 60\n")
+    sleeps.chmod(0o755)
+    worker = WorkerProcess("echo", python=str(sleeps), module="any", log=log, start_timeout_s=0.5)
+    with pytest.raises(EngineStartError, match=r"echo did not start within 0\.5 s"):
+        asyncio.run(worker.start())
+
+
 def test_no_time_limit_means_no_watch(log: Path) -> None:
     async def use(worker: WorkerProcess) -> None:
         pid = await worker.call("pid")

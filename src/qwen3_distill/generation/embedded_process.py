@@ -26,6 +26,7 @@ class EmbeddedRolloutProcess(RemoteRolloutEngine):
             module=_MODULE,
             log=log,
             hang_timeout_s=config.hang_timeout_s,
+            start_timeout_s=config.start_timeout_s,
         )
         context_length = load_identity(model_dir).context_length
         super().__init__(worker, max_model_tokens=context_length, max_restarts=config.max_restarts)

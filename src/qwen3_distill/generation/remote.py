@@ -43,6 +43,8 @@ class RemoteRolloutEngine:
         self._served: WeightVersion | None = None
         self._wanted: tuple[WeightVersion, WeightChannel] | None = None
         """What a process that is started again is given."""
+        self._not_restored: WeightVersionError | None = None
+        """Why a process that was started again serves nothing."""
         self._paused = False
         self._missing: list[dict[str, RolloutRequest]] = []
         """By call of `generate`: what it has yet to yield, by id."""
@@ -74,6 +76,8 @@ class RemoteRolloutEngine:
     @property
     def version(self) -> WeightVersion:
         if self._served is None:
+            if self._not_restored is not None:
+                raise self._not_restored
             raise WeightVersionError(
                 "the rollout engine has no weights yet: load a published version before the "
                 "first rollout"
@@ -90,7 +94,7 @@ class RemoteRolloutEngine:
 
     async def load(self, version: WeightVersion, channel: WeightChannel) -> None:
         async with self._loading:
-            self._served = self._wanted = None
+            self._served = self._wanted = self._not_restored = None
             if not channel.crosses_processes:
                 payload = channel.fetch(version)
                 self._own_channel = self._own_channel or _PrivateChannel()
@@ -105,13 +109,17 @@ class RemoteRolloutEngine:
             finally:
                 if self._served != version:
                     self._wanted = None
+            if self._served is None and self._not_restored is not None:
+                raise self._not_restored
 
     async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
-        async with self._loading:
-            _ = self.version  # nothing is sampled without weights
         self._check_context(requests)
         with self._followed(requests) as missing:
-            while missing:
+            while True:
+                async with self._loading:  # weights that are on their way
+                    _ = self.version  # nothing is sampled without weights
+                if not missing:
+                    return
                 start = await self._restarts.current()
                 stream = self._worker.stream("generate", list(missing.values()))
                 try:
@@ -189,7 +197,13 @@ class RemoteRolloutEngine:
         if self._paused:
             await self._worker.call("pause", timeout_s=_CALL_TIMEOUT_S)
         if self._wanted is not None:
-            await self._load_wanted()
+            try:
+                await self._load_wanted()
+            except WeightVersionError as error:
+                # As a rule the next version has taken its place in the channel, and comes at once;
+                # until it is there, `generate` finds that there are no weights.
+                self._served = self._wanted = None
+                self._not_restored = error
 
     def _check_context(self, requests: Sequence[RolloutRequest]) -> None:
         for request in requests:

@@ -53,6 +53,7 @@ class VllmRolloutEngine(RemoteRolloutEngine):
             log=log,
             environment=config.environment,
             hang_timeout_s=config.hang_timeout_s,
+            start_timeout_s=config.start_timeout_s,
         )
         super().__init__(
             worker, max_model_tokens=max_model_tokens, max_restarts=config.max_restarts

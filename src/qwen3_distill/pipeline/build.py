@@ -1,6 +1,7 @@
 """From a config to the parts of a run."""
 
 import asyncio
+import hashlib
 import os
 import shutil
 import tempfile
@@ -58,6 +59,8 @@ from qwen3_distill.utils.tasks import together
 from qwen3_distill.weights.directory import DirectoryChannel, publish_directory
 from qwen3_distill.weights.ipc import IpcChannel
 from qwen3_distill.weights.memory import MemoryChannel
+
+_WEIGHTS = "qwen3-distill-weights-"
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def build_parts(config: RunConfig) -> Parts:
     prompts = build_prompts(config, text)
     plan = plan_memory(config)
     teacher = build_teacher(config, plan)
-    scratch = channel_folder(config)
+    scratch = run_channel_folder(config)
     return Parts(
         config=config,
         prompts=prompts,
@@ -261,8 +264,6 @@ async def teacher_sampler(config: RunConfig, teacher: TeacherScorer) -> AsyncIte
     assert isinstance(scoring, EmbeddedScoring)
     generation = config.generation
     embedded = generation if isinstance(generation, EmbeddedGeneration) else None
-    if scoring.threads is not None:  # this process has nothing else to compute then
-        torch.set_num_threads(scoring.threads)
     engine = EmbeddedRolloutEngine(
         scoring.model,
         device=embedded.device if embedded else scoring.device,
@@ -272,7 +273,13 @@ async def teacher_sampler(config: RunConfig, teacher: TeacherScorer) -> AsyncIte
     channel = MemoryChannel()
     version = publish_directory(scoring.model, channel, dtype=resolve_dtype(scoring.dtype))
     await engine.load(version, channel)
-    yield engine
+    threads = torch.get_num_threads()
+    if scoring.threads is not None and samples_elsewhere(config) and learns_elsewhere(config):
+        torch.set_num_threads(scoring.threads)  # nothing else here computes meanwhile
+    try:
+        yield engine
+    finally:
+        torch.set_num_threads(threads)
 
 
 def in_this_process(config: RunConfig) -> RunConfig:
@@ -377,13 +384,41 @@ def samples_elsewhere(config: RunConfig) -> bool:
     return not isinstance(generation, EmbeddedGeneration) or generation.own_process
 
 
+def learns_elsewhere(config: RunConfig) -> bool:
+    """Whether the learner is in a process of its own."""
+    training = config.training
+    return not isinstance(training, EmbeddedTraining) or training.own_process
+
+
 def channel_folder(config: RunConfig) -> Path | None:
     """A new folder in memory for weights that go from process to process; None if none do."""
+    return (
+        Path(tempfile.mkdtemp(prefix=_WEIGHTS, dir=_memory()))
+        if samples_elsewhere(config)
+        else None
+    )
+
+
+def run_channel_folder(config: RunConfig) -> Path | None:
+    """`channel_folder` of a run, which holds its run folder: what it left when it was killed goes.
+
+    Two versions of a model may lie there, in memory.
+    """
     if not samples_elsewhere(config):
         return None
+    name = hashlib.sha256(str(config.output_path.resolve()).encode()).hexdigest()[:16]
+    folder = _memory() / f"{_WEIGHTS}{name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:  # another user's
+        return channel_folder(config)
+    return folder
+
+
+def _memory() -> Path:
     memory = Path("/dev/shm")
-    base = memory if os.access(memory, os.W_OK) else None
-    return Path(tempfile.mkdtemp(prefix="qwen3-distill-weights-", dir=base))
+    return memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
 
 
 def build_channel(config: RunConfig, folder: Path | None) -> WeightChannel:

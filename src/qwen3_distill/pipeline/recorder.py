@@ -294,7 +294,9 @@ def summarize(folder: RunFolder, total_wall_s: float) -> dict[str, Any]:
         stage: sum(record.get(f"time/{stage}_s", 0.0) for record in steps)
         for stage in (*STEP_STAGES, "checkpoint")
     }
-    wall_s["evaluate"] = sum(record["time/evaluate_s"] for record in evaluations)
+    wall_s["evaluate"] = sum(
+        record.get("time/evaluate_s", record["wall_s"]) for record in evaluations
+    )
     # What ran side by side took its time once.
     busy_s = sum(wall_s.values()) - sum(_overlap_s(record) for record in steps)
     wall_s["other"] = max(0.0, total_wall_s - busy_s)

@@ -9,10 +9,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from qwen3_distill.config import EmbeddedTraining, RunConfig
+from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import EngineStartError, LearnerLost
 from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.pipeline.build import Parts, build_parts, engine_log
+from qwen3_distill.pipeline.build import Parts, build_parts, engine_log, learns_elsewhere
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.manifest import (
     engine_versions,
@@ -132,14 +132,17 @@ async def _train(
             await parts.learner.save_student(folder.student)
         write_json_atomic(folder.summary, summarize(folder, recorder.wall_s))
         return True
+    except LearnerLost as error:
+        if not recorder.stop_requested:
+            raise
+        warn(f"the learner was lost while the run was stopping; the last checkpoint stays: {error}")
+        return False
     finally:
         recorder.close()
 
 
 def _max_learner_restarts(config: RunConfig) -> int:
-    training = config.training
-    here = isinstance(training, EmbeddedTraining) and not training.own_process
-    return 0 if here else training.max_restarts
+    return config.training.max_restarts if learns_elsewhere(config) else 0
 
 
 async def _restore(

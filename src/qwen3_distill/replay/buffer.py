@@ -31,7 +31,7 @@ from qwen3_distill.config import (
     ReplayConfig,
     candidates_per_token,
 )
-from qwen3_distill.errors import AlignmentError, CheckpointError, DataError
+from qwen3_distill.errors import AlignmentError, CheckpointError, ConfigError, DataError
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.replay.flat import Counts, FlatRollouts, flatten
 from qwen3_distill.replay.priority import (
@@ -412,10 +412,20 @@ class ReplayBuffer:
 def build_replay(
     config: ReplayConfig, objective: ObjectiveConfig, *, device: torch.device, seed: int
 ) -> ReplayBuffer:
-    """The buffer for an objective's scores."""
-    return ReplayBuffer(
-        config, candidates=candidates_per_token(objective), device=device, seed=seed
-    )
+    """The buffer for an objective's scores.
+
+    Raises:
+        ConfigError: there is not so much memory.
+    """
+    candidates = candidates_per_token(objective)
+    try:
+        return ReplayBuffer(config, candidates=candidates, device=device, seed=seed)
+    except (RuntimeError, MemoryError) as error:  # torch's for want of memory
+        size = ReplayBuffer.memory_bytes(config, candidates=candidates) / 2**30
+        raise ConfigError(
+            f"replay.capacity_tokens={config.capacity_tokens} takes {size:.1f} GiB on {device}, "
+            f"which cannot be had ({str(error).splitlines()[0]}); lower it"
+        ) from error
 
 
 def _shape(config: ReplayConfig, candidates: int) -> _Shape:

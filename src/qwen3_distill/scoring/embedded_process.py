@@ -39,6 +39,7 @@ class EmbeddedTeacherProcess:
             module=_MODULE,
             log=log,
             hang_timeout_s=config.hang_timeout_s,
+            start_timeout_s=config.start_timeout_s,
         )
         self._restarts = Restarts(
             start=self._start,

@@ -52,6 +52,7 @@ class EmbeddedLearnerProcess(RemoteLearner):
             module=_MODULE,
             log=self._log,
             hang_timeout_s=self._config.hang_timeout_s,
+            start_timeout_s=self._config.start_timeout_s,
         )
 
     async def _open(self, worker: WorkerProcess) -> WeightVersion:

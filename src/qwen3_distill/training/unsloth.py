@@ -74,6 +74,7 @@ class UnslothLearner(RemoteLearner):
             log=self._log,
             environment=self.environment(self._scratch),
             hang_timeout_s=self._config.hang_timeout_s,
+            start_timeout_s=self._config.start_timeout_s,
         )
 
     async def _open(self, worker: WorkerProcess) -> WeightVersion:

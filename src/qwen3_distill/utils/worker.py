@@ -26,7 +26,6 @@ from qwen3_distill.errors import DistillError, EngineError, EngineLost, EngineSt
 from qwen3_distill.utils.process import ChildProcess, engine_environment
 
 _LENGTH = struct.Struct("<Q")
-_CONNECT_TIMEOUT_S = 120.0
 _SHUTDOWN_GRACE_S = 15.0
 _CANCEL = ""
 """In place of a method's name: end the call of that number."""
@@ -48,6 +47,7 @@ class WorkerProcess:
         hang_timeout_s: a worker whose event loop does not answer for so long is killed, and lost
             like one that died; None: it is waited for. Longer than the longest method that
             blocks the loop.
+        start_timeout_s: until it connects, which is after its module's imports.
     """
 
     def __init__(
@@ -59,8 +59,10 @@ class WorkerProcess:
         log: Path,
         environment: Mapping[str, str] | None = None,
         hang_timeout_s: float | None = None,
+        start_timeout_s: float = 120.0,
     ) -> None:
         self.name = name
+        self._start_timeout_s = start_timeout_s
         self._python = python
         self._module = module
         self._environment = dict(environment or {})
@@ -89,7 +91,8 @@ class WorkerProcess:
         """Start the process and connect.
 
         Raises:
-            EngineStartError: it ended before it connected; the message has its last output.
+            EngineStartError: it ended before it connected, or did not connect in time; the message
+                has its last output.
         """
         self._death = self._hang = None
         directory = Path(tempfile.mkdtemp(prefix="qwen3-distill-"))
@@ -123,7 +126,7 @@ class WorkerProcess:
         """
         call, answers = await self._send(method, arguments)
         try:
-            kind, value = await asyncio.wait_for(answers.get(), timeout_s)
+            kind, value = await _first_answer(answers, timeout_s)
         except asyncio.TimeoutError:
             self.kill()
             raise EngineLost(
@@ -202,14 +205,17 @@ class WorkerProcess:
         """The connection, unless the process ends before there is one."""
         ended = asyncio.create_task(self._process.wait())
         done, _ = await asyncio.wait(
-            {connected, ended}, timeout=_CONNECT_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+            {connected, ended},
+            timeout=self._start_timeout_s,
+            return_when=asyncio.FIRST_COMPLETED,
         )
         if connected in done:
             ended.cancel()
             return connected.result()
         ended.cancel()
+        within = "" if ended in done else f" within {self._start_timeout_s:g} s"
         await self._process.end()
-        raise EngineStartError(f"{self.name} did not start{self._process.last_output()}")
+        raise EngineStartError(f"{self.name} did not start{within}{self._process.last_output()}")
 
     async def _send(
         self, method: str, arguments: Sequence[Any]
@@ -275,6 +281,22 @@ class WorkerProcess:
         if isinstance(value, DistillError):
             raise value
         raise EngineError(f"{self.name}: {value}")
+
+
+async def _first_answer(
+    answers: asyncio.Queue[tuple[str, Any]], timeout_s: float | None
+) -> tuple[str, Any]:
+    """What comes first, within a time that is counted in ticks (see `WorkerProcess._watch`)."""
+    if timeout_s is None:
+        return await answers.get()
+    answer = asyncio.ensure_future(answers.get())
+    try:
+        for _ in range(_TICKS):
+            if (await asyncio.wait({answer}, timeout=timeout_s / _TICKS))[0]:
+                return answer.result()
+        raise asyncio.TimeoutError
+    finally:
+        answer.cancel()
 
 
 def serve_worker(target: object) -> None:

@@ -63,7 +63,9 @@ class IpcChannel:
             self._files.publish(version, payload)
             return
         self._root.mkdir(parents=True, exist_ok=True)
-        self._handles.write_bytes(buffer.getvalue())
+        unfinished = self._handles.with_suffix(".unfinished")
+        unfinished.write_bytes(buffer.getvalue())
+        unfinished.replace(self._handles)
         _held[self._root] = tensors
 
     def fetch(self, version: WeightVersion) -> WeightPayload:

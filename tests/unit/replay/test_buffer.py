@@ -338,6 +338,26 @@ def test_what_is_drawn_depends_on_state_seed_and_step_alone() -> None:
     assert drawn != [elsewhere.sample(3, step).places_S.tolist() for step in range(20)]
 
 
+def test_a_restored_buffer_draws_as_the_one_that_was_saved() -> None:
+    """More rollouts than the places that a draw sums up as one."""
+
+    def filled() -> ReplayBuffer:
+        return buffer_of(tokens=2000, law={"kind": "proportional"}, capacity_rollouts=150)
+
+    rng = np.random.default_rng(0)
+    buffer, restored = filled(), filled()
+    for first in (0, 85):
+        buffer.add([scored_rollout(i, 2, 3) for i in range(first, first + 85)])
+    restored.load_state_dict(buffer.state_dict())
+    for step in range(20):
+        sample, again = buffer.sample(6, step), restored.sample(6, step)
+        assert sample.places_S.tolist() == again.places_S.tolist()
+        assert sample.weights_S.tolist() == again.weights_S.tolist()
+        priority_S = torch.from_numpy(rng.random(6).astype(np.float32))
+        buffer.mark_used(sample, priority_S)
+        restored.mark_used(again, priority_S)
+
+
 def test_a_state_of_another_buffer_is_refused() -> None:
     state = buffer_of().state_dict()
     for other in (buffer_of(tokens=399), buffer_of(candidates=2), buffer_of(capacity_rollouts=3)):

@@ -3,9 +3,12 @@
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from qwen3_distill.config import RunConfig
+from qwen3_distill.errors import ConfigError
+from qwen3_distill.replay.buffer import build_replay
 
 GOOD: dict[str, Any] = {
     "output_dir": "runs/x",
@@ -43,6 +46,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (replay(reuse_cap=1, updates_per_batch=2), "reuse_cap=1 with updates_per_batch=2"),
     (replay(max_age_steps=1, updates_per_batch=3), "max_age_steps=1 with updates_per_batch=3"),
     (replay(priority_clip_nats=0.001), "priority_clip_nats=0.001"),
+    (
+        {**replay(), "pipeline": {"kind": "streaming", "max_staleness_steps": 5}},
+        "max_age_steps=4 with pipeline.max_staleness_steps=5.*use at least 5",
+    ),
+    (
+        {**replay(updates_per_batch=2), "pipeline": {"kind": "streaming"}},
+        "max_age_steps=4 .*use at least 5",
+    ),
 ]
 
 
@@ -73,3 +84,15 @@ def test_these_objectives_are_fine_without_replay(change: dict[str, Any]) -> Non
 )
 def test_the_next_best_setting_is_taken(change: dict[str, Any]) -> None:
     RunConfig.model_validate(GOOD | change)
+
+
+def test_a_buffer_that_no_memory_is_large_enough_for_is_named() -> None:
+    config = RunConfig.model_validate(GOOD | replay(capacity_tokens=10**14))
+    assert config.replay is not None
+    with pytest.raises(ConfigError, match=r"capacity_tokens=100000000000000 takes .* GiB on cpu"):
+        build_replay(config.replay, config.objective, device=torch.device("cpu"), seed=0)
+
+
+def test_streaming_with_room_for_what_arrives_old_is_good() -> None:
+    streaming = {"pipeline": {"kind": "streaming", "max_staleness_steps": 3}}
+    assert RunConfig.model_validate(GOOD | replay(updates_per_batch=2) | streaming)
