@@ -17,6 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+import qwen3_distill
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config_io import dump_config, load_config
 from qwen3_distill.errors import DistillError, RunFolderError
@@ -32,6 +33,23 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at configs and their schema.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        _say(f"qwen3-distill {qwen3_distill.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    pass
+
 
 ConfigOption = Annotated[
     Path, typer.Option("--config", "-c", help="YAML file, or a run folder's config.json.")
@@ -222,12 +240,18 @@ def config_show(config: ConfigOption, overrides: Overrides = None) -> None:
 
 @config_app.command("check")
 def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
-    """Check a config without loading a model."""
+    """Check a config, and that its models, prompts and interpreters are there.
+
+    Nothing is loaded or started. Exit status 2 when something is missing.
+    """
     settings = load_config(config, overrides or ())
     _say(
         f"{config} is valid: {settings.steps} steps of {settings.prompts_per_step} prompts x "
         f"{settings.samples_per_prompt} samples, objective {settings.objective.kind}"
     )
+    from qwen3_distill.pipeline.preflight import check_before_start
+
+    check_before_start(settings)
 
 
 @config_app.command("schema")

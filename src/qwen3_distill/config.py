@@ -566,7 +566,7 @@ class UnslothTraining(_EngineProcess, _Watched):
     chunk_tokens: PositiveInt = 1024
     """Rows of logits that exist at a time, in objectives beyond the sampled token's."""
     gradient_checkpointing: Literal["auto", "off", "on", "unsloth"] = "auto"
-    """``off`` is a third cheaper, ``on`` recomputes every layer, ``unsloth`` also moves
+    """``on`` costs a third more than ``off``: it recomputes every layer, ``unsloth`` also moves
     activations to host memory. ``auto``: the fewest layers that the memory at hand demands."""
     memory_gib: PositiveFloat | None = None
     """What ``auto`` may use for weights and activations; null: planned, see

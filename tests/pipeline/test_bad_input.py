@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from qwen3_distill.data.rollout_files import read_scored
+from qwen3_distill.errors import ConfigError
 from qwen3_distill.pipeline.build import Parts
+from qwen3_distill.pipeline.run import run
 from qwen3_distill.scoring.embedded import EmbeddedTeacher
 from tests.pipeline.builders import (
     EVALUATION,
@@ -24,7 +26,9 @@ from tests.pipeline.builders import (
     SAMPLED,
     TASK_REWARD,
     TOP_K,
+    RecordingReporter,
     call_cli,
+    raise_warning,
     read_json,
     refused,
     run_to_end,
@@ -398,6 +402,18 @@ def test_unusable_prompts_are_named_by_file_and_line(
 def test_missing_prompt_file_is_named(tiny_models: TinyModels, tmp_path: Path) -> None:
     words = ["none.jsonl", "does not exist", "prompts.path"]
     refused_run(tiny_models, tmp_path, {"prompts": FILE_PROMPTS}, words)
+
+
+def test_missing_held_out_problems_are_named_before_anything_starts(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    prompts = FILE_PROMPTS | {"answer_field": "answer"}
+    changes = {"evaluation": EVALUATION | {"prompts": prompts, "verifier": MATH}}
+    config = tiny_config(tiny_models, tmp_path / "run", changes)
+    reporter = RecordingReporter()
+    with pytest.raises(ConfigError, match=r"none\.jsonl does not exist"):
+        run(config, reporter, raise_warning)
+    assert reporter.stages == []
 
 
 # --- The run folder -------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import qwen3_distill
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config_io import check_config
 from tests.pipeline.builders import call_cli, tiny_config, tiny_values, write_config
@@ -92,6 +93,24 @@ def test_check_sums_a_valid_config_up(config_file: Path) -> None:
     assert "is valid: 4 steps of 2 prompts x 2 samples" in result.out
 
 
+def test_check_names_everything_that_is_not_there(config_file: Path, tmp_path: Path) -> None:
+    absent = tmp_path / "no"
+    settings = [
+        f"student.model={absent}/student",
+        f"prompts={{kind: jsonl, path: {absent}.jsonl}}",
+        f"generation={{kind: vllm, python: {absent}/python}}",
+    ]
+    result = call_cli("config", "check", "--config", config_file, *settings)
+    assert result.code == 2
+    for name in ("no/student", "no.jsonl", "no/python"):
+        assert name in result.err
+
+
+def test_the_version_is_told() -> None:
+    result = call_cli("--version")
+    assert (result.code, result.out) == (0, f"qwen3-distill {qwen3_distill.__version__}\n")
+
+
 def test_check_refuses_an_invalid_config(config_file: Path) -> None:
     result = call_cli("config", "check", "--config", config_file, "stepz=3")
     assert (result.code, result.out) == (2, "")
@@ -106,7 +125,8 @@ def test_schema_is_that_of_the_config() -> None:
 def test_reference_explains_every_key() -> None:
     text = call_cli("config", "reference").out
     schema = RunConfig.model_json_schema()
-    for section in (schema, *schema["$defs"].values()):
+    sections = [s for s in schema["$defs"].values() if "properties" in s]
+    for section in (schema, *sections):
         assert f"## {section['title']}" in text
         assert [key for key in section["properties"] if f"| `{key}` |" not in text] == []
 

@@ -13,6 +13,7 @@ from qwen3_distill.errors import EngineStartError
 from qwen3_distill.generation.remote import RemoteRolloutEngine
 from qwen3_distill.generation.vllm_settings import VllmSettings
 from qwen3_distill.modeling.loading import load_identity
+from qwen3_distill.utils.process import how_to_install
 from qwen3_distill.utils.worker import WorkerProcess
 
 _PROBE_TIMEOUT_S = 60.0
@@ -93,9 +94,8 @@ class VllmRolloutEngine(RemoteRolloutEngine):
         text, config, output = str(error), self._config, self._worker.output()
         if "No module named 'vllm'" in output:
             return EngineStartError(
-                f"vLLM is not installed for {config.python or sys.executable}: make an "
-                "environment with `pip install 'qwen3-distill[vllm]'` and set generation.python "
-                "to its interpreter (docs/engines.md)"
+                f"vLLM is not installed for {config.python or sys.executable}: "
+                f"{how_to_install('vllm', 'generation')}"
             )
         causes = [line for line in _CAUSE.findall(output) if "initialization failed" not in line]
         if causes and (unknown := _OTHER_VERSION.match(causes[-1])):
@@ -113,4 +113,5 @@ class VllmRolloutEngine(RemoteRolloutEngine):
             )
         if causes:
             return EngineStartError(text + cause)
-        return EngineStartError(text if "the end of" in text else text + self._worker.last_output())
+        end = self._worker.last_output()
+        return EngineStartError(text if end in text else text + end)

@@ -21,6 +21,7 @@ from qwen3_distill.pipeline.manifest import (
     machine,
     versions,
 )
+from qwen3_distill.pipeline.preflight import check_before_start
 from qwen3_distill.pipeline.recorder import Recorder, render_report, summarize
 from qwen3_distill.pipeline.run_folder import RunFolder, full_disk_named
 from qwen3_distill.pipeline.sequential import run_sequential
@@ -69,6 +70,7 @@ async def _run(
     warn: Callable[[str], None],
     adapt: Callable[[Parts], Parts],
 ) -> bool:
+    check_before_start(config)
     progress.stage("checking that student and teacher match")
     check_compatible(load_identity(config.student.model), load_identity(config.scoring.model))
     async with AsyncExitStack() as stack:

@@ -293,10 +293,13 @@ def _evaluation_text(result: Mapping[str, Any]) -> str:
 
 def _print_summary(console: Console, summary: Mapping[str, Any], report: Path | None) -> None:
     console.print()
-    accuracy = summary.get("accuracy")
-    if accuracy:
+    accuracy = summary.get("accuracy") or {}
+    if any(accuracy.values()):
         console.print(_accuracy_table(accuracy))
-    console.print(_time_table(summary["wall_s"]))
+    wall_s = summary["wall_s"]
+    console.print(_time_table(wall_s))
+    if sum(wall_s.values()) > 2.05 * wall_s["total"]:
+        console.print("stages ran side by side", markup=False, highlight=False)
     tokens = summary.get("tokens", {})
     counts = ", ".join(f"{quantity(count)} {name}" for name, count in tokens.items())
     line = f"{summary['steps']:,} steps; tokens: {counts or 'not counted'}"

@@ -191,7 +191,7 @@ def _import(module: str, *, extra: str | None, setting: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        package = f"'qwen3-distill[{extra}]'" if extra else "tensorboard"
+        package = extra or "tensorboard"
         raise ConfigError(
             f"{setting} needs the package {error.name}, which is not installed: "
             f"`pip install {package}`, or switch it off in the config"

@@ -16,7 +16,7 @@ import yaml
 
 from qwen3_distill.config import SglangScoring
 from qwen3_distill.errors import EngineStartError
-from qwen3_distill.utils.process import ChildProcess, engine_environment
+from qwen3_distill.utils.process import ChildProcess, engine_environment, how_to_install
 
 HOST = "127.0.0.1"
 CPU_CACHE_TOKENS = 65536
@@ -136,11 +136,9 @@ class SglangServer:
         """Why a server that ended before it answered did so, as far as its log tells."""
         text = self._log_text()
         if "No module named 'sglang'" in text:
-            python = self._config.python or sys.executable
             return EngineStartError(
-                f"SGLang is not installed for {python}: run `{python} -m pip install "
-                "'qwen3-distill[sglang]'` (in an environment of its own), or set scoring.python "
-                "to an interpreter that has it (docs/engines.md)"
+                f"SGLang is not installed for {self._config.python or sys.executable}: "
+                f"{how_to_install('sglang', 'scoring')}"
             )
         tail = self._process.last_output()
         if "out of memory" in text.lower() or "Not enough memory" in text:

@@ -15,13 +15,14 @@ from qwen3_distill.config import ObjectiveConfig, UnslothTraining
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.training.served import ServedLearner
 from qwen3_distill.types import WeightVersion
+from qwen3_distill.utils.process import how_to_install
 from qwen3_distill.utils.worker import serve_worker
 
 UNSLOTH_VERSION = "2026.10.9"
 """The one this was written against and tested with: it reaches below unsloth's public functions."""
 TRANSFORMERS_VERSIONS = ((5, 12), (5, 17))
 """First and last, as major and minor: what this package needs, and what that unsloth takes."""
-_INSTALL = "install the extra: pip install 'qwen3-distill[unsloth]' (docs/engines.md)"
+_INSTALL = how_to_install("unsloth", "training")
 
 
 class UnslothWorker(ServedLearner):
@@ -64,8 +65,7 @@ def check_installation() -> None:
             found = "is not installed" if version is None else f"has version {version}"
             raise EngineStartError(
                 f"unsloth learner: {package} {found} for {sys.executable}, "
-                f"needed is {UNSLOTH_VERSION}; {_INSTALL}, or set training.python to the "
-                "interpreter of an environment that has it"
+                f"needed is {UNSLOTH_VERSION}; {_INSTALL}"
             )
     version = _version("transformers")
     lowest, highest = TRANSFORMERS_VERSIONS

@@ -27,6 +27,15 @@ def engine_environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
+def how_to_install(engine: str, section: str) -> str:
+    """The remedy where an engine is missing; ``section`` of the config names its interpreter."""
+    return (
+        f"make an environment with `python3 scripts/make_environment.py {engine}-cuda` "
+        f"({engine}-cpu without a GPU) and set {section}.python to the interpreter that it prints "
+        "(docs/engines.md)"
+    )
+
+
 class ChildProcess:
     """A command and everything it starts, ended as one.
 

@@ -18,7 +18,7 @@ from tests.tiny_models import TinyModels
         ("driver: the last words", r"did not start.*driver: the last words"),
         (
             "ModuleNotFoundError: No module named 'vllm'",
-            r"not installed for .*qwen3-distill\[vllm\]",
+            r"not installed for .*make_environment.py vllm-cuda.* set generation.python",
         ),
         (
             "ImportError: cannot import name 'TokensPrompt' from 'vllm' (/x/vllm/__init__.py)",

@@ -1,0 +1,51 @@
+"""What can be seen to be missing before anything is loaded or started."""
+
+import os
+from collections.abc import Callable
+
+from qwen3_distill.config import RunConfig
+from qwen3_distill.data.sources import build_source
+from qwen3_distill.errors import ConfigError, DataError, ModelError
+from qwen3_distill.modeling.loading import check_model_dir
+
+
+def problems_of(config: RunConfig) -> list[str]:
+    """Models, prompts and interpreters of a config that are not there, each with what to change."""
+    checks: list[Callable[[], object]] = [
+        lambda: check_model_dir(config.student.model),
+        lambda: check_model_dir(config.scoring.model),
+        lambda: build_source(config.prompts),
+    ]
+    if config.evaluation is not None:
+        held_out = config.evaluation.prompts
+        checks.append(lambda: build_source(held_out))
+    found = [problem for check in checks if (problem := _problem(check))]
+    for name in ("generation", "scoring", "training"):
+        python = getattr(getattr(config, name), "python", None)
+        if python is not None and os.sep in python and not os.access(python, os.X_OK):
+            found.append(
+                f"{name}.python={python} does not exist or cannot be run; give the interpreter of "
+                "an environment that has the engine (docs/engines.md)"
+            )
+    return list(dict.fromkeys(found))
+
+
+def check_before_start(config: RunConfig) -> None:
+    """Raise for all of `problems_of` at once: engines take minutes to start.
+
+    Raises:
+        ConfigError: something is missing.
+    """
+    found = problems_of(config)
+    if len(found) == 1:
+        raise ConfigError(found[0])
+    if found:
+        raise ConfigError("\n  - ".join(["the config names what is not there:", *found]))
+
+
+def _problem(check: Callable[[], object]) -> str | None:
+    try:
+        check()
+    except (ModelError, DataError) as error:
+        return str(error)
+    return None
