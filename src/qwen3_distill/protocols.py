@@ -2,8 +2,8 @@
 
 What an engine computes is awaited: an embedded engine computes inside the call, a real one waits
 for its process. Nothing but the identity is there before `start`; `close` may be called more than
-once, and `start` after `close` begins anew. Engines are started one after another: each sizes its
-memory by what it finds free.
+once, and `start` after `close` begins anew. Engines may be started side by side, but for a teacher
+that takes a share of the memory that it finds free.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence

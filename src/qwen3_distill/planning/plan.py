@@ -1,7 +1,7 @@
 """A memory plan: who gets how much of one device, before anything is started.
 
-The engines start in the order teacher, student, learner. A server that sizes itself by a share of
-the free memory is the first, so its share is one of the memory that the plan starts from.
+A server that sizes itself by a share of the free memory is started first and by itself, so its
+share is one of the memory that the plan starts from.
 """
 
 from collections.abc import Iterator
