@@ -77,9 +77,13 @@ def run(config: ConfigOption, overrides: Overrides = None) -> None:
     from qwen3_distill.reporting.console import make_reporter
 
     _quiet_libraries()
-    if run_pipeline(settings, make_reporter(settings.steps), _warn) is None:
+    try:
+        if run_pipeline(settings, make_reporter(settings.steps), _warn) is not None:
+            return
         _warn("stopped and saved; start the same command again to go on")
-        raise typer.Exit(INTERRUPTED_EXIT_CODE)
+    except KeyboardInterrupt:
+        _warn("stopped at once; the same command goes on from the newest checkpoint, if any")
+    raise typer.Exit(INTERRUPTED_EXIT_CODE)
 
 
 @app.command()

@@ -106,6 +106,18 @@ def test_check_names_everything_that_is_not_there(config_file: Path, tmp_path: P
         assert name in result.err
 
 
+def test_an_interrupt_that_ends_a_run_at_once_says_what_is_left(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qwen3_distill.pipeline.run.run", interrupted)
+    result = call_cli("run", "--config", config_file)
+    assert result.code == 130
+    assert "goes on from the newest checkpoint" in result.err
+
+
 def test_the_version_is_told() -> None:
     result = call_cli("--version")
     assert (result.code, result.out) == (0, f"qwen3-distill {qwen3_distill.__version__}\n")

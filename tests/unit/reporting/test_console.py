@@ -168,9 +168,17 @@ def test_the_end_shows_accuracy_time_and_the_report(out, clock_):
 
 
 def test_a_run_without_evaluation_has_no_accuracy_table(out, clock_):
-    _plain(out, clock_).finish({**SUMMARY, "accuracy": None}, None)
+    for nothing in (None, {"before": None, "after": None, "teacher": None}):
+        _plain(out, clock_).finish({**SUMMARY, "accuracy": nothing}, None)
     assert "held-out" not in out.getvalue()
     assert "report:" not in out.getvalue()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_stages_that_add_up_to_more_than_the_total_are_explained(out, clock_, beside):
+    wall_s = {"generate": 6.0, "train": 6.0 if beside else 4.0, "total": 10.0}
+    _plain(out, clock_).finish({**SUMMARY, "wall_s": wall_s}, None)
+    assert ("stages ran side by side" in out.getvalue()) == beside
 
 
 def test_a_terminal_gets_the_live_display_and_a_pipe_does_not(out):
