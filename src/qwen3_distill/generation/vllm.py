@@ -4,8 +4,11 @@ vLLM is not imported here: the process may have an interpreter and an environmen
 """
 
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qwen3_distill.config import LoraTuning, VllmGeneration
@@ -60,6 +63,7 @@ class VllmRolloutEngine(RemoteRolloutEngine):
             worker, max_model_tokens=max_model_tokens, max_restarts=config.max_restarts
         )
         self._config = config
+        self._scratch: Path | None = None
         self._settings = VllmSettings(
             model_dir=str(model_dir),
             dtype=config.dtype,
@@ -78,6 +82,12 @@ class VllmRolloutEngine(RemoteRolloutEngine):
             engine_arguments=dict(config.engine_arguments),
         )
 
+    async def close(self) -> None:
+        await super().close()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch = None
+
     async def prompt_logprobs(self, token_ids: Sequence[int]) -> Sequence[float]:
         """[T - 1] nats of all tokens but the first under the served weights: a probe."""
         values = await self._worker.call(
@@ -87,7 +97,10 @@ class VllmRolloutEngine(RemoteRolloutEngine):
 
     async def _open(self) -> None:
         limit_s = self._config.start_timeout_s
-        await self._worker.silent_call("open", self._settings, timeout_s=limit_s)
+        if self._scratch is None:
+            self._scratch = Path(tempfile.mkdtemp(prefix="qwen3-distill-vllm-"))
+        settings = replace(self._settings, scratch=str(self._scratch))
+        await self._worker.silent_call("open", settings, timeout_s=limit_s)
 
     def _explained(self, error: EngineStartError) -> EngineStartError:
         """The error with its cause: vLLM prints it, and passes on only that there was one."""

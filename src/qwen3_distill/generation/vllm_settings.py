@@ -18,6 +18,8 @@ class VllmSettings:
     stream_interval: int
     lora_rank: int | None
     """Highest rank of the adapters it will serve; None: whole weights are loaded instead."""
+    scratch: str = ""
+    """Folder for small files between vLLM's processes. It is the controller's: they may die."""
     keeps_cache: bool = True
     """Whether running rollouts keep their keys and values when new weights come."""
     max_batched_tokens: int | None = None

@@ -16,7 +16,6 @@ if not os.path.exists("/dev/nvidiactl"):
 
 import asyncio
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -58,7 +57,6 @@ class VllmWorker:
         self._num_loads = 0
         self._adapter_path: str | None = None
         self._running: dict[str, RunningRollout] = {}
-        self._scratch = tempfile.TemporaryDirectory(prefix="qwen3-distill-vllm-")
         self._load_lock = asyncio.Lock()
         self._paused = False
         self._num_outputs = 0
@@ -172,7 +170,6 @@ class VllmWorker:
             self._watching.cancel()
         if self._engine is not None:
             self._engine.shutdown()
-        self._scratch.cleanup()
 
     async def _sample(self, request: RolloutRequest) -> Rollout | None:
         """One rollout; None if it was aborted."""
@@ -204,7 +201,7 @@ class VllmWorker:
     async def _replace(self, version: WeightVersion, channel: Any) -> str:
         """Bring the version's weights into use; a problem as text, "" if there is none."""
         assert self._settings is not None
-        request = Path(self._scratch.name) / "request"
+        request = Path(self._settings.scratch) / "request"
         write_request(request, version, channel)
         if self._settings.lora_rank is None:
             return await self._ask_engine("distill_load_full", str(request))
