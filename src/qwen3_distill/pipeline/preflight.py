@@ -3,19 +3,27 @@
 import os
 from collections.abc import Callable
 
-from qwen3_distill.config import RunConfig
+from qwen3_distill.config import JsonlPrompts, ParquetPrompts, RunConfig
 from qwen3_distill.data.sources import build_source
 from qwen3_distill.errors import ConfigError, DataError, ModelError
 from qwen3_distill.modeling.loading import check_model_dir
 
 
-def problems_of(config: RunConfig) -> list[str]:
-    """Models, prompts and interpreters of a config that are not there, each with what to change."""
+def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
+    """Models, prompts and interpreters of a config that are not there, each with what to change.
+
+    Args:
+        reads_prompts: whether the training prompts are read, which takes a while if there are
+            millions, or only looked for. Held-out problems always are.
+    """
     checks: list[Callable[[], object]] = [
         lambda: check_model_dir(config.student.model),
         lambda: check_model_dir(config.scoring.model),
-        lambda: build_source(config.prompts),
     ]
+    prompts = config.prompts
+    is_file = isinstance(prompts, JsonlPrompts | ParquetPrompts)
+    if reads_prompts or (is_file and not os.path.exists(prompts.path)):
+        checks.append(lambda: build_source(prompts))
     if config.evaluation is not None:
         held_out = config.evaluation.prompts
         checks.append(lambda: build_source(held_out))
@@ -30,13 +38,13 @@ def problems_of(config: RunConfig) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def check_before_start(config: RunConfig) -> None:
+def check_before_start(config: RunConfig, *, reads_prompts: bool = True) -> None:
     """Raise for all of `problems_of` at once: engines take minutes to start.
 
     Raises:
         ConfigError: something is missing.
     """
-    found = problems_of(config)
+    found = problems_of(config, reads_prompts=reads_prompts)
     if len(found) == 1:
         raise ConfigError(found[0])
     if found:

@@ -70,7 +70,7 @@ async def _run(
     warn: Callable[[str], None],
     adapt: Callable[[Parts], Parts],
 ) -> bool:
-    check_before_start(config)
+    check_before_start(config, reads_prompts=False)  # they are read with the other parts
     progress.stage("checking that student and teacher match")
     check_compatible(load_identity(config.student.model), load_identity(config.scoring.model))
     async with AsyncExitStack() as stack:
