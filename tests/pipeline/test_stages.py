@@ -9,6 +9,8 @@ from qwen3_distill.config import RunConfig
 from qwen3_distill.config_io import dump_config
 from qwen3_distill.data.rollout_files import read_rollouts, read_scored, write_rollouts
 from qwen3_distill.data.tasks import ChainTask
+from qwen3_distill.errors import EngineError
+from qwen3_distill.pipeline import sequential
 from qwen3_distill.types import Rollout
 from tests.pipeline.builders import (
     FULL,
@@ -162,3 +164,34 @@ def test_empty_files_are_refused(ready: Offline, tmp_path: Path) -> None:
 def test_missing_file_is_refused(ready: Offline, tmp_path: Path) -> None:
     command = ("score", "--config", ready.config_file, "--out", tmp_path / "out")
     refused(*command, "--rollouts", tmp_path / "no.parquet", words=["no.parquet", "not exist"])
+
+
+@pytest.mark.parametrize("stage", ["generate", "score"])
+def test_finished_steps_of_a_stage_that_is_broken_off_are_kept(
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    files = offline(tiny_models, tmp_path)
+    files.generate("--num-steps", "3")
+    files.score()
+    whole = {"generate": files.rollouts, "score": files.scored}[stage]
+    expected = {"generate": read_rollouts, "score": read_scored}[stage](whole)
+    whole.unlink()
+    real, calls = getattr(sequential, stage), 0
+
+    async def breaks_in_the_third(*arguments: Any, **settings: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise EngineError("broken off by hand")
+        return await real(*arguments, **settings)
+
+    monkeypatch.setattr(sequential, stage, breaks_in_the_third)
+    options = ("--num-steps", "3") if stage == "generate" else ("--rollouts", files.rollouts)
+    command = (stage, "--config", files.config_file, "--out", whole, *options)
+    result = call_cli(*command)
+    assert result.code == 3
+    part = whole.with_name(f"{whole.stem}-partial.parquet")
+    assert f"8 rollouts of finished steps are in {part}" in " ".join(result.out.split())
+    assert not whole.exists()
+    kept = {"generate": read_rollouts, "score": read_scored}[stage](part)
+    assert [step for step, _ in kept] == [step for step, _ in expected][:8]

@@ -6,6 +6,7 @@ optimizer steps. Each uses the same functions as the pipeline.
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -57,6 +58,22 @@ def offline_file(config: RunConfig, name: str) -> Path:
     return folder / name
 
 
+@contextmanager
+def _written(
+    write: Callable[[Path], None], rows: Sequence[object], out: Path, say: Say
+) -> Iterator[None]:
+    """Write what the block collects; where it is broken off, the finished steps beside ``out``."""
+    try:
+        yield
+    except BaseException:
+        if rows:
+            part = out.with_name(f"{out.stem}-partial{out.suffix}")
+            write(part)
+            say(f"broken off: the {len(rows)} rollouts of finished steps are in {part}")
+        raise
+    write(out)
+
+
 def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, say: Say) -> str:
     """Sample the rollouts of some steps from the student's directory.
 
@@ -66,19 +83,19 @@ def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, s
     text = TextTools(config.student.model)
     prompts = build_prompts(config, text)
 
-    async def sample() -> list[tuple[int, Rollout]]:
-        rows: list[tuple[int, Rollout]] = []
+    rows: list[tuple[int, Rollout]] = []
+
+    async def sample() -> None:
         async with static_engine(config, config.student.model) as engine:
             for step in range(first_step, first_step + num_steps):
                 taken = prompts.take(step * config.prompts_per_step, config.prompts_per_step)
                 requests = requests_for_step(config, taken, step)
                 rollouts = await sequential.generate(engine, requests)
-                rows += [(step, rollout) for rollout in rollouts]
+                rows.extend((step, rollout) for rollout in rollouts)
                 say(f"step {step}: {len(rollouts)} rollouts")
-        return rows
 
-    rows = asyncio.run(sample())
-    write_rollouts(out, rows, text.decode)
+    with _written(lambda path: write_rollouts(path, rows, text.decode), rows, out, say):
+        asyncio.run(sample())
     return f"{len(rows)} rollouts, {sum(r.num_tokens for _, r in rows):,} tokens: {out}"
 
 
@@ -94,21 +111,21 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
     check_compatible(load_identity(config.student.model), load_identity(config.scoring.model))
     teacher = build_teacher(config, plan_memory(config))
     allowed = sequential.max_dropped_fraction(config)
+    decode = TextTools(config.student.model).decode
+    scored: list[tuple[int, ScoredRollout]] = []
 
-    async def score_steps() -> list[tuple[int, ScoredRollout]]:
-        scored: list[tuple[int, ScoredRollout]] = []
+    async def score_steps() -> None:
         try:
             await teacher.start()
             for step, group in _steps(rows):
                 items = await sequential.score(teacher, group, max_dropped_fraction=allowed)
-                scored += [(step, item) for item in items]
+                scored.extend((step, item) for item in items)
                 say(f"step {step}: {len(items)} of {len(group)} rollouts scored")
         finally:
             await teacher.close()
-        return scored
 
-    scored = asyncio.run(score_steps())
-    write_scored(out, scored, TextTools(config.student.model).decode)
+    with _written(lambda path: write_scored(path, scored, decode), scored, out, say):
+        asyncio.run(score_steps())
     return f"{len(scored)} rollouts scored by {teacher.teacher_id}: {out}"
 
 
