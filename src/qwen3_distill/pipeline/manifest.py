@@ -15,6 +15,7 @@ import torch
 import qwen3_distill
 from qwen3_distill.config import RunConfig
 from qwen3_distill.types import ModelIdentity
+from qwen3_distill.utils.process import engine_environment
 
 _PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "pyarrow", "pydantic")
 _ENGINE_PACKAGES = (
@@ -55,7 +56,7 @@ def engine_versions(config: RunConfig) -> dict[str, dict[str, str]]:
         if section.kind == "embedded" or (section.kind == "sglang" and section.urls):
             continue
         command = [section.python or sys.executable, "-c", _LIST_PACKAGES, *_ENGINE_PACKAGES]
-        environment = {**os.environ, **section.environment}
+        environment = engine_environment(section.environment)
         with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
             listed = subprocess.run(
                 command, env=environment, capture_output=True, check=True, timeout=30

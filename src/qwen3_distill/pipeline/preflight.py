@@ -7,6 +7,7 @@ from qwen3_distill.config import JsonlPrompts, ParquetPrompts, RunConfig
 from qwen3_distill.data.sources import build_source
 from qwen3_distill.errors import ConfigError, DataError, ModelError
 from qwen3_distill.modeling.loading import check_model_dir
+from qwen3_distill.utils.process import is_absent
 
 
 def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
@@ -30,7 +31,7 @@ def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
     found = [problem for check in checks if (problem := _problem(check))]
     for name in ("generation", "scoring", "training"):
         python = getattr(getattr(config, name), "python", None)
-        if python is not None and os.sep in python and not os.access(python, os.X_OK):
+        if python is not None and is_absent(python):
             found.append(
                 f"{name}.python={python} does not exist or cannot be run; give the interpreter of "
                 "an environment that has the engine (docs/engines.md)"

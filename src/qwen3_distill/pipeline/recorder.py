@@ -122,6 +122,7 @@ class Recorder:
             else None
         )
         self._evaluated_s = 0.0
+        """Of the evaluations that have ended; what two did side by side counts once."""
         self.stop_requested = False
         """Set by the signal handler: finish the step, save, leave."""
 

@@ -149,7 +149,8 @@ class SglangServer:
 
     def _unknown_message(self, what: str) -> str:
         """For what SGLang says that it does not have: options, or modules and names."""
-        theirs = [name for name in self._config.server_arguments if f"--{name}" in what]
+        words = what.split()
+        theirs = [name for name in self._config.server_arguments if f"--{name}" in words]
         if theirs:
             return (
                 f"SGLang has no option {', '.join(theirs)} ({what}): see `python -m "

@@ -27,6 +27,11 @@ def engine_environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
+def is_absent(program: str) -> bool:
+    """Whether a path names nothing that can be run; a bare name is looked up when it is started."""
+    return os.sep in program and not os.access(program, os.X_OK)
+
+
 def how_to_install(engine: str, section: str) -> str:
     """The remedy where an engine is missing; ``section`` of the config names its interpreter."""
     return (
@@ -66,7 +71,7 @@ class ChildProcess:
             EngineStartError: its program does not exist or cannot be run.
         """
         program = command[0]
-        if os.sep in program and not os.access(program, os.X_OK):
+        if is_absent(program):
             raise EngineStartError(
                 f"{self.name}: {program} does not exist or cannot be run; set `python` to the "
                 "interpreter of an environment that has the engine (docs/engines.md)"
