@@ -175,28 +175,40 @@ def test_a_version_that_was_being_loaded_is_served_after_the_death(
 
 
 def test_rollouts_wait_for_the_version_that_has_taken_the_place_of_theirs(
-    engine: EmbeddedRolloutProcess, weights: dict[str, Tensor], tmp_path: Path
+    engine: EmbeddedRolloutProcess,
+    weights: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A channel that holds one version only, as CUDA IPC does: the process that comes back while
-    the next one is published finds no more what it served."""
+    """A channel that holds one version only, as CUDA IPC does: the next one is published just when
+    the process that came back asks for what it served."""
     first, _ = published(weights)
     new = {name: tensor * 1.01 for name, tensor in weights.items()}
     second, _ = published(new, step=1)
     channel = DirectoryChannel(tmp_path)
     channel.publish(first, FullWeights(tensors=weights))
+    ask_worker, loading = engine.worker.call, list[asyncio.Task[None]]()
 
-    async def kill_before_the_load() -> list[Rollout]:
+    async def publish_before(method: str, *arguments: Any, **settings: Any) -> Any:
+        if method == "load" and not loading:
+            channel.publish(second, FullWeights(tensors=new))
+            shutil.rmtree(channel.locate(first))
+            loading.append(asyncio.create_task(engine.load(second, channel)))
+            await asyncio.sleep(0)
+        return await ask_worker(method, *arguments, **settings)
+
+    async def kill_and_come_back() -> list[Rollout]:
         await engine.load(first, channel)
         call = asyncio.create_task(collect(engine, long_requests(4)))
         await prefixes_when(engine, lambda prefixes: len(prefixes) == 4)
-        channel.publish(second, FullWeights(tensors=new))
-        shutil.rmtree(channel.locate(first))
+        monkeypatch.setattr(engine.worker, "call", publish_before)
         engine.kill()
-        await asyncio.sleep(0.2)  # the loss is known, and the process is on its way
-        await engine.load(second, channel)
-        return await call
+        rollouts = await call
+        await loading[0]
+        return rollouts
 
-    rollouts = run(kill_before_the_load())
+    rollouts = run(kill_and_come_back())
+    assert engine.version == second
     assert len(by_id(rollouts)) == 4  # one may have ended before
     assert second in {span.version for rollout in rollouts for span in rollout.versions}
 
