@@ -136,6 +136,11 @@ async def collecting_when(
     raise AssertionError("never ready")
 
 
+def longest(prefixes: Sequence[RolloutPrefix]) -> int:
+    """New tokens of the longest."""
+    return max((prefix.response_ids.size for prefix in prefixes), default=0)
+
+
 def long_requests(
     count: int, new_tokens: int = 90, prompt_tokens: int = 12
 ) -> list[RolloutRequest]:

@@ -34,6 +34,7 @@ from tests.contract.builders import (
     generate,
     likelier_eos,
     long_requests,
+    longest,
     make_prompt,
     make_request,
     make_spec,
@@ -533,7 +534,7 @@ def test_calls_that_overlap_get_their_own_rollouts_as_if_alone(
         for index, requests in enumerate(calls):  # one after another, into what already runs
             await prefixes_when(
                 engine,  # on a busy machine they may have ended before they are looked at
-                lambda seen, n=2 * index: _longest(seen) > n or background.done(),
+                lambda seen, n=2 * index: longest(seen) > n or background.done(),
             )
             started.append(asyncio.create_task(collect(engine, requests)))
         results = [await task for task in started]
@@ -552,10 +553,6 @@ def test_calls_that_overlap_get_their_own_rollouts_as_if_alone(
 
 def ids_of(prefixes: Sequence[RolloutPrefix]) -> set[str]:
     return {prefix.request.rollout_id for prefix in prefixes}
-
-
-def _longest(prefixes: Sequence[RolloutPrefix]) -> int:
-    return max((prefix.response_ids.size for prefix in prefixes), default=0)
 
 
 def test_a_prefix_is_the_beginning_of_its_rollout_and_an_aborted_one_is_left_out(
@@ -591,8 +588,11 @@ def test_a_waiting_request_can_be_aborted(
     serve(engine, weights)
 
     async def abort_the_second() -> list[Rollout]:
-        collecting = asyncio.create_task(collect(engine, long_requests(2)))
-        await prefixes_when(engine, bool)
+        collecting, _ = await collecting_when(
+            engine,
+            long_requests(2, new_tokens=LONG),
+            lambda seen: "long1" not in ids_of(seen) and 0 < longest(seen) < LONG / 2,
+        )
         await engine.abort(["long1"])
         return await collecting
 
@@ -676,7 +676,7 @@ def test_running_rollouts_go_on_with_new_weights_and_every_token_names_its_versi
         collecting, _ = await collecting_when(
             engine,
             long_requests(24, new_tokens=LONG),
-            lambda seen: len(seen) >= 6 and _longest(seen) >= 6,
+            lambda seen: len(seen) >= 6 and longest(seen) >= 6,
         )
         await engine.load(second, channel)
         assert engine.version == second
@@ -721,7 +721,7 @@ def test_a_new_rollout_does_not_find_what_older_weights_computed_for_a_running_o
     ]
 
     async def begin_beside() -> list[Rollout]:
-        collecting, _ = await collecting_when(engine, requests, lambda seen: _longest(seen) >= 6)
+        collecting, _ = await collecting_when(engine, requests, lambda seen: longest(seen) >= 6)
         await engine.load(second, channel)
         same_prompts = [
             make_request(f"new-{prefix.request.rollout_id}", prefix.request.prompt, make_spec(7))

@@ -28,6 +28,7 @@ from tests.contract.builders import (
     directory_weights,
     generate,
     long_requests,
+    longest,
     make_prompt,
     make_request,
     make_spec,
@@ -315,16 +316,15 @@ def test_a_killed_engine_comes_back_and_no_rollout_is_lost_or_doubled(
     engine: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
 ) -> None:
     serve_adapter(engine, channel, adapter_weights(base, seed=1), 0)
-    requests = [*ragged_requests(20, max_new_tokens=2), *cached_requests(8, new_tokens=90)]
+    requests = [*ragged_requests(20, max_new_tokens=2), *cached_requests(8, new_tokens=LONG)]
     expected = generate(engine, requests)
 
     async def kill_under_way() -> list[Rollout]:
-        rollouts = []
-        async for rollout in engine.generate(requests):
-            rollouts.append(rollout)
-            if len(rollouts) == 20:
-                engine.kill()
-        return rollouts
+        collecting, _ = await collecting_when(  # the short ones have come, the others are under way
+            engine, requests, lambda seen: len(seen) == 8 and longest(seen) < LONG / 2
+        )
+        engine.kill()
+        return await collecting
 
     rollouts = run(kill_under_way())
     by_id = {rollout.rollout_id: rollout for rollout in rollouts}
