@@ -21,6 +21,7 @@ from qwen3_distill.config import (
     TuningConfig,
 )
 from qwen3_distill.errors import WeightVersionError
+from qwen3_distill.generation import embedded_process
 from qwen3_distill.generation.embedded import EmbeddedRolloutEngine
 from qwen3_distill.generation.embedded_process import EmbeddedRolloutProcess
 from qwen3_distill.protocols import ReplayingLearner, StreamingRolloutEngine, TeacherScorer
@@ -160,10 +161,12 @@ class EmbeddedProcessAdapter:
 
 
 def build_embedded_process(model_dir: Path, **changes: Any) -> EmbeddedRolloutProcess:
-    """An engine of its own, started."""
+    """An engine of its own, started. Its steps are slow while a rollout of `LONG` tokens runs."""
     values = {"kind": "embedded", "device": "cpu", "own_process": True, "threads": 1}
     config = EmbeddedGeneration.model_validate(values | changes)
-    engine = EmbeddedRolloutProcess(model_dir, config, log=LOGS / "rollouts.log")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedded_process, "_MODULE", "tests.contract.slow_embedded_worker")
+        engine = EmbeddedRolloutProcess(model_dir, config, log=LOGS / "rollouts.log")
     run(engine.start())
     return engine
 

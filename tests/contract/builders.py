@@ -42,7 +42,10 @@ _LOOP = asyncio.new_event_loop()
 HANGS_S = 300
 """What takes longer hangs: an engine's start is a minute where a machine is busy."""
 LONG = 400
-"""New tokens of a rollout that a test acts on while it runs; see `slow_steps`."""
+"""New tokens of a rollout that a test acts on while it runs."""
+SLOW_STEP_S = 0.005
+"""Added to a step while such a rollout runs, in engines with a process of their own: a step
+of a tiny model ends before a busy machine has woken the process that is to look at it."""
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

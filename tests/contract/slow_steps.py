@@ -1,6 +1,5 @@
 """A pause in vLLM's steps while a long request runs, so that a test gets to act on what runs.
 
-A tiny model's step takes less than a busy machine takes to wake the process that is to look at it.
 Loaded by the engine through ``logits_processors``; logits stay as they are.
 """
 # pyright: reportMissingImports=false
@@ -11,9 +10,7 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
 
-from tests.contract.builders import LONG
-
-STEP_S = 0.005
+from tests.contract.builders import LONG, SLOW_STEP_S
 
 
 class SlowSteps(LogitsProcessor):
@@ -24,7 +21,7 @@ class SlowSteps(LogitsProcessor):
         """Called before each step."""
         process_dict_updates(self._long, batch_update, _is_long)
         if self._long:
-            time.sleep(STEP_S)
+            time.sleep(SLOW_STEP_S)
 
     def apply(self, logits: Any) -> Any:
         return logits

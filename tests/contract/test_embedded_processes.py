@@ -39,6 +39,7 @@ from qwen3_distill.weights.directory import DirectoryChannel
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.contract.adapters import LOGS, build_embedded_process
 from tests.contract.builders import (
+    LONG,
     collect,
     directory_weights,
     generate,
@@ -103,7 +104,7 @@ def by_id(rollouts: list[Rollout]) -> dict[str, list[int]]:
 def test_calls_under_way_get_every_rollout_once_though_the_process_is_lost(
     engine: EmbeddedRolloutProcess, strike: Strike
 ) -> None:
-    requests = [*ragged_requests(20, max_new_tokens=2), *long_requests(8)]
+    requests = [*ragged_requests(20, max_new_tokens=2), *long_requests(8, new_tokens=LONG)]
     others = [replace(request, rollout_id=f"other/{request.rollout_id}") for request in requests]
     expected = by_id(generate(engine, [*requests, *others]))
     restarts = engine.counters["health/rollout_engine_restarts"]
@@ -125,7 +126,7 @@ def test_what_was_aborted_does_not_come_back_with_the_process(
     engine: EmbeddedRolloutProcess,
 ) -> None:
     async def abort_and_kill() -> list[Rollout]:
-        call = asyncio.create_task(collect(engine, long_requests(3)))
+        call = asyncio.create_task(collect(engine, long_requests(3, new_tokens=LONG)))
         await prefixes_when(engine, lambda prefixes: len(prefixes) == 3)
         await engine.abort(["long1"])
         engine.kill()
@@ -159,7 +160,7 @@ def test_a_version_that_was_being_loaded_is_served_after_the_death(
     channel.publish(version, FullWeights(tensors=new))
 
     async def kill_under_the_load() -> list[Rollout]:
-        call = asyncio.create_task(collect(engine, long_requests(4)))
+        call = asyncio.create_task(collect(engine, long_requests(4, new_tokens=LONG)))
         await prefixes_when(engine, lambda prefixes: len(prefixes) == 4)
         os.killpg(pid_of(engine), signal.SIGSTOP)
         loading = asyncio.create_task(engine.load(version, channel))
@@ -199,7 +200,7 @@ def test_rollouts_wait_for_the_version_that_has_taken_the_place_of_theirs(
 
     async def kill_and_come_back() -> list[Rollout]:
         await engine.load(first, channel)
-        call = asyncio.create_task(collect(engine, long_requests(4)))
+        call = asyncio.create_task(collect(engine, long_requests(4, new_tokens=LONG)))
         await prefixes_when(engine, lambda prefixes: len(prefixes) == 4)
         monkeypatch.setattr(engine.worker, "call", publish_before)
         engine.kill()
@@ -311,7 +312,7 @@ def test_a_teacher_that_is_lost_scores_again_as_the_one_here(
         hang_timeout_s=8.0,
     )
     teacher = EmbeddedTeacherProcess(config, request=SampledRequest(), log=LOGS / "teacher.log")
-    rollouts = [synthetic_rollout(5, 40, seed) for seed in range(300)]
+    rollouts = [synthetic_rollout(5, 40, seed) for seed in range(600)]
     expected = scores_of(here, rollouts)
     with pytest.raises(EngineError, match="start it first"):
         _ = teacher.teacher_id
