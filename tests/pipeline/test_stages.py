@@ -1,5 +1,6 @@
 """The offline stages, through files, do exactly what one pipeline step does."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from tests.pipeline.builders import (
     write_config,
 )
 from tests.tiny_models import TinyModels, write_model
+
+EVALUATION = (
+    "evaluation={prompts: {kind: task, split: eval}, verifier: {kind: task}, num_problems: 2}"
+)
 
 
 class Offline:
@@ -148,7 +153,28 @@ def test_directory_with_something_in_it_is_refused(ready: Offline, tmp_path: Pat
     (tmp_path / "precious").write_text("work")
     command = ("train", "--config", ready.config_file, "--scored", ready.scored)
     refused(*command, "--out", tmp_path, words=[str(tmp_path), "not empty"])
+    refused(*command, "--out", tmp_path / "precious", words=["precious", "not empty"])
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("stage", ["generate", "score", "train", "eval", "audit-teacher"])
+def test_what_could_not_be_written_is_refused_before_the_work(
+    ready: Offline, tmp_path: Path, stage: str
+) -> None:
+    (tmp_path / "file").write_text("work")
+    inputs = {
+        "score": ("--rollouts", ready.rollouts),
+        "train": ("--scored", ready.scored),
+        "eval": (EVALUATION,),
+        "audit-teacher": ("--rollouts", ready.rollouts, "--num", "2"),
+    }
+    command = (stage, "--config", ready.config_file, *inputs.get(stage, ()), "--out")
+    result = call_cli(*command, tmp_path / "file" / "out")
+    assert result.code == 2
+    assert re.search(r"file/out\S* could not be written", result.err)
+    assert not result.out
+    assert call_cli(*command, tmp_path / "new" / "out.parquet").code == 0
+    assert (tmp_path / "new" / "out.parquet").exists()
 
 
 def test_empty_files_are_refused(ready: Offline, tmp_path: Path) -> None:
@@ -162,8 +188,9 @@ def test_empty_files_are_refused(ready: Offline, tmp_path: Path) -> None:
 
 
 def test_missing_file_is_refused(ready: Offline, tmp_path: Path) -> None:
-    command = ("score", "--config", ready.config_file, "--out", tmp_path / "out")
+    command = ("score", "--config", ready.config_file, f"output_dir={tmp_path / 'run'}")
     refused(*command, "--rollouts", tmp_path / "no.parquet", words=["no.parquet", "not exist"])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("stage", ["generate", "score"])

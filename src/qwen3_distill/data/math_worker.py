@@ -14,6 +14,7 @@ import faulthandler
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from typing import TextIO
@@ -22,6 +23,10 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, veri
 
 # A boxed expression comes before every other candidate; what is left is taken from the end.
 _EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+"""Not a LaTeX command."""
+_CONSTANTS = {"e", "i"}
+"""Letters that are no symbols of an expression."""
 
 
 def parsed(text: str) -> list:
@@ -37,11 +42,23 @@ def parsed(text: str) -> list:
     )
 
 
+def is_usable(reference: str) -> bool:
+    """Whether a reference parses, and not as the product of the letters of a word in it.
+
+    No answer in plain words would ever equal that.
+    """
+    found = parsed(reference)
+    names = {symbol.name.lower() for part in found for symbol in part.free_symbols}
+    letters = _CONSTANTS.union(*names)
+    words = {word.lower() for word in _WORD.findall(reference)} - names  # \text{...} is a name
+    return bool(found) and not any(letters.issuperset(word) for word in words)
+
+
 def answer(question: dict[str, str]) -> bool:
-    """Whether the reference parses; with a response, whether the response equals it."""
-    reference = parsed(question["reference"])
+    """Whether the reference can be used; with a response, whether the response equals it."""
     if "response" not in question:
-        return bool(reference)
+        return is_usable(question["reference"])
+    reference = parsed(question["reference"])
     response = parsed(question["response"])
     return verify(reference, response, timeout_seconds=None) is True
 

@@ -89,8 +89,8 @@ class MathEqualityVerifier:
         if self._worker.ask({"reference": reference}) is not True:
             raise DataError(
                 f"prompt {prompt.prompt_id}: the reference answer {prompt.task_data[ANSWER_KEY]!r} "
-                "is not a mathematical expression, expected a number or LaTeX; correct the data or "
-                "change prompts.answer_field"
+                "is not a mathematical expression, expected a number or LaTeX (a product of "
+                "letters as a*b*c); correct the data or change prompts.answer_field"
             )
         self._good_references.add(reference)
 

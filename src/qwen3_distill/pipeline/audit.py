@@ -27,7 +27,7 @@ from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.scoring.request import TopKRequest
 from qwen3_distill.scoring.sglang import SglangTeacher
 from qwen3_distill.types import Rollout, ScoreFailure, TopKScore
-from qwen3_distill.utils.files import write_json_atomic
+from qwen3_distill.utils.files import check_writable, write_json_atomic
 
 Say = Callable[[str], None]
 
@@ -62,6 +62,8 @@ def audit_teacher(
     exact_dir = unquantized or _unquantized_directory(scoring)
     check_compatible(load_identity(config.student.model), load_identity(scoring.model))
     check_compatible(load_identity(scoring.model), load_identity(exact_dir))
+    if out is not None:
+        check_writable(out)
     request = TopKRequest(k=min(CANDIDATES, load_identity(scoring.model).vocab_size))
     # Embedded teachers come in the precision they are asked for; that one is compared with the
     # same weights in float32.

@@ -19,7 +19,7 @@ from qwen3_distill.data.rollout_files import (
     write_rollouts,
     write_scored,
 )
-from qwen3_distill.errors import ConfigError, DataError, RunFolderError
+from qwen3_distill.errors import ConfigError, DataError
 from qwen3_distill.evaluation.accuracy import EvaluationResult, evaluate
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.pipeline import sequential
@@ -39,7 +39,7 @@ from qwen3_distill.pipeline.requests import make_batch, requests_for_step
 from qwen3_distill.pipeline.run_folder import full_disk_named
 from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.types import Rollout, ScoredRollout
-from qwen3_distill.utils.files import write_json_atomic
+from qwen3_distill.utils.files import check_writable, write_json_atomic
 from qwen3_distill.utils.seeds import derive_seed
 
 Say = Callable[[str], None]
@@ -47,15 +47,8 @@ Record = TypeVar("Record")
 
 
 def offline_file(config: RunConfig, name: str) -> Path:
-    """Where a stage's file lies unless told otherwise; its folder is made."""
-    folder = config.output_path / "offline"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(
-            f"{folder} cannot be made: {error.strerror}; choose another output_dir or --out"
-        ) from error
-    return folder / name
+    """Where a stage's file lies unless told otherwise."""
+    return config.output_path / "offline" / name
 
 
 @contextmanager
@@ -82,7 +75,7 @@ def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, s
     """
     text = TextTools(config.student.model)
     prompts = build_prompts(config, text)
-
+    check_writable(out)
     rows: list[tuple[int, Rollout]] = []
 
     async def sample() -> None:
@@ -112,6 +105,7 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
     teacher = build_teacher(config, plan_memory(config))
     allowed = sequential.max_dropped_fraction(config)
     decode = TextTools(config.student.model).decode
+    check_writable(out)
     scored: list[tuple[int, ScoredRollout]] = []
 
     async def score_steps() -> None:
@@ -138,8 +132,6 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
     rows = read_scored(scored)
     if not rows:
         raise DataError(f"{scored} has no rollouts to train on")
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty; choose a new directory for the trained student")
     plan = plan_memory(config)
     teacher = build_teacher(in_this_process(config), plan)  # not started: who it is, and its head
     strangers = {item.score.teacher_id for _, item in rows} - {teacher.teacher_id}
@@ -148,6 +140,7 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
             f"{scored} was scored by {', '.join(sorted(strangers))}, but the config's teacher is "
             f"{teacher.teacher_id}"
         )
+    _require_empty(out)
     text = TextTools(config.student.model)
     is_correct = build_checker(config.verifier, text) if config.verifier else None
     weight = task_reward_weight(config)
@@ -170,6 +163,13 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
     return f"student after {asyncio.run(update_steps())} steps: {out}"
 
 
+def _require_empty(folder: Path) -> None:
+    """That a student can be written there, and nothing is replaced by it."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty; choose a new directory for the trained student")
+    check_writable(folder / "config.json" if folder.exists() else folder)
+
+
 def evaluate_directory(config: RunConfig, model: str, out: Path | None, *, say: Say) -> str:
     """Held-out accuracy of a model directory.
 
@@ -180,6 +180,8 @@ def evaluate_directory(config: RunConfig, model: str, out: Path | None, *, say: 
     if settings is None:
         raise ConfigError("this config has no `evaluation` section")
     check_compatible(load_identity(config.student.model), load_identity(model))
+    if out is not None:
+        check_writable(out)
     text = TextTools(config.student.model)
     count = settings.final_num_problems or settings.num_problems
     problems = build_problems(config, settings, text)(count)

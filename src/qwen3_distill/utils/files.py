@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,6 +41,25 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # after the rename there is nothing left to remove
             temporary.unlink()
+
+
+def check_writable(path: str | Path) -> None:
+    """Before work whose result is to be written to ``path``: its folder is made, and written to.
+
+    Raises:
+        RunFolderError: the file could not be written, as it stands.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            raise IsADirectoryError(f"{target} is a folder")
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise RunFolderError(
+            f"{target} could not be written ({error}); choose another --out or output_dir"
+        ) from error
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:

@@ -157,10 +157,31 @@ def test_works_in_other_threads(math_verifier: Verifier) -> None:
     assert verdicts == {value: value == 3 for value in range(6)}
 
 
-@pytest.mark.parametrize("answer", ["", "####", r"\frac{", "#### 42 ####"])
+IN_WORDS = ["Paris", "yes", "10 dollars", "Monday", "#### blue"]
+"""math-verify takes them for products of letters, which nothing that is answered would equal."""
+
+
+@pytest.mark.parametrize("answer", ["", "####", r"\frac{", "#### 42 ####", *IN_WORDS])
 def test_unusable_reference_is_a_data_error(math_verifier: Verifier, answer: str) -> None:
     with pytest.raises(DataError, match=r"p:0: the reference answer .* change prompts\.answer_fie"):
         math_verifier.correct(prompt(answer), "42")
+
+
+@pytest.mark.parametrize(
+    ("answer", "response"),
+    [
+        ("5 apples", r"\boxed{5}"),
+        ("a*b*c", r"\boxed{cab}"),
+        (r"\frac{xy}{2}", r"$\frac{1}{2}xy$"),
+        (r"\text{Evelyn}", r"\boxed{\text{Evelyn}}"),
+        (r"2\pi", r"\boxed{2\pi}"),
+    ],
+)
+def test_a_reference_may_have_units_letters_and_text_that_is_marked(
+    math_verifier: Verifier, answer: str, response: str
+) -> None:
+    assert math_verifier.correct(prompt(answer), response) is True
+    assert math_verifier.correct(prompt(answer), r"\boxed{7}") is False
 
 
 def test_missing_reference_is_a_data_error(math_verifier: Verifier) -> None:
