@@ -41,10 +41,10 @@ from tests.contract.adapters import LOGS, build_embedded_process
 from tests.contract.builders import (
     LONG,
     collect,
+    collecting_when,
     directory_weights,
     generate,
     long_requests,
-    prefixes_when,
     published,
     ragged_requests,
     run,
@@ -126,8 +126,9 @@ def test_what_was_aborted_does_not_come_back_with_the_process(
     engine: EmbeddedRolloutProcess,
 ) -> None:
     async def abort_and_kill() -> list[Rollout]:
-        call = asyncio.create_task(collect(engine, long_requests(3, new_tokens=LONG)))
-        await prefixes_when(engine, lambda prefixes: len(prefixes) == 3)
+        call, _ = await collecting_when(
+            engine, long_requests(3, new_tokens=LONG), lambda seen: len(seen) == 3
+        )
         await engine.abort(["long1"])
         engine.kill()
         return await call
@@ -160,8 +161,9 @@ def test_a_version_that_was_being_loaded_is_served_after_the_death(
     channel.publish(version, FullWeights(tensors=new))
 
     async def kill_under_the_load() -> list[Rollout]:
-        call = asyncio.create_task(collect(engine, long_requests(4, new_tokens=LONG)))
-        await prefixes_when(engine, lambda prefixes: len(prefixes) == 4)
+        call, _ = await collecting_when(
+            engine, long_requests(4, new_tokens=LONG), lambda seen: len(seen) == 4
+        )
         os.killpg(pid_of(engine), signal.SIGSTOP)
         loading = asyncio.create_task(engine.load(version, channel))
         await asyncio.sleep(0.1)
@@ -200,8 +202,9 @@ def test_rollouts_wait_for_the_version_that_has_taken_the_place_of_theirs(
 
     async def kill_and_come_back() -> list[Rollout]:
         await engine.load(first, channel)
-        call = asyncio.create_task(collect(engine, long_requests(4, new_tokens=LONG)))
-        await prefixes_when(engine, lambda prefixes: len(prefixes) == 4)
+        call, _ = await collecting_when(
+            engine, long_requests(4, new_tokens=LONG), lambda seen: len(seen) == 4
+        )
         monkeypatch.setattr(engine.worker, "call", publish_before)
         engine.kill()
         rollouts = await call

@@ -9,10 +9,10 @@ import pytest
 from qwen3_distill.utils.stillness import until_still
 
 
-def ends(progress: Callable[[], object | None]) -> bool:
+def ends(progress: Callable[[], object | None], within_s: float = 60.0) -> bool:
     async def watch() -> bool:
         try:
-            await asyncio.wait_for(until_still(progress, 0.05), 1.0)
+            await asyncio.wait_for(until_still(progress, 0.05), within_s)
         except asyncio.TimeoutError:
             return False
         return True
@@ -26,7 +26,7 @@ def test_what_stands_still_is_noticed() -> None:
 
 @pytest.mark.parametrize("progress", [count().__next__, lambda: None], ids=["moves", "idle"])
 def test_what_moves_or_has_nothing_to_do_is_left_alone(progress: Callable[[], object]) -> None:
-    assert not ends(progress)
+    assert not ends(progress, within_s=1.0)
 
 
 def test_the_time_begins_anew_with_every_move() -> None:
