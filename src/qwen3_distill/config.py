@@ -9,7 +9,7 @@ written plus the defaults below.
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 from typing_extensions import Self
 
 from qwen3_distill.types import SamplingSpec
@@ -107,9 +107,9 @@ VerifierConfig: TypeAlias = Annotated[TaskVerifier | MathVerifier, Field(discrim
 class SamplingConfig(Schema):
     """How rollouts are sampled."""
 
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """0: no limit."""
     max_new_tokens: PositiveInt = 512
 
@@ -477,7 +477,7 @@ class LoraTuning(Schema):
     rank: PositiveInt = 32
     alpha: PositiveFloat = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: tuple[str, ...] = (
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "q_proj",
         "k_proj",
         "v_proj",
@@ -513,7 +513,7 @@ ScheduleConfig: TypeAlias = Annotated[
 class OptimizerConfig(Schema):
     """AdamW."""
 
-    learning_rate: PositiveFloat = 1.0e-5
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0e-5
     betas: tuple[
         Annotated[float, Field(ge=0, lt=1)],
         Annotated[float, Field(ge=0, lt=1)],
@@ -697,6 +697,21 @@ class ReplayConfig(Schema):
 # --- The run ------------------------------------------------------------------------------------
 
 
+_TEMPLATE_CALL = {
+    "add_generation_prompt",
+    "continue_final_message",
+    "conversation",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+}
+"""Arguments of `apply_chat_template` that are none of the template's."""
+
+
 class StudentConfig(Schema):
     """The model that is distilled into."""
 
@@ -704,6 +719,18 @@ class StudentConfig(Schema):
     """Directory of the student (Hugging Face layout)."""
     template_arguments: dict[str, bool | int | str] = Field(default_factory=dict)
     """Passed to the chat template, e.g. ``{enable_thinking: false}`` for Qwen3."""
+
+    @field_validator("template_arguments")
+    @classmethod
+    def _are_the_templates_own(
+        cls, arguments: dict[str, bool | int | str]
+    ) -> dict[str, bool | int | str]:
+        if taken := _TEMPLATE_CALL & arguments.keys():
+            raise ValueError(
+                f"{', '.join(sorted(taken))} may not be set: not the template takes it, and "
+                "prompts are always rendered up to where the answer begins"
+            )
+        return arguments
 
 
 class EvaluationConfig(Schema):
@@ -837,7 +864,7 @@ PipelineConfig: TypeAlias = Annotated[
 class RunConfig(Schema):
     """One distillation run."""
 
-    output_dir: str
+    output_dir: Annotated[str, Field(min_length=1)]
     """Run folder. Made by the run; a run is continued by starting it again."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Everything random derives from it: rollouts, the order of prompts that come from a file or

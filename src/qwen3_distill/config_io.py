@@ -13,17 +13,31 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from yaml.composer import ComposerError
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import ConfigError
 
+_NOT_OF_YAML_12 = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"}
+
 
 class _Yaml12Loader(yaml.SafeLoader):
-    """YAML 1.2: PyYAML reads ``1e-5`` as a string, and ``off`` and ``no`` as booleans."""
+    """YAML 1.2: PyYAML reads ``1e-5`` as a string, ``off`` and ``no`` as booleans, ``2024-11-25``
+    as a date, and takes the last of two equal keys."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        seen: set[str] = set()
+        for key in keys:
+            if key.value in seen:
+                raise ComposerError(None, None, f"{key.value!r} is set twice", key.start_mark)
+            seen.add(key.value)
+        return node
 
 
 _Yaml12Loader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag not in _NOT_OF_YAML_12]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Yaml12Loader.add_implicit_resolver(
@@ -107,7 +121,7 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Yaml12Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter for numbers that are none: 0x_
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 

@@ -43,9 +43,9 @@ def render(
     token_ids = _template_ids(raw, tokenizer, template_arguments)
     if len(token_ids) + max_new_tokens > context_length:
         raise DataError(
-            f"prompt {raw.prompt_id} has {len(token_ids)} tokens, and with sampling.max_new_tokens="
-            f"{max_new_tokens} it exceeds the model's context of {context_length} tokens; shorten "
-            "or remove the prompt, or lower max_new_tokens"
+            f"prompt {raw.prompt_id} (numbered from 0) has {len(token_ids)} tokens, and with "
+            f"sampling.max_new_tokens={max_new_tokens} it exceeds the model's context of "
+            f"{context_length} tokens; shorten or remove the prompt, or lower max_new_tokens"
         )
     return Prompt(
         prompt_id=raw.prompt_id,
@@ -76,6 +76,11 @@ def _template_ids(
             return_dict=False,
             **template_arguments,
         )
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"prompt {raw.prompt_id} cannot be rendered with student.template_arguments="
+            f"{dict(template_arguments)}: {error}"
+        ) from error
     except TemplateError as error:
         roles = [message.role for message in raw.messages]
         raise DataError(

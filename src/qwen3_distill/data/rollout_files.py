@@ -209,7 +209,8 @@ def _write(path: str | Path, columns: _Columns, schema: pa.Schema) -> None:
 def _read(path: Path, schema: pa.Schema) -> dict[str, pa.Array]:
     """The columns of ``schema``: types and version checked, no nulls but those it allows."""
     if not path.is_file():
-        raise DataError(f"rollout file {path} does not exist; check the path")
+        state = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"rollout file {path} {state}; check the path")
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             _check_schema(path, file.schema_arrow, schema)

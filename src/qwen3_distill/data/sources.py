@@ -162,9 +162,17 @@ def _jsonl_rows(path: Path) -> Iterator[_Row]:
             yield f"{path}, line {number}", _json_object(line, f"{path}, line {number}")
 
 
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's fields; by default the last of two equal keys would win."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f"a key stands twice among {[key for key, _ in pairs]}")
+    return fields
+
+
 def _json_object(line: bytes, where: str) -> Mapping[str, Any]:
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once_each)
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 ({error}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
@@ -172,6 +180,8 @@ def _json_object(line: bytes, where: str) -> Mapping[str, Any]:
             f"{where} is not valid JSON ({error.msg} at column {error.colno}), expected one JSON "
             "object on every line"
         ) from error
+    except (ValueError, RecursionError) as error:  # a key twice, a number or a nesting too large
+        raise DataError(f"{where} cannot be read as JSON ({error}); correct the line") from error
     if not isinstance(value, dict):
         raise DataError(
             f"{where} is a JSON {type(value).__name__}, expected an object such as "
@@ -304,6 +314,8 @@ def _raw_prompt(
                 f"{where} brings a system message and prompts.system is set; remove one of them"
             )
         messages = [Message(role="system", content=config.system), *messages]
+    for message in messages:
+        _require_encodable(message.content, where)
     last = Message(role="user", content=messages[-1].content + config.suffix)
     task_data: dict[str, str] = {}
     if config.answer_field is not None:
@@ -362,4 +374,15 @@ def _answer(value: Any, where: str) -> str:
         )
     if not str(value).strip():
         raise DataError(f"{where} is empty, expected a reference answer")
+    _require_encodable(str(value), where)
     return str(value)
+
+
+def _require_encodable(text: str, where: str) -> None:
+    """JSON may hold halves of surrogate pairs, which no tokenizer and no file takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} holds {text[error.start]!r}, half of a character; correct the row"
+        ) from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qwen3_distill.config import TaskVerifier, VerifierConfig
-from qwen3_distill.data.sources import ANSWER_KEY, PROBLEM_KEY
+from qwen3_distill.data.sources import ANSWER_KEY, PROBLEM_KEY, PromptSource, RawPrompt
 from qwen3_distill.data.tasks import ChainTask, Problem
 from qwen3_distill.errors import DataError, EngineError
 from qwen3_distill.types import Prompt
@@ -30,6 +30,14 @@ _JOINT = re.compile(r"[\s$]*(?:,|,?\s*(?:and|or))[\s$]*")
 class Verifier(Protocol):
     """Judges responses. The text is decoded without special tokens."""
 
+    def check(self, prompt: Prompt | RawPrompt) -> None:
+        """Whether a response to the prompt could be judged.
+
+        Raises:
+            DataError: the prompt brings no usable reference answer.
+        """
+        ...
+
     def correct(self, prompt: Prompt, response_text: str) -> bool:
         """Whether the response's final answer is right. Never raises because of the response.
 
@@ -46,11 +54,26 @@ def build_verifier(config: VerifierConfig) -> Verifier:
     return MathEqualityVerifier()
 
 
+def check_references(config: VerifierConfig, source: PromptSource) -> None:
+    """Check every prompt of a source that has an end, so that a bad reference answer is met now.
+
+    Raises:
+        DataError: a prompt brings no usable reference answer.
+    """
+    verifier = build_verifier(config)
+    for index in range(source.num_prompts or 0):
+        verifier.check(source.get(index))
+
+
 class ChainVerifier:
     """The procedural task's own check."""
 
     def __init__(self, task: ChainTask) -> None:
         self._task = task
+
+    def check(self, prompt: Prompt | RawPrompt) -> None:
+        for key in (PROBLEM_KEY, ANSWER_KEY):
+            _task_value(prompt, key)
 
     def correct(self, prompt: Prompt, response_text: str) -> bool:
         problem = Problem(
@@ -78,24 +101,26 @@ class MathEqualityVerifier:
         self._good_references: set[str] = set()
 
     def correct(self, prompt: Prompt, response_text: str) -> bool:
+        self.check(prompt)
         reference = _reference_text(_task_value(prompt, ANSWER_KEY))
-        self._require_parsable(prompt, reference)
         question = {"reference": reference, "response": _final_part(response_text)}
         return self._worker.ask(question) is True
 
-    def _require_parsable(self, prompt: Prompt, reference: str) -> None:
+    def check(self, prompt: Prompt | RawPrompt) -> None:
+        reference = _reference_text(_task_value(prompt, ANSWER_KEY))
         if reference in self._good_references:
             return
         if self._worker.ask({"reference": reference}) is not True:
             raise DataError(
-                f"prompt {prompt.prompt_id}: the reference answer {prompt.task_data[ANSWER_KEY]!r} "
+                f"prompt {prompt.prompt_id} (numbered from 0): the reference answer "
+                f"{prompt.task_data[ANSWER_KEY]!r} "
                 "is not a mathematical expression, expected a number or LaTeX (a product of "
                 "letters as a*b*c); correct the data or change prompts.answer_field"
             )
         self._good_references.add(reference)
 
 
-def _task_value(prompt: Prompt, key: str) -> str:
+def _task_value(prompt: Prompt | RawPrompt, key: str) -> str:
     if key not in prompt.task_data:
         raise DataError(
             f"prompt {prompt.prompt_id} has no {key!r} in its task data, which holds "

@@ -30,7 +30,7 @@ from qwen3_distill.config import (
 )
 from qwen3_distill.data.prompts import PromptStream
 from qwen3_distill.data.sources import PromptSource, build_source
-from qwen3_distill.data.verifiers import build_verifier
+from qwen3_distill.data.verifiers import build_verifier, check_references
 from qwen3_distill.generation.embedded import EmbeddedRolloutEngine
 from qwen3_distill.generation.embedded_process import EmbeddedRolloutProcess
 from qwen3_distill.generation.vllm import VllmRolloutEngine
@@ -143,6 +143,8 @@ def build_parts(config: RunConfig) -> Parts:
     """Open data, plan the memory and load the embedded engines; real ones wait for `start`."""
     text = TextTools(config.student.model)
     prompts = build_prompts(config, text)
+    if config.evaluation is not None:
+        check_problems(config, config.evaluation, text)
     plan = plan_memory(config)
     teacher = build_teacher(config, plan)
     scratch = run_channel_folder(config)
@@ -170,10 +172,13 @@ def plan_memory(config: RunConfig) -> MemoryPlan | None:
 
 
 def build_prompts(config: RunConfig, text: TextTools) -> PromptStream:
-    """The training prompts in their order, each checked to fit the student's context."""
+    """The training prompts in their order, each checked to fit the student's context, and to have
+    an answer that the verifier can use."""
     source = build_source(config.prompts)
     prompts = _stream(config, source, text, config.sampling, seed=config.seed)
     prompts.check()
+    if config.verifier is not None:
+        check_references(config.verifier, source)
     return prompts
 
 
@@ -444,6 +449,17 @@ def build_checker(verifier: VerifierConfig, text: TextTools) -> Callable[[Rollou
         return check.correct(rollout.prompt, text.decode(rollout.response_ids.tolist()))
 
     return is_correct
+
+
+def check_problems(config: RunConfig, evaluation: EvaluationConfig, text: TextTools) -> None:
+    """Held-out problems are met in the middle of a run, so they are checked before it.
+
+    Raises:
+        DataError: one does not fit the student's context, or has no usable reference answer.
+    """
+    source = build_source(evaluation.prompts)
+    _stream(config, source, text, evaluation.sampling, seed=0).check()
+    check_references(evaluation.verifier, source)
 
 
 def build_problems(

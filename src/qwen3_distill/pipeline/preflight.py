@@ -3,8 +3,15 @@
 import os
 from collections.abc import Callable
 
-from qwen3_distill.config import JsonlPrompts, ParquetPrompts, RunConfig
+from qwen3_distill.config import (
+    JsonlPrompts,
+    ParquetPrompts,
+    PromptsConfig,
+    RunConfig,
+    VerifierConfig,
+)
 from qwen3_distill.data.sources import build_source
+from qwen3_distill.data.verifiers import check_references
 from qwen3_distill.errors import ConfigError, DataError, ModelError
 from qwen3_distill.modeling.loading import check_model_dir
 from qwen3_distill.utils.process import is_absent
@@ -24,10 +31,9 @@ def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
     prompts = config.prompts
     is_file = isinstance(prompts, JsonlPrompts | ParquetPrompts)
     if reads_prompts or (is_file and not os.path.exists(prompts.path)):
-        checks.append(lambda: build_source(prompts))
-    if config.evaluation is not None:
-        held_out = config.evaluation.prompts
-        checks.append(lambda: build_source(held_out))
+        checks.append(lambda: _read(prompts, config.verifier))
+    if (evaluation := config.evaluation) is not None:
+        checks.append(lambda: _read(evaluation.prompts, evaluation.verifier))
     found = [problem for check in checks if (problem := _problem(check))]
     for name in ("generation", "scoring", "training"):
         python = getattr(getattr(config, name), "python", None)
@@ -50,6 +56,12 @@ def check_before_start(config: RunConfig, *, reads_prompts: bool = True) -> None
         raise ConfigError(found[0])
     if found:
         raise ConfigError("\n  - ".join(["the config names what is not there:", *found]))
+
+
+def _read(prompts: PromptsConfig, verifier: VerifierConfig | None) -> None:
+    source = build_source(prompts)
+    if verifier is not None:
+        check_references(verifier, source)
 
 
 def _problem(check: Callable[[], object]) -> str | None:

@@ -73,6 +73,13 @@ def test_tokenizer_without_a_chat_template(
         render(raw_prompt("a"), tokenizer, 1000, 10)
 
 
+def test_an_argument_that_is_of_another_type_is_a_data_error(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    with pytest.raises(DataError, match=r"prompt p:0 .*template_arguments=\{'tools': 3\}"):
+        render(raw_prompt("a"), tokenizer, 1000, 10, {"tools": 3})
+
+
 def test_template_that_refuses_the_messages(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

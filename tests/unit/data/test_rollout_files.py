@@ -299,6 +299,8 @@ def test_missing_truncated_and_damaged_files(tmp_path: Path) -> None:
     path = tmp_path / "s.parquet"
     with pytest.raises(DataError, match=r"s\.parquet does not exist"):
         read_scored(path)
+    with pytest.raises(DataError, match="is a folder"):
+        read_scored(tmp_path)
     rows = write_sample(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])

@@ -108,6 +108,10 @@ GOOD = b'{"prompt": "a"}\n'
         (b"\n\n", r"bad\.jsonl has no rows"),
         (GOOD + b"{'prompt': 1}\n", r"bad\.jsonl, line 2 is not valid JSON .*column 2"),
         (GOOD + b'["a"]\n', r"line 2 is a JSON list, expected an object"),
+        (GOOD + b'{"prompt": "a", "prompt": "b"}\n', r"line 2 .*a key stands twice .*'prompt'"),
+        (GOOD + b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}\n", r"line 2 cannot be read as JSON"),
+        (GOOD + b"[" * 200_000 + b"\n", r"line 2 cannot be read as JSON"),
+        (GOOD + b'{"prompt": "\\ud800"}\n', r"line 2 .*half of a character"),
         (GOOD + b"\n" + GOOD, r"line 2 is blank"),
         (GOOD + b'{"prompt": "\xff"}\n', r"line 2 is not UTF-8"),
         (GOOD + b'{"promt": "a"}\n', r"line 2 has no field 'prompt' \(did you mean 'promt'\?\)"),
@@ -144,6 +148,7 @@ def test_jsonl_errors_name_file_and_line(tmp_path: Path, content: bytes, message
         ({"prompt": "a", "answer": 0.5}, r"field 'answer' is of type float"),
         ({"prompt": "a", "answer": True}, r"field 'answer' is of type bool"),
         ({"prompt": "a", "answer": " "}, r"field 'answer' is empty"),
+        ({"prompt": "a", "answer": "\ud800"}, r"field 'answer' holds .* half of a character"),
     ],
 )
 def test_bad_answers_are_refused(tmp_path: Path, row: Any, message: str) -> None:

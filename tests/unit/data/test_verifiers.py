@@ -163,7 +163,7 @@ IN_WORDS = ["Paris", "yes", "10 dollars", "Monday", "#### blue"]
 
 @pytest.mark.parametrize("answer", ["", "####", r"\frac{", "#### 42 ####", *IN_WORDS])
 def test_unusable_reference_is_a_data_error(math_verifier: Verifier, answer: str) -> None:
-    with pytest.raises(DataError, match=r"p:0: the reference answer .* change prompts\.answer_fie"):
+    with pytest.raises(DataError, match=r"p:0 .* the reference answer .* change prompts\.answer"):
         math_verifier.correct(prompt(answer), "42")
 
 

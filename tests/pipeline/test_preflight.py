@@ -1,0 +1,77 @@
+"""Every prompt that a run may come to is looked at before the run: not in the middle of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pipeline.builders import call_cli, tiny_values, write_config
+from tests.tiny_models import CONTEXT_LENGTH, TinyModels
+
+MATH = {"kind": "math"}
+GOOD = [{"prompt": f"3+{i}=", "answer": str(3 + i)} for i in range(6)]
+IN_WORDS = GOOD[0] | {"answer": "hello"}
+TOO_LONG = GOOD[0] | {"prompt": "3+" * CONTEXT_LENGTH}
+
+
+def rows_of(file: Path, last: dict[str, str]) -> dict[str, str]:
+    """The prompts of a file whose last row is the given one."""
+    file.write_text("\n".join(json.dumps(row) for row in [*GOOD, last]))
+    return {"kind": "jsonl", "path": str(file), "answer_field": "answer"}
+
+
+def config_with(
+    models: TinyModels, folder: Path, *, trained_on: dict[str, str], held_out: dict[str, str]
+) -> Path:
+    """The last rows of the training prompts and of the held-out problems."""
+    changes: dict[str, Any] = {
+        "prompts": rows_of(folder / "train.jsonl", trained_on),
+        "verifier": MATH,
+        "evaluation": {
+            "prompts": rows_of(folder / "held-out.jsonl", held_out),
+            "verifier": MATH,
+            "num_problems": 2,
+            "sampling": {"max_new_tokens": 4},
+        },
+    }
+    return write_config(folder / "config.yaml", tiny_values(models, folder / "run", changes))
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "held_out", "message"),
+    [
+        (IN_WORDS, GOOD[0], "train.jsonl:6 (numbered from 0): the reference answer 'hello'"),
+        (GOOD[0], IN_WORDS, "held-out.jsonl:6 (numbered from 0): the reference answer 'hello'"),
+        (TOO_LONG, GOOD[0], "train.jsonl:6 (numbered from 0) has"),
+        (GOOD[0], TOO_LONG, "held-out.jsonl:6 (numbered from 0) has"),
+    ],
+    ids=["training-answer", "held-out-answer", "training-length", "held-out-length"],
+)
+def test_a_bad_row_is_met_before_the_first_step(
+    tiny_models: TinyModels,
+    tmp_path: Path,
+    trained_on: dict[str, str],
+    held_out: dict[str, str],
+    message: str,
+) -> None:
+    config = config_with(tiny_models, tmp_path, trained_on=trained_on, held_out=held_out)
+    result = call_cli("run", "--config", config)
+    assert result.code == 2
+    assert message in result.err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    if "reference" in message:
+        result = call_cli("config", "check", "--config", config)
+        assert result.code == 2
+        assert message in result.err
+    if "held-out" in message:
+        result = call_cli("eval", "--config", config)
+        assert result.code == 2
+        assert message in result.err
+        assert "evaluating" not in result.out
+
+
+def test_good_rows_are_run(tiny_models: TinyModels, tmp_path: Path) -> None:
+    config = config_with(tiny_models, tmp_path, trained_on=GOOD[0], held_out=GOOD[0])
+    assert call_cli("config", "check", "--config", config).code == 0
+    assert call_cli("run", "--config", config).code == 0
