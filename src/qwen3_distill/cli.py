@@ -9,6 +9,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import errno
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,13 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
+def _refuse_nan(value: float | None) -> float | None:
+    """A range lets NaN through: no comparison with it holds."""
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("nan is not a number of GiB")
+    return value
+
+
 @app.callback()
 def _options(
     version: Annotated[
@@ -54,6 +62,9 @@ def _options(
 ConfigOption = Annotated[
     Path, typer.Option("--config", "-c", help="YAML file, or a run folder's config.json.")
 ]
+_MAX_STEPS = 2**31 - 1
+"""Of the options that count steps: their numbers have to fit in a rollout file."""
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -93,8 +104,12 @@ def generate(
     out: Annotated[
         Path | None, typer.Option(help="Default: offline/rollouts.parquet in output_dir.")
     ] = None,
-    step: Annotated[int, typer.Option(min=0, help="Whose prompts and seeds to use.")] = 0,
-    num_steps: Annotated[int, typer.Option(min=1, help="How many steps' rollouts.")] = 1,
+    step: Annotated[
+        int, typer.Option(min=0, max=_MAX_STEPS, help="Whose prompts and seeds to use.")
+    ] = 0,
+    num_steps: Annotated[
+        int, typer.Option(min=1, max=_MAX_STEPS, help="How many steps' rollouts.")
+    ] = 1,
 ) -> None:
     """Offline stage 1: sample rollouts from the student's directory into a Parquet file."""
     settings = load_config(config, overrides or ())
@@ -140,7 +155,10 @@ def train(
         typer.Option(help="Directory for the student; default: offline/student in output_dir."),
     ] = None,
 ) -> None:
-    """Offline stage 3: one optimizer step per step in a file of scored rollouts."""
+    """Offline stage 3: one optimizer step per step in a file of scored rollouts.
+
+    The first Ctrl-C finishes the step and saves the student so far; exit status 130.
+    """
     settings = load_config(config, overrides or ())
     from qwen3_distill.pipeline import stages
 
@@ -164,7 +182,7 @@ def evaluate(
     from qwen3_distill.pipeline import stages
 
     _quiet_libraries()
-    _say(stages.evaluate_directory(settings, model or settings.student.model, out, say=_say))
+    stages.evaluate_directory(settings, model or settings.student.model, out, say=_say)
 
 
 @app.command("audit-teacher")
@@ -201,7 +219,13 @@ def plan(
         str | None, typer.Option(help="The same for the teacher, e.g. 32B or 32B-FP8.")
     ] = None,
     device_memory_gib: Annotated[
-        float | None, typer.Option(min=0.001, help="Plan for so much instead of what is free now.")
+        float | None,
+        typer.Option(
+            min=0.001,
+            max=1_000_000,
+            callback=_refuse_nan,
+            help="Plan for so much instead of what is free now.",
+        ),
     ] = None,
 ) -> None:
     """Who gets how much memory. Exit status 2, and what would help, where it does not fit."""

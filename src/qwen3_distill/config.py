@@ -16,6 +16,7 @@ from qwen3_distill.types import SamplingSpec
 
 PositiveInt: TypeAlias = Annotated[int, Field(ge=1)]
 PositiveFloat: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Gib: TypeAlias = Annotated[float, Field(gt=0, le=1_000_000)]
 NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -198,7 +199,7 @@ class VllmGeneration(_EngineProcess, _Watched):
     """Prompt and new tokens of one engine step; null: vLLM's own default."""
     max_model_tokens: PositiveInt | None = None
     """Longest prompt plus response; null: the student's context length."""
-    kv_cache_gib: PositiveFloat | None = None
+    kv_cache_gib: Gib | None = None
     """Memory of the key-value cache; null: planned, see ``qwen3-distill plan``."""
     quantization: Literal["fp8"] | None = None
     """``fp8``: the student's weights are quantized online for sampling. The importance ratio then
@@ -568,7 +569,7 @@ class UnslothTraining(_EngineProcess, _Watched):
     gradient_checkpointing: Literal["auto", "off", "on", "unsloth"] = "auto"
     """``on`` costs a third more than ``off``: it recomputes every layer, ``unsloth`` also moves
     activations to host memory. ``auto``: the fewest layers that the memory at hand demands."""
-    memory_gib: PositiveFloat | None = None
+    memory_gib: Gib | None = None
     """What ``auto`` may use for weights and activations; null: planned, see
     ``qwen3-distill plan``."""
 
@@ -591,9 +592,9 @@ TrainingConfig: TypeAlias = Annotated[
 class PlanningConfig(Schema):
     """What the memory plan may assume."""
 
-    device_memory_gib: PositiveFloat | None = None
+    device_memory_gib: Gib | None = None
     """Memory that student, teacher and learner share; null: what is free on the device now."""
-    reserve_gib: NonNegativeFloat | None = None
+    reserve_gib: Annotated[float, Field(ge=0, le=1_000_000)] | None = None
     """Left free: the system, and what nobody accounts for. null: 8, or an eighth of the memory
     where that is less."""
     prompt_tokens: PositiveInt = 256

@@ -196,7 +196,7 @@ def test_impossible_combinations_are_refused_with_the_reason(
         pytest.param("steps: [1", ["not valid YAML", "line"], id="syntax"),
         pytest.param("- 1\n- 2", ["expected a mapping", "list"], id="list"),
         pytest.param("", ["expected a mapping"], id="empty"),
-        pytest.param("steps: 2020-01-01", ["steps", "JSON"], id="date"),
+        pytest.param("steps: 2020-01-01", ["steps", "integer", "'2020-01-01'"], id="date"),
         pytest.param("steps: !!python/object:os.system {}", ["not valid YAML"], id="object"),
     ],
 )
@@ -465,6 +465,38 @@ def test_corrupt_saved_config_is_refused(
     refused_run(tiny_models, tmp_path, {"steps": 1}, [str(saved), "restore"])
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ["cannot be read", "line 1"]),
+        ("{", ["cannot be read", "line 1"]),
+        ("\xff", ["cannot be read", "utf-8"]),
+        ("[]", ["expected an object", "`starts`"]),
+        ("{}", ["expected an object", "`starts`"]),
+        ('{"starts": null}', ["expected an object", "`starts`"]),
+    ],
+)
+def test_damaged_manifest_is_refused_until_it_is_removed(
+    content: str,
+    words: list[str],
+    tiny_models: TinyModels,
+    tmp_path: Path,
+    full_disk: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    full_disk("summary.json")
+    refused_run(tiny_models, tmp_path, {}, ["summary.json"])
+    monkeypatch.undo()
+    manifest = tmp_path / "run" / "manifest.json"
+    manifest.write_bytes(content.encode("latin-1"))
+    refused_run(
+        tiny_models, tmp_path, {}, [str(manifest), "restore the file, or remove it", *words]
+    )
+    manifest.unlink()
+    run_to_end(tiny_config(tiny_models, tmp_path / "run"))
+    assert len(read_json(manifest)["starts"]) == 1
+
+
 def test_report_of_no_run_folder_is_refused(tmp_path: Path) -> None:
     refused("report", tmp_path, words=[str(tmp_path), "not a run folder"])
 
@@ -520,7 +552,9 @@ def test_run_goes_on_after_a_full_disk(
     run_to_end(tiny_config(tiny_models, tmp_path / "reference"))
     full_disk(place)
     refused_run(tiny_models, tmp_path, {}, ["No space left", "free space", place])
-    assert (tmp_path / "run" / "checkpoints" / "step-000002").exists()
+    saved = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert "step-000002" in saved
+    assert not any(name.startswith(".unfinished") for name in saved)  # the disk has it back
     monkeypatch.undo()
     config = tiny_config(tiny_models, tmp_path / "run")
     run_to_end(config)

@@ -14,10 +14,22 @@ from typing import Any
 import pytest
 import torch
 
-from qwen3_distill.config import RunConfig
-from qwen3_distill.errors import CheckpointError
+from qwen3_distill.config import (
+    EmbeddedGeneration,
+    EmbeddedScoring,
+    EmbeddedTraining,
+    RunConfig,
+    SequentialPipeline,
+    SglangScoring,
+    StreamingPipeline,
+    UnslothTraining,
+    VllmGeneration,
+)
+from qwen3_distill.errors import CheckpointError, EngineStartError, RunFolderError
+from qwen3_distill.pipeline.build import Parts
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.run import run
+from qwen3_distill.pipeline.run_folder import MAY_CHANGE
 from qwen3_distill.reporting.console import SilentReporter
 from qwen3_distill.training.embedded import EmbeddedLearner
 from qwen3_distill.types import Batch
@@ -205,6 +217,17 @@ def test_stop_in_any_step_saves_and_resumes(step: int, short: RunConfig, referen
     assert not (short.output_path / "summary.json").exists()
     run_to_end(short)
     assert same_result(short.output_path, reference)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_stop_a_run_like_ctrl_c(number: int, short: RunConfig) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+    try:
+        with before_step(1, lambda: os.kill(os.getpid(), number)):
+            assert run(short, SilentReporter(), lambda message: None) is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (short.output_path / "checkpoints" / "step-000002").exists()
 
 
 def test_adapters_with_dropout_resume_bit_for_bit(tiny_models: TinyModels, tmp_path: Path) -> None:
@@ -414,3 +437,107 @@ def test_records_of_lost_steps_are_taken_back(short: RunConfig) -> None:
     with before_step(2, raise_crash), pytest.raises(Crash):
         run_to_end(short, lambda message: None)
     assert [timeless(log)[-1]["step"] for log in logs] == [2, 2]
+
+
+# --- Changed settings -----------------------------------------------------------------------------
+
+OPERATION = {
+    "logging.trace": False,
+    "logging.rollouts_every_steps": 3,
+    "checkpoint": {"every_steps": 3, "keep_last": 1},
+    "planning": {"reserve_gib": 1.0},
+    "generation": {"kind": "embedded", "device": "cpu", "hang_timeout_s": 60.0},
+    "scoring.start_timeout_s": 60.0,
+    "scoring.batch_tokens": 64,
+    "training.max_restarts": 1,
+    "training.micro_batch_tokens": 64,
+}
+FIXED = {
+    "seed": 1,
+    "steps": 7,
+    "prompts_per_step": 3,
+    "samples_per_prompt": 3,
+    "prompts": {"kind": "task", "limit": 6},
+    "sampling.max_new_tokens": 9,
+    "generation.dtype": "bfloat16",
+    "generation.max_sequences": 2,
+    "scoring.dtype": "bfloat16",
+    "scoring.own_process": True,
+    "training.optimizer": {"learning_rate": 2e-3},
+    "training.tuning": LORA,
+    "objective.ratio_cap": 3.0,
+    "replay": {"capacity_tokens": 100_000},
+    "evaluation": EVALUATION | {"num_problems": 2},
+    "pipeline": {"kind": "streaming"},
+}
+SECTIONS = {
+    "pipeline": (SequentialPipeline, StreamingPipeline),
+    "generation": (EmbeddedGeneration, VllmGeneration),
+    "scoring": (EmbeddedScoring, SglangScoring),
+    "training": (EmbeddedTraining, UnslothTraining),
+}
+
+
+def test_operation_may_change_on_the_way_and_is_put_on_record(
+    tiny_models: TinyModels, run_dir: Path
+) -> None:
+    first = tiny_config(tiny_models, run_dir, SHORT)
+    crash_at(first, 3)
+    changed = tiny_config(tiny_models, run_dir, SHORT | OPERATION)
+    warnings: list[str] = []
+    run_to_end(changed, warnings.append)
+    (warning,) = warnings
+    assert "logging.trace: True -> False" in warning
+    saved = read_json(run_dir / "config.json")
+    assert saved["logging"]["trace"] is False
+    assert saved["training"]["micro_batch_tokens"] == 64
+    starts = read_json(run_dir / "manifest.json")["starts"]
+    assert [len(start["changed"]) for start in starts] == [0, 10]
+    assert "checkpoint.every_steps: 2 -> 3" in starts[1]["changed"]
+
+
+def test_change_of_what_is_only_recorded_leaves_every_bit(
+    tiny_models: TinyModels, run_dir: Path, reference: Path
+) -> None:
+    crash_at(tiny_config(tiny_models, run_dir, SHORT), 3)
+    quiet = {"logging.trace": False, "logging.tensorboard": True, "checkpoint.every_steps": 4}
+    run_to_end(tiny_config(tiny_models, run_dir, SHORT | quiet), lambda message: None)
+    assert same_result(run_dir, reference)
+
+
+@pytest.mark.parametrize("key", FIXED)
+def test_what_the_student_learns_from_may_not_change(
+    key: str, tiny_models: TinyModels, run_dir: Path
+) -> None:
+    crash_at(tiny_config(tiny_models, run_dir, SHORT), 3)
+    before = (run_dir / "config.json").read_bytes()
+    changed = tiny_config(tiny_models, run_dir, SHORT | {key: FIXED[key], "logging.trace": False})
+    with pytest.raises(RunFolderError, match="made by another config") as refusal:
+        run_to_end(changed)
+    assert f"\n  {key}" in str(refusal.value)
+    assert "logging" not in str(refusal.value)
+    assert (run_dir / "config.json").read_bytes() == before
+
+
+def test_start_that_fails_does_not_count_as_the_one_before(
+    tiny_models: TinyModels, run_dir: Path
+) -> None:
+    crash_at(tiny_config(tiny_models, run_dir, SHORT), 3)
+    changed = tiny_config(tiny_models, run_dir, SHORT | {"logging.trace": False})
+
+    def fail(parts: Parts) -> Parts:
+        raise EngineStartError("no engine")
+
+    with pytest.raises(EngineStartError):
+        run(changed, SilentReporter(), lambda message: None, fail)
+    assert read_json(run_dir / "config.json")["logging"]["trace"] is True
+    run_to_end(changed, lambda message: None)
+    starts = read_json(run_dir / "manifest.json")["starts"]
+    assert starts[-1]["changed"] == ["logging.trace: True -> False"]
+
+
+def test_settings_that_may_change_are_settings() -> None:
+    for place in MAY_CHANGE:
+        section, _, key = place.partition(".")
+        models = SECTIONS[section] if key else (RunConfig,)
+        assert any((key or section) in model.model_fields for model in models), place

@@ -1,6 +1,11 @@
 """The offline stages, through files, do exactly what one pipeline step does."""
 
+import asyncio
+import os
 import re
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +13,18 @@ import pytest
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config_io import dump_config
-from qwen3_distill.data.rollout_files import read_rollouts, read_scored, write_rollouts
+from qwen3_distill.data.rollout_files import (
+    read_rollouts,
+    read_scored,
+    write_rollouts,
+    write_scored,
+)
 from qwen3_distill.data.tasks import ChainTask
-from qwen3_distill.errors import EngineError
-from qwen3_distill.pipeline import sequential
+from qwen3_distill.errors import EngineError, NonFiniteError, RunFolderError
+from qwen3_distill.generation.embedded import EmbeddedRolloutEngine
+from qwen3_distill.pipeline import audit, sequential, stages
+from qwen3_distill.training.embedded import EmbeddedLearner
+from qwen3_distill.training.remote import RemoteLearner
 from qwen3_distill.types import Rollout
 from tests.pipeline.builders import (
     FULL,
@@ -153,7 +166,7 @@ def test_directory_with_something_in_it_is_refused(ready: Offline, tmp_path: Pat
     (tmp_path / "precious").write_text("work")
     command = ("train", "--config", ready.config_file, "--scored", ready.scored)
     refused(*command, "--out", tmp_path, words=[str(tmp_path), "not empty"])
-    refused(*command, "--out", tmp_path / "precious", words=["precious", "not empty"])
+    refused(*command, "--out", tmp_path / "precious", words=["precious", "is a file"])
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
@@ -222,3 +235,255 @@ def test_finished_steps_of_a_stage_that_is_broken_off_are_kept(
     assert not whole.exists()
     kept = {"generate": read_rollouts, "score": read_scored}[stage](part)
     assert [step for step, _ in kept] == [step for step, _ in expected][:8]
+
+
+# --- Signals, and what is kept -------------------------------------------------------------------
+
+STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.fixture(autouse=True)
+def hangup() -> Iterator[None]:
+    """A terminal that closes is noticed, also by tests that run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def send(*numbers: int) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+def disturb(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, action: Callable[[], None]
+) -> None:
+    """Have something happen at the beginning of a coroutine's n-th call."""
+    real, calls = getattr(owner, name), 0
+
+    async def disturbed(*arguments: Any, **settings: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            action()
+        return await real(*arguments, **settings)
+
+    monkeypatch.setattr(owner, name, disturbed)
+
+
+@pytest.fixture(scope="module")
+def three_steps(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Offline:
+    """Rollouts of three steps and their scores; the student after two of them."""
+    files = offline(tiny_models, tmp_path_factory.mktemp("three"), {"steps": 3})
+    files.generate("--num-steps", "3")
+    files.score()
+    two = files.scored.with_name("two.parquet")
+    write_scored(two, read_scored(files.scored)[:8], str)
+    command = ("train", "--config", files.config_file, "--scored", two, "--out", files.student)
+    assert call_cli(*command).code == 0
+    return files
+
+
+def train_into(out: Path, files: Offline, *overrides: str) -> Any:
+    scored = ("--scored", files.scored, "--out", out)
+    return call_cli("train", "--config", files.config_file, *scored, *overrides)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_train_that_is_stopped_finishes_its_step_and_keeps_the_student(
+    number: int, three_steps: Offline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("student-partial", "student-partial-2"):
+        with monkeypatch.context() as patch:
+            disturb(patch, EmbeddedLearner, "update", 2, lambda: send(number))
+            result = train_into(tmp_path / "student", three_steps)
+        assert result.code == 130, result
+        assert "stopping after this step" in result.out
+        assert f"student after 2 finished steps is in {tmp_path / name}" in result.out
+        assert weights(tmp_path / name) == three_steps.trained
+    assert not (tmp_path / "student").exists()
+    assert train_into(tmp_path / "student", three_steps).code == 0
+
+
+def test_learner_in_its_own_process_is_stopped_the_same_way(
+    three_steps: Offline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disturb(monkeypatch, RemoteLearner, "update", 2, lambda: send(signal.SIGINT))
+    result = train_into(tmp_path / "student", three_steps, "training.own_process=true")
+    assert result.code == 130, result
+    assert "student after 2 finished steps" in result.out
+    assert (tmp_path / "student-partial" / "model.safetensors").exists()
+
+
+def test_train_that_is_stopped_in_its_last_step_is_complete(
+    three_steps: Offline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disturb(monkeypatch, EmbeddedLearner, "update", 3, lambda: send(signal.SIGINT))
+    assert train_into(tmp_path / "student", three_steps).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_second_signal_stops_train_at_once(
+    three_steps: Offline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disturb(monkeypatch, EmbeddedLearner, "update", 2, lambda: send(signal.SIGINT, signal.SIGTERM))
+    assert train_into(tmp_path / "student", three_steps).code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("failing", [2, 3])
+def test_failing_step_of_train_leaves_the_student_of_those_before(
+    failing: int, three_steps: Offline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise NonFiniteError("by hand")
+
+    disturb(monkeypatch, EmbeddedLearner, "update", failing, fail)
+    result = train_into(tmp_path / "student", three_steps)
+    assert (result.code, result.err) == (3, "error: by hand\n")
+    assert f"student after {failing - 1} finished steps" in result.out
+    kept = weights(tmp_path / "student-partial")
+    assert (kept == three_steps.trained) == (failing == 3)
+
+
+def stage_of(stage: str, files: Offline, out: Path) -> tuple[str | Path, ...]:
+    inputs = {"generate": ("--num-steps", "3"), "score": ("--rollouts", files.rollouts)}[stage]
+    return (stage, "--config", files.config_file, "--out", out, *inputs)
+
+
+@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("stage", ["generate", "score"])
+def test_signal_leaves_the_finished_steps_of_a_stage(
+    stage: str, number: int, three_steps: Offline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = {"generate": "write_rollouts", "score": "write_scored"}[stage]
+    real = getattr(stages, name)
+
+    def write(*arguments: Any) -> None:
+        send(*STOPS)  # has no effect any more
+        real(*arguments)
+
+    monkeypatch.setattr(stages, name, write)
+    disturb(monkeypatch, sequential, stage, 3, lambda: send(number))
+    result = call_cli(*stage_of(stage, three_steps, tmp_path / "out.parquet"))
+    assert result.code == 130, result
+    assert [path.name for path in tmp_path.iterdir()] == ["out-partial.parquet"]
+    assert len(read_rollouts(tmp_path / "out-partial.parquet")) == 8
+
+
+def test_signal_while_the_whole_file_is_written_does_not_lose_it(
+    three_steps: Offline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*arguments: Any) -> None:
+        send(*STOPS)
+        write_rollouts(*arguments)
+
+    monkeypatch.setattr(stages, "write_rollouts", write)
+    assert call_cli(*stage_of("generate", three_steps, tmp_path / "out.parquet")).code == 0
+    assert len(read_rollouts(tmp_path / "out.parquet")) == 12
+
+
+def test_closed_terminal_means_nothing_under_nohup(
+    three_steps: Offline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    disturb(monkeypatch, sequential, "generate", 2, lambda: send(signal.SIGHUP))
+    assert call_cli(*stage_of("generate", three_steps, tmp_path / "out.parquet")).code == 0
+    disturb(monkeypatch, EmbeddedLearner, "update", 2, lambda: send(signal.SIGHUP))
+    assert train_into(tmp_path / "student", three_steps).code == 0
+
+
+@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("stage", ["eval", "audit-teacher"])
+def test_signal_closes_the_engine(
+    stage: str, number: int, ready: Offline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[bool] = []
+    close = EmbeddedRolloutEngine.close
+
+    async def note(self: EmbeddedRolloutEngine) -> None:
+        await close(self)
+        closed.append(True)
+
+    async def endless(*arguments: Any, **settings: Any) -> None:
+        send(number)
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(EmbeddedRolloutEngine, "close", note)
+    monkeypatch.setattr(stages, "evaluate", endless)
+    monkeypatch.setattr(audit.sequential, "generate", endless)
+    settings = (EVALUATION,) if stage == "eval" else ()
+    assert call_cli(stage, "--config", ready.config_file, *settings).code == 130
+    assert closed == [True]
+
+
+# --- What cannot be written, or asked for --------------------------------------------------------
+
+
+def no_space(path: Path, *_: Any) -> None:
+    raise RunFolderError(f"cannot write {path}: No space left on device")
+
+
+@pytest.mark.parametrize("stage", ["generate", "score"])
+def test_rows_that_cannot_be_written_in_the_end_are_put_elsewhere(
+    stage: str, three_steps: Offline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = {"generate": "write_rollouts", "score": "write_scored"}[stage]
+    real = getattr(stages, name)
+    full, spare = tmp_path / "full", tmp_path / "spare"
+    spare.mkdir()
+
+    def write(path: Path, *others: Any) -> None:
+        (no_space if path.parent == full else real)(path, *others)
+
+    monkeypatch.setattr(stages, name, write)
+    monkeypatch.setattr(tempfile, "tempdir", str(spare))
+    for file in ("out-partial.parquet", "out-partial-2.parquet"):
+        result = call_cli(*stage_of(stage, three_steps, full / "out.parquet"))
+        assert result.code == 2
+        assert result.err.startswith(f"error: cannot write {full / 'out.parquet'}: No space")
+        assert f"12 rollouts are in {spare / file}" in result.out
+        assert len(read_rollouts(spare / file)) == 12
+    monkeypatch.setattr(stages, name, no_space)
+    refused(*stage_of(stage, three_steps, full / "out.parquet"), words=["No space left"])
+
+
+def test_accuracy_is_said_though_it_cannot_be_written(
+    ready: Offline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "write_json_atomic", no_space)
+    command = ("eval", "--config", ready.config_file, EVALUATION, "--out", tmp_path / "out.json")
+    result = call_cli(*command)
+    assert result.code == 2
+    assert re.search(r"student: \S+% \[.*\] on 2 problems", result.out)
+
+
+def test_evaluation_tells_how_far_it_is(ready: Offline) -> None:
+    evaluation = EVALUATION.replace("num_problems: 2", "num_problems: 25")
+    result = call_cli("eval", "--config", ready.config_file, evaluation)
+    assert result.code == 0
+    progress = re.findall(r"(\d+) of 25 answers, [\d.,]+ a second, \d+:\d\d left\n", result.out)
+    assert [int(done) for done in progress] == [3, 5, 8, 10, 13, 15, 18, 20, 23]
+
+
+def test_train_refuses_replay(ready: Offline) -> None:
+    replay = "replay={capacity_tokens: 1000}"
+    refused(*ready.train_command, replay, words=["trains once on each", "replay=null"])
+
+
+@pytest.mark.parametrize("size", ["inf", "nan", "0", "-1", "1e308"])
+def test_memory_that_no_device_has_is_refused(ready: Offline, size: str) -> None:
+    result = call_cli("plan", "--config", ready.config_file, f"--device-memory-gib={size}")
+    assert result.code == 2
+    assert "--device-memory-gib" in result.err
+
+
+@pytest.mark.parametrize("option", ["--step", "--num-steps"])
+def test_steps_beyond_a_file_s_numbers_are_refused(ready: Offline, option: str) -> None:
+    result = call_cli("generate", "--config", ready.config_file, option, "1" + 20 * "0")
+    assert result.code == 2
+    assert option in result.err

@@ -128,6 +128,7 @@ def test_shipped_config_is_valid(file: Path) -> None:
         "training.optimizer.learning_rate=1e300",
         "sampling.temperature=1e-45",
         "sampling.top_k=5000000000",
+        "planning.device_memory_gib=1e308",
         "output_dir=''",
         "output_dir=[2024-11-25]",
         "training.tuning={kind: lora, target_modules: []}",

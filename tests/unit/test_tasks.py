@@ -153,3 +153,25 @@ def test_a_wait_says_what_it_waited_for() -> None:
     assert run(within(5, asyncio.sleep(0, "x"), "nothing")) == "x"
     with pytest.raises(StallError, match="waited 0 s for the teacher's scores"):
         run(within(0.01, asyncio.sleep(5), "the teacher's scores"))
+
+
+def test_together_is_cancelled_once_and_waits_for_what_cleans_up() -> None:
+    seen: list[str] = []
+
+    async def cleans_up() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.05)
+            seen.append("clean")
+
+    async def cancel_them() -> None:
+        both = asyncio.ensure_future(together(forever(seen), cleans_up()))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        both.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await both
+
+    run(cancel_them())
+    assert seen == ["ended", "clean"]

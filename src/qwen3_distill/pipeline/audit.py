@@ -28,6 +28,7 @@ from qwen3_distill.scoring.request import TopKRequest
 from qwen3_distill.scoring.sglang import SglangTeacher
 from qwen3_distill.types import Rollout, ScoreFailure, TopKScore
 from qwen3_distill.utils.files import check_writable, write_json_atomic
+from qwen3_distill.utils.signals import signals_as_ctrl_c
 
 Say = Callable[[str], None]
 
@@ -77,7 +78,8 @@ def audit_teacher(
         exact_scores, exact_id = await _scores(exact, sample, say)
         return compare_scores(sample, served, exact_scores), served_id, exact_id
 
-    report, served_id, exact_id = asyncio.run(measure())
+    with signals_as_ctrl_c():
+        report, served_id, exact_id = asyncio.run(measure())
     for line in table(report):
         say(line)
     if out is not None:

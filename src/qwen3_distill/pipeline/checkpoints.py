@@ -40,14 +40,11 @@ class CheckpointStore:
         for leftover in self._directory.glob(".unfinished-*"):  # of a crash
             shutil.rmtree(leftover)
         temporary = self._directory / f".unfinished-{cursor.step:06d}"
-        temporary.mkdir()
-        with full_disk_named(temporary):
-            await learner.save_state(temporary)
-        _write_json(temporary / _CURSOR, asdict(cursor))
-        digests = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-        _write_json(temporary / _DIGESTS, digests)
-        for path in (*temporary.iterdir(), temporary):
-            _flush(path)
+        try:
+            await _write(temporary, learner, cursor)
+        except Exception:  # half a checkpoint is of no use, and the disk may be full
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         final = self._path(cursor.step)
         shutil.rmtree(final, ignore_errors=True)  # a corrupt one that was passed over
         temporary.rename(final)
@@ -102,6 +99,18 @@ class CheckpointStore:
             return RunCursor(**raw)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{directory}: {error}") from error
+
+
+async def _write(directory: Path, learner: Learner, cursor: RunCursor) -> None:
+    """All files of a checkpoint, flushed to disk."""
+    directory.mkdir()
+    with full_disk_named(directory):
+        await learner.save_state(directory)
+    _write_json(directory / _CURSOR, asdict(cursor))
+    digests = {path.name: _sha256(path) for path in sorted(directory.iterdir())}
+    _write_json(directory / _DIGESTS, digests)
+    for path in (*directory.iterdir(), directory):
+        _flush(path)
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -1,10 +1,8 @@
 """One run from start (or where it stopped) to its report."""
 
 import asyncio
-import json
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, AsyncExitStack
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.types import RunCursor
 from qwen3_distill.utils.files import write_json_atomic
 from qwen3_distill.utils.mps import MpsDaemon, private_mps
+from qwen3_distill.utils.signals import signals_as_ctrl_c, stop_on_signal
 
 INTERRUPTED_EXIT_CODE = 130
 
@@ -53,7 +52,7 @@ def run(
     Returns:
         The run's summary; None after a first Ctrl-C, when the step was finished and saved.
     """
-    with RunFolder(config) as folder, progress:
+    with RunFolder(config) as folder, progress, signals_as_ctrl_c():
         if folder.is_finished:
             progress.stage(f"the run in {folder.path} is complete; remove the folder to run again")
         elif not asyncio.run(_run(config, folder, progress, warn, adapt)):
@@ -70,6 +69,8 @@ async def _run(
     warn: Callable[[str], None],
     adapt: Callable[[Parts], Parts],
 ) -> bool:
+    if folder.changes:
+        warn("going on with other settings than before:\n  " + "\n  ".join(folder.changes))
     check_before_start(config, reads_prompts=False)  # they are read with the other parts
     progress.stage("checking that student and teacher match")
     check_compatible(load_identity(config.student.model), load_identity(config.scoring.model))
@@ -122,6 +123,7 @@ async def _train(
     config = parts.config
     cursor = await _restore(parts, folder, progress, warn)
     _write_manifest(parts, folder, cursor.step)
+    folder.accept_changes()
     recorder = Recorder(parts, folder, progress, start_step=cursor.step)
     try:
         with _stop_on_interrupt(recorder, progress):
@@ -161,43 +163,32 @@ async def _restore(
 
 def _write_manifest(parts: Parts, folder: RunFolder, step: int) -> None:
     """Record what this process runs with; one entry per start, since a resume may differ."""
-    starts: list[dict[str, Any]] = []
-    if folder.manifest.exists():
-        starts = json.loads(folder.manifest.read_text())["starts"]
-    starts.append(
-        {
-            "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "step": step,
-            "versions": versions(),
-            "engines": engine_versions(parts.config),
-            "machine": machine(),
-            "code": git_revision(Path(__file__).parent),
-        }
-    )
+    start = {
+        "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "step": step,
+        "changed": folder.changes,
+        "versions": versions(),
+        "engines": engine_versions(parts.config),
+        "machine": machine(),
+        "code": git_revision(Path(__file__).parent),
+    }
     write_json_atomic(
         folder.manifest,
         {
             "student": identity_record(parts.learner.identity),
             "teacher": {"id": parts.teacher.teacher_id, **identity_record(parts.teacher.identity)},
-            "starts": starts,
+            "starts": [*folder.read_starts(), start],
         },
     )
 
 
-@contextmanager
-def _stop_on_interrupt(recorder: Recorder, progress: ProgressReporter) -> Iterator[None]:
-    """First Ctrl-C or SIGTERM: finish the step and save. Second: leave at once."""
+def _stop_on_interrupt(
+    recorder: Recorder, progress: ProgressReporter
+) -> AbstractContextManager[None]:
+    """First Ctrl-C, SIGTERM or SIGHUP: finish the step and save. Second: leave at once."""
 
-    def request_stop(signum: int, frame: object) -> None:
-        if recorder.stop_requested:
-            raise KeyboardInterrupt
+    def request_stop() -> None:
         recorder.stop_requested = True
         progress.stage("stopping after this step (again to stop at once)")
 
-    watched = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, request_stop) for number in watched]
-    try:
-        yield
-    finally:
-        for number, handler in zip(watched, before, strict=True):
-            signal.signal(number, handler)
+    return stop_on_signal(request_stop)

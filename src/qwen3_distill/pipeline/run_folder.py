@@ -19,6 +19,34 @@ from qwen3_distill.errors import RunFolderError
 from qwen3_distill.reporting.trace import TRACE_FILE
 from qwen3_distill.utils.files import write_json_atomic
 
+MAY_CHANGE = (
+    *("logging", "checkpoint", "planning", "pipeline.mps", "pipeline.stall_timeout_s"),
+    # Any engine's process.
+    *(
+        f"{section}.{key}"
+        for section in ("generation", "scoring", "training")
+        for key in (
+            *("python", "environment", "threads"),
+            *("start_timeout_s", "hang_timeout_s", "max_restarts"),
+        )
+    ),
+    # Memory and speed: how much is computed at a time, not what.
+    *("generation.max_batched_tokens", "generation.kv_cache_gib"),
+    *("scoring.batch_tokens", "scoring.chunk_tokens", "scoring.chunked_prefill_tokens"),
+    *("scoring.memory_fraction", "scoring.max_total_tokens"),
+    *("training.micro_batch_tokens", "training.chunk_tokens", "training.memory_gib"),
+    "training.gradient_checkpointing",
+    # Where the teacher is reached, how often and for how long; what answers there is checked.
+    *("scoring.urls", "scoring.api_key_file", "scoring.port", "scoring.cache"),
+    *("scoring.request_tokens", "scoring.request_timeout_s"),
+    *("scoring.max_in_flight", "scoring.max_attempts"),
+)
+"""Settings, and sections of them, that may differ when a run goes on.
+
+They are about how it is operated, and what an error message says to change lies among them. What
+is sampled, scored, trained or evaluated, and in which order, is not changed by any of them beyond
+the rounding that another batch size or number of threads brings.
+"""
 _TORCH_WRITER = re.compile("inline_container|PytorchStreamWriter")
 """`torch.save` reports a failed write as a RuntimeError that only its text tells from others."""
 
@@ -44,12 +72,16 @@ class RunFolder:
     """Paths of one run, held by one process at a time.
 
     Raises:
-        RunFolderError: not writable, held by another process, or made by another config.
+        RunFolderError: not writable, held by another process, made by another config, or with a
+            damaged config or manifest.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self.path = config.output_path
         self._lock: IO[str] | None = None
+        self._values = dump_config(config)
+        self.changes: list[str] = []
+        """``key: old -> new`` for what `MAY_CHANGE` and is not as in the start before."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a")
@@ -60,7 +92,8 @@ class RunFolder:
             ) from error
         try:
             self._acquire()
-            self._check_config(dump_config(config))
+            self._check_config()
+            self.read_starts()  # damaged, it is said before models are loaded
         except BaseException:
             self.close()
             raise
@@ -114,6 +147,35 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any]:
         return json.loads(self.summary.read_text())
 
+    def read_starts(self) -> list[Any]:
+        """What the manifest has of earlier starts.
+
+        Raises:
+            RunFolderError: the manifest is damaged.
+        """
+        if not self.manifest.exists():
+            return []
+        remedy = (
+            "restore the file, or remove it: the run then goes on without the record of its "
+            "earlier starts"
+        )
+        try:
+            content = json.loads(self.manifest.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"{self.manifest} cannot be read: {error}; {remedy}") from error
+        starts = content.get("starts") if isinstance(content, dict) else None
+        if not isinstance(starts, list):
+            raise RunFolderError(
+                f"{self.manifest} is no manifest: expected an object with a list `starts`; {remedy}"
+            )
+        return starts
+
+    def accept_changes(self) -> None:
+        """The `changes` become the folder's config: the start got as far as a run that goes on."""
+        if self.changes:
+            write_json_atomic(self.config, self._values)
+            self.changes = []
+
     def close(self) -> None:
         if self._lock is not None:
             self._lock.close()
@@ -163,21 +225,26 @@ class RunFolder:
             )
         return values
 
-    def _check_config(self, new: dict[str, Any]) -> None:
+    def _check_config(self) -> None:
         if not self.config.exists() or not self._has_records():
-            write_json_atomic(self.config, new)
+            write_json_atomic(self.config, self._values)
             return
-        old = self._read_config()
         differences = [
             line
-            for line in config_differences(old, new)
+            for line in config_differences(self._read_config(), self._values)
             if not line.startswith("output_dir:")  # a folder may be moved
         ]
-        if differences:
-            shown = "\n  ".join(differences[:8])
-            if len(differences) > 8:
-                shown += f"\n  and {len(differences) - 8} more"
+        self.changes = [line for line in differences if _may_change(line.partition(":")[0])]
+        refused = [line for line in differences if line not in self.changes]
+        if refused:
+            shown = "\n  ".join(refused[:8])
+            if len(refused) > 8:
+                shown += f"\n  and {len(refused) - 8} more"
             raise RunFolderError(
                 f"run folder {self.path} was made by another config:\n  {shown}\n"
                 "choose another output_dir, or remove the folder to start again"
             )
+
+
+def _may_change(key: str) -> bool:
+    return any(key == place or key.startswith(f"{place}.") for place in MAY_CHANGE)

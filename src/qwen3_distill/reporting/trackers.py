@@ -5,7 +5,9 @@ import importlib
 import math
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -94,19 +96,33 @@ class TensorBoardTracker:
         """
         module = _import("torch.utils.tensorboard", extra=None, setting="logging.tensorboard")
         purge_step = None if resume_step is None else resume_step + 1
-        try:
+        self._folder = folder
+        self._has_failed = False
+        _silence_writing_threads()
+        with self._named_errors():
             self._writer: Any = module.SummaryWriter(str(folder), purge_step=purge_step)
-        except OSError as error:
-            raise RunFolderError(
-                f"{folder} cannot be written: {error.strerror or error}"
-            ) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        for key, value in _finite(values).items():
-            self._writer.add_scalar(key, value, global_step=step)
+        with self._named_errors():
+            for key, value in _finite(values).items():
+                self._writer.add_scalar(key, value, global_step=step)
 
     def close(self) -> None:
-        self._writer.close()
+        if not self._has_failed:  # its thread is dead, and closing would only say so again
+            with self._named_errors():
+                self._writer.close()
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Writes fail in the writer's thread; the next call is told, often without a path."""
+        try:
+            yield
+        except OSError as error:
+            self._has_failed = True
+            raise RunFolderError(
+                f"{self._folder} cannot be written: {error.strerror or error}; free space, choose "
+                "another output_dir, or set logging.tensorboard: false"
+            ) from error
 
 
 class WandbLogger:
@@ -196,6 +212,25 @@ def _import(module: str, *, extra: str | None, setting: str) -> ModuleType:
             f"{setting} needs the package {error.name}, which is not installed: "
             f"`pip install {package}`, or switch it off in the config"
         ) from error
+
+
+def _silence_writing_threads() -> None:
+    """From now on no traceback of TensorBoard's thread that cannot write.
+
+    The tracker raises the same error where it is handled. Nothing is put back: the thread may
+    report later than the tracker is closed.
+    """
+    hook = threading.excepthook
+    if not (isinstance(hook, partial) and hook.func is _report_others):
+        threading.excepthook = partial(_report_others, hook)
+
+
+def _report_others(
+    report: Callable[[threading.ExceptHookArgs], object], failure: threading.ExceptHookArgs
+) -> None:
+    of_tensorboard = type(failure.thread).__module__.startswith("tensorboard.")
+    if not (of_tensorboard and isinstance(failure.exc_value, OSError)):
+        report(failure)
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float]:

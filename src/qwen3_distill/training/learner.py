@@ -387,7 +387,7 @@ class TorchLearner:
             self._optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError(
                 f"step {step}: loss={loss}, grad_norm={grad_norm}; the optimizer was not stepped. "
-                "A lower learning_rate or advantage_clip is the usual remedy"
+                "A lower learning_rate or advantage_clip, in a new output_dir, is the usual remedy"
             )
 
     def _set_learning_rate(self, step: int) -> float:

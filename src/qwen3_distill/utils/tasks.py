@@ -69,11 +69,14 @@ async def together(*work: Coroutine[Any, Any, None]) -> None:
     """Run all of it side by side. An error of one ends the others, and is raised when they have."""
     tasks = [asyncio.ensure_future(one) for one in work]
     try:
-        await asyncio.gather(*tasks)
+        # Unlike gather it does not cancel them: twice would break off their cleaning up.
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
 
 
 async def within(timeout_s: float, work: Awaitable[Result], what: str) -> Result:

@@ -1,14 +1,19 @@
+import errno
 import math
+import os
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from qwen3_distill.config import LoggingConfig, TrackioTracker, WandbTracker
-from qwen3_distill.errors import ConfigError
+from qwen3_distill.errors import ConfigError, RunFolderError
 from qwen3_distill.reporting.trackers import (
     RUN_ID_FILE,
     TENSORBOARD_FOLDER,
@@ -50,6 +55,69 @@ def test_tensorboard_hides_the_steps_that_a_resume_does_anew(tmp_path):
     second.log(3, {"loss/a": 0.0})
     second.close()
     assert _scalars(tmp_path / TENSORBOARD_FOLDER, "loss/a") == [(1, 1.0), (2, 1.0), (3, 0.0)]
+
+
+def _fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(self: RecordWriter, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # like Python's, it names no file
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+
+
+@pytest.fixture
+def reported(monkeypatch: pytest.MonkeyPatch) -> list[threading.ExceptHookArgs]:
+    """What threads report by a traceback otherwise."""
+    failures: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+    return failures
+
+
+def _until_refused(trackers: TrackerGroup) -> None:
+    for step in range(1000):
+        trackers.log(step, {"loss/a": 1.0})
+        time.sleep(0.001)
+
+
+def test_tensorboard_on_a_full_disk_names_its_folder(tmp_path, monkeypatch, reported):
+    trackers = open_trackers(_config(tensorboard=True), tmp_path, {})
+    _fill_the_disk(monkeypatch)
+    folder = tmp_path / TENSORBOARD_FOLDER
+    with pytest.raises(RunFolderError, match="No space left") as refusal:
+        _until_refused(trackers)
+    assert str(folder) in str(refusal.value)
+    assert "logging.tensorboard: false" in str(refusal.value)
+    trackers.close()
+    _join_tensorboard()
+    assert not reported
+
+
+def test_tensorboard_that_cannot_write_the_last_of_it_names_its_folder(
+    tmp_path, monkeypatch, reported
+):
+    trackers = open_trackers(_config(tensorboard=True), tmp_path, {})
+    trackers.log(1, {"loss/a": 1.0})
+    _fill_the_disk(monkeypatch)
+    # It flushes every two minutes; what the last flush cannot write is told by `close` alone.
+    monkeypatch.setattr(RecordWriter, "flush", lambda self: RecordWriter.write(self, b""))
+    with pytest.raises(RunFolderError, match=TENSORBOARD_FOLDER):
+        trackers.close()
+    _join_tensorboard()
+    assert not reported
+
+
+def test_other_failures_of_threads_are_still_reported(tmp_path, reported):
+    open_trackers(_config(tensorboard=True), tmp_path, {}).close()
+    open_trackers(_config(tensorboard=True), tmp_path, {}).close()
+    thread = threading.Thread(target=os.stat, args=(tmp_path / "none",))
+    thread.start()
+    thread.join()
+    assert [failure.exc_type for failure in reported] == [FileNotFoundError]
+
+
+def _join_tensorboard() -> None:
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("tensorboard."):
+            thread.join(timeout=5.0)
 
 
 @pytest.mark.parametrize(

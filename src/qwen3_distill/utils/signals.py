@@ -1,0 +1,80 @@
+"""Signals that ask a command to stop: Ctrl-C, SIGTERM, and SIGHUP when its terminal is closed."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TypeAlias
+
+_Handler: TypeAlias = Callable[[int, FrameType | None], None]
+
+_ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def stop_on_signal(ask: Callable[[], None]) -> Iterator[None]:
+    """In the block the first signal calls ``ask``; any further one raises KeyboardInterrupt."""
+    asked = False
+
+    def once(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        ask()
+
+    with _handled(once, _ALL):
+        yield
+
+
+@contextmanager
+def signals_as_ctrl_c() -> Iterator[None]:
+    """In the block SIGTERM and SIGHUP do what Ctrl-C does there, so that nothing is left behind."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        on_ctrl_c = signal.getsignal(signal.SIGINT)  # asyncio's, while it runs
+        if not callable(on_ctrl_c):  # ignored in the background of a script
+            raise KeyboardInterrupt
+        on_ctrl_c(signal.SIGINT, frame)
+
+    with _handled(interrupt, (signal.SIGTERM, signal.SIGHUP)):
+        yield
+
+
+@contextmanager
+def signals_ignored() -> Iterator[None]:
+    """In the block they have no effect: for the moment in which what there is gets saved."""
+    with _handled(lambda number, frame: None, _ALL):
+        yield
+
+
+@contextmanager
+def _handled(handler: _Handler, numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # handlers are set only there
+        yield
+        return
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        _leave_closed(terminals)
+        handler(number, frame)
+
+    # Under nohup SIGHUP is ignored, and stays so.
+    watched = [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in watched}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _leave_closed(terminals: Sequence[int]) -> None:
+    """Drop output to a terminal that is gone: it would be an error in work that is to be saved."""
+    for descriptor in terminals:
+        if not os.isatty(descriptor):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

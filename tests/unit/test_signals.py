@@ -1,0 +1,48 @@
+"""A command whose terminal is closed saves its work, though it can say nothing any more."""
+
+import fcntl
+import os
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from qwen3_distill.utils.signals import stop_on_signal
+
+asked = []
+
+def ask():
+    print("stopping", flush=True)
+    asked.append(True)
+
+with stop_on_signal(ask):
+    print("ready", flush=True)
+    while not asked:
+        time.sleep(0.01)
+    print("saving", flush=True)
+    Path(sys.argv[1]).write_text("work")
+"""
+
+
+def test_work_is_saved_when_its_terminal_is_closed(tmp_path: Path) -> None:
+    terminal, end = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "saved")],
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(end)
+    try:
+        assert b"ready" in os.read(terminal, 1000)
+        os.close(terminal)
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert (tmp_path / "saved").read_text() == "work"
