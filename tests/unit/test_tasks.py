@@ -140,6 +140,7 @@ def test_together_is_side_by_side() -> None:
         await other.wait()
 
     run(together(set_and_wait(left, right), set_and_wait(right, left)))
+    run(together())  # of nothing
 
 
 def test_an_error_of_one_is_raised_when_the_others_have_ended() -> None:

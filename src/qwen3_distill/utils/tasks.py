@@ -68,6 +68,8 @@ class TaskScope:
 async def together(*work: Coroutine[Any, Any, None]) -> None:
     """Run all of it side by side. An error of one ends the others, and is raised when they have."""
     tasks = [asyncio.ensure_future(one) for one in work]
+    if not tasks:
+        return
     try:
         # Unlike gather it does not cancel them: twice would break off their cleaning up.
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
