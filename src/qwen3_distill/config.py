@@ -728,8 +728,8 @@ class StudentConfig(Schema):
     ) -> dict[str, bool | int | str]:
         if taken := _TEMPLATE_CALL & arguments.keys():
             raise ValueError(
-                f"{', '.join(sorted(taken))} may not be set: not the template takes it, and "
-                "prompts are always rendered up to where the answer begins"
+                f"{', '.join(sorted(taken))} may not be set: the template does not take it, "
+                "and prompts are always rendered up to where the answer begins"
             )
         return arguments
 

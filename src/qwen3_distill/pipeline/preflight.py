@@ -22,7 +22,8 @@ def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
 
     Args:
         reads_prompts: whether the training prompts are read, which takes a while if there are
-            millions, or only looked for. Held-out problems always are.
+            millions, or only looked for, and reference answers are checked: what builds a run's
+            parts does both. Held-out problems are always read.
     """
     checks: list[Callable[[], object]] = [
         lambda: check_model_dir(config.student.model),
@@ -33,7 +34,8 @@ def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
     if reads_prompts or (is_file and not os.path.exists(prompts.path)):
         checks.append(lambda: _read(prompts, config.verifier))
     if (evaluation := config.evaluation) is not None:
-        checks.append(lambda: _read(evaluation.prompts, evaluation.verifier))
+        verifier = evaluation.verifier if reads_prompts else None
+        checks.append(lambda: _read(evaluation.prompts, verifier))
     found = [problem for check in checks if (problem := _problem(check))]
     for name in ("generation", "scoring", "training"):
         python = getattr(getattr(config, name), "python", None)
