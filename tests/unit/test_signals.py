@@ -10,7 +10,7 @@ from pathlib import Path
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from qwen3_distill.utils.signals import stop_on_signal
+from qwen3_distill.utils.signals import signals_as_ctrl_c, stop_on_ctrl_c
 
 asked = []
 
@@ -18,7 +18,7 @@ def ask():
     print("stopping", flush=True)
     asked.append(True)
 
-with stop_on_signal(ask):
+with signals_as_ctrl_c(), stop_on_ctrl_c(ask):
     print("ready", flush=True)
     while not asked:
         time.sleep(0.01)

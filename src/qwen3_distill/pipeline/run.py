@@ -30,7 +30,7 @@ from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.types import RunCursor
 from qwen3_distill.utils.files import write_json_atomic
 from qwen3_distill.utils.mps import MpsDaemon, private_mps
-from qwen3_distill.utils.signals import signals_as_ctrl_c, stop_on_signal
+from qwen3_distill.utils.signals import signals_as_ctrl_c, stop_on_ctrl_c
 
 INTERRUPTED_EXIT_CODE = 130
 
@@ -191,4 +191,4 @@ def _stop_on_interrupt(
         recorder.stop_requested = True
         progress.stage("stopping after this step (again to stop at once)")
 
-    return stop_on_signal(request_stop)
+    return stop_on_ctrl_c(request_stop)

@@ -47,7 +47,7 @@ from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.types import Batch, Rollout, ScoredRollout
 from qwen3_distill.utils.files import check_writable, write_json_atomic
 from qwen3_distill.utils.seeds import derive_seed
-from qwen3_distill.utils.signals import signals_as_ctrl_c, signals_ignored, stop_on_signal
+from qwen3_distill.utils.signals import ctrl_c_ignored, signals_as_ctrl_c, stop_on_ctrl_c
 
 Say = Callable[[str], None]
 Record = TypeVar("Record")
@@ -83,12 +83,12 @@ def _written(
         try:
             yield
         except BaseException:
-            with signals_ignored():
+            with ctrl_c_ignored():
                 if rows:
                     keep(part)
                     say(f"broken off: the {len(rows)} rollouts of finished steps are in {part}")
             raise
-        with signals_ignored():
+        with ctrl_c_ignored():
             keep(out)
 
 
@@ -223,7 +223,7 @@ async def _train_and_save(
         stopping = True
         say("stopping after this step (again to stop at once)")
 
-    with stop_on_signal(stop):
+    with stop_on_ctrl_c(stop):
         try:
             for step, batch in batches:
                 if stopping:
@@ -244,7 +244,7 @@ async def _save_part(learner: Learner, num_steps: int, out: Path, say: Say) -> N
         return
     whole = Path(os.path.abspath(out))  # with a name also where it is "."
     part = _unused(whole.parent, f"{whole.name}-partial")
-    with signals_ignored():
+    with ctrl_c_ignored():
         try:
             with full_disk_named(part):
                 await learner.save_student(part)

@@ -1,4 +1,8 @@
-"""Signals that ask a command to stop: Ctrl-C, SIGTERM, and SIGHUP when its terminal is closed."""
+"""Signals that ask a command to stop: Ctrl-C, SIGTERM, and SIGHUP when its terminal is closed.
+
+`signals_as_ctrl_c` stands around a command's work and turns the other two into Ctrl-C, so that
+what is done about Ctrl-C in it holds for all three.
+"""
 
 import os
 import signal
@@ -10,12 +14,10 @@ from typing import TypeAlias
 
 _Handler: TypeAlias = Callable[[int, FrameType | None], None]
 
-_ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 
 @contextmanager
-def stop_on_signal(ask: Callable[[], None]) -> Iterator[None]:
-    """In the block the first signal calls ``ask``; any further one raises KeyboardInterrupt."""
+def stop_on_ctrl_c(ask: Callable[[], None]) -> Iterator[None]:
+    """In the block the first Ctrl-C calls ``ask``; any further one raises KeyboardInterrupt."""
     asked = False
 
     def once(number: int, frame: FrameType | None) -> None:
@@ -25,7 +27,7 @@ def stop_on_signal(ask: Callable[[], None]) -> Iterator[None]:
         asked = True
         ask()
 
-    with _handled(once, _ALL):
+    with _handled(once, (signal.SIGINT,)):
         yield
 
 
@@ -44,9 +46,9 @@ def signals_as_ctrl_c() -> Iterator[None]:
 
 
 @contextmanager
-def signals_ignored() -> Iterator[None]:
-    """In the block they have no effect: for the moment in which what there is gets saved."""
-    with _handled(lambda number, frame: None, _ALL):
+def ctrl_c_ignored() -> Iterator[None]:
+    """In the block it has no effect: for the moment in which what there is gets saved."""
+    with _handled(lambda number, frame: None, (signal.SIGINT,)):
         yield
 
 
