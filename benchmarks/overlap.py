@@ -11,10 +11,12 @@ times as much (``longtail16``: 16 times), cut at ``--max-tokens``. Models must n
 themselves: random weights hardly ever do; with ``--ignore-eos`` copies of the models are used that
 name an end-of-sequence token which is never sampled.
 
-``NAME:SEQUENTIAL:STREAMING`` says how many steps of a distribution are measured. Figures are tokens
-trained on over the time of these steps. A sequential step is like any other, so all count, after a
-warm-up step of the same lengths. A streaming run first fills its stages: its first ``--skip`` steps
-do not count, and it is stopped while they are full. The details say how long the first step took.
+``NAME:SEQUENTIAL:STREAMING:SKIP`` says how many steps of a distribution are measured. Figures are
+tokens trained on over the time of these steps. A sequential step is like any other, so all count,
+after a warm-up step of the same lengths. A streaming run first fills its stages: its first SKIP
+steps (3 unless said) do not count, and it is stopped while they are full. With long tails its first
+steps have fewer tokens, since long answers come later; SKIP should be as many steps as a long
+answer lives.
 
 With ``pipeline.mps=true`` both sides run as clients of an MPS daemon. ``--other-mps`` starts the
 engines once more the other way, for ``mps_gain``. ``--variants NAME:STREAMING:SETTING=VALUE``
@@ -148,14 +150,14 @@ class Plan:
     name: str
     sequential_steps: int
     streaming_steps: int
+    skip: int = 3
+    """Streaming steps that do not count: the stages fill."""
 
     @classmethod
     def parse(cls, text: str) -> list["Plan"]:
-        """Of ``NAME:SEQUENTIAL:STREAMING,...``."""
+        """Of ``NAME:SEQUENTIAL:STREAMING[:SKIP],...``."""
         fields = [item.split(":") for item in text.split(",") if item]
-        return [
-            cls(name, int(sequential), int(streaming)) for name, sequential, streaming in fields
-        ]
+        return [cls(name, *map(int, counts)) for name, *counts in fields]
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ class Variant:
     name: str
     streaming_steps: int
     setting: str
+    skip: int = 3
 
     @classmethod
     def parse(cls, text: str) -> list["Variant"]:
@@ -183,7 +186,6 @@ class Bench:
     report: Report
     median_tokens: int
     max_tokens: int
-    skip: int
     suffix: str = ""
     """Of figures and details, where MPS is not used as the config says."""
     drawn_steps: int = 0
@@ -195,8 +197,14 @@ class Bench:
         lengths = Lengths(name, median, self.max_tokens, self.drawn_steps)
         return ForcedLengths(self.parts.engine, lengths)
 
-    async def pipeline(self, kind: str, name: str, steps: int, label: str) -> dict[str, float]:
-        """Seconds and tokens of some steps, and means of their metrics."""
+    async def pipeline(
+        self, kind: str, name: str, steps: int, label: str, *, skip: int = 0
+    ) -> dict[str, Any]:
+        """Seconds and tokens of some steps, and means of their metrics.
+
+        Args:
+            skip: so many first steps do not count.
+        """
         config = self.run_config(kind, steps, label)
         version = self.parts.learner.version
         parts = replace(self.parts, config=config, engine=self.engine(name))
@@ -214,7 +222,7 @@ class Bench:
             finally:
                 recorder.close()
             records = read_jsonl(folder.metrics)
-        counted = records[self.skip if kind == "streaming" else 0 :]
+        counted = records[skip:]
         tokens = sum(record["tokens/trained"] for record in counted)
         seconds = sum(record["time/step_s"] for record in counted)
         return {
@@ -223,6 +231,10 @@ class Bench:
             "tokens": tokens,
             "steps": len(counted),
             "first_step_s": records[0]["time/step_s"],
+            "tokens_and_seconds_of_steps": [
+                [record["tokens/trained"], round(record["time/step_s"], 3)] for record in records
+            ],
+            "skipped_steps": skip,
             "dropped": sum(r.get("staleness/dropped_rollouts", 0) for r in records),
             "mean_age_steps": float(np.mean([r.get("staleness/age_steps", 0) for r in counted])),
             "max_age_steps": max(r["weights/lag_steps"] for r in counted),
@@ -252,19 +264,20 @@ class Bench:
 
     async def compare(self, plan: Plan) -> None:
         """Both pipelines on the same distribution."""
-        name, suffix, results = plan.name, self.suffix, dict[str, dict[str, float]]()
-        for kind, steps in (
-            ("sequential", plan.sequential_steps),
-            ("streaming", plan.streaming_steps),
+        name, suffix, results = plan.name, self.suffix, dict[str, dict[str, Any]]()
+        for kind, steps, skip in (
+            ("sequential", plan.sequential_steps, 0),
+            ("streaming", plan.streaming_steps, plan.skip),
         ):
             if kind == "sequential" and steps:
                 await self.pipeline("sequential", name, 1, "warm-up")  # shapes not seen yet
             if steps:
-                results[kind] = await self.pipeline(kind, name, steps, f"{name}-{kind}{suffix}")
+                label = f"{name}-{kind}{suffix}"
+                results[kind] = await self.pipeline(kind, name, steps, label, skip=skip)
                 print(f"{name}{suffix}", kind, json.dumps(results[kind]), flush=True)
         self.report.add(f"{name}{suffix}", self.figures(name, results), **results)
 
-    def figures(self, name: str, results: Mapping[str, dict[str, float]]) -> dict[str, float]:
+    def figures(self, name: str, results: Mapping[str, dict[str, Any]]) -> dict[str, float]:
         """Speeds and ratios of what was measured now, and what MPS gains if both ways were."""
         if "streaming" not in results:
             return {}
@@ -279,7 +292,7 @@ class Bench:
         figures = {f"{key}{self.suffix}": value for key, value in figures.items()}
         other = self.report.parts.get(name, {}).get("streaming")
         if self.suffix and other:
-            gain = other["tok_s"] / streaming
+            gain = rate_of_common_steps(other, results["streaming"])
             key = "mps_gain" if name == "longtail8" else f"mps_gain_{name}"
             figures[key] = gain if self.suffix == "_without_mps" else 1 / gain
         return figures
@@ -289,7 +302,8 @@ class Bench:
         parts, key = self.parts, f"{variant.name}-{variant.setting}{self.suffix}"
         self.parts = replace(parts, config=parts.config.model_copy(update={"pipeline": pipeline}))
         try:
-            result = await self.pipeline("streaming", variant.name, variant.streaming_steps, key)
+            steps = variant.streaming_steps
+            result = await self.pipeline("streaming", variant.name, steps, key, skip=variant.skip)
         finally:
             self.parts = parts
         print(key, json.dumps(result), flush=True)
@@ -342,6 +356,20 @@ class Bench:
         )
 
 
+def rate_of_common_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """How many times the other's tokens a second, by the steps that count in both.
+
+    Early steps of long-tailed lengths have fewer tokens, so others must not be compared.
+    """
+    first = max(one["skipped_steps"], other["skipped_steps"])
+    steps = [run["tokens_and_seconds_of_steps"] for run in (one, other)]
+    last = min(map(len, steps))
+    if first >= last:
+        return float("nan")
+    sums = [np.sum(run[first:last], axis=0) for run in steps]
+    return float(sums[0][0] / sums[0][1] / (sums[1][0] / sums[1][1]))
+
+
 def shared_memory() -> str | None:
     return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
@@ -359,7 +387,7 @@ async def measure(arguments: argparse.Namespace, config: RunConfig, report: Repo
     vocab_size = parts.learner.identity.vocab_size
     parts = replace(parts, prompts=RandomPrompts(arguments.prompt_tokens, vocab_size))
     lengths = arguments.median_tokens, arguments.max_tokens
-    bench = Bench(parts, report, *lengths, arguments.skip)
+    bench = Bench(parts, report, *lengths)
     mps = config.pipeline.mps
     await together(bench, mps, arguments.lengths, variants)
     bench.suffix = "_without_mps" if mps else "_with_mps"
@@ -414,7 +442,6 @@ def main() -> None:
     parser.add_argument("--median-tokens", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=4096)
     parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--skip", type=int, default=3, help="streaming steps that do not count")
     parser.add_argument("--ignore-eos", action="store_true")
     parser.add_argument("--name", default="overlap", help="of the result")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")

@@ -6,13 +6,18 @@
 A test that needs an engine carries its marker and is skipped where the engine is not given.
 """
 
+import os
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 ENGINE_NAMES = ("vllm", "sglang", "unsloth")
 Device = Literal["cpu", "cuda"]
+LOGS = Path(tempfile.gettempdir()) / "qwen3-distill-tests" / str(os.getpid())
+"""Of this process alone: an engine that fails is explained by what its log says."""
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -36,9 +35,9 @@ from tests.contract.builders import run
 from tests.contract.sglang_adapter import SglangTeacherAdapter
 from tests.contract.unsloth_adapter import UnslothLearnerAdapter
 from tests.contract.vllm_adapter import VllmEngineAdapter
+from tests.engines import LOGS
 
 Device = Literal["cpu", "cuda"]
-LOGS = Path(tempfile.gettempdir()) / "qwen3-distill-tests"
 
 
 class EngineAdapter(Protocol):

@@ -37,7 +37,7 @@ from qwen3_distill.training.embedded_process import EmbeddedLearnerProcess
 from qwen3_distill.types import Batch, Rollout, ScoredRollout
 from qwen3_distill.weights.directory import DirectoryChannel
 from qwen3_distill.weights.memory import MemoryChannel
-from tests.contract.adapters import LOGS, build_embedded_process
+from tests.contract.adapters import build_embedded_process
 from tests.contract.builders import (
     LONG,
     collect,
@@ -52,6 +52,7 @@ from tests.contract.builders import (
     serve,
     synthetic_rollout,
 )
+from tests.engines import LOGS
 from tests.tiny_models import CONTEXT_LENGTH, TinyModels
 
 Strike = Callable[[int], None]

@@ -11,12 +11,11 @@ from qwen3_distill.config import ObjectiveConfig, UnslothTraining
 from qwen3_distill.training.unsloth import UnslothLearner
 from qwen3_distill.utils.worker import WorkerProcess
 from tests.contract.builders import run
-from tests.engines import INSTALLED
+from tests.engines import INSTALLED, LOGS
 
 if TYPE_CHECKING:
     from tests.contract.adapters import LearnerSettings
 
-LOGS = Path(tempfile.gettempdir()) / "qwen3-distill-tests"
 ROOT = str(Path(__file__).parents[2])
 
 

@@ -3,7 +3,6 @@
 import atexit
 import contextlib
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from qwen3_distill.generation.vllm import VllmRolloutEngine
 from qwen3_distill.types import WeightVersion
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.contract.builders import run
-from tests.engines import INSTALLED
+from tests.engines import INSTALLED, LOGS
 
 KV_CACHE_BYTES = 128 << 20
 
@@ -54,7 +53,7 @@ def build_vllm(
         vllm_config(**changes),
         lora=lora,
         kv_cache_bytes=KV_CACHE_BYTES,
-        log=Path(tempfile.gettempdir()) / "qwen3-distill-tests" / "vllm.log",
+        log=LOGS / "vllm.log",
     )
     run(engine.start())
     return engine
