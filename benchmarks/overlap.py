@@ -30,7 +30,6 @@ The trace of every run lies in ``<output_dir>/<name>-<pipeline>/trace.json``.
 import argparse
 import asyncio
 import json
-import math
 import re
 import shutil
 import tempfile
@@ -44,6 +43,7 @@ import numpy as np
 
 from common import RESULTS
 from device_memory import PeakMemory
+from overlap_parts import Lengths, Plan, Variant, rate_of_common_steps
 from qwen3_distill.config import (
     LoggingConfig,
     RunConfig,
@@ -65,30 +65,6 @@ from qwen3_distill.utils.mps import MpsDaemon, private_mps
 from qwen3_distill.utils.seeds import derive_seed
 from qwen3_distill.weights.directory import DirectoryChannel
 from stages import Report, start_side_by_side, timed
-
-Z_99 = 2.326348
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """How many new tokens a rollout has, by its id."""
-
-    name: str
-    median_tokens: int
-    max_tokens: int
-
-    first_step: int = 0
-    """Of the run: every run draws the same lengths."""
-
-    def of(self, rollout_id: str) -> int:
-        if self.name == "fixed":
-            return self.median_tokens
-        ratio = float(self.name.removeprefix("longtail"))
-        step, _, rest = rollout_id.removeprefix("step-").partition("/")
-        seed = derive_seed(0, "length", int(step) - self.first_step, rest)
-        normal = np.random.Generator(np.random.PCG64(seed)).standard_normal()
-        tokens = self.median_tokens * math.exp(normal * math.log(ratio) / Z_99)
-        return int(min(max(tokens, 1), self.max_tokens))
 
 
 class ForcedLengths:
@@ -141,41 +117,6 @@ class StopsAfter(SilentReporter):
     def step(self, step: int, values: Mapping[str, float | None]) -> None:
         if step >= self._last_step and self.recorder is not None:
             self.recorder.stop_requested = True
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured of one distribution."""
-
-    name: str
-    sequential_steps: int
-    streaming_steps: int
-    skip: int = 3
-    """Streaming steps that do not count: the stages fill."""
-
-    @classmethod
-    def parse(cls, text: str) -> list["Plan"]:
-        """Of ``NAME:SEQUENTIAL:STREAMING[:SKIP],...``."""
-        fields = [item.split(":") for item in text.split(",") if item]
-        return [cls(name, *map(int, counts)) for name, *counts in fields]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One distribution, streamed with another setting of `pipeline`."""
-
-    name: str
-    streaming_steps: int
-    setting: str
-    skip: int = 3
-
-    @classmethod
-    def parse(cls, text: str) -> list["Variant"]:
-        """Of ``NAME:STREAMING:SETTING=VALUE,...``."""
-        fields = [item.split(":", 2) for item in text.split(",") if item]
-        if any(setting.startswith("mps=") for _, _, setting in fields):
-            raise argparse.ArgumentTypeError("the engines run already: --other-mps measures MPS")
-        return [cls(name, int(steps), setting) for name, steps, setting in fields]
 
 
 @dataclass
@@ -294,7 +235,8 @@ class Bench:
         if self.suffix and other:
             gain = rate_of_common_steps(other, results["streaming"])
             key = "mps_gain" if name == "longtail8" else f"mps_gain_{name}"
-            figures[key] = gain if self.suffix == "_without_mps" else 1 / gain
+            if gain is not None:
+                figures[key] = gain if self.suffix == "_without_mps" else 1 / gain
         return figures
 
     async def vary(self, variant: Variant, pipeline: StreamingPipeline) -> None:
@@ -354,20 +296,6 @@ class Bench:
             tok_s=tokens / seconds,
             times=times,
         )
-
-
-def rate_of_common_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    """How many times the other's tokens a second, by the steps that count in both.
-
-    Early steps of long-tailed lengths have fewer tokens, so others must not be compared.
-    """
-    first = max(one["skipped_steps"], other["skipped_steps"])
-    steps = [run["tokens_and_seconds_of_steps"] for run in (one, other)]
-    last = min(map(len, steps))
-    if first >= last:
-        return float("nan")
-    sums = [np.sum(run[first:last], axis=0) for run in steps]
-    return float(sums[0][0] / sums[0][1] / (sums[1][0] / sums[1][1]))
 
 
 def shared_memory() -> str | None:

@@ -536,7 +536,9 @@ def measure_trl(work: Work, report: Report, arguments: argparse.Namespace) -> No
     environment = dict(os.environ)
     if arguments.trl_pythonpath:
         environment["PYTHONPATH"] = arguments.trl_pythonpath
-    subprocess.run(command, env=environment, check=True)
+    out.unlink(missing_ok=True)
+    if subprocess.run(command, env=environment).returncode != 0 or not out.exists():
+        sys.exit("TRL was not measured: the cause is above; what was measured before is kept")
     result = json.loads(out.read_text())
     best = result["best"]
     figures = {"trl_opd_tok_s": best["opd_tok_s"], "trl_peak_gib": best["peak_gib"]}

@@ -16,6 +16,7 @@ in this way of using it imports ray.
 # pyright: reportMissingImports=false
 # ruff: noqa: PLC0415 - the parent process must not load what a child measures
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -117,6 +118,8 @@ def measure(arguments: argparse.Namespace, micro_batch: int) -> dict[str, Any]:
             torch.cuda.synchronize()
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if importlib.util.find_spec("flashinfer") is None:  # vLLM takes it for granted on Hopper
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     clock = Clock()
     with PeakMemory() as memory, tempfile.TemporaryDirectory() as folder:
         trainer = DistillationTrainer(

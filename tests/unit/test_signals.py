@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import termios
@@ -27,6 +28,12 @@ with signals_as_ctrl_c(), stop_on_ctrl_c(ask):
 """
 
 
+def take_terminal() -> None:
+    """Before the script begins: it is told when the terminal goes, under nohup too."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def test_work_is_saved_when_its_terminal_is_closed(tmp_path: Path) -> None:
     terminal, end = os.openpty()
     process = subprocess.Popen(
@@ -35,7 +42,7 @@ def test_work_is_saved_when_its_terminal_is_closed(tmp_path: Path) -> None:
         stdout=end,
         stderr=end,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=take_terminal,
     )
     os.close(end)
     try:

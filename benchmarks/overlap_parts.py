@@ -1,0 +1,85 @@
+"""What `overlap.py` measures: lengths, plans, and how runs compare."""
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qwen3_distill.utils.seeds import derive_seed
+
+Z_99 = 2.326348
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How many new tokens a rollout has, by its id."""
+
+    name: str
+    median_tokens: int
+    max_tokens: int
+
+    first_step: int = 0
+    """Of the run: every run draws the same lengths."""
+
+    def of(self, rollout_id: str) -> int:
+        if self.name == "fixed":
+            return self.median_tokens
+        ratio = float(self.name.removeprefix("longtail"))
+        step, _, rest = rollout_id.removeprefix("step-").partition("/")
+        seed = derive_seed(0, "length", int(step) - self.first_step, rest)
+        normal = np.random.Generator(np.random.PCG64(seed)).standard_normal()
+        tokens = self.median_tokens * math.exp(normal * math.log(ratio) / Z_99)
+        return int(min(max(tokens, 1), self.max_tokens))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured of one distribution."""
+
+    name: str
+    sequential_steps: int
+    streaming_steps: int
+    skip: int = 3
+    """Streaming steps that do not count: the stages fill."""
+
+    @classmethod
+    def parse(cls, text: str) -> list["Plan"]:
+        """Of ``NAME:SEQUENTIAL:STREAMING[:SKIP],...``."""
+        fields = [item.split(":") for item in text.split(",") if item]
+        return [cls(name, *map(int, counts)) for name, *counts in fields]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One distribution, streamed with another setting of `pipeline`."""
+
+    name: str
+    streaming_steps: int
+    setting: str
+    skip: int = 3
+
+    @classmethod
+    def parse(cls, text: str) -> list["Variant"]:
+        """Of ``NAME:STREAMING:SETTING=VALUE,...``."""
+        fields = [item.split(":", 2) for item in text.split(",") if item]
+        if any(setting.startswith("mps=") for _, _, setting in fields):
+            raise argparse.ArgumentTypeError("the engines run already: --other-mps measures MPS")
+        return [cls(name, int(steps), setting) for name, steps, setting in fields]
+
+
+def rate_of_common_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
+    """How many times the other's tokens a second, by the steps that count in both.
+
+    Early steps of long-tailed lengths have fewer tokens, so others must not be compared. None: no
+    step counts in both.
+    """
+    first = max(one["skipped_steps"], other["skipped_steps"])
+    steps = [run["tokens_and_seconds_of_steps"] for run in (one, other)]
+    last = min(map(len, steps))
+    if first >= last:
+        return None
+    sums = [np.sum(run[first:last], axis=0) for run in steps]
+    return float(sums[0][0] / sums[0][1] / (sums[1][0] / sums[1][1]))
