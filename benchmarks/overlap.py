@@ -1,6 +1,6 @@
 """Sequential, streaming and one model at a time: the same engines and lengths, one run.
 
-    python benchmarks/overlap.py --config configs/h200.yaml --lengths longtail8:2:8,fixed:2:6 \
+    python benchmarks/overlap.py --config configs/h200.yaml --lengths longtail8:3:22:10,fixed:2:6 \
         --variants longtail8:8:pause_at_ready_steps=1 --other-mps longtail8:0:6 \
         --swapping longtail8 pipeline.kind=streaming pipeline.mps=true \
         student.model=models/random-4B scoring.model=models/random-8B
@@ -12,17 +12,19 @@ themselves: random weights hardly ever do; with ``--ignore-eos`` copies of the m
 name an end-of-sequence token which is never sampled.
 
 ``NAME:SEQUENTIAL:STREAMING:SKIP`` says how many steps of a distribution are measured. Figures are
-tokens trained on over the time of these steps. A sequential step is like any other, so all count,
-after a warm-up step of the same lengths. A streaming run first fills its stages: its first SKIP
-steps (3 unless said) do not count, and it is stopped while they are full. With long tails its first
-steps have fewer tokens, since long answers come later; SKIP should be as many steps as a long
-answer lives.
+tokens trained on over the time of these steps. All sequential steps count, after a warm-up step of
+the same lengths; with long tails they differ by how long their longest answers are. A streaming run
+first fills its stages: its first SKIP steps (3 unless said) do not count, and it is stopped while
+they are full. With long tails its first steps have fewer tokens, since long answers come later:
+``tokens_and_seconds_of_steps`` in the result has every step.
 
 With ``pipeline.mps=true`` both sides run as clients of an MPS daemon. ``--other-mps`` starts the
-engines once more the other way, for ``mps_gain``. ``--variants NAME:STREAMING:SETTING=VALUE``
-streams once more on the same engines with another setting of `pipeline`. ``--swapping NAME``
+engines once more the other way, for ``mps_gain``, which is of the steps that count in both, three
+at least. ``--variants NAME:STREAMING:SETTING=VALUE`` streams once more on the same engines with
+another setting of `pipeline`, and leaves out as many steps as the first time. ``--swapping NAME``
 measures one step of that distribution in which only one model is loaded at a time: start the
-rollout engine, generate, end it, and so on, all caches of compiled code warm.
+rollout engine, generate, end it, and so on. Caches of compiled code on disk are warm, the processes
+are new.
 
 The trace of every run lies in ``<output_dir>/<name>-<pipeline>/trace.json``.
 """
@@ -43,7 +45,7 @@ import numpy as np
 
 from common import RESULTS
 from device_memory import PeakMemory
-from overlap_parts import Lengths, Plan, Variant, rate_of_common_steps
+from overlap_parts import DEFAULT_SKIP, Lengths, Plan, Variant, rate_of_common_steps
 from qwen3_distill.config import (
     LoggingConfig,
     RunConfig,
@@ -244,8 +246,10 @@ class Bench:
         parts, key = self.parts, f"{variant.name}-{variant.setting}{self.suffix}"
         self.parts = replace(parts, config=parts.config.model_copy(update={"pipeline": pipeline}))
         try:
+            before = self.report.parts.get(variant.name, {}).get("streaming", {})
+            skip = before.get("skipped_steps", DEFAULT_SKIP)
             steps = variant.streaming_steps
-            result = await self.pipeline("streaming", variant.name, steps, key, skip=variant.skip)
+            result = await self.pipeline("streaming", variant.name, steps, key, skip=skip)
         finally:
             self.parts = parts
         print(key, json.dumps(result), flush=True)

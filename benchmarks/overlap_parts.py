@@ -11,6 +11,9 @@ import numpy as np
 from qwen3_distill.utils.seeds import derive_seed
 
 Z_99 = 2.326348
+DEFAULT_SKIP = 3
+FEWEST_STEPS = 3
+"""That are compared."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Plan:
     name: str
     sequential_steps: int
     streaming_steps: int
-    skip: int = 3
+    skip: int = DEFAULT_SKIP
     """Streaming steps that do not count: the stages fill."""
 
     @classmethod
@@ -59,7 +62,6 @@ class Variant:
     name: str
     streaming_steps: int
     setting: str
-    skip: int = 3
 
     @classmethod
     def parse(cls, text: str) -> list["Variant"]:
@@ -73,13 +75,13 @@ class Variant:
 def rate_of_common_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
     """How many times the other's tokens a second, by the steps that count in both.
 
-    Early steps of long-tailed lengths have fewer tokens, so others must not be compared. None: no
-    step counts in both.
+    Early steps of long-tailed lengths have fewer tokens, so others must not be compared. None:
+    fewer than `FEWEST_STEPS` count in both.
     """
     first = max(one["skipped_steps"], other["skipped_steps"])
     steps = [run["tokens_and_seconds_of_steps"] for run in (one, other)]
     last = min(map(len, steps))
-    if first >= last:
+    if last - first < FEWEST_STEPS:
         return None
     sums = [np.sum(run[first:last], axis=0) for run in steps]
     return float(sums[0][0] / sums[0][1] / (sums[1][0] / sums[1][1]))

@@ -394,12 +394,15 @@ def test_harvested_pieces_and_remainders_hold_every_token_once(
         parts.sort(key=lambda piece: piece.continues_at)
     in_parts = [parts for parts in pieces.values() if len(parts) > 1]
     assert any(parts[-1].finish_reason is not FinishReason.HARVESTED for parts in in_parts)
+    whole_and_in_parts = 0
     for rollout_id, parts in pieces.items():
         edges = np.cumsum([0, *(piece.num_tokens for piece in parts)])
         assert [piece.continues_at for piece in parts] == edges[:-1].tolist()
         if rollout_id in tap.finished and parts[-1].finish_reason is not FinishReason.HARVESTED:
             ids = np.concatenate([piece.response_ids for piece in parts])
             assert ids.tolist() == tap.finished[rollout_id].response_ids.tolist()
+            whole_and_in_parts += len(parts) > 1
+    assert whole_and_in_parts
     kept_whole = {number for number in range(400) if is_full_length(config, number, 0.25)}
     in_pieces = {int(e.partition("@")[0]) for e in Ledger.of(config).trained if "@" in e}
     assert in_pieces

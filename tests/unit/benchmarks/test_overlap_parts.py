@@ -44,12 +44,16 @@ def run_of(steps: list[tuple[int, float]], skipped: int) -> dict[str, object]:
 
 
 def test_only_steps_that_count_in_both_are_compared() -> None:
-    long = run_of([(1, 1.0), (1, 1.0), (40, 2.0), (60, 3.0), (900, 1.0)], skipped=1)
-    short = run_of([(500, 1.0), (500, 1.0), (50, 10.0), (50, 10.0)], skipped=2)
+    long = run_of([(1, 1.0), (1, 1.0), (40, 2.0), (30, 1.0), (30, 2.0), (900, 1.0)], skipped=1)
+    short = run_of([(500, 1.0), (500, 1.0), (50, 10.0), (25, 5.0), (25, 5.0)], skipped=2)
     ratio = rate_of_common_steps(long, short)
     assert ratio is not None
     assert math.isclose(ratio, (100 / 5) / (100 / 20))
 
 
-def test_without_a_common_step_there_is_no_ratio() -> None:
-    assert rate_of_common_steps(run_of([(1, 1.0)], 0), run_of([(1, 1.0), (1, 1.0)], 1)) is None
+@pytest.mark.parametrize(("skipped", "is_enough"), [(0, True), (1, False), (9, False)])
+def test_with_fewer_than_three_common_steps_there_is_no_ratio(
+    skipped: int, is_enough: bool
+) -> None:
+    three, many = run_of([(1, 1.0)] * 3, 0), run_of([(1, 1.0)] * 9, skipped)
+    assert (rate_of_common_steps(three, many) is not None) == is_enough
