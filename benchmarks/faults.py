@@ -40,7 +40,9 @@ ROOT = Path(__file__).parents[1]
 STEPS, ROLLOUTS = 8, 16
 STAGES, FAULTS = ("generate", "score", "train"), ("kill", "hang", "slow")
 DELAY_S = 0.7
-"""At most so long after its step: some steps' time. A run may end before, where it is the last."""
+"""At most so long after its step: some steps' time."""
+LAST_STEPS = 2
+"""In which nothing is struck, so that the fault nearly always comes before the end."""
 HANG_TIMEOUT_S = 8.0
 SETTINGS = (
     f"steps={STEPS}",
@@ -67,7 +69,7 @@ class Striker:
     def __init__(self, seed: int) -> None:
         rng = random.Random(seed)
         self.stage, self.fault = rng.choice(STAGES), rng.choice(FAULTS)
-        self.step, self.delay_s = rng.randrange(STEPS), rng.uniform(0, DELAY_S)
+        self.step, self.delay_s = rng.randrange(STEPS - LAST_STEPS), rng.uniform(0, DELAY_S)
         self.pause_s = rng.uniform(0.5, 2.5)
         self.struck_at_step: int | None = None
         self._task: asyncio.Task[None] | None = None
