@@ -1,7 +1,7 @@
 """Sequential, streaming and one model at a time: the same engines and lengths, one run.
 
     python benchmarks/overlap.py --config configs/h200.yaml --lengths longtail8:3:22:10,fixed:2:6 \
-        --variants longtail8:8:pause_at_ready_steps=1 --other-mps longtail8:0:6 \
+        --variants longtail8:8:pause_at_ready_steps=1 --other-mps longtail8:0:16:10 \
         --swapping longtail8 pipeline.kind=streaming pipeline.mps=true \
         student.model=models/random-4B scoring.model=models/random-8B
 
@@ -45,7 +45,7 @@ import numpy as np
 
 from common import RESULTS
 from device_memory import PeakMemory
-from overlap_parts import DEFAULT_SKIP, Lengths, Plan, Variant, rate_of_common_steps
+from overlap_parts import DEFAULT_SKIP, FEWEST_STEPS, Lengths, Plan, Variant, rate_of_common_steps
 from qwen3_distill.config import (
     LoggingConfig,
     RunConfig,
@@ -237,7 +237,9 @@ class Bench:
         if self.suffix and other:
             gain = rate_of_common_steps(other, results["streaming"])
             key = "mps_gain" if name == "longtail8" else f"mps_gain_{name}"
-            if gain is not None:
+            if gain is None:
+                print(f"no {key}: fewer than {FEWEST_STEPS} steps count in both runs", flush=True)
+            else:
                 figures[key] = gain if self.suffix == "_without_mps" else 1 / gain
         return figures
 
