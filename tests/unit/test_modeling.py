@@ -103,22 +103,40 @@ def test_the_sign_of_zero_shows() -> None:
     assert weights_digest({"a": torch.zeros(3)}) != weights_digest({"a": -torch.zeros(3)})
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 34, 35, 36])
-def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    weights = random_weights()
-    whole = weights_digest(weights)
+def literal_checksum(words: list[int]) -> int:
+    """As the documentation of the digest has it."""
+    total = sum(word * (2 * 0x1E3779B97F4A7C15 * i + 1) for i, word in enumerate(words))
+    return (total + 2**63) % 2**64 - 2**63
+
+
+@pytest.mark.parametrize("columns", [1, 4, 8, 1000])
+@pytest.mark.parametrize("chunk", [1, 7, 16, 1000])
+@pytest.mark.parametrize(
+    ("dtype", "length"),
+    [(torch.int64, 0), (torch.int64, 1), (torch.int64, 31), (torch.int16, 33), (torch.int8, 40)],
+)
+def test_the_sum_is_the_formula_s_whatever_its_pieces(
+    monkeypatch: pytest.MonkeyPatch, columns: int, chunk: int, dtype: torch.dtype, length: int
+) -> None:
+    monkeypatch.setattr(digest, "_COLUMNS", columns)
     monkeypatch.setattr(digest, "_CHUNK", chunk)
-    assert weights_digest(weights) == whole
+    limits = torch.iinfo(dtype)
+    generator = torch.Generator().manual_seed(length)
+    tensor = torch.randint(limits.min, limits.max, (length,), generator=generator, dtype=dtype)
+    words = tensor.view(torch.int64) if length * dtype.itemsize % 8 == 0 else tensor
+    assert int(digest._checksum(tensor)) == literal_checksum(words.tolist())
 
 
-def test_both_sides_of_a_chunk_boundary_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digest, "_CHUNK", 8)
-    digests = set()
-    for element in range(20):
-        tensor = torch.zeros(20)
-        tensor[element] = 1
-        digests.add(weights_digest({"a": tensor}))
-    assert len(digests) == 20
+def test_digests_stay_what_they_were() -> None:
+    """Checkpoints and published weights carry them."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "a": torch.randn(300, 4099, generator=generator).to(torch.bfloat16),
+        "b": torch.randn(7, generator=generator),
+        "c": torch.randn(3, 5, generator=generator).to(torch.float16),
+        "d": torch.arange(8192),
+    }
+    assert weights_digest(weights) == "3e4214170d7dd276"
 
 
 @pytest.mark.gpu

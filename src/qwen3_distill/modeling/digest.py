@@ -12,6 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 _CHUNK = 1 << 22
+_COLUMNS = 1 << 12
+_K = 0x1E3779B97F4A7C15
 _FILE_CHUNK_BYTES = 1 << 24
 _INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -45,15 +47,52 @@ def _read(scalars: list[Tensor]) -> list[int]:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    bits = _words(tensor.contiguous().view(-1))
+    """The sum over all words w_i of w_i (2 K i + 1), modulo 2^64.
+
+    Odd multipliers are invertible modulo 2^64: a change of one word always shows.
+    """
+    words = _words(tensor.contiguous().view(-1))
+    if words.dtype == torch.int64:
+        return _weighted_sum(words, 0)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, bits.numel(), _CHUNK):
-        chunk = bits[start : start + _CHUNK].to(torch.int64)
-        position = torch.arange(start, start + chunk.numel(), device=tensor.device)
-        # Odd multipliers are invertible modulo 2^64: a change of one element always shows.
-        multiplier = position * 0x1E3779B97F4A7C15 * 2 + 1
-        total += (chunk * multiplier).sum()
+    for start in range(0, words.numel(), _CHUNK):  # widened, so in pieces
+        total += _weighted_sum(words[start : start + _CHUNK].to(torch.int64), start)
     return total
+
+
+def _weighted_sum(words: Tensor, start: int) -> Tensor:
+    """`_checksum`'s sum over ``words``, the first of which is word number ``start``.
+
+    In rows of C a word stands at i = C r + c, so what is multiplied with positions are the sums of
+    rows and of columns. Both read the words and write next to nothing; a product of all words with
+    their positions would write and read several times as much as the words themselves.
+    """
+    num_rows = words.numel() // _COLUMNS
+    whole = num_rows * _COLUMNS
+    rest = words[whole:]
+    total = _at_positions(rest, 1) + rest.sum() * _wrapped(2 * _K * (start + whole) + 1)
+    if num_rows:
+        rows = words[:whole].view(num_rows, _COLUMNS)
+        sum_of_row = rows.sum(1)
+        total += _at_positions(sum_of_row, _COLUMNS) + _at_positions(rows.sum(0), 1)
+        total += sum_of_row.sum() * _wrapped(2 * _K * start + 1)
+    return total
+
+
+def _at_positions(sums: Tensor, stride: int) -> Tensor:
+    """The sum over k of s_k 2 K stride k."""
+    count = 1 << max(sums.numel() - 1, 0).bit_length()  # few sizes, so few are kept
+    return (sums * _multipliers(count, stride, sums.device)[: sums.numel()]).sum()
+
+
+@cache
+def _multipliers(count: int, stride: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device) * _wrapped(2 * _K * stride)
+
+
+def _wrapped(value: int) -> int:
+    """The signed 64-bit integer that ``value`` is modulo 2^64."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def _words(flat: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwen3_distill.modeling.transfer import to_device
 from qwen3_distill.replay.flat import Counts, FlatRollouts, flatten, spans
 from qwen3_distill.types import Batch
 from qwen3_distill.utils.packing import pack_by_tokens
@@ -52,7 +53,7 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {
-            name: value.to(device) if isinstance(value, Tensor) else value
+            name: to_device(value, device) if isinstance(value, Tensor) else value
             for name, value in values.items()
         }
         return type(self)(**moved)
@@ -146,7 +147,7 @@ def _laid_out(
     shape, places_S = _places(inputs_S, packed=packed)
 
     def index(first_S: Counts, lengths_S: Counts) -> Tensor:
-        return torch.from_numpy(spans(first_S, lengths_S)).to(device)
+        return to_device(torch.from_numpy(spans(first_S, lengths_S)), device)
 
     input_place = index(places_S, inputs_S)
 
@@ -155,7 +156,7 @@ def _laid_out(
         return empty.index_copy_(0, input_place, values.long()).view(shape)
 
     target_N = index(starts_S + prompt_S, response_S)
-    row_N = torch.from_numpy(np.repeat(chosen, response_S)).to(device)
+    row_N = to_device(torch.from_numpy(np.repeat(chosen, response_S)), device)
     common: dict[str, Any] = {
         "rollouts": tuple(rollouts),
         "input_BT": padded(flat.token_id_F.index_select(0, index(starts_S, inputs_S))),

@@ -32,6 +32,7 @@ from qwen3_distill.errors import (
 )
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_identity, load_tokenizer, output_head
+from qwen3_distill.modeling.transfer import to_device
 from qwen3_distill.protocols import FullWeights, WeightChannel, WeightPayload
 from qwen3_distill.replay.buffer import ReplayBuffer
 from qwen3_distill.training.batching import MicroBatch, flat_micro_batches, micro_batches
@@ -406,8 +407,9 @@ class TorchLearner:
 
 def _mean_per_rollout(values_N: Tensor, tokens: Sequence[int]) -> Tensor:
     """[rollouts of the micro-batch] means over each one's tokens."""
-    lengths = torch.tensor(tokens, device=values_N.device)
-    return torch.segment_reduce(values_N.float(), "mean", lengths=lengths)
+    lengths = to_device(torch.tensor(tokens), values_N.device)
+    # "unsafe" leaves out a check of the lengths that waits for the device.
+    return torch.segment_reduce(values_N.float(), "mean", lengths=lengths, unsafe=True)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:

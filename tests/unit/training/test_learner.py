@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -13,10 +13,16 @@ from torch import Tensor
 from qwen3_distill.config import EmbeddedTraining, OptimizerConfig, SampledReverseKL
 from qwen3_distill.errors import EngineError, EngineStartError
 from qwen3_distill.modeling.loading import load_model
+from qwen3_distill.training import learner as learner_module
 from qwen3_distill.training.backbone import packing_gap, recompute_first_layers
 from qwen3_distill.training.batching import MicroBatch
 from qwen3_distill.training.embedded import EmbeddedLearner
-from qwen3_distill.training.objectives import LossTerms, Objective, build_objective
+from qwen3_distill.training.objectives import (
+    LossTerms,
+    Objective,
+    build_objective,
+    read_scalars,
+)
 from qwen3_distill.types import Batch, ScoredRollout, TeacherScore
 from tests.contract.builders import synthetic_rollout
 from tests.tiny_models import TinyModels
@@ -40,12 +46,14 @@ class LackingObjective:
         return self._objective.terms(micro, hidden_BTD, head_VD, denominator)
 
 
-def learner_of(models: TinyModels) -> tuple[EmbeddedLearner, LackingObjective]:
+def learner_of(
+    models: TinyModels, device: Literal["cpu", "cuda"] = "cpu"
+) -> tuple[EmbeddedLearner, LackingObjective]:
     config = SampledReverseKL(kind="sampled_reverse_kl")
     objective = LackingObjective(build_objective(config, teacher_head_VD=None, chunk_tokens=64))
     optimizer = OptimizerConfig(learning_rate=1e-3)
     training = EmbeddedTraining(
-        kind="embedded", device="cpu", micro_batch_tokens=20, optimizer=optimizer
+        kind="embedded", device=device, micro_batch_tokens=20, optimizer=optimizer
     )
     learner = EmbeddedLearner(
         models.student, config=training, objective=objective, total_steps=9, seed=0
@@ -79,6 +87,31 @@ def test_a_lack_of_memory_is_an_error_that_leaves_no_half_step(tiny_models: Tiny
     assert all(p.grad is None for p in parameters_of(learner)), "gradients hold memory"
     again, undisturbed = (asyncio.run(one.update(batch_of(3))) for one in (learner, spared))
     assert (again.version, again.loss) == (undisturbed.version, undisturbed.loss)
+
+
+# --- The host runs ahead of the device ----------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_no_micro_batch_waits_for_the_one_before(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, _ = learner_of(tiny_models, "cuda")
+    asyncio.run(learner.update(batch_of(3)))
+    reads = list[int]()
+
+    def read(scalars: Sequence[Tensor]) -> list[float]:
+        torch.cuda.set_sync_debug_mode("default")
+        reads.append(len(scalars))
+        return read_scalars(scalars)
+
+    monkeypatch.setattr(learner_module, "read_scalars", read)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        asyncio.run(learner.update(batch_of(3)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(reads) == 1
 
 
 # --- Layers that are recomputed -----------------------------------------------------------------
