@@ -103,7 +103,12 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
         # One slot: every request uses the one adapter that is served, so rows with and without
         # an adapter never share a batch (on CPU that gives base rows the adapter).
         values |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
-    if is_cpu():
+    if not is_cpu():
+        # The model gets a process of its own beside the scheduler's. In one they wait for one
+        # another, and the GPU for both: 256 sequences are 256 records to take in and hand on
+        # in every step (docs/streaming.md, where a decode step goes).
+        values["distributed_executor_backend"] = "mp"
+    else:
         # A prompt cut by the step's token limit makes the runner take back a random number, which
         # CPU generators cannot: seeded requests then end the engine. So prompts stay whole.
         values["enable_chunked_prefill"] = False

@@ -17,6 +17,7 @@ from qwen3_distill.config import EmbeddedTraining, LoraTuning, TuningConfig, Uns
 from qwen3_distill.modeling.shapes import ModelShape
 
 GIB = 1 << 30
+_CONTEXT_BYTES = 3 * GIB // 4
 
 Arithmetic = Literal["fused", "float32", "bfloat16"]
 """``fused``: unsloth's bfloat16 LoRA kernels. Else plain PyTorch in this dtype."""
@@ -208,9 +209,14 @@ class MemoryModel:
         return min(ladder, key=lambda choice: self.peak_bytes(tokens, choice))
 
 
+def allocator_bytes(memory_bytes: int) -> int:
+    """What PyTorch may take of a process's share of the device: the rest is the CUDA context."""
+    return max(memory_bytes - _CONTEXT_BYTES, 1)
+
+
 def usable_bytes(memory_bytes: int) -> int:
     """What tensors may take of a process's share of the device.
 
     The rest is the CUDA context and what the allocator cannot use of its blocks.
     """
-    return int(memory_bytes * 0.95) - 3 * GIB // 4
+    return int(memory_bytes * 0.95) - _CONTEXT_BYTES

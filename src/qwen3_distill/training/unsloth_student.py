@@ -35,6 +35,7 @@ from qwen3_distill.modeling.step_memory import (
     GIB,
     Checkpointing,
     MemoryModel,
+    allocator_bytes,
     autocasts,
     usable_bytes,
 )
@@ -80,6 +81,7 @@ def open_learner(
     """
     _forget_the_model_before()
     budget = memory_bytes or (None if config.memory_gib is None else int(config.memory_gib * GIB))
+    _keep_to(budget)
     buffer = None
     if replay is not None:  # before the plan, which looks at what is free
         buffer = build_replay(replay, objective, device=resolve_device("auto"), seed=seed)
@@ -316,6 +318,20 @@ def _forget_the_model_before() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _keep_to(memory_bytes: int | None) -> None:
+    """Bound the allocator by this process's share of the device; None: no bound.
+
+    It keeps what it once took, in pieces that micro-batches of other lengths do not fit into.
+    Unbounded it goes on until the device is full; at its bound it gives unused pieces back first.
+    """
+    if not torch.cuda.is_available():
+        return
+    share = 1.0
+    if memory_bytes is not None:
+        share = min(allocator_bytes(memory_bytes) / torch.cuda.mem_get_info()[1], 1.0)
+    torch.cuda.set_per_process_memory_fraction(share)
 
 
 def _free_bytes(device: torch.device) -> int:
