@@ -509,6 +509,7 @@ async def measure_other_teacher(
             "model": arguments.resident_teacher,
             "quantization": None,  # as its directory says
             "memory_fraction": arguments.resident_memory_fraction,
+            "chunk_tokens": arguments.resident_chunk_tokens or work.config.scoring.chunk_tokens,
         }
     )
     config = work.config.model_copy(update={"scoring": scoring})
@@ -627,6 +628,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--resident-memory-fraction", type=float, help="its scoring.memory_fraction"
     )
+    parser.add_argument("--resident-chunk-tokens", type=int, help="its scoring.chunk_tokens")
     modes = ("off", "ckpt", "auto")
     parser.add_argument("--train-modes", type=_names(modes), default=list(modes))
     parser.add_argument("--resident-figure", default="resident_4b_32b_fp8_gib")

@@ -38,7 +38,8 @@ def main() -> None:
     if arguments.child is not None:
         arguments.out.write_text(json.dumps(measure(arguments, arguments.child)) + "\n")
         return
-    runs = [run_child(arguments, int(size)) for size in arguments.micro_batches.split(",")]
+    runs = [run_child(arguments, size, recomputes=True) for size in arguments.micro_batches]
+    runs += [run_child(arguments, size, recomputes=False) for size in arguments.no_checkpointing]
     finished = [run for run in runs if "opd_tok_s" in run]
     if not finished:
         sys.exit("no micro-batch finished")
@@ -56,8 +57,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=512)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--steps", type=int, default=1, help="measured, after one to warm up")
-    parser.add_argument("--micro-batches", default="8,16,32", help="sizes to try")
-    parser.add_argument("--no-checkpointing", action="store_true")
+    parser.add_argument("--micro-batches", type=sizes, default=[8, 16, 32], help="sizes to try")
+    parser.add_argument(
+        "--no-checkpointing",
+        type=sizes,
+        default=[],
+        metavar="SIZES",
+        help="sizes to try as well, with no layer recomputed",
+    )
     parser.add_argument("--vllm-memory", type=float, default=0.3, help="of the device's memory")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument(
@@ -68,22 +75,32 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--keep-activations", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def run_child(arguments: argparse.Namespace, micro_batch: int) -> dict[str, Any]:
+def sizes(text: str) -> list[int]:
+    """Comma-separated numbers."""
+    return [int(size) for size in text.split(",")]
+
+
+def run_child(
+    arguments: argparse.Namespace, micro_batch: int, *, recomputes: bool
+) -> dict[str, Any]:
     """Measure one micro-batch in a process of its own; what it printed last if it fails."""
     out = arguments.out.with_suffix(f".{micro_batch}.json")
     out.unlink(missing_ok=True)
     command = [sys.executable, __file__, *sys.argv[1:], "--out", str(out)]
     command += ["--child", str(micro_batch)]
+    command += [] if recomputes else ["--keep-activations"]
+    what = {"micro_batch": micro_batch, "recomputes": recomputes}
     began = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wall_s = time.perf_counter() - began
     if done.returncode != 0 or not out.exists():
         print(done.stdout[-4000:], file=sys.stderr)
-        return {"micro_batch": micro_batch, "failed": done.stdout[-1000:], "wall_s": wall_s}
-    result = json.loads(out.read_text()) | {"wall_s": wall_s}
+        return what | {"failed": done.stdout[-1000:], "wall_s": wall_s}
+    result = what | json.loads(out.read_text()) | {"wall_s": wall_s}
     out.unlink()
     print(json.dumps(result), file=sys.stderr, flush=True)
     return result
@@ -175,7 +192,7 @@ def trainer_config(arguments: argparse.Namespace, micro_batch: int, folder: str)
         temperature=1.0,
         beta=1.0,  # KL(student || teacher)
         learning_rate=1e-5,
-        gradient_checkpointing=not arguments.no_checkpointing,
+        gradient_checkpointing=not arguments.keep_activations,
         bf16=arguments.dtype == "bfloat16",
         use_cpu=not on_gpu,
         model_init_kwargs={"dtype": arguments.dtype, "attn_implementation": "sdpa"},

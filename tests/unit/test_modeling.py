@@ -110,21 +110,28 @@ def literal_checksum(words: list[int]) -> int:
 
 
 @pytest.mark.parametrize("columns", [1, 4, 8, 1000])
-@pytest.mark.parametrize("chunk", [1, 7, 16, 1000])
 @pytest.mark.parametrize(
     ("dtype", "length"),
     [(torch.int64, 0), (torch.int64, 1), (torch.int64, 31), (torch.int16, 33), (torch.int8, 40)],
 )
-def test_the_sum_is_the_formula_s_whatever_its_pieces(
-    monkeypatch: pytest.MonkeyPatch, columns: int, chunk: int, dtype: torch.dtype, length: int
+def test_the_sum_is_the_formula_s_however_wide_its_rows(
+    monkeypatch: pytest.MonkeyPatch, columns: int, dtype: torch.dtype, length: int
 ) -> None:
     monkeypatch.setattr(digest, "_COLUMNS", columns)
-    monkeypatch.setattr(digest, "_CHUNK", chunk)
     limits = torch.iinfo(dtype)
     generator = torch.Generator().manual_seed(length)
     tensor = torch.randint(limits.min, limits.max, (length,), generator=generator, dtype=dtype)
     words = tensor.view(torch.int64) if length * dtype.itemsize % 8 == 0 else tensor
-    assert int(digest._checksum(tensor)) == literal_checksum(words.tolist())
+    assert digest._checksum(digest._word_sums(tensor)) == literal_checksum(words.tolist())
+
+
+def test_tensors_of_an_iterable_may_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As weights do that are merged one after another into the same memory."""
+    monkeypatch.setattr(digest, "_COLUMNS", 4)
+    weights = {name: torch.randn(2, 10).to(torch.bfloat16) for name in "ab"}  # 5 words
+    memory = torch.empty(2, 10, dtype=torch.bfloat16)
+    passing = ((name, memory.copy_(tensor)) for name, tensor in weights.items())
+    assert weights_digest(passing) == weights_digest(weights)
 
 
 def test_digests_stay_what_they_were() -> None:

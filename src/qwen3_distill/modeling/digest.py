@@ -2,16 +2,17 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-_CHUNK = 1 << 22
 _COLUMNS = 1 << 12
 _K = 0x1E3779B97F4A7C15
 _FILE_CHUNK_BYTES = 1 << 24
@@ -24,74 +25,69 @@ def weights_digest(weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]])
     Of an iterable, one tensor is held at a time: weights that are merged for it need no memory of
     their own.
 
-    Each tensor is reduced on its own device by a position-dependent 64-bit sum (a multilinear
-    hash), so that weights on a GPU are not copied to the host. It tells accidents apart, such as
-    a stale or half-copied tensor; it does not resist an adversary.
+    Each tensor is reduced by a position-dependent 64-bit sum (a multilinear hash): of its words
+    w_i, the sum of w_i (2 K i + 1) modulo 2^64. Odd multipliers are invertible there, so a change
+    of one word always shows. It tells accidents apart, such as a stale or half-copied tensor; it
+    does not resist an adversary.
     """
-    heads, scalars = list[str](), list[Tensor]()
+    heads, sums = list[str](), list[_WordSums]()
     for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
         heads.append(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|")
-        scalars.append(_checksum(tensor.detach()))
+        sums.append(_word_sums(tensor.detach()))
     outer = hashlib.sha256()
-    for head, checksum in sorted(zip(heads, _read(scalars), strict=True)):
+    for head, checksum in sorted(zip(heads, map(_checksum, _to_host(sums)), strict=True)):
         outer.update(head.encode())
         outer.update(checksum.to_bytes(8, "little", signed=True))
     return outer.hexdigest()[:16]
 
 
-def _read(scalars: list[Tensor]) -> list[int]:
-    """In one transfer where they are on one device: a model has hundreds of tensors."""
-    if len({scalar.device for scalar in scalars}) == 1:
-        return torch.stack(scalars).tolist()
-    return [int(scalar) for scalar in scalars]
+class _WordSums(NamedTuple):
+    """A tensor's words in rows of C, word i at row r and column c with i = C r + c, as sums.
 
-
-def _checksum(tensor: Tensor) -> Tensor:
-    """The sum over all words w_i of w_i (2 K i + 1), modulo 2^64.
-
-    Odd multipliers are invertible modulo 2^64: a change of one word always shows.
+    All that a device has to do for a checksum is to read the words twice, in two kernels: a
+    model has hundreds of tensors, and multiplying each word with its position would be some twenty
+    kernels and five times the traffic. The rest is little and is done on the host.
     """
+
+    of_row_R: Tensor
+    """int64, modulo 2^64."""
+    of_column_C: Tensor
+    """int64, of the whole rows."""
+    rest: Tensor
+    """int64: the words after them, fewer than C."""
+
+
+def _word_sums(tensor: Tensor) -> _WordSums:
     words = _words(tensor.contiguous().view(-1))
-    if words.dtype == torch.int64:
-        return _weighted_sum(words, 0)
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, words.numel(), _CHUNK):  # widened, so in pieces
-        total += _weighted_sum(words[start : start + _CHUNK].to(torch.int64), start)
-    return total
-
-
-def _weighted_sum(words: Tensor, start: int) -> Tensor:
-    """`_checksum`'s sum over ``words``, the first of which is word number ``start``.
-
-    In rows of C a word stands at i = C r + c, so what is multiplied with positions are the sums of
-    rows and of columns. Both read the words and write next to nothing; a product of all words with
-    their positions would write and read several times as much as the words themselves.
-    """
     num_rows = words.numel() // _COLUMNS
     whole = num_rows * _COLUMNS
-    rest = words[whole:]
-    total = _at_positions(rest, 1) + rest.sum() * _wrapped(2 * _K * (start + whole) + 1)
-    if num_rows:
-        rows = words[:whole].view(num_rows, _COLUMNS)
-        sum_of_row = rows.sum(1)
-        total += _at_positions(sum_of_row, _COLUMNS) + _at_positions(rows.sum(0), 1)
-        total += sum_of_row.sum() * _wrapped(2 * _K * start + 1)
-    return total
+    rows_RC = words[:whole].view(num_rows, _COLUMNS)
+    return _WordSums(
+        rows_RC.sum(1, dtype=torch.int64),
+        rows_RC.sum(0, dtype=torch.int64),
+        words[whole:].to(torch.int64, copy=True),  # no view: the tensor may go
+    )
 
 
-def _at_positions(sums: Tensor, stride: int) -> Tensor:
-    """The sum over k of s_k 2 K stride k."""
-    count = 1 << max(sums.numel() - 1, 0).bit_length()  # few sizes, so few are kept
-    return (sums * _multipliers(count, stride, sums.device)[: sums.numel()]).sum()
+def _to_host(sums: Sequence[_WordSums]) -> list[_WordSums]:
+    """In one transfer where all are on one device."""
+    parts = [part for of_tensor in sums for part in of_tensor]
+    if len({part.device for part in parts}) == 1:
+        parts = torch.cat(parts).cpu().split([part.numel() for part in parts])
+    on_host = [part.cpu() for part in parts]
+    return [_WordSums(*on_host[start : start + 3]) for start in range(0, len(on_host), 3)]
 
 
-@cache
-def _multipliers(count: int, stride: int, device: torch.device) -> Tensor:
-    return torch.arange(count, device=device) * _wrapped(2 * _K * stride)
-
-
-def _wrapped(value: int) -> int:
-    """The signed 64-bit integer that ``value`` is modulo 2^64."""
+def _checksum(sums: _WordSums) -> int:
+    """The sum over i of w_i (2 K i + 1), signed: here i = C r + c."""
+    row_R, column_C, rest_N = (part.numpy() for part in sums)  # which wrap modulo 2^64 as well
+    whole = _COLUMNS * row_R.size
+    at_positions = (
+        _COLUMNS * int(row_R @ np.arange(row_R.size))
+        + int(column_C @ np.arange(_COLUMNS))
+        + int(rest_N @ np.arange(whole, whole + rest_N.size))
+    )
+    value = 2 * _K * at_positions + int(row_R.sum()) + int(rest_N.sum())
     return (value + 2**63) % 2**64 - 2**63
 
 

@@ -93,6 +93,7 @@ def test_a_lack_of_memory_is_an_error_that_leaves_no_half_step(tiny_models: Tiny
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_no_micro_batch_waits_for_the_one_before(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
