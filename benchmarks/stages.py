@@ -214,7 +214,7 @@ async def measure_generate(work: Work, report: Report, engine: RolloutEngine) ->
 
 async def measure_score(work: Work, report: Report, teacher: TeacherScorer) -> None:
     """Tokens a second, prompts included, by our client and by the server alone, in turn."""
-    await teacher.score(work.rollouts(work.sequences // 4 or 1))  # warm-up
+    await teacher.score(work.rollouts(work.sequences))  # warm-up, with the largest of all passes
     ours, server = Rate(), Rate()
     for _ in range(work.rounds):
         rollouts = work.rollouts(work.sequences)

@@ -97,22 +97,31 @@ def test_a_lack_of_memory_is_an_error_that_leaves_no_half_step(tiny_models: Tiny
 def test_no_micro_batch_waits_for_the_one_before(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """But for what the model itself does: transformers looks at the positions."""
     learner, _ = learner_of(tiny_models, "cuda")
     asyncio.run(learner.update(batch_of(3)))
-    reads = list[int]()
+    calls = list[str]()
 
-    def read(scalars: Sequence[Tensor]) -> list[float]:
-        torch.cuda.set_sync_debug_mode("default")
-        reads.append(len(scalars))
-        return read_scalars(scalars)
+    def may_wait(name: str, function: Any, *, afterwards: str) -> Any:
+        def call(*args: Any, **named: Any) -> Any:
+            torch.cuda.set_sync_debug_mode("default")
+            result = function(*args, **named)
+            torch.cuda.set_sync_debug_mode(afterwards)
+            calls.append(name)
+            return result
 
+        return call
+
+    hidden = may_wait("hidden", learner.student.hidden, afterwards="error")
+    monkeypatch.setattr(learner.student, "hidden", hidden)
+    read = may_wait("read", read_scalars, afterwards="default")
     monkeypatch.setattr(learner_module, "read_scalars", read)
     torch.cuda.set_sync_debug_mode("error")
     try:
         asyncio.run(learner.update(batch_of(3)))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(reads) == 1
+    assert calls == ["hidden", "hidden", "hidden", "read"]
 
 
 # --- Layers that are recomputed -----------------------------------------------------------------
