@@ -6,7 +6,8 @@
 One engine, set up as the rollout process sets it up. Every variant of the requests is timed over
 whole rounds (all sequences start together); then one round is profiled in its middle: each
 kernel's time per step, and the share of the time in which the GPU had nothing to do. Processor
-seconds of both processes say whether the host could be what it waits for.
+seconds of the client and of the process with the model say whether the host could be what it waits
+for. ``--engine distributed_executor_backend=uni`` puts scheduler and model into one process.
 
 Variants: ``base`` is what the rollout process asks for; ``final`` has one output at the end instead
 of deltas; ``unseeded`` has no seed per request; ``plain`` asks for no logprobs.
