@@ -69,6 +69,8 @@ gpu-check: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(VENV)/installed-dev) ## on a 
 	  $(GPU_PYTHON) -m pytest tests/contract -m $$engine "$$@" \
 	    --junit-xml runs/gpu-check/$$engine.xml || failed=1; \
 	done; \
+	$(GPU_PYTHON) -m pytest tests/unit/test_modeling.py tests/unit/training/test_learner.py -m gpu \
+	  --require-gpu || failed=1; \
 	$(GPU_PYTHON) -m pytest tests/pipeline/test_real_engines.py -k die_once "$$@" \
 	  --junit-xml runs/gpu-check/together.xml || failed=1; \
 	set -- generation.python=$$vllm scoring.python=$$sglang training.python=$$unsloth \

@@ -12,8 +12,9 @@ come; a part that is measured again replaces its figures, so the parts may be ru
 - `generate`: the rollout engine alone, serving the student's own weights.
 - `score`: the teacher alone; also the same requests, made beforehand and sent without looking at
   the answers, by as many connections: what our client costs.
-- `train`: the learner alone, without gradient checkpointing (micro-batches of 8 sequences), with it
-  (of 32), and as the config says, with the memory that the plan leaves.
+- `train`: the learner alone, without gradient checkpointing (micro-batches of 8 sequences; with
+  `--together` the config's), with it (of 32), and as the config says, with the memory that the plan
+  leaves.
 - `opd`: all three resident; whole steps of the loop, stage by stage, weights pushed every step.
 - `resident`: the same for one step, for the memory of a larger teacher.
 - `trl`: `benchmarks/trl_distillation.py` in an interpreter with TRL and vLLM.
@@ -214,7 +215,7 @@ async def measure_generate(work: Work, report: Report, engine: RolloutEngine) ->
 
 async def measure_score(work: Work, report: Report, teacher: TeacherScorer) -> None:
     """Tokens a second, prompts included, by our client and by the server alone, in turn."""
-    await teacher.score(work.rollouts(work.sequences))  # warm-up, with the largest of all passes
+    await teacher.score(work.rollouts(work.sequences))  # warm-up: a whole round has full passes
     ours, server = Rate(), Rate()
     for _ in range(work.rounds):
         rollouts = work.rollouts(work.sequences)

@@ -43,7 +43,7 @@ from tests.contract.reference import (
     reference_model,
     swapped_logprobs,
 )
-from tests.contract.vllm_adapter import build_vllm, environment_with_tests
+from tests.contract.vllm_adapter import build_vllm, environment_with_tests, vllm_config
 from tests.engines import INSTALLED
 from tests.tiny_models import TinyModels
 
@@ -338,25 +338,54 @@ def test_a_killed_engine_comes_back_and_no_rollout_is_lost_or_doubled(
     assert live_processes(engine.pid)
 
 
-def test_an_engine_core_that_dies_alone_is_noticed_by_a_load(
-    engine: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
+@pytest.fixture(scope="module")
+def split(tiny_models: TinyModels) -> Iterator[VllmRolloutEngine]:
+    """Serves adapters; the model has a process beside the scheduler's, as always on a GPU."""
+    arguments = {**vllm_config().engine_arguments, "distributed_executor_backend": "mp"}
+    built = build_vllm(
+        tiny_models.student, lora=LORA, dtype=ADAPTER_DTYPE, engine_arguments=arguments
+    )
+    yield built
+    run(built.close())
+
+
+@pytest.mark.parametrize("title", ["VLLM::EngineCore", "VLLM::Worker"])
+def test_a_process_that_dies_alone_is_noticed_by_a_load(
+    split: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor], title: str
 ) -> None:
     """vLLM leaves a call to a dead engine core unanswered; the system kills the largest process."""
-    serve_adapter(engine, channel, adapter_weights(base, seed=1), 0)
-    before = engine.counters["health/rollout_engine_restarts"]
-    for pid in engine_cores(engine.pid):
-        os.kill(pid, signal.SIGKILL)
-    version = serve_adapter(engine, channel, adapter_weights(base, seed=2), 1)
-    assert engine.version == version
-    assert engine.counters["health/rollout_engine_restarts"] == before + 1
-    assert len(generate(engine, ragged_requests(2))) == 2
+    serve_adapter(split, channel, adapter_weights(base, seed=1), 0)
+    before = split.counters["health/rollout_engine_restarts"]
+    os.kill(process_of(split.pid, title), signal.SIGKILL)
+    version = serve_adapter(split, channel, adapter_weights(base, seed=2), 1)
+    assert split.version == version
+    assert split.counters["health/rollout_engine_restarts"] == before + 1
+    assert len(generate(split, ragged_requests(2))) == 2
 
 
-def engine_cores(group: int | None) -> list[int]:
-    """vLLM's own processes in a process group."""
+def test_no_rollout_is_lost_when_the_model_s_process_dies_alone(
+    split: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
+) -> None:
+    serve_adapter(split, channel, adapter_weights(base, seed=1), 0)
+    requests = cached_requests(8, new_tokens=LONG)
+
+    async def kill_under_way() -> list[Rollout]:
+        collecting, _ = await collecting_when(
+            split, requests, lambda seen: len(seen) == 8 and longest(seen) < LONG / 2
+        )
+        os.kill(process_of(split.pid, "VLLM::Worker"), signal.SIGKILL)
+        return await collecting
+
+    rollouts = run(kill_under_way())
+    assert sorted(r.rollout_id for r in rollouts) == sorted(r.rollout_id for r in requests)
+
+
+def process_of(group: int | None, title: str) -> int:
+    """The one of vLLM's own processes in a process group whose title begins so."""
     out = subprocess.run(["ps", "-eo", "pid=,pgid=,args="], capture_output=True, text=True)
     rows = [line.split(None, 2) for line in out.stdout.splitlines()]
-    return [int(row[0]) for row in rows if row[1] == str(group) and row[2].startswith("VLLM::")]
+    (pid,) = [int(row[0]) for row in rows if row[1] == str(group) and row[2].startswith(title)]
+    return pid
 
 
 def test_an_engine_that_dies_too_often_is_given_up(

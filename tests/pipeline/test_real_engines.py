@@ -108,6 +108,9 @@ def test_each_engine_may_die_once_and_the_run_ends_as_if_none_had(
     )
     calm, killed = trained(tmp_path / "calm"), trained(tmp_path / "killed")
     assert [row[0] for row in killed] == [1, 2, 3, 4, 5, 6]
+    ledger = read_jsonl(tmp_path / "killed" / "ledger.jsonl")
+    numbers = [int(number) for row in ledger for number in row["trained"].split()]
+    assert numbers == list(range(6 * 16))  # no rollout lost or trained on twice
     if INSTALLED.device == "cuda":
         return  # kernels add up in any order: other tokens are sampled, and other steps taken
     assert [row[:2] for row in killed] == [row[:2] for row in calm]  # no rollout lost or doubled

@@ -112,7 +112,7 @@ def literal_checksum(words: list[int]) -> int:
 @pytest.mark.parametrize("columns", [1, 4, 8, 1000])
 @pytest.mark.parametrize(
     ("dtype", "length"),
-    [(torch.int64, 0), (torch.int64, 1), (torch.int64, 31), (torch.int16, 33), (torch.int8, 40)],
+    [(torch.int64, 0), (torch.int64, 1), (torch.int64, 31), (torch.int16, 33), (torch.int8, 37)],
 )
 def test_the_sum_is_the_formula_s_however_wide_its_rows(
     monkeypatch: pytest.MonkeyPatch, columns: int, dtype: torch.dtype, length: int
@@ -121,7 +121,8 @@ def test_the_sum_is_the_formula_s_however_wide_its_rows(
     limits = torch.iinfo(dtype)
     generator = torch.Generator().manual_seed(length)
     tensor = torch.randint(limits.min, limits.max, (length,), generator=generator, dtype=dtype)
-    words = tensor.view(torch.int64) if length * dtype.itemsize % 8 == 0 else tensor
+    kind = torch.int64 if length * dtype.itemsize % 8 == 0 else dtype
+    words = tensor.view(torch.uint8 if kind == torch.int8 else kind)
     assert digest._checksum(digest._word_sums(tensor)) == literal_checksum(words.tolist())
 
 
@@ -148,8 +149,13 @@ def test_digests_stay_what_they_were() -> None:
 
 @pytest.mark.gpu
 def test_the_device_does_not_show() -> None:
-    weights = random_weights()
-    assert weights_digest({n: w.cuda() for n, w in weights.items()}) == weights_digest(weights)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"rows": (300, 4099), "few": (5, 7), "odd": (3, 33001)}
+    weights = {n: torch.randn(*shape, generator=generator) for n, shape in shapes.items()}
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        here = {name: (10 * weight).to(dtype) for name, weight in weights.items()}
+        there = {name: weight.cuda() for name, weight in here.items()}
+        assert weights_digest(there) == weights_digest(here)
 
 
 @pytest.mark.parametrize("name", ["student", "teacher"])  # tied, and not

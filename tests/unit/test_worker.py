@@ -334,3 +334,40 @@ def test_a_path_that_an_engine_asks_for_does_not_hide_this_package() -> None:
     first, second = engine_environment({"PYTHONPATH": "/engine/site"})["PYTHONPATH"].split(":")
     assert (Path(first) / "qwen3_distill" / "types.py").is_file()
     assert second == "/engine/site"
+
+
+SHARING = """
+import os, sys, time
+from multiprocessing.shared_memory import SharedMemory
+memory = SharedMemory(create=True, size=1 << 16)
+memory.buf[0] = 1
+if os.fork() == 0:
+    time.sleep(600)
+print(memory.name, os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("how", ["kill", "end", "dies"])
+def test_shared_memory_goes_with_those_that_shared_it(log: Path, how: str) -> None:
+    """Killed, neither they nor Python's own tracker, which is one of them, take it away."""
+
+    async def run() -> Path:
+        child = ChildProcess("sharing", log)
+        await child.start([sys.executable, "-c", SHARING], dict(os.environ))
+        while not log.exists() or not log.read_text().strip():
+            await asyncio.sleep(0.02)
+        name, pid = log.read_text().split()[:2]
+        memory = Path("/dev/shm", name)
+        assert memory.exists()
+        if how == "kill":
+            child.kill()
+            await child.wait()
+        elif how == "dies":
+            os.kill(int(pid), signal.SIGKILL)
+            assert await child.wait() == 128 + signal.SIGKILL
+        else:
+            await child.end()
+        return memory
+
+    assert not asyncio.run(run()).exists()

@@ -103,17 +103,17 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
         # One slot: every request uses the one adapter that is served, so rows with and without
         # an adapter never share a batch (on CPU that gives base rows the adapter).
         values |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
-    if not is_cpu():
-        # The model gets a process of its own beside the scheduler's. In one they wait for one
-        # another, and the GPU for both: 256 sequences are 256 records to take in and hand on
-        # in every step (docs/streaming.md, where a decode step goes).
-        values["distributed_executor_backend"] = "mp"
-    else:
+    if is_cpu():
         # A prompt cut by the step's token limit makes the runner take back a random number, which
         # CPU generators cannot: seeded requests then end the engine. So prompts stay whole.
         values["enable_chunked_prefill"] = False
         limit = settings.max_batched_tokens or _CPU_STEP_TOKENS
         values["max_num_batched_tokens"] = max(limit, settings.max_model_tokens)
+    else:
+        # The model gets a process of its own beside the scheduler's. In one they wait for one
+        # another, and the GPU for both: 256 sequences are 256 records to take in and hand on
+        # in every step (docs/streaming.md, where a decode step goes).
+        values["distributed_executor_backend"] = "mp"
     values |= settings.engine_arguments
     known = {field.name for field in dataclasses.fields(vllm.AsyncEngineArgs)}
     # Ours too: without `logprobs_mode`, say, an engine would start and give other logprobs.

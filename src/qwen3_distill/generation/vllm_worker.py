@@ -43,6 +43,8 @@ from qwen3_distill.utils.stillness import until_still
 from qwen3_distill.utils.worker import serve_worker
 
 _DEATH_CHECK_S = 1.0
+_DEATH_NOTICE_S = 10.0
+"""In which vLLM notices that one of its processes has died, after the first call that fails."""
 _DEAD = 70
 """Exit status of this process when the engine's own process has died."""
 
@@ -209,9 +211,8 @@ class VllmWorker:
         if self._adapter_path is None:  # makes the adapter known; later ones go into its slot
             try:
                 await self._engine.add_lora(compat.adapter_request(path, load=True))
-            except EngineDeadError as error:
-                _die(error)
             except Exception as error:  # noqa: BLE001 - a bad adapter, in vLLM's own types
+                await self._end_if_dead(error)
                 return f"{version}: vLLM does not take the adapter: {error}"
         problem = await self._ask_engine("distill_swap_adapter", str(request))
         if not problem:
@@ -245,9 +246,9 @@ class VllmWorker:
         return self._num_outputs if is_due else None
 
     async def _guarded(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """The result of ``work``; the end of this process where the engine's own has died.
+        """The result of ``work``; the end of this process where one of the engine's has died.
 
-        vLLM leaves a call unanswered that was under way when its engine died.
+        vLLM leaves a call unanswered that was under way when its engine core died.
         """
         task = asyncio.create_task(work)
         while not (await asyncio.wait([task], timeout=_DEATH_CHECK_S))[0]:
@@ -255,8 +256,21 @@ class VllmWorker:
                 _die(self._engine.dead_error)
         try:
             return task.result()
-        except EngineDeadError as error:
+        except Exception as error:
+            await self._end_if_dead(error)
+            raise
+
+    async def _end_if_dead(self, error: Exception) -> None:
+        """End this process where a call failed because one of the engine's processes has died.
+
+        Where it was the model's, the call says "cancelled" before anyone knows of the death.
+        """
+        if isinstance(error, EngineDeadError):
             _die(error)
+        for _ in range(round(_DEATH_NOTICE_S / 0.1)):
+            if self._engine.errored:
+                _die(self._engine.dead_error)
+            await asyncio.sleep(0.1)
 
 
 def _finished(running: RunningRollout, reason: str | None) -> Rollout | None:

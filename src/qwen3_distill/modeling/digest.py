@@ -44,9 +44,10 @@ def weights_digest(weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]])
 class _WordSums(NamedTuple):
     """A tensor's words in rows of C, word i at row r and column c with i = C r + c, as sums.
 
-    All that a device has to do for a checksum is to read the words twice, in two kernels: a
-    model has hundreds of tensors, and multiplying each word with its position would be some twenty
-    kernels and five times the traffic. The rest is little and is done on the host.
+    All that a device has to do for a checksum is to read the words twice, in two kernels (and one
+    for what is left over): a model has hundreds of tensors, and multiplying each word with its
+    position would be some twenty kernels and five times the traffic. What is done on the host is
+    little: C words a tensor and one a row.
     """
 
     of_row_R: Tensor
@@ -65,7 +66,7 @@ def _word_sums(tensor: Tensor) -> _WordSums:
     return _WordSums(
         rows_RC.sum(1, dtype=torch.int64),
         rows_RC.sum(0, dtype=torch.int64),
-        words[whole:].to(torch.int64, copy=True),  # no view: the tensor may go
+        words[whole:].to(torch.int64, copy=True),  # the iterable may use its memory again
     )
 
 

@@ -24,6 +24,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from qwen3_distill.config import LoraTuning, OptimizerConfig, TuningConfig
 from qwen3_distill.errors import (
+    AlignmentError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -193,7 +194,8 @@ class TorchLearner:
 
     async def admit(self, scored: Sequence[ScoredRollout]) -> None:
         self._check_lengths(scored)
-        self._kept.add(scored)
+        with self._memory_watched("new rollouts", "they were not kept"):
+            self._kept.add(scored)
 
     async def update_replayed(self, num_rollouts: int) -> Update:
         replay, step = self._kept, self._version.step
@@ -236,13 +238,16 @@ class TorchLearner:
         step = self._version.step
         torch.manual_seed(derive_seed(self._seed, "dropout", step))
         self._optimizer.zero_grad(set_to_none=True)
-        with self._memory_watched(step):
+        if self.student.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.student.device)
+        with self._memory_watched(f"step {step}", "nothing was stepped"):
             gradient = self._gradient(work)
             self._require_finite(step, gradient.loss, gradient.norm)
             learning_rate = self._set_learning_rate(step)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
-        self._version = WeightVersion(step=step + 1, digest=self._digest())
+        with self._memory_watched(f"step {step}", "it was stepped, but cannot be published"):
+            self._version = WeightVersion(step=step + 1, digest=self._digest())
         update = Update(
             version=self._version,
             loss=gradient.loss,
@@ -259,7 +264,8 @@ class TorchLearner:
         return update, gradient.magnitude_S
 
     async def publish(self, channel: WeightChannel) -> WeightVersion:
-        channel.publish(self._version, self.payload())
+        with self._memory_watched(f"{self._version}", "it was not published"):
+            channel.publish(self._version, self.payload())
         return self._version
 
     def payload(self) -> WeightPayload:
@@ -344,11 +350,9 @@ class TorchLearner:
             return self._objective.terms(micro, hidden_BTD, head_VD, denominator)
 
     @contextlib.contextmanager
-    def _memory_watched(self, step: int) -> Iterator[None]:
-        """Count the step's peak; turn a lack of memory into an error, with nothing left behind."""
+    def _memory_watched(self, what: str, outcome: str) -> Iterator[None]:
+        """Turn a lack of memory into an error, with nothing left behind."""
         device = self.student.device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
         lack: str | None = None
         try:
             yield
@@ -359,10 +363,11 @@ class TorchLearner:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             raise EngineError(
-                f"step {step}: the learner ran out of memory; nothing was stepped. "
+                f"{what}: the learner ran out of memory; {outcome}. "
                 f"Planned: {self.student.memory_report()}. Found: {lack} Lower "
-                "training.micro_batch_tokens, or recompute more with "
-                "training.gradient_checkpointing"
+                "training.micro_batch_tokens, recompute more with "
+                "training.gradient_checkpointing, or raise the share that the learner keeps to "
+                "(training.memory_gib, planning)"
             )
 
     def _memory_metrics(self) -> tuple[Metric, ...]:
@@ -407,8 +412,10 @@ class TorchLearner:
 
 def _mean_per_rollout(values_N: Tensor, tokens: Sequence[int]) -> Tensor:
     """[rollouts of the micro-batch] means over each one's tokens."""
+    if sum(tokens) != values_N.numel():
+        raise AlignmentError(f"{values_N.numel()} values for rollouts of {list(tokens)} tokens")
     lengths = to_device(torch.tensor(tokens), values_N.device)
-    # "unsafe" leaves out a check of the lengths that waits for the device.
+    # "unsafe" leaves out that check, with which it waits for the device.
     return torch.segment_reduce(values_N.float(), "mean", lengths=lengths, unsafe=True)
 
 

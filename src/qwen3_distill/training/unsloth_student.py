@@ -39,7 +39,7 @@ from qwen3_distill.modeling.step_memory import (
     autocasts,
     usable_bytes,
 )
-from qwen3_distill.replay.buffer import build_replay
+from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
 from qwen3_distill.training.backbone import packing_gap, recompute_first_layers
 from qwen3_distill.training.batching import MicroBatch
 from qwen3_distill.training.learner import TorchLearner
@@ -77,14 +77,14 @@ def open_learner(
     """Load the student and put the shared learner on top.
 
     Raises:
-        EngineStartError: the device's memory does not even hold the weights.
+        EngineStartError: the device's memory does not even hold the weights, or the replay buffer.
     """
     _forget_the_model_before()
     budget = memory_bytes or (None if config.memory_gib is None else int(config.memory_gib * GIB))
     _keep_to(budget)
     buffer = None
     if replay is not None:  # before the plan, which looks at what is free
-        buffer = build_replay(replay, objective, device=resolve_device("auto"), seed=seed)
+        buffer = _build_replay(replay, objective, seed)
         budget = None if budget is None else max(budget - buffer.num_bytes, 1)
     merges = isinstance(config.tuning, LoraTuning) and not publish_adapter
     plan = CheckpointingPlan(model_dir, config, budget, merges=merges)
@@ -114,6 +114,17 @@ def open_learner(
     raise EngineStartError(
         f"unsloth learner: no memory for the weights. Planned: {plan.report()}. Found: {lack} "
         "Give the learner more (training.memory_gib, planning), or train adapters of lower rank"
+    )
+
+
+def _build_replay(config: ReplayConfig, objective: ObjectiveConfig, seed: int) -> ReplayBuffer:
+    try:
+        return build_replay(config, objective, device=resolve_device("auto"), seed=seed)
+    except torch.OutOfMemoryError as error:
+        lack = str(error).partition("\n")[0]
+    raise EngineStartError(
+        f"unsloth learner: no memory for the replay buffer. Found: {lack} Lower "
+        "replay.capacity_tokens, or give the learner more (training.memory_gib, planning)"
     )
 
 

@@ -5,7 +5,8 @@
 Engines start processes of their own, and some survive the death of the one that started them. The
 guard is the parent of them all: orphans are handed to it (child subreaper). It ends every one of
 them when the command ends, when it is told to (SIGTERM), and when its own parent dies, even by
-SIGKILL (parent-death signal). Without Linux's prctl only the process group is ended.
+SIGKILL (parent-death signal). Without Linux's prctl only the process group is ended. Shared memory
+that they had goes with them: whom SIGKILL ends takes nothing away.
 """
 
 import contextlib
@@ -14,10 +15,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_PARENT, _GROUP = 1, 2
+_SHARED_MEMORY = "/dev/shm/psm_"
+"""As `multiprocessing.shared_memory` names it: vLLM's processes talk through some."""
 
 
 def main() -> None:
@@ -50,20 +55,49 @@ def _end_everything(signum: int, frame: FrameType | None) -> None:
 
 def _kill_descendants() -> None:
     """SIGKILL children until there are none: those of a dead child become ours."""
+    shared = set[str]()
     while True:
-        children = _children()
+        children = _processes(_PARENT, os.getpid())
         if not children:
-            return
+            break
+        shared |= shared_memory_of(children)
         for pid in children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for pid in children:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, 0)
+    remove(shared)
 
 
-def _children() -> list[int]:
-    me, found = os.getpid(), list[int]()
+def kill_group(group: int) -> None:
+    """SIGKILL a process group at once."""
+    shared = shared_memory_of(_processes(_GROUP, group))
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+    remove(shared)
+
+
+def shared_memory_of(pids: Iterable[int]) -> set[str]:
+    """Files of Python's shared memory that processes have mapped."""
+    found = set[str]()
+    for pid in pids:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/maps") as file:
+            names = (line.rstrip("\n").rpartition(" ")[2] for line in file)
+            found.update(name for name in names if name.startswith(_SHARED_MEMORY))
+    return found
+
+
+def remove(files: Iterable[str]) -> None:
+    """Unlink files; some may be gone."""
+    for file in files:
+        with contextlib.suppress(OSError):
+            os.unlink(file)
+
+
+def _processes(field: int, value: int) -> list[int]:
+    """Processes whose ``/proc/PID/stat`` has a value in a field after the name."""
+    found = list[int]()
     try:
         entries = os.listdir("/proc")
     except OSError:
@@ -76,7 +110,7 @@ def _children() -> list[int]:
                     fields = file.read().rpartition(b")")[2].split()
             except OSError:
                 continue
-            if int(fields[1]) == me:
+            if int(fields[field]) == value:
                 found.append(int(entry))
     return found
 

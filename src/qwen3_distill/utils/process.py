@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qwen3_distill.errors import EngineStartError
+from qwen3_distill.utils.guard import kill_group
 
 _GUARD = Path(__file__).with_name("guard.py")
 _SOURCE = Path(__file__).parents[2]
@@ -118,8 +119,7 @@ class ChildProcess:
     def kill(self) -> None:
         """SIGKILL the whole group at once; for what hangs, and for tests."""
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            kill_group(self._process.pid)
 
     def last_output(self) -> str:
         """The end of what it printed since its start, for an error message."""

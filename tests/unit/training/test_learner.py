@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from qwen3_distill.config import EmbeddedTraining, OptimizerConfig, SampledReverseKL
-from qwen3_distill.errors import EngineError, EngineStartError
+from qwen3_distill.errors import AlignmentError, EngineError, EngineStartError
 from qwen3_distill.modeling.loading import load_model
+from qwen3_distill.modeling.step_memory import GIB, allocator_bytes, usable_bytes
 from qwen3_distill.training import learner as learner_module
 from qwen3_distill.training.backbone import packing_gap, recompute_first_layers
 from qwen3_distill.training.batching import MicroBatch
@@ -24,6 +25,7 @@ from qwen3_distill.training.objectives import (
     read_scalars,
 )
 from qwen3_distill.types import Batch, ScoredRollout, TeacherScore
+from qwen3_distill.weights.memory import MemoryChannel
 from tests.contract.builders import synthetic_rollout
 from tests.tiny_models import TinyModels
 
@@ -89,15 +91,50 @@ def test_a_lack_of_memory_is_an_error_that_leaves_no_half_step(tiny_models: Tiny
     assert (again.version, again.loss) == (undisturbed.version, undisturbed.loss)
 
 
+def lacking(*_: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.80 GiB.\nmore")
+
+
+def test_a_lack_of_memory_to_publish_is_an_error_too(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, _ = learner_of(tiny_models)
+    monkeypatch.setattr(learner, "payload", lacking)
+    with pytest.raises(
+        EngineError, match=r"out of memory; it was not published\. Planned: .*6\.80"
+    ):
+        asyncio.run(learner.publish(MemoryChannel()))
+
+
+def test_a_step_without_a_digest_says_that_it_was_stepped(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, _ = learner_of(tiny_models)
+    monkeypatch.setattr(learner, "_digest", lacking)
+    with pytest.raises(EngineError, match=r"step 0: .* it was stepped, but cannot be published.*"):
+        asyncio.run(learner.update(batch_of(3)))
+
+
+def test_values_of_other_tokens_have_no_means() -> None:
+    with pytest.raises(AlignmentError, match=r"3 values for rollouts of \[2, 2\] tokens"):
+        learner_module._mean_per_rollout(torch.ones(3), [2, 2])
+
+
+def test_the_allocator_gets_all_but_the_context() -> None:
+    assert allocator_bytes(66 * GIB) == 66 * GIB - 3 * GIB // 4
+    assert usable_bytes(66 * GIB) < allocator_bytes(66 * GIB)
+    assert allocator_bytes(1) == 1
+
+
 # --- The host runs ahead of the device ----------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_no_micro_batch_waits_for_the_one_before(
+def test_nothing_around_the_model_waits_for_the_device(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for what the model itself does: transformers looks at the positions."""
+    """In the model transformers looks at the positions, and unsloth at the targets."""
     learner, _ = learner_of(tiny_models, "cuda")
     asyncio.run(learner.update(batch_of(3)))
     calls = list[str]()
