@@ -338,12 +338,14 @@ def test_a_path_that_an_engine_asks_for_does_not_hide_this_package() -> None:
 
 SHARING = """
 import os, sys, time
+from multiprocessing import get_context
 from multiprocessing.shared_memory import SharedMemory
 memory = SharedMemory(create=True, size=1 << 16)
 memory.buf[0] = 1
+lock = get_context("spawn").Lock()
 if os.fork() == 0:
     time.sleep(600)
-print(memory.name, os.getpid(), flush=True)
+print(os.getpid(), memory.name, "sem." + lock._semlock.name.lstrip("/"), flush=True)
 time.sleep(600)
 """
 
@@ -352,14 +354,15 @@ time.sleep(600)
 def test_shared_memory_goes_with_those_that_shared_it(log: Path, how: str) -> None:
     """Killed, neither they nor Python's own tracker, which is one of them, take it away."""
 
-    async def run() -> Path:
+    async def run() -> list[Path]:
         child = ChildProcess("sharing", log)
         await child.start([sys.executable, "-c", SHARING], dict(os.environ))
         while not log.exists() or not log.read_text().strip():
             await asyncio.sleep(0.02)
-        name, pid = log.read_text().split()[:2]
-        memory = Path("/dev/shm", name)
-        assert memory.exists()
+        pid, *names = log.read_text().split()
+        files = [Path("/dev/shm", name) for name in names]
+        assert len(files) == 2
+        assert all(file.exists() for file in files)
         if how == "kill":
             child.kill()
             await child.wait()
@@ -368,6 +371,6 @@ def test_shared_memory_goes_with_those_that_shared_it(log: Path, how: str) -> No
             assert await child.wait() == 128 + signal.SIGKILL
         else:
             await child.end()
-        return memory
+        return files
 
-    assert not asyncio.run(run()).exists()
+    assert not [file for file in asyncio.run(run()) if file.exists()]

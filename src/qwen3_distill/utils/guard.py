@@ -21,8 +21,9 @@ from types import FrameType
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _PARENT, _GROUP = 1, 2
-_SHARED_MEMORY = "/dev/shm/psm_"
-"""As `multiprocessing.shared_memory` names it: vLLM's processes talk through some."""
+_MEMORY = "/dev/shm/"
+_SHARED = ("psm_", "sem.mp-", "sglang_")
+"""As Python's multiprocessing names its shared memory and its semaphores, and SGLang its own."""
 
 
 def main() -> None:
@@ -79,13 +80,19 @@ def kill_group(group: int) -> None:
 
 
 def shared_memory_of(pids: Iterable[int]) -> set[str]:
-    """Files of Python's shared memory that processes have mapped."""
-    found = set[str]()
+    """Files of shared memory, of the kinds that engines make, that processes have mapped.
+
+    By their inodes: a semaphore is mapped under another name, which is gone.
+    """
+    inodes = set[int]()
     for pid in pids:
         with contextlib.suppress(OSError), open(f"/proc/{pid}/maps") as file:
-            names = (line.rstrip("\n").rpartition(" ")[2] for line in file)
-            found.update(name for name in names if name.startswith(_SHARED_MEMORY))
-    return found
+            fields = (line.split(None, 5) for line in file)
+            inodes.update(int(f[4]) for f in fields if len(f) == 6 and f[5].startswith(_MEMORY))
+    with contextlib.suppress(OSError), os.scandir(_MEMORY) as entries:
+        ours = [entry for entry in entries if entry.name.startswith(_SHARED)]
+        return {entry.path for entry in ours if entry.inode() in inodes}
+    return set()
 
 
 def remove(files: Iterable[str]) -> None:
