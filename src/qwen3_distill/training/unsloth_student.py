@@ -334,8 +334,8 @@ def _forget_the_model_before() -> None:
 def _keep_to(memory_bytes: int | None) -> None:
     """Bound the allocator by this process's share of the device; None: no bound.
 
-    It keeps what it once took, in pieces that micro-batches of other lengths do not fit into.
-    Unbounded it goes on until the device is full; at its bound it gives unused pieces back first.
+    It keeps what it once took, also in pieces that later tensors do not fit into, and unbounded it
+    may go on until the device is full. At its bound it gives unused pieces back first.
     """
     if not torch.cuda.is_available():
         return
