@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 # Makes the engines' environments; needs 3.11 or newer.
 ENGINE_PYTHON ?= $(PYTHON)
-ENVIRONMENT := $(ENGINE_PYTHON) scripts/make_environment.py
+ENVIRONMENT := $(ENGINE_PYTHON) src/qwen3_distill/environments/make.py
 
 .PHONY: help demo test test-engines test-vllm test-sglang test-unsloth test-engines-together test-gpu gpu-check check format docs clean
 
@@ -39,7 +39,7 @@ test-gpu: $(VENV)/installed-dev ## the same suite with the tests that need a CUD
 	$(BIN)/pytest tests -m "gpu or not gpu" --require-gpu
 
 # What a GPU machine brings instead of environments made here: interpreters, and folders to put on
-# their PYTHONPATH. All three unset: the environments are made by scripts/make_environment.py.
+# their PYTHONPATH. All three unset: the environments are made by src/qwen3_distill/environments/make.py.
 VLLM_PYTHON ?=
 SGLANG_PYTHON ?=
 UNSLOTH_PYTHON ?=
@@ -69,15 +69,15 @@ gpu-check: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(VENV)/installed-dev) ## on a 
 	  $(GPU_PYTHON) -m pytest tests/contract -m $$engine "$$@" \
 	    --junit-xml runs/gpu-check/$$engine.xml || failed=1; \
 	done; \
-	$(GPU_PYTHON) -m pytest tests/unit/test_modeling.py tests/unit/training/test_learner.py -m gpu \
+	$(GPU_PYTHON) -m pytest tests/unit/modeling/test_modeling.py tests/unit/training/test_learner.py -m gpu \
 	  --require-gpu || failed=1; \
 	$(GPU_PYTHON) -m pytest tests/pipeline/test_real_engines.py -k die_once "$$@" \
 	  --junit-xml runs/gpu-check/together.xml || failed=1; \
 	set -- generation.python=$$vllm scoring.python=$$sglang training.python=$$unsloth \
 	  $(call setting,generation,VLLM) $(call setting,scoring,SGLANG) $(call setting,training,UNSLOTH); \
-	$(GPU_PYTHON) benchmarks/gpu_check.py --config configs/lab-vllm.yaml "$$@" $(LAB_SETTINGS) \
+	$(GPU_PYTHON) -m benchmarks.robustness.gpu_check --config configs/lab-vllm.yaml "$$@" $(LAB_SETTINGS) \
 	  --suites runs/gpu-check/*.xml; \
-	$(GPU_PYTHON) benchmarks/stages.py --config $(STAGES_CONFIG) "$$@" $(STAGES_SETTINGS); \
+	$(GPU_PYTHON) -m benchmarks.speed.stages --config $(STAGES_CONFIG) "$$@" $(STAGES_SETTINGS); \
 	exit $$failed
 
 check: $(VENV)/installed-dev ## ruff, pyright, import contract

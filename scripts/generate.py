@@ -5,7 +5,7 @@ python scripts/generate.py --config configs/default.yaml
 
 import sys
 
-from qwen3_distill.cli import main
+from qwen3_distill.cli.main import main
 
 if __name__ == "__main__":
     main(["generate", *sys.argv[1:]])

@@ -1,6 +1,6 @@
 """Train the lab models: a small teacher, and a student warm-started on the teacher's samples.
 
-Both are plain `Qwen3ForCausalLM` directories for the task in `qwen3_distill.data.tasks`. The
+Both are plain `Qwen3ForCausalLM` directories for the task in `qwen3_distill.data.chain_task`. The
 script is deterministic for a given seed, thread count and machine:
 
     python scripts/make_lab_models.py --seed 0
@@ -31,7 +31,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from qwen3_distill.data.tasks import ChainTask, Problem
+from qwen3_distill.data.chain_task import ChainTask, Problem
 
 PAD, END, USER, ASSISTANT, SYSTEM = (
     "<|pad|>",

@@ -20,15 +20,15 @@ from qwen3_distill.config import (
     TuningConfig,
 )
 from qwen3_distill.errors import WeightVersionError
-from qwen3_distill.generation import embedded_process
-from qwen3_distill.generation.embedded import EmbeddedRolloutEngine
-from qwen3_distill.generation.embedded_process import EmbeddedRolloutProcess
-from qwen3_distill.protocols import ReplayingLearner, StreamingRolloutEngine, TeacherScorer
+from qwen3_distill.generation.embedded import hosted as embedded_process
+from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
+from qwen3_distill.generation.embedded.hosted import EmbeddedRolloutProcess
+from qwen3_distill.ports import ReplayingLearner, StreamingRolloutEngine, TeacherScorer
 from qwen3_distill.replay.buffer import build_replay
-from qwen3_distill.scoring.embedded import EmbeddedTeacher
-from qwen3_distill.scoring.request import SampledRequest, ScoreRequest
-from qwen3_distill.training.embedded import EmbeddedLearner
-from qwen3_distill.training.objectives import build_objective
+from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
+from qwen3_distill.scoring.score_request import SampledRequest, ScoreRequest
+from qwen3_distill.training.embedded.student import EmbeddedLearner
+from qwen3_distill.training.objectives.base import build_objective
 from qwen3_distill.types import WeightVersion
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.contract.builders import run

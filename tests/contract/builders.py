@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_model
-from qwen3_distill.protocols import (
+from qwen3_distill.ports import (
     FullWeights,
     RolloutEngine,
     StreamingRolloutEngine,

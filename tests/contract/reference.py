@@ -14,7 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qwen3_distill.scoring.request import HiddenRequest, SampledRequest, ScoreRequest, TopKRequest
+from qwen3_distill.scoring.score_request import (
+    HiddenRequest,
+    SampledRequest,
+    ScoreRequest,
+    TopKRequest,
+)
 from qwen3_distill.types import HiddenScore, Rollout, TeacherScore, TopKScore
 
 

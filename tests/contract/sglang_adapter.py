@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from qwen3_distill.config import SglangScoring
-from qwen3_distill.scoring.request import SampledRequest, ScoreRequest
-from qwen3_distill.scoring.sglang import SglangTeacher
+from qwen3_distill.scoring.score_request import SampledRequest, ScoreRequest
+from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.types import ModelIdentity, Rollout, ScoreResult
 from tests.contract.builders import run
 from tests.engines import INSTALLED

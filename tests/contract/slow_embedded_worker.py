@@ -3,9 +3,9 @@
 import time
 from collections.abc import Sequence
 
-from qwen3_distill.generation.decode_batch import DecodeBatch, DecodeRow
-from qwen3_distill.generation.embedded_worker import EmbeddedRolloutWorker
-from qwen3_distill.utils.worker import serve_worker
+from qwen3_distill.generation.embedded.decode_batch import DecodeBatch, DecodeRow
+from qwen3_distill.generation.embedded.worker import EmbeddedRolloutWorker
+from qwen3_distill.hosts.process import serve_worker
 from tests.contract.builders import LONG, SLOW_STEP_S
 
 
@@ -17,7 +17,7 @@ class SlowBatch(DecodeBatch):
 
 
 if __name__ == "__main__":
-    from qwen3_distill.generation import embedded
+    from qwen3_distill.generation.embedded import engine as embedded
 
     embedded.DecodeBatch = SlowBatch
     serve_worker(EmbeddedRolloutWorker())

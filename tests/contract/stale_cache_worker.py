@@ -4,10 +4,10 @@ rollouts find in it what older weights computed."""
 
 from typing import Any
 
-from qwen3_distill.generation.vllm_worker import VllmWorker, compat
-from qwen3_distill.protocols import WeightChannel
+from qwen3_distill.generation.vllm.worker import VllmWorker, compat
+from qwen3_distill.hosts.process import serve_worker
+from qwen3_distill.ports import WeightChannel
 from qwen3_distill.types import WeightVersion
-from qwen3_distill.utils.worker import serve_worker
 
 
 class StaleCacheWorker(VllmWorker):

@@ -8,8 +8,8 @@ import pytest
 from torch import Tensor
 
 from qwen3_distill.errors import EngineError
-from qwen3_distill.generation import decode_batch
-from qwen3_distill.generation.embedded import EmbeddedRolloutEngine
+from qwen3_distill.generation.embedded import decode_batch
+from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
 from qwen3_distill.types import Rollout
 from tests.contract.builders import (
     collect,

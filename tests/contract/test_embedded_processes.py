@@ -27,13 +27,13 @@ from qwen3_distill.errors import (
     LearnerLost,
     WeightVersionError,
 )
-from qwen3_distill.generation.embedded_process import EmbeddedRolloutProcess
-from qwen3_distill.protocols import FullWeights
-from qwen3_distill.scoring.embedded import EmbeddedTeacher
-from qwen3_distill.scoring.embedded_process import EmbeddedTeacherProcess
-from qwen3_distill.scoring.request import SampledRequest
-from qwen3_distill.training.embedded import build_embedded_learner
-from qwen3_distill.training.embedded_process import EmbeddedLearnerProcess
+from qwen3_distill.generation.embedded.hosted import EmbeddedRolloutProcess
+from qwen3_distill.ports import FullWeights
+from qwen3_distill.scoring.embedded.hosted import EmbeddedTeacherProcess
+from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
+from qwen3_distill.scoring.score_request import SampledRequest
+from qwen3_distill.training.embedded.hosted import EmbeddedLearnerProcess
+from qwen3_distill.training.embedded.student import build_embedded_learner
 from qwen3_distill.types import Batch, Rollout, ScoredRollout
 from qwen3_distill.weights.directory import DirectoryChannel
 from qwen3_distill.weights.memory import MemoryChannel

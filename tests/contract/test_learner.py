@@ -33,12 +33,12 @@ from qwen3_distill.config import (
     WarmupCosineSchedule,
 )
 from qwen3_distill.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from qwen3_distill.generation.embedded import EmbeddedRolloutEngine
+from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.protocols import Learner, LoraWeights, ReplayingLearner
+from qwen3_distill.ports import Learner, LoraWeights, ReplayingLearner
 from qwen3_distill.scoring.handshake import check_compatible
-from qwen3_distill.scoring.request import request_for
+from qwen3_distill.scoring.score_request import request_for
 from qwen3_distill.types import (
     Batch,
     HiddenScore,

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from qwen3_distill.errors import DataError, WeightVersionError
 from qwen3_distill.modeling.digest import weights_digest
-from qwen3_distill.protocols import FullWeights, RolloutEngine, StreamingRolloutEngine
+from qwen3_distill.ports import FullWeights, RolloutEngine, StreamingRolloutEngine
 from qwen3_distill.types import (
     FinishReason,
     Rollout,

@@ -23,9 +23,9 @@ from qwen3_distill.errors import (
     EngineStartError,
     HandshakeError,
 )
-from qwen3_distill.scoring import sglang
-from qwen3_distill.scoring.request import SampledRequest, ScoreRequest, TopKRequest
-from qwen3_distill.scoring.sglang import SglangTeacher
+from qwen3_distill.scoring.score_request import SampledRequest, ScoreRequest, TopKRequest
+from qwen3_distill.scoring.sglang import teacher as sglang
+from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.types import Rollout, ScoreFailure, ScoreResult, TeacherScore, TopKScore
 from tests.contract.builders import make_prompt, run, scores_of, synthetic_rollout
 from tests.contract.reference import largest_gap, reference_model, token_logprobs

@@ -9,9 +9,9 @@ import pytest
 from qwen3_distill.config import SglangScoring
 from qwen3_distill.errors import DataError, EngineError
 from qwen3_distill.modeling.digest import directory_digest
-from qwen3_distill.scoring import sglang
-from qwen3_distill.scoring.request import SampledRequest
-from qwen3_distill.scoring.sglang import SglangTeacher
+from qwen3_distill.scoring.score_request import SampledRequest
+from qwen3_distill.scoring.sglang import teacher as sglang
+from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.types import FinishReason, Rollout, RolloutRequest
 from tests.contract.builders import make_prompt, make_request, make_spec, ragged_requests, run
 from tests.contract.reference import (

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from qwen3_distill.errors import ConfigError, EngineLost, EngineStartError
-from qwen3_distill.scoring import sglang
-from qwen3_distill.scoring.request import SampledRequest
-from qwen3_distill.scoring.sglang import SglangTeacher
+from qwen3_distill.scoring.score_request import SampledRequest
+from qwen3_distill.scoring.sglang import teacher as sglang
+from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.types import TeacherScore
 from tests.contract.builders import run, scores_of, synthetic_rollout
 from tests.contract.reference import largest_gap, reference_model, token_logprobs
@@ -196,8 +196,8 @@ def test_nothing_is_left_when_the_controller_is_killed(
 import asyncio, time
 from pathlib import Path
 from qwen3_distill.config import SglangScoring
-from qwen3_distill.scoring.request import SampledRequest
-from qwen3_distill.scoring.sglang import SglangTeacher
+from qwen3_distill.scoring.score_request import SampledRequest
+from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 
 async def main():
     config = SglangScoring.model_validate_json(Path({str(tmp_path / "config.json")!r}).read_text())

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from qwen3_distill.config import LoraTuning, TuningConfig
 from qwen3_distill.errors import DataError, EngineError, EngineLost, EngineStartError, ModelError
+from qwen3_distill.hosts.child import engine_environment
 from qwen3_distill.modeling.shapes import read_shape
 from qwen3_distill.modeling.step_memory import GIB, Checkpointing, MemoryModel
-from qwen3_distill.protocols import FullWeights, LoraWeights
-from qwen3_distill.training.unsloth import UnslothLearner
+from qwen3_distill.ports import FullWeights, LoraWeights
+from qwen3_distill.training.unsloth.learner import UnslothLearner
 from qwen3_distill.types import Batch, Update
-from qwen3_distill.utils.process import engine_environment
 from qwen3_distill.weights.directory import DirectoryChannel
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.contract.adapters import EmbeddedLearnerAdapter, LearnerAdapter, LearnerSettings

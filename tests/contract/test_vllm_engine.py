@@ -16,10 +16,10 @@ from torch import Tensor
 
 from qwen3_distill.config import LoraTuning
 from qwen3_distill.errors import EngineLost, EngineStartError, WeightVersionError
-from qwen3_distill.generation import vllm as vllm_module
-from qwen3_distill.generation.vllm import VllmRolloutEngine
+from qwen3_distill.generation.vllm import engine as vllm_module
+from qwen3_distill.generation.vllm.engine import VllmRolloutEngine
 from qwen3_distill.modeling.digest import weights_digest
-from qwen3_distill.protocols import LoraWeights
+from qwen3_distill.ports import LoraWeights
 from qwen3_distill.types import Rollout, RolloutRequest, WeightVersion
 from qwen3_distill.weights.directory import DirectoryChannel
 from tests.contract.builders import (
@@ -427,7 +427,7 @@ def test_no_process_outlives_a_controller_that_was_killed(
         import asyncio, sys, time
         from pathlib import Path
         from qwen3_distill.config import VllmGeneration
-        from qwen3_distill.generation.vllm import VllmRolloutEngine
+        from qwen3_distill.generation.vllm.engine import VllmRolloutEngine
 
         async def main():
             config = VllmGeneration.model_validate_json(sys.argv[1])

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3_distill.config import ObjectiveConfig, UnslothTraining
-from qwen3_distill.training.unsloth import UnslothLearner
-from qwen3_distill.utils.worker import WorkerProcess
+from qwen3_distill.hosts.process import WorkerProcess
+from qwen3_distill.training.unsloth.learner import UnslothLearner
 from tests.contract.builders import run
 from tests.engines import INSTALLED, LOGS
 

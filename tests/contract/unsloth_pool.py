@@ -4,8 +4,8 @@ import inspect
 from collections import OrderedDict
 from typing import Any
 
-from qwen3_distill.training.unsloth_worker import UnslothWorker
-from qwen3_distill.utils.worker import serve_worker
+from qwen3_distill.hosts.process import serve_worker
+from qwen3_distill.training.unsloth.worker import UnslothWorker
 
 KEPT = 6
 """A test holds a few at a time."""

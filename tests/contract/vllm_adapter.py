@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qwen3_distill.config import LoraTuning, VllmGeneration
 from qwen3_distill.errors import WeightVersionError
-from qwen3_distill.generation.vllm import VllmRolloutEngine
+from qwen3_distill.generation.vllm.engine import VllmRolloutEngine
 from qwen3_distill.types import WeightVersion
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.contract.builders import run

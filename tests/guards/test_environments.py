@@ -10,13 +10,14 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LOCKS = sorted(ROOT.glob("environments/*/requirements.lock"))
-CUDA = sorted(ROOT.glob("environments/*-cuda/requirements.txt"))
+HOME = ROOT / "src" / "qwen3_distill" / "environments"
+LOCKS = sorted(HOME.glob("*/requirements.lock"))
+CUDA = sorted(HOME.glob("*-cuda/requirements.txt"))
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    file = ROOT / "scripts" / "make_environment.py"
+    file = HOME / "make.py"
     spec = importlib.util.spec_from_file_location("make_environment", file)
     assert spec is not None
     assert spec.loader is not None
@@ -39,10 +40,10 @@ def test_lock_pins_everything_exactly(lock: Path) -> None:
 
 
 def test_every_recipe_has_its_files_and_every_folder_its_recipe(script: ModuleType) -> None:
-    folders = {p.parent.name for p in ROOT.glob("environments/*/requirements.*")}
+    folders = {p.parent.name for p in HOME.glob("*/requirements.*")}
     assert folders == set(script.RECIPES)
     for recipe in script.RECIPES.values():
-        assert all((ROOT / "environments" / "extras" / extra).exists() for extra in recipe.extras)
+        assert all((HOME / "extras" / extra).exists() for extra in recipe.extras)
 
 
 @pytest.mark.parametrize("file", CUDA, ids=lambda file: file.parent.name)

@@ -16,7 +16,7 @@ def loaded_by(*modules: str) -> set[str]:
 
 
 def test_contracts_config_and_command_line_load_nothing_heavy() -> None:
-    names = ("types", "protocols", "config", "config_io", "errors", "cli")
+    names = ("types", "ports", "config", "config.load", "errors", "hosts.process", "cli.main")
     assert loaded_by(*(f"qwen3_distill.{name}" for name in names)) == set()
 
 

@@ -13,13 +13,13 @@ from unittest.mock import patch
 
 import yaml
 
-from qwen3_distill import cli
+from qwen3_distill.cli import main as cli
 from qwen3_distill.config import RunConfig
-from qwen3_distill.config_io import check_config
-from qwen3_distill.pipeline.build import Parts
+from qwen3_distill.config.load import check_config
+from qwen3_distill.pipeline.assembly.engines import Parts
 from qwen3_distill.pipeline.run import run
-from qwen3_distill.reporting.console import SilentReporter
-from qwen3_distill.reporting.metrics import read_jsonl
+from qwen3_distill.recording.console import SilentReporter
+from qwen3_distill.recording.jsonl import read_jsonl
 from tests.tiny_models import TinyModels
 
 Values: TypeAlias = dict[str, Any]

@@ -16,9 +16,9 @@ import torch
 
 from qwen3_distill.data.rollout_files import read_scored
 from qwen3_distill.errors import ConfigError
-from qwen3_distill.pipeline.build import Parts
+from qwen3_distill.pipeline.assembly.engines import Parts
 from qwen3_distill.pipeline.run import run
-from qwen3_distill.scoring.embedded import EmbeddedTeacher
+from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from tests.pipeline.builders import (
     EVALUATION,
     FULL,
@@ -236,7 +236,7 @@ def test_unknown_option_is_refused() -> None:
 
 
 def test_refusal_of_a_real_process_is_one_message_without_a_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "qwen3_distill.cli", "run", "--config", "no.yaml"]
+    command = [sys.executable, "-m", "qwen3_distill.cli.main", "run", "--config", "no.yaml"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: config file no.yaml does not exist")
@@ -566,7 +566,7 @@ LIMITED = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
-from qwen3_distill.cli import main
+from qwen3_distill.cli.main import main
 main()
 """
 

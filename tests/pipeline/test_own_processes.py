@@ -12,16 +12,16 @@ import torch
 from safetensors.numpy import load_file
 
 from qwen3_distill.config import RunConfig
-from qwen3_distill.config_io import load_config
+from qwen3_distill.config.load import load_config
 from qwen3_distill.errors import EngineStartError
-from qwen3_distill.generation.embedded_process import EmbeddedRolloutProcess
-from qwen3_distill.pipeline.build import Parts, run_channel_folder, teacher_sampler
+from qwen3_distill.generation.embedded.hosted import EmbeddedRolloutProcess
+from qwen3_distill.hosts.process import WorkerProcess
+from qwen3_distill.pipeline.assembly.engines import Parts, run_channel_folder, teacher_sampler
 from qwen3_distill.pipeline.run import run
-from qwen3_distill.reporting.console import SilentReporter
-from qwen3_distill.reporting.metrics import read_jsonl
-from qwen3_distill.scoring.embedded_process import EmbeddedTeacherProcess
-from qwen3_distill.training.embedded_process import EmbeddedLearnerProcess
-from qwen3_distill.utils.worker import WorkerProcess
+from qwen3_distill.recording.console import SilentReporter
+from qwen3_distill.recording.jsonl import read_jsonl
+from qwen3_distill.scoring.embedded.hosted import EmbeddedTeacherProcess
+from qwen3_distill.training.embedded.hosted import EmbeddedLearnerProcess
 from tests.pipeline.builders import raise_warning, read_json, student_bytes, timeless
 from tests.pipeline.faults import struck
 

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from qwen3_distill.config_io import load_config
-from qwen3_distill.generation.vllm import VllmRolloutEngine
-from qwen3_distill.pipeline.build import Parts
+from qwen3_distill.config.load import load_config
+from qwen3_distill.generation.vllm.engine import VllmRolloutEngine
+from qwen3_distill.pipeline.assembly.engines import Parts
 from qwen3_distill.pipeline.run import run
-from qwen3_distill.reporting.console import SilentReporter
-from qwen3_distill.reporting.metrics import read_jsonl
-from qwen3_distill.scoring.sglang import SglangTeacher
-from qwen3_distill.training.unsloth import UnslothLearner
+from qwen3_distill.recording.console import SilentReporter
+from qwen3_distill.recording.jsonl import read_jsonl
+from qwen3_distill.scoring.sglang.teacher import SglangTeacher
+from qwen3_distill.training.unsloth.learner import UnslothLearner
 from tests.engines import INSTALLED
 from tests.pipeline.faults import struck
 

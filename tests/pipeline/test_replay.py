@@ -6,7 +6,7 @@ import pytest
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.pipeline.run import run
-from qwen3_distill.reporting.metrics import read_jsonl
+from qwen3_distill.recording.jsonl import read_jsonl
 from tests.pipeline.builders import (
     RecordingReporter,
     Values,

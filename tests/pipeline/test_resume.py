@@ -26,12 +26,12 @@ from qwen3_distill.config import (
     VllmGeneration,
 )
 from qwen3_distill.errors import CheckpointError, EngineStartError, RunFolderError
-from qwen3_distill.pipeline.build import Parts
+from qwen3_distill.pipeline.assembly.engines import Parts
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.pipeline.run_folder import MAY_CHANGE
-from qwen3_distill.reporting.console import SilentReporter
-from qwen3_distill.training.embedded import EmbeddedLearner
+from qwen3_distill.recording.console import SilentReporter
+from qwen3_distill.training.embedded.student import EmbeddedLearner
 from qwen3_distill.types import Batch
 from tests.pipeline.builders import (
     EVALUATION,
@@ -75,7 +75,7 @@ class RunProcess:
         self.folder = directory / "run"
         self.config = tiny_config(models, self.folder, LONG)
         file = write_config(directory / "run.yaml", tiny_values(models, self.folder, LONG))
-        command = [sys.executable, "-m", "qwen3_distill.cli", "run", "--config", str(file)]
+        command = [sys.executable, "-m", "qwen3_distill.cli.main", "run", "--config", str(file)]
         self._stderr = directory / "stderr"
         with self._stderr.open("a") as stderr:
             self.process = subprocess.Popen(

@@ -12,15 +12,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen3_distill.config import RunConfig
-from qwen3_distill.config_io import load_config
+from qwen3_distill.config.load import load_config
+from qwen3_distill.data.chain_task import ChainTask
 from qwen3_distill.data.rollout_files import read_scored
-from qwen3_distill.data.tasks import ChainTask
-from qwen3_distill.generation.embedded import EmbeddedRolloutEngine
+from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
 from qwen3_distill.pipeline import run as run_module
 from qwen3_distill.pipeline.manifest import engine_versions
 from qwen3_distill.pipeline.requests import make_batch
-from qwen3_distill.scoring.embedded import EmbeddedTeacher
-from qwen3_distill.training.embedded import EmbeddedLearner
+from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
+from qwen3_distill.training.embedded.student import EmbeddedLearner
 from qwen3_distill.types import (
     Batch,
     FinishReason,

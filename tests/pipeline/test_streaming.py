@@ -16,11 +16,11 @@ import pytest
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import ConfigError, EngineError, StallError
-from qwen3_distill.pipeline.build import Parts
+from qwen3_distill.pipeline.assembly.engines import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.pipeline.streaming import is_full_length, whole_prompts
-from qwen3_distill.reporting.metrics import read_jsonl
-from qwen3_distill.reporting.trace import read_trace
+from qwen3_distill.recording.jsonl import read_jsonl
+from qwen3_distill.recording.trace import read_trace
 from qwen3_distill.types import (
     Batch,
     FinishReason,

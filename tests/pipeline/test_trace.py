@@ -11,14 +11,14 @@ import pytest
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import EngineStartError
+from qwen3_distill.hosts.mps import PIPE_VARIABLE, PRIORITY_VARIABLE, MpsDaemon
 from qwen3_distill.pipeline import run as run_module
-from qwen3_distill.pipeline.build import Parts, build_engine, plan_memory
+from qwen3_distill.pipeline.assembly.engines import Parts, build_engine, plan_memory
 from qwen3_distill.pipeline.recorder import summarize
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.pipeline.run_folder import RunFolder
-from qwen3_distill.reporting.metrics import OCCASIONAL_STAGES, STEP_STAGES, MetricsLog, read_jsonl
-from qwen3_distill.reporting.trace import Event, read_trace
-from qwen3_distill.utils.mps import PIPE_VARIABLE, PRIORITY_VARIABLE, MpsDaemon
+from qwen3_distill.recording.jsonl import OCCASIONAL_STAGES, STEP_STAGES, MetricsLog, read_jsonl
+from qwen3_distill.recording.trace import Event, read_trace
 from tests.pipeline.builders import (
     EVALUATION,
     RecordingReporter,
@@ -155,7 +155,7 @@ def test_the_summary_counts_what_ran_side_by_side_once(
 def test_a_run_without_an_mps_daemon_says_so_and_goes_on(
     tiny_models: TinyModels, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen3_distill.utils.mps.CONTROL", "no-such-program")
+    monkeypatch.setattr("qwen3_distill.hosts.mps.CONTROL", "no-such-program")
     warnings: list[str] = []
     run_to_end(tiny_config(tiny_models, run_dir, MPS), warnings.append)
     (warning,) = warnings

@@ -8,7 +8,7 @@ import pytest
 
 import qwen3_distill
 from qwen3_distill.config import RunConfig
-from qwen3_distill.config_io import check_config
+from qwen3_distill.config.load import check_config
 from tests.pipeline.builders import call_cli, tiny_config, tiny_values, write_config
 from tests.tiny_models import TinyModels
 

@@ -21,7 +21,7 @@ from qwen3_distill.config import (
     PromptsConfig,
     TaskPrompts,
 )
-from qwen3_distill.data.tasks import ChainTask
+from qwen3_distill.data.chain_task import ChainTask
 from qwen3_distill.errors import DataError
 
 RowPrompts: TypeAlias = JsonlPrompts | ParquetPrompts | HuggingFacePrompts

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from qwen3_distill.config import TaskVerifier, VerifierConfig
+from qwen3_distill.data.chain_task import ChainTask, Problem
 from qwen3_distill.data.sources import ANSWER_KEY, PROBLEM_KEY, PromptSource, RawPrompt
-from qwen3_distill.data.tasks import ChainTask, Problem
 from qwen3_distill.errors import DataError, EngineError
 from qwen3_distill.types import Prompt
 
@@ -168,7 +168,7 @@ def _after_braces(text: str) -> str:
 
 
 class _Worker:
-    """`math_worker` as a function call. Its death is an answer: None."""
+    """`verifier_process` as a function call. Its death is an answer: None."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -206,7 +206,7 @@ def _exchange(process: "subprocess.Popen[str]", line: str) -> str:
 
 
 def _started(timeout_s: float) -> "subprocess.Popen[str]":
-    command = [sys.executable, str(Path(__file__).with_name("math_worker.py"))]
+    command = [sys.executable, str(Path(__file__).with_name("verifier_process.py"))]
     process = subprocess.Popen(
         [*command, str(timeout_s), str(MEMORY_BYTES)],
         stdin=subprocess.PIPE,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen3_distill.config import SamplingConfig
-from qwen3_distill.protocols import Sampler
+from qwen3_distill.ports import Sampler
 from qwen3_distill.types import FinishReason, Prompt, Rollout, RolloutRequest
 from qwen3_distill.utils.seeds import derive_seed
 

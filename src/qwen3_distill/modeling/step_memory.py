@@ -7,7 +7,7 @@ are free again.
 
 No torch here, only arithmetic. The coefficients of plain PyTorch are what its saved-tensor hooks
 count; those of unsloth's fused kernels follow from what the kernels keep, and agree with peaks
-measured on one H200 within 3% (tests/unit/test_step_memory.py).
+measured on one H200 within 3% (tests/unit/modeling/test_step_memory.py).
 """
 
 from dataclasses import dataclass

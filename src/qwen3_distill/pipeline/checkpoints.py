@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qwen3_distill.errors import CheckpointError
 from qwen3_distill.pipeline.run_folder import full_disk_named
-from qwen3_distill.protocols import Learner
+from qwen3_distill.ports import Learner
 from qwen3_distill.types import RunCursor, WeightVersion
 
 _DIGESTS = "files.json"

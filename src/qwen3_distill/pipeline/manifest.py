@@ -14,8 +14,8 @@ import torch
 
 import qwen3_distill
 from qwen3_distill.config import RunConfig
+from qwen3_distill.hosts.child import engine_environment
 from qwen3_distill.types import ModelIdentity
-from qwen3_distill.utils.process import engine_environment
 
 _PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "pyarrow", "pydantic")
 _ENGINE_PACKAGES = (

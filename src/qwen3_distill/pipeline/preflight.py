@@ -13,8 +13,8 @@ from qwen3_distill.config import (
 from qwen3_distill.data.sources import build_source
 from qwen3_distill.data.verifiers import check_references
 from qwen3_distill.errors import ConfigError, DataError, ModelError
+from qwen3_distill.hosts.child import is_absent
 from qwen3_distill.modeling.loading import check_model_dir
-from qwen3_distill.utils.process import is_absent
 
 
 def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:

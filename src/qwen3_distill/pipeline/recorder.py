@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from qwen3_distill.config import EvaluationConfig, RunConfig
-from qwen3_distill.config_io import dump_config
+from qwen3_distill.config.load import dump_config
 from qwen3_distill.data.rollout_files import read_scored, write_scored
 from qwen3_distill.evaluation.accuracy import evaluate
-from qwen3_distill.pipeline.build import (
+from qwen3_distill.pipeline.assembly.engines import (
     Parts,
     TextTools,
     build_checker,
@@ -22,18 +22,18 @@ from qwen3_distill.pipeline.build import (
 )
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.run_folder import RunFolder
-from qwen3_distill.protocols import Sampler
-from qwen3_distill.reporting.console import ProgressReporter
-from qwen3_distill.reporting.metrics import (
+from qwen3_distill.ports import Sampler
+from qwen3_distill.recording.console import ProgressReporter
+from qwen3_distill.recording.jsonl import (
     OCCASIONAL_STAGES,
     STEP_STAGES,
     MetricsLog,
     combine,
     read_jsonl,
 )
-from qwen3_distill.reporting.report import RolloutView, write_report
-from qwen3_distill.reporting.trace import Trace
-from qwen3_distill.reporting.trackers import open_trackers
+from qwen3_distill.recording.trace import Trace
+from qwen3_distill.recording.trackers import open_trackers
+from qwen3_distill.report.report import RolloutView, write_report
 from qwen3_distill.types import (
     Batch,
     FinishReason,
@@ -43,8 +43,8 @@ from qwen3_distill.types import (
     ScoredRollout,
     Update,
 )
+from qwen3_distill.utils.concurrency import together
 from qwen3_distill.utils.seeds import derive_seed
-from qwen3_distill.utils.tasks import together
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,9 @@ from typing import Any
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import EngineStartError, LearnerLost
+from qwen3_distill.hosts.mps import MpsDaemon, private_mps
 from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.pipeline.build import Parts, build_parts, engine_log, learns_elsewhere
+from qwen3_distill.pipeline.assembly.engines import Parts, build_parts, engine_log, learns_elsewhere
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.manifest import (
     engine_versions,
@@ -24,12 +25,11 @@ from qwen3_distill.pipeline.recorder import Recorder, render_report, summarize
 from qwen3_distill.pipeline.run_folder import RunFolder, full_disk_named
 from qwen3_distill.pipeline.sequential import run_sequential
 from qwen3_distill.pipeline.streaming import run_streaming
-from qwen3_distill.protocols import Learner
-from qwen3_distill.reporting.console import ProgressReporter
+from qwen3_distill.ports import Learner
+from qwen3_distill.recording.console import ProgressReporter
 from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.types import RunCursor
 from qwen3_distill.utils.files import write_json_atomic
-from qwen3_distill.utils.mps import MpsDaemon, private_mps
 from qwen3_distill.utils.signals import signals_as_ctrl_c, stop_on_ctrl_c
 
 INTERRUPTED_EXIT_CODE = 130

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from typing_extensions import Self
 
 from qwen3_distill.config import RunConfig
-from qwen3_distill.config_io import config_differences, dump_config
+from qwen3_distill.config.load import config_differences, dump_config
 from qwen3_distill.errors import RunFolderError
-from qwen3_distill.reporting.trace import TRACE_FILE
+from qwen3_distill.recording.trace import TRACE_FILE
 from qwen3_distill.utils.files import write_json_atomic
 
 MAY_CHANGE = (

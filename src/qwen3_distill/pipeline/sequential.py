@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import EngineError, NonFiniteError, WeightVersionError
-from qwen3_distill.pipeline.build import Parts
+from qwen3_distill.pipeline.assembly.engines import Parts
 from qwen3_distill.pipeline.recorder import Ledger, Recorder, StepRecord, ledger_entry
 from qwen3_distill.pipeline.requests import in_request_order, requests_for_step
-from qwen3_distill.protocols import Sampler, TeacherScorer
-from qwen3_distill.reporting.trace import WEIGHTS, Trace
+from qwen3_distill.ports import Sampler, TeacherScorer
+from qwen3_distill.recording.trace import WEIGHTS, Trace
 from qwen3_distill.types import (
     Metric,
     Rollout,

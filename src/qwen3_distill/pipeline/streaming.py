@@ -21,9 +21,9 @@ import numpy as np
 
 from qwen3_distill.config import Harvest, RunConfig, StreamingPipeline
 from qwen3_distill.errors import EngineError, StallError
-from qwen3_distill.pipeline.build import Parts, task_reward_weight
-from qwen3_distill.pipeline.outstanding import Outstanding
-from qwen3_distill.pipeline.pieces import harvested, remainder
+from qwen3_distill.pipeline.assembly.engines import Parts, task_reward_weight
+from qwen3_distill.pipeline.harvest import harvested, remainder
+from qwen3_distill.pipeline.in_progress import Outstanding
 from qwen3_distill.pipeline.recorder import Ledger, Recorder, StepRecord, ledger_entry
 from qwen3_distill.pipeline.requests import request_number
 from qwen3_distill.pipeline.sequential import (
@@ -32,7 +32,7 @@ from qwen3_distill.pipeline.sequential import (
     take_step,
     traced_push,
 )
-from qwen3_distill.reporting.trace import Trace
+from qwen3_distill.recording.trace import Trace
 from qwen3_distill.types import (
     FinishReason,
     Metric,
@@ -44,8 +44,8 @@ from qwen3_distill.types import (
     ScoreFailure,
     Update,
 )
+from qwen3_distill.utils.concurrency import TaskScope, within
 from qwen3_distill.utils.seeds import derive_seed
-from qwen3_distill.utils.tasks import TaskScope, within
 
 Result = TypeVar("Result")
 Cause: TypeAlias = Literal["stale", "no score"]

@@ -16,8 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from qwen3_distill.errors import RunFolderError
-from qwen3_distill.protocols import TeacherScorer
-from qwen3_distill.scoring.request import HiddenRequest, SampledRequest, ScoreRequest, TopKRequest
+from qwen3_distill.ports import TeacherScorer
+from qwen3_distill.scoring.score_request import (
+    HiddenRequest,
+    SampledRequest,
+    ScoreRequest,
+    TopKRequest,
+)
 from qwen3_distill.types import (
     HiddenScore,
     ModelIdentity,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qwen3_distill.errors import HandshakeError
-from qwen3_distill.protocols import TeacherScorer
+from qwen3_distill.ports import TeacherScorer
 from qwen3_distill.types import ModelIdentity, Rollout, ScoreFailure
 
 _REMEDY = {

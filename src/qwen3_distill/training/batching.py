@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen3_distill.modeling.transfer import to_device
+from qwen3_distill.modeling.host_to_device import to_device
 from qwen3_distill.replay.flat import Counts, FlatRollouts, flatten, spans
 from qwen3_distill.types import Batch
-from qwen3_distill.utils.packing import pack_by_tokens
+from qwen3_distill.utils.batches import pack_by_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,13 +32,13 @@ from qwen3_distill.errors import (
     NonFiniteError,
 )
 from qwen3_distill.modeling.digest import weights_digest
+from qwen3_distill.modeling.host_to_device import to_device
 from qwen3_distill.modeling.loading import load_identity, load_tokenizer, output_head
-from qwen3_distill.modeling.transfer import to_device
-from qwen3_distill.protocols import FullWeights, WeightChannel, WeightPayload
+from qwen3_distill.ports import FullWeights, WeightChannel, WeightPayload
 from qwen3_distill.replay.buffer import ReplayBuffer
 from qwen3_distill.training.batching import MicroBatch, flat_micro_batches, micro_batches
 from qwen3_distill.training.lora import adapter_weights, merged_parameters
-from qwen3_distill.training.objectives import LossTerms, Objective, TensorMetric, read_scalars
+from qwen3_distill.training.objectives.base import LossTerms, Objective, TensorMetric, read_scalars
 from qwen3_distill.training.schedule import learning_rate_factor
 from qwen3_distill.types import (
     Batch,

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from qwen3_distill.config import LoraTuning
 from qwen3_distill.errors import ConfigError
-from qwen3_distill.protocols import LoraWeights
+from qwen3_distill.ports import LoraWeights
 from qwen3_distill.utils.seeds import derive_seed
 
 _INIT_SEED = "lora_init"

@@ -15,7 +15,7 @@ from torch import Tensor
 from qwen3_distill.errors import EngineError, WeightVersionError
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_model
-from qwen3_distill.protocols import FullWeights, LoraWeights, WeightChannel, WeightPayload
+from qwen3_distill.ports import FullWeights, LoraWeights, WeightChannel, WeightPayload
 from qwen3_distill.types import WeightVersion
 
 _FULL = "model.safetensors"

@@ -16,7 +16,7 @@ import torch.multiprocessing  # registers how tensors are sent
 from torch import Tensor
 
 from qwen3_distill.errors import WeightVersionError
-from qwen3_distill.protocols import FullWeights, WeightPayload
+from qwen3_distill.ports import FullWeights, WeightPayload
 from qwen3_distill.types import WeightVersion
 from qwen3_distill.weights.directory import DirectoryChannel
 

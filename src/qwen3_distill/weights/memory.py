@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from qwen3_distill.errors import WeightVersionError
-from qwen3_distill.protocols import WeightPayload
+from qwen3_distill.ports import WeightPayload
 from qwen3_distill.types import WeightVersion
 
 

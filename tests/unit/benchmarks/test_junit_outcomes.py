@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.junit_outcomes import outcomes
+from benchmarks.lib.junit_outcomes import outcomes
 
 JUNIT = """<testsuites><testsuite name="pytest">
   <testcase name="a"/>

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.overlap_parts import Lengths, Plan, Variant, rate_of_common_steps
+from benchmarks.lib.overlap_parts import Lengths, Plan, Variant, rate_of_common_steps
 
 
 def test_a_long_tail_has_the_median_and_the_99th_percentile_that_its_name_says() -> None:

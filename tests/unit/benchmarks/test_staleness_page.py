@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.staleness_page import page, percent, plot, ranking, replay_table, staleness_table
+from benchmarks.learning.staleness_page import (
+    page,
+    percent,
+    plot,
+    ranking,
+    replay_table,
+    staleness_table,
+)
 
 
 def of_seeds(mean: float, half: float | None = 0.02) -> dict[str, Any]:

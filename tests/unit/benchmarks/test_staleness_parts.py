@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.staleness_parts import (
+from benchmarks.lib.staleness_parts import (
     Advantage,
     Case,
     LaggedEngine,
@@ -21,16 +21,16 @@ from benchmarks.staleness_parts import (
     stale_surrogate,
 )
 from qwen3_distill.config import SampledReverseKL
-from qwen3_distill.generation.embedded import EmbeddedRolloutEngine
+from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_model
-from qwen3_distill.pipeline.build import Parts
+from qwen3_distill.pipeline.assembly.engines import Parts
 from qwen3_distill.pipeline.run import run
-from qwen3_distill.protocols import FullWeights
-from qwen3_distill.reporting.console import SilentReporter
-from qwen3_distill.reporting.metrics import read_jsonl
+from qwen3_distill.ports import FullWeights
+from qwen3_distill.recording.console import SilentReporter
+from qwen3_distill.recording.jsonl import read_jsonl
 from qwen3_distill.training.batching import MicroBatch
-from qwen3_distill.training.objectives import Objective, build_objective
+from qwen3_distill.training.objectives.base import Objective, build_objective
 from qwen3_distill.types import WeightVersion
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.pipeline.builders import raise_warning, student_bytes, tiny_config

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.statistics_of_seeds import MeanOfSeeds, mean_of_seeds
+from benchmarks.lib.statistics_of_seeds import MeanOfSeeds, mean_of_seeds
 
 
 def test_interval_by_hand() -> None:

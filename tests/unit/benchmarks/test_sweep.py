@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.sweep import Record, Sweep
+from benchmarks.lib.sweep import Record, Sweep
 from qwen3_distill.errors import DataError
-from qwen3_distill.reporting.metrics import read_jsonl
+from qwen3_distill.recording.jsonl import read_jsonl
 
 JOBS = {f"job-{n}": [n, {"steps": 3}] for n in range(5)}
 

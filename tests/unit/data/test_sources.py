@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from qwen3_distill.config import HuggingFacePrompts, JsonlPrompts, ParquetPrompts, TaskPrompts
+from qwen3_distill.data.chain_task import ChainTask
 from qwen3_distill.data.sources import FixedSource, Message, PromptSource, RawPrompt, build_source
-from qwen3_distill.data.tasks import ChainTask
 from qwen3_distill.errors import DataError
 
 CONVERSATION = [

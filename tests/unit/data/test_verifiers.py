@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from qwen3_distill.config import JsonlPrompts, MathVerifier, TaskPrompts, TaskVerifier
 from qwen3_distill.data import verifiers
+from qwen3_distill.data.chain_task import ChainTask
 from qwen3_distill.data.sources import RawPrompt, build_source
-from qwen3_distill.data.tasks import ChainTask
 from qwen3_distill.data.verifiers import MathEqualityVerifier, Verifier, build_verifier
 from qwen3_distill.errors import DataError, EngineError
 from qwen3_distill.types import Prompt
@@ -237,7 +237,7 @@ def test_time_between_questions_does_not_count(started: list["subprocess.Popen[s
 
 
 def test_worker_script_needs_neither_numpy_nor_this_package() -> None:
-    script = Path(verifiers.__file__).with_name("math_worker.py")
+    script = Path(verifiers.__file__).with_name("verifier_process.py")
     code = (
         "import json, runpy, sys; runpy.run_path(sys.argv[1]); "
         "print(json.dumps([n for n in ('numpy', 'torch', 'qwen3_distill') if n in sys.modules]))"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qwen3_distill.generation.grouped_attention import group_rows, grouped_attention
+from qwen3_distill.generation.embedded.grouped_attention import group_rows, grouped_attention
 
 HEADS, KV_HEADS, HEAD_SIZE = 6, 2, 8
 

@@ -8,7 +8,7 @@ import pytest
 
 from qwen3_distill.config import VllmGeneration
 from qwen3_distill.errors import EngineStartError
-from qwen3_distill.generation.vllm import VllmRolloutEngine
+from qwen3_distill.generation.vllm.engine import VllmRolloutEngine
 from tests.tiny_models import TinyModels
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qwen3_distill.config import RunConfig
-from qwen3_distill.config_io import check_config, load_config
+from qwen3_distill.config.load import check_config, load_config
 from qwen3_distill.errors import ConfigError, ModelError
 from qwen3_distill.modeling.shapes import named_shape
 from qwen3_distill.modeling.step_memory import GIB, Checkpointing

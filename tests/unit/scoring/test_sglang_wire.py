@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3_distill.scoring.request import SampledRequest, TopKRequest
-from qwen3_distill.scoring.sglang_wire import (
+from qwen3_distill.scoring.score_request import SampledRequest, TopKRequest
+from qwen3_distill.scoring.sglang.wire import (
     Fault,
     FaultKind,
     ReplyError,

@@ -15,15 +15,15 @@ from qwen3_distill.errors import AlignmentError, EngineError, EngineStartError
 from qwen3_distill.modeling.loading import load_model
 from qwen3_distill.modeling.step_memory import GIB, allocator_bytes, usable_bytes
 from qwen3_distill.training import learner as learner_module
-from qwen3_distill.training.backbone import packing_gap, recompute_first_layers
 from qwen3_distill.training.batching import MicroBatch
-from qwen3_distill.training.embedded import EmbeddedLearner
-from qwen3_distill.training.objectives import (
+from qwen3_distill.training.embedded.student import EmbeddedLearner
+from qwen3_distill.training.objectives.base import (
     LossTerms,
     Objective,
     build_objective,
     read_scalars,
 )
+from qwen3_distill.training.unsloth.packing_probe import packing_gap, recompute_first_layers
 from qwen3_distill.types import Batch, ScoredRollout, TeacherScore
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.contract.builders import synthetic_rollout

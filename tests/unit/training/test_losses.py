@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen3_distill.training.losses import (
+from qwen3_distill.training.objectives.losses import (
     MIN_TAIL_MASS,
     discounted_suffix_sum,
     divergence,

@@ -12,7 +12,7 @@ from qwen3_distill.config import ObjectiveConfig, RunConfig
 from qwen3_distill.errors import AlignmentError, ConfigError
 from qwen3_distill.modeling.head import TokenStatistics, TokenStats, token_stats
 from qwen3_distill.training.batching import MicroBatch, collate
-from qwen3_distill.training.objectives import (
+from qwen3_distill.training.objectives.base import (
     LossTerms,
     Objective,
     build_objective,

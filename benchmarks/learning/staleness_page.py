@@ -1,0 +1,209 @@
+"""The tables of docs/staleness.md, and its plot, from the result of `staleness.py`.
+
+python -m benchmarks.learning.staleness_page                 # tables on stdout
+python -m benchmarks.learning.staleness_page --plot docs/images/staleness.svg
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Row: TypeAlias = Mapping[str, Any]
+
+REFERENCE = "staleness_0_current_truncated"
+RESULT = Path(__file__).parents[1] / "results" / "staleness.json"
+COLUMNS = tuple(
+    (advantage, ratio)
+    for advantage in ("current", "old")
+    for ratio in ("truncated", "none", "ppo_clip")
+)
+RATIO_NAMES = {"truncated": "truncated ratio", "none": "no ratio", "ppo_clip": "PPO clip"}
+COLOURS = {"truncated": "#0072b2", "none": "#e69f00", "ppo_clip": "#cc3311"}
+"""Told apart without full colour vision too."""
+_WIDTH, _HEIGHT, _TOP, _PANEL_WIDTH, _PANEL_HEIGHT = 760, 330, 34, 320, 220
+_STYLE = (
+    "text{font:12px sans-serif;fill:#333}.title{font-weight:bold}"
+    ".grid{stroke:#ddd;fill:none}.whisker{stroke-width:2;fill:none}"
+)
+
+
+def percent(of_seeds: Row | None) -> str:
+    """``72.6 ± 1.9`` (half of the interval), or the mean alone where there is no interval."""
+    if of_seeds is None:
+        return ""
+    mean = f"{100 * of_seeds['mean']:.1f}"
+    return mean if of_seeds["low"] is None else f"{mean} ± {100 * half_width(of_seeds):.1f}"
+
+
+def half_width(of_seeds: Row) -> float:
+    return (of_seeds["high"] - of_seeds["low"]) / 2
+
+
+def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its first column left-aligned."""
+    lines = [header, ["---", *("---:" for _ in header[1:])], *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def staleness_table(cases: Sequence[Row]) -> str:
+    """Accuracy by staleness and case."""
+    by_key = {(c["staleness"], c["advantage"], c["ratio"]): c["accuracy"] for c in cases}
+    header = ["staleness", *(f"{a}, {RATIO_NAMES[r]}" for a, r in COLUMNS)]
+    body = [
+        [str(k), *(percent(by_key.get((k, *column))) for column in COLUMNS)]
+        for k in sorted({c["staleness"] for c in cases})
+    ]
+    return table(header, body)
+
+
+def ranking(cases: Sequence[Row], staleness: int) -> str:
+    """The cases at a staleness, best first, each against the product's at staleness 0."""
+    found = [case for case in cases if case["staleness"] == staleness]
+    found.sort(key=lambda case: -case["accuracy"]["mean"])
+    body = [
+        [
+            f"{case['advantage']} advantage, {RATIO_NAMES[case['ratio']]}",
+            percent(case["accuracy"]),
+            percent(case["vs_reference"]),
+            f"{100 * case['ratio_capped_fraction']:.1f}",
+        ]
+        for case in found
+    ]
+    header = [
+        f"at staleness {staleness}",
+        "accuracy, %",
+        "against fresh, pp",
+        "capped or clipped, %",
+    ]
+    return table(header, body)
+
+
+def replay_table(result: Row) -> str:
+    """Accuracy by law and budget, with the tokens that it really took, against no replay."""
+    baseline = next(case for case in result["cases"] if case["name"] == REFERENCE)
+    body = [
+        [
+            name,
+            percent(row["accuracy"]),
+            percent(row["vs_reference"]),
+            f"{row['generated_tokens'] / 1000:.1f} k",
+            f"{row['learner_tokens'] / 1000:.1f} k",
+        ]
+        for name, row in [
+            ("no replay", baseline),
+            *((_replay_name(row), row) for row in result["replay_cases"]),
+        ]
+    ]
+    header = ["replay", "accuracy, %", "against none, pp", "generated", "trained on"]
+    return table(header, body)
+
+
+def _replay_name(row: Row) -> str:
+    return f"{row['law'].replace('_', ' ')}, equal {row['budget']} tokens"
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One advantage's half of the plot."""
+
+    advantage: str
+    left: float
+    stalenesses: Sequence[int]
+    low: float
+    high: float
+
+    def y(self, accuracy: float) -> float:
+        return _TOP + (self.high - accuracy) / (self.high - self.low) * _PANEL_HEIGHT
+
+    def centre(self, staleness: int) -> float:
+        slot = _PANEL_WIDTH / len(self.stalenesses)
+        return self.left + slot * (self.stalenesses.index(staleness) + 0.5)
+
+    def draw(self, cases: Sequence[Row]) -> Iterator[str]:
+        yield from self._axes()
+        for case in cases:
+            if case["advantage"] == self.advantage:
+                yield self._dot(case)
+
+    def _axes(self) -> Iterator[str]:
+        bottom, middle = _TOP + _PANEL_HEIGHT, self.left + _PANEL_WIDTH / 2
+        yield f'<text class="title" x="{self.left}" y="20">{self.advantage} advantage</text>'
+        yield _text(middle, bottom + 36, "staleness, steps")
+        for tenth in range(round(10 * self.low), round(10 * self.high) + 1):
+            at = self.y(tenth / 10)
+            yield f'<path class="grid" d="M{self.left},{at:.1f}h{_PANEL_WIDTH}"/>'
+            yield _text(self.left - 20, at + 4, f"{10 * tenth}%")
+        for staleness in self.stalenesses:
+            yield _text(self.centre(staleness), bottom + 18, str(staleness))
+
+    def _dot(self, case: Row) -> str:
+        of_seeds, colour = case["accuracy"], COLOURS[case["ratio"]]
+        x = self.centre(case["staleness"]) + 16 * (list(COLOURS).index(case["ratio"]) - 1)
+        dot = f'<circle cx="{x:.1f}" cy="{self.y(of_seeds["mean"]):.1f}" r="4" fill="{colour}"/>'
+        if of_seeds["low"] is None:
+            return dot
+        ends = f"M{x:.1f},{self.y(of_seeds['low']):.1f}V{self.y(of_seeds['high']):.1f}"
+        return f'<path class="whisker" stroke="{colour}" d="{ends}"/>{dot}'
+
+
+def plot(cases: Sequence[Row]) -> str:
+    """An SVG: a panel per advantage, staleness across, accuracy with its interval up."""
+    stalenesses = sorted({case["staleness"] for case in cases})
+    edges = [
+        edge for case in cases for edge in case["accuracy"].values() if isinstance(edge, float)
+    ]
+    low, high = math.floor(10 * min(edges)) / 10, math.ceil(10 * max(edges)) / 10
+    panels = [
+        _Panel(advantage, left, stalenesses, low, high)
+        for advantage, left in (("current", 50.0), ("old", 430.0))
+    ]
+    body = "".join(part for panel in panels for part in panel.draw(cases))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        'aria-label="Held-out accuracy by staleness, advantage and ratio">'
+        f'<style>{_STYLE}</style><rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fff"/>'
+        f"{body}{_legend()}</svg>\n"
+    )
+
+
+def _legend() -> str:
+    return "".join(
+        f'<circle cx="{50 + 140 * index}" cy="{_HEIGHT - 14}" r="4" fill="{colour}"/>'
+        f'<text x="{60 + 140 * index}" y="{_HEIGHT - 10}">{RATIO_NAMES[ratio]}</text>'
+        for index, (ratio, colour) in enumerate(COLOURS.items())
+    )
+
+
+def _text(x: float, y: float, text: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{text}</text>'
+
+
+def page(result: Row) -> str:
+    """All tables, one below another."""
+    cases = result["cases"]
+    stale = sorted({case["staleness"] for case in cases} - {0})
+    tables = [staleness_table(cases), *(ranking(cases, k) for k in stale)]
+    if result["replay_cases"]:
+        tables.append(replay_table(result))
+    return "\n\n".join(tables)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--plot", type=Path, help="write the plot to this file")
+    arguments = parser.parse_args()
+    result = json.loads(arguments.result.read_text(encoding="utf-8"))
+    print(page(result))
+    if arguments.plot is not None:
+        arguments.plot.write_text(plot(result["cases"]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

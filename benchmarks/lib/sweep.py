@@ -1,0 +1,163 @@
+"""Many runs side by side, one core each; what is finished is on disk and stays finished."""
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import transformers
+
+from qwen3_distill.errors import DataError
+from qwen3_distill.recording.jsonl import read_jsonl
+from qwen3_distill.recording.text import duration
+from qwen3_distill.utils.files import atomic_path
+
+Record: TypeAlias = dict[str, Any]
+
+
+def one_core_processes(count: int) -> Executor:
+    """Workers in processes of their own, one thread each: more would fight for the cores."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when a worker loads torch
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(count, spawn, _prepare_worker)
+
+
+def _prepare_worker() -> None:
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+
+
+@dataclass(kw_only=True)
+class Sweep:
+    """Runs jobs in workers and appends each result to a JSON Lines file.
+
+    Jobs start in the order given. A run that fails is told and counted, and others go on. A sweep
+    of the same log does what is still missing.
+    """
+
+    log: Path
+    workers: int
+    time_limit_s: float | None = None
+    """No run is started that would end after this, by the longest one so far."""
+    say: Callable[[str], None] = print
+    make_workers: Callable[[int], Executor] = one_core_processes
+    failed: list[str] = field(default_factory=list)
+
+    def run(self, work: Callable[..., Record], jobs: Mapping[str, Sequence[Any]]) -> list[Record]:
+        """Do every job that the log does not hold yet.
+
+        Args:
+            work: a module's function; called with a job's arguments in a worker.
+            jobs: arguments by job name; plain values that JSON has, too.
+
+        Returns:
+            The records of all jobs that are finished, also of earlier sweeps, with their ``job``
+            and ``arguments``.
+
+        Raises:
+            DataError: the log holds a job's run with other arguments.
+        """
+        done = self._finished(jobs)
+        waiting = [name for name in jobs if name not in done]
+        if done:
+            self.say(f"{len(done)} of {len(jobs)} runs are in {self.log} already")
+        with self.make_workers(self.workers) as pool:
+            self._drain(pool, work, jobs, waiting, done)
+        return [done[name] for name in jobs if name in done]
+
+    def _drain(
+        self,
+        pool: Executor,
+        work: Callable[..., Record],
+        jobs: Mapping[str, Sequence[Any]],
+        waiting: list[str],
+        done: dict[str, Record],
+    ) -> None:
+        clock = _Clock(len(waiting), self.workers, self.time_limit_s)
+        running: dict[Future[Record], tuple[str, float]] = {}
+        while waiting or running:
+            while waiting and len(running) < self.workers and clock.has_time:
+                name = waiting.pop(0)
+                running[pool.submit(work, *jobs[name])] = (name, time.monotonic())
+            if not running:
+                self.say(f"time is up: {len(waiting)} runs were not started; resume to do them")
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name, started = running.pop(future)
+                clock.finished(time.monotonic() - started)
+                result = self._result(name, future)
+                if result is not None:
+                    record = {"job": name, "arguments": list(jobs[name]), **result}
+                    done[name] = record
+                    self._append(record)
+                    self.say(f"{clock.line(len(waiting) + len(running))} {_line(record)}")
+
+    def _result(self, name: str, future: Future[Record]) -> Record | None:
+        error = future.exception()
+        if error is None:
+            return future.result()
+        self.failed.append(name)
+        self.say(f"{name} failed: {type(error).__name__}: {error}")
+        return None
+
+    def _finished(self, jobs: Mapping[str, Sequence[Any]]) -> dict[str, Record]:
+        """What the log holds of these jobs; a last line that was cut short is taken out of it."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        records = read_jsonl(self.log) if self.log.exists() else []
+        done = {record["job"]: record for record in records if record["job"] in jobs}
+        for name, record in done.items():
+            if record["arguments"] != list(jobs[name]):
+                raise DataError(
+                    f"{self.log} holds {name} with {record['arguments']}, this sweep asks for "
+                    f"{list(jobs[name])}; choose another log, or the settings of the first sweep"
+                )
+        with atomic_path(self.log) as temporary:
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+        return done
+
+    def _append(self, record: Record) -> None:
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """A record's own numbers and name; what is nested has no room in a line of progress."""
+    numbers = (f"{key}={v:.4g}" for key, v in record.items() if isinstance(v, int | float))
+    return f"{record['job']}: {' '.join(numbers)}"
+
+
+class _Clock:
+    """Progress and what is left of the time."""
+
+    def __init__(self, total: int, workers: int, time_limit_s: float | None) -> None:
+        self._total, self._workers, self._limit_s = total, workers, time_limit_s
+        self._started = time.monotonic()
+        self._durations: list[float] = []
+
+    def finished(self, seconds: float) -> None:
+        self._durations.append(seconds)
+
+    @property
+    def _elapsed_s(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def has_time(self) -> bool:
+        """Whether a run that takes as long as the longest so far would end in time."""
+        longest_s = max(self._durations, default=0.0)
+        return self._limit_s is None or self._elapsed_s + longest_s <= self._limit_s
+
+    def line(self, left: int) -> str:
+        """``[done/total, elapsed, ETA]``."""
+        mean_s = sum(self._durations) / len(self._durations)
+        eta = duration(left * mean_s / self._workers)
+        done = len(self._durations)
+        return f"[{done}/{self._total}, {duration(self._elapsed_s)}, ETA {eta}]"

@@ -1,0 +1,263 @@
+"""Where the time of a vLLM decode step goes. Runs under vLLM's own interpreter, on a GPU.
+
+    PYTHONPATH=src:benchmarks python -m benchmarks.speed.decode_profile --model models/random-4B \
+        --label base --engine kv_cache_dtype=fp8 --requests base,final,unseeded
+
+One engine, set up as the rollout process sets it up. Every variant of the requests is timed over
+whole rounds (all sequences start together); then one round is profiled in its middle: each
+kernel's time per step, and the share of the time in which the GPU had nothing to do. Processor
+seconds of the client and of the process with the model say whether the host could be what it waits
+for. ``--engine distributed_executor_backend=uni`` puts scheduler and model into one process.
+
+Variants: ``base`` is what the rollout process asks for; ``final`` has one output at the end instead
+of deltas; ``unseeded`` has no seed per request; ``plain`` asks for no logprobs.
+"""
+# pyright: reportMissingImports=false
+
+import argparse
+import asyncio
+import json
+import os
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from torch.profiler import ProfilerActivity, profile
+from vllm import AsyncEngineArgs, TokensPrompt
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from qwen3_distill.generation.vllm import compat
+from qwen3_distill.generation.vllm.extension import WeightAccess
+from qwen3_distill.generation.vllm.settings import VllmSettings
+from qwen3_distill.types import SamplingSpec
+
+CATEGORIES = {
+    "attention": ("flash", "attention", "reshape_and_cache", "prepare_varlen"),
+    "sampling": ("gumbel", "softmax", "ranks", "exponential", "distribution", "topk", "argmax"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "matmul", "cublas", "splitk"),
+    "lora": ("lora",),
+    "norms, rotary, activation": (
+        "norm",
+        "rotary",
+        "silu",
+        "act_and_mul",
+        "triton_red",
+        "triton_p",
+    ),
+    "copies": ("memcpy", "memset", "copy"),
+}
+_WINDOW_S = 1.0
+
+
+class Profiled(WeightAccess):
+    """Mixin of vLLM's worker: a window of its GPU's work."""
+
+    def distill_profile_start(self) -> float:
+        self._profile = profile(activities=[ProfilerActivity.CUDA])
+        self._profile.start()
+        return time.process_time()
+
+    def distill_profile_stop(self) -> str:
+        """JSON: per kernel its count and microseconds, and how long the GPU was busy."""
+        self._profile.stop()
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder) / "trace.json"
+            self._profile.export_chrome_trace(str(trace))
+            events = json.loads(trace.read_text())["traceEvents"]
+        work = sorted(
+            (e["ts"], e["ts"] + e["dur"], e["name"])
+            for e in events
+            if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and "dur" in e
+        )
+        kernels: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+        busy, end = 0.0, 0.0
+        for start, stop, name in work:
+            kernels[name][0] += 1
+            kernels[name][1] += stop - start
+            busy += max(0.0, stop - max(start, end))
+            end = max(end, stop)
+        span = end - work[0][0] if work else 0.0
+        return json.dumps({"kernels": kernels, "busy_us": busy, "span_us": span})
+
+    def distill_cpu_seconds(self) -> float:
+        return time.process_time()
+
+
+def category(kernel: str) -> str:
+    low = kernel.lower()
+    for name, marks in CATEGORIES.items():
+        if any(mark in low for mark in marks):
+            return name
+    return "other"
+
+
+class Bench:
+    """One engine and rounds of requests to it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.rng = np.random.default_rng(0)
+        settings = VllmSettings(
+            model_dir=args.model,
+            dtype="bfloat16",
+            eos_ids=(),
+            max_sequences=args.max_sequences or args.sequences,
+            max_model_tokens=1024,
+            max_batched_tokens=None,
+            kv_cache_bytes=int(args.kv_cache_gib * 2**30),
+            stream_interval=args.stream_interval,
+            lora_rank=None,
+            quantization=args.quantization,
+            float32_head=False,
+            enforce_eager=False,
+            engine_arguments={
+                name: yaml.safe_load(value)
+                for name, value in (item.split("=", 1) for item in args.engine)
+            },
+        )
+        values = compat.engine_arguments(settings)
+        values |= {"worker_extension_cls": "decode_profile.Profiled"}
+        began = time.perf_counter()
+        self.engine: Any = AsyncLLM.from_engine_args(AsyncEngineArgs(**values))
+        self.start_s = time.perf_counter() - began
+        self.count = 0
+        self.vocab_size = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
+
+    def sampling(self, variant: str, new_tokens: int) -> Any:
+        spec = SamplingSpec(
+            temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=new_tokens, seed=self.count
+        )
+        params = compat.sampling_params(spec, ())
+        params.ignore_eos = True
+        if variant == "final":
+            params.output_kind = RequestOutputKind.FINAL_ONLY
+        if variant == "unseeded":
+            params.seed = None
+        if variant == "plain":
+            params.logprobs = None
+        return params
+
+    async def one(self, variant: str, new_tokens: int) -> int:
+        ids = self.rng.integers(0, self.vocab_size, self.args.prompt_tokens).tolist()
+        self.count += 1
+        params, tokens = self.sampling(variant, new_tokens), 0
+        name = f"{variant}-{self.count}"
+        async for output in self.engine.generate(TokensPrompt(prompt_token_ids=ids), params, name):
+            tokens += len(output.outputs[0].token_ids)
+        return tokens
+
+    async def round(self, variant: str, new_tokens: int) -> tuple[int, float]:
+        began = time.perf_counter()
+        tokens = await asyncio.gather(
+            *(self.one(variant, new_tokens) for _ in range(self.args.sequences))
+        )
+        return sum(tokens), time.perf_counter() - began
+
+    async def ask(self, method: str) -> Any:
+        (value,) = await self.engine.collective_rpc(method)
+        return value
+
+    async def timed(self, variant: str) -> dict[str, float]:
+        await self.round(variant, 16)
+        client, engine = time.process_time(), await self.ask("distill_cpu_seconds")
+        tokens = seconds = 0.0
+        for _ in range(self.args.rounds):
+            round_tokens, round_s = await self.round(variant, self.args.new_tokens)
+            tokens, seconds = tokens + round_tokens, seconds + round_s
+        return {
+            "tok_s": tokens / seconds,
+            "client_cpu_share": (time.process_time() - client) / seconds,
+            "engine_cpu_share": (await self.ask("distill_cpu_seconds") - engine) / seconds,
+        }
+
+    async def profiled(self) -> dict[str, Any]:
+        """Milliseconds a step by category and of the largest kernels."""
+        running = asyncio.create_task(self.round("base", self.args.new_tokens))
+        await asyncio.sleep(2.0)  # past the prompts; about a third of the new tokens
+        await self.ask("distill_profile_start")
+        await asyncio.sleep(_WINDOW_S)
+        raw = json.loads(await self.ask("distill_profile_stop"))
+        await running
+        kernels = raw["kernels"]
+        steps = steps_of(kernels)
+        by_category: dict[str, float] = defaultdict(float)
+        for name, (_, total_us) in kernels.items():
+            by_category[category(name)] += total_us / steps / 1e3
+        largest = sorted(kernels.items(), key=lambda item: -item[1][1])[:40]
+        return {
+            "steps": steps,
+            "step_ms": raw["span_us"] / steps / 1e3,
+            "idle_share": 1 - raw["busy_us"] / raw["span_us"],
+            "category_ms": {k: round(v, 3) for k, v in sorted(by_category.items())},
+            "kernel_ms": {
+                name[:110]: [round(total / steps / 1e3, 4), round(count / steps, 2)]
+                for name, (count, total) in largest
+            },
+        }
+
+
+def steps_of(kernels: dict[str, Sequence[float]]) -> int:
+    """Engine steps in the window: the sampler runs once in each."""
+    for mark in ("gumbel_sample", "argmax"):
+        counts = [int(count) for name, (count, _) in kernels.items() if mark in name.lower()]
+        if counts:
+            return max(1, min(counts))
+    return 1
+
+
+async def measure(args: argparse.Namespace) -> dict[str, Any]:
+    bench = Bench(args)
+    print(args.label, "started", round(bench.start_s, 1), flush=True)
+    if args.wait_for:
+        while not Path(args.wait_for).exists():  # others start beside it and measure before it
+            await asyncio.sleep(0.2)
+    result: dict[str, Any] = {
+        "label": args.label,
+        "engine": args.engine,
+        "sequences": args.sequences,
+        "environment": {k: v for k, v in os.environ.items() if k.startswith("VLLM_")},
+        "start_s": bench.start_s,
+        "requests": {},
+    }
+    for variant in args.requests.split(","):
+        result["requests"][variant] = await bench.timed(variant)
+        print(args.label, variant, result["requests"][variant], flush=True)
+    if args.profile:
+        result["profile"] = await bench.profiled()
+        print(args.label, json.dumps(result["profile"], indent=1), flush=True)
+    bench.engine.shutdown()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--label", default="base")
+    parser.add_argument("--sequences", type=int, default=256)
+    parser.add_argument("--max-sequences", type=int)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--kv-cache-gib", type=float, default=24.5)
+    parser.add_argument("--stream-interval", type=int, default=16)
+    parser.add_argument("--quantization")
+    parser.add_argument("--engine", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--requests", default="base", help="variants, comma-separated")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--wait-for", help="a file; measuring begins when it is there")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    result = asyncio.run(measure(args))
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

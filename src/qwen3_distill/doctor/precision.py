@@ -1,0 +1,185 @@
+"""The precision audit: the configured teacher against the unquantized one, on the same tokens."""
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+
+from qwen3_distill.config import RunConfig, ScoringConfig
+from qwen3_distill.data.rollout_files import read_rollouts
+from qwen3_distill.errors import ConfigError, DataError, EngineError
+from qwen3_distill.modeling.loading import check_model_dir, load_identity
+from qwen3_distill.pipeline import sequential
+from qwen3_distill.pipeline.assembly.engines import (
+    TextTools,
+    build_prompts,
+    engine_log,
+    plan_memory,
+    static_engine,
+)
+from qwen3_distill.pipeline.requests import requests_for_step
+from qwen3_distill.ports import TeacherScorer
+from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
+from qwen3_distill.scoring.handshake import check_compatible
+from qwen3_distill.scoring.precision import METHOD, PrecisionReport, compare_scores
+from qwen3_distill.scoring.score_request import TopKRequest
+from qwen3_distill.scoring.sglang.teacher import SglangTeacher
+from qwen3_distill.types import Rollout, ScoreFailure, TopKScore
+from qwen3_distill.utils.files import check_writable, write_json_atomic
+from qwen3_distill.utils.signals import signals_as_ctrl_c
+
+Say = Callable[[str], None]
+
+CANDIDATES = 20
+"""Of each teacher at every position, for the KL estimate."""
+_BATCH_TOKENS = 16384
+_CHUNK_TOKENS = 1024
+
+
+def audit_teacher(
+    config: RunConfig,
+    rollouts: Path | None,
+    out: Path | None,
+    *,
+    num_rollouts: int,
+    unquantized: str | None,
+    say: Say,
+) -> str:
+    """Score a fixed sample with the configured teacher, then with the unquantized one.
+
+    Args:
+        rollouts: file whose first rollouts are taken; None: the config's first steps are sampled.
+        unquantized: directory of the unquantized teacher; None: the config's teacher.
+
+    Returns:
+        A line with the main result.
+
+    Raises:
+        ConfigError: the teacher's directory is itself quantized and no other one is given.
+    """
+    scoring = config.scoring
+    exact_dir = unquantized or _unquantized_directory(scoring)
+    check_compatible(load_identity(config.student.model), load_identity(scoring.model))
+    check_compatible(load_identity(scoring.model), load_identity(exact_dir))
+    if out is not None:
+        check_writable(out)
+    request = TopKRequest(k=min(CANDIDATES, load_identity(scoring.model).vocab_size))
+    # Embedded teachers come in the precision they are asked for; that one is compared with the
+    # same weights in float32.
+    exact_dtype = "float32" if scoring.kind == "embedded" else scoring.dtype
+
+    async def measure() -> tuple[PrecisionReport, str, str]:
+        sample = await _sample(config, rollouts, num_rollouts, say)
+        served, served_id = await _scores(_served_teacher(config, request), sample, say)
+        # Built only now: until it was closed, the other teacher held the memory.
+        exact = _embedded(exact_dir, request, device=scoring.device, dtype=exact_dtype)
+        exact_scores, exact_id = await _scores(exact, sample, say)
+        return compare_scores(sample, served, exact_scores), served_id, exact_id
+
+    with signals_as_ctrl_c():
+        report, served_id, exact_id = asyncio.run(measure())
+    for line in table(report):
+        say(line)
+    if out is not None:
+        record = {"served": served_id, "unquantized": exact_id, "kl_method": METHOD}
+        write_json_atomic(out, {**record, "candidates": request.k, **asdict(report)})
+    return (
+        f"{served_id} is {report.mean_abs_nats:.4f} nats from {exact_id} on average, over "
+        f"{report.num_tokens} tokens"
+    )
+
+
+def table(report: PrecisionReport) -> list[str]:
+    """The report's figures, one a line."""
+    rows = [
+        ("rollouts, tokens", f"{report.num_rollouts}, {report.num_tokens}"),
+        ("mean |difference|", f"{report.mean_abs_nats:.5f} nats"),
+        ("99% of |differences| below", f"{report.p99_abs_nats:.5f} nats"),
+        ("mean difference", f"{report.mean_nats:+.5f} nats"),
+        ("advantages with another sign", f"{report.sign_flips:.2%}"),
+        ("KL(unquantized || served), at least", f"{report.kl_nats:.6f} nats a token"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:<{width}}  {value}" for name, value in rows]
+
+
+def _unquantized_directory(scoring: ScoringConfig) -> str:
+    config_file = check_model_dir(scoring.model) / "config.json"
+    settings = json.loads(config_file.read_text(encoding="utf-8"))
+    if "quantization_config" in settings:
+        raise ConfigError(
+            f"scoring.model={scoring.model} is itself quantized; give the directory of the "
+            "unquantized teacher with --unquantized"
+        )
+    return scoring.model
+
+
+async def _sample(
+    config: RunConfig, rollouts: Path | None, num_rollouts: int, say: Say
+) -> list[Rollout]:
+    """The first rollouts of a file, or of the config's first steps."""
+    if rollouts is not None:
+        found = [rollout for _, rollout in read_rollouts(rollouts)][:num_rollouts]
+        if not found:
+            raise DataError(f"{rollouts} has no rollouts to score")
+        return found
+    say(f"sampling {num_rollouts} rollouts from {config.student.model}")
+    prompts = build_prompts(config, TextTools(config.student.model))
+    sampled: list[Rollout] = []
+    async with static_engine(config, config.student.model) as engine:
+        for step in count():
+            taken = prompts.take(step * config.prompts_per_step, config.prompts_per_step)
+            requests = requests_for_step(config, taken, step)[: num_rollouts - len(sampled)]
+            sampled += await sequential.generate(engine, requests)
+            if len(sampled) >= num_rollouts:
+                return sampled
+    raise AssertionError("unreachable: the steps are endless")
+
+
+def _served_teacher(config: RunConfig, request: TopKRequest) -> TeacherScorer:
+    scoring = config.scoring
+    if scoring.kind == "embedded":
+        return _embedded(scoring.model, request, device=scoring.device, dtype=scoring.dtype)
+    plan = plan_memory(config)
+    assert plan is not None, "real engines have a plan"
+    return SglangTeacher(
+        scoring,
+        request=request,
+        memory_fraction=plan.sglang_memory_fraction,
+        max_total_tokens=plan.sglang_max_total_tokens,
+        log=engine_log(config, "sglang"),
+    )
+
+
+def _embedded(model_dir: str, request: TopKRequest, *, device: str, dtype: str) -> EmbeddedTeacher:
+    return EmbeddedTeacher(
+        model_dir,
+        request=request,
+        device=device,
+        dtype=dtype,
+        batch_tokens=_BATCH_TOKENS,
+        chunk_tokens=_CHUNK_TOKENS,
+    )
+
+
+async def _scores(
+    teacher: TeacherScorer, sample: Sequence[Rollout], say: Say
+) -> tuple[list[TopKScore], str]:
+    """Every rollout's score and the teacher's name; the teacher is closed afterwards."""
+    say(f"scoring {len(sample)} rollouts with {teacher.teacher_id}")
+    try:
+        await teacher.start()
+        results = await teacher.score(sample)
+    finally:
+        await teacher.close()
+    failures = [result for result in results if isinstance(result, ScoreFailure)]
+    if failures:
+        raise EngineError(
+            f"{len(failures)} of {len(sample)} rollouts got no score from {teacher.teacher_id}; "
+            f"the first: {failures[0].rollout_id}: {failures[0].reason}"
+        )
+    scores = [result for result in results if isinstance(result, TopKScore)]
+    assert len(scores) == len(sample), "candidates were asked for"
+    return scores, teacher.teacher_id

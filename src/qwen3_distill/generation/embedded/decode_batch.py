@@ -1,0 +1,281 @@
+"""The rows that are decoded together: they join, get a token each step, and leave.
+
+Shape letters: B rows decoded together, T cached positions (left-padded), V vocabulary.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from qwen3_distill.generation.embedded.grouped_attention import (
+    RowGroups,
+    group_rows,
+    use_grouped_attention,
+)
+from qwen3_distill.generation.embedded.sampling import RowSampler
+from qwen3_distill.generation.partial_rollout import RunningRollout
+from qwen3_distill.types import FinishReason, Prompt, Rollout, RolloutRequest
+
+
+class DecodeRow:
+    """A request on its way to a rollout, and who waits for that.
+
+    Args:
+        outbox: gets one entry: the rollout, None if it was aborted, or the error that ended it.
+    """
+
+    def __init__(
+        self, request: RolloutRequest, outbox: "asyncio.Queue[Rollout | Exception | None]"
+    ) -> None:
+        self.running = RunningRollout(request)
+        self.is_over = False
+        """Nobody waits for another token."""
+        self._outbox = outbox
+
+    @property
+    def request(self) -> RolloutRequest:
+        return self.running.request
+
+    def append(self, token: int, logprob: float, eos_ids: frozenset[int]) -> None:
+        """Add a token; deliver the rollout if it is the last."""
+        self.running.add([token], [logprob])
+        if token in eos_ids:
+            self.deliver(self.running.rollout(FinishReason.STOP))
+        elif self.running.num_tokens == self.request.sampling.max_new_tokens:
+            self.deliver(self.running.rollout(FinishReason.LENGTH))
+
+    def deliver(self, result: Rollout | Exception | None) -> None:
+        """End the row, unless it has ended."""
+        if not self.is_over:
+            self.is_over = True
+            self._outbox.put_nowait(result)
+
+
+class DecodeBatch:
+    """Rows with one key-value cache, and one token a row and step.
+
+    Every row's last token stands in the cache's last column. A row that joins brings a cache of
+    its own, and the shorter of the two is padded on the left.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, device: torch.device, eos_ids: frozenset[int]
+    ) -> None:
+        use_grouped_attention(model)
+        self._model = model
+        self._device = device
+        self._eos_ids = eos_ids
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self._rows: list[DecodeRow] = []
+        self._state: _State | None = None
+        self._is_mixed = False
+        """Rows have joined since the first ones: some are much longer than others."""
+
+    @property
+    def rows(self) -> list[DecodeRow]:
+        """Those that are not over."""
+        return [row for row in self._rows if not row.is_over]
+
+    @torch.inference_mode()
+    def step(self, joining: Sequence[DecodeRow]) -> None:
+        """Sample the next token of every row, the first one of those that join."""
+        if joining:
+            self._drop_finished()
+        logits = [] if self._state is None else [self._next_logits(self._state)]
+        if joining:
+            logits.append(self._join(joining))
+        assert self._state is not None, "a step needs rows"
+        logits_BV = logits[0] if len(logits) == 1 else torch.cat(logits)
+        self._state.last_B, logprobs_B = self._state.sampler.sample(logits_BV)
+        sampled = zip(self._rows, self._state.last_B.tolist(), logprobs_B.tolist(), strict=True)
+        for row, token, logprob in sampled:
+            if not row.is_over:
+                row.append(token, logprob, self._eos_ids)
+        # Dropping rows copies the cache, so it is done when a quarter of them is finished.
+        if len(self.rows) <= 0.75 * len(self._rows):
+            self._drop_finished()
+
+    def _next_logits(self, state: "_State") -> Tensor:
+        """[B, V] after each row's last token, which enters the cache."""
+        state.mask_BT = pad(state.mask_BT, (0, 1), value=1)
+        groups = group_rows([_cached_tokens(row) for row in self._rows]) if self._is_mixed else None
+        return self._forward(state.last_B.unsqueeze(1), state.mask_BT, state.cache, groups)
+
+    def _drop_finished(self) -> None:
+        alive = [index for index, row in enumerate(self._rows) if not row.is_over]
+        if not alive:
+            self.clear()
+        elif self._state is not None and len(alive) < len(self._rows):
+            self._rows = [self._rows[index] for index in alive]
+            self._state.select(alive)
+
+    def _join(self, joining: Sequence[DecodeRow]) -> Tensor:
+        """[B, V] logits for the first tokens of the rows that join."""
+        logits_BV, cache, mask_BT = self._prefill([row.request.prompt for row in joining])
+        sampler = RowSampler([row.request.sampling for row in joining], self._device)
+        last_B = torch.zeros(len(joining), dtype=torch.long, device=self._device)
+        joined = _State(cache, mask_BT, sampler, last_B)
+        if self._state is None:
+            self._state = joined
+        else:
+            self._state.trim(max(_cached_tokens(row) for row in self._rows))
+            self._state.join(joined)
+            self._is_mixed = True
+        self._rows = [*self._rows, *joining]
+        return logits_BV
+
+    def _prefill(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Cache, Tensor]:
+        """Logits after each prompt, the cache and the attention mask, one row per prompt.
+
+        Adjacent rows of one prompt share its forward pass.
+        """
+        distinct: list[Prompt] = []
+        row_to_distinct: list[int] = []
+        for prompt in prompts:
+            if not distinct or not np.array_equal(prompt.token_ids, distinct[-1].token_ids):
+                distinct.append(prompt)
+            row_to_distinct.append(len(distinct) - 1)
+        longest = max(prompt.token_ids.size for prompt in distinct)
+        ids_BT = torch.zeros(len(distinct), longest, dtype=torch.long)
+        mask_BT = torch.zeros(len(distinct), longest, dtype=torch.long)
+        for row, prompt in enumerate(distinct):
+            # Left padding: every row's last prompt token, whose logits start the response, and
+            # every new token stand in the same column.
+            ids_BT[row, longest - prompt.token_ids.size :] = torch.from_numpy(
+                prompt.token_ids.astype(np.int64)
+            )
+            mask_BT[row, longest - prompt.token_ids.size :] = 1
+        # Layers that keep every position, so that caches can be joined: a sliding window, where a
+        # model has one, is in the attention mask.
+        cache = Cache(layer_class_to_replicate=_RoomyLayer)
+        mask_BT = mask_BT.to(self._device)
+        logits_BV = self._forward(ids_BT.to(self._device), mask_BT, cache)
+        if len(distinct) < len(prompts):
+            index = torch.tensor(row_to_distinct, device=self._device)
+            cache.batch_select_indices(index)
+            logits_BV, mask_BT = logits_BV[index], mask_BT[index]
+        return logits_BV, cache, mask_BT
+
+    def _forward(
+        self, ids_BT: Tensor, mask_BT: Tensor, cache: Cache, groups: RowGroups | None = None
+    ) -> Tensor:
+        """[B, V] logits after the last of the new positions ``ids_BT``; extends the cache."""
+        position_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
+        return next_token_logits(self._model, ids_BT, mask_BT, position_BT, cache, groups)
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room behind them: a new token does not copy all that came before."""
+
+    _ROOM = 64
+    """Columns allocated beyond those in use."""
+    _key_room: Tensor | None = None
+    _value_room: Tensor | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append [B, heads, T, D] of new positions; all there are, as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self._key_room = self._with_room(_held(self.keys), key_states, self._key_room)
+        self._value_room = self._with_room(_held(self.values), value_states, self._value_room)
+        length = _held(self.keys).shape[2] + key_states.shape[2]
+        self.keys, self.values = self._key_room[:, :, :length], self._value_room[:, :, :length]
+        return self.keys, self.values
+
+    def _with_room(self, held: Tensor, new: Tensor, room: Tensor | None) -> Tensor:
+        """A tensor that begins with what is held and then what is new."""
+        old, length = held.shape[2], held.shape[2] + new.shape[2]
+        # What was selected, trimmed or joined in between is another tensor.
+        is_same = room is not None and held.data_ptr() == room.data_ptr()
+        if room is None or not is_same or len(room) != len(held) or room.shape[2] < length:
+            room = new.new_empty(*new.shape[:2], length + self._ROOM, new.shape[3])
+            room[:, :, :old] = held
+        room[:, :, old:length] = new
+        return room
+
+
+class _State:
+    """What the rows of a batch have on the device, row by row."""
+
+    def __init__(self, cache: Cache, mask_BT: Tensor, sampler: RowSampler, last_B: Tensor) -> None:
+        self.cache = cache
+        self.mask_BT = mask_BT
+        self.sampler = sampler
+        self.last_B = last_B
+        """Each row's last token, which is not in the cache yet; set by the first step."""
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep some of the rows."""
+        index = torch.tensor(rows, device=self.mask_BT.device)
+        self.cache.batch_select_indices(index)
+        self.mask_BT, self.last_B = self.mask_BT[index], self.last_B[index]
+        self.sampler = self.sampler.select(rows)
+
+    def trim(self, num_columns: int) -> None:
+        """Drop leading columns; the last ``num_columns`` hold every row's tokens."""
+        self.mask_BT = self.mask_BT[:, -num_columns:]
+        for layer in _layers(self.cache):
+            layer.keys = _held(layer.keys)[:, :, -num_columns:]
+            layer.values = _held(layer.values)[:, :, -num_columns:]
+
+    def join(self, other: "_State") -> None:
+        """Append another batch's rows."""
+        self.mask_BT = _stacked(self.mask_BT.unsqueeze(-1), other.mask_BT.unsqueeze(-1)).squeeze(-1)
+        for ours, theirs in zip(_layers(self.cache), _layers(other.cache), strict=True):
+            ours.keys = _stacked(_held(ours.keys), _held(theirs.keys))
+            ours.values = _stacked(_held(ours.values), _held(theirs.values))
+        self.last_B = torch.cat([self.last_B, other.last_B])
+        self.sampler = self.sampler.joined(other.sampler)
+
+
+def _layers(cache: Cache) -> list[DynamicLayer]:
+    return [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+
+
+def _held(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None, "a cache holds its prompts from the first forward pass on"
+    return tensor
+
+
+def _stacked(upper: Tensor, lower: Tensor) -> Tensor:
+    """Rows of both, [B, ..., T, D], the shorter padded with zeros at the front of T."""
+    longest = max(upper.shape[-2], lower.shape[-2])
+    return torch.cat([pad(part, (0, 0, longest - part.shape[-2], 0)) for part in (upper, lower)])
+
+
+def _cached_tokens(row: DecodeRow) -> int:
+    """Columns that a row needs when its last token has entered the cache."""
+    return row.request.prompt.token_ids.size + row.running.num_tokens
+
+
+def next_token_logits(
+    model: PreTrainedModel,
+    ids_BT: Tensor,
+    mask_BT: Tensor,
+    position_BT: Tensor,
+    cache: Cache,
+    groups: RowGroups | None,
+) -> Tensor:
+    """One cached forward pass; the head is applied to the last position only."""
+    return model(
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        position_ids=position_BT,
+        past_key_values=cache,
+        row_groups=groups,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]

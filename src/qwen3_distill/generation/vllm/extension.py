@@ -1,0 +1,163 @@
+"""What runs inside vLLM's engine process: whole weights in, and weights in use compared.
+
+Mixed into vLLM's worker by ``worker_extension_cls``. Methods return a problem as text ("" is
+none): an exception would lose its type on the way, and some of them end the engine.
+"""
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen3_distill.errors import DistillError
+from qwen3_distill.generation.vllm import compat
+from qwen3_distill.modeling.digest import are_of_directory, weights_digest
+from qwen3_distill.ports import FullWeights, LoraWeights, WeightPayload
+from qwen3_distill.types import WeightVersion
+
+compat.keep_weights_plain()  # imported before the model is loaded
+
+
+class WeightAccess:
+    """Mixin of vLLM's worker."""
+
+    model_runner: Any
+    _in_use: str | None = None
+    """Digest of the whole weights in use; None: the model directory's; "": a load has failed."""
+
+    def distill_load_full(self, request: str) -> str:
+        """Serve the version of a request file; compare every weight afterwards."""
+        return _problem(lambda: self._load_full(*_read(request)))
+
+    def distill_swap_adapter(self, request: str) -> str:
+        """Write the version of a request file into the adapter's slot; compare it afterwards.
+
+        In place, so that CUDA graphs stay valid, and from file to device without vLLM's own
+        loader, which goes through the host.
+        """
+        device = next(self._model().parameters()).device
+        return _problem(lambda: self._swap_adapter(*_read(request, device)))
+
+    @torch.no_grad()
+    def _load_full(self, version: WeightVersion, payload: WeightPayload) -> str:
+        if not isinstance(payload, FullWeights):
+            return f"{version} was published as adapters, this engine serves whole weights"
+        published = payload.tensors
+        differ = self._is_quantized() and not self._has_already(version, published)
+        before = _raw_digest(self._served()) if differ else None
+        mismatch = _mismatch(self._served_shapes(), published)
+        if mismatch:
+            return f"{version}: {mismatch}"
+        self._in_use = ""
+        compat.load_full(self.model_runner, list(published.items()))
+        if before is not None and before == _raw_digest(self._served()):
+            return f"{version}: the quantized weights in use did not change"
+        for name, own, plain in compat.unfused(self._model()):
+            if plain and not torch.equal(own, published[name].to(own)):
+                return f"{version}: {name} in use is not the published one"
+        self._in_use = version.digest
+        return ""
+
+    def _has_already(self, version: WeightVersion, published: Mapping[str, Tensor]) -> bool:
+        """Whether these are the weights that are in use: a run's first push often is."""
+        if self._in_use is not None:
+            return self._in_use == version.digest
+        return are_of_directory(published, self.model_runner.model_config.model)
+
+    @torch.no_grad()
+    def _swap_adapter(self, version: WeightVersion, payload: WeightPayload) -> str:
+        if not isinstance(payload, LoraWeights):
+            return f"{version} was published as whole weights, this engine serves adapters"
+        slots = list(compat.adapter_slots(self._model()))
+        wanted = {
+            name: _slot_contents(name, slot_a, slot_b, payload) for name, slot_a, slot_b in slots
+        }
+        homeless = payload.tensors.keys() - {_peft_name(name, m) for name in wanted for m in "AB"}
+        if homeless:
+            return f"{version}: vLLM has no place for the adapters {sorted(homeless)[:3]}"
+        for name, slot_a, slot_b in slots:
+            slot_a.copy_(wanted[name][0])
+            slot_b.copy_(wanted[name][1])
+        for name, slot_a, slot_b in compat.adapter_slots(self._model()):
+            if not (torch.equal(slot_a, wanted[name][0]) and torch.equal(slot_b, wanted[name][1])):
+                return f"{version}: the adapter of {name} in use is not the published one"
+        return ""
+
+    def _model(self) -> torch.nn.Module:
+        runner = self.model_runner
+        return runner.get_model() if hasattr(runner, "get_model") else runner.model
+
+    def _served(self) -> dict[str, Tensor]:
+        return {name: own for name, own, _ in compat.unfused(self._model())}
+
+    def _served_shapes(self) -> dict[str, torch.Size] | None:
+        """Shapes by Hugging Face name; None where quantization has fused and turned them."""
+        if self._is_quantized():
+            return None
+        return {name: own.shape for name, own in self._served().items()}
+
+    def _is_quantized(self) -> bool:
+        return any(not plain for _, _, plain in compat.unfused(self._model()))
+
+
+def write_request(path: Path, version: WeightVersion, channel: object) -> None:
+    """What the engine process is asked to load or check."""
+    path.write_bytes(pickle.dumps((version, channel)))
+
+
+def _read(request: str, device: torch.device | None = None) -> tuple[WeightVersion, WeightPayload]:
+    """The version asked for, fetched and found to be what its name says."""
+    version, channel = pickle.loads(Path(request).read_bytes())
+    payload = channel.fetch(version)
+    if device is not None:
+        tensors = {name: tensor.to(device) for name, tensor in payload.tensors.items()}
+        payload = replace(payload, tensors=tensors)
+    digest = weights_digest(payload.tensors)
+    if digest != version.digest:
+        raise DistillError(f"the channel's weights are not {version}: their digest is {digest}")
+    return version, payload
+
+
+def _peft_name(module: str, matrix: str) -> str:
+    return f"base_model.model.{module}.lora_{matrix}.weight"
+
+
+def _slot_contents(
+    name: str, slot_a: Tensor, slot_b: Tensor, payload: LoraWeights
+) -> tuple[Tensor, Tensor]:
+    """What a layer's slot must hold: A, B times the scaling, zeros beyond the rank."""
+    filled_a, filled_b = torch.zeros_like(slot_a), torch.zeros_like(slot_b)
+    a = payload.tensors.get(_peft_name(name, "A"))
+    b = payload.tensors.get(_peft_name(name, "B"))
+    if a is not None and b is not None:
+        filled_a[: a.shape[0]] = a.to(slot_a)
+        filled_b[:, : b.shape[1]] = b.to(slot_b) * (payload.alpha / payload.rank)
+    return filled_a, filled_b
+
+
+def _problem(action: Any) -> str:
+    try:
+        return action()
+    except Exception as error:  # noqa: BLE001 - the boundary: see the module's text
+        return str(error) if isinstance(error, DistillError) else f"{type(error).__name__}: {error}"
+
+
+def _mismatch(shapes: Mapping[str, torch.Size] | None, published: Mapping[str, Tensor]) -> str:
+    if shapes is None:
+        return ""
+    if shapes.keys() != published.keys():
+        odd = sorted(shapes.keys() ^ published.keys())[:3]
+        return f"published and served parameters have different names, e.g. {odd}"
+    for name, shape in shapes.items():
+        if published[name].shape != shape:
+            found = tuple(published[name].shape)
+            return f"{name} was published with shape {found}, served with {tuple(shape)}"
+    return ""
+
+
+def _raw_digest(weights: Mapping[str, Tensor]) -> str:
+    return weights_digest({name: tensor.contiguous() for name, tensor in weights.items()})

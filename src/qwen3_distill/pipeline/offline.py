@@ -1,0 +1,319 @@
+"""The stages offline, through Parquet files. Together they do exactly what pipeline steps do.
+
+`generate` writes what a step samples, `score` adds what the teacher says, `train` takes the
+optimizer steps. Each uses the same functions as the pipeline.
+"""
+
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from itertools import chain, count, groupby
+from pathlib import Path
+from typing import TypeVar
+
+from qwen3_distill.config import RunConfig
+from qwen3_distill.data.rollout_files import (
+    read_rollouts,
+    read_scored,
+    write_rollouts,
+    write_scored,
+)
+from qwen3_distill.errors import ConfigError, DataError
+from qwen3_distill.evaluation.accuracy import EvaluationResult, evaluate
+from qwen3_distill.modeling.loading import load_identity
+from qwen3_distill.pipeline import sequential
+from qwen3_distill.pipeline.assembly.engines import (
+    TextTools,
+    build_checker,
+    build_learner,
+    build_problems,
+    build_prompts,
+    build_teacher,
+    check_problems,
+    in_this_process,
+    plan_memory,
+    static_engine,
+    task_reward_weight,
+)
+from qwen3_distill.pipeline.requests import make_batch, requests_for_step
+from qwen3_distill.pipeline.run_folder import full_disk_named
+from qwen3_distill.ports import Learner
+from qwen3_distill.recording.text import clock
+from qwen3_distill.scoring.handshake import check_compatible
+from qwen3_distill.types import Batch, Rollout, ScoredRollout
+from qwen3_distill.utils.files import check_writable, write_json_atomic
+from qwen3_distill.utils.seeds import derive_seed
+from qwen3_distill.utils.signals import ctrl_c_ignored, signals_as_ctrl_c, stop_on_ctrl_c
+
+Say = Callable[[str], None]
+Record = TypeVar("Record")
+
+
+def offline_file(config: RunConfig, name: str) -> Path:
+    """Where a stage's file lies unless told otherwise."""
+    return config.output_path / "offline" / name
+
+
+@contextmanager
+def _written(
+    write: Callable[[Path], None], rows: Sequence[object], out: Path, say: Say
+) -> Iterator[None]:
+    """Write what the block collects; where it is broken off, the finished steps beside ``out``.
+
+    SIGTERM and SIGHUP break it off like Ctrl-C. Where the file cannot be written, its rows are
+    put in the system's folder for temporary files.
+    """
+    part = out.with_name(f"{out.stem}-partial{out.suffix}")
+
+    def keep(path: Path) -> None:
+        try:
+            write(path)
+        except OSError:
+            with suppress(OSError):
+                spare = _unused(Path(tempfile.gettempdir()), part.stem, part.suffix)
+                write(spare)
+                say(f"{path} could not be written: its {len(rows)} rollouts are in {spare}")
+            raise
+
+    with signals_as_ctrl_c():
+        try:
+            yield
+        except BaseException:
+            with ctrl_c_ignored():
+                if rows:
+                    keep(part)
+                    say(f"broken off: the {len(rows)} rollouts of finished steps are in {part}")
+            raise
+        with ctrl_c_ignored():
+            keep(out)
+
+
+def _unused(folder: Path, stem: str, suffix: str = "") -> Path:
+    """A new path there: with the first free number where the plain name is taken."""
+    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
+    paths = (folder / f"{name}{suffix}" for name in names)
+    return next(path for path in paths if not path.exists())
+
+
+def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, say: Say) -> str:
+    """Sample the rollouts of some steps from the student's directory.
+
+    Returns:
+        A line about what was written.
+    """
+    text = TextTools(config.student.model)
+    prompts = build_prompts(config, text)
+    check_writable(out)
+    rows: list[tuple[int, Rollout]] = []
+
+    async def sample() -> None:
+        async with static_engine(config, config.student.model) as engine:
+            for step in range(first_step, first_step + num_steps):
+                taken = prompts.take(step * config.prompts_per_step, config.prompts_per_step)
+                requests = requests_for_step(config, taken, step)
+                rollouts = await sequential.generate(engine, requests)
+                rows.extend((step, rollout) for rollout in rollouts)
+                say(f"step {step}: {len(rollouts)} rollouts")
+
+    with _written(lambda path: write_rollouts(path, rows, text.decode), rows, out, say):
+        asyncio.run(sample())
+    return f"{len(rows)} rollouts, {sum(r.num_tokens for _, r in rows):,} tokens: {out}"
+
+
+def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
+    """Score every rollout of a file, step by step.
+
+    Returns:
+        A line about what was written.
+    """
+    rows = read_rollouts(rollouts)
+    if not rows:
+        raise DataError(f"{rollouts} has no rollouts to score")
+    check_compatible(load_identity(config.student.model), load_identity(config.scoring.model))
+    teacher = build_teacher(config, plan_memory(config))
+    allowed = sequential.max_dropped_fraction(config)
+    decode = TextTools(config.student.model).decode
+    check_writable(out)
+    scored: list[tuple[int, ScoredRollout]] = []
+
+    async def score_steps() -> None:
+        try:
+            await teacher.start()
+            for step, group in _steps(rows):
+                items = await sequential.score(teacher, group, max_dropped_fraction=allowed)
+                scored.extend((step, item) for item in items)
+                say(f"step {step}: {len(items)} of {len(group)} rollouts scored")
+        finally:
+            await teacher.close()
+
+    with _written(lambda path: write_scored(path, scored, decode), scored, out, say):
+        asyncio.run(score_steps())
+    return f"{len(scored)} rollouts scored by {teacher.teacher_id}: {out}"
+
+
+def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
+    """Take one optimizer step per step in a file of scored rollouts; write the student.
+
+    The first Ctrl-C, SIGTERM or SIGHUP finishes the step; the student so far is written beside
+    ``out``, as it is when a later step fails. A second one stops at once.
+
+    Returns:
+        A line about what was written.
+    """
+    if config.replay is not None:
+        raise ConfigError(
+            "this config has a `replay` section, but the offline stage trains once on each "
+            "rollout; set replay=null"
+        )
+    rows = read_scored(scored)
+    if not rows:
+        raise DataError(f"{scored} has no rollouts to train on")
+    plan = plan_memory(config)
+    teacher = build_teacher(in_this_process(config), plan)  # not started: who it is, and its head
+    strangers = {item.score.teacher_id for _, item in rows} - {teacher.teacher_id}
+    if strangers:
+        raise DataError(
+            f"{scored} was scored by {', '.join(sorted(strangers))}, but the config's teacher is "
+            f"{teacher.teacher_id}"
+        )
+    _require_empty(out)
+    text = TextTools(config.student.model)
+    is_correct = build_checker(config.verifier, text) if config.verifier else None
+    weight = task_reward_weight(config)
+    learner = build_learner(config, teacher, plan)
+    batches = (
+        (step, make_batch(group, task_reward_weight=weight, is_correct=is_correct))
+        for step, group in _steps(rows)
+    )
+
+    async def update_steps() -> int:
+        try:
+            await learner.start()
+            await asyncio.sleep(0)  # a Ctrl-C so far ends it here: an embedded learner never waits
+            await _train_and_save(learner, batches, out, say)
+            return learner.version.step
+        finally:
+            await teacher.close()
+            await learner.close()
+
+    with signals_as_ctrl_c():
+        return f"student after {asyncio.run(update_steps())} steps: {out}"
+
+
+class _Stopped(KeyboardInterrupt):
+    """Between two steps, as a signal asked: the weights are those of whole steps."""
+
+
+async def _train_and_save(
+    learner: Learner, batches: Iterable[tuple[int, Batch]], out: Path, say: Say
+) -> None:
+    """An update with each batch. When only some are made, their student is saved beside ``out``.
+
+    Raises:
+        KeyboardInterrupt: a signal asked to stop.
+    """
+    stopping, finished = False, 0
+
+    def stop() -> None:
+        nonlocal stopping
+        stopping = True
+        say("stopping after this step (again to stop at once)")
+
+    with stop_on_ctrl_c(stop):
+        try:
+            for step, batch in batches:
+                if stopping:
+                    raise _Stopped
+                update = await learner.update(batch)
+                finished += 1
+                say(f"step {step}: loss {update.loss:.5f}, gradient norm {update.grad_norm:.4f}")
+        except (Exception, _Stopped):
+            await _save_part(learner, finished, out, say)
+            raise
+        with full_disk_named(out):
+            await learner.save_student(out)
+
+
+async def _save_part(learner: Learner, num_steps: int, out: Path, say: Say) -> None:
+    """The student after the finished steps, in a new folder beside ``out``."""
+    if num_steps == 0:
+        return
+    whole = Path(os.path.abspath(out))  # with a name also where it is "."
+    part = _unused(whole.parent, f"{whole.name}-partial")
+    with ctrl_c_ignored():
+        try:
+            with full_disk_named(part):
+                await learner.save_student(part)
+            say(f"broken off: the student after {num_steps} finished steps is in {part}")
+        except (OSError, RuntimeError) as error:  # not to hide why it was broken off
+            say(f"broken off: the student after {num_steps} finished steps is lost: {error}")
+
+
+def _require_empty(folder: Path) -> None:
+    """That a student can be written there, and nothing is replaced by it."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; choose a new directory for the trained student")
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty; choose a new directory for the trained student")
+    check_writable(folder / "config.json" if folder.exists() else folder)
+
+
+def evaluate_directory(config: RunConfig, model: str, out: Path | None, *, say: Say) -> None:
+    """Measure and say the held-out accuracy of a model directory; write it to ``out``, if any."""
+    settings = config.evaluation
+    if settings is None:
+        raise ConfigError("this config has no `evaluation` section")
+    check_compatible(load_identity(config.student.model), load_identity(model))
+    if out is not None:
+        check_writable(out)
+    text = TextTools(config.student.model)
+    check_problems(config, settings, text)
+    count = settings.final_num_problems or settings.num_problems
+    problems = build_problems(config, settings, text)(count)
+
+    async def measure() -> EvaluationResult:
+        async with static_engine(config, model) as engine:
+            return await evaluate(
+                engine,
+                problems,
+                build_checker(settings.verifier, text),
+                sampling=settings.sampling,
+                samples_per_problem=settings.samples_per_problem,
+                seed=derive_seed(config.seed, "evaluation"),
+                on_rollout=_every_tenth(say),
+            )
+
+    say(f"evaluating {model} on {len(problems)} problems")
+    with signals_as_ctrl_c():
+        result = asyncio.run(measure())
+    say(  # first: what was measured is not lost when the file cannot be written
+        f"{model}: {result.accuracy:.1%} [{result.ci_low:.1%}, {result.ci_high:.1%}] on "
+        f"{result.num_problems} problems, {result.mean_tokens:.1f} tokens on average, "
+        f"{result.truncated_fraction:.1%} truncated"
+    )
+    if out is not None:
+        write_json_atomic(out, {"model": model, **asdict(result)})
+
+
+def _every_tenth(say: Say) -> Callable[[int, int], None]:
+    """Say after every tenth of the answers how many there are, and when the others will be."""
+    started = time.monotonic()
+
+    def count_answer(done: int, total: int) -> None:
+        if done == total or 10 * done // total == 10 * (done - 1) // total:
+            return
+        elapsed_s = max(time.monotonic() - started, 1e-9)
+        left = clock(elapsed_s / done * (total - done))
+        say(f"{done:,} of {total:,} answers, {done / elapsed_s:.1f} a second, {left} left")
+
+    return count_answer
+
+
+def _steps(rows: Sequence[tuple[int, Record]]) -> Iterator[tuple[int, list[Record]]]:
+    """Consecutive rows of one step."""
+    for step, group in groupby(rows, key=lambda row: row[0]):
+        yield step, [record for _, record in group]

@@ -1,0 +1,450 @@
+"""Charts as inline SVG. Colours are CSS classes, so that light, dark and print each have theirs.
+
+Hand-made rather than plotted by a library: the text stays text, a whole report stays small, and
+the page's script can read the data for its crosshair from the ``data-chart`` attribute.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
+
+from markupsafe import Markup
+
+from qwen3_distill.recording.text import duration, number, percent
+
+Point: TypeAlias = tuple[float, float]
+Format: TypeAlias = Literal["number", "percent", "seconds"]
+Colour: TypeAlias = Literal["c1", "c2", "c3", "c4", "c5", "c6", "c7", "muted"]
+
+MAX_POINTS = 500
+"""Longer series are averaged (or maximised) in buckets: no screen shows more."""
+
+_FORMATS: dict[Format, Callable[[float], str]] = {
+    "number": number,
+    "percent": percent,
+    "seconds": duration,
+}
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54.0, 14.0, 12.0, 34.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One quantity over steps; with ``band`` also its interval.
+
+    ``smooth`` draws a running mean over that many points and the raw values faintly behind it.
+    """
+
+    name: str
+    points: Sequence[Point]
+    colour: Colour = "c1"
+    band: Sequence[tuple[float, float, float]] = ()
+    """(x, low, high), same x as ``points``."""
+    markers: bool = False
+    smooth: int = 1
+    reduce: Literal["mean", "max"] = "mean"
+    dashed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """A horizontal line with an optional interval."""
+
+    name: str
+    value: float
+    colour: Colour
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineChart:
+    """Lines over optimizer steps."""
+
+    title: str
+    lines: Sequence[Line]
+    levels: Sequence[Level] = ()
+    y_format: Format = "number"
+    y_floor: float | None = 0.0
+    """The axis reaches down to this; None: to the data."""
+    y_ceiling: float | None = None
+    """The axis never goes above this."""
+    wide: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackedChart:
+    """Quantities that add up, over optimizer steps."""
+
+    title: str
+    names: Sequence[str]
+    colours: Sequence[Colour]
+    x: Sequence[float]
+    values: Sequence[Sequence[float]]
+    """One sequence per name, each as long as ``x``."""
+    y_format: Format = "seconds"
+    wide: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawn chart and what belongs around it."""
+
+    title: str
+    svg: Markup
+    legend: tuple[tuple[str, str], ...]
+    """(colour class, name)."""
+    wide: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its interval, as fractions of 1."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    colour: Colour
+
+
+@dataclass
+class _Canvas:
+    """The plot area: maps data to pixels and collects elements."""
+
+    width: float
+    height: float
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    parts: list[Markup] = field(default_factory=list)
+
+    def x(self, value: float) -> float:
+        low, high = self.x_range
+        return _LEFT + (value - low) / (high - low) * (self.width - _LEFT - _RIGHT)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_range
+        share = (min(max(value, low), high) - low) / (high - low)
+        return self.height - _BOTTOM - share * (self.height - _TOP - _BOTTOM)
+
+    def add(self, template: str, **values: object) -> None:
+        self.parts.append(Markup(template).format(**values))
+
+    def path(self, points: Sequence[Point], css: str) -> None:
+        steps = (f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
+        self.add('<path class="{css}" d="M{d}"/>', css=css, d="L".join(steps))
+
+    def area(self, low: Sequence[Point], high: Sequence[Point], css: str) -> None:
+        outline = [*high, *reversed(low)]
+        steps = (f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in outline)
+        self.add('<path class="{css}" d="M{d}Z"/>', css=css, d="L".join(steps))
+
+    def axes(self, y_format: Format) -> None:
+        bottom = self.height - _BOTTOM
+        marks = ticks(*self.y_range, 5)
+        spacing = marks[1] - marks[0] if len(marks) > 1 else 1.0
+        for tick in marks:
+            self.add(
+                '<line class="grid" x1="{x1}" x2="{x2}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                '<text class="tick" x="{xt}" y="{yt:.1f}" text-anchor="end">{label}</text>',
+                x1=_LEFT,
+                x2=self.width - _RIGHT,
+                y=self.y(tick),
+                xt=_LEFT - 8,
+                yt=self.y(tick) + 4,
+                label=tick_label(tick, spacing, y_format),
+            )
+        for tick in ticks(*self.x_range, 8 if self.width > 600 else 5, whole=True):
+            self.add(
+                '<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{label}</text>',
+                x=self.x(tick),
+                y=bottom + 17,
+                label=f"{tick:,.0f}",
+            )
+        self.add(
+            '<text class="tick axis" x="{x:.1f}" y="{y:.1f}" text-anchor="end">step</text>',
+            x=self.width - _RIGHT,
+            y=self.height - 3,
+        )
+
+    def svg(self, title: str, hover: object) -> Markup:
+        return Markup(
+            '<svg viewBox="0 0 {w:.0f} {h:.0f}" role="img" aria-label="{title}" '
+            'data-chart="{hover}">{body}<line class="cross" y1="{top}" y2="{bottom}"/></svg>'
+        ).format(
+            w=self.width,
+            h=self.height,
+            title=title,
+            hover=json.dumps(hover, separators=(",", ":")),
+            body=Markup("").join(self.parts),
+            top=_TOP,
+            bottom=self.height - _BOTTOM,
+        )
+
+
+def draw_lines(chart: LineChart) -> Figure | None:
+    """The chart, or None when there is not one finite point to draw."""
+    lines = [_thinned(line) for line in chart.lines if line.points]
+    if not lines:
+        return None
+    xs = [x for line in lines for x, _ in line.points]
+    canvas = _canvas(chart.wide, (min(xs), max(xs)), _y_range(chart, lines))
+    canvas.axes(chart.y_format)
+    for level in chart.levels:
+        _draw_level(canvas, level)
+    for line in lines:
+        _draw_line(canvas, line)
+    hover = _hover(canvas, [(n.colour, n.name, _line_labels(n, chart.y_format)) for n in lines])
+    return Figure(
+        title=chart.title,
+        svg=canvas.svg(chart.title, hover),
+        legend=(
+            *((_css(line), line.name) for line in lines),
+            *((f"{level.colour} dash", level.name) for level in chart.levels),
+        ),
+        wide=chart.wide,
+        note=_note(chart.note, chart.lines),
+    )
+
+
+def draw_stack(chart: StackedChart) -> Figure | None:
+    """The chart, or None when there are no points."""
+    if not chart.x:
+        return None
+    series = [_bucketed(list(zip(chart.x, values, strict=True)), "mean") for values in chart.values]
+    xs = [x for x, _ in series[0]]
+    sums = [0.0] * len(xs)
+    layers: list[tuple[list[Point], list[Point]]] = []
+    for points in series:
+        low = list(zip(xs, sums, strict=True))
+        sums = [base + y for base, (_, y) in zip(sums, points, strict=True)]
+        layers.append((low, list(zip(xs, sums, strict=True))))
+    canvas = _canvas(chart.wide, (xs[0], xs[-1]), (0.0, _nice_top(0.0, max(sums))))
+    canvas.axes(chart.y_format)
+    for (low, high), colour in zip(layers, chart.colours, strict=True):
+        canvas.area(low, high, f"stack {colour}")
+    show = _FORMATS[chart.y_format]
+    named = [
+        (colour, name, [(x, show(y)) for x, y in points])
+        for colour, name, points in zip(chart.colours, chart.names, series, strict=True)
+    ]
+    return Figure(
+        title=chart.title,
+        svg=canvas.svg(chart.title, _hover(canvas, named)),
+        legend=tuple(zip(chart.colours, chart.names, strict=True)),
+        wide=chart.wide,
+        note=chart.note + (_bucket_note("means") if len(chart.x) > MAX_POINTS else ""),
+    )
+
+
+def draw_intervals(rows: Sequence[Interval]) -> Markup:
+    """One row per value: a dot with its interval, on one common axis."""
+    width, row, left, right = 720.0, 40.0, 128.0, 70.0
+    height = row * len(rows) + 30
+    low, high = _interval_axis(rows)
+
+    def x(value: float) -> float:
+        return left + (value - low) / (high - low) * (width - left - right)
+
+    parts: list[Markup] = []
+    for tick in ticks(low, high, 6):
+        parts.append(
+            Markup(
+                '<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{y}"/>'
+                '<text class="tick" x="{x:.1f}" y="{t}" text-anchor="middle">{label}</text>'
+            ).format(x=x(tick), y=height - 26, t=height - 8, label=f"{tick:.0%}")
+        )
+    for index, item in enumerate(rows):
+        parts.append(
+            Markup(
+                '<text class="name" x="{n}" y="{t}" text-anchor="end">{name}</text>'
+                '<line class="whisker {c}" x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}"/>'
+                '<circle class="dot {c}" cx="{v:.1f}" cy="{y}" r="6"/>'
+                '<text class="value" x="{b2:.1f}" y="{t}">{label}</text>'
+            ).format(
+                n=left - 18,
+                t=row * index + 29,
+                y=row * index + 24,
+                name=item.name,
+                c=item.colour,
+                a=x(item.low),
+                b=x(item.high),
+                v=x(item.value),
+                b2=x(item.high) + 10,
+                label=percent(item.value),
+            )
+        )
+    return Markup(
+        '<svg viewBox="0 0 {w:.0f} {h:.0f}" role="img" aria-label="accuracy">{body}</svg>'
+    ).format(w=width, h=height, body=Markup("").join(parts))
+
+
+def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
+    """About ``count`` round numbers in ``[low, high]``; with ``whole``, integers only."""
+    step = _round_step((high - low) / max(count, 1))
+    if whole:
+        step = 5.0 if step == 2.5 else max(1.0, step)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def running_mean(points: Sequence[Point], window: int) -> list[Point]:
+    """Mean of ``window`` neighbours centred on each point; fewer at the ends."""
+    half = window // 2
+    smoothed: list[Point] = []
+    for index, (x, _) in enumerate(points):
+        part = [y for _, y in points[max(0, index - half) : index + half + 1]]
+        smoothed.append((x, sum(part) / len(part)))
+    return smoothed
+
+
+def _canvas(wide: bool, x_range: Point, y_range: Point) -> _Canvas:
+    if x_range[0] == x_range[1]:
+        x_range = (x_range[0] - 1, x_range[1] + 1)
+    width, height = (940.0, 300.0) if wide else (460.0, 236.0)
+    return _Canvas(width=width, height=height, x_range=x_range, y_range=y_range)
+
+
+def _y_range(chart: LineChart, lines: Sequence[Line]) -> Point:
+    ys = [y for line in lines for _, y in line.points]
+    ys += [edge for line in lines for _, low, high in line.band for edge in (low, high)]
+    for level in chart.levels:
+        ys += [edge for edge in (level.value, level.low, level.high) if edge is not None]
+    low, high = min(ys), max(ys)
+    if chart.y_floor is not None:
+        low = min(low, chart.y_floor)
+    if low < 0:
+        low = -_nice_top(0.0, -low)
+    elif chart.y_floor is None:
+        margin = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
+        low = max(0.0, math.floor((low - margin) / _round_step(margin)) * _round_step(margin))
+    top = _nice_top(low, high)
+    return (low, min(top, chart.y_ceiling) if chart.y_ceiling is not None else top)
+
+
+def _nice_top(low: float, high: float) -> float:
+    if high <= low:
+        return low + 1.0
+    step = _round_step((high - low) / 5)
+    return low + math.ceil((high - low) / step - 1e-9) * step
+
+
+def _round_step(rough: float) -> float:
+    if rough <= 0:
+        return 1.0
+    size = 10.0 ** math.floor(math.log10(rough))
+    return next(size * digit for digit in (1, 2, 2.5, 5, 10) if size * digit >= rough * 0.999)
+
+
+def tick_label(value: float, spacing: float, y_format: Format) -> str:
+    """With as many digits as tell neighbours apart, and no more."""
+    if y_format == "percent":
+        value, spacing = 100 * value, 100 * spacing
+    unit = {"percent": "%", "seconds": " s", "number": ""}[y_format]
+    if spacing < 1e-4 and abs(value) < 1e-2:
+        return f"{value:.2g}{unit}"
+    if abs(value) >= 10_000:
+        return f"{value / 1000:,.4g}k{unit}"
+    decimals = next(n for n in range(12) if math.isclose(spacing, round(spacing, n), rel_tol=1e-6))
+    return f"{value:,.{decimals}f}{unit}"
+
+
+def _draw_level(canvas: _Canvas, level: Level) -> None:
+    ends = canvas.x_range
+    if level.low is not None and level.high is not None:
+        low = [(x, level.low) for x in ends]
+        canvas.area(low, [(x, level.high) for x in ends], f"band {level.colour}")
+    canvas.path([(x, level.value) for x in ends], f"line dash {level.colour}")
+
+
+def _draw_line(canvas: _Canvas, line: Line) -> None:
+    if line.band:
+        low = [(x, y) for x, y, _ in line.band]
+        canvas.area(low, [(x, y) for x, _, y in line.band], f"band {line.colour}")
+    if line.smooth > 1:
+        canvas.path(line.points, f"raw {line.colour}")
+        canvas.path(running_mean(line.points, line.smooth), f"line {line.colour}")
+    else:
+        canvas.path(line.points, f"line {_css(line)}")
+    if line.markers or len(line.points) == 1:
+        for x, y in line.points:
+            template = '<circle class="dot {c}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
+            canvas.add(template, c=line.colour, x=canvas.x(x), y=canvas.y(y))
+
+
+def _css(line: Line) -> str:
+    return f"{line.colour} dash" if line.dashed else line.colour
+
+
+def _thinned(line: Line) -> Line:
+    if line.band:  # measured points with their intervals: few, and not to be averaged
+        return line
+    return replace(line, points=_bucketed(line.points, line.reduce))
+
+
+def _bucketed(points: Sequence[Point], reduce: Literal["mean", "max"]) -> Sequence[Point]:
+    if len(points) <= MAX_POINTS:
+        return points
+    edges = [round(index * len(points) / MAX_POINTS) for index in range(MAX_POINTS + 1)]
+    buckets: list[Point] = []
+    for start, stop in itertools.pairwise(edges):
+        part = [y for _, y in points[start:stop]]
+        value = max(part) if reduce == "max" else sum(part) / len(part)
+        buckets.append((points[stop - 1][0], value))
+    return buckets
+
+
+def _note(note: str, lines: Sequence[Line]) -> str:
+    smooth = max((line.smooth for line in lines), default=1)
+    longest = max(lines, key=lambda line: len(line.points))
+    grouped = len(longest.points) > MAX_POINTS
+    if smooth > 1:
+        one, many = ("group", "groups") if grouped else ("step", "steps")
+        note += f" Thin: each {one}; thick: running mean over {smooth} {many}."
+    if grouped:
+        note += _bucket_note("maxima" if longest.reduce == "max" else "means")
+    return note.strip()
+
+
+def _bucket_note(kind: str) -> str:
+    return f" Drawn as {kind} of {MAX_POINTS} equal groups of steps."
+
+
+def _line_labels(line: Line, y_format: Format) -> list[tuple[float, str]]:
+    show = _FORMATS[y_format]
+    if not line.band:
+        return [(x, show(y)) for x, y in line.points]
+    return [
+        (x, f"{show(y)} ({show(low)} to {show(high)})")
+        for (x, y), (_, low, high) in zip(line.points, line.band, strict=True)
+    ]
+
+
+def _hover(
+    canvas: _Canvas, series: Sequence[tuple[str, str, Sequence[tuple[float, str]]]]
+) -> object:
+    """What the page's crosshair needs: pixel columns, and the text at each of them."""
+    columns: dict[float, list[tuple[str, str, str]]] = {}
+    for colour, name, labels in series:
+        for x, label in labels:
+            columns.setdefault(x, []).append((colour, name, label))
+    ordered = sorted(columns)
+    return {
+        "px": [round(canvas.x(x), 1) for x in ordered],
+        "at": [[f"step {x:,.0f}", columns[x]] for x in ordered],
+    }
+
+
+def _interval_axis(rows: Sequence[Interval]) -> Point:
+    low, high = min(row.low for row in rows), max(row.high for row in rows)
+    margin = max(0.05, 0.15 * (high - low))
+    return (
+        max(0.0, math.floor((low - margin) * 20) / 20),
+        min(1.0, math.ceil((high + margin / 2) * 20) / 20),
+    )

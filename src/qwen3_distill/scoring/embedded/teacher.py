@@ -1,0 +1,167 @@
+"""The teacher in this process.
+
+Shape letters: B rows of a padded batch, T positions, N response tokens of a batch, D hidden size,
+V vocabulary, K candidates, R response tokens of one rollout.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen3_distill.errors import ConfigError, DataError
+from qwen3_distill.modeling.digest import weights_digest
+from qwen3_distill.modeling.head import logits_of, map_chunks
+from qwen3_distill.modeling.loading import (
+    load_identity,
+    load_model,
+    output_head,
+    resolve_device,
+    resolve_dtype,
+)
+from qwen3_distill.scoring.score_request import (
+    HiddenRequest,
+    SampledRequest,
+    ScoreRequest,
+    TopKRequest,
+)
+from qwen3_distill.types import (
+    HiddenScore,
+    ModelIdentity,
+    Rollout,
+    ScoreResult,
+    TeacherScore,
+    TopKScore,
+)
+from qwen3_distill.utils.batches import pack_by_tokens
+
+
+class EmbeddedTeacher:
+    """A `TeacherScorer` on PyTorch: one forward pass over prompt and response, no logits kept."""
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        request: ScoreRequest,
+        device: str,
+        dtype: str,
+        batch_tokens: int,
+        chunk_tokens: int,
+    ) -> None:
+        self._identity = load_identity(model_dir)
+        self._device = resolve_device(device)
+        self._model = load_model(model_dir, device=self._device, dtype=resolve_dtype(dtype))
+        self._model.requires_grad_(False)
+        if isinstance(request, TopKRequest) and request.k > self._identity.vocab_size:
+            raise ConfigError(
+                f"the objective asks for the top {request.k} tokens, and the teacher's vocabulary "
+                f"has {self._identity.vocab_size}; lower k"
+            )
+        self._request = request
+        self._batch_tokens = batch_tokens
+        self._chunk_tokens = chunk_tokens
+        digest = weights_digest(dict(self._model.named_parameters()))
+        self._teacher_id = f"{Path(model_dir).name}#{digest}@{dtype}"
+
+    async def start(self) -> None:
+        return None
+
+    @property
+    def counters(self) -> Mapping[str, float]:
+        return {}
+
+    @property
+    def identity(self) -> ModelIdentity:
+        return self._identity
+
+    @property
+    def teacher_id(self) -> str:
+        return self._teacher_id
+
+    @property
+    def output_head(self) -> Tensor:
+        """[V, D]: turns a `HiddenScore` back into the full distribution."""
+        return output_head(self._model)
+
+    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
+        lengths = [r.prompt.token_ids.size + r.response_ids.size for r in rollouts]
+        for rollout, length in zip(rollouts, lengths, strict=True):
+            if length > self._identity.context_length:
+                raise DataError(
+                    f"rollout {rollout.rollout_id} has {length} tokens, more than the teacher's "
+                    f"context of {self._identity.context_length}; lower sampling.max_new_tokens"
+                )
+        scores: dict[int, TeacherScore] = {}
+        for group in pack_by_tokens(lengths, self._batch_tokens):
+            group_scores = self._score_batch([rollouts[index] for index in group])
+            scores.update(zip(group, group_scores, strict=True))
+            await asyncio.sleep(0)  # others may be waiting for this event loop
+        return [scores[index] for index in range(len(rollouts))]
+
+    async def close(self) -> None:
+        return None
+
+    @torch.inference_mode()
+    def _score_batch(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
+        hidden_ND = self._response_hidden(rollouts)
+        target_N = torch.from_numpy(
+            np.concatenate([rollout.response_ids for rollout in rollouts]).astype(np.int64)
+        ).to(self._device)
+        columns = map_chunks(
+            self._chunk_scores, (hidden_ND, target_N), chunk_tokens=self._chunk_tokens
+        )
+        sizes = [rollout.response_ids.size for rollout in rollouts]
+        per_rollout = zip(*(column.cpu().split(sizes) for column in columns), strict=True)
+        return [self._score_record(parts) for parts in per_rollout]
+
+    def _response_hidden(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """[N, D] hidden states from which each response token is predicted."""
+        ids = [
+            np.concatenate([rollout.prompt.token_ids, rollout.response_ids]).astype(np.int64)
+            for rollout in rollouts
+        ]
+        longest = max(row.size for row in ids)
+        input_BT = torch.zeros(len(ids), longest, dtype=torch.long)
+        predicts_BT = torch.zeros(len(ids), longest, dtype=torch.bool)
+        for b, (row, rollout) in enumerate(zip(ids, rollouts, strict=True)):
+            input_BT[b, : row.size] = torch.from_numpy(row)
+            # Token t is predicted from position t - 1.
+            predicts_BT[b, rollout.prompt.token_ids.size - 1 : row.size - 1] = True
+        # Right padding needs no attention mask: causal attention never looks at what follows.
+        hidden_BTD = self._model.model(
+            input_ids=input_BT.to(self._device), use_cache=False
+        ).last_hidden_state
+        return hidden_BTD[predicts_BT.to(self._device)]
+
+    def _chunk_scores(self, hidden_CD: Tensor, target_C: Tensor) -> tuple[Tensor, ...]:
+        logprob_CV = torch.log_softmax(logits_of(hidden_CD, self.output_head), dim=-1)
+        logprob_C = logprob_CV.gather(-1, target_C.unsqueeze(-1)).squeeze(-1)
+        match self._request:
+            case TopKRequest(k=k):
+                top = logprob_CV.topk(k, dim=-1)
+                return logprob_C, top.indices, top.values
+            case HiddenRequest():
+                return logprob_C, hidden_CD.float()
+            case SampledRequest():
+                return (logprob_C,)
+
+    def _score_record(self, parts: tuple[Tensor, ...]) -> TeacherScore:
+        logprobs_R = parts[0].numpy()
+        match self._request:
+            case TopKRequest():
+                return TopKScore(
+                    teacher_id=self.teacher_id,
+                    logprobs=logprobs_R,
+                    candidate_ids=parts[1].numpy(),
+                    candidate_logprobs=parts[2].numpy(),
+                )
+            case HiddenRequest():
+                return HiddenScore(
+                    teacher_id=self.teacher_id, logprobs=logprobs_R, hidden=parts[1].numpy()
+                )
+            case SampledRequest():
+                return TeacherScore(teacher_id=self.teacher_id, logprobs=logprobs_R)

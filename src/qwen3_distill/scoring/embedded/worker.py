@@ -1,0 +1,42 @@
+"""The process of an embedded teacher: the same teacher, served to the controller."""
+
+from collections.abc import Sequence
+
+import torch
+
+from qwen3_distill.config import EmbeddedScoring
+from qwen3_distill.errors import EngineError
+from qwen3_distill.hosts.process import serve_worker
+from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
+from qwen3_distill.scoring.score_request import ScoreRequest
+from qwen3_distill.types import Rollout, ScoreResult
+
+
+class EmbeddedTeacherWorker:
+    """What the worker serves. Between two forward passes it answers."""
+
+    def __init__(self) -> None:
+        self._teacher: EmbeddedTeacher | None = None
+
+    def open(self, config: EmbeddedScoring, request: ScoreRequest) -> str:
+        """Load the teacher; its id."""
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self._teacher = EmbeddedTeacher(
+            config.model,
+            request=request,
+            device=config.device,
+            dtype=config.dtype,
+            batch_tokens=config.batch_tokens,
+            chunk_tokens=config.chunk_tokens,
+        )
+        return self._teacher.teacher_id
+
+    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
+        if self._teacher is None:
+            raise EngineError("the teacher is not open: start it first")
+        return await self._teacher.score(rollouts)
+
+
+if __name__ == "__main__":
+    serve_worker(EmbeddedTeacherWorker())

@@ -1,0 +1,143 @@
+"""Requests to one or several SGLang servers over kept-alive connections, balanced by tokens."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import httpx
+
+from qwen3_distill.errors import EngineError
+from qwen3_distill.scoring.sglang.wire import Fault, FaultKind
+
+_CONNECT_TIMEOUT_S = 10.0
+_KEEP_ALIVE_S = 3.0
+"""Shorter than the server's 5 s: a connection that it is about to close is not used again."""
+_REST_S = 2.0
+"""How long a server that failed is passed over where another one works."""
+
+
+class Unanswered(Exception):
+    """A request that got no answer, which may be sent again."""
+
+    def __init__(self, kind: FaultKind, detail: str) -> None:
+        super().__init__(detail)
+        self.fault = Fault(kind, detail)
+
+
+class Refused(Exception):
+    """A request that the server will not take; sending it again changes nothing."""
+
+
+@dataclass(eq=False)
+class Link:
+    """One server, and what it has to do."""
+
+    url: str
+    requests: int = 0
+    tokens: int = 0
+    rests_until: float = 0.0
+
+
+class SglangClient:
+    """Sends requests to the server with the fewest tokens in flight.
+
+    Args:
+        max_in_flight: requests that one server has at a time; the others wait here.
+    """
+
+    def __init__(
+        self, urls: Sequence[str], *, api_key: str | None, max_in_flight: int, timeout_s: float
+    ) -> None:
+        self.links = [Link(url.rstrip("/")) for url in urls]
+        self._max_in_flight = max_in_flight
+        self._changed = asyncio.Condition()
+        self._http = httpx.AsyncClient(
+            headers={
+                "Content-Type": "application/json",
+                **({"Authorization": f"Bearer {api_key}"} if api_key else {}),
+            },
+            timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S, pool=None),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S),
+            trust_env=False,  # a proxy of the environment is not meant for these
+        )
+
+    async def post(
+        self, body: bytes, *, tokens: int, timeout_s: float | None = None, link: Link | None = None
+    ) -> bytes:
+        """What a server answers to ``/generate``.
+
+        Args:
+            tokens: of the request, for the balance between servers.
+            timeout_s: without an answer for so long; None: the client's.
+            link: the server to ask; None: whichever has least to do.
+
+        Raises:
+            Unanswered: no answer, which may be another time.
+            Refused: the server does not take such a request.
+            EngineError: the key is wrong.
+        """
+        chosen = await self._take(tokens, link)
+        try:
+            reply = await self._post(chosen, body, timeout_s)
+        except Unanswered:
+            chosen.rests_until = asyncio.get_running_loop().time() + _REST_S
+            raise
+        finally:
+            await self._give_back(chosen, tokens)
+        return reply
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def _take(self, tokens: int, link: Link | None) -> Link:
+        async with self._changed:
+            while link is None:
+                link = self._least_busy()
+                if link is None:
+                    await self._changed.wait()
+            link.requests += 1
+            link.tokens += tokens
+            return link
+
+    def _least_busy(self) -> Link | None:
+        now = asyncio.get_running_loop().time()
+        free = [link for link in self.links if link.requests < self._max_in_flight]
+        return min(free, key=lambda link: (link.rests_until > now, link.tokens), default=None)
+
+    async def _give_back(self, link: Link, tokens: int) -> None:
+        async with self._changed:
+            link.requests -= 1
+            link.tokens -= tokens
+            self._changed.notify()
+
+    async def _post(self, link: Link, body: bytes, timeout_s: float | None) -> bytes:
+        address = f"{link.url}/generate"
+        timeout = (
+            httpx.USE_CLIENT_DEFAULT
+            if timeout_s is None
+            else httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S, pool=None)
+        )
+        try:
+            response = await self._http.post(address, content=body, timeout=timeout)
+        except httpx.TimeoutException as error:
+            raise Unanswered(
+                FaultKind.TIMEOUT, f"{link.url}: no answer in time ({type(error).__name__})"
+            ) from error
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            detail = str(error) or type(error).__name__
+            raise Unanswered(FaultKind.CONNECTION, f"{link.url}: {detail}") from error
+        except RuntimeError as error:
+            if not self._http.is_closed:
+                raise
+            raise Unanswered(FaultKind.CONNECTION, f"{link.url}: closed from here") from error
+        if response.status_code == httpx.codes.OK:
+            return response.content
+        detail = f"{link.url}: status {response.status_code}: {response.text[:300]}"
+        if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            raise EngineError(
+                f"{detail}; the server wants another key: set scoring.api_key_file to a file "
+                "that holds it"
+            )
+        if response.is_client_error and response.status_code != httpx.codes.TOO_MANY_REQUESTS:
+            raise Refused(detail)
+        raise Unanswered(FaultKind.STATUS, detail)

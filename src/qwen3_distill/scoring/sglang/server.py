@@ -1,0 +1,286 @@
+"""One SGLang server on loopback: started, watched, and ended with all of its processes."""
+
+import asyncio
+import re
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import yaml
+
+from qwen3_distill.config import SglangScoring
+from qwen3_distill.errors import EngineStartError
+from qwen3_distill.hosts.child import ChildProcess, engine_environment, how_to_install
+
+HOST = "127.0.0.1"
+CPU_CACHE_TOKENS = 65536
+"""Tokens of the key-value cache on a CPU, where nobody planned it: SGLang would take most of the
+machine's memory."""
+CONTEXT_MARGIN = 8
+"""By so many tokens SGLang's longest input is shorter than the context length it is given."""
+_LOG_SEARCH_BYTES = 1 << 20
+_UNKNOWN = re.compile(
+    r"(unrecognized arguments: .*|cannot import name .* from 'sglang.*|No module named 'sglang\..*)"
+)
+"""What an SGLang says last that lacks something it was asked for."""
+
+MemoryFraction: TypeAlias = float | Callable[[], float] | None
+"""Share of the memory that is free when a server starts; None: SGLang's default. A function is
+asked at every start: after a restart, less is free beside the other engines."""
+Options: TypeAlias = dict[str, bool | int | float | str]
+
+
+class SglangServer:
+    """A server process.
+
+    Args:
+        context_length: the longest sequence to score.
+        max_total_tokens: tokens of the key-value cache; None: SGLang's default.
+        log: file that takes the server's output; appended to, readable by this user only.
+    """
+
+    def __init__(
+        self,
+        config: SglangScoring,
+        *,
+        context_length: int,
+        memory_fraction: MemoryFraction,
+        max_total_tokens: int | None,
+        log: Path,
+    ) -> None:
+        self._config = config
+        self._context_length = context_length
+        self._memory_fraction = memory_fraction
+        self._planned_fraction: float | None = None
+        self._max_total_tokens = max_total_tokens
+        self._log = log
+        self._log_start = 0
+        self._process = ChildProcess("the SGLang server", log)
+        self._folder: Path | None = None
+        self.url = ""
+        self.api_key = ""
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.is_running
+
+    @property
+    def pid(self) -> int | None:
+        """Leader of the process group that holds the server."""
+        return self._process.pid
+
+    @property
+    def on_cpu(self) -> bool:
+        device = self._config.device
+        return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+
+    async def start(self) -> None:
+        """Start the process; it answers some time later, or ends.
+
+        Raises:
+            EngineStartError: the port is taken, or the interpreter cannot be run.
+        """
+        await self.close()
+        planned = self._memory_fraction
+        self._planned_fraction = planned() if callable(planned) else planned
+        port = self._config.port or _free_port()
+        _check_free(port)
+        self.url = f"http://{HOST}:{port}"
+        self.api_key = secrets.token_hex(16)
+        # The key goes by way of a file: a command line can be read by everybody. SGLang writes
+        # its settings, the key among them, into its log.
+        self._folder = Path(tempfile.mkdtemp(prefix="qwen3-distill-"))  # mode 0700
+        file = self._folder / "server.yaml"
+        file.write_text(yaml.safe_dump(self._options(port)), encoding="utf-8")
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        self._log.touch(mode=0o600)
+        self._log_start = self._log.stat().st_size
+        python = self._config.python or sys.executable
+        command = [python, "-m", "sglang.launch_server", "--config", str(file)]
+        await self._process.start(command, engine_environment(self._variables()))
+
+    async def wait(self) -> None:
+        """Wait until the process has ended."""
+        await self._process.wait()
+
+    async def ends_within(self, seconds: float) -> bool:
+        """Whether the process has ended, or does within so long."""
+        try:
+            await asyncio.wait_for(self._process.wait(), seconds)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    def last_output(self) -> str:
+        """The end of what it printed since its start, for an error message."""
+        return self._process.last_output()
+
+    async def close(self) -> None:
+        """End it and everything it started. May be called more than once."""
+        await self._process.end()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def kill(self) -> None:
+        """SIGKILL the whole group at once; for what hangs, and for tests."""
+        self._process.kill()
+
+    def start_error(self) -> EngineStartError:
+        """Why a server that ended before it answered did so, as far as its log tells."""
+        text = self._log_text()
+        if "No module named 'sglang'" in text:
+            return EngineStartError(
+                f"SGLang is not installed for {self._config.python or sys.executable}: "
+                f"{how_to_install('sglang', 'scoring')}"
+            )
+        tail = self._process.last_output()
+        if "out of memory" in text.lower() or "Not enough memory" in text:
+            return EngineStartError(self._memory_message(text) + tail)
+        if unknown := _UNKNOWN.findall(tail):
+            return EngineStartError(self._unknown_message(unknown[-1]))
+        return EngineStartError(f"the SGLang server did not start{tail}")
+
+    def _unknown_message(self, what: str) -> str:
+        """For what SGLang says that it does not have: options, or modules and names."""
+        words = what.split()
+        theirs = [name for name in self._config.server_arguments if f"--{name}" in words]
+        if theirs:
+            return (
+                f"SGLang has no option {', '.join(theirs)} ({what}): see `python -m "
+                "sglang.launch_server --help`, and change scoring.server_arguments"
+            )
+        return (
+            f"the SGLang of {self._config.python or sys.executable} is a version that this does "
+            f"not work with ({what}); use one of docs/engines.md"
+        )
+
+    def _memory_message(self, text: str) -> str:
+        planned = (
+            f"memory fraction {_or_default(self._planned_fraction)}, cache of "
+            f"{_or_default(self._max_total_tokens)} tokens"
+        )
+        free = re.findall(r"(Load weight \w+)\.[^\n]*?avail mem=([\d.]+) GB", text)
+        found = ", ".join(f"{memory} GB free at {what.lower()}" for what, memory in free)
+        knob = (
+            "raise scoring.memory_fraction: weights and cache do not fit into it"
+            if "increase --mem-fraction-static" in text
+            else "lower scoring.max_total_tokens, scoring.chunked_prefill_tokens or "
+            "scoring.chunk_tokens, or leave more memory free for it"
+        )
+        return (
+            f"the SGLang server ran out of memory. Planned: {planned}. Found: "
+            f"{found or 'no figure in its log'}. To change: {knob}"
+        )
+
+    def _log_text(self) -> str:
+        try:
+            with self._log.open("rb") as file:
+                file.seek(max(self._log_start, self._log.stat().st_size - _LOG_SEARCH_BYTES))
+                return file.read().decode(errors="replace")
+        except OSError:
+            return ""
+
+    def _options(self, port: int) -> Options:
+        """The options of ``sglang.launch_server``, as its configuration file takes them."""
+        config = self._config
+        options: Options = {
+            "model-path": config.model,
+            "host": HOST,
+            "port": port,
+            "api-key": self.api_key,
+            "device": "cuda" if not self.on_cpu else "cpu",
+            "dtype": config.dtype,
+            # SGLang keeps room for tokens that would be generated; nothing is, where it scores.
+            "context-length": self._context_length + CONTEXT_MARGIN,
+            "chunked-prefill-size": config.chunked_prefill_tokens,
+            # Only token ids come and go.
+            "skip-tokenizer-init": True,
+            # Its readiness is checked here, by a real answer.
+            "skip-server-warmup": True,
+            # Between a step's scores the scheduler would keep a core busy with waiting.
+            "sleep-on-idle": True,
+            "grammar-backend": "none",
+            # Graphs make decoding faster, which only the teacher's own answers need, and take
+            # memory and time at the start.
+            "disable-decode-cuda-graph": not config.decode_graphs,
+            "disable-prefill-cuda-graph": True,
+            "enable-fp32-lm-head": config.float32_head,
+            "log-level-http": "warning",
+        }
+        optional: dict[str, float | int | str | None] = {
+            "quantization": config.quantization,
+            "mem-fraction-static": self._planned_fraction,
+            "max-total-tokens": self._max_total_tokens,
+            "attention-backend": config.attention_backend,
+        }
+        options |= {name: value for name, value in optional.items() if value is not None}
+        if self.on_cpu:
+            # Without kernels of its own for this CPU, SGLang has PyTorch's.
+            options = {
+                "attention-backend": "torch_native",
+                "sampling-backend": "pytorch",
+                "mem-fraction-static": 0.2,
+                "max-total-tokens": CPU_CACHE_TOKENS,
+            } | options
+        return options | config.server_arguments
+
+    def _variables(self) -> dict[str, str]:
+        variables = {
+            # The health check must not generate tokens: a long prefill would look like a death.
+            "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
+            "SGLANG_HEALTH_CHECK_TIMEOUT": "120",
+            "SGLANG_LOGPROB_CHUNK_SIZE": str(self._config.chunk_tokens),
+            "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        if self.on_cpu:
+            variables["SGLANG_USE_CPU_ENGINE"] = "1"
+        return variables | self._config.environment
+
+
+async def unless_it_ends(server: SglangServer, work: Coroutine[Any, Any, None]) -> None:
+    """Do some work with a server, unless that ends meanwhile.
+
+    Raises:
+        EngineStartError: it ended first.
+    """
+    ended = asyncio.ensure_future(server.wait())
+    working = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({working, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise server.start_error()
+        await working
+    finally:
+        for task in (working, ended):
+            task.cancel()
+        await asyncio.gather(working, ended, return_exceptions=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise EngineStartError(
+                f"port {port} cannot be had for the SGLang server ({error.strerror}); choose "
+                "another scoring.port, or leave it out for a free one"
+            ) from error
+
+
+def _or_default(value: float | None) -> str:
+    return "SGLang's default" if value is None else f"{value:g}"

@@ -1,0 +1,377 @@
+"""What is sent to SGLang's ``/generate`` and how its answers are read. Pure functions.
+
+A reply is believed only where everything that can be checked was checked: SGLang answers with
+status 200 also where a logprob is missing, and JSON has no word for NaN or infinity, which arrive
+as null.
+
+Shape letters: R response tokens of one sequence, K candidates, V vocabulary.
+"""
+
+import contextlib
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import chain
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+try:
+    from orjson import loads as _fast_loads
+except ImportError:  # slower, which candidates feel: 20 us a token instead of 5
+    _fast_loads = json.loads
+
+from qwen3_distill.scoring.score_request import ScoreRequest, TopKRequest
+from qwen3_distill.types import (
+    LOGPROB_SLACK_NATS,
+    FinishReason,
+    IntArray,
+    Rollout,
+    RolloutRequest,
+    TeacherScore,
+    TopKScore,
+    VersionSpan,
+    WeightVersion,
+)
+
+SAME_TOKEN_NATS = 1e-2
+"""How far a token's logprob may lie from the same token's among the candidates: both come from one
+softmax, and differ where the server rounds."""
+MAX_TOP_K = 4096
+"""SGLang's limit where the logprobs after truncation are asked for."""
+
+
+class FaultKind(str, Enum):
+    """What was wrong with an answer; retries are counted by it."""
+
+    GARBAGE = "garbage"
+    """Not the JSON that was expected."""
+    COUNT = "count"
+    """Another number of sequences than were sent."""
+    LENGTH = "length"
+    """Another number of tokens than were sent."""
+    MISALIGNED = "misaligned"
+    """Scores of other tokens than were sent, or of the same tokens at other places."""
+    MISSING = "missing"
+    """A logprob that is None, NaN or infinite."""
+    POSITIVE = "positive"
+    """A logprob above 0."""
+    CANDIDATES = "candidates"
+    """Candidates that are not K distinct tokens of the vocabulary, most likely first."""
+    ABORTED = "aborted"
+    """The server gave the sequence up."""
+    REFUSED = "refused"
+    """The server will not take the request, now or later."""
+    STATUS = "status"
+    """An HTTP status that says: not now."""
+    TIMEOUT = "timeout"
+    """No answer in time."""
+    CONNECTION = "connection"
+    """No connection, or one that was cut."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a sequence has no score in this reply."""
+
+    kind: FaultKind
+    detail: str
+
+
+class ReplyError(Exception):
+    """A reply that cannot be assigned to what was sent: no sequence of it counts."""
+
+    def __init__(self, kind: FaultKind, detail: str) -> None:
+        super().__init__(detail)
+        self.fault = Fault(kind, detail)
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """Tokens to score: ``ids[:start]`` is the prompt."""
+
+    ids: IntArray
+    start: int
+
+    @classmethod
+    def of(cls, rollout: Rollout) -> "TokenSequence":
+        prompt_ids = rollout.prompt.token_ids
+        return cls(np.concatenate([prompt_ids, rollout.response_ids]), int(prompt_ids.size))
+
+
+Sequences: TypeAlias = Sequence[TokenSequence]
+
+
+def score_body(sequences: Sequences, request: ScoreRequest) -> bytes:
+    """A request for the response logprobs of some sequences."""
+    body: dict[str, Any] = {
+        "input_ids": [sequence.ids.tolist() for sequence in sequences],
+        # No token is sampled. The first entry of a reply is always null, so the prompt's last
+        # token is asked for too; a later start would lose the first response token.
+        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+        "return_logprob": True,
+        "logprob_start_len": [sequence.start - 1 for sequence in sequences],
+        "return_text_in_logprobs": False,
+    }
+    if isinstance(request, TopKRequest):
+        body["top_logprobs_num"] = request.k
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+def read_scores(
+    reply: bytes, sequences: Sequences, request: ScoreRequest, *, vocab_size: int, teacher_id: str
+) -> list[TeacherScore | Fault]:
+    """One score or fault per sequence, in the order sent.
+
+    Raises:
+        ReplyError: the reply is not JSON, or has another number of sequences.
+    """
+    with _no_garbage_collection():
+        entries = _entries(reply, len(sequences))
+        return [
+            _read_one(entry, sequence, request, vocab_size, teacher_id)
+            for entry, sequence in zip(entries, sequences, strict=True)
+        ]
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A reply is up to a million small lists without a cycle, which the collector would visit."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _entries(reply: bytes, count: int) -> list[Any]:
+    decoded = _decoded(reply)
+    if not isinstance(decoded, list):
+        raise ReplyError(FaultKind.GARBAGE, f"the reply is a {type(decoded).__name__}, not a list")
+    if len(decoded) != count:
+        raise ReplyError(FaultKind.COUNT, f"{len(decoded)} answers to {count} sequences")
+    return decoded
+
+
+def _decoded(reply: bytes) -> Any:
+    with contextlib.suppress(ValueError):
+        return _fast_loads(reply)
+    try:
+        return json.loads(reply)  # also reads NaN, which is not JSON
+    except ValueError as error:
+        raise ReplyError(FaultKind.GARBAGE, f"the reply is not JSON: {error}") from error
+
+
+def _read_one(
+    entry: Any, sequence: TokenSequence, request: ScoreRequest, vocab_size: int, teacher_id: str
+) -> TeacherScore | Fault:
+    try:
+        meta = _meta_info(entry)
+        logprobs_R = _token_logprobs(meta, sequence, vocab_size)
+        if not isinstance(request, TopKRequest):
+            return TeacherScore(teacher_id=teacher_id, logprobs=logprobs_R)
+        ids_RK, logprobs_RK = _candidates(meta, logprobs_R, sequence, request.k, vocab_size)
+        return TopKScore(
+            teacher_id=teacher_id,
+            logprobs=logprobs_R,
+            candidate_ids=ids_RK,
+            candidate_logprobs=logprobs_RK,
+        )
+    except ReplyError as error:
+        return error.fault
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        return Fault(FaultKind.GARBAGE, f"an answer of another form: {error!r}")
+
+
+def _meta_info(entry: Any) -> dict[str, Any]:
+    meta = entry["meta_info"]
+    finish = meta.get("finish_reason") or {}
+    if finish.get("type") == "abort":
+        raise ReplyError(FaultKind.ABORTED, f"given up: {finish.get('message')}")
+    return meta
+
+
+def _token_logprobs(
+    meta: dict[str, Any], sequence: TokenSequence, vocab_size: int
+) -> NDArray[np.float32]:
+    """[R] nats of the response tokens, each compared with the token that was sent."""
+    rows = meta["input_token_logprobs"]
+    sent = sequence.ids[sequence.start - 1 :]
+    if len(rows) != sent.size:
+        raise ReplyError(
+            FaultKind.LENGTH, f"{len(rows)} logprobs for {sent.size - 1} response tokens and a null"
+        )
+    values, echoed, *_ = zip(*rows, strict=True)
+    if values[0] is not None:
+        raise ReplyError(FaultKind.MISALIGNED, "the first logprob is not null")
+    _check_echo(np.array(echoed, dtype=np.int64), sent, vocab_size)
+    return _finite(np.array(values[1:], dtype=np.float64), "response tokens")
+
+
+def _check_echo(echoed: NDArray[np.int64], sent: IntArray, vocab_size: int) -> None:
+    # SGLang writes 0 for the vocabulary's last id.
+    differs = (echoed != sent) & ~((echoed == 0) & (sent >= vocab_size - 1))
+    if differs.any():
+        first = int(differs.argmax())
+        raise ReplyError(
+            FaultKind.MISALIGNED,
+            f"{int(differs.sum())} of {sent.size} tokens are not those that were sent; the first "
+            f"is {int(echoed[first])} instead of {int(sent[first])}, {first} tokens after the "
+            "prompt's last",
+        )
+
+
+def _finite(values: NDArray[np.float64], what: str) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # to infinity, which is found below
+        logprobs = values.astype(np.float32)
+    finite = np.isfinite(logprobs)
+    if not finite.all():
+        bad = int((~finite).sum())
+        raise ReplyError(
+            FaultKind.MISSING, f"{bad} of {values.size} logprobs of {what} are not finite"
+        )
+    if values.size and values.max() > LOGPROB_SLACK_NATS:
+        raise ReplyError(FaultKind.POSITIVE, f"a logprob of {what} is {values.max():.4f}, above 0")
+    return logprobs
+
+
+def _candidates(
+    meta: dict[str, Any],
+    logprobs_R: NDArray[np.float32],
+    sequence: TokenSequence,
+    k: int,
+    vocab_size: int,
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """[R, K] ids and nats of the most likely tokens."""
+    rows = meta["input_top_logprobs"]
+    if len(rows) != logprobs_R.size + 1:
+        raise ReplyError(
+            FaultKind.LENGTH, f"candidates at {len(rows)} places, expected {logprobs_R.size + 1}"
+        )
+    if rows[0] is not None:
+        raise ReplyError(FaultKind.MISALIGNED, "the first candidates are not null")
+    missing = sum(not row for row in rows[1:])
+    if missing:
+        raise ReplyError(FaultKind.MISSING, f"no candidates at {missing} places")
+    if any(len(row) != k for row in rows[1:]):
+        raise ReplyError(FaultKind.CANDIDATES, f"not {k} candidates everywhere")
+    values, ids, *_ = zip(*chain.from_iterable(rows[1:]), strict=True)
+    shape = (logprobs_R.size, k)
+    ids_RK = np.array(ids, dtype=np.int64).reshape(shape)
+    logprobs_RK = _finite(np.array(values, dtype=np.float64), "candidates").reshape(shape)
+    _check_candidates(ids_RK, logprobs_RK, vocab_size)
+    _check_same_places(ids_RK, logprobs_RK, sequence.ids[sequence.start :], logprobs_R)
+    return ids_RK.astype(np.int32), logprobs_RK
+
+
+def _check_candidates(
+    ids_RK: NDArray[np.int64], logprobs_RK: NDArray[np.float32], vocab_size: int
+) -> None:
+    sorted_RK = np.sort(ids_RK, axis=1)
+    if ids_RK.min() < 0 or ids_RK.max() >= vocab_size or (np.diff(sorted_RK, axis=1) == 0).any():
+        raise ReplyError(
+            FaultKind.CANDIDATES, f"candidates are not distinct ids below {vocab_size}"
+        )
+    if (np.diff(logprobs_RK, axis=1) > 0).any():
+        raise ReplyError(FaultKind.CANDIDATES, "candidates are not in the order of likelihood")
+
+
+def _check_same_places(
+    ids_RK: NDArray[np.int64],
+    logprobs_RK: NDArray[np.float32],
+    response_R: IntArray,
+    logprobs_R: NDArray[np.float32],
+) -> None:
+    """A response token among the candidates has one logprob; others are no likelier than those."""
+    is_token_RK = ids_RK == response_R[:, None]
+    among_R = is_token_RK.any(axis=1)
+    as_candidate_R = np.where(is_token_RK, logprobs_RK, 0).sum(axis=1)
+    differs_R = among_R & (np.abs(as_candidate_R - logprobs_R) > SAME_TOKEN_NATS)
+    differs_R |= ~among_R & (logprobs_R > logprobs_RK[:, -1] + SAME_TOKEN_NATS)
+    if differs_R.any():
+        raise ReplyError(
+            FaultKind.MISALIGNED,
+            f"{int(differs_R.sum())} tokens have another logprob than among their candidates",
+        )
+
+
+def answer_body(request: RolloutRequest, eos_ids: frozenset[int], vocab_size: int) -> bytes:
+    """A request for one sampled answer with its logprobs."""
+    spec = request.sampling
+    body: dict[str, Any] = {
+        "input_ids": [request.prompt.token_ids.tolist()],
+        "sampling_params": [
+            {
+                "max_new_tokens": spec.max_new_tokens,
+                "temperature": spec.temperature,
+                "top_p": spec.top_p,
+                "top_k": _top_k(request, vocab_size),
+                "stop_token_ids": sorted(eos_ids),
+                # Heeded by servers with deterministic inference only.
+                "sampling_seed": spec.seed,
+            }
+        ],
+        "return_logprob": True,
+        "return_text_in_logprobs": False,
+    }
+    if _is_truncated(request):
+        # The plain logprobs are of the distribution before top-k and top-p.
+        body["return_sampling_mask"] = True
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+def read_answer(
+    reply: bytes, request: RolloutRequest, eos_ids: frozenset[int], version: WeightVersion
+) -> Rollout:
+    """The answer as a rollout.
+
+    Raises:
+        ReplyError: the reply is not a whole answer.
+    """
+    (entry,) = _entries(reply, 1)
+    try:
+        meta = _meta_info(entry)
+        rows = meta["output_token_logprobs"]
+        if not rows or len(rows) > request.sampling.max_new_tokens:
+            raise ReplyError(
+                FaultKind.LENGTH, f"{len(rows)} tokens of {request.sampling.max_new_tokens} allowed"
+            )
+        values, ids, *_ = zip(*rows, strict=True)
+        if list(ids) != entry["output_ids"]:
+            raise ReplyError(FaultKind.MISALIGNED, "tokens and logprobs are of different answers")
+        if _is_truncated(request):
+            values = meta["output_token_sampling_logprobs"]
+        stopped = ids[-1] in eos_ids
+        if any(token in eos_ids for token in ids[:-1]):
+            raise ReplyError(FaultKind.LENGTH, "the answer goes on after its end")
+        if not stopped and len(ids) < request.sampling.max_new_tokens:
+            raise ReplyError(FaultKind.LENGTH, f"cut after {len(ids)} tokens")
+        logprobs_R = _finite(np.array(values, dtype=np.float64), "sampled tokens")
+        return Rollout(
+            rollout_id=request.rollout_id,
+            prompt=request.prompt,
+            sampling=request.sampling,
+            response_ids=np.array(ids, dtype=np.int32),
+            behavior_logprobs=logprobs_R,
+            versions=(VersionSpan(start=0, stop=len(ids), version=version),),
+            finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
+        )
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise ReplyError(FaultKind.GARBAGE, f"an answer of another form: {error!r}") from error
+
+
+def _top_k(request: RolloutRequest, vocab_size: int) -> int:
+    if not _is_truncated(request):
+        return -1
+    # The logprobs after truncation are had for a limited top-k only. With top-p alone that cuts a
+    # nucleus of more than 4,096 tokens; the logprobs are of what was sampled from all the same.
+    return min(request.sampling.top_k or vocab_size, vocab_size, MAX_TOP_K)
+
+
+def _is_truncated(request: RolloutRequest) -> bool:
+    return request.sampling.top_p < 1 or request.sampling.top_k > 0

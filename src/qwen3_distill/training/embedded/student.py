@@ -1,0 +1,118 @@
+"""The learner in this process: full or LoRA training on PyTorch and peft.
+
+Shape letters: B rows of a micro-batch, T positions, D hidden size.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qwen3_distill.config import EmbeddedTraining, LoraTuning, ObjectiveConfig, ReplayConfig
+from qwen3_distill.modeling.loading import load_model, resolve_device, resolve_dtype
+from qwen3_distill.modeling.step_memory import autocasts
+from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
+from qwen3_distill.training.batching import MicroBatch
+from qwen3_distill.training.learner import TorchLearner
+from qwen3_distill.training.lora import add_adapters
+from qwen3_distill.training.objectives.base import Objective, build_objective
+from qwen3_distill.types import Metric
+
+
+class EmbeddedLearner(TorchLearner):
+    """A `Learner` on plain PyTorch: exact and small, the oracle of the real ones."""
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        config: EmbeddedTraining,
+        objective: Objective,
+        total_steps: int,
+        seed: int,
+        publish_adapter: bool = False,
+        replay: ReplayBuffer | None = None,
+    ) -> None:
+        super().__init__(
+            model_dir,
+            _EmbeddedStudent(model_dir, config, seed),
+            objective=objective,
+            tuning=config.tuning,
+            optimizer=config.optimizer,
+            micro_batch_tokens=config.micro_batch_tokens,
+            total_steps=total_steps,
+            seed=seed,
+            publish_adapter=publish_adapter,
+            replay=replay,
+        )
+
+
+def build_embedded_learner(
+    model_dir: str | Path,
+    config: EmbeddedTraining,
+    objective: ObjectiveConfig,
+    *,
+    total_steps: int,
+    seed: int,
+    publish_adapter: bool,
+    replay: ReplayConfig | None,
+    teacher_head_VD: Tensor | None = None,
+) -> EmbeddedLearner:
+    """A learner from the config's sections.
+
+    Args:
+        teacher_head_VD: the teacher's output head, for objectives over hidden states.
+    """
+    buffer = None
+    if replay is not None:
+        device = resolve_device(config.device)
+        buffer = build_replay(replay, objective, device=device, seed=seed)
+    return EmbeddedLearner(
+        model_dir,
+        config=config,
+        objective=build_objective(
+            objective, teacher_head_VD=teacher_head_VD, chunk_tokens=config.chunk_tokens
+        ),
+        total_steps=total_steps,
+        seed=seed,
+        publish_adapter=publish_adapter,
+        replay=buffer,
+    )
+
+
+class _EmbeddedStudent:
+    packs = False
+
+    def __init__(self, model_dir: str | Path, config: EmbeddedTraining, seed: int) -> None:
+        self._config = config
+        self.device = resolve_device(config.device)
+        base = load_model(model_dir, device=self.device, dtype=resolve_dtype(config.dtype))
+        self.core: PreTrainedModel = base
+        if isinstance(config.tuning, LoraTuning):
+            self.core = add_adapters(base, config.tuning, seed)
+        if config.gradient_checkpointing:
+            self.core.gradient_checkpointing_enable({"use_reentrant": False})
+            self.core.enable_input_require_grads()
+        self.core.train()
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        on = autocasts(self._config, on_gpu=self.device.type == "cuda")
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
+
+    def hidden(self, micro: MicroBatch) -> Tensor:
+        # Right padding needs no attention mask: causal attention never looks at what follows, and
+        # positions after the response carry no loss.
+        return self.core.model(input_ids=micro.input_BT, use_cache=False).last_hidden_state
+
+    def metrics(self) -> tuple[Metric, ...]:
+        return ()
+
+    def memory_report(self) -> str:
+        recomputes = "every layer" if self._config.gradient_checkpointing else "no layer"
+        return (
+            f"micro-batches of {self._config.micro_batch_tokens} tokens, {recomputes} recomputed, "
+            "no memory plan"
+        )

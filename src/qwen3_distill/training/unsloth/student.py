@@ -1,0 +1,360 @@
+"""unsloth's model under the shared learner. Imported in the worker's process only.
+
+Two paths, by device. On CUDA, LoRA runs unsloth's fused kernels and its own attention; on a CPU,
+and where all weights are trained, unsloth prepares Hugging Face's model and that one runs. The
+logprobs of sampled tokens come from unsloth's fused output head on both.
+
+Shape letters: B rows of a micro-batch, T positions, N loss tokens, D hidden size, V vocabulary.
+"""
+
+import contextlib
+import gc
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import unsloth  # pyright: ignore[reportMissingImports] - its patches must come first
+
+# isort: split
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from unsloth_zoo.fused_losses.fused_linear import (  # pyright: ignore[reportMissingImports]
+    fused_linear_logprobs,
+)
+
+from qwen3_distill.config import LoraTuning, ObjectiveConfig, ReplayConfig, UnslothTraining
+from qwen3_distill.errors import EngineStartError, ModelError
+from qwen3_distill.modeling.head import TokenStats
+from qwen3_distill.modeling.loading import load_identity, resolve_device, resolve_dtype
+from qwen3_distill.modeling.shapes import read_shape
+from qwen3_distill.modeling.step_memory import (
+    GIB,
+    Checkpointing,
+    MemoryModel,
+    allocator_bytes,
+    autocasts,
+    usable_bytes,
+)
+from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
+from qwen3_distill.training.batching import MicroBatch
+from qwen3_distill.training.learner import TorchLearner
+from qwen3_distill.training.lora import check_targets, initialise_adapters
+from qwen3_distill.training.objectives.base import build_objective
+from qwen3_distill.training.unsloth.packing_probe import packing_gap, recompute_first_layers
+from qwen3_distill.types import Metric
+
+_PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 6e-2}
+"""Of `packing_gap`."""
+
+
+class UnslothTorchLearner(TorchLearner):
+    """The shared learner, which can also say how it runs."""
+
+    def __init__(self, model_dir: Path, student: "UnslothStudent", **settings: Any) -> None:
+        super().__init__(model_dir, student, **settings)
+        self._unsloth = student
+
+    def describe(self) -> dict[str, str]:
+        """How the model runs, for people."""
+        return self._unsloth.describe()
+
+
+def open_learner(
+    model_dir: Path,
+    config: UnslothTraining,
+    objective: ObjectiveConfig,
+    *,
+    total_steps: int,
+    seed: int,
+    publish_adapter: bool,
+    memory_bytes: int | None,
+    replay: ReplayConfig | None = None,
+) -> UnslothTorchLearner:
+    """Load the student and put the shared learner on top.
+
+    Raises:
+        EngineStartError: the device's memory does not even hold the weights, or the replay buffer.
+    """
+    _forget_the_model_before()
+    budget = memory_bytes or (None if config.memory_gib is None else int(config.memory_gib * GIB))
+    _keep_to(budget)
+    buffer = None
+    if replay is not None:  # before the plan, which looks at what is free
+        buffer = _build_replay(replay, objective, seed)
+        budget = None if budget is None else max(budget - buffer.num_bytes, 1)
+    merges = isinstance(config.tuning, LoraTuning) and not publish_adapter
+    plan = CheckpointingPlan(model_dir, config, budget, merges=merges)
+    lack: str | None = None
+    try:
+        student = UnslothStudent(model_dir, config, seed, plan)
+        return UnslothTorchLearner(
+            model_dir,
+            student,
+            objective=build_objective(
+                objective,
+                teacher_head_VD=None,
+                chunk_tokens=config.chunk_tokens,
+                token_statistics=fused_token_stats,
+            ),
+            tuning=config.tuning,
+            optimizer=config.optimizer,
+            micro_batch_tokens=config.micro_batch_tokens,
+            max_model_tokens=config.max_model_tokens,
+            total_steps=total_steps,
+            seed=seed,
+            publish_adapter=publish_adapter,
+            replay=buffer,
+        )
+    except torch.OutOfMemoryError as error:
+        lack = str(error).partition("\n")[0]
+    raise EngineStartError(
+        f"unsloth learner: no memory for the weights. Planned: {plan.report()}. Found: {lack} "
+        "Give the learner more (training.memory_gib, planning), or train adapters of lower rank"
+    )
+
+
+def _build_replay(config: ReplayConfig, objective: ObjectiveConfig, seed: int) -> ReplayBuffer:
+    try:
+        return build_replay(config, objective, device=resolve_device("auto"), seed=seed)
+    except torch.OutOfMemoryError as error:
+        lack = str(error).partition("\n")[0]
+    raise EngineStartError(
+        f"unsloth learner: no memory for the replay buffer. Found: {lack} Lower "
+        "replay.capacity_tokens, or give the learner more (training.memory_gib, planning)"
+    )
+
+
+def fused_token_stats(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> TokenStats:
+    """Logprobs and entropies without [N, V] logits; both from one pass, none in the backward pass
+    where the head is frozen."""
+    logprob_N, entropy_N = fused_linear_logprobs(
+        hidden_ND, head_VD, target_N, return_entropy=True, entropy_requires_grad=False
+    )
+    return TokenStats(logprob_N, entropy_N)
+
+
+class CheckpointingPlan:
+    """Which layers are recomputed, chosen before the model is loaded: loading depends on it.
+
+    Args:
+        memory_bytes: what this process may take; None: what is free on the device.
+        merges: an engine takes the layers with their adapters merged in.
+    """
+
+    def __init__(
+        self, model_dir: Path, config: UnslothTraining, memory_bytes: int | None, *, merges: bool
+    ) -> None:
+        self._device = resolve_device("auto")
+        self._shape = read_shape(model_dir)
+        self._micro_batch_tokens = config.micro_batch_tokens
+        self._mode = config.gradient_checkpointing
+        self._budget = memory_bytes
+        if memory_bytes is None and self._device.type == "cuda":
+            self._budget = _free_bytes(self._device)
+        self._model = MemoryModel.of(
+            self._shape, config, on_gpu=self._device.type == "cuda", merges=merges
+        )
+        self.choice = self._choose()
+
+    def report(self) -> str:
+        """The choice with its figures."""
+        peak = self._model.peak_bytes(self._micro_batch_tokens, self.choice) / GIB
+        have = "unknown" if self._budget is None else f"{self._budget / GIB:.1f} GiB"
+        return (
+            f"{self.choice.describe(self._shape)} "
+            f"(gradient_checkpointing={self._mode}), a peak of {peak:.1f} GiB with "
+            f"micro-batches of {self._micro_batch_tokens} tokens, of {have}"
+        )
+
+    def _choose(self) -> Checkpointing:
+        layers = self._shape.num_layers
+        if self._mode == "off" or (self._mode == "auto" and self._budget is None):
+            return Checkpointing(recomputed_layers=0, offload=False)  # host memory is unplanned
+        if self._mode != "auto" or self._budget is None:
+            return Checkpointing(recomputed_layers=layers, offload=self._mode == "unsloth")
+        return self._model.fewest_recomputed(
+            self._micro_batch_tokens,
+            usable_bytes(self._budget),
+            may_offload=self._device.type == "cuda" and not _shares_memory(self._device),
+        )
+
+
+class UnslothStudent:
+    """A student that unsloth loaded."""
+
+    def __init__(
+        self, model_dir: Path, config: UnslothTraining, seed: int, plan: CheckpointingPlan
+    ) -> None:
+        self._config = config
+        self._plan = plan
+        self.device = resolve_device("auto")
+        self._fused = self.device.type == "cuda" and isinstance(config.tuning, LoraTuning)
+        self.core: PreTrainedModel = _load(model_dir, config, seed, plan.choice)
+        _check_weights(model_dir, self.core)
+        recompute_first_layers(self.core, plan.choice.recomputed_layers)
+        self.packs, self._packing = self._decide_packing()
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        on = autocasts(self._config, on_gpu=self.device.type == "cuda")
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
+
+    def hidden(self, micro: MicroBatch) -> Tensor:
+        if self.packs:
+            return self._packed_hidden(micro.input_BT, micro.position_BT, micro.sequence_tokens)
+        # Padded on the right, without a mask: causal attention never looks at what follows, and
+        # unsloth would drop the mask.
+        return self.core.model(input_ids=micro.input_BT, use_cache=False)[0]
+
+    def metrics(self) -> tuple[Metric, ...]:
+        return (Metric.last("train/recomputed_layers", self._plan.choice.recomputed_layers),)
+
+    def memory_report(self) -> str:
+        return self._plan.report()
+
+    def describe(self) -> dict[str, str]:
+        return {
+            "unsloth": str(unsloth.__version__),
+            "device": str(self.device),
+            "kernels": "unsloth's fused ones" if self._fused else "Hugging Face's",
+            "memory": self._plan.report(),
+            "packing": self._packing,
+        }
+
+    def _packed_hidden(
+        self, input_1T: Tensor, position_1T: Tensor, lengths: Sequence[int]
+    ) -> Tensor:
+        known: dict[str, Any] = {}
+        if self._fused:
+            # Lengths on the host spare unsloth a wait for the device to find them in positions.
+            known["packed_seq_lengths"] = torch.tensor(lengths, dtype=torch.int32)
+        return self.core.model(
+            input_ids=input_1T, position_ids=position_1T, use_cache=False, **known
+        )[0]
+
+    def _decide_packing(self) -> tuple[bool, str]:
+        """Whether micro-batches are packed, and why."""
+        wanted = self._config.packing
+        if wanted is False:
+            return False, "off"
+        if wanted == "auto" and not self._fused:
+            where = f"{self._config.tuning.kind} tuning on {self.device.type}"
+            return False, f"off: unsloth has no attention kernel for it with {where}"
+        if wanted == "auto" and not _has_varlen_kernel():
+            # Then it has only PyTorch's attention for packed rows (docs/engines.md, measurements).
+            return False, "off: neither flash-attn nor xformers is installed"
+        with self.autocast():
+            gap = packing_gap(self.core, self._packed_hidden)
+        on = autocasts(self._config, on_gpu=self.device.type == "cuda")
+        rounds = "bfloat16" if on else self._config.dtype
+        limit = _PROBE_TOLERANCE[rounds]
+        if gap <= limit:
+            return True, f"on: differs from single sequences by {gap:.1e} of the largest value"
+        reason = (
+            f"packed sequences differ from single ones by {gap:.1e} of the largest hidden value, "
+            f"above {limit:.0e}: they may see one another"
+        )
+        if wanted is True:
+            raise EngineStartError(f"unsloth learner: training.packing=true, but {reason}")
+        return False, f"off: {reason}"
+
+
+def _has_varlen_kernel() -> bool:
+    """Whether unsloth found a kernel for several sequences in one row."""
+    dispatch: Any = importlib.import_module("unsloth.utils.attention_dispatch")
+    return bool(dispatch.HAS_FLASH_ATTENTION or dispatch.HAS_XFORMERS)
+
+
+def _load(
+    model_dir: Path, config: UnslothTraining, seed: int, choice: Checkpointing
+) -> PreTrainedModel:
+    """The plain model inside what unsloth makes, in training mode."""
+    mode: Any = "unsloth" if choice.offload else choice.recomputed_layers > 0
+    tuning = config.tuning
+    full = not isinstance(tuning, LoraTuning)
+    # unsloth keeps what kind of training the last load was for in this variable.
+    os.environ["UNSLOTH_ENABLE_FULL_FINETUNING"] = "0"
+    context = load_identity(model_dir).context_length
+    model, _ = unsloth.FastLanguageModel.from_pretrained(
+        model_name=str(model_dir),
+        max_seq_length=min(context, config.max_model_tokens or context),
+        dtype=resolve_dtype(config.dtype),
+        load_in_4bit=False,
+        load_in_16bit=not full,
+        full_finetuning=full,
+        use_gradient_checkpointing=mode,
+        use_exact_model_name=True,
+        offload_embedding=False,
+        fast_inference=False,
+    )
+    if isinstance(tuning, LoraTuning):
+        check_targets(model, tuning)
+        model = unsloth.FastLanguageModel.get_peft_model(
+            model,
+            r=tuning.rank,
+            lora_alpha=tuning.alpha,
+            lora_dropout=tuning.dropout,
+            bias="none",
+            target_modules=list(tuning.target_modules),
+            use_gradient_checkpointing=mode,
+            random_state=0,
+        )
+    unsloth.FastLanguageModel.for_training(model, use_gradient_checkpointing=mode)
+    core = model if full else model.base_model.model
+    if not full:
+        initialise_adapters(core, seed)
+    return core
+
+
+def _check_weights(model_dir: Path, core: PreTrainedModel) -> None:
+    """Every parameter must come from the files: transformers draws missing ones at random."""
+    stored = set[str]()
+    for file in model_dir.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as handle:
+            stored.update(handle.keys())
+    names = (
+        name.replace(".base_layer.", ".")
+        for name, _ in core.named_parameters()
+        if ".lora_" not in name
+    )
+    missing = sorted(set(names) - stored)
+    if missing:
+        raise ModelError(f"{model_dir}: weights are missing: {', '.join(missing[:5])} ...")
+
+
+def _forget_the_model_before() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _keep_to(memory_bytes: int | None) -> None:
+    """Bound the allocator by this process's share of the device; None: no bound.
+
+    It keeps what it once took, also in pieces that later tensors do not fit into, and unbounded it
+    may go on until the device is full. At its bound it gives unused pieces back first.
+    """
+    if not torch.cuda.is_available():
+        return
+    share = 1.0
+    if memory_bytes is not None:
+        share = min(allocator_bytes(memory_bytes) / torch.cuda.mem_get_info()[1], 1.0)
+    torch.cuda.set_per_process_memory_fraction(share)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Free memory of the device; where it is the host's own, what the host could free."""
+    free = torch.cuda.mem_get_info(device)[0]
+    if _shares_memory(device):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return max(free, 1024 * int(line.split()[1]))
+    return free
+
+
+def _shares_memory(device: torch.device) -> bool:
+    properties = torch.cuda.get_device_properties(device)
+    return bool(getattr(properties, "is_integrated", False))

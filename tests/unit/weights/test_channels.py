@@ -1,0 +1,178 @@
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftConfig
+from torch import Tensor
+
+from qwen3_distill.errors import EngineError, WeightVersionError
+from qwen3_distill.modeling.digest import weights_digest
+from qwen3_distill.modeling.loading import load_model
+from qwen3_distill.ports import FullWeights, LoraWeights, WeightChannel, WeightPayload
+from qwen3_distill.types import WeightVersion
+from qwen3_distill.weights.directory import DirectoryChannel, publish_directory
+from qwen3_distill.weights.ipc import IpcChannel
+from qwen3_distill.weights.memory import MemoryChannel
+from tests.tiny_models import TinyModels
+
+FIRST = WeightVersion(step=0, digest="a")
+SECOND = WeightVersion(step=1, digest="b")
+
+
+def some_weights() -> dict[str, Tensor]:
+    return {"w": torch.arange(4.0), "b": torch.ones(2, requires_grad=True)}
+
+
+def some_payload() -> FullWeights:
+    return FullWeights(tensors=some_weights())
+
+
+def test_the_channel_gives_back_what_was_published() -> None:
+    channel, weights = MemoryChannel(), some_weights()
+    channel.publish(FIRST, FullWeights(tensors=weights))
+    fetched = channel.fetch(FIRST).tensors
+    assert fetched.keys() == weights.keys()
+    assert all(torch.equal(fetched[name], weights[name]) for name in weights)
+    assert not any(tensor.requires_grad for tensor in fetched.values())
+
+
+def test_the_channel_keeps_a_copy() -> None:
+    channel, weights = MemoryChannel(), some_weights()
+    channel.publish(FIRST, FullWeights(tensors=weights))
+    weights["w"].add_(1)  # the optimizer writes into its own tensors
+    weights["extra"] = torch.zeros(1)
+    assert channel.fetch(FIRST).tensors["w"].tolist() == [0, 1, 2, 3]
+    assert channel.fetch(FIRST).tensors.keys() == {"w", "b"}
+
+
+def test_only_the_newest_version_can_be_fetched() -> None:
+    channel = MemoryChannel()
+    channel.publish(FIRST, some_payload())
+    channel.publish(SECOND, FullWeights(tensors={"w": torch.zeros(1)}))
+    assert channel.fetch(SECOND).tensors.keys() == {"w"}
+    with pytest.raises(WeightVersionError, match=r"holds .*step=1.* not .*step=0"):
+        channel.fetch(FIRST)
+
+
+@pytest.mark.parametrize("change", [{"step": 3}, {"digest": "other"}], ids=str)
+def test_a_version_must_match_in_step_and_digest(change: dict[str, int | str]) -> None:
+    channel = MemoryChannel()
+    channel.publish(FIRST, some_payload())
+    with pytest.raises(WeightVersionError):
+        channel.fetch(replace(FIRST, **change))
+
+
+# --- Channels through files ---------------------------------------------------------------------
+
+
+def some_adapter() -> LoraWeights:
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    tensors = {f"{prefix}A.weight": torch.randn(2, 8), f"{prefix}B.weight": torch.randn(8, 2)}
+    return LoraWeights(tensors=tensors, rank=2, alpha=6.0, target_modules=("q_proj",))
+
+
+FILE_CHANNELS = {"directory": DirectoryChannel, "ipc_without_a_gpu": IpcChannel}
+
+
+@pytest.fixture(params=FILE_CHANNELS.values(), ids=list(FILE_CHANNELS))
+def file_channel(request: pytest.FixtureRequest, tmp_path: Path) -> WeightChannel:
+    return request.param(tmp_path / "channel")
+
+
+@pytest.mark.parametrize("payload", [some_payload(), some_adapter()], ids=["full", "adapter"])
+def test_files_give_back_what_was_published_in_another_process(
+    file_channel: WeightChannel, payload: WeightPayload
+) -> None:
+    file_channel.publish(FIRST, payload)
+    elsewhere: WeightChannel = pickle.loads(pickle.dumps(file_channel))
+    fetched = elsewhere.fetch(FIRST)
+    assert type(fetched) is type(payload)
+    assert replace(fetched, tensors={}) == replace(payload, tensors={})
+    assert fetched.tensors.keys() == payload.tensors.keys()
+    assert all(torch.equal(fetched.tensors[n], payload.tensors[n]) for n in payload.tensors)
+
+
+def test_files_keep_the_version_that_an_engine_may_still_read(file_channel: WeightChannel) -> None:
+    versions = [WeightVersion(step=step, digest="d") for step in range(4)]
+    for version in versions:
+        file_channel.publish(version, some_adapter())
+    for version in versions[2:]:
+        assert file_channel.fetch(version).tensors
+    for version in versions[:2]:
+        with pytest.raises(WeightVersionError, match="publish it first"):
+            file_channel.fetch(version)
+
+
+def test_a_version_that_was_not_written_to_its_end_cannot_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel = DirectoryChannel(tmp_path)
+
+    def full_disk(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("qwen3_distill.weights.directory._flush", full_disk)
+    with pytest.raises(EngineError, match=r"step=0.*No space left on device; make room there"):
+        channel.publish(FIRST, some_payload())
+    with pytest.raises(WeightVersionError):
+        channel.fetch(FIRST)
+
+
+@pytest.mark.parametrize("kind", FILE_CHANNELS.values(), ids=list(FILE_CHANNELS))
+def test_an_adapter_lies_in_the_layout_of_peft(
+    tmp_path: Path, kind: type[DirectoryChannel | IpcChannel]
+) -> None:
+    channel = kind(tmp_path)
+    channel.publish(FIRST, some_adapter())
+    config = PeftConfig.from_pretrained(str(channel.locate(FIRST)))
+    assert (config.peft_type, config.r, config.lora_alpha) == ("LORA", 2, 6.0)  # pyright: ignore
+
+
+def test_ipc_sends_files_once_a_receiver_could_not_open_its_handles(tmp_path: Path) -> None:
+    channel = IpcChannel(tmp_path)
+
+    class FakeHandle:
+        """Unpickles as a handle does that another process cannot open."""
+
+        def __reduce__(self) -> tuple[object, ...]:
+            return _no_ipc, ()
+
+    (tmp_path / "handles.pickle").write_bytes(pickle.dumps((FIRST, FakeHandle())))
+    assert not channel.failed
+    with pytest.raises(WeightVersionError, match="CUDA IPC does not work here: invalid argument"):
+        channel.fetch(FIRST)
+    assert channel.failed
+    channel.publish(FIRST, some_payload())
+    assert channel.fetch(FIRST).tensors.keys() == {"w", "b"}
+
+
+def _no_ipc() -> None:
+    raise RuntimeError("invalid argument")
+
+
+def test_an_empty_channel_holds_nothing() -> None:
+    with pytest.raises(WeightVersionError, match="holds nothing"):
+        MemoryChannel().fetch(FIRST)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_directory_is_published_as_step_0(tiny_models: TinyModels, dtype: torch.dtype) -> None:
+    channel = MemoryChannel()
+    version = publish_directory(tiny_models.student, channel, dtype=dtype)
+    fetched = channel.fetch(version).tensors
+    model = load_model(tiny_models.student, device=torch.device("cpu"), dtype=dtype)
+    expected = dict(model.named_parameters())
+    assert version == WeightVersion(step=0, digest=weights_digest(expected))
+    assert version.digest == weights_digest(fetched)
+    assert all(torch.equal(fetched[name], tensor) for name, tensor in expected.items())
+    assert {tensor.dtype for tensor in fetched.values()} == {dtype}
+
+
+def test_a_directory_has_the_same_version_every_time(tiny_models: TinyModels) -> None:
+    versions = {
+        publish_directory(path, MemoryChannel(), dtype=torch.float32)
+        for path in (tiny_models.student, tiny_models.student, tiny_models.teacher)
+    }
+    assert len(versions) == 2
