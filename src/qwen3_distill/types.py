@@ -1,14 +1,17 @@
 """Records that cross package boundaries. Imports numpy only: no torch, no engine.
 
-Alignment, once for the whole project: per-token arrays are *target-aligned over the response*.
-Index r describes ``response_ids[r]`` given the prompt and ``response_ids[:r]``. Log-probabilities
-are natural logarithms (nats), float32. Nothing here is padded or shifted; both happen in exactly
-one place, ``training/batching.py``.
+Alignment, once for the whole project: per-token arrays are *target-aligned over the sampled
+tokens*. Index s describes sampled token s of the response given the prompt and every response token before
+it. Where the student sampled the whole response, s is also the index into ``response_ids``. A
+response token that was not sampled (a tool's answer) has no logprob, no score and no loss.
+Log-probabilities are natural logarithms (nats), float32. Nothing here is padded or shifted; both
+happen in exactly one place, ``training/batching.py``.
 
-Shape letters: R response tokens of one rollout, K teacher candidates per token, D hidden size of
-the teacher, N rollouts of a batch.
+Shape letters: R response tokens of one rollout, S of them sampled, J tokens of a scoring job, K
+teacher candidates per token, D hidden size of the teacher, N rollouts of a batch.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +54,17 @@ def _checked_logprobs(values: Any, ndim: int, what: str) -> FloatArray:
             f"{what}: {float(array.max()):.4f} nats is not a log-probability (> 0)"
         )
     return array
+
+
+def _check_spans(spans: "Sequence[TokenSpan]", first: int, stop: int, what: str) -> None:
+    """Raise unless spans are in order, apart, not empty and within ``[first, stop)``."""
+    edges = [edge for span in spans for edge in (span.start, span.stop)]
+    is_increasing = all(a < b for a, b in itertools.pairwise(edges))
+    if not edges or not is_increasing or edges[0] < first or edges[-1] > stop:
+        raise AlignmentError(
+            f"{what}: spans {[(s.start, s.stop) for s in spans]}, expected at least one, in order, "
+            f"with a gap between any two, none empty, all within [{first}, {stop})"
+        )
 
 
 class FinishReason(str, Enum):
@@ -123,8 +137,20 @@ class WeightVersion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TokenSpan:
+    """Tokens ``[start, stop)`` of a sequence."""
+
+    start: int
+    stop: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VersionSpan:
-    """Response tokens ``[start, stop)`` were sampled from ``version``."""
+    """Sampled tokens ``[start, stop)`` of a rollout were sampled from ``version``."""
 
     start: int
     stop: int
@@ -144,8 +170,13 @@ class RolloutRequest:
 class Rollout:
     """One answer, as sampled: token ids are never decoded and tokenized again.
 
+    Example: a response of 7 tokens, of which the student sampled the first 3 and the last 2, and a
+    tool wrote the 2 between, has ``sampled=(TokenSpan(0, 3), TokenSpan(5, 7))``, 5 behavior
+    logprobs, and version spans that tile ``[0, 5)``.
+
     Raises:
-        AlignmentError: lengths disagree, a logprob is not finite, or spans do not tile ``[0, R)``.
+        AlignmentError: lengths disagree, a logprob is not finite, the sampled spans lie outside of
+            the response, or the version spans do not tile ``[0, S)``.
     """
 
     rollout_id: str
@@ -154,12 +185,14 @@ class Rollout:
     response_ids: IntArray
     """[R], R >= 1."""
     behavior_logprobs: FloatArray
-    """[R] nats, under the distribution sampled from (after temperature, top-k and top-p)."""
+    """[S] nats, under the distribution sampled from (after temperature, top-k and top-p)."""
     versions: tuple[VersionSpan, ...]
-    """Spans that tile ``[0, R)`` in order; more than one after an in-flight weight update."""
+    """Spans that tile ``[0, S)`` in order; more than one after an in-flight weight update."""
     finish_reason: FinishReason
     continues_at: int = 0
     """Response tokens that earlier pieces of the rollout hold; they end ``prompt.token_ids``."""
+    sampled: tuple[TokenSpan, ...] = ()
+    """Which response tokens the student sampled. Left out: all of them, as one span."""
 
     def __post_init__(self) -> None:
         what = f"rollout {self.rollout_id}"
@@ -167,24 +200,38 @@ class Rollout:
         logprobs = _checked_logprobs(self.behavior_logprobs, 1, f"{what}: behavior_logprobs")
         if ids.size == 0:
             raise AlignmentError(f"{what} has no response tokens")
-        if ids.size != logprobs.size:
+        sampled = self.sampled or (TokenSpan(start=0, stop=int(ids.size)),)
+        _check_spans(sampled, 0, int(ids.size), f"{what}: sampled")
+        object.__setattr__(self, "sampled", tuple(sampled))
+        if self.num_loss_tokens != logprobs.size:
             raise AlignmentError(
-                f"{what}: {ids.size} response tokens but {logprobs.size} behavior logprobs"
+                f"{what}: {self.num_loss_tokens} sampled tokens but {logprobs.size} behavior "
+                "logprobs"
             )
         edges = [0, *(span.stop for span in self.versions)]
         starts = [span.start for span in self.versions]
-        if starts != edges[:-1] or edges[-1] != ids.size or edges != sorted(set(edges)):
+        if starts != edges[:-1] or edges[-1] != logprobs.size or edges != sorted(set(edges)):
             raise AlignmentError(
                 f"{what}: version spans {[(s.start, s.stop) for s in self.versions]} do not tile "
-                f"its {ids.size} response tokens"
+                f"its {logprobs.size} sampled tokens"
             )
         object.__setattr__(self, "response_ids", ids)
         object.__setattr__(self, "behavior_logprobs", logprobs)
 
     @property
     def num_tokens(self) -> int:
-        """R: response tokens, which are the loss tokens."""
+        """R: response tokens, sampled or not."""
         return int(self.response_ids.size)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """S: sampled tokens. They alone have a logprob, a score and a gradient."""
+        return sum(span.num_tokens for span in self.sampled)
+
+    @property
+    def sampled_indices(self) -> IntArray:
+        """[S] indices into ``response_ids`` of the sampled tokens, in order."""
+        return np.concatenate([np.arange(span.start, span.stop) for span in self.sampled])
 
     @property
     def is_whole(self) -> bool:
@@ -203,19 +250,57 @@ class RolloutPrefix:
 
     request: RolloutRequest
     response_ids: IntArray
-    """[R] so far, R >= 1."""
+    """[R] so far, R >= 1; all sampled."""
     behavior_logprobs: FloatArray
     """[R] nats."""
     versions: tuple[VersionSpan, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ScoringJob:
+    """Tokens that a teacher is asked about: it knows nothing of rollouts.
+
+    Raises:
+        AlignmentError: a scored token has none before it, or the spans are not within the tokens.
+    """
+
+    rollout_id: str
+    """Names the rollout in errors; it changes no score."""
+    token_ids: IntArray
+    """[J] all that the teacher reads, its context first."""
+    scored: tuple[TokenSpan, ...]
+    """Which of ``token_ids`` get a score; the first starts at 1 or later."""
+
+    def __post_init__(self) -> None:
+        what = f"scoring job of {self.rollout_id}"
+        ids = _frozen_array(self.token_ids, np.int32, 1, f"{what}: token_ids")
+        _check_spans(self.scored, 1, int(ids.size), f"{what}: scored")
+        object.__setattr__(self, "token_ids", ids)
+        object.__setattr__(self, "scored", tuple(self.scored))
+
+    @property
+    def num_scored(self) -> int:
+        """S: scored tokens."""
+        return sum(span.num_tokens for span in self.scored)
+
+    @property
+    def scored_indices(self) -> IntArray:
+        """[S] indices into ``token_ids`` of the scored tokens, in order."""
+        return np.concatenate([np.arange(span.start, span.stop) for span in self.scored])
+
+    @property
+    def context_ids(self) -> IntArray:
+        """Tokens before the first scored one: what requests of one prompt share."""
+        return self.token_ids[: self.scored[0].start]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherScore:
-    """The teacher's log-probability of every response token."""
+    """The teacher's log-probability of every scored token."""
 
     teacher_id: str
     logprobs: FloatArray
-    """[R] nats, at temperature 1."""
+    """[S] nats, at temperature 1."""
 
     def __post_init__(self) -> None:
         checked = _checked_logprobs(self.logprobs, 1, f"score by {self.teacher_id}: logprobs")
@@ -227,9 +312,9 @@ class TopKScore(TeacherScore):
     """A `TeacherScore` with the teacher's K most likely tokens at every position."""
 
     candidate_ids: IntArray
-    """[R, K], most likely first; distinct within a position."""
+    """[S, K], most likely first; distinct within a position."""
     candidate_logprobs: FloatArray
-    """[R, K] nats, of the full distribution: not renormalised over the K."""
+    """[S, K] nats, of the full distribution: not renormalised over the K."""
 
     def __post_init__(self) -> None:
         TeacherScore.__post_init__(self)
@@ -254,7 +339,7 @@ class HiddenScore(TeacherScore):
     """
 
     hidden: FloatArray
-    """[R, D] after the final norm: what the output head is applied to."""
+    """[S, D] after the final norm: what the output head is applied to."""
 
     def __post_init__(self) -> None:
         TeacherScore.__post_init__(self)
@@ -288,9 +373,9 @@ class ScoredRollout:
     score: TeacherScore
 
     def __post_init__(self) -> None:
-        if self.score.logprobs.shape != self.rollout.response_ids.shape:
+        if self.score.logprobs.size != self.rollout.num_loss_tokens:
             raise AlignmentError(
-                f"rollout {self.rollout.rollout_id}: {self.rollout.response_ids.size} response "
+                f"rollout {self.rollout.rollout_id}: {self.rollout.num_loss_tokens} sampled "
                 f"tokens but {self.score.logprobs.size} scores from {self.score.teacher_id}. "
                 "A difference of the prompt's length means that the prompt was not stripped."
             )
@@ -335,15 +420,15 @@ class Batch:
 
     @property
     def num_loss_tokens(self) -> int:
-        """Response tokens of the whole step."""
-        return sum(s.rollout.num_tokens for s in self.scored)
+        """Sampled tokens of the whole step."""
+        return sum(s.rollout.num_loss_tokens for s in self.scored)
 
     @property
     def denominator(self) -> float:
         """sum_i w_i n_i over the whole step: every micro-batch divides by this."""
         return float(
             sum(
-                float(w) * s.rollout.num_tokens
+                float(w) * s.rollout.num_loss_tokens
                 for w, s in zip(self.importance_weights, self.scored, strict=True)
             )
         )
