@@ -26,7 +26,7 @@ from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
 from qwen3_distill.pipeline import offline as module
 from qwen3_distill.pipeline import sequential
 from qwen3_distill.training.embedded.student import EmbeddedLearner
-from qwen3_distill.training.hosted import RemoteLearner
+from qwen3_distill.training.hosted import HostedLearner
 from qwen3_distill.types import Rollout
 from tests.pipeline.builders import (
     FULL,
@@ -317,7 +317,7 @@ def test_train_that_is_stopped_finishes_its_step_and_keeps_the_student(
 def test_learner_in_its_own_process_is_stopped_the_same_way(
     three_steps: Offline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disturb(monkeypatch, RemoteLearner, "update", 2, lambda: send(signal.SIGINT))
+    disturb(monkeypatch, HostedLearner, "update", 2, lambda: send(signal.SIGINT))
     result = train_into(tmp_path / "student", three_steps, "training.own_process=true")
     assert result.code == 130, result
     assert "student after 2 finished steps" in result.out

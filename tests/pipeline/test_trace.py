@@ -17,7 +17,7 @@ from qwen3_distill.pipeline.assembly.engines import Parts, build_engine, plan_me
 from qwen3_distill.pipeline.recorder import summarize
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.pipeline.run_folder import RunFolder
-from qwen3_distill.recording.jsonl import OCCASIONAL_STAGES, STEP_STAGES, MetricsLog, read_jsonl
+from qwen3_distill.recording.jsonl import OCCASIONAL_STAGES, STEP_STAGES, JsonlLog, read_jsonl
 from qwen3_distill.recording.trace import Event, read_trace
 from tests.pipeline.builders import (
     EVALUATION,
@@ -139,10 +139,10 @@ def test_the_summary_counts_what_ran_side_by_side_once(
     times = {f"time/{s}_s": t for s, t in (stages | {"evaluate": 0.0, "checkpoint": 0.0}).items()}
     counts = {"tokens/generated": 1, "tokens/trained": 1}
     with RunFolder(tiny_config(tiny_models, run_dir)) as folder:
-        MetricsLog(folder.metrics).log(
+        JsonlLog(folder.metrics).log(
             1, {"time/step_s": 10.0, "idle/all_fraction": idle, **times, **counts}
         )
-        MetricsLog(folder.evaluations).log(1, {"model": "student", "wall_s": 4.0} | ACCURACY)
+        JsonlLog(folder.evaluations).log(1, {"model": "student", "wall_s": 4.0} | ACCURACY)
         summary = summarize(folder, total_wall_s=20.0)
     assert summary["wall_s"] == pytest.approx(
         stages | {"checkpoint": 0.0, "evaluate": 4.0, "other": other, "total": 20.0}

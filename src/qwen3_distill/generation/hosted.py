@@ -23,7 +23,7 @@ _LOAD_TIMEOUT_S = 300.0
 _CALL_TIMEOUT_S = 60.0
 
 
-class RemoteRolloutEngine:
+class HostedRolloutEngine:
     """A `StreamingRolloutEngine` over a worker that serves one.
 
     Subclasses open the engine in the worker (`_open`), and may explain why that failed

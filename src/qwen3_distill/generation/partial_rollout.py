@@ -16,7 +16,7 @@ from qwen3_distill.types import (
 
 
 @dataclass
-class RunningRollout:
+class PartialRollout:
     """What was sampled of a request so far, and by which weights."""
 
     request: RolloutRequest

@@ -72,7 +72,7 @@ class WorkerProcess:
         self._reader_task: asyncio.Task[None] | None = None
         self._watch_task: asyncio.Task[None] | None = None
         self._hang: str | None = None
-        self._num_silent_calls = 0
+        self._num_calls_without_heartbeat = 0
         self._waiting: dict[int, asyncio.Queue[tuple[str, Any]]] = {}
         self._next_call = 0
         self._write_lock = asyncio.Lock()
@@ -136,16 +136,16 @@ class WorkerProcess:
             self._waiting.pop(call, None)
         return self._unwrap(kind, value)
 
-    async def silent_call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
+    async def call_without_heartbeat(self, method: str, *arguments: Any, timeout_s: float) -> Any:
         """`call` of a method that may block the worker for all of ``timeout_s``: no hang till then.
 
         For an engine's start, which has a limit of its own.
         """
-        self._num_silent_calls += 1
+        self._num_calls_without_heartbeat += 1
         try:
             return await self.call(method, *arguments, timeout_s=timeout_s)
         finally:
-            self._num_silent_calls -= 1
+            self._num_calls_without_heartbeat -= 1
 
     async def stream(self, method: str, *arguments: Any) -> AsyncGenerator[Any, None]:
         """Call an asynchronous generator of the worker's object and yield what it yields.
@@ -260,7 +260,7 @@ class WorkerProcess:
                 silent_ticks = 0
                 while not answer.done() and silent_ticks < _TICKS:
                     await asyncio.wait({answer}, timeout=tick_s)
-                    silent_ticks = 0 if self._num_silent_calls else silent_ticks + 1
+                    silent_ticks = 0 if self._num_calls_without_heartbeat else silent_ticks + 1
                 if not answer.done():
                     self._hang = f"did not answer for {hang_timeout_s:g} s and was killed"
                     await self._process.end()

@@ -7,7 +7,7 @@ _TICKS = 10
 """Parts that the time is counted in; what blocks the event loop is one, however long."""
 
 
-async def until_still(progress: Callable[[], object | None], timeout_s: float) -> None:
+async def wait_until_idle(progress: Callable[[], object | None], timeout_s: float) -> None:
     """Return when ``progress`` has been the same for ``timeout_s``. None: nothing is expected."""
     before, still_ticks = progress(), 0
     while still_ticks < _TICKS:

@@ -27,7 +27,7 @@ from qwen3_distill.recording.console import ProgressReporter
 from qwen3_distill.recording.jsonl import (
     OCCASIONAL_STAGES,
     STEP_STAGES,
-    MetricsLog,
+    JsonlLog,
     combine,
     read_jsonl,
 )
@@ -92,11 +92,11 @@ class Recorder:
         self._config: RunConfig = parts.config
         self._folder = folder
         self._progress = progress
-        self._metrics = MetricsLog(folder.metrics)
+        self._metrics = JsonlLog(folder.metrics)
         self._metrics.truncate_after(start_step)
-        self._evaluations = MetricsLog(folder.evaluations)
+        self._evaluations = JsonlLog(folder.evaluations)
         self._evaluations.truncate_after(start_step)
-        self._ledger = MetricsLog(folder.ledger)
+        self._ledger = JsonlLog(folder.ledger)
         self._ledger.truncate_after(start_step)
         self._trackers = open_trackers(
             self._config.logging,

@@ -54,7 +54,7 @@ def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
     return records
 
 
-class MetricsLog:
+class JsonlLog:
     """Append-only JSON Lines file; every record has a ``step``.
 
     Serves ``metrics.jsonl`` (one line a step) and ``evaluations.jsonl`` (one line a step and

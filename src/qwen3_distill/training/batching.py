@@ -20,7 +20,7 @@ from torch import Tensor
 from qwen3_distill.modeling.host_to_device import to_device
 from qwen3_distill.replay.flat import Counts, FlatRollouts, flatten, spans
 from qwen3_distill.types import Batch
-from qwen3_distill.utils.batches import pack_by_tokens
+from qwen3_distill.utils.batches import padded_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ def collate(batch: Batch, indices: Sequence[int], *, packed: bool = False) -> Mi
 
 def _groups(tokens: Sequence[int], max_tokens: int, *, packed: bool) -> list[list[int]]:
     lengths = [count - 1 for count in tokens]  # the last token is a target only
-    return _fill(lengths, max_tokens) if packed else pack_by_tokens(lengths, max_tokens)
+    return _fill(lengths, max_tokens) if packed else padded_batches(lengths, max_tokens)
 
 
 def _laid_out(

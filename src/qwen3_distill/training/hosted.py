@@ -15,8 +15,8 @@ from qwen3_distill.ports import WeightChannel
 from qwen3_distill.types import Batch, ModelIdentity, ScoredRollout, Update, WeightVersion
 
 
-class RemoteLearner:
-    """A `ReplayingLearner` over a worker that serves a `ServedLearner`.
+class HostedLearner:
+    """A `ReplayingLearner` over a worker that serves a `LearnerService`.
 
     Subclasses make the worker (`_make_worker`) and open the learner in it (`_open`).
 

@@ -1,4 +1,4 @@
-"""The learner in its own process: what it serves to the controller's `RemoteLearner`.
+"""The learner in its own process: what it serves to the controller's `HostedLearner`.
 
 No torch and no transformers here: a worker of unsloth imports this before unsloth.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qwen3_distill.training.learner import TorchLearner
 
 
-class ServedLearner:
+class LearnerService:
     """A learner's methods, once a subclass has opened it. A step keeps the worker from answering.
 
     All are one after another by that: whoever asks during a step is answered after it.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-def pack_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def padded_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Groups of indices whose padded size, rows x longest, stays within ``max_tokens``.
 
     Longest first, so that rows of one group are of similar length. A sequence longer than

@@ -201,7 +201,7 @@ def test_a_worker_that_blocks_for_less_than_the_limit_lives(log: Path) -> None:
 
 def test_a_silent_call_has_its_own_limit(log: Path) -> None:
     async def use(worker: WorkerProcess) -> None:
-        assert await worker.silent_call("block", 3.0, timeout_s=20.0) == "done"
+        assert await worker.call_without_heartbeat("block", 3.0, timeout_s=20.0) == "done"
         with pytest.raises(EngineLost, match="did not answer"):  # watched again
             await worker.call("block", 60.0)
 

@@ -6,13 +6,13 @@ from itertools import count
 
 import pytest
 
-from qwen3_distill.hosts.watchdog import until_still
+from qwen3_distill.hosts.watchdog import wait_until_idle
 
 
 def ends(progress: Callable[[], object | None], within_s: float = 60.0) -> bool:
     async def watch() -> bool:
         try:
-            await asyncio.wait_for(until_still(progress, 0.05), within_s)
+            await asyncio.wait_for(wait_until_idle(progress, 0.05), within_s)
         except asyncio.TimeoutError:
             return False
         return True

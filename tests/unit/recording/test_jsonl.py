@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_distill.errors import DataError, RunFolderError
-from qwen3_distill.recording.jsonl import MetricsLog, combine, read_jsonl
+from qwen3_distill.recording.jsonl import JsonlLog, combine, read_jsonl
 from qwen3_distill.types import Metric
 
 
@@ -44,7 +44,7 @@ def test_combine_refuses_two_reductions_of_one_key():
 def test_every_line_is_on_disk_when_log_returns(path, monkeypatch):
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", synced.append)
-    log = MetricsLog(path)
+    log = JsonlLog(path)
     log.log(1, {"loss/a": 0.5, "wall_s": 2.0})
     assert read_jsonl(path) == [{"step": 1, "loss/a": 0.5, "wall_s": 2.0}]  # not yet closed
     assert len(synced) == 1
@@ -56,7 +56,7 @@ def test_every_line_is_on_disk_when_log_returns(path, monkeypatch):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_becomes_null(path, value):
-    MetricsLog(path).log(1, {"a": value, "b": 1.0})
+    JsonlLog(path).log(1, {"a": value, "b": 1.0})
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
@@ -67,11 +67,11 @@ def test_a_value_that_is_not_finite_becomes_null(path, value):
 
 def test_step_may_not_be_given_twice(path):
     with pytest.raises(ValueError, match="step"):
-        MetricsLog(path).log(1, {"step": 2})
+        JsonlLog(path).log(1, {"step": 2})
 
 
 def test_steps_never_go_back(path):
-    log = MetricsLog(path)
+    log = JsonlLog(path)
     log.log(5, {})
     log.log(5, {"model": "teacher"})  # evaluations: two models at one step
     with pytest.raises(RunFolderError, match="truncate_after"):
@@ -79,15 +79,15 @@ def test_steps_never_go_back(path):
 
 
 def test_a_reopened_log_knows_its_last_step(path):
-    first = MetricsLog(path)
+    first = JsonlLog(path)
     first.log(5, {})
     first.close()
     with pytest.raises(RunFolderError, match="truncate_after"):
-        MetricsLog(path).log(4, {})
+        JsonlLog(path).log(4, {})
 
 
 def test_truncate_after_drops_later_steps_and_goes_on(path):
-    log = MetricsLog(path)
+    log = JsonlLog(path)
     for step in (1, 2, 3, 4):
         log.log(step, {"a": step / 10})
     log.truncate_after(2)
@@ -97,7 +97,7 @@ def test_truncate_after_drops_later_steps_and_goes_on(path):
 
 
 def test_truncate_after_everything_leaves_an_empty_log(path):
-    log = MetricsLog(path)
+    log = JsonlLog(path)
     log.log(3, {})
     log.truncate_after(0)
     log.log(1, {})
@@ -106,21 +106,21 @@ def test_truncate_after_everything_leaves_an_empty_log(path):
 
 @pytest.mark.parametrize("tear", [b'{"step": 3, "a": 0.', b'{"st', b"\x00\x00\x00", b'{"a": "\xc3'])
 def test_a_torn_last_line_is_dropped_and_never_glued_to(path, tear):
-    log = MetricsLog(path)
+    log = JsonlLog(path)
     log.log(1, {"a": 1.0})
     log.log(2, {"a": 2.0})
     log.close()
     with path.open("ab") as file:
         file.write(tear)
     assert [r["step"] for r in read_jsonl(path)] == [1, 2]
-    resumed = MetricsLog(path)
+    resumed = JsonlLog(path)
     resumed.log(3, {"a": 3.0})
     assert [r["step"] for r in read_jsonl(path)] == [1, 2, 3]
 
 
 def test_a_whole_last_line_counts_without_its_newline(path):
     path.write_text('{"step": 1}\n{"step": 2}')
-    MetricsLog(path).log(3, {})
+    JsonlLog(path).log(3, {})
     assert [r["step"] for r in read_jsonl(path)] == [1, 2, 3]
 
 
@@ -133,11 +133,11 @@ def test_a_malformed_line_within_is_an_error_with_its_number(path):
 def test_records_without_a_step_are_refused(path):
     path.write_text('{"loss": 1}\n')
     with pytest.raises(DataError, match="step"):
-        MetricsLog(path)
+        JsonlLog(path)
 
 
 def test_half_a_line_on_a_full_disk_is_taken_back(path, monkeypatch):
-    log = MetricsLog(path)
+    log = JsonlLog(path)
     log.log(1, {"a": 1.0})
     write = os.write
 
@@ -157,11 +157,11 @@ def test_half_a_line_on_a_full_disk_is_taken_back(path, monkeypatch):
 def test_a_path_that_cannot_be_written_is_a_run_folder_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError):
-        MetricsLog(tmp_path / "file" / "metrics.jsonl")
+        JsonlLog(tmp_path / "file" / "metrics.jsonl")
 
 
 def test_a_closed_log_refuses(path):
-    log = MetricsLog(path)
+    log = JsonlLog(path)
     log.close()
     with pytest.raises(RunFolderError, match="closed"):
         log.log(1, {})

@@ -20,7 +20,7 @@ from qwen3_distill.generation.embedded.grouped_attention import (
     use_grouped_attention,
 )
 from qwen3_distill.generation.embedded.sampling import RowSampler
-from qwen3_distill.generation.partial_rollout import RunningRollout
+from qwen3_distill.generation.partial_rollout import PartialRollout
 from qwen3_distill.types import FinishReason, Prompt, Rollout, RolloutRequest
 
 
@@ -34,7 +34,7 @@ class DecodeRow:
     def __init__(
         self, request: RolloutRequest, outbox: "asyncio.Queue[Rollout | Exception | None]"
     ) -> None:
-        self.running = RunningRollout(request)
+        self.running = PartialRollout(request)
         self.is_over = False
         """Nobody waits for another token."""
         self._outbox = outbox

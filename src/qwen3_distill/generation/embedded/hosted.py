@@ -4,14 +4,14 @@ import sys
 from pathlib import Path
 
 from qwen3_distill.config import EmbeddedGeneration
-from qwen3_distill.generation.hosted import RemoteRolloutEngine
+from qwen3_distill.generation.hosted import HostedRolloutEngine
 from qwen3_distill.hosts.process import WorkerProcess
 from qwen3_distill.modeling.loading import load_identity
 
 _MODULE = "qwen3_distill.generation.embedded.worker"
 
 
-class EmbeddedRolloutProcess(RemoteRolloutEngine):
+class EmbeddedRolloutProcess(HostedRolloutEngine):
     """A `StreamingRolloutEngine`: an `EmbeddedRolloutEngine` elsewhere.
 
     Args:
@@ -34,6 +34,6 @@ class EmbeddedRolloutProcess(RemoteRolloutEngine):
         self._config = config
 
     async def _open(self) -> None:
-        await self._worker.silent_call(
+        await self._worker.call_without_heartbeat(
             "open", str(self._model_dir), self._config, timeout_s=self._config.start_timeout_s
         )

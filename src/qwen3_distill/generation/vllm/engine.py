@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qwen3_distill.config import LoraTuning, VllmGeneration
 from qwen3_distill.errors import EngineStartError
-from qwen3_distill.generation.hosted import RemoteRolloutEngine
+from qwen3_distill.generation.hosted import HostedRolloutEngine
 from qwen3_distill.generation.vllm.settings import VllmSettings
 from qwen3_distill.hosts.child import how_to_install
 from qwen3_distill.hosts.process import WorkerProcess
@@ -28,7 +28,7 @@ _OUT_OF_MEMORY = re.compile(
 _MODULE = "qwen3_distill.generation.vllm.worker"
 
 
-class VllmRolloutEngine(RemoteRolloutEngine):
+class VllmRolloutEngine(HostedRolloutEngine):
     """A `StreamingRolloutEngine` of vLLM.
 
     Args:
@@ -100,7 +100,7 @@ class VllmRolloutEngine(RemoteRolloutEngine):
         if self._scratch is None:
             self._scratch = Path(tempfile.mkdtemp(prefix="qwen3-distill-vllm-"))
         settings = replace(self._settings, scratch=str(self._scratch))
-        await self._worker.silent_call("open", settings, timeout_s=limit_s)
+        await self._worker.call_without_heartbeat("open", settings, timeout_s=limit_s)
 
     def _explained(self, error: EngineStartError) -> EngineStartError:
         """The error with its cause: vLLM prints it, and passes on only that there was one."""

@@ -27,12 +27,12 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from qwen3_distill.errors import EngineError, EngineStartError, WeightVersionError
-from qwen3_distill.generation.partial_rollout import RunningRollout
+from qwen3_distill.generation.partial_rollout import PartialRollout
 from qwen3_distill.generation.vllm import compat
 from qwen3_distill.generation.vllm.extension import write_request
 from qwen3_distill.generation.vllm.settings import VllmSettings
 from qwen3_distill.hosts.process import serve_worker
-from qwen3_distill.hosts.watchdog import until_still
+from qwen3_distill.hosts.watchdog import wait_until_idle
 from qwen3_distill.ports import WeightChannel
 from qwen3_distill.types import (
     FinishReason,
@@ -58,7 +58,7 @@ class VllmWorker:
         self._version: WeightVersion | None = None
         self._num_loads = 0
         self._adapter_path: str | None = None
-        self._running: dict[str, RunningRollout] = {}
+        self._running: dict[str, PartialRollout] = {}
         self._load_lock = asyncio.Lock()
         self._paused = False
         self._num_outputs = 0
@@ -178,7 +178,7 @@ class VllmWorker:
         async with self._load_lock:  # a load that is under way is waited for
             if self._settings is None or self._version is None:
                 raise WeightVersionError("the rollout engine has no weights: load a version first")
-        running = RunningRollout(request)
+        running = PartialRollout(request)
         running.begin(self._version)
         self._running[request.rollout_id] = running
         try:
@@ -237,7 +237,7 @@ class VllmWorker:
 
         This one still answers then, so that the controller sees nothing.
         """
-        await until_still(self._progress, hang_timeout_s)
+        await wait_until_idle(self._progress, hang_timeout_s)
         _die(EngineError(f"no rollout got a token for {hang_timeout_s:g} s"))
 
     def _progress(self) -> int | None:
@@ -273,7 +273,7 @@ class VllmWorker:
             await asyncio.sleep(0.1)
 
 
-def _finished(running: RunningRollout, reason: str | None) -> Rollout | None:
+def _finished(running: PartialRollout, reason: str | None) -> Rollout | None:
     if reason == "abort":
         return None
     return running.rollout(FinishReason(reason))

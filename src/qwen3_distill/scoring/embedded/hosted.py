@@ -88,7 +88,7 @@ class EmbeddedTeacherProcess:
 
     async def _start(self) -> None:
         await self._worker.start()
-        self._teacher_id = await self._worker.silent_call(
+        self._teacher_id = await self._worker.call_without_heartbeat(
             "open", self._config, self._request, timeout_s=self._config.start_timeout_s
         )
 

@@ -36,7 +36,7 @@ from qwen3_distill.types import (
     TeacherScore,
     TopKScore,
 )
-from qwen3_distill.utils.batches import pack_by_tokens
+from qwen3_distill.utils.batches import padded_batches
 
 
 class EmbeddedTeacher:
@@ -96,7 +96,7 @@ class EmbeddedTeacher:
                     f"context of {self._identity.context_length}; lower sampling.max_new_tokens"
                 )
         scores: dict[int, TeacherScore] = {}
-        for group in pack_by_tokens(lengths, self._batch_tokens):
+        for group in padded_batches(lengths, self._batch_tokens):
             group_scores = self._score_batch([rollouts[index] for index in group])
             scores.update(zip(group, group_scores, strict=True))
             await asyncio.sleep(0)  # others may be waiting for this event loop

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from qwen3_distill.config import EmbeddedTraining, ObjectiveConfig, ReplayConfig
 from qwen3_distill.hosts.process import WorkerProcess
-from qwen3_distill.training.hosted import RemoteLearner
+from qwen3_distill.training.hosted import HostedLearner
 from qwen3_distill.types import WeightVersion
 
 _MODULE = "qwen3_distill.training.embedded.worker"
 
 
-class EmbeddedLearnerProcess(RemoteLearner):
+class EmbeddedLearnerProcess(HostedLearner):
     """A `ReplayingLearner`: an `EmbeddedLearner` elsewhere.
 
     Args:
@@ -56,7 +56,7 @@ class EmbeddedLearnerProcess(RemoteLearner):
         )
 
     async def _open(self, worker: WorkerProcess) -> WeightVersion:
-        return await worker.silent_call(
+        return await worker.call_without_heartbeat(
             "open",
             str(self._model_dir),
             self._config,

@@ -7,11 +7,11 @@ import torch
 from qwen3_distill.config import EmbeddedTraining, ObjectiveConfig, ReplayConfig
 from qwen3_distill.hosts.process import serve_worker
 from qwen3_distill.training.embedded.student import build_embedded_learner
-from qwen3_distill.training.learner_service import ServedLearner
+from qwen3_distill.training.learner_service import LearnerService
 from qwen3_distill.types import WeightVersion
 
 
-class EmbeddedLearnerWorker(ServedLearner):
+class EmbeddedLearnerWorker(LearnerService):
     """What the worker serves; everything but `open` needs a learner that is open."""
 
     def open(

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from qwen3_distill.config import LoraTuning, ObjectiveConfig, ReplayConfig, UnslothTraining
 from qwen3_distill.hosts.process import WorkerProcess
-from qwen3_distill.training.hosted import RemoteLearner
+from qwen3_distill.training.hosted import HostedLearner
 from qwen3_distill.types import WeightVersion
 
 _WORKER = "qwen3_distill.training.unsloth.worker"
 
 
-class UnslothLearner(RemoteLearner):
+class UnslothLearner(HostedLearner):
     """A `ReplayingLearner` whose steps are taken by unsloth in a process of its own.
 
     Args:
@@ -78,7 +78,7 @@ class UnslothLearner(RemoteLearner):
         )
 
     async def _open(self, worker: WorkerProcess) -> WeightVersion:
-        version, self._description = await worker.silent_call(
+        version, self._description = await worker.call_without_heartbeat(
             "open",
             str(self._model_dir),
             self._config,

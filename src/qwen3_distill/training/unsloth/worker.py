@@ -15,7 +15,7 @@ from qwen3_distill.config import ObjectiveConfig, UnslothTraining
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.hosts.child import how_to_install
 from qwen3_distill.hosts.process import serve_worker
-from qwen3_distill.training.learner_service import ServedLearner
+from qwen3_distill.training.learner_service import LearnerService
 from qwen3_distill.types import WeightVersion
 
 UNSLOTH_VERSION = "2026.10.9"
@@ -25,7 +25,7 @@ TRANSFORMERS_VERSIONS = ((5, 12), (5, 17))
 _INSTALL = how_to_install("unsloth", "training")
 
 
-class UnslothWorker(ServedLearner):
+class UnslothWorker(LearnerService):
     """What the worker serves; everything but `open` needs a learner that is open."""
 
     def open(
