@@ -1,9 +1,10 @@
 """Records that cross package boundaries. Imports numpy only: no torch, no engine.
 
 Alignment, once for the whole project: per-token arrays are *target-aligned over the sampled
-tokens*. Index s describes sampled token s of the response given the prompt and every response token before
-it. Where the student sampled the whole response, s is also the index into ``response_ids``. A
-response token that was not sampled (a tool's answer) has no logprob, no score and no loss.
+tokens*. Index s describes sampled token s of the response given the prompt and
+every response token before it. Where the student sampled the whole response, s is also the index
+into ``response_ids``. A response token that was not sampled (a tool's answer) has no logprob, no
+score and no loss.
 Log-probabilities are natural logarithms (nats), float32. Nothing here is padded or shifted; both
 happen in exactly one place, ``training/batching.py``.
 
@@ -205,8 +206,8 @@ class Rollout:
         object.__setattr__(self, "sampled", tuple(sampled))
         if self.num_loss_tokens != logprobs.size:
             raise AlignmentError(
-                f"{what}: {self.num_loss_tokens} sampled tokens but {logprobs.size} behavior "
-                "logprobs"
+                f"{what}: {self.num_loss_tokens} response tokens were sampled, but there are "
+                f"{logprobs.size} behavior logprobs"
             )
         edges = [0, *(span.stop for span in self.versions)]
         starts = [span.start for span in self.versions]
