@@ -1,10 +1,11 @@
 """Records that cross package boundaries. Imports numpy only: no torch, no engine.
 
 Alignment, once for the whole project: per-token arrays are *target-aligned over the sampled
-tokens*. Index s describes sampled token s of the response given the prompt and
-every response token before it. Where the student sampled the whole response, s is also the index
-into ``response_ids``. A response token that was not sampled (a tool's answer) has no logprob, no
-score and no loss.
+tokens*. Index s describes sampled token s of the response, given the prompt and every response
+token before it. Where the student sampled the whole response, s is also the index into
+``response_ids``. A response token that was not sampled (a tool's answer) has no logprob, no score
+and no loss.
+
 Log-probabilities are natural logarithms (nats), float32. Nothing here is padded or shifted; both
 happen in exactly one place, ``training/batching.py``.
 
@@ -26,12 +27,12 @@ from numpy.typing import NDArray
 from qwen3_distill.errors import AlignmentError, DataError
 
 IntArray: TypeAlias = NDArray[np.integer[Any]]
-"""Taken in any integer type, kept as int32."""
+"""Accepted in any integer type, stored as int32."""
 FloatArray: TypeAlias = NDArray[np.floating[Any]]
-"""Taken in any float type, kept as float32."""
+"""Accepted in any float type, stored as float32."""
 
 LOGPROB_SLACK_NATS = 1e-3
-"""How far above 0 a logprob may lie before it is an error: engines round, probabilities do not."""
+"""How far above 0 a logprob may lie before it is an error, because engines round."""
 
 
 def _frozen_array(values: Any, dtype: type[np.generic], ndim: int, what: str) -> NDArray[Any]:
@@ -81,13 +82,21 @@ class FinishReason(str, Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A prompt, rendered once with the student's chat template."""
+    """A prompt, rendered once with the student's chat template.
+
+    Example:
+        >>> Prompt(
+        ...     prompt_id="train.jsonl:17",
+        ...     token_ids=np.array([151644, 872, 198]),
+        ...     task_data={"answer": "42"},
+        ... )
+    """
 
     prompt_id: str
-    """Names the prompt for good, e.g. ``"gsm8k/train.jsonl:17"``."""
+    """Permanent name, e.g. ``"train.jsonl:17"``."""
     token_ids: IntArray
     task_data: Mapping[str, str] = field(default_factory=dict)
-    """What the verifier needs, e.g. ``{"answer": "42"}``."""
+    """Input of the verifier, e.g. ``{"answer": "42"}``."""
 
     def __post_init__(self) -> None:
         ids = _frozen_array(self.token_ids, np.int32, 1, f"prompt {self.prompt_id}: token_ids")
@@ -97,7 +106,7 @@ class Prompt:
         object.__setattr__(self, "task_data", MappingProxyType(dict(self.task_data)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A read-only mapping has no pickle of its own; prompts go to engines' processes."""
+        """Pickle as a call: a read-only mapping has no pickle, and prompts go to processes."""
         values = {"prompt_id": self.prompt_id, "token_ids": self.token_ids}
         return _prompt_again, (values | {"task_data": dict(self.task_data)},)
 
@@ -108,7 +117,7 @@ def _prompt_again(values: dict[str, Any]) -> Prompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingSpec:
-    """How one rollout is sampled. With the weights it determines the rollout."""
+    """Sampling settings of one rollout. With the weights they determine it."""
 
     temperature: float
     top_p: float
@@ -134,7 +143,7 @@ class WeightVersion:
     """Weights after ``step`` optimizer steps. The digest tells forks of one step apart."""
 
     step: int
-    digest: str = field(compare=True)
+    digest: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,7 +160,7 @@ class TokenSpan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VersionSpan:
-    """Sampled tokens ``[start, stop)`` of a rollout were sampled from ``version``."""
+    """States that sampled tokens ``[start, stop)`` of a rollout come from weights ``version``."""
 
     start: int
     stop: int
@@ -160,7 +169,7 @@ class VersionSpan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutRequest:
-    """One answer to be sampled."""
+    """A request to sample one response."""
 
     rollout_id: str
     prompt: Prompt
@@ -169,15 +178,29 @@ class RolloutRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """One answer, as sampled: token ids are never decoded and tokenized again.
+    """One response, as sampled: token ids are never decoded and tokenized again.
 
-    Example: a response of 7 tokens, of which the student sampled the first 3 and the last 2, and a
-    tool wrote the 2 between, has ``sampled=(TokenSpan(0, 3), TokenSpan(5, 7))``, 5 behavior
-    logprobs, and version spans that tile ``[0, 5)``.
+    Example: the student sampled the first 3 and the last 2 tokens, and a tool wrote 2 between them;
+    weights were updated before the last token.
+
+        >>> Rollout(
+        ...     rollout_id="step-000007/prompt-0000/sample-00",
+        ...     prompt=prompt,
+        ...     sampling=sampling,
+        ...     response_ids=np.array([785, 4226, 374, 198, 220, 19, 17]),  # R = 7
+        ...     sampled=(TokenSpan(start=0, stop=3), TokenSpan(start=5, stop=7)),
+        ...     behavior_logprobs=np.array([-0.1, -2.3, -0.4, -1.2, -0.7]),  # S = 5
+        ...     versions=(
+        ...         VersionSpan(start=0, stop=4, version=step_6),  # the first 4 of the 5
+        ...         VersionSpan(start=4, stop=5, version=step_7),
+        ...     ),
+        ...     finish_reason=FinishReason.LENGTH,
+        ... )
 
     Raises:
-        AlignmentError: lengths disagree, a logprob is not finite, the sampled spans lie outside of
-            the response, or the version spans do not tile ``[0, S)``.
+        AlignmentError: lengths disagree, a logprob is not finite, the sampled spans are empty, out
+            of order, without a gap between them or outside of the response, or the version spans
+            do not tile ``[0, S)``.
     """
 
     rollout_id: str
@@ -191,7 +214,7 @@ class Rollout:
     """Spans that tile ``[0, S)`` in order; more than one after an in-flight weight update."""
     finish_reason: FinishReason
     continues_at: int = 0
-    """Response tokens that earlier pieces of the rollout hold; they end ``prompt.token_ids``."""
+    """Response tokens in earlier pieces of the rollout; ``prompt.token_ids`` ends with them."""
     sampled: tuple[TokenSpan, ...] = ()
     """Which response tokens the student sampled. Left out: all of them, as one span."""
 
@@ -226,7 +249,7 @@ class Rollout:
 
     @property
     def num_loss_tokens(self) -> int:
-        """S: sampled tokens. They alone have a logprob, a score and a gradient."""
+        """S: sampled tokens. Only they have a logprob, a score and a gradient."""
         return sum(span.num_tokens for span in self.sampled)
 
     @property
@@ -236,18 +259,18 @@ class Rollout:
 
     @property
     def is_whole(self) -> bool:
-        """Whether this is an answer from its first token to its last, not a piece of one."""
+        """Whether this is a complete response, not a piece of one."""
         return self.continues_at == 0 and self.finish_reason is not FinishReason.HARVESTED
 
     @property
     def oldest_version(self) -> WeightVersion:
-        """Oldest weights that sampled any of the tokens; age is judged by it."""
+        """Oldest weights that sampled any of the tokens; they define the rollout's age."""
         return min(span.version for span in self.versions)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutPrefix:
-    """What exists of a rollout that is still being sampled."""
+    """The tokens so far of a rollout that is still being sampled."""
 
     request: RolloutRequest
     response_ids: IntArray
@@ -259,18 +282,26 @@ class RolloutPrefix:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoringJob:
-    """Tokens that a teacher is asked about: it knows nothing of rollouts.
+    """Tokens for a teacher to score. A teacher needs to know nothing about rollouts.
+
+    Example: a prompt of 3 tokens, then a response of which the first 2 and the last token count.
+
+        >>> ScoringJob(
+        ...     rollout_id="step-000007/prompt-0000/sample-00",
+        ...     token_ids=np.array([151644, 872, 198, 785, 4226, 374, 17]),  # J = 7
+        ...     scored=(TokenSpan(start=3, stop=5), TokenSpan(start=6, stop=7)),  # S = 3
+        ... )
 
     Raises:
         AlignmentError: a scored token has none before it, or the spans are not within the tokens.
     """
 
     rollout_id: str
-    """Names the rollout in errors; it changes no score."""
+    """Names the rollout in error messages; it does not affect the score."""
     token_ids: IntArray
-    """[J] all that the teacher reads, its context first."""
+    """[J] everything that the teacher reads, its context first."""
     scored: tuple[TokenSpan, ...]
-    """Which of ``token_ids`` get a score; the first starts at 1 or later."""
+    """Which of ``token_ids`` get a score; the first span starts at 1 or later."""
 
     def __post_init__(self) -> None:
         what = f"scoring job of {self.rollout_id}"
@@ -291,7 +322,7 @@ class ScoringJob:
 
     @property
     def context_ids(self) -> IntArray:
-        """Tokens before the first scored one: what requests of one prompt share."""
+        """Tokens before the first scored one; requests for one prompt share them."""
         return self.token_ids[: self.scored[0].start]
 
 
@@ -310,10 +341,10 @@ class TeacherScore:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TopKScore(TeacherScore):
-    """A `TeacherScore` with the teacher's K most likely tokens at every position."""
+    """A `TeacherScore` with the teacher's K most likely tokens at every scored token."""
 
     candidate_ids: IntArray
-    """[S, K], most likely first; distinct within a position."""
+    """[S, K], most likely first; distinct within a row."""
     candidate_logprobs: FloatArray
     """[S, K] nats, of the full distribution: not renormalised over the K."""
 
@@ -335,12 +366,12 @@ class TopKScore(TeacherScore):
 class HiddenScore(TeacherScore):
     """A `TeacherScore` with the teacher's last hidden states.
 
-    The learner holds the teacher's output head and rebuilds the full distribution from them in
-    chunks: D numbers a token travel instead of the whole vocabulary.
+    The learner has the teacher's output head and computes the full distribution from them in
+    chunks: D numbers per token are sent instead of one per vocabulary entry.
     """
 
     hidden: FloatArray
-    """[S, D] after the final norm: what the output head is applied to."""
+    """[S, D] after the final norm: the input of the output head."""
 
     def __post_init__(self) -> None:
         TeacherScore.__post_init__(self)
@@ -357,7 +388,7 @@ class HiddenScore(TeacherScore):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreFailure:
-    """A rollout that the teacher could not be made to score: it is dropped, and counted."""
+    """A rollout that the teacher failed to score. It is dropped and counted."""
 
     rollout_id: str
     reason: str
@@ -368,7 +399,11 @@ ScoreResult: TypeAlias = TeacherScore | ScoreFailure
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredRollout:
-    """A rollout with its teacher's score. Cannot exist without one, or with another's."""
+    """A rollout with its teacher's score: one value per sampled token.
+
+    Raises:
+        AlignmentError: the score has another number of tokens.
+    """
 
     rollout: Rollout
     score: TeacherScore
@@ -384,21 +419,32 @@ class ScoredRollout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """What one optimizer step consumes. Owns the step's denominator.
+    """The rollouts of one optimizer step, with their weights and the step's denominator.
+
+    Example: two rollouts, drawn with different probabilities, without task reward.
+
+        >>> Batch(
+        ...     scored=(one, other),  # of 5 and 40 sampled tokens
+        ...     importance_weights=np.array([1.0, 0.5]),
+        ...     task_advantages=np.array([0.0, 0.0]),
+        ... ).denominator
+        25.0
 
     Raises:
-        AlignmentError: the per-rollout arrays do not have one entry per rollout.
+        AlignmentError: there is no rollout, a per-rollout array does not have one finite value per
+            rollout, or an importance weight is not positive.
     """
 
     scored: tuple[ScoredRollout, ...]
     importance_weights: FloatArray
-    """[N] w_i > 0: corrects *which* rollout was drawn (prioritised replay); 1 when uniform."""
+    """[N] w_i > 0: corrects *which* rollout was drawn (prioritised replay); 1 if uniform."""
     task_advantages: FloatArray
-    """[N] added to every token's advantage: weighted, group-centred task reward; 0 without."""
+    """[N] weighted, group-centred task reward, added to every sampled token's advantage; 0 without
+    a task reward."""
 
     @classmethod
     def uniform(cls, scored: Sequence[ScoredRollout]) -> "Batch":
-        """A batch with weights 1 and no task reward."""
+        """Make a batch with weights 1 and without task reward."""
         return cls(
             scored=tuple(scored),
             importance_weights=np.ones(len(scored), dtype=np.float32),
@@ -426,7 +472,7 @@ class Batch:
 
     @property
     def denominator(self) -> float:
-        """sum_i w_i n_i over the whole step: every micro-batch divides by this."""
+        """sum_i w_i S_i over the whole step, by which every micro-batch divides."""
         return float(
             sum(
                 float(w) * s.rollout.num_loss_tokens
@@ -440,7 +486,7 @@ class Batch:
 
 
 class Reduction(str, Enum):
-    """How values of one metric combine over micro-batches or steps."""
+    """Rule by which values of one metric combine over micro-batches or steps."""
 
     MEAN = "mean"
     SUM = "sum"
@@ -450,9 +496,9 @@ class Reduction(str, Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metric:
-    """A number that knows how it combines with others of its key.
+    """A number with the rule by which it combines with others of its key.
 
-    A mean carries its total and its count, so a mean over unequal parts is exact.
+    A mean keeps its total and its count, so a mean over unequal parts is exact.
     """
 
     key: str
@@ -484,7 +530,7 @@ class Metric:
         return self.total
 
     def combined(self, other: "Metric") -> "Metric":
-        """This metric and a later one of the same key as one."""
+        """Combine this metric with a later one of the same key."""
         if (self.key, self.reduction) != (other.key, other.reduction):
             raise ValueError(f"cannot combine {self.key} ({self.reduction}) with {other.key}")
         if self.reduction is Reduction.MAX:
@@ -514,12 +560,12 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelIdentity:
-    """What two models must share before one may score the other's tokens."""
+    """Properties that two models must share before one may score the other's tokens."""
 
     name: str
     tokenizer_digest: str
     vocab_size: int
-    """Rows of the output head: the softmax runs over these."""
+    """Rows of the output head, over which the softmax runs."""
     eos_ids: frozenset[int]
     chat_template_digest: str
     context_length: int
@@ -527,15 +573,16 @@ class ModelIdentity:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunCursor:
-    """Where a run stands after ``step`` steps, with the learner's state all that a resume needs.
+    """Position of a run after ``step`` steps. A resume needs it and the learner's state.
 
-    There are no random-generator states in it: every draw derives from (seed, purpose, step,
-    index), so the position alone restores them (docs/adr/0003).
+    It holds no random-generator states: every draw derives from (seed, purpose, step, index), so
+    the position alone restores them (docs/adr/0003).
     """
 
     step: int
     prompts_drawn: int
     weight_version: WeightVersion
     outstanding: tuple[int, ...] = ()
-    """Numbers of the rollouts of drawn prompts that are neither trained on nor dropped yet: they
-    are sampled again after a resume. Rollout n is sample n % G of prompt n // G, G samples each."""
+    """Numbers of the rollouts of drawn prompts that are not settled (neither trained on nor
+    dropped): they are sampled again after a resume. With G samples per prompt, rollout n is sample
+    n % G of prompt n // G."""

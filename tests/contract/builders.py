@@ -1,4 +1,4 @@
-"""Small builders shared by the contract suites."""
+"""Builders that the contract suites share."""
 
 import asyncio
 import random
@@ -27,6 +27,7 @@ from qwen3_distill.types import (
     RolloutRequest,
     SamplingSpec,
     TeacherScore,
+    TokenSpan,
     VersionSpan,
     WeightVersion,
 )
@@ -172,18 +173,25 @@ def synthetic_rollout(
     *,
     behavior_logprobs: Iterable[float] | None = None,
     version: WeightVersion = VERSION,
+    sampled: Sequence[tuple[int, int]] = (),
 ) -> Rollout:
-    """Random tokens that no model sampled, for scorers and learners."""
+    """Random tokens that no model sampled, for scorers and learners.
+
+    Args:
+        sampled: spans of the response that count as sampled; left out: all of it.
+    """
     rng = np.random.default_rng([seed, prompt_tokens, response_tokens])
-    values = np.full(response_tokens, -5.0) if behavior_logprobs is None else behavior_logprobs
+    num_sampled = sum(stop - start for start, stop in sampled) or response_tokens
+    values = np.full(num_sampled, -5.0) if behavior_logprobs is None else behavior_logprobs
     return Rollout(
         rollout_id=f"s{seed}/{prompt_tokens}+{response_tokens}",
         prompt=make_prompt(prompt_tokens, seed),
         sampling=make_spec(seed, max_new_tokens=response_tokens),
         response_ids=rng.integers(0, 256, size=response_tokens).astype(np.int32),
         behavior_logprobs=np.array(list(values), dtype=np.float32),
-        versions=(VersionSpan(start=0, stop=response_tokens, version=version),),
+        versions=(VersionSpan(start=0, stop=num_sampled, version=version),),
         finish_reason=FinishReason.LENGTH,
+        sampled=tuple(TokenSpan(start=start, stop=stop) for start, stop in sampled),
     )
 
 

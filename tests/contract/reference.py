@@ -1,10 +1,11 @@
-"""What the engines are compared with: one plain Hugging Face forward per sequence, and loops.
+"""The reference for all engines: one plain Hugging Face forward per sequence, and loops.
 
 Nothing here pads, batches, caches, chunks or imports the code under test.
 
-Shape letters: R response tokens, V vocabulary, K candidates, D hidden size.
+Shape letters: S sampled tokens of one rollout, V vocabulary, K candidates, D hidden size.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,13 +15,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qwen3_distill.config import (
+    FullDivergence,
+    ObjectiveConfig,
+    SampledReverseKL,
+    TopKDivergence,
+)
 from qwen3_distill.scoring.score_request import (
     HiddenRequest,
     SampledRequest,
     ScoreRequest,
     TopKRequest,
 )
-from qwen3_distill.types import HiddenScore, Rollout, TeacherScore, TopKScore
+from qwen3_distill.types import (
+    Batch,
+    HiddenScore,
+    Rollout,
+    ScoredRollout,
+    TeacherScore,
+    TopKScore,
+)
 
 
 def reference_model(
@@ -41,24 +55,36 @@ def head_of(model: PreTrainedModel) -> torch.nn.Linear:
     return head
 
 
+def sampled_positions(rollout: Rollout) -> list[int]:
+    """[S] positions of prompt and response that predict the sampled tokens, in order."""
+    prompt = rollout.prompt.token_ids.size
+    return [prompt + t - 1 for span in rollout.sampled for t in range(span.start, span.stop)]
+
+
+def sampled_ids(rollout: Rollout) -> list[int]:
+    """[S] the sampled tokens."""
+    response = rollout.response_ids.tolist()
+    return [token for span in rollout.sampled for token in response[span.start : span.stop]]
+
+
 def response_positions(model: PreTrainedModel, rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Hidden states [R, D] and logits [R, V] that each response token is predicted from."""
+    """Hidden states [S, D] and logits [S, V] that predict each sampled token."""
     ids = torch.tensor([[*rollout.prompt.token_ids.tolist(), *rollout.response_ids.tolist()]])
     out = model(ids, output_hidden_states=True)
-    first = rollout.prompt.token_ids.size - 1
-    return out.hidden_states[-1][0, first:-1], out.logits[0, first:-1]
+    positions = sampled_positions(rollout)
+    return out.hidden_states[-1][0, positions], out.logits[0, positions]
 
 
 def response_logprobs(model: PreTrainedModel, rollout: Rollout) -> Tensor:
-    """[R, V] nats at temperature 1."""
+    """[S, V] nats at temperature 1."""
     return torch.log_softmax(response_positions(model, rollout)[1], dim=-1)
 
 
 def token_logprobs(model: PreTrainedModel, rollout: Rollout) -> NDArray[np.float32]:
-    """[R] nats of the response tokens, at temperature 1."""
+    """[S] nats of the sampled tokens, at temperature 1."""
     with torch.no_grad():
         logprobs = response_logprobs(model, rollout)
-    target = torch.tensor(rollout.response_ids.tolist()).unsqueeze(-1)
+    target = torch.tensor(sampled_ids(rollout)).unsqueeze(-1)
     return logprobs.gather(-1, target).squeeze(-1).numpy()
 
 
@@ -72,14 +98,14 @@ def behavior_logprobs(
     one_more: int = 0,
     tie: float = 0.0,
 ) -> NDArray[np.float64]:
-    """[R] nats under the distribution that the rollout's `SamplingSpec` describes.
+    """[S] nats under the distribution that the rollout's `SamplingSpec` describes.
 
     Args:
-        top_p_shift: is added to the nucleus.
-        likelier_nats: by so much the sampled token counts as likelier in what top-k and the nucleus
-            keep, not in its own logprob.
-        one_more: 1 or -1 token in the nucleus, where its last one and the next are as likely up to
-            ``tie`` times the likeliest one's probability.
+        top_p_shift: added to the nucleus.
+        likelier_nats: added to the sampled token's logit where top-k and the nucleus choose what
+            they keep, not in its own logprob.
+        one_more: 1 or -1 token in the nucleus, where its last one and the next are equally likely
+            up to ``tie`` times the likeliest one's probability.
     """
     spec = rollout.sampling
     with torch.no_grad():
@@ -87,7 +113,7 @@ def behavior_logprobs(
     logits = logits / (temperature or spec.temperature)
     top_p = spec.top_p + top_p_shift if spec.top_p < 1 else 1.0
     logprobs: list[float] = []
-    for row, token in zip(logits, rollout.response_ids.tolist(), strict=True):
+    for row, token in zip(logits, sampled_ids(rollout), strict=True):
         ranks = row.copy()
         ranks[token] += likelier_nats
         kept_V = truncated_logprobs(row, spec.top_k, top_p, ranks, one_more, tie)
@@ -105,9 +131,9 @@ def behavior_gap(
 ) -> float:
     """The largest difference in nats between a rollout's behavior logprobs and the model's.
 
-    Whether a token at the edge of top-k or of a nucleus belongs to it is a matter of an engine's
-    rounding. Both are right within ``top_p_edge`` of the nucleus, ``likelier_nats`` of a logit, or
-    ``tie`` between two tokens (`behavior_logprobs`).
+    Whether a token at the edge of top-k or of a nucleus belongs to it depends on an engine's
+    rounding. Both answers are right within ``top_p_edge`` of the nucleus, ``likelier_nats`` of a
+    logit, or ``tie`` between two tokens (`behavior_logprobs`).
     """
     expected = np.stack(
         [
@@ -133,9 +159,11 @@ def swapped_logprobs(
 ) -> NDArray[np.float64]:
     """[R] nats at temperature 1 where ``new`` took over before response token ``start``.
 
+    The response was sampled as a whole: R response tokens are S sampled ones.
+
     Args:
-        keeps_cache: what ``old`` computed of the tokens before is kept; else ``new`` computes it
-            again.
+        keeps_cache: keep the keys and values that ``old`` computed of earlier tokens; else ``new``
+            computes them again.
     """
     before = behavior_logprobs(old, rollout)[:start]
     if not keeps_cache:
@@ -182,16 +210,16 @@ def truncated_logprobs(
 def reference_score(
     model: PreTrainedModel, rollout: Rollout, request: ScoreRequest
 ) -> TeacherScore:
-    """The score that a teacher owes for a rollout."""
+    """The score that a teacher must return for a rollout."""
     logprobs = token_logprobs(model, rollout)
     with torch.no_grad():
-        hidden_RD, _ = response_positions(model, rollout)
-        logprobs_RV = response_logprobs(model, rollout)
+        hidden_SD, _ = response_positions(model, rollout)
+        logprobs_SV = response_logprobs(model, rollout)
     match request:
         case SampledRequest():
             return TeacherScore(teacher_id="reference", logprobs=logprobs)
         case TopKRequest(k=k):
-            top = torch.topk(logprobs_RV, k)
+            top = torch.topk(logprobs_SV, k)
             return TopKScore(
                 teacher_id="reference",
                 logprobs=logprobs,
@@ -199,9 +227,114 @@ def reference_score(
                 candidate_logprobs=top.values.numpy(),
             )
         case HiddenRequest():
-            return HiddenScore(teacher_id="reference", logprobs=logprobs, hidden=hidden_RD.numpy())
+            return HiddenScore(teacher_id="reference", logprobs=logprobs, hidden=hidden_SD.numpy())
 
 
 def largest_gap(left: NDArray[np.floating], right: NDArray[np.floating]) -> float:
     assert left.shape == right.shape
     return float(np.abs(left - right).max())
+
+
+# --- The loss, written down again from its formulas -----------------------------------------------
+
+
+def naive_loss(
+    model: PreTrainedModel, batch: Batch, objective: ObjectiveConfig, teacher_head_VD: Tensor
+) -> Tensor:
+    """sum_i w_i sum_s l_s / sum_i w_i S_i, over sampled tokens, one at a time, in float64."""
+    total = torch.zeros((), dtype=torch.float64)
+    count = 0.0
+    for index, scored in enumerate(batch.scored):
+        weight = float(batch.importance_weights[index])
+        logprob_SV = response_logprobs(model, scored.rollout).double()
+        task = float(batch.task_advantages[index])
+        losses = naive_token_losses(logprob_SV, scored, objective, task, teacher_head_VD)
+        total = total + weight * torch.stack(losses).sum()
+        count += weight * len(losses)
+    return total / count
+
+
+def naive_token_losses(
+    logprob_SV: Tensor,
+    scored: ScoredRollout,
+    objective: ObjectiveConfig,
+    task: float,
+    teacher_head_VD: Tensor,
+) -> list[Tensor]:
+    """The loss of every sampled token of a rollout, before weight and denominator."""
+    if isinstance(objective, SampledReverseKL):
+        return naive_sampled(logprob_SV, scored, objective, task, teacher_head_VD)
+    return [
+        naive_divergence(student_V, scored, s, objective, teacher_head_VD)
+        for s, student_V in enumerate(logprob_SV)
+    ]
+
+
+def naive_sampled(
+    logprob_SV: Tensor,
+    scored: ScoredRollout,
+    config: SampledReverseKL,
+    task: float,
+    teacher_head_VD: Tensor,
+) -> list[Tensor]:
+    """-rho_t A_t log pi(a_t) of every sampled token; only the last factor has a gradient."""
+    rollout, tokens = scored.rollout, sampled_ids(scored.rollout)
+    signals: list[float] = []
+    ratios: list[float] = []
+    for s, token in enumerate(tokens):
+        student = float(logprob_SV[s, token].detach())
+        ratio = math.exp(student - float(rollout.behavior_logprobs[s]))
+        ratios.append(1.0 if config.ratio_cap is None else min(ratio, config.ratio_cap))
+        signal = float(scored.score.logprobs[s]) - student
+        if config.kl_baseline.kind != "none":
+            like = (
+                TopKDivergence(kind="top_k", k=config.kl_baseline.k)
+                if config.kl_baseline.kind == "top_k"
+                else FullDivergence(kind="full")
+            )
+            baseline = naive_divergence(logprob_SV[s].detach(), scored, s, like, teacher_head_VD)
+            signal += float(baseline)
+        if config.advantage_clip is not None:
+            signal = max(-config.advantage_clip, min(config.advantage_clip, signal))
+        signals.append(signal)
+    losses = []
+    for s, token in enumerate(tokens):
+        later = enumerate(signals[s:])
+        advantage = sum(config.discount**age * signal for age, signal in later) + task
+        losses.append(-ratios[s] * advantage * logprob_SV[s, token])
+    return losses
+
+
+def naive_divergence(
+    student_V: Tensor,
+    scored: ScoredRollout,
+    s: int,
+    config: TopKDivergence | FullDivergence,
+    teacher_head_VD: Tensor,
+) -> Tensor:
+    """The divergence at sampled token ``s``."""
+    if isinstance(config, TopKDivergence):
+        assert isinstance(scored.score, TopKScore)
+        ids = torch.tensor(scored.score.candidate_ids[s].tolist())
+        teacher = torch.tensor(scored.score.candidate_logprobs[s]).double().exp()
+        p_X, q_X = student_V[ids].exp(), teacher
+        if config.tail == "bin":
+            p_X = torch.cat([p_X, 1 - p_X.sum(0, keepdim=True)])
+            q_X = torch.cat([q_X, 1 - q_X.sum(0, keepdim=True)])
+        else:
+            p_X, q_X = p_X / p_X.sum(), q_X / q_X.sum()
+    else:
+        assert isinstance(scored.score, HiddenScore)
+        hidden_D = torch.tensor(scored.score.hidden[s]).double()
+        p_X, q_X = student_V.exp(), (teacher_head_VD.double() @ hidden_D).softmax(0)
+    if config.divergence == "reverse_kl":
+        return naive_kl(p_X, q_X)
+    if config.divergence == "forward_kl":
+        return naive_kl(q_X, p_X)
+    assert config.beta is not None
+    mixture_X = config.beta * q_X + (1 - config.beta) * p_X
+    return config.beta * naive_kl(q_X, mixture_X) + (1 - config.beta) * naive_kl(p_X, mixture_X)
+
+
+def naive_kl(p_X: Tensor, q_X: Tensor) -> Tensor:
+    return (p_X * (p_X / q_X).log()).sum()

@@ -41,10 +41,8 @@ from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.scoring.score_request import request_for
 from qwen3_distill.types import (
     Batch,
-    HiddenScore,
     Rollout,
     ScoredRollout,
-    TopKScore,
     Update,
 )
 from qwen3_distill.weights.directory import DirectoryChannel
@@ -59,9 +57,9 @@ from tests.contract.builders import generate, ragged_requests, run, synthetic_ro
 from tests.contract.reference import (
     head_of,
     largest_gap,
+    naive_loss,
     reference_model,
     reference_score,
-    response_logprobs,
     token_logprobs,
 )
 from tests.tiny_models import CONTEXT_LENGTH, TinyModels
@@ -156,15 +154,21 @@ class Bench:
         )
         return replace(Batch.uniform(scored), **parts)
 
-    def ragged_batch(self, objective: ObjectiveConfig) -> Batch:
-        """Stale samples of many lengths, with weights and task rewards that are all different."""
+    def ragged_batch(
+        self, objective: ObjectiveConfig, sampled: Mapping[int, Sequence[tuple[int, int]]] = {}
+    ) -> Batch:
+        """Stale samples of many lengths, with weights and task rewards that are all different.
+
+        Args:
+            sampled: spans of the response that were sampled, by the rollout's index; default: all.
+        """
         rng = np.random.default_rng(5)
         rollouts = []
         for seed, (prompt, response) in enumerate(
             [(1, 1), (9, 30), (40, 2), (3, 17), (12, 1), (1, 55), (25, 8)]
         ):
-            draft = synthetic_rollout(prompt, response, seed)
-            noisy = token_logprobs(self.student, draft) + rng.normal(size=response)
+            draft = synthetic_rollout(prompt, response, seed, sampled=sampled.get(seed, ()))
+            noisy = token_logprobs(self.student, draft) + rng.normal(size=draft.num_loss_tokens)
             rollouts.append(replace(draft, behavior_logprobs=np.minimum(noisy, 0)))
         return self.batch(
             objective,
@@ -199,103 +203,32 @@ def metric(update: Update, key: str) -> float:
     return max(m.value for m in update.metrics if m.key == key)
 
 
-# --- The loss, written down again from its formulas in float64 -----------------------------------
-
-
-def naive_loss(
-    model: PreTrainedModel, batch: Batch, objective: ObjectiveConfig, teacher_head_VD: Tensor
-) -> Tensor:
-    """sum_i w_i sum_t l_t / sum_i w_i n_i, one token at a time."""
-    total = torch.zeros((), dtype=torch.float64)
-    count = 0.0
-    for index, scored in enumerate(batch.scored):
-        weight = float(batch.importance_weights[index])
-        logprob_RV = response_logprobs(model, scored.rollout).double()
-        if isinstance(objective, SampledReverseKL):
-            task = float(batch.task_advantages[index])
-            losses = naive_sampled(logprob_RV, scored, objective, task, teacher_head_VD)
-        else:
-            losses = [
-                naive_divergence(student_V, scored, t, objective, teacher_head_VD)
-                for t, student_V in enumerate(logprob_RV)
-            ]
-        total = total + weight * torch.stack(losses).sum()
-        count += weight * scored.rollout.num_tokens
-    return total / count
-
-
-def naive_sampled(
-    logprob_RV: Tensor,
-    scored: ScoredRollout,
-    config: SampledReverseKL,
-    task: float,
-    teacher_head_VD: Tensor,
-) -> list[Tensor]:
-    """-rho_t A_t log pi(a_t) of every token; only the last factor has a gradient."""
-    rollout = scored.rollout
-    signals: list[float] = []
-    ratios: list[float] = []
-    for t, token in enumerate(rollout.response_ids.tolist()):
-        student = float(logprob_RV[t, token].detach())
-        ratio = math.exp(student - float(rollout.behavior_logprobs[t]))
-        ratios.append(1.0 if config.ratio_cap is None else min(ratio, config.ratio_cap))
-        signal = float(scored.score.logprobs[t]) - student
-        if config.kl_baseline.kind != "none":
-            like = top_k() if config.kl_baseline.kind == "top_k" else full()
-            baseline = naive_divergence(logprob_RV[t].detach(), scored, t, like, teacher_head_VD)
-            signal += float(baseline)
-        if config.advantage_clip is not None:
-            signal = max(-config.advantage_clip, min(config.advantage_clip, signal))
-        signals.append(signal)
-    losses = []
-    for t, token in enumerate(rollout.response_ids.tolist()):
-        later = enumerate(signals[t:])
-        advantage = sum(config.discount**age * signal for age, signal in later) + task
-        losses.append(-ratios[t] * advantage * logprob_RV[t, token])
-    return losses
-
-
-def naive_divergence(
-    student_V: Tensor,
-    scored: ScoredRollout,
-    t: int,
-    config: TopKDivergence | FullDivergence,
-    teacher_head_VD: Tensor,
-) -> Tensor:
-    """The divergence at response position ``t``."""
-    if isinstance(config, TopKDivergence):
-        assert isinstance(scored.score, TopKScore)
-        ids = torch.tensor(scored.score.candidate_ids[t].tolist())
-        teacher = torch.tensor(scored.score.candidate_logprobs[t]).double().exp()
-        p_X, q_X = student_V[ids].exp(), teacher
-        if config.tail == "bin":
-            p_X = torch.cat([p_X, 1 - p_X.sum(0, keepdim=True)])
-            q_X = torch.cat([q_X, 1 - q_X.sum(0, keepdim=True)])
-        else:
-            p_X, q_X = p_X / p_X.sum(), q_X / q_X.sum()
-    else:
-        assert isinstance(scored.score, HiddenScore)
-        hidden_D = torch.tensor(scored.score.hidden[t]).double()
-        p_X, q_X = student_V.exp(), (teacher_head_VD.double() @ hidden_D).softmax(0)
-    if config.divergence == "reverse_kl":
-        return naive_kl(p_X, q_X)
-    if config.divergence == "forward_kl":
-        return naive_kl(q_X, p_X)
-    assert config.beta is not None
-    mixture_X = config.beta * q_X + (1 - config.beta) * p_X
-    return config.beta * naive_kl(q_X, mixture_X) + (1 - config.beta) * naive_kl(p_X, mixture_X)
-
-
-def naive_kl(p_X: Tensor, q_X: Tensor) -> Tensor:
-    return (p_X * (p_X / q_X).log()).sum()
+# --- The loss and its gradient ----------------------------------------------------------------
 
 
 @each_objective
 def test_a_step_is_adamw_on_the_clipped_gradient_of_the_loss(
     adapter: LearnerAdapter, bench: Bench, name: str
 ) -> None:
-    objective = OBJECTIVES[name]
-    batch = bench.ragged_batch(objective)
+    check_adamw_step(adapter, bench, OBJECTIVES[name], bench.ragged_batch(OBJECTIVES[name]))
+
+
+SAMPLED_SPANS = {1: [(0, 4), (9, 10), (22, 30)], 3: [(5, 12)], 5: [(2, 3), (30, 54)]}
+"""Of `Bench.ragged_batch`: responses that begin, end or are interrupted with other tokens."""
+
+
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, "sampled_discount", "sampled_top_k_baseline"])
+def test_a_step_learns_from_sampled_tokens_only(
+    adapter: LearnerAdapter, bench: Bench, name: str
+) -> None:
+    batch = bench.ragged_batch(OBJECTIVES[name], SAMPLED_SPANS)
+    assert batch.num_loss_tokens == 114 - 30 - 17 - 55 + 13 + 7 + 25
+    check_adamw_step(adapter, bench, OBJECTIVES[name], batch)
+
+
+def check_adamw_step(
+    adapter: LearnerAdapter, bench: Bench, objective: ObjectiveConfig, batch: Batch
+) -> None:
     model = reference_model(bench.student_dir).double()
     loss = naive_loss(model, batch, objective, bench.teacher_head_VD)
     loss.backward()
@@ -432,6 +365,7 @@ def without_one_token(batch: Batch) -> Batch:
         response_ids=longest.rollout.response_ids[:size],
         behavior_logprobs=longest.rollout.behavior_logprobs[:size],
         versions=(span,),
+        sampled=(),
     )
     score = replace(longest.score, logprobs=longest.score.logprobs[:size])
     return replace(batch, scored=(*others, ScoredRollout(rollout=rollout, score=score)))

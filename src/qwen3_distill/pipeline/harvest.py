@@ -1,15 +1,16 @@
-"""A rollout in pieces: what was harvested while it ran, and what came after.
+"""Cuts a rollout into pieces: the tokens harvested while it ran, and the remainder.
 
-A piece is a rollout whose prompt ends with the response tokens before it. So its teacher scores,
-its place in a batch and its share of the denominator need nothing of their own, and no token
-belongs to two pieces. At discount 0 a token's loss depends on nothing that comes after it, and
-any prefix is as good a sample as a whole answer (docs/streaming.md).
+A piece is a rollout whose prompt ends with the response tokens before it. Scoring, batching and the
+denominator therefore treat it like any rollout, and no token belongs to two pieces. At discount 0
+a token's loss does not depend on later tokens, so any prefix is as good a sample as a whole answer
+(docs/streaming.md).
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from qwen3_distill.errors import DataError
 from qwen3_distill.types import (
     FinishReason,
     FloatArray,
@@ -23,15 +24,25 @@ from qwen3_distill.types import (
 
 
 def harvested(prefix: RolloutPrefix, start: int) -> Rollout:
-    """The tokens of a running rollout from ``start`` on: all that no earlier piece holds."""
+    """The piece of a running rollout from response token ``start`` to its newest one."""
     answer = _Answer(prefix.request, prefix.response_ids, prefix.behavior_logprobs, prefix.versions)
     return answer.piece(start, FinishReason.HARVESTED)
 
 
 def remainder(rollout: Rollout, start: int) -> Rollout | None:
-    """What a finished rollout has from ``start`` on; None if its pieces hold all of it."""
+    """The piece of a finished rollout from response token ``start`` on; None if there is none.
+
+    Raises:
+        DataError: parts of its response were not sampled, so that it cannot be cut.
+    """
     if start == 0:
         return rollout
+    if rollout.num_loss_tokens < rollout.num_tokens:
+        raise DataError(
+            f"rollout {rollout.rollout_id}: {rollout.num_loss_tokens} of its {rollout.num_tokens} "
+            "response tokens were sampled; only a response that was sampled as a whole can be cut "
+            "into pieces. Set pipeline.harvest to null"
+        )
     if start >= rollout.num_tokens:
         return None
     request = RolloutRequest(

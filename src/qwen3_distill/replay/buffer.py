@@ -1,16 +1,17 @@
-"""The replay buffer: rings of tokens on the learner's device; no Python per token or kept rollout.
+"""The replay buffer: rings of tokens on the learner's device, without Python loops over what it
+keeps.
 
-Per-token values lie in arenas. A rollout stands in consecutive slots of them: where it would not
-fit before the arena's end it begins at the start again, and less than a rollout's length stays
-empty. So what is drawn is read where it lies; the layout of micro-batches is the only copy that is
-ever made of it. Rollouts are numbered as they come; rollout number i is at ``i % M`` in every
-per-rollout array.
+Per-token values lie in arenas. A rollout stands in consecutive slots: where it would not fit before
+the arena's end, it begins at the start again, and less than a rollout's length stays empty. A
+sample is therefore read in place, and the layout of micro-batches is the only copy that is made of
+it. Rollouts are numbered in the order in which they were added; rollout number i is at ``i % M`` in
+every per-rollout array.
 
-Tokens are on the device; what there is of a rollout (place, lengths, age, uses, priority) is a few
-numbers, kept on the host in arrays. So making room, drawing and finding rollouts launch no kernels
-and wait for nothing. Only a sample's new priorities come from the device. ``mass`` is both share
-and sign of life: it is 0 where no rollout is or where it was dropped. A dropped rollout's tokens
-are free when the oldest end of the ring reaches them.
+Tokens are on the device. A rollout's place, lengths, age, uses and priority are in arrays on the
+host, and so are the slots of tokens that were not sampled. Making room, drawing and finding
+rollouts therefore launch no kernels and wait for nothing. Only a sample's new priorities come from
+the device. ``mass`` is a rollout's unnormalised share of the draws; it is 0 at places without a
+rollout and for a dropped one, whose tokens are freed when the ring's oldest end reaches them.
 
 Shape letters: C token slots, M rollouts kept, S rollouts given or drawn, K teacher candidates.
 """
@@ -33,7 +34,7 @@ from qwen3_distill.config import (
 )
 from qwen3_distill.errors import AlignmentError, CheckpointError, ConfigError, DataError
 from qwen3_distill.modeling.digest import weights_digest
-from qwen3_distill.replay.flat import Counts, FlatRollouts, flatten
+from qwen3_distill.replay.flat import Counts, Flags, FlatRollouts, flatten
 from qwen3_distill.replay.priority import (
     Draw,
     Floats,
@@ -49,21 +50,23 @@ from qwen3_distill.types import Metric, ScoredRollout
 from qwen3_distill.utils.seeds import derive_seed
 
 ASSUMED_TOKENS = 32
-"""A rollout's length if the config says nothing: shorter ones fill the places before the tokens."""
+"""Mean tokens of a rollout, which sets M where the config does not. Shorter rollouts run out of
+places before they run out of slots."""
 
 _CAPACITY, _AGE, _REUSE = range(3)
+_UNSAMPLED = "is_unsampled_F"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplaySample:
-    """Rollouts that were drawn, in the order of their places. Good until rollouts are added."""
+    """Rollouts that were drawn, in the order of their places. Valid until rollouts are added."""
 
     places_S: Counts
-    """In per-rollout arrays."""
+    """Indices into the buffer's per-rollout arrays."""
     weights_S: NDArray[np.float32]
     """Importance weights, divided by the largest of them."""
     numbers_S: Counts
-    """When each came: 0 for the first rollout that was ever added."""
+    """Each rollout's number: 0 for the first that was ever added."""
 
     @property
     def num_rollouts(self) -> int:
@@ -95,9 +98,11 @@ class ReplayBuffer:
             name: torch.zeros(shape, dtype=dtype, device=device)
             for name, (shape, dtype) in _arena_layout(self._shape).items()
         }
+        self._is_unsampled: Flags | None = None
+        """[C] on the host, see `FlatRollouts`; made when the first such token is added."""
         rollouts = self._shape.rollouts
         self._first = np.zeros(rollouts, dtype=np.int64)
-        """A rollout's first token, counted on without end; modulo C it is the slot."""
+        """Index of a rollout's first token, counted over all laps; modulo C it is the slot."""
         self._prompt_tokens = np.zeros(rollouts, dtype=np.int64)
         self._response_tokens = np.zeros(rollouts, dtype=np.int64)
         self._oldest_step = np.zeros(rollouts, dtype=np.int64)
@@ -105,50 +110,52 @@ class ReplayBuffer:
         self._masses = Masses(np.zeros(rollouts))
         self._evicted = np.zeros(3, dtype=np.int64)
         self._oldest = 0
-        """Number of the oldest rollout whose tokens are not free again."""
+        """Number of the oldest rollout whose tokens still take slots."""
         self._next = 0
         """Number of the next rollout."""
         self._end = 0
-        """Where it would begin, counted like `_first`."""
+        """Index of its first token, counted like `_first`."""
 
     @classmethod
     def memory_bytes(cls, config: ReplayConfig, *, candidates: int) -> int:
-        """What a buffer takes on its device, all of it when it is made."""
+        """Bytes that a buffer takes on its device, all of them when it is made."""
         layout = _arena_layout(_shape(config, candidates)).values()
         return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout)
 
     @property
     def _mass(self) -> Floats:
-        """[M] what each rollout's share derives from; changed through `_masses` only."""
+        """[M] each rollout's unnormalised share of the draws; changed through `_masses` only."""
         return self._masses.mass_M
 
     @property
     def num_bytes(self) -> int:
-        """What this one takes: `memory_bytes`."""
+        """Bytes that this buffer takes on its device."""
         return self.memory_bytes(self._config, candidates=self._shape.candidates)
 
     # --- Adding and dropping ----------------------------------------------------------------------
 
     def add(self, scored: Sequence[ScoredRollout]) -> None:
-        """Keep rollouts; the oldest make room. Their first priority is that of the stored logprobs:
-        the mean |log q - log mu|, which is that of |A| as long as the student is still mu.
+        """Add rollouts, and drop the oldest to make room.
+
+        A rollout's first priority is the mean |log q - log mu| of its sampled tokens. It equals
+        the mean |A| as long as the student's weights are those that sampled them.
 
         Raises:
-            AlignmentError: their scores have not the K candidates that the buffer was made for.
+            AlignmentError: their scores do not have the K candidates that the buffer was made for.
             DataError: they do not fit, even into an empty buffer.
         """
         if not scored:
             return
         flat = flatten(scored)
-        gaps_F = (flat.teacher_logprob_F - flat.behavior_logprob_F).abs()  # 0 outside responses
+        gaps_F = (flat.teacher_logprob_F - flat.behavior_logprob_F).abs()  # 0 where not sampled
         sums_S = np.add.reduceat(gaps_F.numpy(), flat.starts_S, dtype=np.float64)
-        self.add_flat(flat, sums_S / flat.response_tokens_S)
+        self.add_flat(flat, sums_S / flat.loss_tokens_S)
 
     def add_flat(self, flat: FlatRollouts, priority_S: Floats) -> None:
-        """Keep rollouts that are flat already, on any device. See `add`.
+        """Add rollouts that are flat already, on any device. See `add`.
 
         Args:
-            priority_S: in nats.
+            priority_S: each rollout's first priority in nats.
         """
         flat = flat.dense()
         self._check(flat, priority_S)
@@ -161,7 +168,7 @@ class ReplayBuffer:
         self._end = end
 
     def _placed(self, tokens_S: Counts) -> Counts:
-        """Where rollouts of these lengths would begin: none of them passes the arena's end."""
+        """[S] first tokens of new rollouts, counted like `_first`: none passes the arena's end."""
         capacity = self._shape.tokens
         ends_S = np.cumsum(tokens_S)
         left = -self._end % capacity
@@ -174,7 +181,7 @@ class ReplayBuffer:
         return starts_S
 
     def _write(self, flat: FlatRollouts, first_S: Counts) -> None:
-        """Copy the tokens, in one piece or two."""
+        """Copy the tokens into the arenas, in one piece or two."""
         capacity, lap_S = self._shape.tokens, first_S // self._shape.tokens
         split = int(np.searchsorted(lap_S, lap_S[-1]))
         for rows in (slice(0, split), slice(split, None)):
@@ -185,6 +192,15 @@ class ReplayBuffer:
             here, there = int(first_S[rows][0]) % capacity, int(starts_S[0])
             for name, values in flat.tensors():
                 self._arenas[name].narrow(0, here, count).copy_(values.narrow(0, there, count))
+            self._write_unsampled(
+                slice(here, here + count), flat.is_unsampled_F, slice(there, there + count)
+            )
+
+    def _write_unsampled(self, here: slice, given: Flags | None, there: slice) -> None:
+        if self._is_unsampled is None and given is not None:
+            self._is_unsampled = np.zeros(self._shape.tokens, dtype=np.bool_)
+        if self._is_unsampled is not None:
+            self._is_unsampled[here] = False if given is None else given[there]
 
     def _check(self, flat: FlatRollouts, priority_S: Floats) -> None:
         given = {name: tensor.shape[1:] for name, tensor in flat.tensors()}
@@ -218,7 +234,7 @@ class ReplayBuffer:
         return priority_mass(self._config.law, clipped_S)
 
     def _make_room(self, num_rollouts: int, end: int) -> None:
-        """Free the oldest places until so many rollouts, with tokens up to ``end``, can follow."""
+        """Drop the oldest rollouts until ``num_rollouts``, with tokens up to ``end``, fit."""
         tokens, rollouts, _ = self._shape
         in_the_way = bisect.bisect_left(
             range(self._oldest, self._next),
@@ -241,14 +257,14 @@ class ReplayBuffer:
     # --- Drawing ----------------------------------------------------------------------------------
 
     def sample(self, num_rollouts: int, step: int) -> ReplaySample:
-        """Draw different rollouts by the config's law, by the buffer's state and the step alone.
+        """Draw distinct rollouts by the config's law; only the buffer's state and ``step`` matter.
 
-        The weights are (1 / (N P))^beta over the probabilities that rollouts were really drawn
-        with, divided by the largest of the sample. The loss divides by their sum, so that this
-        changes no gradient; it keeps them at most 1.
+        The weights are (1 / (N P))^beta with the probabilities P of this draw, divided by the
+        largest of the sample. The loss divides by their sum, so that this division keeps them at
+        most 1 and changes no gradient.
 
         Raises:
-            DataError: fewer are live.
+            DataError: fewer rollouts may be drawn.
         """
         config = self._config
         mass_M = draw_mass(config.law, self._mass, self._oldest_step, step)
@@ -265,7 +281,7 @@ class ReplayBuffer:
         )
 
     def _unused_first(self, mass_M: Floats, count: int, step: int) -> Draw:
-        """Rollouts never used before any other."""
+        """Draw rollouts that were never used; used ones only if there are too few."""
         unused_M = np.where(self._uses == 0, mass_M, 0.0)
         unused = int(np.count_nonzero(unused_M))
         if unused == 0:
@@ -281,14 +297,14 @@ class ReplayBuffer:
         return Draw(places_n[order], inclusion_n[order])
 
     def _offset(self, step: int, *of: str) -> float:
-        """Uniform in [0, 1): the one random number of a draw."""
+        """The one random number of a draw, uniform in [0, 1)."""
         return (derive_seed(self._seed, "replay", step, *of) >> 10) * 2.0**-53
 
     def gather(self, sample: ReplaySample) -> FlatRollouts:
-        """The sample's rollouts, where they lie: the tensors are the whole arenas.
+        """The sample's rollouts without a copy: the tensors are the whole arenas.
 
         Raises:
-            DataError: rollouts were added since, and some of the sample's are gone.
+            DataError: rollouts that were added since took the place of some of the sample's.
         """
         self._check_current(sample)
         places_S = sample.places_S
@@ -298,13 +314,14 @@ class ReplayBuffer:
             prompt_tokens_S=self._prompt_tokens[places_S],
             response_tokens_S=self._response_tokens[places_S],
             oldest_step_S=self._oldest_step[places_S],
+            is_unsampled_F=self._is_unsampled,
         )
 
     def mark_used(self, sample: ReplaySample, priority_S: Tensor) -> None:
-        """The sample was trained on: refresh its priorities, drop what was used up.
+        """Note that the sample was trained on: set its priorities, drop rollouts used up.
 
         Args:
-            priority_S: float32 on the device, in nats, of each of the sample's rollouts.
+            priority_S: float32 on the device, each rollout's new priority in nats.
         """
         self._check_current(sample)
         places_S = sample.places_S
@@ -324,14 +341,14 @@ class ReplayBuffer:
                 "rollouts were added since the sample was drawn, and took the place of some of it"
             )
 
-    # --- Looking at it ----------------------------------------------------------------------------
+    # --- Size and metrics -------------------------------------------------------------------------
 
     def __len__(self) -> int:
         """Rollouts that may be drawn."""
         return int(np.count_nonzero(self._mass))
 
     def metrics(self, step: int) -> tuple[Metric, ...]:
-        """What is held at ``step`` and what became of the rest."""
+        """Rollouts and tokens held at ``step``, their age and use, and counts of those dropped."""
         live_M = self._mass > 0
         live = int(live_M.sum())
         tokens = int((self._prompt_tokens + self._response_tokens)[live_M].sum())
@@ -353,7 +370,7 @@ class ReplayBuffer:
     # --- Saving -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that `load_state_dict` needs to go on bit for bit; free tokens are left out."""
+        """Everything that `load_state_dict` needs to continue bit for bit; free slots left out."""
         pieces = list(self._pieces_in_use())
         state = {
             name: torch.cat([arena[here] for here, _ in pieces]) if pieces else arena[:0].clone()
@@ -361,14 +378,17 @@ class ReplayBuffer:
         }
         for name, values in self._host_arrays():
             state[name] = torch.from_numpy(values.copy())
+        if self._is_unsampled is not None:
+            flags = np.concatenate([self._is_unsampled[here] for here, _ in pieces])
+            state[_UNSAMPLED] = torch.from_numpy(flags)
         state["ring"] = torch.tensor([*self._shape, self._oldest, self._next, self._end])
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore `state_dict`.
+        """Restore what `state_dict` returned.
 
         Raises:
-            CheckpointError: it is of a buffer of another size or kind.
+            CheckpointError: it comes from a buffer of another size or kind.
         """
         try:
             *shape, self._oldest, self._next, self._end = state["ring"].tolist()
@@ -383,13 +403,19 @@ class ReplayBuffer:
             for name, arena in self._arenas.items():
                 for here, there in self._pieces_in_use():
                     arena[here].copy_(state[name][there])
+            # States without this entry, among them all that were saved before it existed, hold
+            # rollouts whose responses were sampled as a whole.
+            flags = state[_UNSAMPLED].cpu().numpy() if _UNSAMPLED in state else None
+            self._is_unsampled = None
+            for here, there in self._pieces_in_use():
+                self._write_unsampled(here, flags, there)
         except (KeyError, ValueError, RuntimeError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"not a replay buffer's state: {error}") from error
 
     def digest(self) -> str:
-        """Of the whole state: equal for buffers that will go on alike."""
+        """Digest of the whole state: buffers with equal digests continue identically."""
         return weights_digest(
             {name: tensor.to(self._device) for name, tensor in self.state_dict().items()}
         )
@@ -412,10 +438,10 @@ class ReplayBuffer:
 def build_replay(
     config: ReplayConfig, objective: ObjectiveConfig, *, device: torch.device, seed: int
 ) -> ReplayBuffer:
-    """The buffer for an objective's scores.
+    """Make the buffer for an objective's scores.
 
     Raises:
-        ConfigError: there is not so much memory.
+        ConfigError: the device does not have the memory.
     """
     candidates = candidates_per_token(objective)
     try:
@@ -424,7 +450,7 @@ def build_replay(
         size = ReplayBuffer.memory_bytes(config, candidates=candidates) / 2**30
         raise ConfigError(
             f"replay.capacity_tokens={config.capacity_tokens} takes {size:.1f} GiB on {device}, "
-            f"which cannot be had ({str(error).splitlines()[0]}); lower it"
+            f"which is not available ({str(error).splitlines()[0]}); lower it"
         ) from error
 
 
@@ -434,7 +460,7 @@ def _shape(config: ReplayConfig, candidates: int) -> _Shape:
 
 
 def _arena_layout(shape: _Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Everything on the device: per-token arenas by the names of `FlatRollouts`."""
+    """Shapes and dtypes of the per-token arenas, by the names of `FlatRollouts`."""
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "token_id_F": ((shape.tokens,), torch.int32),
         "behavior_logprob_F": ((shape.tokens,), torch.float32),
@@ -448,8 +474,8 @@ def _arena_layout(shape: _Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype
 
 
 def _ring_pieces(start: int, count: int, size: int) -> Iterator[tuple[slice, slice]]:
-    """``count`` places of a ring from ``start`` on, as one slice or two; each with its part of
-    ``range(count)``."""
+    """``count`` places of a ring from ``start`` on, as one slice or two, each with the part of
+    ``range(count)`` that falls there."""
     first = start % size
     before_end = min(count, size - first)
     if before_end:

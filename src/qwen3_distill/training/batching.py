@@ -1,12 +1,13 @@
-"""From records to tensors: the one place that shifts and lays out.
-
-Shape letters: B rows of a micro-batch, T positions of a row, N loss tokens of the micro-batch in
-the order of its rollouts, K teacher candidates, D teacher hidden size.
+"""Lays records out as tensors: the one place that shifts, pads and packs.
 
 A sequence's position t holds input token t; its target is token t + 1. The response's first target
-therefore stands at the prompt's last position. Sequences are padded on the right, a row each, or
-packed behind one another in one row. What belongs to a loss token is held per loss token, so
-padding never meets a logprob.
+therefore stands at the prompt's last position. A sequence's input is its prompt and its whole
+response; its loss tokens are the sampled ones. Sequences are padded on the right, a row each, or
+concatenated ("packed") in one row. Values of a loss token are held per loss token, so padding and
+tokens that were not sampled never meet a logprob.
+
+Shape letters: B rows of a micro-batch, T positions of a row, N loss tokens of the micro-batch in
+the order of its rollouts, K teacher candidates, D teacher hidden size, S rollouts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,17 +29,17 @@ class MicroBatch:
     """One forward and backward pass."""
 
     rollouts: tuple[int, ...]
-    """Which rollouts of the step they are, by index, in order."""
+    """Indices of its rollouts in the step, in order."""
     input_BT: Tensor
-    """int64 token ids; 0 where nothing stands."""
+    """int64 token ids; 0 at padding."""
     position_BT: Tensor
-    """int64: starts at 0 with every sequence; 0 where nothing stands."""
+    """int64: starts at 0 with every sequence; 0 at padding."""
     sequence_tokens: tuple[int, ...]
     """Input tokens of each sequence, in order."""
     loss_tokens: tuple[int, ...]
     """Loss tokens of each sequence, in order; they sum to N."""
     loss_index_N: Tensor
-    """int64: where the loss tokens stand in the flattened [B, T]."""
+    """int64: where in the flattened [B, T] each loss token is predicted."""
     target_N: Tensor
     """int64 token ids."""
     behavior_logprob_N: Tensor
@@ -59,13 +60,13 @@ class MicroBatch:
         return type(self)(**moved)
 
     def at_loss_tokens(self, values_BTD: Tensor) -> Tensor:
-        """[N, D]: the rows that the targets are predicted from."""
+        """[N, D]: the rows that predict the targets."""
         return values_BTD.flatten(0, 1).index_select(0, self.loss_index_N)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopKMicroBatch(MicroBatch):
-    """With the teacher's candidates."""
+    """A micro-batch with the teacher's candidates."""
 
     candidate_id_NK: Tensor
     """int64."""
@@ -75,18 +76,18 @@ class TopKMicroBatch(MicroBatch):
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenMicroBatch(MicroBatch):
-    """With the teacher's last hidden states."""
+    """A micro-batch with the teacher's last hidden states."""
 
     teacher_hidden_ND: Tensor
     """float32."""
 
 
 def micro_batches(batch: Batch, max_tokens: int, *, packed: bool = False) -> Iterator[MicroBatch]:
-    """Split a batch by the size of its layout. How it is split changes memory and speed only.
+    """Split a batch by the size of its layout. The split changes memory and speed only.
 
     Args:
         max_tokens: B x T of a micro-batch; a longer sequence gets one of its own.
-        packed: sequences behind one another in one row, instead of a padded row each.
+        packed: concatenate sequences in one row, instead of a padded row each.
 
     Raises:
         AlignmentError: the batch mixes kinds of teacher score.
@@ -99,14 +100,14 @@ def micro_batches(batch: Batch, max_tokens: int, *, packed: bool = False) -> Ite
 def flat_micro_batches(
     flat: FlatRollouts, weights_S: Tensor, max_tokens: int, *, packed: bool = False
 ) -> Iterator[MicroBatch]:
-    """`micro_batches` of flat rollouts, on the device that they are on.
+    """Split flat rollouts as `micro_batches` does, on their device.
 
     Args:
         weights_S: importance weight of each rollout, on that device.
     """
     no_reward_S = torch.zeros_like(weights_S)
     for group in _groups(flat.tokens_S.tolist(), max_tokens, packed=packed):
-        yield _laid_out(flat, group, group, weights_S, no_reward_S, packed=packed)
+        yield _lay_out(flat, group, group, weights_S, no_reward_S, packed=packed)
 
 
 def collate(batch: Batch, indices: Sequence[int], *, packed: bool = False) -> MicroBatch:
@@ -117,15 +118,15 @@ def collate(batch: Batch, indices: Sequence[int], *, packed: bool = False) -> Mi
         for values in (batch.importance_weights, batch.task_advantages)
     )
     rows = range(len(indices))
-    return _laid_out(flat, rows, indices, weights_S, rewards_S, packed=packed)
+    return _lay_out(flat, rows, indices, weights_S, rewards_S, packed=packed)
 
 
 def _groups(tokens: Sequence[int], max_tokens: int, *, packed: bool) -> list[list[int]]:
     lengths = [count - 1 for count in tokens]  # the last token is a target only
-    return _fill(lengths, max_tokens) if packed else padded_batches(lengths, max_tokens)
+    return _packed_rows(lengths, max_tokens) if packed else padded_batches(lengths, max_tokens)
 
 
-def _laid_out(
+def _lay_out(
     flat: FlatRollouts,
     rows: Sequence[int],
     rollouts: Sequence[int],
@@ -134,36 +135,42 @@ def _laid_out(
     *,
     packed: bool,
 ) -> MicroBatch:
-    """The rollouts ``rows`` of ``flat`` as one micro-batch: here they are shifted and padded.
+    """Lay the rollouts ``rows`` of ``flat`` out as one micro-batch: shift, then pad or pack.
 
     Args:
-        rollouts: what the step calls them.
-        weights_S: importance weight of every rollout in ``flat``; ``rewards_S`` alike.
+        rollouts: their indices in the step.
+        weights_S: importance weight of every rollout in ``flat``.
+        rewards_S: task advantage of every rollout in ``flat``.
     """
     chosen = np.asarray(rows)
     device = flat.token_id_F.device
     prompt_S, response_S = flat.prompt_tokens_S[chosen], flat.response_tokens_S[chosen]
     starts_S, inputs_S = flat.starts_S[chosen], prompt_S + response_S - 1
     shape, places_S = _places(inputs_S, packed=packed)
+    slot_N = spans(starts_S + prompt_S, response_S)
+    index_N = spans(places_S + prompt_S - 1, response_S)
+    if flat.is_unsampled_F is not None:
+        is_sampled = ~flat.is_unsampled_F[slot_N]
+        slot_N, index_N = slot_N[is_sampled], index_N[is_sampled]
+    loss_S = flat.loss_tokens_S[chosen]
 
-    def index(first_S: Counts, lengths_S: Counts) -> Tensor:
-        return to_device(torch.from_numpy(spans(first_S, lengths_S)), device)
+    def moved(values: Counts) -> Tensor:
+        return to_device(torch.from_numpy(values), device)
 
-    input_place = index(places_S, inputs_S)
+    input_place = moved(spans(places_S, inputs_S))
 
     def padded(values: Tensor) -> Tensor:
         empty = torch.zeros(shape[0] * shape[1], dtype=torch.int64, device=device)
         return empty.index_copy_(0, input_place, values.long()).view(shape)
 
-    target_N = index(starts_S + prompt_S, response_S)
-    row_N = to_device(torch.from_numpy(np.repeat(chosen, response_S)), device)
+    target_N, row_N = moved(slot_N), moved(np.repeat(chosen, loss_S))
     common: dict[str, Any] = {
         "rollouts": tuple(rollouts),
-        "input_BT": padded(flat.token_id_F.index_select(0, index(starts_S, inputs_S))),
-        "position_BT": padded(index(np.zeros_like(inputs_S), inputs_S)),
+        "input_BT": padded(flat.token_id_F.index_select(0, moved(spans(starts_S, inputs_S)))),
+        "position_BT": padded(moved(spans(np.zeros_like(inputs_S), inputs_S))),
         "sequence_tokens": tuple(inputs_S.tolist()),
-        "loss_tokens": tuple(response_S.tolist()),
-        "loss_index_N": index(places_S + prompt_S - 1, response_S),
+        "loss_tokens": tuple(loss_S.tolist()),
+        "loss_index_N": moved(index_N),
         "target_N": flat.token_id_F.index_select(0, target_N).long(),
         "behavior_logprob_N": flat.behavior_logprob_F.index_select(0, target_N),
         "teacher_logprob_N": flat.teacher_logprob_F.index_select(0, target_N),
@@ -191,8 +198,8 @@ def _places(inputs_S: Counts, *, packed: bool) -> tuple[tuple[int, int], Counts]
     return (len(inputs_S), width), width * np.arange(len(inputs_S))
 
 
-def _fill(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Groups of indices whose lengths sum to at most ``max_tokens``; longest first, first fit.
+def _packed_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Group indices so that lengths sum to at most ``max_tokens``; longest first, first fit.
 
     A longer sequence gets a group of its own. Deterministic; every index occurs exactly once.
     """

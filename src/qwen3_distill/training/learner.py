@@ -213,8 +213,8 @@ class TorchLearner:
         update, magnitude_S = self._step(
             _Step(
                 micros=partial(flat_micro_batches, flat, on_device_S),
-                denominator=float(weights_S @ flat.response_tokens_S),
-                num_loss_tokens=int(flat.response_tokens_S.sum()),
+                denominator=float(weights_S @ flat.loss_tokens_S),
+                num_loss_tokens=int(flat.loss_tokens_S.sum()),
                 lag_steps=step - int(flat.oldest_step_S.min()),
             )
         )

@@ -11,6 +11,7 @@ from qwen3_distill.types import (
     SamplingSpec,
     ScoredRollout,
     TeacherScore,
+    TokenSpan,
     TopKScore,
     VersionSpan,
     WeightVersion,
@@ -18,26 +19,38 @@ from qwen3_distill.types import (
 
 
 def scored_rollout(
-    number: int, prompt_tokens: int, response_tokens: int, *, step: int = 0, candidates: int = 0
+    number: int,
+    prompt_tokens: int,
+    response_tokens: int,
+    *,
+    step: int = 0,
+    candidates: int = 0,
+    unsampled_every: int = 0,
 ) -> ScoredRollout:
-    """Token t of rollout i is 1000 i + t; its logprobs are made of the same number."""
-    t = np.arange(response_tokens)
-    address = 1000 * number + prompt_tokens + t
+    """Token t of rollout i is 1000 i + t; its logprobs are made of the same number.
+
+    Args:
+        unsampled_every: n: response tokens n - 1, 2 n - 1, ... were not sampled; 0: all were.
+    """
+    sampled = spans_between(response_tokens, unsampled_every)
+    ids = 1000 * number + prompt_tokens + np.arange(response_tokens)
+    address = np.concatenate([ids[span.start : span.stop] for span in sampled])
     behavior = -(address + 1) / 1e5
-    split = response_tokens // 2  # half of a longer answer is of younger weights
-    versions = [VersionSpan(start=split, stop=response_tokens, version=_version(step + 1))]
+    split, size = len(address) // 2, len(address)  # half of a longer response has newer weights
+    versions = [VersionSpan(start=split, stop=size, version=_version(step + 1))]
     if split:
         versions.insert(0, VersionSpan(start=0, stop=split, version=_version(step)))
     else:
-        versions = [VersionSpan(start=0, stop=response_tokens, version=_version(step))]
+        versions = [VersionSpan(start=0, stop=size, version=_version(step))]
     rollout = Rollout(
         rollout_id=f"r{number}",
         prompt=Prompt(prompt_id=f"p{number}", token_ids=1000 * number + np.arange(prompt_tokens)),
         sampling=SamplingSpec(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=9999, seed=0),
-        response_ids=address,
+        response_ids=ids,
         behavior_logprobs=behavior,
         versions=tuple(versions),
         finish_reason=FinishReason.LENGTH,
+        sampled=sampled,
     )
     score = TeacherScore(teacher_id="t", logprobs=2 * behavior)
     if candidates:
@@ -49,6 +62,13 @@ def scored_rollout(
             candidate_logprobs=-(address[:, None] + k + 1) / 1e4,
         )
     return ScoredRollout(rollout=rollout, score=score)
+
+
+def spans_between(response_tokens: int, unsampled_every: int) -> tuple[TokenSpan, ...]:
+    """Spans that leave out every n-th token of the response."""
+    n = unsampled_every or response_tokens + 1
+    starts = range(0, response_tokens, n)
+    return tuple(TokenSpan(start=a, stop=min(a + n - 1, response_tokens)) for a in starts)
 
 
 def _version(step: int) -> WeightVersion:

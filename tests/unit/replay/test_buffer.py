@@ -1,6 +1,7 @@
 """The buffer against a model of it in plain Python: nothing lost, nothing twice, bits as added."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from safetensors.torch import load_file
 
 from qwen3_distill.config import ReplayConfig
 from qwen3_distill.errors import AlignmentError, CheckpointError, DataError
@@ -18,6 +20,7 @@ from qwen3_distill.types import ScoredRollout
 from tests.unit.replay.model import ModelBuffer, num_tokens, scored_rollout
 
 CPU = torch.device("cpu")
+TESTS = Path(__file__).resolve().parents[2]
 
 
 def buffer_of(
@@ -48,9 +51,16 @@ def assert_holds(flat: FlatRollouts, expected: list[ScoredRollout]) -> None:
             rollout.num_tokens,
         )
         assert flat.oldest_step_S[row] == rollout.oldest_version.step
-        response = slice(start + prompt, start + prompt + rollout.num_tokens)
+        stop = start + prompt + rollout.num_tokens
         ids = np.concatenate([rollout.prompt.token_ids, rollout.response_ids])
-        assert np.array_equal(flat.token_id_F[start : response.stop], ids)
+        assert np.array_equal(flat.token_id_F[start:stop], ids)
+        response = [start + prompt + t for s in rollout.sampled for t in range(s.start, s.stop)]
+        assert flat.loss_tokens_S[row] == len(response)
+        others = set(range(start + prompt, stop)) - set(response)
+        if flat.is_unsampled_F is None:
+            assert not others
+        else:
+            assert set(np.flatnonzero(flat.is_unsampled_F[start:stop]) + start) == others
         assert np.array_equal(flat.behavior_logprob_F[response], rollout.behavior_logprobs)
         assert np.array_equal(flat.teacher_logprob_F[response], score.logprobs)
         for name in ("candidate_id", "candidate_logprob"):
@@ -63,11 +73,14 @@ def spread(flat: FlatRollouts) -> FlatRollouts:
     """The same rollouts with three slots of nonsense before each."""
     starts_S = flat.starts_S + 3 * np.arange(1, flat.num_rollouts + 1)
     target = torch.from_numpy(spans(starts_S, flat.tokens_S))
-    moved = {}
+    moved: dict[str, Any] = {}
     for name, values in flat.tensors():
         size = len(values) + 3 * flat.num_rollouts
         moved[name] = values.new_full((size, *values.shape[1:]), 77)
         moved[name][target] = values
+    if flat.is_unsampled_F is not None:
+        moved["is_unsampled_F"] = np.ones(len(moved["token_id_F"]), dtype=np.bool_)
+        moved["is_unsampled_F"][target] = flat.is_unsampled_F
     return replace(flat, starts_S=starts_S, **moved)
 
 
@@ -108,11 +121,24 @@ class BufferMachine(RuleBasedStateMachine):
         lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), min_size=1, max_size=4),
         with_gaps=st.booleans(),
         staleness=st.integers(0, 2),
+        unsampled_every=st.sampled_from([0, 0, 2, 7]),
     )
-    def add(self, lengths: list[tuple[int, int]], with_gaps: bool, staleness: int) -> None:
-        oldest = max(0, self.step - staleness)
+    def add(
+        self,
+        lengths: list[tuple[int, int]],
+        with_gaps: bool,
+        staleness: int,
+        unsampled_every: int,
+    ) -> None:
         scored = [
-            scored_rollout(self.model.added + i, p, r, step=oldest, candidates=self.candidates)
+            scored_rollout(
+                self.model.added + i,
+                p,
+                r,
+                step=max(0, self.step - staleness),
+                candidates=self.candidates,
+                unsampled_every=unsampled_every,
+            )
             for i, (p, r) in enumerate(lengths)
         ]
         if sum(map(sum, lengths)) > self.model.tokens or len(scored) > self.model.rollouts:
@@ -311,6 +337,14 @@ def test_the_first_priority_is_the_mean_gap_of_the_stored_logprobs() -> None:
     assert buffer._mass[:2].tolist() == pytest.approx(expected, rel=1e-5)
 
 
+def test_tokens_that_were_not_sampled_do_not_count_in_the_first_priority() -> None:
+    buffer = buffer_of(law={"kind": "proportional", "alpha": 1.0})
+    buffer.add([scored_rollout(7, 20, 40, unsampled_every=4)])
+    sampled = [t for t in range(40) if t % 4 != 3]
+    expected = (7000 + 20 + np.array(sampled) + 1).mean() / 1e5
+    assert buffer._mass[0] == pytest.approx(expected, rel=1e-5)
+
+
 def test_priorities_are_clipped_and_refreshed_where_they_belong() -> None:
     buffer = buffer_of(law={"kind": "proportional", "alpha": 2.0}, priority_clip_nats=1.5)
     buffer.add([scored_rollout(i, 2, 3) for i in range(4)])
@@ -366,6 +400,44 @@ def test_a_state_of_another_buffer_is_refused() -> None:
     del state["uses"]
     with pytest.raises(CheckpointError, match="uses"):
         buffer_of().load_state_dict(state)
+
+
+def test_a_state_from_before_sampled_spans_continues_bit_for_bit() -> None:
+    """The file was saved by the code of schema 2 after 4 additions and an update of 2 rollouts."""
+
+    def fresh() -> ReplayBuffer:
+        law = {"kind": "proportional"}
+        return buffer_of(tokens=60, candidates=2, capacity_rollouts=4, law=law)
+
+    saved = load_file(TESTS / "data" / "replay_one_span.safetensors")
+    buffer = fresh()
+    with_spans = [scored_rollout(9, 5, 6, candidates=2, unsampled_every=2)]
+    buffer.add(with_spans)  # of which nothing may stay
+    buffer.load_state_dict(saved)
+    assert buffer.digest() == "b485ad0c56365789"
+    assert buffer.sample(2, 6).numbers_S.tolist() == [1, 3]
+    rollouts = [scored_rollout(i, 5, 6 + i, step=i, candidates=2) for i in range(4)]
+    sample = buffer.sample(4, 6)
+    assert_holds(buffer.gather(sample), [rollouts[number] for number in sample.numbers_S])
+    again = buffer.state_dict()
+    assert again.keys() == saved.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in saved.items())
+    # The same additions give the same state today.
+    repeated = fresh()
+    for rollout in rollouts:
+        repeated.add([rollout])
+    repeated.mark_used(repeated.sample(2, 5), torch.tensor([0.5, 0.25]))
+    assert repeated.digest() == "b485ad0c56365789"
+
+
+def test_only_tokens_that_were_not_sampled_take_memory_on_the_host() -> None:
+    buffer = buffer_of()
+    buffer.add([scored_rollout(0, 2, 7)])
+    assert buffer._is_unsampled is None
+    assert flatten([scored_rollout(0, 2, 7)]).is_unsampled_F is None
+    buffer.add([scored_rollout(1, 2, 7, unsampled_every=3)])
+    assert buffer._is_unsampled is not None
+    assert np.flatnonzero(buffer._is_unsampled).tolist() == [9 + 2 + 2, 9 + 2 + 5]
 
 
 def test_the_digest_tells_states_apart() -> None:

@@ -63,12 +63,14 @@ def sampled_reverse_kl(
         baseline_N: b_t >= 0, any value that does not depend on a_t.
         importance_weight_N: w_i of the token's rollout.
         task_advantage_N: added to A_t after the clip.
-        tokens_per_row: loss tokens of each rollout, in order; they sum to N.
+        tokens_per_row: loss tokens of each rollout, in order; they sum to N. A response token that
+            was not sampled is none of them.
         denominator: sum_i w_i n_i of the *whole step*, all micro-batches. Never this
             micro-batch's own count, or short batches would weigh more per token.
         ratio_cap: c; None takes rho = 1.
         advantage_clip: a; None does not clip.
-        discount: weight per step of later tokens' clipped signals in A_t.
+        discount: weight per step of later tokens' clipped signals in A_t. Steps count sampled
+            tokens in order: tokens between two sampled spans take no part in it.
     """
     learner_N = learner_logprob_N.detach()
     ratio_N = torch.exp(learner_N - behavior_logprob_N)
