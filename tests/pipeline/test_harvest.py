@@ -1,11 +1,14 @@
 """Pieces of a rollout: together they are the rollout, and each is a rollout."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen3_distill.errors import DataError
 from qwen3_distill.pipeline.harvest import harvested, remainder
 from qwen3_distill.types import (
     FinishReason,
@@ -14,6 +17,7 @@ from qwen3_distill.types import (
     RolloutPrefix,
     RolloutRequest,
     SamplingSpec,
+    TokenSpan,
     VersionSpan,
     WeightVersion,
 )
@@ -102,6 +106,22 @@ def test_a_rollout_that_was_never_harvested_stays_as_it_is() -> None:
     rest = remainder(whole, 2)
     assert rest is not None
     assert not rest.is_whole
+
+
+def test_a_response_that_was_sampled_in_parts_is_not_cut() -> None:
+    whole = replace(
+        rollout_of(7, []),
+        sampled=(TokenSpan(start=0, stop=3), TokenSpan(start=5, stop=7)),
+        behavior_logprobs=-np.ones(5, dtype=np.float32),
+        versions=(VersionSpan(start=0, stop=5, version=VERSIONS[0]),),
+    )
+    assert remainder(whole, 0) is whole
+    for start in (3, 7):
+        with pytest.raises(
+            DataError,
+            match=r"sample-00: 5 of its 7 response tokens were sampled.*pipeline\.harvest",
+        ):
+            remainder(whole, start)
 
 
 def test_a_piece_is_as_old_as_its_own_oldest_token() -> None:

@@ -1,5 +1,7 @@
 """Shift, lay out, split: values that encode their own index make an off-by-one a wrong number."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from qwen3_distill.types import (
     SamplingSpec,
     ScoredRollout,
     TeacherScore,
+    TokenSpan,
     TopKScore,
     VersionSpan,
     WeightVersion,
@@ -99,6 +102,62 @@ def test_a_padded_row_each_or_all_in_one_row() -> None:
     for micro in (padded, packed):
         assert micro.sequence_tokens == (6, 6, 10)
         assert micro.loss_tokens == (4, 2, 9)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_response_that_was_sampled_as_a_whole_has_these_tensors(packed: bool) -> None:
+    """Bit for bit those of the code that knew no sampled spans."""
+    micro = collate(BATCH, [1, 0], packed=packed)
+    if packed:
+        assert micro.input_BT.tolist() == [[900, 900, 901, 902, 0, 1, 2]]
+        assert micro.position_BT.tolist() == [[0, 0, 1, 2, 3, 4, 5]]
+        assert micro.loss_index_N.tolist() == [0, 3, 4, 5, 6]
+    else:
+        assert micro.input_BT.tolist() == [[900, 0, 0, 0, 0, 0], [900, 901, 902, 0, 1, 2]]
+        assert micro.position_BT.tolist() == [[0, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5]]
+        assert micro.loss_index_N.tolist() == [0, 8, 9, 10, 11]
+    assert micro.rollouts == (1, 0)
+    assert micro.sequence_tokens == (1, 6)
+    assert micro.loss_tokens == (1, 4)
+    assert micro.target_N.tolist() == [100, 0, 1, 2, 3]
+    behavior = torch.tensor([-0.101, -0.001, -0.002, -0.003, -0.004])
+    assert torch.equal(micro.behavior_logprob_N, behavior)
+    assert torch.equal(micro.teacher_logprob_N, 2 * behavior)
+    assert micro.importance_weight_N.tolist() == [2, 1, 1, 1, 1]
+    assert torch.equal(micro.task_advantage_N, torch.tensor([0.2, 0.1, 0.1, 0.1, 0.1]))
+    integers = (micro.input_BT, micro.position_BT, micro.loss_index_N, micro.target_N)
+    assert {tensor.dtype for tensor in integers} == {torch.int64}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tokens_that_were_not_sampled_are_inputs_only(packed: bool) -> None:
+    """Of 9 response tokens, the first, the fifth and sixth and the last were sampled."""
+    spans = (TokenSpan(start=0, stop=1), TokenSpan(start=4, stop=6), TokenSpan(start=8, stop=9))
+    whole = BATCH.scored[3].rollout
+    kept = [0, 4, 5, 8]
+    rollout = replace(
+        whole,
+        sampled=spans,
+        behavior_logprobs=whole.behavior_logprobs[kept],
+        versions=(VersionSpan(start=0, stop=4, version=VERSION),),
+    )
+    score = TeacherScore(teacher_id="t", logprobs=2 * rollout.behavior_logprobs)
+    batch = replace(BATCH, scored=(*BATCH.scored[:3], ScoredRollout(rollout=rollout, score=score)))
+    assert batch.num_loss_tokens == 4 + 1 + 2 + 4
+    assert batch.denominator == 1 * 4 + 2 * 1 + 3 * 2 + 4 * 4
+    micro = collate(batch, [3, 0], packed=packed)
+    before = collate(BATCH, [3, 0], packed=packed)
+    assert torch.equal(micro.input_BT, before.input_BT)
+    assert torch.equal(micro.position_BT, before.position_BT)
+    assert micro.sequence_tokens == (10, 6)
+    assert micro.loss_tokens == (4, 4)
+    # The prompt has 2 tokens: response token t is predicted at position t + 1.
+    first = 10
+    assert micro.loss_index_N.tolist() == [1, 5, 6, 9, *(first + t for t in (2, 3, 4, 5))]
+    assert micro.target_N.tolist() == [300, 304, 305, 308, 0, 1, 2, 3]
+    assert micro.importance_weight_N.tolist() == [4] * 4 + [1] * 4
+    expected = -torch.tensor([301, 305, 306, 309, 1, 2, 3, 4]) / 1000
+    torch.testing.assert_close(micro.behavior_logprob_N, expected)
 
 
 @pytest.mark.parametrize("packed", [False, True])

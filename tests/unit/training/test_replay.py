@@ -1,6 +1,7 @@
-"""What replay takes from a step: each used rollout's own mean magnitude as its next priority."""
+"""Replayed steps: their layout, their denominator, and the priorities that they leave behind."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -61,19 +62,27 @@ def replaying(
     return learner, buffer
 
 
-def scored_by(models: TinyModels, request: Any) -> list[ScoredRollout]:
+SAMPLED = [[(0, 4), (7, 8)], [], [(3, 17)], [(1, 2)], [(0, 1), (5, 20), (22, 30)]]
+
+
+def scored_by(
+    models: TinyModels, request: Any, sampled: Sequence[Sequence[tuple[int, int]]] = [[]] * 5
+) -> list[ScoredRollout]:
     teacher = reference_model(models.teacher)
-    rollouts = [synthetic_rollout(p, r, seed) for seed, (p, r) in enumerate(LENGTHS)]
+    rollouts = [
+        synthetic_rollout(p, r, seed, sampled=sampled[seed]) for seed, (p, r) in enumerate(LENGTHS)
+    ]
     return [ScoredRollout(rollout=r, score=reference_score(teacher, r, request)) for r in rollouts]
 
 
+@pytest.mark.parametrize("sampled", [[[]] * 5, SAMPLED], ids=["whole", "in_parts"])
 @pytest.mark.parametrize("tokens", [1, 35, 10**6])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_each_used_rollout_gets_its_own_mean_magnitude(
-    tiny_models: TinyModels, name: str, tokens: int
+    tiny_models: TinyModels, name: str, tokens: int, sampled: list[list[tuple[int, int]]]
 ) -> None:
     objective = OBJECTIVES[name]
-    scored = scored_by(tiny_models, request_for(objective))
+    scored = scored_by(tiny_models, request_for(objective), sampled)
     learner, buffer = replaying(tiny_models, objective, scored, tokens)
     first = buffer._mass[:5].tolist()
     student = reference_model(tiny_models.student)
@@ -93,18 +102,36 @@ def test_each_used_rollout_gets_its_own_mean_magnitude(
     assert buffer._uses[:5].sum() == 3
 
 
+@pytest.mark.parametrize("tokens", [1, 35, 10**6])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_replayed_step_divides_by_the_sampled_tokens(
+    tiny_models: TinyModels, name: str, tokens: int
+) -> None:
+    objective = OBJECTIVES[name]
+    scored = scored_by(tiny_models, request_for(objective), SAMPLED)
+    learner, _ = replaying(tiny_models, objective, scored, tokens)
+    direct, _ = replaying(tiny_models, objective, scored, tokens)
+    # Every rollout is drawn, with weights of 1: the batch of them all.
+    replayed = asyncio.run(learner.update_replayed(5))
+    expected = asyncio.run(direct.update(Batch.uniform(scored)))
+    assert replayed.num_loss_tokens == expected.num_loss_tokens == 5 + 2 + 14 + 1 + 24
+    assert replayed.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert replayed.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+
+
 def loss_alone(models: TinyModels, objective: ObjectiveConfig, entry: ScoredRollout) -> float:
     """A rollout's mean divergence is the loss of a batch of it alone."""
     learner, _ = replaying(models, objective, [entry], 10**6)
     return asyncio.run(learner.update(Batch.uniform([entry]))).loss
 
 
+@pytest.mark.parametrize("sampled", [[[]] * 5, SAMPLED], ids=["whole", "in_parts"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("max_tokens", [1, 35, 10**6])
 def test_flat_rollouts_are_laid_out_as_their_records(
-    tiny_models: TinyModels, packed: bool, max_tokens: int
+    tiny_models: TinyModels, packed: bool, max_tokens: int, sampled: list[list[tuple[int, int]]]
 ) -> None:
-    scored = scored_by(tiny_models, request_for(OBJECTIVES["top_k"]))
+    scored = scored_by(tiny_models, request_for(OBJECTIVES["top_k"]), sampled)
     weights = np.arange(1, 6, dtype=np.float32)
     batch = Batch(
         scored=tuple(scored), importance_weights=weights, task_advantages=np.zeros(5, np.float32)
