@@ -1,12 +1,14 @@
 """Rollouts as Parquet files: for people (pandas, polars, duckdb) and for reading back exactly.
 
-One row per rollout. The columns are those of `qwen3_distill.types.Rollout`, flattened, so what a
-column means is written there; `SCORED_SCHEMA` adds the teacher's.
+One row per rollout. The columns are the fields of `qwen3_distill.types.Rollout`, flattened; the
+types document them. A file of scored rollouts adds the teacher's columns.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +23,7 @@ from qwen3_distill.types import (
     SamplingSpec,
     ScoredRollout,
     TeacherScore,
+    TokenSpan,
     TopKScore,
     VersionSpan,
     WeightVersion,
@@ -29,56 +32,176 @@ from qwen3_distill.utils.files import atomic_path
 
 Decode: TypeAlias = Callable[[Sequence[int]], str]
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = 3
+"""Of the files that are written. Files of version 2, without the column ``sampled``, are read too:
+their responses were sampled as a whole."""
+OLDEST_READABLE = 2
 VERSION_KEY = b"qwen3_distill.rollouts.schema_version"
-"""Key of the Parquet metadata that holds `SCHEMA_VERSION`."""
+"""Key of the Parquet metadata that holds the file's schema version."""
 
-_IDS = pa.list_(pa.int32())
-_FLOATS = pa.list_(pa.float32())
-_SPAN = pa.struct(
-    [("start", pa.int32()), ("stop", pa.int32()), ("step", pa.int64()), ("digest", pa.string())]
-)
+_KINDS: dict[str, type[TeacherScore]] = {
+    "sampled": TeacherScore,
+    "top_k": TopKScore,
+    "hidden": HiddenScore,
+}
+_KIND_OF_SCORE = {score: kind for kind, score in _KINDS.items()}
 
-ROLLOUT_SCHEMA = pa.schema(
-    [
-        pa.field("step", pa.int64(), nullable=False),  # that the rollout was drawn for
-        pa.field("rollout_id", pa.string(), nullable=False),
-        pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("prompt_ids", _IDS, nullable=False),
-        pa.field("task_data", pa.map_(pa.string(), pa.string()), nullable=False),
-        pa.field("temperature", pa.float64(), nullable=False),
-        pa.field("top_p", pa.float64(), nullable=False),
-        pa.field("top_k", pa.int32(), nullable=False),
-        pa.field("max_new_tokens", pa.int32(), nullable=False),
-        pa.field("seed", pa.uint64(), nullable=False),
-        pa.field("response_ids", _IDS, nullable=False),
-        pa.field("behavior_logprobs", _FLOATS, nullable=False),
-        pa.field("finish_reason", pa.string(), nullable=False),  # stop | length | harvested
-        pa.field("continues_at", pa.int32(), nullable=False),
-        pa.field("versions", pa.list_(_SPAN), nullable=False),
-        pa.field("response_text", pa.string(), nullable=False),  # for people; never read back
+
+class _Item(NamedTuple):
+    """A row as records."""
+
+    step: int
+    rollout: Rollout
+    response_text: str
+    score: TeacherScore | None = None
+    score_kind: str | None = None
+
+
+# --- Values of columns ----------------------------------------------------------------------------
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+def _scalar(value: pa.Scalar) -> Any:
+    return value.as_py()
+
+
+def _vector(value: pa.Scalar) -> np.ndarray:
+    return value.values.to_numpy(zero_copy_only=False)
+
+
+def _matrix(value: pa.Scalar) -> np.ndarray:
+    lines = value.values
+    if lines is None:
+        raise DataError("is null, but score_kind asks for it")
+    lengths = np.unique(np.diff(lines.offsets.to_numpy()))
+    if len(lengths) != 1:
+        raise DataError(f"has lines of {lengths.tolist()} values, not of one")
+    return lines.flatten().to_numpy(zero_copy_only=False).reshape(len(lines), -1)
+
+
+def _sampled_rows(spans: Sequence[TokenSpan]) -> list[dict[str, int]]:
+    return [{"start": span.start, "stop": span.stop} for span in spans]
+
+
+def _sampled_spans(value: pa.Scalar) -> tuple[TokenSpan, ...]:
+    if not len(value):
+        raise DataError("has no span, expected at least one")
+    return tuple(TokenSpan(start=row["start"], stop=row["stop"]) for row in value.as_py())
+
+
+def _version_rows(spans: Sequence[VersionSpan]) -> list[dict[str, Any]]:
+    return [
+        {"start": s.start, "stop": s.stop, "step": s.version.step, "digest": s.version.digest}
+        for s in spans
     ]
+
+
+def _version_spans(value: pa.Scalar) -> tuple[VersionSpan, ...]:
+    return tuple(
+        VersionSpan(
+            start=row["start"],
+            stop=row["stop"],
+            version=WeightVersion(step=row["step"], digest=row["digest"]),
+        )
+        for row in value.as_py()
+    )
+
+
+# --- The columns ----------------------------------------------------------------------------------
+
+
+class _Column(NamedTuple):
+    name: str
+    type: pa.DataType
+    path: str
+    """The field of `_Item`, e.g. ``rollout.prompt.token_ids``."""
+    write: Callable[[Any], Any] = _unchanged
+    """From the field to the column's value."""
+    read: Callable[[pa.Scalar], Any] = _scalar
+    """From the column's value to the field."""
+    since: int = OLDEST_READABLE
+    """Schema version that introduced the column."""
+    nullable: bool = False
+    """Null where the row's kind of score does not have the field."""
+
+    @property
+    def record(self) -> str:
+        return self.path.rpartition(".")[0]
+
+    @property
+    def field(self) -> str:
+        return self.path.rpartition(".")[2]
+
+
+_STRING, _INT32, _FLOAT32 = pa.string(), pa.int32(), pa.float32()
+_IDS, _FLOATS = pa.list_(_INT32), pa.list_(_FLOAT32)
+_SPAN = [("start", _INT32), ("stop", _INT32)]
+_SPANS = pa.list_(pa.struct(_SPAN))
+_VERSIONS = pa.list_(pa.struct([*_SPAN, ("step", pa.int64()), ("digest", _STRING)]))
+_TASK_DATA = pa.map_(_STRING, _STRING)
+
+_ROLLOUT_COLUMNS = (
+    _Column("step", pa.int64(), "step"),  # that the rollout was drawn for
+    _Column("rollout_id", _STRING, "rollout.rollout_id"),
+    _Column("prompt_id", _STRING, "rollout.prompt.prompt_id"),
+    _Column("prompt_ids", _IDS, "rollout.prompt.token_ids", read=_vector),
+    _Column(
+        "task_data",
+        _TASK_DATA,
+        "rollout.prompt.task_data",
+        lambda task_data: list(task_data.items()),
+        lambda value: dict(value.as_py()),
+    ),
+    _Column("temperature", pa.float64(), "rollout.sampling.temperature"),
+    _Column("top_p", pa.float64(), "rollout.sampling.top_p"),
+    _Column("top_k", _INT32, "rollout.sampling.top_k"),
+    _Column("max_new_tokens", _INT32, "rollout.sampling.max_new_tokens"),
+    _Column("seed", pa.uint64(), "rollout.sampling.seed"),
+    _Column("response_ids", _IDS, "rollout.response_ids", read=_vector),
+    _Column("sampled", _SPANS, "rollout.sampled", _sampled_rows, _sampled_spans, since=3),
+    _Column("behavior_logprobs", _FLOATS, "rollout.behavior_logprobs", read=_vector),
+    _Column(
+        "finish_reason",  # stop | length | harvested
+        _STRING,
+        "rollout.finish_reason",
+        lambda reason: reason.value,
+        lambda value: FinishReason(value.as_py()),
+    ),
+    _Column("continues_at", _INT32, "rollout.continues_at"),
+    _Column("versions", _VERSIONS, "rollout.versions", _version_rows, _version_spans),
+    _Column("response_text", _STRING, "response_text"),  # for people; never read back
 )
+_SCORE_COLUMNS = (
+    _Column("score_kind", _STRING, "score_kind"),  # a key of `_KINDS`
+    _Column("teacher_id", _STRING, "score.teacher_id"),
+    _Column("teacher_logprobs", _FLOATS, "score.logprobs", read=_vector),
+    _Column("candidate_ids", pa.list_(_IDS), "score.candidate_ids", read=_matrix, nullable=True),
+    _Column(
+        "candidate_logprobs",
+        pa.list_(_FLOATS),
+        "score.candidate_logprobs",
+        read=_matrix,
+        nullable=True,
+    ),
+    _Column("hidden", pa.list_(_FLOATS), "score.hidden", read=_matrix, nullable=True),
+)
+_SCORED_COLUMNS = (*_ROLLOUT_COLUMNS, *_SCORE_COLUMNS)
+
+
+def _schema(columns: Iterable[_Column]) -> pa.Schema:
+    return pa.schema([pa.field(c.name, c.type, nullable=c.nullable) for c in columns])
+
+
+ROLLOUT_SCHEMA = _schema(_ROLLOUT_COLUMNS)
 """Columns of a rollout file."""
-
-SCORED_SCHEMA = pa.schema(
-    [
-        *ROLLOUT_SCHEMA,
-        pa.field("score_kind", pa.string(), nullable=False),  # sampled | top_k | hidden
-        pa.field("teacher_id", pa.string(), nullable=False),
-        pa.field("teacher_logprobs", _FLOATS, nullable=False),
-        pa.field("candidate_ids", pa.list_(_IDS)),  # top_k only, else null; [R, K]
-        pa.field("candidate_logprobs", pa.list_(_FLOATS)),  # top_k only, else null; [R, K]
-        pa.field("hidden", pa.list_(_FLOATS)),  # hidden only, else null; [R, D]
-    ]
-)
+SCORED_SCHEMA = _schema(_SCORED_COLUMNS)
 """Columns of a file of scored rollouts. Such a file is a rollout file too."""
 
-_KIND_OF_SCORE: dict[type[TeacherScore], str] = {
-    TeacherScore: "sampled",
-    TopKScore: "top_k",
-    HiddenScore: "hidden",
-}
+
+# --- Writing --------------------------------------------------------------------------------------
 
 
 def write_rollouts(
@@ -92,90 +215,54 @@ def write_rollouts(
     Raises:
         RunFolderError: the file cannot be written.
     """
-    _write(path, _rollout_columns(step_rollouts, decode), ROLLOUT_SCHEMA)
+    items = [
+        _Item(step, rollout, decode(rollout.response_ids.tolist()))
+        for step, rollout in step_rollouts
+    ]
+    _write(path, items, _ROLLOUT_COLUMNS)
 
 
 def write_scored(
     path: str | Path, step_scored: Sequence[tuple[int, ScoredRollout]], decode: Decode
 ) -> None:
-    """Like `write_rollouts`, with the teacher's scores."""
-    columns = _rollout_columns([(step, scored.rollout) for step, scored in step_scored], decode)
-    columns |= _score_columns([scored.score for _, scored in step_scored])
-    _write(path, columns, SCORED_SCHEMA)
+    """Write (step, scored rollout) pairs; see `write_rollouts`."""
+    items = [
+        _Item(
+            step,
+            scored.rollout,
+            decode(scored.rollout.response_ids.tolist()),
+            scored.score,
+            _KIND_OF_SCORE[type(scored.score)],  # a KeyError is a kind without columns
+        )
+        for step, scored in step_scored
+    ]
+    _write(path, items, _SCORED_COLUMNS)
 
 
-def read_rollouts(path: str | Path) -> list[tuple[int, Rollout]]:
-    """The (step, rollout) pairs of a rollout file or a scored one, bit for bit as written.
-
-    Columns that the schema does not name are ignored.
-
-    Raises:
-        DataError: no such file, not a whole file of this schema version, a missing column, a
-            column of another type or with nulls, or a row that is no rollout.
-    """
-    columns = _read(Path(path), ROLLOUT_SCHEMA)
-    return _records(Path(path), columns, _rollout)
+def _write(path: str | Path, items: Sequence[_Item], columns: Sequence[_Column]) -> None:
+    metadata = {VERSION_KEY: str(SCHEMA_VERSION).encode()}
+    table = pa.Table.from_arrays(
+        [_array(column, items) for column in columns],
+        schema=_schema(columns).with_metadata(metadata),
+    )
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
-def read_scored(path: str | Path) -> list[tuple[int, ScoredRollout]]:
-    """The (step, scored rollout) pairs of a file by `write_scored`; see `read_rollouts`."""
-    columns = _read(Path(path), SCORED_SCHEMA)
-    return _records(Path(path), columns, _scored)
+def _array(column: _Column, items: Sequence[_Item]) -> pa.Array:
+    field = attrgetter(column.path)
+    if not column.nullable:
+        return pa.array([column.write(field(item)) for item in items], column.type)
+    values = [field(item) if column.field in _fields(type(item.score)) else None for item in items]
+    return _matrices(values, column.type.value_type.value_type)
 
 
-# --- Writing --------------------------------------------------------------------------------------
-
-_Columns: TypeAlias = dict[str, Any]
-
-
-def _rollout_columns(step_rollouts: Sequence[tuple[int, Rollout]], decode: Decode) -> _Columns:
-    rollouts = [rollout for _, rollout in step_rollouts]
-    return {
-        "step": [step for step, _ in step_rollouts],
-        "rollout_id": [r.rollout_id for r in rollouts],
-        "prompt_id": [r.prompt.prompt_id for r in rollouts],
-        "prompt_ids": [r.prompt.token_ids for r in rollouts],
-        "task_data": [list(r.prompt.task_data.items()) for r in rollouts],
-        "temperature": [r.sampling.temperature for r in rollouts],
-        "top_p": [r.sampling.top_p for r in rollouts],
-        "top_k": [r.sampling.top_k for r in rollouts],
-        "max_new_tokens": [r.sampling.max_new_tokens for r in rollouts],
-        "seed": [r.sampling.seed for r in rollouts],
-        "response_ids": [r.response_ids for r in rollouts],
-        "behavior_logprobs": [r.behavior_logprobs for r in rollouts],
-        "finish_reason": [r.finish_reason.value for r in rollouts],
-        "continues_at": [r.continues_at for r in rollouts],
-        "versions": [[_span_row(span) for span in r.versions] for r in rollouts],
-        "response_text": [decode(r.response_ids.tolist()) for r in rollouts],
-    }
-
-
-def _span_row(span: VersionSpan) -> dict[str, Any]:
-    version = span.version
-    return {
-        "start": span.start,
-        "stop": span.stop,
-        "step": version.step,
-        "digest": version.digest,
-    }
-
-
-def _score_columns(scores: Sequence[TeacherScore]) -> _Columns:
-    top_k = [score if isinstance(score, TopKScore) else None for score in scores]
-    hidden = [score.hidden if isinstance(score, HiddenScore) else None for score in scores]
-    return {
-        # A KeyError here is a new kind of score that has no columns yet.
-        "score_kind": [_KIND_OF_SCORE[type(score)] for score in scores],
-        "teacher_id": [score.teacher_id for score in scores],
-        "teacher_logprobs": [score.logprobs for score in scores],
-        "candidate_ids": _matrices([s and s.candidate_ids for s in top_k], pa.int32()),
-        "candidate_logprobs": _matrices([s and s.candidate_logprobs for s in top_k], pa.float32()),
-        "hidden": _matrices(hidden, pa.float32()),
-    }
+def _fields(score: Any) -> set[str]:
+    return {field.name for field in fields(score)}
 
 
 def _matrices(values: Sequence[np.ndarray | None], dtype: pa.DataType) -> pa.Array:
-    """One [R, K] matrix or null per row, built from buffers: hidden states are large."""
+    """One matrix or null per row, built from buffers: hidden states are large."""
     matrices = [value for value in values if value is not None]
     flat = np.concatenate([m.ravel() for m in matrices]) if matrices else np.empty(0)
     lines = pa.ListArray.from_arrays(
@@ -192,45 +279,108 @@ def _offsets(lengths: Sequence[int]) -> pa.Array:
     return pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), pa.int32())
 
 
-def _write(path: str | Path, columns: _Columns, schema: pa.Schema) -> None:
-    arrays = [
-        column if isinstance(column, pa.Array) else pa.array(column, schema.field(name).type)
-        for name, column in columns.items()
-    ]
-    named = pa.table(arrays, names=list(columns)).select(schema.names).cast(schema)
-    table = named.replace_schema_metadata({VERSION_KEY: SCHEMA_VERSION.encode()})
-    with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
-
-
 # --- Reading --------------------------------------------------------------------------------------
 
 
-def _read(path: Path, schema: pa.Schema) -> dict[str, pa.Array]:
-    """The columns of ``schema``: types and version checked, no nulls but those it allows."""
+def read_rollouts(path: str | Path) -> list[tuple[int, Rollout]]:
+    """Read the (step, rollout) pairs of a rollout file or a scored one, bit for bit as written.
+
+    Columns that the schema does not name are ignored.
+
+    Raises:
+        DataError: no such file, not a whole file of a schema version that can be read, a missing
+            column, a column of another type or with nulls, or a row that is no rollout.
+    """
+    return _read(Path(path), _ROLLOUT_COLUMNS, _rollout)
+
+
+def read_scored(path: str | Path) -> list[tuple[int, ScoredRollout]]:
+    """Read the (step, scored rollout) pairs of a file by `write_scored`; see `read_rollouts`."""
+    return _read(Path(path), _SCORED_COLUMNS, _scored)
+
+
+class _Row:
+    """One row of a file; a column is converted when it is asked for."""
+
+    def __init__(self, columns: dict[str, _Column], arrays: dict[str, pa.Array], row: int) -> None:
+        self._columns = columns
+        self._arrays = arrays
+        self._row = row
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self._columns[name].read(self._arrays[name][self._row])
+        except DataError as error:
+            raise DataError(f"column {name!r} {error}") from error
+
+    def fields(self, record: str) -> dict[str, Any]:
+        """The fields of the record at a path, by name."""
+        return {c.field: self[c.name] for c in self._columns.values() if c.record == record}
+
+
+def _rollout(row: _Row) -> Rollout:
+    return Rollout(
+        prompt=Prompt(**row.fields("rollout.prompt")),
+        sampling=SamplingSpec(**row.fields("rollout.sampling")),
+        **row.fields("rollout"),
+    )
+
+
+def _scored(row: _Row) -> ScoredRollout:
+    rollout, kind = _rollout(row), row["score_kind"]
+    if kind not in _KINDS:
+        raise DataError(f"score_kind is {kind!r}, expected {list(_KINDS)}")
+    wanted = _fields(_KINDS[kind])
+    columns = [c for c in _SCORE_COLUMNS if c.record == "score" and c.field in wanted]
+    score = _KINDS[kind](**{column.field: row[column.name] for column in columns})
+    return ScoredRollout(rollout=rollout, score=score)
+
+
+def _read(
+    path: Path, columns: Sequence[_Column], build: Callable[[_Row], Any]
+) -> list[tuple[int, Any]]:
+    found, arrays = _checked_columns(path, columns)
+    records: list[tuple[int, Any]] = []
+    for index in range(len(arrays["step"])):
+        row = _Row(found, arrays, index)
+        try:
+            records.append((row["step"], build(row)))
+        except (AlignmentError, DataError, ValueError, TypeError) as error:
+            raise DataError(
+                f"{path}, row {index} is not a valid record ({error}); write the file again"
+            ) from error
+    return records
+
+
+def _checked_columns(
+    path: Path, columns: Sequence[_Column]
+) -> tuple[dict[str, _Column], dict[str, pa.Array]]:
+    """The file's columns: types and version checked, no nulls but those that are allowed."""
     if not path.is_file():
         state = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"rollout file {path} {state}; check the path")
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            _check_schema(path, file.schema_arrow, schema)
-            table = file.read(columns=schema.names)
+            version = _schema_version(path, file.schema_arrow)
+            expected = {column.name: column for column in columns if column.since <= version}
+            _check_types(path, file.schema_arrow, expected)
+            table = file.read(columns=list(expected))
             table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path} cannot be read as Parquet ({error}); expected a whole, undamaged file, write "
             "it again"
         ) from error
-    columns = {name: table.column(name).combine_chunks() for name in schema.names}
-    for name, column in columns.items():
-        nulls = _count_nulls(column) - (column.null_count if schema.field(name).nullable else 0)
+    arrays = {name: table.column(name).combine_chunks() for name in expected}
+    for name, array in arrays.items():
+        nulls = _count_nulls(array) - (array.null_count if expected[name].nullable else 0)
         if nulls:
             raise DataError(f"{path}: column {name!r} has {nulls} nulls, expected none")
-    return columns
+    return expected, arrays
 
 
 def _count_nulls(array: pa.Array) -> int:
-    """Nulls at every level. Unseen, a null token id would become a number on its way to numpy."""
+    """Count nulls at every level: unseen, a null id would become a number on its way to numpy."""
     if isinstance(array, pa.StructArray):
         return array.null_count + sum(_count_nulls(child) for child in array.flatten())
     if isinstance(array, pa.MapArray):
@@ -240,113 +390,25 @@ def _count_nulls(array: pa.Array) -> int:
     return array.null_count
 
 
-def _check_schema(path: Path, found: pa.Schema, expected: pa.Schema) -> None:
-    version = (found.metadata or {}).get(VERSION_KEY, b"").decode(errors="replace")
-    if version != SCHEMA_VERSION:
+def _schema_version(path: Path, schema: pa.Schema) -> int:
+    found = (schema.metadata or {}).get(VERSION_KEY, b"").decode(errors="replace")
+    readable = {str(number): number for number in range(OLDEST_READABLE, SCHEMA_VERSION + 1)}
+    if found not in readable:
         raise DataError(
-            f"{path} has rollout schema version {version or 'none'!r}, expected {SCHEMA_VERSION!r};"
-            " read it with the version of this package that wrote it"
+            f"{path} has rollout schema version {found or 'none'!r}, expected "
+            f"{' or '.join(map(repr, readable))}; read it with the version of this package that "
+            "wrote it"
         )
-    for field in expected:
-        if field.name not in found.names:
-            kind = "a file of scored rollouts" if expected is SCORED_SCHEMA else "a rollout file"
+    return readable[found]
+
+
+def _check_types(path: Path, found: pa.Schema, expected: dict[str, _Column]) -> None:
+    for name, column in expected.items():
+        if name not in found.names:
+            kind = "a file of scored rollouts" if "score_kind" in expected else "a rollout file"
             raise DataError(
-                f"{path} has no column {field.name!r}, which {kind} needs; its columns are "
-                f"{found.names}"
+                f"{path} has no column {name!r}, which {kind} needs; its columns are {found.names}"
             )
-        actual = found.field(field.name).type
-        if actual != field.type:
-            raise DataError(
-                f"{path}: column {field.name!r} is of type {actual}, expected {field.type}"
-            )
-
-
-def _records(
-    path: Path, columns: dict[str, pa.Array], build: Callable[["_Row"], Any]
-) -> list[tuple[int, Any]]:
-    records: list[tuple[int, Any]] = []
-    for index in range(len(columns["step"])):
-        row = _Row(columns, index)
-        try:
-            records.append((row.scalar("step"), build(row)))
-        except (AlignmentError, DataError, ValueError, TypeError) as error:
-            raise DataError(
-                f"{path}, row {index} is not a valid record ({error}); write the file again"
-            ) from error
-    return records
-
-
-class _Row:
-    def __init__(self, columns: dict[str, pa.Array], index: int) -> None:
-        self._columns = columns
-        self._index = index
-
-    def scalar(self, name: str) -> Any:
-        return self._columns[name][self._index].as_py()
-
-    def vector(self, name: str) -> np.ndarray:
-        return self._columns[name][self._index].values.to_numpy(zero_copy_only=False)
-
-    def matrix(self, name: str) -> np.ndarray:
-        lines = self._columns[name][self._index].values
-        if lines is None:
-            raise DataError(f"column {name!r} is null, but score_kind asks for it")
-        lengths = np.unique(np.diff(lines.offsets.to_numpy()))
-        if len(lengths) != 1:
-            raise DataError(f"column {name!r} has lines of {lengths.tolist()} values, not of one")
-        return lines.flatten().to_numpy(zero_copy_only=False).reshape(len(lines), -1)
-
-
-def _rollout(row: _Row) -> Rollout:
-    return Rollout(
-        rollout_id=row.scalar("rollout_id"),
-        prompt=Prompt(
-            prompt_id=row.scalar("prompt_id"),
-            token_ids=row.vector("prompt_ids"),
-            task_data=dict(row.scalar("task_data")),
-        ),
-        sampling=SamplingSpec(
-            temperature=row.scalar("temperature"),
-            top_p=row.scalar("top_p"),
-            top_k=row.scalar("top_k"),
-            max_new_tokens=row.scalar("max_new_tokens"),
-            seed=row.scalar("seed"),
-        ),
-        response_ids=row.vector("response_ids"),
-        behavior_logprobs=row.vector("behavior_logprobs"),
-        versions=_spans(row.scalar("versions")),
-        finish_reason=FinishReason(row.scalar("finish_reason")),
-        continues_at=row.scalar("continues_at"),
-    )
-
-
-def _spans(rows: Iterable[dict[str, Any]]) -> tuple[VersionSpan, ...]:
-    return tuple(
-        VersionSpan(
-            start=row["start"],
-            stop=row["stop"],
-            version=WeightVersion(step=row["step"], digest=row["digest"]),
-        )
-        for row in rows
-    )
-
-
-def _scored(row: _Row) -> ScoredRollout:
-    return ScoredRollout(rollout=_rollout(row), score=_score(row))
-
-
-def _score(row: _Row) -> TeacherScore:
-    kind = row.scalar("score_kind")
-    teacher_id, logprobs = row.scalar("teacher_id"), row.vector("teacher_logprobs")
-    if kind == _KIND_OF_SCORE[TopKScore]:
-        return TopKScore(
-            teacher_id=teacher_id,
-            logprobs=logprobs,
-            candidate_ids=row.matrix("candidate_ids"),
-            candidate_logprobs=row.matrix("candidate_logprobs"),
-        )
-    if kind == _KIND_OF_SCORE[HiddenScore]:
-        return HiddenScore(teacher_id=teacher_id, logprobs=logprobs, hidden=row.matrix("hidden"))
-    if kind != _KIND_OF_SCORE[TeacherScore]:
-        raise DataError(f"score_kind is {kind!r}, expected {list(_KIND_OF_SCORE.values())}")
-    return TeacherScore(teacher_id=teacher_id, logprobs=logprobs)
+        actual = found.field(name).type
+        if actual != column.type:
+            raise DataError(f"{path}: column {name!r} is of type {actual}, expected {column.type}")

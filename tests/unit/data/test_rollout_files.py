@@ -1,3 +1,5 @@
+"""Rollout files: round trips, older files, and files that are refused by name."""
+
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -28,10 +30,13 @@ from qwen3_distill.types import (
     SamplingSpec,
     ScoredRollout,
     TeacherScore,
+    TokenSpan,
     TopKScore,
     VersionSpan,
     WeightVersion,
 )
+
+TESTS = Path(__file__).resolve().parents[2]
 
 
 def decode(ids: Sequence[int]) -> str:
@@ -47,8 +52,13 @@ def token_ids(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def rollout(rng: np.random.Generator, size: int, index: int = 0) -> Rollout:
+    """Of ``size`` sampled tokens; every third rollout has others before, between and after them."""
     cut = int(rng.integers(0, size))
     spans = [(0, cut, 3), (cut, size, 4)] if cut else [(0, size, 3)]
+    sampled: tuple[TokenSpan, ...] = ()
+    if index % 3 == 2:
+        parts = [(1, 1 + cut), (3 + cut, 3 + size)] if cut else [(2, 2 + size)]
+        sampled = tuple(TokenSpan(start=start, stop=stop) for start, stop in parts)
     return Rollout(
         rollout_id=f"7/{index}",
         prompt=Prompt(
@@ -63,7 +73,8 @@ def rollout(rng: np.random.Generator, size: int, index: int = 0) -> Rollout:
             max_new_tokens=size,
             seed=int(rng.integers(0, 2**63 - 1)),
         ),
-        response_ids=token_ids(rng, size),
+        response_ids=token_ids(rng, size + 4 if sampled else size),
+        sampled=sampled,
         behavior_logprobs=logprobs(rng, size),
         versions=tuple(
             VersionSpan(start=a, stop=b, version=WeightVersion(step=step, digest=f"sha:{step}"))
@@ -204,7 +215,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
 # --- Files that are not what they should be -----------------------------------------------------
 
 
-def rewrite(path: Path, table: pa.Table, version: str | None = "2") -> None:
+def rewrite(path: Path, table: pa.Table, version: str | None = "3") -> None:
     metadata = {} if version is None else {VERSION_KEY: version.encode()}
     pq.write_table(table.replace_schema_metadata(metadata), path)
 
@@ -238,6 +249,7 @@ def test_column_of_another_type_is_named(tmp_path: Path, name: str) -> None:
         ("rollout_id", ["a", None, "b", "c"]),
         ("response_ids", [[1, 2, 3, None], [1], [1, 2, 3], [1, 2]]),
         ("task_data", [[("answer", None)], [], [], []]),
+        ("sampled", [[{"start": 0, "stop": None}]] * 4),
         ("versions", [[{"start": 0, "stop": 4, "step": 1, "digest": None}]] * 4),
         ("candidate_ids", [None, [[1, 2, None]], None, [[1, 2, 3], None]]),
     ],
@@ -253,7 +265,11 @@ def test_nulls_at_any_depth_are_refused(tmp_path: Path, name: str, values: Any) 
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("response_ids", [[1, 2, 3, 4], [1, 2], [1, 2, 3], [1, 2]], "row 1 .* 2 response tokens"),
+        ("behavior_logprobs", [[-1.0] * n for n in (4, 2, 3, 2)], "row 1 .* 1 response tokens"),
+        ("response_ids", [[1, 2, 3], [1], [1] * 7, [1, 2]], r"row 0 .*within \[0, 3\)"),
+        ("sampled", [[{"start": 0, "stop": 4}], [], [], []], "row 1 .*'sampled' has no span"),
+        ("sampled", [[{"start": 0, "stop": 5}]] * 4, r"row 0 .*within \[0, 4\)"),
+        ("sampled", [[{"start": 1, "stop": 4}]] * 4, "row 0 .*3 response tokens were sampled"),
         ("finish_reason", ["stop", "stop", "stop", "abort"], "row 3 .*'abort'"),
         ("score_kind", ["sampled", "top_k", "full", "top_k"], r"row 2 .*'full', expected \["),
         ("score_kind", ["top_k", "top_k", "hidden", "top_k"], "row 0 .*'candidate_ids' is null"),
@@ -279,13 +295,91 @@ def test_unscored_file_is_not_a_scored_one(tmp_path: Path) -> None:
         read_scored(tmp_path / "r.parquet")
 
 
-@pytest.mark.parametrize(("version", "named"), [(None, "'none'"), ("1", "'1'")])
+@pytest.mark.parametrize(
+    ("version", "named"), [(None, "'none'"), ("1", "'1'"), ("4", "'4'"), ("2.5", "'2.5'")]
+)
 def test_other_schema_versions_are_refused(tmp_path: Path, version: Any, named: str) -> None:
     path = tmp_path / "s.parquet"
     write_sample(path)
     rewrite(path, pq.read_table(path), version)
-    with pytest.raises(DataError, match=f"schema version {named}, expected '2'"):
+    message = (
+        rf"s\.parquet has rollout schema version {named}, expected '2' or '3'; read it with the "
+        "version of this package that wrote it"
+    )
+    for read in (read_rollouts, read_scored):
+        with pytest.raises(DataError, match=message):
+            read(path)
+
+
+# --- Files of the version before ----------------------------------------------------------------
+
+
+def test_a_file_of_schema_2_is_read_with_responses_that_were_sampled_as_a_whole() -> None:
+    """The file was written by the code of schema 2."""
+    path = TESTS / "data" / "rollouts_schema_2.parquet"
+    six, seven = (WeightVersion(step=step, digest=f"digest-{step}") for step in (6, 7))
+
+    def expected(
+        number: int, ids: list[int], versions: list[tuple[int, int, WeightVersion]]
+    ) -> Any:
+        return Rollout(
+            rollout_id=f"step-000007/prompt-0000/sample-0{number}",
+            prompt=Prompt(
+                prompt_id="train.jsonl:17",
+                token_ids=np.array([11, 12, 13]),
+                task_data={"answer": "42"},
+            ),
+            sampling=SamplingSpec(
+                temperature=0.75, top_p=0.5, top_k=20, max_new_tokens=8, seed=number
+            ),
+            response_ids=np.array(ids),
+            sampled=(TokenSpan(start=0, stop=len(ids)),),
+            behavior_logprobs=-np.array(ids) / 64,
+            versions=tuple(VersionSpan(start=a, stop=b, version=v) for a, b, v in versions),
+            finish_reason=FinishReason.STOP,
+        )
+
+    one = expected(0, [21, 22, 23], [(0, 1, six), (1, 3, seven)])
+    two = expected(1, [31, 32], [(0, 2, seven)])
+    candidates = np.array([[31, 5], [6, 32]])
+    scores = [
+        TeacherScore(teacher_id="t", logprobs=-np.array([1, 2, 3]) / 4),
+        TopKScore(
+            teacher_id="t",
+            logprobs=-np.array([1, 2]) / 8,
+            candidate_ids=candidates,
+            candidate_logprobs=-candidates / 16,
+        ),
+    ]
+    assert pq.read_schema(path).metadata[VERSION_KEY] == b"2"
+    assert_same(read_rollouts(path), [(7, one), (7, two)])
+    pairs = zip([one, two], scores, strict=True)
+    assert_same(read_scored(path), [(7, ScoredRollout(rollout=r, score=s)) for r, s in pairs])
+
+
+def test_only_a_file_of_schema_2_may_lack_the_sampled_spans(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    rows = scored_rows([4, 2], [0, 1])  # sampled as a whole, both
+    write_scored(path, rows, decode)
+    table = pq.read_table(path).drop_columns(["sampled"])
+    rewrite(path, table, "2")
+    assert_same(read_scored(path), rows)
+    rewrite(path, with_column(table, "response_ids", [[1] * 4, [1] * 3]), "2")
+    with pytest.raises(DataError, match=r"s\.parquet, row 1 .* 3 response tokens were sampled"):
         read_scored(path)
+    rewrite(path, table, "3")
+    with pytest.raises(DataError, match=r"s\.parquet has no column 'sampled', which a file of sco"):
+        read_scored(path)
+
+
+def test_spans_of_a_file_that_says_schema_2_are_not_dropped_unseen(tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    whole = rollout(np.random.default_rng(0), 5, 2)
+    assert whole.num_loss_tokens < whole.num_tokens
+    write_rollouts(path, [(1, whole)], decode)
+    rewrite(path, pq.read_table(path), "2")
+    with pytest.raises(DataError, match=r"row 0 .*9 response tokens were sampled, but there are 5"):
+        read_rollouts(path)
 
 
 def test_extra_columns_are_ignored(tmp_path: Path) -> None:
