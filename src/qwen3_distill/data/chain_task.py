@@ -37,7 +37,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a worked solution; `is_error` marks text that must not be imitated."""
+    """A part of a worked solution; `is_error` marks text that must not be imitated."""
 
     text: str
     is_error: bool = False

@@ -1,4 +1,4 @@
-"""From raw prompts to token ids, and the order in which a run draws them."""
+"""Renders raw prompts to token ids, and gives the order in which a run draws them."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -14,7 +14,7 @@ from qwen3_distill.utils.seeds import derive_seed
 
 
 class ChatTokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer that rendering needs."""
 
     @property
     def chat_template(self) -> Any: ...
@@ -29,16 +29,16 @@ def render(
     max_new_tokens: int,
     template_arguments: Mapping[str, Any] = MappingProxyType({}),
 ) -> Prompt:
-    """``raw`` as token ids of the student's chat template, up to where the answer begins.
+    """Render ``raw`` with the student's chat template, up to where the response begins.
 
     Args:
-        context_length: Positions of the model: prompt and answer together must fit.
-        max_new_tokens: Longest answer that will be sampled.
+        context_length: Positions of the model: prompt and response together must fit.
+        max_new_tokens: Longest response that will be sampled.
         template_arguments: Passed to the template, e.g. ``{"enable_thinking": False}``.
 
     Raises:
         DataError: the tokenizer has no chat template, the template refuses the messages, or
-            prompt and answer do not fit the context.
+            prompt and response do not fit the context.
     """
     token_ids = _template_ids(raw, tokenizer, template_arguments)
     if len(token_ids) + max_new_tokens > context_length:
@@ -93,9 +93,9 @@ class PromptStream:
     """An endless, reproducible sequence of prompts; a position in it is one integer.
 
     Epoch e covers the numbers ``[e * n, (e + 1) * n)`` of a source with n prompts: every prompt
-    once, in an order that follows from ``seed`` and e alone. An endless source is taken in its
-    own order. Nothing but a cache changes when prompts are taken, so a resumed run needs only the
-    number of prompts drawn so far.
+    once, in an order that depends on ``seed`` and e only. An endless source keeps its own order.
+    Taking prompts changes nothing but a cache, so a resumed run needs only the number of prompts
+    drawn so far.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class PromptStream:
         self._permutation: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def take(self, start: int, count: int) -> list[Prompt]:
-        """Prompts number ``start`` to ``start + count - 1``, rendered.
+        """Return prompts number ``start`` to ``start + count - 1``, rendered.
 
         Raises:
             DataError: a prompt cannot be rendered, see `render`.
@@ -129,7 +129,7 @@ class PromptStream:
         return [self._prompt(number) for number in range(start, start + count)]
 
     def check(self) -> None:
-        """Render every prompt of a source that has an end, so that a bad one is met now.
+        """Render every prompt of a finite source, so that a bad one fails now.
 
         Raises:
             DataError: a prompt cannot be rendered, see `render`.

@@ -1,8 +1,8 @@
-"""Where prompts come from: files, Hugging Face datasets, procedural tasks.
+"""Reads raw prompts from files, Hugging Face datasets and procedural tasks.
 
 Rows follow TRL's prompt-only format: the prompt is a string (one user message) or a list of
 ``{"role", "content"}`` messages that ends with the user's. Files and datasets are read and
-checked whole when the source is built, so a bad row is met before a run starts.
+checked completely when the source is built, so a bad row fails before a run starts.
 """
 
 import json
@@ -49,22 +49,22 @@ class RawPrompt:
     prompt_id: str
     messages: tuple[Message, ...]
     task_data: Mapping[str, str] = field(default_factory=dict)
-    """What the verifier needs: `ANSWER_KEY`, `PROBLEM_KEY`; empty without an answer."""
+    """Input of the verifier: `ANSWER_KEY`, `PROBLEM_KEY`; empty without an answer."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "task_data", MappingProxyType(dict(self.task_data)))
 
 
 class PromptSource(Protocol):
-    """Prompts by number. The same number always gives the same prompt."""
+    """Gives prompts by number. The same number always gives the same prompt."""
 
     @property
     def num_prompts(self) -> int | None:
-        """How many prompts there are; None: an endless supply."""
+        """Number of prompts; None: endless."""
         ...
 
     def get(self, index: int) -> RawPrompt:
-        """Prompt number ``index``, from 0.
+        """Return prompt number ``index``, from 0.
 
         Raises:
             IndexError: ``index`` is negative or not below `num_prompts`.
@@ -73,7 +73,7 @@ class PromptSource(Protocol):
 
 
 class FixedSource:
-    """A source of prompts that are already there. Needs at least one."""
+    """A source of given prompts, at least one."""
 
     def __init__(self, prompts: Sequence[RawPrompt]) -> None:
         if not prompts:
@@ -90,7 +90,7 @@ class FixedSource:
 
 
 class TaskSource:
-    """Problems of one split of a procedural task, made when asked for."""
+    """A source of one split of a procedural task; problems are made on demand."""
 
     def __init__(self, task: ChainTask, split: Literal["train", "eval"], limit: int | None) -> None:
         self._task = task
@@ -112,11 +112,11 @@ class TaskSource:
 
 
 def build_source(config: PromptsConfig) -> PromptSource:
-    """The source that ``config`` describes.
+    """Build the source that ``config`` describes.
 
     Raises:
-        DataError: a file or dataset cannot be read, is empty, or has a row that is no prompt. The
-            message names the file and the line (JSONL, from 1) or row (Parquet and hf, from 0).
+        DataError: a file or dataset cannot be read, is empty, or has a row that is not a prompt.
+            The message names the file and the line (JSONL, from 1) or row (Parquet and hf, from 0).
     """
     if isinstance(config, TaskPrompts):
         return TaskSource(ChainTask(), config.split, config.limit)
@@ -140,7 +140,7 @@ def _check_index(index: int, num_prompts: int | None) -> None:
         raise IndexError(f"prompt {index} of a source with {num_prompts or 'endless'} prompts")
 
 
-# --- Rows: (where it is, for messages; its fields) ------------------------------------------------
+# --- Rows: (location for error messages, fields) --------------------------------------------------
 
 _Row: TypeAlias = tuple[str, Mapping[str, Any]]
 
@@ -162,8 +162,8 @@ def _jsonl_rows(path: Path) -> Iterator[_Row]:
             yield f"{path}, line {number}", _json_object(line, f"{path}, line {number}")
 
 
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's fields; by default the last of two equal keys would win."""
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object's fields; by default the last of two equal keys would win."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise ValueError(f"a key stands twice among {[key for key, _ in pairs]}")
@@ -172,7 +172,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _json_object(line: bytes, where: str) -> Mapping[str, Any]:
     try:
-        value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once_each)
+        value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_refuse_duplicate_keys)
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 ({error}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
@@ -265,7 +265,7 @@ def _saved_split(loaded: Any, config: HuggingFacePrompts) -> Any:
     if isinstance(loaded, dict):
         found = {str(name): split for name, split in loaded.items()}
     else:
-        # A single dataset need not know its split; then the config's word is taken for it.
+        # A single dataset may not know its split; then the config names it.
         found = {str(loaded.split or config.split): loaded}
     if config.split not in found:
         raise DataError(
@@ -366,7 +366,7 @@ def _message(value: Any, where: str) -> Message:
 
 
 def _answer(value: Any, where: str) -> str:
-    # A float is refused: 0.1 + 0.2 or 1e22 have no one spelling to compare with.
+    # A float is refused: 0.1 + 0.2 or 1e22 have no unique spelling to compare with.
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise DataError(
             f"{where} is of type {type(value).__name__}, expected the reference answer as a string "
@@ -379,7 +379,7 @@ def _answer(value: Any, where: str) -> str:
 
 
 def _require_encodable(text: str, where: str) -> None:
-    """JSON may hold halves of surrogate pairs, which no tokenizer and no file takes."""
+    """Refuse halves of surrogate pairs: JSON may hold them, no tokenizer and no file takes them."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""A digest of weights, computed where the weights are."""
+"""Digests of weights, computed on the device that holds them, and of model directories."""
 
 import hashlib
 import os
@@ -22,13 +22,13 @@ _INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.in
 def weights_digest(weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:
     """Hex digest over names, shapes, dtypes and every bit of the tensors, in any order.
 
-    Of an iterable, one tensor is held at a time: weights that are merged for it need no memory of
-    their own.
+    An iterable is consumed one tensor at a time, so weights that are merged for it are never all in
+    memory.
 
-    Each tensor is reduced by a position-dependent 64-bit sum (a multilinear hash): of its words
-    w_i, the sum of w_i (2 K i + 1) modulo 2^64. Odd multipliers are invertible there, so a change
-    of one word always shows. It tells accidents apart, such as a stale or half-copied tensor; it
-    does not resist an adversary.
+    Each tensor is reduced to a position-dependent 64-bit sum of its words w_i (a multilinear hash):
+    the sum of w_i (2 K i + 1) modulo 2^64. Odd multipliers are invertible there, so a change of one
+    word always changes the sum. The digest detects accidents, such as a stale or half-copied
+    tensor; it does not resist an adversary.
     """
     heads, sums = list[str](), list[_WordSums]()
     for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
@@ -42,12 +42,12 @@ def weights_digest(weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]])
 
 
 class _WordSums(NamedTuple):
-    """A tensor's words in rows of C, word i at row r and column c with i = C r + c, as sums.
+    """Row and column sums of a tensor's words: word i is at row r, column c with i = C r + c.
 
-    All that a device has to do for a checksum is to read the words twice, in two kernels (and one
-    for what is left over): a model has hundreds of tensors, and multiplying each word with its
-    position would be some twenty kernels and five times the traffic. What is done on the host is
-    little: C words a tensor and one a row.
+    For a checksum the device only reads the words twice, in two kernels (and one for the
+    remainder). A model has hundreds of tensors, and multiplying each word by its position would
+    take some twenty kernels and five times the traffic. The host's part is small: C words per
+    tensor and one per row.
     """
 
     of_row_R: Tensor
@@ -71,7 +71,7 @@ def _word_sums(tensor: Tensor) -> _WordSums:
 
 
 def _to_host(sums: Sequence[_WordSums]) -> list[_WordSums]:
-    """In one transfer where all are on one device."""
+    """Copy the sums to the host, in one transfer if all are on one device."""
     parts = [part for of_tensor in sums for part in of_tensor]
     if len({part.device for part in parts}) == 1:
         parts = torch.cat(parts).cpu().split([part.numel() for part in parts])
@@ -81,7 +81,7 @@ def _to_host(sums: Sequence[_WordSums]) -> list[_WordSums]:
 
 def _checksum(sums: _WordSums) -> int:
     """The sum over i of w_i (2 K i + 1), signed: here i = C r + c."""
-    row_R, column_C, rest_N = (part.numpy() for part in sums)  # which wrap modulo 2^64 as well
+    row_R, column_C, rest_N = (part.numpy() for part in sums)  # numpy wraps modulo 2^64, too
     whole = _COLUMNS * row_R.size
     at_positions = (
         _COLUMNS * int(row_R @ np.arange(row_R.size))
@@ -93,8 +93,8 @@ def _checksum(sums: _WordSums) -> int:
 
 
 def _words(flat: Tensor) -> Tensor:
-    """The bits as 64-bit words where they divide into them, which is a fourth of the work of
-    16-bit ones; else element by element."""
+    """The bits as 64-bit words if they divide into them (a quarter of the work of 16-bit words),
+    else as one integer per element."""
     width = flat.element_size()
     if flat.numel() * width % 8 == 0:
         if flat.storage_offset() * width % 8:
@@ -106,8 +106,8 @@ def _words(flat: Tensor) -> Tensor:
 def directory_digest(directory: str | Path) -> str:
     """SHA-256, in hex, over the names and contents of ``config.json`` and ``*.safetensors``.
 
-    It names the weights as they lie on disk, whatever precision they are served in. Files are
-    hashed side by side; a directory that did not change is hashed once in a process.
+    It names the weights as stored, whatever precision they are served in. Files are hashed
+    concurrently; an unchanged directory is hashed once per process.
     """
     root = Path(directory)
     paths = sorted([root / "config.json", *root.glob("*.safetensors")])
@@ -139,9 +139,9 @@ def _file_digest(path: Path) -> bytes:
 
 
 def are_of_directory(weights: Mapping[str, Tensor], model_dir: str | Path) -> bool:
-    """Whether the weights are those that a model directory holds, up to the dtype of its files.
+    """Whether the weights equal those of a model directory, up to the dtype of its files.
 
-    A tied output head that is given beside the embedding counts as the directory's.
+    A tied output head (``lm_head.weight``) need not be in the directory.
     """
     found: set[str] = set()
     for file in sorted(Path(model_dir).glob("*.safetensors")):

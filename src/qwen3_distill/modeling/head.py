@@ -1,4 +1,4 @@
-"""The output head in chunks: no [tokens, vocabulary] tensor ever exists as a whole.
+"""Applies the output head in chunks: no [tokens, vocabulary] tensor ever exists as a whole.
 
 Shape letters: N selected tokens, C tokens of one chunk, D hidden size, V vocabulary, K candidates.
 """
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class TokenStats(NamedTuple):
-    """Per-token figures of one distribution."""
+    """Logprob and entropy of every token's distribution."""
 
     logprob_N: Tensor
     """float32 nats of the target tokens."""
@@ -41,10 +41,10 @@ def map_chunks(
     *,
     chunk_tokens: int,
 ) -> tuple[Tensor, ...]:
-    """Apply ``function`` to chunks of rows and concatenate what it returns.
+    """Apply ``function`` to chunks of rows and concatenate the results.
 
-    With gradients and more than one chunk, the chunk is recomputed in the backward pass, so that
-    its logits do not outlive it.
+    With gradients and more than one chunk, each chunk is recomputed in the backward pass, so that
+    its logits are freed after the forward pass.
     """
     num_tokens = per_token[0].shape[0]
     if num_tokens <= chunk_tokens:
@@ -66,7 +66,7 @@ def _chunked(
 def token_stats(
     hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, chunk_tokens: int
 ) -> TokenStats:
-    """Logprobs (with gradient, if enabled) of the targets and the entropy of each distribution."""
+    """Compute the targets' logprobs (with gradient, if enabled) and each distribution's entropy."""
 
     def chunk(hidden_CD: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
         logprob_CV = torch.log_softmax(logits_of(hidden_CD, head_VD), dim=-1)

@@ -1,4 +1,4 @@
-"""From the host's memory to a device's."""
+"""Copies tensors from host memory to a device without waiting for it."""
 
 import torch
 from torch import Tensor
@@ -8,11 +8,11 @@ _MOST_PINNED_BYTES = 64 << 20
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """``values`` on ``device``, without a wait for the work that the device has before it.
+    """Copy ``values`` to ``device`` without waiting for the work queued there.
 
-    A copy from pageable memory waits for all of it: between two micro-batches the device would
-    then have nothing to do until the host has queued the next one's first kernels. What is large,
-    a teacher's hidden states, is copied that way all the same.
+    A copy from pageable memory would wait for it: between two micro-batches the device would then
+    be idle until the host has queued the next one's first kernels. Large tensors (a teacher's
+    hidden states) are copied from pageable memory all the same.
     """
     is_small = values.numel() * values.element_size() <= _MOST_PINNED_BYTES
     if device.type == "cuda" and values.device.type == "cpu" and is_small:

@@ -1,4 +1,4 @@
-"""Loading Qwen3 directories: the checks, the dtype, the identity."""
+"""Checks and loads Qwen3 model directories and reads their identity."""
 
 import hashlib
 import json
@@ -23,14 +23,14 @@ SUPPORTED_MODEL_TYPES = ("qwen3",)
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is a GPU.
+    """Return the device of a config's name; ``auto`` is CUDA if there is a GPU, else the CPU.
 
-    There it takes cuDNN's attention out of this process's choice, before a model is compiled with
-    it. PyTorch prefers it on Hopper and Blackwell, and it builds a plan for every batch size and
-    length, tens of milliseconds of host time each; answers hardly ever repeat a shape.
+    On CUDA it disables cuDNN's attention in this process, before a model is compiled with it.
+    PyTorch prefers it on Hopper and Blackwell, but it builds a plan for every batch size and
+    length, which takes tens of milliseconds on the host, and responses hardly ever repeat a shape.
 
     Raises:
-        ConfigError: CUDA was asked for by name and is not there.
+        ConfigError: the name is ``cuda`` and there is no CUDA device.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
@@ -49,10 +49,10 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 
 def check_model_dir(path: str | Path) -> Path:
-    """The directory, if it holds a Qwen3-like model.
+    """Return the directory if it holds a dense Qwen3 model.
 
     Raises:
-        ModelError: missing, no config, or another architecture.
+        ModelError: it is missing, has no config or weights, or has another architecture.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -78,10 +78,10 @@ def check_model_dir(path: str | Path) -> Path:
 
 
 def load_model(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in evaluation mode.
+    """Load the model in evaluation mode.
 
     Raises:
-        ModelError: the directory does not hold a whole Qwen3 model.
+        ModelError: the directory does not hold a complete Qwen3 model.
     """
     directory = check_model_dir(path)
     try:
@@ -99,16 +99,16 @@ def load_model(path: str | Path, *, device: torch.device, dtype: torch.dtype) ->
 
 
 def output_head(model: PreTrainedModel) -> torch.Tensor:
-    """[V, D] weight of the output head; the embedding itself where the two are tied."""
+    """[V, D] weight of the output head; the embedding itself if the two are tied."""
     head: Any = model.get_output_embeddings()
     return head.weight
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The directory's fast tokenizer.
+    """Load the directory's fast tokenizer.
 
     Raises:
-        ModelError: there is none.
+        ModelError: the directory has none.
     """
     directory = check_model_dir(path)
     if not (directory / "tokenizer.json").is_file():
@@ -124,7 +124,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
 
 def load_identity(path: str | Path) -> ModelIdentity:
-    """What another model must share with this one, read from its directory."""
+    """Read from a model directory what another model must share with it."""
     directory = check_model_dir(path)
     config = AutoConfig.from_pretrained(directory)
     tokenizer = load_tokenizer(directory)
@@ -140,13 +140,14 @@ def load_identity(path: str | Path) -> ModelIdentity:
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     description = json.loads(tokenizer.backend_tokenizer.to_str())
-    for transient in ("padding", "truncation"):  # changed by use, not part of the mapping
+    for transient in ("padding", "truncation"):  # changed by use; not part of the mapping
         description.pop(transient, None)
     return _sha256(json.dumps(description, sort_keys=True))
 
 
 def _eos_ids(directory: Path, config: Any, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """All ids that end a response: generation_config's, else the model config's."""
+    """All ids that end a response: generation_config's, else the model config's, else the
+    tokenizer's."""
     eos: Any = None
     if (directory / "generation_config.json").is_file():
         eos = GenerationConfig.from_pretrained(directory).eos_token_id

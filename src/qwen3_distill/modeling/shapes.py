@@ -1,4 +1,4 @@
-"""The shape of a Qwen3 model, and how many parameters and bytes follow from it. No torch."""
+"""The shape of a Qwen3 model, and the parameter and byte counts that follow. No torch."""
 
 import json
 from collections.abc import Collection
@@ -14,7 +14,7 @@ _FP8_BLOCK = 128
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What the size of a dense Qwen3 model depends on, by its ``config.json``."""
+    """Numbers of a dense Qwen3 model's ``config.json`` that determine its size."""
 
     name: str
     """A directory, or one of `QWEN3_SHAPES`."""
@@ -26,10 +26,10 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     tied: bool
-    """Embedding and output head are one matrix."""
+    """Whether embedding and output head are one matrix."""
     context_length: int
     fp8_checkpoint: bool = False
-    """The linear layers are stored in FP8 with a scale per block of 128 x 128."""
+    """Whether the linear layers are stored in FP8 with a scale per block of 128 x 128."""
 
     @property
     def query_size(self) -> int:
@@ -58,32 +58,32 @@ class ModelShape:
 
     @property
     def linear_parameters(self) -> int:
-        """Of the linear layers of all blocks: what FP8 quantization halves."""
+        """Parameters of the linear layers of all blocks: those that FP8 quantization halves."""
         return self.num_layers * sum(
             rows * columns for rows, columns in self.linear_layers.values()
         )
 
     @property
     def embedding_parameters(self) -> int:
-        """Embedding and output head; the one matrix where they are tied."""
+        """Parameters of embedding and output head, counted once if they are tied."""
         return self.vocab_size * self.hidden_size * (1 if self.tied else 2)
 
     @property
     def norm_parameters(self) -> int:
-        """Two norms and the two of queries and keys in every block, and the last one."""
+        """Parameters of the norms: two per block, two of queries and keys, and the final one."""
         return self.num_layers * (2 * self.hidden_size + 2 * self.head_dim) + self.hidden_size
 
     @property
     def num_parameters(self) -> int:
-        """Exact, tied matrices counted once."""
+        """Exact number of parameters; tied matrices count once."""
         return self.linear_parameters + self.embedding_parameters + self.norm_parameters
 
     def weight_bytes(self, itemsize: int) -> int:
-        """All weights in a dtype of so many bytes."""
+        """Bytes of all weights at ``itemsize`` bytes each."""
         return self.num_parameters * itemsize
 
     def fp8_weight_bytes(self, itemsize: int) -> int:
-        """Linear layers in FP8 with float32 scales, everything else in ``itemsize`` bytes."""
+        """Bytes with linear layers in FP8 with float32 scales, the rest at ``itemsize`` each."""
         scales = self.num_layers * sum(
             _ceil(rows, _FP8_BLOCK) * _ceil(columns, _FP8_BLOCK)
             for rows, columns in self.linear_layers.values()
@@ -92,11 +92,11 @@ class ModelShape:
         return self.linear_parameters + 4 * scales + itemsize * rest
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Keys and values of one token in all layers."""
+        """Bytes of one token's keys and values in all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
 
     def lora_parameters(self, rank: int, target_modules: Collection[str]) -> int:
-        """Of adapters on the named linear layers of every block."""
+        """Parameters of adapters on the named linear layers of every block."""
         return self.num_layers * sum(
             rank * (rows + columns)
             for name, (rows, columns) in self.linear_layers.items()
@@ -104,7 +104,7 @@ class ModelShape:
         )
 
     def merged_parameters(self, target_modules: Collection[str]) -> int:
-        """Of the named linear layers themselves, which merging makes anew."""
+        """Parameters of the named linear layers themselves, which merging recomputes."""
         return self.num_layers * sum(
             rows * columns
             for name, (rows, columns) in self.linear_layers.items()
@@ -159,7 +159,7 @@ QWEN3_SHAPES = {
 
 
 def named_shape(name: str) -> ModelShape:
-    """A shape of `QWEN3_SHAPES`; ``32B-FP8`` is its FP8 checkpoint.
+    """Return a shape of `QWEN3_SHAPES`; ``32B-FP8`` is the FP8 checkpoint of ``32B``.
 
     Raises:
         ConfigError: there is no such shape.
@@ -177,10 +177,10 @@ def named_shape(name: str) -> ModelShape:
 
 
 def read_shape(directory: str | Path) -> ModelShape:
-    """The shape by a model directory's ``config.json``; its weights are not needed.
+    """Read the shape from a model directory's ``config.json``; its weights are not needed.
 
     Raises:
-        ModelError: there is no such file, or a key is missing.
+        ModelError: the file or one of the keys is missing.
     """
     file = Path(directory) / "config.json"
     try:
@@ -192,7 +192,9 @@ def read_shape(directory: str | Path) -> ModelShape:
             "model's shape; give the path of a Hugging Face model directory"
         ) from None
     except (KeyError, TypeError, ValueError, OSError) as error:
-        raise ModelError(f"{file}: no shape of a dense Qwen3 model in it: {error!r}") from error
+        raise ModelError(
+            f"{file} does not hold the shape of a dense Qwen3 model: {error!r}"
+        ) from error
 
 
 def _from_config(name: str, values: dict[str, Any]) -> ModelShape:

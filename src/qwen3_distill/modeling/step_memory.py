@@ -1,13 +1,15 @@
-"""How much memory a training step takes, and how many layers to recompute so that it fits.
+"""Predicts the memory of a training step, and how many layers to recompute so that it fits.
 
 Gradient checkpointing trades memory for a second forward pass. The choice is made per layer: a
-layer either keeps its activations or is recomputed in the backward pass. The *first* layers are the
-ones to recompute: the backward pass reaches them last, when the activations that later layers kept
-are free again.
+layer either keeps its activations or is recomputed in the backward pass. The *first* layers are
+recomputed: the backward pass reaches them last, when the activations that later layers kept are
+free again.
 
-No torch here, only arithmetic. The coefficients of plain PyTorch are what its saved-tensor hooks
-count; those of unsloth's fused kernels follow from what the kernels keep, and agree with peaks
-measured on one H200 within 3% (tests/unit/modeling/test_step_memory.py).
+No torch here, only arithmetic. The learner's half of the memory plan is below `training/`, which
+needs it; the other processes' shares are in `planning/memory.py`. The coefficients of plain PyTorch
+are counted by its saved-tensor hooks. Those of unsloth's fused kernels follow from what the kernels
+keep, and agree with peaks measured on one H200 within 3%
+(tests/unit/modeling/test_step_memory.py).
 """
 
 from dataclasses import dataclass
@@ -20,11 +22,11 @@ GIB = 1 << 30
 _CONTEXT_BYTES = 3 * GIB // 4
 
 Arithmetic = Literal["fused", "float32", "bfloat16"]
-"""``fused``: unsloth's bfloat16 LoRA kernels. Else plain PyTorch in this dtype."""
+"""``fused``: unsloth's bfloat16 LoRA kernels; otherwise plain PyTorch in this dtype."""
 
 
 def arithmetic_of(training: EmbeddedTraining | UnslothTraining, *, on_gpu: bool) -> Arithmetic:
-    """How a learner computes on a device."""
+    """Return the kernels and dtype that a learner computes with."""
     fused = training.kind == "unsloth" and training.tuning.kind == "lora"
     if on_gpu and fused and training.dtype == "bfloat16":
         return "fused"
@@ -34,7 +36,7 @@ def arithmetic_of(training: EmbeddedTraining | UnslothTraining, *, on_gpu: bool)
 
 
 def autocasts(training: EmbeddedTraining | UnslothTraining, *, on_gpu: bool) -> bool:
-    """Whether a learner computes in bfloat16 whatever its weights are."""
+    """Whether a learner computes in bfloat16 whatever the dtype of its weights."""
     if training.autocast != "auto":
         return training.autocast == "bfloat16"
     return on_gpu and (training.kind == "embedded" or training.tuning.kind == "full")
@@ -42,7 +44,7 @@ def autocasts(training: EmbeddedTraining | UnslothTraining, *, on_gpu: bool) -> 
 
 @dataclass(frozen=True)
 class _Kept:
-    """Bytes that one layer keeps per token, by unit of width."""
+    """Bytes that one layer keeps per token and per unit of each width."""
 
     hidden: int
     intermediate: int
@@ -63,19 +65,19 @@ _KEPT: dict[tuple[Arithmetic, str], _Kept] = {
 }
 _WIDTH: dict[Arithmetic, int] = {"fused": 2, "float32": 4, "bfloat16": 2}
 _TAIL_WIDTHS = 12
-"""Hidden vectors a token that live beside the layers' activations where the loss is computed."""
+"""Hidden vectors per token that exist in addition to the layers' activations at the loss."""
 _FUSED_LOGIT_ROWS = 512
-"""Rows of float32 logits that exist at a time in unsloth's pass."""
+"""Rows of float32 logits that exist at a time in unsloth's pass through the head."""
 _LOGIT_COPIES = 3
-"""Logits, their log-softmax and its gradient, of ``chunk_tokens`` rows elsewhere."""
+"""Logits, their log-softmax and its gradient, each of ``chunk_tokens`` rows, in plain PyTorch."""
 _ADAM_BYTES = 16
-"""An adapter's weight in float32, its gradient, two moments."""
+"""Of an adapter's parameter: weight, gradient and two moments in float32."""
 _FULL_COPIES = 4
-"""The same of a model's own weights, in their dtype."""
+"""The same four of a model's own parameter, in its dtype."""
 
 
 def activation_bytes(shape: ModelShape, tuning: TuningConfig, arithmetic: Arithmetic) -> int:
-    """Bytes that one layer keeps for the backward pass, per token."""
+    """Bytes per token that one layer keeps for the backward pass."""
     kept = _KEPT[arithmetic, tuning.kind]
     return (
         kept.hidden * shape.hidden_size
@@ -88,7 +90,7 @@ def activation_bytes(shape: ModelShape, tuning: TuningConfig, arithmetic: Arithm
 def weight_bytes(
     shape: ModelShape, tuning: TuningConfig, *, base_bytes: int, arithmetic: Arithmetic
 ) -> int:
-    """Bytes that do not depend on the batch: weights, gradients, moments.
+    """Bytes of weights, gradients and moments, which do not depend on the batch.
 
     Args:
         base_bytes: bytes of one weight of the model.
@@ -103,15 +105,15 @@ def weight_bytes(
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpointing:
-    """Which layers are recomputed."""
+    """A choice of layers to recompute in the backward pass."""
 
     recomputed_layers: int
-    """The first so many."""
+    """Number of layers, counted from the first."""
     offload: bool
-    """Their inputs wait in host memory."""
+    """Whether their inputs are kept in host memory."""
 
     def describe(self, shape: ModelShape) -> str:
-        """For people: ``4 of 36 layers recomputed``."""
+        """Text for people: ``4 of 36 layers recomputed``."""
         where = ", their inputs kept in host memory" if self.offload else ""
         return f"{self.recomputed_layers} of {shape.num_layers} layers recomputed{where}"
 
@@ -124,11 +126,11 @@ class MemoryModel:
     tuning: TuningConfig
     arithmetic: Arithmetic
     base_bytes: int
-    """Of one weight of the base model."""
+    """Bytes of one weight of the base model."""
     logit_rows: int = _FUSED_LOGIT_ROWS
-    """Rows of float32 logits, or of what is as large, that exist at a time."""
+    """Rows of float32 logits, or of tensors of their size, that exist at a time."""
     merged_bytes: int = 0
-    """The layers with their adapters merged in, kept for an engine that takes them so."""
+    """Bytes of layers with merged adapters, kept for an engine that takes merged weights."""
 
     @classmethod
     def of(
@@ -139,10 +141,10 @@ class MemoryModel:
         on_gpu: bool,
         merges: bool,
     ) -> "MemoryModel":
-        """A learner's.
+        """The model of a learner's memory.
 
         Args:
-            merges: an engine takes the layers with their adapters merged in.
+            merges: whether an engine takes merged weights.
         """
         base_bytes = 4 if training.dtype == "float32" else 2
         merged = 0
@@ -164,21 +166,21 @@ class MemoryModel:
 
     @property
     def fixed_bytes(self) -> int:
-        """What is there before, in and after every step."""
+        """Bytes that are allocated before, during and after every step."""
         weights = weight_bytes(
             self.shape, self.tuning, base_bytes=self.base_bytes, arithmetic=self.arithmetic
         )
         return weights + self.merged_bytes
 
     def peak_bytes(self, tokens: int, choice: Checkpointing) -> int:
-        """Peak of a step whose largest micro-batch holds ``tokens`` tokens."""
+        """Peak bytes of a step whose largest micro-batch holds ``tokens`` tokens."""
         return self.fixed_bytes + self.step_bytes(tokens, choice)
 
     def step_bytes(self, tokens: int, choice: Checkpointing) -> int:
-        """What a step adds at its peak.
+        """Bytes that a step adds at its peak.
 
-        That is at one of two places: at the loss, when all is kept that will be kept, or where the
-        first recomputed layer runs again beside its own backward pass.
+        The peak is at one of two places: at the loss, when every layer has kept its activations, or
+        where the first recomputed layer runs again during its own backward pass.
         """
         shape, width = self.shape, _WIDTH[self.arithmetic]
         layer = activation_bytes(shape, self.tuning, self.arithmetic)
@@ -193,10 +195,10 @@ class MemoryModel:
     def fewest_recomputed(
         self, tokens: int, budget_bytes: int, *, may_offload: bool
     ) -> Checkpointing:
-        """The cheapest choice whose peak fits; the thriftiest one where none does.
+        """Return the fastest choice whose peak fits, or the one of least memory if none does.
 
         Args:
-            may_offload: whether host memory is other memory than the device's.
+            may_offload: whether host memory is separate from the device's.
         """
         counts = range(self.shape.num_layers + 1)
         ladder = [Checkpointing(recomputed_layers=k, offload=False) for k in counts]
@@ -210,13 +212,13 @@ class MemoryModel:
 
 
 def allocator_bytes(memory_bytes: int) -> int:
-    """What PyTorch may take of a process's share of the device: the rest is the CUDA context."""
+    """Bytes of a process's share of the device for PyTorch; the rest is the CUDA context."""
     return max(memory_bytes - _CONTEXT_BYTES, 1)
 
 
 def usable_bytes(memory_bytes: int) -> int:
-    """What tensors may take of a process's share of the device.
+    """Bytes of a process's share of the device for tensors.
 
-    The rest is the CUDA context and what the allocator cannot use of its blocks.
+    The rest is the CUDA context and what the allocator loses to fragmentation.
     """
     return int(memory_bytes * 0.95) - _CONTEXT_BYTES

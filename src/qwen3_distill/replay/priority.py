@@ -1,13 +1,13 @@
-"""Which rollouts are drawn from a replay buffer, and what corrects for it. Formulas of arrays.
+"""Draws rollouts from a replay buffer by priority, and gives the weights that correct for it.
 
 Shape letters: M places of the buffer, live or not, in B blocks of K; n rollouts drawn.
 
-A draw takes n different rollouts, rollout i with inclusion probability pi_i = n P_i, by systematic
-sampling (Madow 1949): the pi_i are laid end to end on a line of length n, and the rollouts that
-the points u, u + 1, ..., u + n - 1 fall on are taken, with one uniform u. The pi_i are then exact
-for every law, which no rule for drawing one after another without replacement gives, and they are
-all that an unbiased importance weight needs (Horvitz and Thompson 1952). Drawing with replacement
-would be unbiased as well, but would train on a rollout twice in one step.
+A draw takes n distinct rollouts, rollout i with inclusion probability pi_i = n P_i, by systematic
+sampling (Madow 1949): the pi_i are laid end to end on a line of length n, and the points u, u + 1,
+..., u + n - 1, with one uniform u, select the rollouts that they fall on. The pi_i are then exact
+for every law, which sequential drawing without replacement does not give, and an unbiased
+importance weight needs nothing else (Horvitz and Thompson 1952). Drawing with replacement would be
+unbiased as well, but would train on a rollout twice in one step.
 """
 
 import math
@@ -20,29 +20,29 @@ from qwen3_distill.config import ReplayLaw
 from qwen3_distill.errors import DataError
 
 MIN_DECAY_EXPONENT = -60.0
-"""Of the age decay: an old rollout becomes unlikely, not impossible."""
+"""Lower bound of the age decay's exponent: an old rollout becomes unlikely, not impossible."""
 
 _BLOCK = 16
-"""Places that are summed as one when a draw looks for its points."""
+"""Places per block: a draw searches sums of blocks first, then places within a block."""
 _UP_TO = np.triu(np.ones((_BLOCK, _BLOCK)))
 """[K, K] a row times this is its running sum, several times faster than `np.cumsum` of many short
-rows. A place without a mass adds an exact 0, so that it is never the first that is not passed."""
+rows. A place without mass adds an exact 0, so a search never ends on it."""
 
 Floats: TypeAlias = NDArray[np.float64]
 Integers: TypeAlias = NDArray[np.int64]
 
 
 class Draw(NamedTuple):
-    """What was drawn."""
+    """The result of a draw."""
 
     places_n: Integers
     """Ascending."""
     inclusion_n: Floats
-    """The probability with which each of them was to be drawn."""
+    """Each one's inclusion probability pi_i."""
 
 
 def priority_mass(law: ReplayLaw, priority: Floats) -> Floats:
-    """What a rollout's priority makes of its share, before age or rank is known; > 0."""
+    """Return a rollout's unnormalised share by its priority, before age or rank; > 0."""
     if law.kind == "uniform":
         return np.ones_like(priority)
     if law.kind == "proportional":
@@ -51,7 +51,7 @@ def priority_mass(law: ReplayLaw, priority: Floats) -> Floats:
 
 
 def draw_mass(law: ReplayLaw, mass_M: Floats, oldest_step_M: Integers, step: int) -> Floats:
-    """[M] numbers that P is proportional to at ``step``; 0 where ``mass_M`` is 0.
+    """Return [M] numbers proportional to P at ``step``; 0 where ``mass_M`` is 0.
 
     With p the priority and age the steps since the oldest token's weights:
 
@@ -75,7 +75,7 @@ def draw_mass(law: ReplayLaw, mass_M: Floats, oldest_step_M: Integers, step: int
 
 
 def _by_rank(mass_M: Floats, alpha: float) -> Floats:
-    """rank^-alpha with rank 1 for the largest; equal ones by their place; 0 stays 0."""
+    """rank^-alpha with rank 1 for the largest; ties by place; 0 stays 0."""
     ranked_M = np.empty_like(mass_M)
     order_M = np.argsort(-mass_M, kind="stable")
     ranked_M[order_M] = np.arange(1, len(mass_M) + 1, dtype=mass_M.dtype) ** -alpha
@@ -90,8 +90,8 @@ def _with_floor(mass_M: Floats, fraction: float) -> Floats:
 class Masses:
     """Masses of places, laid end to end. Finds the places of a few points without a sum over all.
 
-    Sums of blocks of places are kept; `set` adds up anew those whose places it changes, so that no
-    rounding builds up.
+    It keeps sums of blocks of places. `set` recomputes the sums of the blocks that it changes, so
+    that rounding errors do not accumulate.
 
     Args:
         mass_M: the masses to begin with; copied.
@@ -104,7 +104,7 @@ class Masses:
         """Changed by `set` only."""
         self._sum_B = np.zeros(blocks)
         self._before_B = np.zeros(blocks + 1)
-        """What comes before each block, and before the end."""
+        """Mass before each block, and the total last."""
         self.set(slice(0, len(mass_M)), mass_M)
 
     def set(self, places: slice | Integers, mass: Floats | float) -> None:
@@ -120,16 +120,19 @@ class Masses:
         self._sum_B[changed] = np.add.reduce(self._mass_BK[changed], axis=1)
 
     def total(self) -> float:
-        """Their sum, as `places` goes by it."""
+        """Sum of the masses, as `places` uses it. Updates what `places` reads."""
         self._sum_B.cumsum(out=self._before_B[1:])
         return float(self._before_B[-1])
 
     def may_exceed(self, limit: float) -> bool:
-        """False: no mass is as large as the limit. A block's sum often says so."""
+        """Whether a mass may reach the limit. False is certain; sums of blocks often suffice."""
         return bool(self._sum_B.max() >= limit) and bool(self.mass_M.max() >= limit)
 
     def places(self, points_n: Floats) -> Integers:
-        """On whose mass each of ascending points of [0, `total`) falls. After `total`."""
+        """Find the place on whose mass each ascending point of [0, `total`) falls.
+
+        `total` must have been called after the last `set`.
+        """
         block_n = self._before_B.searchsorted(points_n, side="right") - 1
         rest_n = points_n - self._before_B[block_n]
         end_nK = self._mass_BK.take(block_n, axis=0) @ _UP_TO
@@ -140,7 +143,7 @@ class Masses:
         return places_n
 
     def _places_by_one_sum(self, points_n: Floats) -> Integers:
-        """As `places`, of any points: where two fall on one place, one moves to the next."""
+        """Do the same for any points: of two that fall on one place, one moves to the next."""
         end_M, each_n = np.cumsum(self.mass_M), np.arange(len(points_n))
         limit = math.nextafter(float(end_M[-1]), 0.0)
         scaled_n = np.minimum(points_n * (float(end_M[-1]) / self._before_B[-1]), limit)
@@ -151,9 +154,9 @@ class Masses:
 
 
 def systematic_draw(masses: Masses, count: int, offset: float) -> Draw:
-    """Draw ``count`` different places, each with probability proportional to its mass.
+    """Draw ``count`` distinct places, each with probability proportional to its mass.
 
-    What would exceed probability 1 is drawn for certain, and the others share the rest.
+    A place whose probability would exceed 1 is drawn for certain, and the others share the rest.
 
     Args:
         masses: 0 where nothing may be drawn.

@@ -92,7 +92,7 @@ def test_missing_directory_and_missing_key_are_named(
     del values["head_dim"]
     with pytest.raises(ModelError, match="head_dim"):
         read_shape(write(tmp_path, values))
-    with pytest.raises(ModelError, match="no shape"):
+    with pytest.raises(ModelError, match="does not hold the shape"):
         read_shape(write(tmp_path, [1]))
 
 
