@@ -15,9 +15,9 @@ from qwen3_distill.training.batching import MicroBatch, collate
 from qwen3_distill.training.objectives.base import (
     LossTerms,
     Objective,
-    build_objective,
     read_scalars,
 )
+from qwen3_distill.training.objectives.build import build_objective
 from qwen3_distill.types import (
     Batch,
     FinishReason,
