@@ -52,10 +52,12 @@ from qwen3_distill.config.objective import (
     FullDivergence,
     NoBaseline,
     ObjectiveConfig,
+    ObjectiveSchema,
     SampledReverseKL,
     TopKBaseline,
     TopKDivergence,
     candidates_per_token,
+    needs_hidden_states,
 )
 from qwen3_distill.config.operation import (
     CheckpointConfig,
@@ -94,6 +96,7 @@ __all__ = [
     "MathVerifier",
     "NoBaseline",
     "ObjectiveConfig",
+    "ObjectiveSchema",
     "OptimizerConfig",
     "ParquetPrompts",
     "PipelineConfig",
@@ -128,4 +131,5 @@ __all__ = [
     "WandbTracker",
     "WarmupCosineSchedule",
     "candidates_per_token",
+    "needs_hidden_states",
 ]

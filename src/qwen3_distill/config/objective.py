@@ -1,17 +1,71 @@
-"""The objectives."""
+"""The objectives: their settings, and what each needs from the rest of the run.
 
-from typing import Annotated, Literal, TypeAlias
+A new objective is one member of `ObjectiveConfig` here and one file in ``training/objectives``.
+What it needs, it states in the properties of `ObjectiveSchema`; no other code asks for its kind.
+docs/extend/your-own-loss.md has a worked example.
+"""
+
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from qwen3_distill.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Schema
+from qwen3_distill.types import HiddenRequest, SampledRequest, ScoreRequest, TopKRequest
+
+
+class ObjectiveSchema(Schema):
+    """Base of all objectives: what an objective states about itself."""
+
+    implementation: ClassVar[str]
+    """``module:Class`` that computes the loss; `build_objective` imports it."""
+    needs_teacher: ClassVar[bool] = True
+    """Whether rollouts must be scored by a teacher."""
+    needs_ratio: ClassVar[bool] = False
+    """Whether the gradient is an expectation over the sampled tokens. It is then biased when they
+    were sampled from another distribution than the current student's, unless the loss weighs them
+    by the importance ratio pi / mu (`uses_ratio`)."""
+
+    @property
+    def uses_ratio(self) -> bool:
+        """Whether the loss weighs sampled tokens by the importance ratio pi / mu."""
+        return False
+
+    @property
+    def lacks_ratio(self) -> bool:
+        """Whether tokens of another distribution than the student's would bias the gradient."""
+        return self.needs_ratio and not self.uses_ratio
+
+    @property
+    def credits_later_tokens(self) -> bool:
+        """Whether a token's loss depends on tokens sampled after it. A token's own ratio does not
+        correct those, and a piece of an answer does not have them."""
+        return False
+
+    @property
+    def credit_settings(self) -> str:
+        """The settings behind `credits_later_tokens`, as ``key=value, key=value`` for errors."""
+        return ""
+
+    @property
+    def reward_weight(self) -> float:
+        """Weight of the verifier's reward; 0: rollouts are trained on without a verdict."""
+        return 0.0
+
+    @property
+    def score_request(self) -> ScoreRequest:
+        """The least that the teacher must return for this objective."""
+        return SampledRequest()
 
 
 class NoBaseline(Schema):
     """b = 0."""
 
     kind: Literal["none"]
+
+    @property
+    def score_request(self) -> ScoreRequest:
+        return SampledRequest()
 
 
 class TopKBaseline(Schema):
@@ -20,11 +74,19 @@ class TopKBaseline(Schema):
     kind: Literal["top_k"]
     k: PositiveInt = 16
 
+    @property
+    def score_request(self) -> ScoreRequest:
+        return TopKRequest(k=self.k)
+
 
 class FullBaseline(Schema):
     """b = KL(student || teacher), exact, from the teacher's hidden states."""
 
     kind: Literal["full"]
+
+    @property
+    def score_request(self) -> ScoreRequest:
+        return HiddenRequest()
 
 
 BaselineConfig: TypeAlias = Annotated[
@@ -32,8 +94,11 @@ BaselineConfig: TypeAlias = Annotated[
 ]
 
 
-class SampledReverseKL(Schema):
+class SampledReverseKL(ObjectiveSchema):
     """Policy gradient of KL(student || teacher) on the sampled tokens."""
+
+    implementation: ClassVar[str] = "qwen3_distill.training.objectives.sampled:SampledObjective"
+    needs_ratio: ClassVar[bool] = True
 
     kind: Literal["sampled_reverse_kl"]
     ratio_cap: PositiveFloat | None = 2.0
@@ -48,8 +113,28 @@ class SampledReverseKL(Schema):
     task_reward_weight: NonNegativeFloat = 0.0
     """Weight of the verifier's group-centred reward, added to every token's advantage."""
 
+    @property
+    def uses_ratio(self) -> bool:
+        return self.ratio_cap is not None
+
+    @property
+    def credits_later_tokens(self) -> bool:
+        return self.discount > 0 or self.task_reward_weight > 0
+
+    @property
+    def credit_settings(self) -> str:
+        return f"discount={self.discount}, task_reward_weight={self.task_reward_weight}"
+
+    @property
+    def reward_weight(self) -> float:
+        return self.task_reward_weight
+
+    @property
+    def score_request(self) -> ScoreRequest:
+        return self.kl_baseline.score_request
+
     @model_validator(mode="after")
-    def _a_baseline_cancels_discounted_signals(self) -> Self:
+    def _discount_excludes_kl_baseline(self) -> Self:
         if self.discount > 0 and self.kl_baseline.kind != "none":
             raise ValueError(
                 f"discount={self.discount} with kl_baseline.kind={self.kl_baseline.kind}: the "
@@ -59,7 +144,7 @@ class SampledReverseKL(Schema):
         return self
 
 
-class _Divergence(Schema):
+class _Divergence(ObjectiveSchema):
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
     """``reverse_kl``: KL(student || teacher); ``forward_kl``: KL(teacher || student); ``jsd``:
     the mixture M = beta teacher + (1 - beta) student, beta KL(teacher || M) + (1 - beta)
@@ -80,14 +165,20 @@ class _Divergence(Schema):
 class TopKDivergence(_Divergence):
     """A divergence over the teacher's k most likely tokens at every position."""
 
+    implementation: ClassVar[str] = "qwen3_distill.training.objectives.divergences:TopKObjective"
+
     kind: Literal["top_k"]
     k: Annotated[int, Field(ge=1)] = 16
     tail: Literal["renormalize", "bin"] = "bin"
     """``bin``: one more outcome holds the rest of both; ``renormalize``: both are divided by
     their mass on the k."""
 
+    @property
+    def score_request(self) -> ScoreRequest:
+        return TopKRequest(k=self.k)
+
     @model_validator(mode="after")
-    def _renormalized_top_1_has_no_gradient(self) -> Self:
+    def _k_1_excludes_renormalize(self) -> Self:
         if self.k == 1 and self.tail == "renormalize":
             raise ValueError(
                 "k=1 with tail=renormalize: both distributions become 1 on the one token, so the "
@@ -99,7 +190,13 @@ class TopKDivergence(_Divergence):
 class FullDivergence(_Divergence):
     """A divergence over the whole vocabulary, from the teacher's hidden states."""
 
+    implementation: ClassVar[str] = "qwen3_distill.training.objectives.divergences:FullObjective"
+
     kind: Literal["full"]
+
+    @property
+    def score_request(self) -> ScoreRequest:
+        return HiddenRequest()
 
 
 ObjectiveConfig: TypeAlias = Annotated[
@@ -107,17 +204,12 @@ ObjectiveConfig: TypeAlias = Annotated[
 ]
 
 
-def needs_hidden_states(objective: ObjectiveConfig) -> bool:
-    """Whether the teacher's full distribution is compared with."""
-    return objective.kind == "full" or (
-        objective.kind == "sampled_reverse_kl" and objective.kl_baseline.kind == "full"
-    )
+def needs_hidden_states(objective: ObjectiveSchema) -> bool:
+    """Whether the objective compares with the teacher's full distribution."""
+    return isinstance(objective.score_request, HiddenRequest)
 
 
-def candidates_per_token(objective: ObjectiveConfig) -> int:
-    """K: how many of the teacher's most likely tokens every position has; 0 for none."""
-    if objective.kind == "top_k":
-        return objective.k
-    if objective.kind == "sampled_reverse_kl" and objective.kl_baseline.kind == "top_k":
-        return objective.kl_baseline.k
-    return 0
+def candidates_per_token(objective: ObjectiveSchema) -> int:
+    """K: the number of the teacher's most likely tokens that come with every score; 0 for none."""
+    request = objective.score_request
+    return request.k if isinstance(request, TopKRequest) else 0

@@ -5,8 +5,9 @@ below in the order of `RULES`; the first that is broken is reported.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from qwen3_distill.config.data import PromptsConfig, VerifierConfig
 from qwen3_distill.config.engines import VLLM_MAX_RANK
 from qwen3_distill.config.objective import needs_hidden_states
 
@@ -24,14 +25,11 @@ def check_rules(config: "RunConfig") -> None:
         rule(config)
 
 
-# --- The objective ---
-
-
 def top_p_and_top_k_bias_sampled_tokens(config: "RunConfig") -> None:
     truncated = config.sampling.top_p < 1 or config.sampling.top_k > 0
-    if config.objective.kind == "sampled_reverse_kl" and truncated:
+    if config.objective.needs_ratio and truncated:
         raise ValueError(
-            f"objective.kind=sampled_reverse_kl with sampling.top_p={config.sampling.top_p}, "
+            f"objective.kind={config.objective.kind} with sampling.top_p={config.sampling.top_p}, "
             f"top_k={config.sampling.top_k}: tokens that are never sampled get no gradient, and "
             "no importance ratio can bring them back, so the gradient is not that of the "
             "reverse KL; use top_p=1 and top_k=0, or objective.kind=full or top_k"
@@ -40,11 +38,7 @@ def top_p_and_top_k_bias_sampled_tokens(config: "RunConfig") -> None:
 
 def temperature_needs_ratio(config: "RunConfig") -> None:
     objective = config.objective
-    if (
-        objective.kind == "sampled_reverse_kl"
-        and objective.ratio_cap is None
-        and config.sampling.temperature != 1
-    ):
+    if objective.lacks_ratio and config.sampling.temperature != 1:
         raise ValueError(
             f"objective.ratio_cap=null with sampling.temperature={config.sampling.temperature}: "
             "tokens are sampled from another distribution than the one whose KL is minimised, "
@@ -54,22 +48,18 @@ def temperature_needs_ratio(config: "RunConfig") -> None:
 
 def temperature_excludes_credit_of_later_tokens(config: "RunConfig") -> None:
     objective = config.objective
-    if (
-        objective.kind == "sampled_reverse_kl"
-        and config.sampling.temperature != 1
-        and (objective.discount > 0 or objective.task_reward_weight > 0)
-    ):
+    if objective.credits_later_tokens and config.sampling.temperature != 1:
         raise ValueError(
-            f"sampling.temperature={config.sampling.temperature} with discount="
-            f"{objective.discount}, task_reward_weight={objective.task_reward_weight}: a "
-            "token's ratio does not correct the tokens after it, so their share of its "
-            "advantage is biased; use temperature=1, or discount=0 and no task reward"
+            f"sampling.temperature={config.sampling.temperature} with "
+            f"{objective.credit_settings}: a token's ratio does not correct the tokens after it, "
+            "so their share of its advantage is biased; use temperature=1, or discount=0 and no "
+            "task reward"
         )
 
 
 def task_reward_needs_verifier_and_samples(config: "RunConfig") -> None:
     objective = config.objective
-    if objective.kind != "sampled_reverse_kl" or objective.task_reward_weight == 0:
+    if objective.reward_weight == 0:
         return
     if config.verifier is None:
         raise ValueError("objective.task_reward_weight > 0 needs a `verifier` section")
@@ -78,9 +68,6 @@ def task_reward_needs_verifier_and_samples(config: "RunConfig") -> None:
             "objective.task_reward_weight > 0 with samples_per_prompt=1: the reward is centred "
             "within a prompt's samples, so with one sample it is always 0; use 2 or more"
         )
-
-
-# --- Engines ---
 
 
 def full_vocabulary_needs_one_process(config: "RunConfig") -> None:
@@ -105,12 +92,7 @@ def full_vocabulary_needs_one_process(config: "RunConfig") -> None:
 
 def quantization_needs_ratio(config: "RunConfig") -> None:
     generation, objective = config.generation, config.objective
-    if (
-        generation.kind == "vllm"
-        and generation.quantization is not None
-        and objective.kind == "sampled_reverse_kl"
-        and objective.ratio_cap is None
-    ):
+    if generation.kind == "vllm" and generation.quantization is not None and objective.lacks_ratio:
         raise ValueError(
             f"generation.quantization={generation.quantization} with "
             "objective.ratio_cap=null: tokens are sampled from a quantized student, and "
@@ -147,9 +129,6 @@ def no_ipc_of_weights_in_training(config: "RunConfig") -> None:
         )
 
 
-# --- Streaming ---
-
-
 def in_flight_fits_one_prompt(config: "RunConfig") -> None:
     pipeline = config.pipeline
     if pipeline.kind == "streaming" and config.max_in_flight < config.samples_per_prompt:
@@ -174,18 +153,15 @@ def steps_ahead_within_staleness(config: "RunConfig") -> None:
 
 def harvest_and_prefix_exclude_credit_of_later_tokens(config: "RunConfig") -> None:
     pipeline, objective = config.pipeline, config.objective
-    if pipeline.kind != "streaming" or objective.kind != "sampled_reverse_kl":
+    if pipeline.kind != "streaming" or not objective.credits_later_tokens:
         return
     cut = "harvest" if pipeline.harvest else "prefix" if pipeline.prefix else None
-    if cut and (objective.discount > 0 or objective.task_reward_weight > 0):
+    if cut:
         raise ValueError(
-            f"pipeline.{cut} with objective.discount={objective.discount}, "
-            f"task_reward_weight={objective.task_reward_weight}: a piece of an answer does not "
-            "know what comes after it; use discount=0 and no task reward, or whole rollouts"
+            f"pipeline.{cut} with objective.{objective.credit_settings}: a piece of an answer "
+            "does not know what comes after it; use discount=0 and no task reward, or whole "
+            "rollouts"
         )
-
-
-# --- Replay ---
 
 
 def replay_age_covers_updates(config: "RunConfig") -> None:
@@ -205,11 +181,7 @@ def replay_age_covers_updates(config: "RunConfig") -> None:
 
 def replay_needs_ratio(config: "RunConfig") -> None:
     objective = config.objective
-    if (
-        config.replay is not None
-        and objective.kind == "sampled_reverse_kl"
-        and objective.ratio_cap is None
-    ):
+    if config.replay is not None and objective.lacks_ratio:
         raise ValueError(
             "replay with objective.ratio_cap=null: replayed tokens were sampled from older "
             "weights, and without the ratio the gradient is biased; set ratio_cap"
@@ -218,15 +190,10 @@ def replay_needs_ratio(config: "RunConfig") -> None:
 
 def replay_excludes_credit_of_later_tokens(config: "RunConfig") -> None:
     objective = config.objective
-    if (
-        config.replay is not None
-        and objective.kind == "sampled_reverse_kl"
-        and (objective.discount > 0 or objective.task_reward_weight > 0)
-    ):
+    if config.replay is not None and objective.credits_later_tokens:
         raise ValueError(
-            f"replay with objective.discount={objective.discount}, task_reward_weight="
-            f"{objective.task_reward_weight}: a token's ratio does not correct the tokens "
-            "after it, which older weights sampled, so their share of its advantage is "
+            f"replay with objective.{objective.credit_settings}: a token's ratio does not correct "
+            "the tokens after it, which older weights sampled, so their share of its advantage is "
             "biased; use discount=0 and no task reward, or no replay"
         )
 
@@ -259,9 +226,6 @@ def replay_capacity_fits_one_step(config: "RunConfig") -> None:
         )
 
 
-# --- Data ---
-
-
 def evaluation_split_is_held_out(config: "RunConfig") -> None:
     evaluation = config.evaluation
     if (
@@ -277,17 +241,20 @@ def evaluation_split_is_held_out(config: "RunConfig") -> None:
 
 
 def verifier_fits_prompts(config: "RunConfig") -> None:
-    pairs: list[tuple[str, Any, Any]] = [("verifier", config.verifier, config.prompts)]
+    pairs: list[tuple[str, VerifierConfig | None, PromptsConfig]] = [
+        ("verifier", config.verifier, config.prompts)
+    ]
     if config.evaluation is not None:
         pairs.append(("evaluation", config.evaluation.verifier, config.evaluation.prompts))
     for where, verifier, prompts in pairs:
         if verifier is None:
             continue
-        if verifier.kind == "task" and prompts.kind != "task":
+        if prompts.kind == "task":
+            if verifier.kind == "math":
+                raise ValueError(f"{where}: a math verifier needs prompts with an answer_field")
+        elif verifier.kind == "task":
             raise ValueError(f"{where}: a task verifier needs prompts of kind `task`")
-        if verifier.kind == "math" and prompts.kind == "task":
-            raise ValueError(f"{where}: a math verifier needs prompts with an answer_field")
-        if verifier.kind == "math" and prompts.answer_field is None:
+        elif prompts.answer_field is None:
             raise ValueError(
                 f"{where}: the math verifier compares with a reference answer; set answer_field"
             )

@@ -1,20 +1,57 @@
-"""What every objective is made of: the protocol, its result, metrics and shared helpers."""
+"""The `Objective` protocol, what an objective is built from, what it returns, and helpers.
+
+Shape letters: B rows, T positions, N loss tokens, D hidden size, V vocabulary, K candidates.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from qwen3_distill.errors import AlignmentError
+from qwen3_distill.config import ObjectiveSchema
+from qwen3_distill.errors import AlignmentError, ConfigError
+from qwen3_distill.modeling.head import TokenStatistics, token_stats
 from qwen3_distill.training.batching import HiddenMicroBatch, MicroBatch, TopKMicroBatch
 from qwen3_distill.types import Metric, Reduction
+
+ConfigT = TypeVar("ConfigT", bound=ObjectiveSchema)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSetup(Generic[ConfigT]):
+    """The one constructor argument of every objective: all that it may need."""
+
+    config: ConfigT
+    teacher_head_VD: Tensor | None
+    """The teacher's output head, where teacher and learner share a process."""
+    chunk_tokens: int
+    """Rows of logits that exist at a time."""
+    token_statistics: TokenStatistics | None
+
+    def token_stats(self) -> TokenStatistics:
+        """Return the function for the sampled tokens' logprobs and entropies."""
+        return self.token_statistics or partial(token_stats, chunk_tokens=self.chunk_tokens)
+
+    def require_teacher_head(self) -> Tensor:
+        """Return the teacher's output head.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.teacher_head_VD is None:
+            raise ConfigError(
+                "this objective needs the teacher's full distribution, and the scorer gives no "
+                "hidden states; use scoring.kind=embedded, or objective.kind=top_k"
+            )
+        return self.teacher_head_VD
 
 
 @dataclass(frozen=True)
 class TensorMetric:
-    """A `Metric` that is still on the device: reading it there would wait for all work before."""
+    """A `Metric` whose total is still on the device: reading it waits for all queued work."""
 
     key: str
     total: Tensor
@@ -23,7 +60,7 @@ class TensorMetric:
     reduction: Reduction
 
     def read(self, total: float) -> Metric:
-        """The metric, once its total has been fetched."""
+        """Return the metric, given its fetched total."""
         return Metric(key=self.key, total=total, count=self.count, reduction=self.reduction)
 
 
@@ -35,30 +72,33 @@ class LossTerms:
     """Scalar with gradient; the shares of a step's micro-batches sum to the step's loss."""
     metrics: tuple[TensorMetric, ...]
     magnitude_N: Tensor
-    """What a token has to teach, in nats, without gradient: its advantage's absolute value, or the
-    divergence at its state. A rollout's mean is its priority in replay."""
+    """How much each token has to teach, in nats, without gradient: its advantage's absolute
+    value, or the divergence at its state. A rollout's mean is its priority in replay."""
 
 
 def read_scalars(scalars: Sequence[Tensor]) -> list[float]:
-    """Scalars of one device as numbers, in one transfer."""
+    """Return scalars of one device as numbers, in one transfer."""
     return torch.stack([scalar.detach().float() for scalar in scalars]).tolist()
 
 
 class Objective(Protocol):
-    """What the learner minimises."""
+    """Computes the loss that the learner minimises. Constructed from an `ObjectiveSetup`."""
 
     def terms(
         self, micro: MicroBatch, hidden_BTD: Tensor, head_VD: Tensor, denominator: float
     ) -> LossTerms:
-        """The loss of a micro-batch, from the student's hidden states and output head.
+        """Return a micro-batch's share of the step's loss.
 
         Args:
+            hidden_BTD: the student's last hidden states, with gradient.
+            head_VD: the student's output head, with gradient.
             denominator: `Batch.denominator` of the whole step.
         """
         ...
 
 
 def weighted_mean(micro: MicroBatch, values_N: Tensor, denominator: float) -> Tensor:
+    """Return sum_t w_i v_t / denominator: the micro-batch's share of the step's mean."""
     return (micro.importance_weight_N * values_N).sum() / denominator
 
 
@@ -71,7 +111,7 @@ def max_metric(key: str, values_N: Tensor) -> TensorMetric:
 
 
 def common_metrics(micro: MicroBatch, logprob_N: Tensor, entropy_N: Tensor) -> list[TensorMetric]:
-    """What every objective reports about the sampled tokens."""
+    """Return the metrics of the sampled tokens that every objective reports."""
     logprob_N = logprob_N.detach()
     engine_gap_N = (logprob_N - micro.behavior_logprob_N).abs()
     return [
@@ -83,12 +123,14 @@ def common_metrics(micro: MicroBatch, logprob_N: Tensor, entropy_N: Tensor) -> l
 
 
 def require_top_k(micro: MicroBatch, k: int) -> TopKMicroBatch:
+    """Return ``micro`` with its candidates; raise AlignmentError unless every token has k."""
     if not isinstance(micro, TopKMicroBatch) or micro.candidate_id_NK.shape[-1] != k:
         raise AlignmentError(f"this objective needs the teacher's top {k} at every position")
     return micro
 
 
 def require_hidden(micro: MicroBatch) -> HiddenMicroBatch:
+    """Return ``micro`` with the teacher's hidden states; raise AlignmentError without them."""
     if not isinstance(micro, HiddenMicroBatch):
         raise AlignmentError("this objective needs the teacher's hidden states at every position")
     return micro

@@ -1,55 +1,39 @@
-"""From a config's objective to the object that computes it."""
+"""From an objective's config to the object that computes it."""
+
+from importlib import import_module
 
 from torch import Tensor
 
-from qwen3_distill.config import (
-    FullDivergence,
-    ObjectiveConfig,
-    SampledReverseKL,
-    TopKDivergence,
-)
-from qwen3_distill.errors import ConfigError
-from qwen3_distill.modeling.head import (
-    TokenStatistics,
-)
-from qwen3_distill.training.objectives.base import Objective
-from qwen3_distill.training.objectives.divergences import FullObjective, TopKObjective
-from qwen3_distill.training.objectives.sampled import SampledObjective
+from qwen3_distill.config import ObjectiveSchema
+from qwen3_distill.modeling.head import TokenStatistics
+from qwen3_distill.training.objectives.base import Objective, ObjectiveSetup
 
 
 def build_objective(
-    config: ObjectiveConfig,
+    config: ObjectiveSchema,
     *,
     teacher_head_VD: Tensor | None,
     chunk_tokens: int,
     token_statistics: TokenStatistics | None = None,
 ) -> Objective:
-    """The objective of a config.
+    """Import the class that the config names, and construct it.
 
     Args:
         teacher_head_VD: the teacher's output head, for objectives over hidden states.
         chunk_tokens: rows of logits that exist at a time.
-        token_statistics: how the sampled tokens' logprobs and entropies are computed; None: in
-            chunks of logits. Other statistics always are.
+        token_statistics: computes the sampled tokens' logprobs and entropies; None: in chunks of
+            logits. Other statistics are always computed in chunks.
 
     Raises:
         ConfigError: the objective needs the teacher's output head and there is none.
     """
-    match config:
-        case SampledReverseKL():
-            full = config.kl_baseline.kind == "full"
-            head_VD = _need_head(teacher_head_VD) if full else None
-            return SampledObjective(config, head_VD, chunk_tokens, token_statistics)
-        case TopKDivergence():
-            return TopKObjective(config, chunk_tokens)
-        case FullDivergence():
-            return FullObjective(config, _need_head(teacher_head_VD), chunk_tokens)
-
-
-def _need_head(teacher_head_VD: Tensor | None) -> Tensor:
-    if teacher_head_VD is None:
-        raise ConfigError(
-            "this objective needs the teacher's full distribution, and the scorer gives no "
-            "hidden states; use scoring.kind=embedded, or objective.kind=top_k"
+    module, _, name = config.implementation.partition(":")
+    implementation = getattr(import_module(module), name)
+    return implementation(
+        ObjectiveSetup(
+            config=config,
+            teacher_head_VD=teacher_head_VD,
+            chunk_tokens=chunk_tokens,
+            token_statistics=token_statistics,
         )
-    return teacher_head_VD
+    )

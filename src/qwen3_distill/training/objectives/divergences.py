@@ -1,4 +1,4 @@
-"""Divergences over many outcomes of every state.
+"""Divergences between student and teacher over many outcomes at every state.
 
 Shape letters: B rows, T positions, N loss tokens, C tokens of a chunk, D hidden size,
 V vocabulary, K candidates.
@@ -21,6 +21,7 @@ from qwen3_distill.modeling.head import (
 from qwen3_distill.training.batching import HiddenMicroBatch, MicroBatch, TopKMicroBatch
 from qwen3_distill.training.objectives.base import (
     LossTerms,
+    ObjectiveSetup,
     common_metrics,
     mean_metric,
     require_hidden,
@@ -37,9 +38,11 @@ Chunk: TypeAlias = tuple[Tensor, ...]
 
 
 class TopKObjective:
-    def __init__(self, config: TopKDivergence, chunk_tokens: int) -> None:
-        self._config = config
-        self._chunk_tokens = chunk_tokens
+    """The divergence over the teacher's top k."""
+
+    def __init__(self, setup: ObjectiveSetup[TopKDivergence]) -> None:
+        self._config = setup.config
+        self._chunk_tokens = setup.chunk_tokens
 
     def terms(
         self, micro: MicroBatch, hidden_BTD: Tensor, head_VD: Tensor, denominator: float
@@ -63,10 +66,12 @@ class TopKObjective:
 
 
 class FullObjective:
-    def __init__(self, config: FullDivergence, teacher_head_VD: Tensor, chunk_tokens: int) -> None:
-        self._config = config
-        self._teacher_head_VD = teacher_head_VD
-        self._chunk_tokens = chunk_tokens
+    """The divergence over the whole vocabulary."""
+
+    def __init__(self, setup: ObjectiveSetup[FullDivergence]) -> None:
+        self._config = setup.config
+        self._teacher_head_VD = setup.require_teacher_head()
+        self._chunk_tokens = setup.chunk_tokens
 
     def terms(
         self, micro: MicroBatch, hidden_BTD: Tensor, head_VD: Tensor, denominator: float
@@ -95,7 +100,7 @@ def top_k_divergence(
     *,
     chunk_tokens: int,
 ) -> Chunk:
-    """[N] each: divergence, target logprob, entropy, the student's mass on the candidates."""
+    """Return [N] each: divergence, target logprob, entropy, student's mass on the candidates."""
     close = with_tail_bin if config.tail == "bin" else renormalized
 
     def chunk(hidden_CD: Tensor, target_C: Tensor, ids_CK: Tensor, teacher_CK: Tensor) -> Chunk:
@@ -127,7 +132,7 @@ def full_divergence(
     config: FullDivergence,
     chunk_tokens: int,
 ) -> Chunk:
-    """[N] each: divergence, target logprob, entropy."""
+    """Return [N] each: divergence, target logprob, entropy."""
 
     def chunk(hidden_CD: Tensor, teacher_hidden_CD: Tensor, target_C: Tensor) -> Chunk:
         logprob_CV = torch.log_softmax(logits_of(hidden_CD, head_VD), dim=-1)

@@ -1,6 +1,8 @@
-"""The policy gradient on sampled tokens."""
+"""The policy gradient of KL(student || teacher) on the sampled tokens.
 
-from functools import partial
+Shape letters: B rows, T positions, N loss tokens, D hidden size, V vocabulary.
+"""
+
 from typing import cast
 
 import torch
@@ -11,13 +13,10 @@ from qwen3_distill.config import (
     SampledReverseKL,
     TopKDivergence,
 )
-from qwen3_distill.modeling.head import (
-    TokenStatistics,
-    token_stats,
-)
 from qwen3_distill.training.batching import MicroBatch
 from qwen3_distill.training.objectives.base import (
     LossTerms,
+    ObjectiveSetup,
     common_metrics,
     max_metric,
     mean_metric,
@@ -34,17 +33,14 @@ from qwen3_distill.training.objectives.losses import (
 
 
 class SampledObjective:
-    def __init__(
-        self,
-        config: SampledReverseKL,
-        teacher_head_VD: Tensor | None,
-        chunk_tokens: int,
-        token_statistics: TokenStatistics | None,
-    ) -> None:
-        self._config = config
-        self._teacher_head_VD = teacher_head_VD
-        self._chunk_tokens = chunk_tokens
-        self._token_stats = token_statistics or partial(token_stats, chunk_tokens=chunk_tokens)
+    """`sampled_reverse_kl` of `losses`, with its baseline."""
+
+    def __init__(self, setup: ObjectiveSetup[SampledReverseKL]) -> None:
+        self._config = setup.config
+        full = setup.config.kl_baseline.kind == "full"
+        self._teacher_head_VD = setup.require_teacher_head() if full else None
+        self._chunk_tokens = setup.chunk_tokens
+        self._token_stats = setup.token_stats()
 
     def terms(
         self, micro: MicroBatch, hidden_BTD: Tensor, head_VD: Tensor, denominator: float
@@ -79,7 +75,7 @@ class SampledObjective:
 
     @torch.no_grad()
     def _baseline(self, micro: MicroBatch, hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
-        """[N] b_t = KL(student || teacher) at each state, or 0."""
+        """Return b_t [N]: KL(student || teacher) at each state, or 0."""
         baseline = self._config.kl_baseline
         if baseline.kind == "none":
             return hidden_ND.new_zeros(hidden_ND.shape[0], dtype=torch.float32)
@@ -100,6 +96,4 @@ class SampledObjective:
 
 
 _TOP_K_BASELINE = TopKDivergence(kind="top_k", divergence="reverse_kl", tail="bin")
-
-
 _FULL_BASELINE = FullDivergence(kind="full", divergence="reverse_kl")
