@@ -14,11 +14,11 @@ class _FilePrompts(Schema):
     answer_field: str | None = None
     """Column with the reference answer that the verifier compares with."""
     system: str | None = None
-    """System message put before every prompt."""
+    """System message prepended to every prompt."""
     suffix: str = ""
     """Text appended to every last user message, e.g. an instruction about the answer's form."""
     limit: PositiveInt | None = None
-    """Use only the first so many rows."""
+    """Use only this many rows, from the first on; null: all."""
 
 
 class JsonlPrompts(_FilePrompts):
@@ -45,7 +45,7 @@ class HuggingFacePrompts(_FilePrompts):
     """Configuration of the dataset, e.g. ``main``."""
     split: str = "train"
     revision: str | None = None
-    """Commit of the dataset; pin it for a run that can be made again."""
+    """Commit of the dataset; pin it to make the run reproducible."""
 
 
 class TaskPrompts(Schema):
@@ -55,7 +55,7 @@ class TaskPrompts(Schema):
     task: Literal["chain"] = "chain"
     split: Literal["train", "eval"] = "train"
     limit: PositiveInt | None = None
-    """Cycle over the first so many problems instead of an endless supply."""
+    """Cycle over this many problems; null: an endless supply."""
 
 
 PromptsConfig: TypeAlias = Annotated[
@@ -64,14 +64,14 @@ PromptsConfig: TypeAlias = Annotated[
 
 
 class TaskVerifier(Schema):
-    """Exact check of a procedural task's final answer."""
+    """Checks a procedural task's final answer exactly."""
 
     kind: Literal["task"]
     task: Literal["chain"] = "chain"
 
 
 class MathVerifier(Schema):
-    """Mathematical equality with the reference answer, by math-verify."""
+    """Checks mathematical equality with the reference answer, by math-verify."""
 
     kind: Literal["math"]
 
@@ -89,7 +89,7 @@ class SamplingConfig(Schema):
     max_new_tokens: PositiveInt = 512
 
     def spec(self, seed: int) -> SamplingSpec:
-        """One rollout's `SamplingSpec`."""
+        """Return the `SamplingSpec` of one rollout."""
         return SamplingSpec(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -103,18 +103,19 @@ class EvaluationConfig(Schema):
     """Held-out accuracy before, during and after the run."""
 
     prompts: PromptsConfig
-    """Held-out problems, always the same first ones."""
+    """Held-out problems; every evaluation takes the same first ones."""
     verifier: VerifierConfig
-    """What counts as correct."""
+    """Decides whether an answer is correct."""
     every_steps: PositiveInt = 25
     num_problems: PositiveInt = 500
-    """At most; fewer where there are fewer. Every result says over how many."""
+    """Maximum number of problems; every result states how many there were."""
     final_num_problems: PositiveInt | None = None
-    """Problems before, after and for the teacher; null: `num_problems`."""
+    """Number of problems in the evaluations before and after the run and of the teacher; null:
+    `num_problems`."""
     samples_per_problem: PositiveInt = 1
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     teacher: bool = True
-    """Also measure the teacher, once, before the run."""
+    """Also evaluate the teacher, once, before the run."""
 
 
 _TEMPLATE_CALL = {
@@ -129,11 +130,11 @@ _TEMPLATE_CALL = {
     "tokenizer_kwargs",
     "truncation",
 }
-"""Arguments of `apply_chat_template` that are none of the template's."""
+"""Arguments that `apply_chat_template` keeps for itself and does not pass to the template."""
 
 
 class StudentConfig(Schema):
-    """The model that is distilled into."""
+    """The model that is trained."""
 
     model: str
     """Directory of the student (Hugging Face layout)."""
@@ -142,7 +143,7 @@ class StudentConfig(Schema):
 
     @field_validator("template_arguments")
     @classmethod
-    def _are_the_templates_own(
+    def _template_arguments_reach_template(
         cls, arguments: dict[str, bool | int | str]
     ) -> dict[str, bool | int | str]:
         if taken := _TEMPLATE_CALL & arguments.keys():

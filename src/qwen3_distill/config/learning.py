@@ -1,4 +1,4 @@
-"""How the student learns: what is tuned, the optimizer, the schedule, replay."""
+"""How the student learns: tuned weights, optimizer, schedule, replay."""
 
 from typing import Annotated, Literal, TypeAlias
 
@@ -36,13 +36,13 @@ TuningConfig: TypeAlias = Annotated[FullTuning | LoraTuning, Field(discriminator
 
 
 class ConstantSchedule(Schema):
-    """The learning rate stays."""
+    """Constant learning rate."""
 
     kind: Literal["constant"]
 
 
 class WarmupCosineSchedule(Schema):
-    """Linear warm-up, then a cosine down to a share of the peak at the run's last step."""
+    """Linear warm-up, then a cosine decay to `final_fraction` of the peak at the last step."""
 
     kind: Literal["warmup_cosine"]
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -69,28 +69,29 @@ class OptimizerConfig(Schema):
 
 
 class UniformLaw(Schema):
-    """Every rollout that is young enough is drawn alike."""
+    """Draws every rollout that is young enough with the same probability."""
 
     kind: Literal["uniform"]
 
 
 class _PriorityLaw(Schema):
     age_decay_steps: PositiveFloat | None = None
-    """tau: a rollout's priority counts exp(-age / tau), its age in optimizer steps; null: its age
-    does not matter."""
+    """tau: a rollout's priority is multiplied by exp(-age / tau), with its age in optimizer steps;
+    null: age does not matter."""
     uniform_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the probability that is spread over all rollouts alike."""
+    """Share of the probability that is spread evenly over all rollouts."""
 
 
 class ProportionalLaw(_PriorityLaw):
-    """Drawn in proportion to priority^alpha (arXiv 1511.05952)."""
+    """Draws rollouts in proportion to priority^alpha (arXiv 1511.05952)."""
 
     kind: Literal["proportional"]
     alpha: Annotated[float, Field(gt=0, le=2)] = 0.6
 
 
 class RankLaw(_PriorityLaw):
-    """Drawn in proportion to rank^-alpha, rank 1 for the largest priority (arXiv 1511.05952)."""
+    """Draws rollouts in proportion to rank^-alpha, rank 1 for the largest priority
+    (arXiv 1511.05952)."""
 
     kind: Literal["rank"]
     alpha: Annotated[float, Field(gt=0, le=2)] = 0.7
@@ -100,52 +101,53 @@ ReplayLaw: TypeAlias = Annotated[
     UniformLaw | ProportionalLaw | RankLaw, Field(discriminator="kind")
 ]
 MIN_PRIORITY_NATS = 1e-3
-"""What is learned stays drawable."""
+"""Lower bound of a priority, so that a rollout with nothing left to teach can still be drawn."""
 
 
 class ReplayConfig(Schema):
-    """Rollouts with their teacher's scores, kept on the learner's device and trained on again."""
+    """A buffer of scored rollouts on the learner's device, which are trained on again."""
 
     capacity_tokens: PositiveInt
-    """Prompt and response tokens that are kept; 12 bytes each, and 8 more per candidate of the
-    teacher. The oldest rollouts make room."""
+    """Maximum prompt and response tokens in the buffer; 12 bytes each, and 8 more per candidate of
+    the teacher. When it is full, the oldest rollouts are removed."""
     capacity_rollouts: PositiveInt | None = None
-    """Rollouts that are kept; null: one for every 32 tokens, so that the tokens decide."""
+    """Maximum rollouts in the buffer; null: one per 32 tokens, so that the tokens decide."""
     max_age_steps: Annotated[int, Field(ge=0)] = 4
-    """Rollouts whose oldest token is older, in optimizer steps, are dropped."""
+    """Maximum age in optimizer steps of a rollout's oldest token; an older rollout is dropped."""
     law: ReplayLaw = Field(default_factory=lambda: UniformLaw(kind="uniform"))
-    """Which rollouts are drawn."""
+    """How rollouts are drawn."""
     updates_per_batch: PositiveInt = 1
-    """Optimizer steps for each batch of fresh rollouts."""
+    """Optimizer steps per batch of fresh rollouts."""
     reuse_cap: PositiveInt | None = None
-    """A rollout is dropped when it was trained on so often; null: no limit but its age."""
+    """A rollout is dropped after it was trained on this many times; null: only age limits it."""
     coverage_first: bool = False
-    """Rollouts that were never trained on are drawn before any that were."""
+    """Draw rollouts that were never trained on before all others."""
     priority_clip_nats: PositiveFloat = 2.0
-    """Largest priority, which is the mean over a rollout's tokens of the advantage's absolute
-    value, or of the divergence."""
+    """Upper bound of a priority. A rollout's priority is the mean over its tokens of the
+    advantage's absolute value, or of the divergence."""
     beta_start: Annotated[float, Field(ge=0, le=1)] = 0.4
-    """Exponent of the importance weight (1 / (N P))^beta at step 0. 0: no correction, 1: the
-    expected gradient is that of uniform drawing. Uniform drawing needs none, whatever it is."""
+    """Exponent of the importance weight (1 / (N P))^beta at step 0. 0: no correction; 1: the
+    expected gradient is that of uniform drawing. The uniform law ignores it."""
     beta_end: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Exponent from step `beta_steps` on."""
     beta_steps: PositiveInt = 500
-    """Steps in which it goes, linearly, from `beta_start` to `beta_end`."""
+    """Steps over which the exponent moves linearly from `beta_start` to `beta_end`."""
 
     @model_validator(mode="after")
-    def _the_largest_priority_is_above_the_least(self) -> Self:
+    def _priority_clip_exceeds_minimum(self) -> Self:
         if self.priority_clip_nats <= MIN_PRIORITY_NATS:
             raise ValueError(
-                f"priority_clip_nats={self.priority_clip_nats}: expected more than the least "
-                f"priority of {MIN_PRIORITY_NATS}, or all rollouts have the same"
+                f"priority_clip_nats={self.priority_clip_nats}: expected more than the minimum "
+                f"priority of {MIN_PRIORITY_NATS}, or all rollouts have the same priority"
             )
         return self
 
     @model_validator(mode="after")
-    def _every_update_finds_rollouts(self) -> Self:
+    def _reuse_and_age_cover_updates(self) -> Self:
         if self.reuse_cap is not None and self.reuse_cap < self.updates_per_batch:
             raise ValueError(
                 f"reuse_cap={self.reuse_cap} with updates_per_batch={self.updates_per_batch}: "
-                "rollouts would be used up before the next ones come; raise reuse_cap or lower "
+                "rollouts would be used up before the next batch arrives; raise reuse_cap or lower "
                 "updates_per_batch"
             )
         if self.max_age_steps < self.updates_per_batch - 1:

@@ -106,10 +106,10 @@ class SampledReverseKL(ObjectiveSchema):
     advantage_clip: PositiveFloat | None = 5.0
     """Clip a of the advantage to [-a, a] nats; null: no clip."""
     kl_baseline: BaselineConfig = Field(default_factory=lambda: NoBaseline(kind="none"))
-    """Per-token baseline b. Leaves the expected gradient as it is, where the clip does not bite,
-    and lowers its variance."""
+    """Per-token baseline b. It lowers the variance of the gradient and does not change its
+    expectation, except where an advantage is clipped."""
     discount: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Weight of later tokens' signals in a token's advantage. 0: each token answers for itself."""
+    """Weight per step of later tokens' signals in a token's advantage. 0: none."""
     task_reward_weight: NonNegativeFloat = 0.0
     """Weight of the verifier's group-centred reward, added to every token's advantage."""
 
@@ -150,7 +150,7 @@ class _Divergence(ObjectiveSchema):
     the mixture M = beta teacher + (1 - beta) student, beta KL(teacher || M) + (1 - beta)
     KL(student || M)."""
     beta: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Weight of the teacher in the mixture; for ``jsd`` only, and needed by it."""
+    """Weight of the teacher in the mixture; required by ``jsd``, refused otherwise."""
 
     @model_validator(mode="after")
     def _beta_belongs_to_jsd(self) -> Self:
@@ -170,8 +170,8 @@ class TopKDivergence(_Divergence):
     kind: Literal["top_k"]
     k: Annotated[int, Field(ge=1)] = 16
     tail: Literal["renormalize", "bin"] = "bin"
-    """``bin``: one more outcome holds the rest of both; ``renormalize``: both are divided by
-    their mass on the k."""
+    """``bin``: one more outcome holds the remaining mass of both; ``renormalize``: both are
+    divided by their mass on the k."""
 
     @property
     def score_request(self) -> ScoreRequest:

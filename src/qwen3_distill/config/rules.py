@@ -124,7 +124,7 @@ def no_ipc_of_weights_in_training(config: "RunConfig") -> None:
         raise ValueError(
             "generation.full_weights=ipc with training.tuning.kind=full and "
             "pipeline.kind=streaming: CUDA IPC lends the weights that are being trained, and "
-            "an engine that is started again during a step could not get its version back; "
+            "an engine that is restarted during a step could not get its version back; "
             "use full_weights=auto or directory"
         )
 
@@ -135,7 +135,7 @@ def in_flight_fits_one_prompt(config: "RunConfig") -> None:
         raise ValueError(
             f"samples_per_prompt={config.samples_per_prompt} is more than the "
             f"{config.max_in_flight} rollouts that run at a time, and the samples of a prompt "
-            "are begun together; raise pipeline.max_in_flight or generation.max_sequences"
+            "are started together; raise pipeline.max_in_flight or generation.max_sequences"
         )
 
 

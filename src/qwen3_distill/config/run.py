@@ -1,4 +1,4 @@
-"""The whole config of a run."""
+"""`RunConfig`, the root of the schema."""
 
 from pathlib import Path
 from typing import Annotated
@@ -35,16 +35,16 @@ class RunConfig(Schema):
     """One distillation run."""
 
     output_dir: Annotated[str, Field(min_length=1)]
-    """Run folder. Made by the run; a run is continued by starting it again."""
+    """Run folder; the run creates it. To continue a run, start it again."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Everything random derives from it: rollouts, the order of prompts that come from a file or
-    dataset, adapters. An endless task is taken in its own order whatever the seed."""
+    """Everything random derives from it: rollouts, the order of prompts from a file or dataset,
+    adapters. The problems of an endless task have their own order, independent of the seed."""
     steps: PositiveInt
     """Optimizer steps."""
     prompts_per_step: PositiveInt
-    """Prompts drawn for one optimizer step."""
+    """Prompts per optimizer step."""
     samples_per_prompt: PositiveInt = 1
-    """Rollouts of each of them."""
+    """Rollouts per prompt."""
     student: StudentConfig
     prompts: PromptsConfig
     """Where training prompts come from."""
@@ -56,10 +56,9 @@ class RunConfig(Schema):
     training: TrainingConfig
     """The learner."""
     objective: ObjectiveConfig
-    """What is minimised; see concepts.md."""
+    """The loss; see concepts.md."""
     replay: ReplayConfig | None = None
-    """Keeps scored rollouts and trains on them again; see replay.md. Null: each is trained on
-    once."""
+    """Trains on scored rollouts again; see replay.md. Null: the run trains on each once."""
     verifier: VerifierConfig | None = None
     """Checks training rollouts: for the task reward, and for the metric ``rollout/accuracy``."""
     evaluation: EvaluationConfig | None = None
@@ -80,14 +79,14 @@ class RunConfig(Schema):
 
     @property
     def max_in_flight(self) -> int:
-        """Rollouts that a streaming pipeline has sampled at a time."""
+        """Maximum rollouts in flight of a streaming pipeline."""
         pipeline = self.pipeline
         limit = pipeline.max_in_flight if pipeline.kind == "streaming" else None
         return limit or self.generation.max_sequences
 
     @property
     def max_steps_ahead(self) -> int:
-        """Steps beyond the coming one that a streaming pipeline has rollouts out for."""
+        """Steps beyond the next one that a streaming pipeline may sample rollouts for."""
         pipeline = self.pipeline
         if pipeline.kind != "streaming":
             return 0
