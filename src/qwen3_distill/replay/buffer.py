@@ -27,7 +27,7 @@ from torch import Tensor
 
 from qwen3_distill.config import (
     MIN_PRIORITY_NATS,
-    ObjectiveConfig,
+    ObjectiveSchema,
     ReplayConfig,
     candidates_per_token,
 )
@@ -410,7 +410,7 @@ class ReplayBuffer:
 
 
 def build_replay(
-    config: ReplayConfig, objective: ObjectiveConfig, *, device: torch.device, seed: int
+    config: ReplayConfig, objective: ObjectiveSchema, *, device: torch.device, seed: int
 ) -> ReplayBuffer:
     """The buffer for an objective's scores.
 

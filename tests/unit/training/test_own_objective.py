@@ -297,9 +297,16 @@ def test_the_rules_read_what_it_states(changes: dict[str, Any], message: str) ->
 
 
 def paragraphs(code: str) -> list[str]:
-    """Blocks between blank lines, without imports and the place of the class."""
-    kept = re.sub(r"^(from|import) .*\n|^    implementation: .*\n", "", code, flags=re.MULTILINE)
-    return [block.strip("\n") for block in re.split(r"\n\s*\n", kept) if block.strip()]
+    """Blocks between blank lines, without the file's docstring, imports and the class's address."""
+    dropped = (
+        r'\A"""[^"]*"""\n',
+        r"^from \S+ import \([^)]*\)\n",
+        r"^(?:from|import) .*\n",
+        r"^    implementation: .*\n",
+    )
+    for pattern in dropped:
+        code = re.sub(pattern, "", code, flags=re.MULTILINE)
+    return [block.strip("\n") for block in re.split(r"\n\s*\n", code) if block.strip()]
 
 
 def test_the_page_quotes_this_file() -> None:
