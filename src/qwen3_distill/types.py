@@ -326,6 +326,27 @@ class ScoringJob:
         return self.token_ids[: self.scored[0].start]
 
 
+@dataclass(frozen=True)
+class SampledRequest:
+    """Asks a teacher for the sampled token's logprob only."""
+
+
+@dataclass(frozen=True)
+class TopKRequest:
+    """Asks a teacher for its k most likely tokens as well."""
+
+    k: int
+
+
+@dataclass(frozen=True)
+class HiddenRequest:
+    """Asks a teacher for its last hidden states as well; the learner rebuilds the full
+    distribution from them."""
+
+
+ScoreRequest: TypeAlias = SampledRequest | TopKRequest | HiddenRequest
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherScore:
     """The teacher's log-probability of every scored token."""

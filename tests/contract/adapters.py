@@ -28,7 +28,7 @@ from qwen3_distill.replay.buffer import build_replay
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from qwen3_distill.scoring.score_request import SampledRequest, ScoreRequest
 from qwen3_distill.training.embedded.student import EmbeddedLearner
-from qwen3_distill.training.objectives.base import build_objective
+from qwen3_distill.training.objectives.build import build_objective
 from qwen3_distill.types import WeightVersion
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.contract.builders import run

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3_distill.config import ObjectiveConfig, UnslothTraining
+from qwen3_distill.config import ObjectiveConfig, UnslothTraining, needs_hidden_states
 from qwen3_distill.hosts.process import WorkerProcess
 from qwen3_distill.training.unsloth.learner import UnslothLearner
 from tests.contract.builders import run
@@ -129,9 +129,7 @@ class UnslothLearnerAdapter:
 
     def supports(self, objective: ObjectiveConfig) -> bool:
         """Objectives over the teacher's hidden states stay in one process."""
-        if objective.kind == "sampled_reverse_kl":
-            return objective.kl_baseline.kind != "full"
-        return objective.kind != "full"
+        return not needs_hidden_states(objective)
 
     def build(self, model_dir: Path, settings: "LearnerSettings") -> UnslothLearner:
         learner = PooledUnslothLearner(

@@ -1,4 +1,4 @@
-"""The configuration reference as Markdown, from the schema alone."""
+"""Renders the configuration reference as Markdown, from the schema alone."""
 
 import json
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 
 def config_reference(root: type[BaseModel]) -> str:
-    """One section per class of the schema, each with a table of its keys."""
+    """Return one section per class of the schema, each with a table of its keys."""
     schema = root.model_json_schema()
     definitions: dict[str, Any] = schema.get("$defs", {})
     lines = [
@@ -27,7 +27,7 @@ def config_reference(root: type[BaseModel]) -> str:
 
 
 def _reachable(node: Any, definitions: dict[str, Any]) -> list[str]:
-    """Definitions that have keys, in the order in which the keys lead to them."""
+    """Return the names of the definitions that have keys, in the order the keys refer to them."""
     order: list[str] = []
     queue = list(_references(node.get("properties", {})))
     while queue:
@@ -93,7 +93,7 @@ def _default(key: str, value: dict[str, Any], schema: dict[str, Any]) -> str:
 
 
 def _text(value: dict[str, Any], definitions: dict[str, Any]) -> str:
-    """The key's own description, else that of the one section it stands for."""
+    """Return the key's own description, else that of the one section it refers to."""
     sections = list(_references(value))
     inherited = definitions[sections[0]] if len(sections) == 1 else {}
     text = value.get("description") or inherited.get("description", "")

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from qwen3_distill.config import (
     MIN_PRIORITY_NATS,
-    ObjectiveConfig,
+    ObjectiveSchema,
     ReplayConfig,
     candidates_per_token,
 )
@@ -436,7 +436,7 @@ class ReplayBuffer:
 
 
 def build_replay(
-    config: ReplayConfig, objective: ObjectiveConfig, *, device: torch.device, seed: int
+    config: ReplayConfig, objective: ObjectiveSchema, *, device: torch.device, seed: int
 ) -> ReplayBuffer:
     """Make the buffer for an objective's scores.
 

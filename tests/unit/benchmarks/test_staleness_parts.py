@@ -30,7 +30,8 @@ from qwen3_distill.ports import FullWeights
 from qwen3_distill.recording.console import SilentReporter
 from qwen3_distill.recording.jsonl import read_jsonl
 from qwen3_distill.training.batching import MicroBatch
-from qwen3_distill.training.objectives.base import Objective, build_objective
+from qwen3_distill.training.objectives.base import Objective
+from qwen3_distill.training.objectives.build import build_objective
 from qwen3_distill.types import WeightVersion
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.pipeline.builders import raise_warning, student_bytes, tiny_config

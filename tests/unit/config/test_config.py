@@ -163,28 +163,6 @@ def test_all_problems_are_named_at_once(minimal: Path) -> None:
     assert all(word in str(caught.value) for word in ("steps", "seed", "objective.kind"))
 
 
-# --- Processes ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("section", ["scoring", "training"])
-def test_the_full_vocabulary_needs_teacher_and_learner_in_one_process(
-    section: str, minimal: Path
-) -> None:
-    full = "objective={kind: full, divergence: reverse_kl}"
-    load_config(minimal, [full, "generation.own_process=true"])
-    with pytest.raises(ConfigError, match="own_process=false for both"):
-        load_config(minimal, [full, f"{section}.own_process=true"])
-
-
-@pytest.mark.parametrize("section", ["generation", "scoring", "training"])
-def test_threads_are_those_of_a_process_of_its_own(section: str, minimal: Path) -> None:
-    settings = ["objective={kind: top_k}", f"{section}.threads=1"]
-    config = load_config(minimal, [*settings, f"{section}.own_process=true"])
-    assert getattr(config, section).threads == 1
-    with pytest.raises(ConfigError, match="own_process=true, or drop threads"):
-        load_config(minimal, settings)
-
-
 # --- Overrides ------------------------------------------------------------------------------------
 
 

@@ -20,9 +20,9 @@ from qwen3_distill.training.embedded.student import EmbeddedLearner
 from qwen3_distill.training.objectives.base import (
     LossTerms,
     Objective,
-    build_objective,
     read_scalars,
 )
+from qwen3_distill.training.objectives.build import build_objective
 from qwen3_distill.training.unsloth.packing_probe import packing_gap, recompute_first_layers
 from qwen3_distill.types import Batch, ScoredRollout, TeacherScore
 from qwen3_distill.weights.memory import MemoryChannel

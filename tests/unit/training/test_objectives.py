@@ -1,32 +1,42 @@
 """Objectives on micro-batches: padding, splits, baselines, memory of the head."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from qwen3_distill.config import ObjectiveConfig, RunConfig
+from qwen3_distill.config import (
+    ObjectiveConfig,
+    ObjectiveSchema,
+    RunConfig,
+    candidates_per_token,
+    needs_hidden_states,
+)
 from qwen3_distill.errors import AlignmentError, ConfigError
 from qwen3_distill.modeling.head import TokenStatistics, TokenStats, token_stats
 from qwen3_distill.training.batching import MicroBatch, collate
 from qwen3_distill.training.objectives.base import (
     LossTerms,
     Objective,
-    build_objective,
     read_scalars,
 )
+from qwen3_distill.training.objectives.build import build_objective
 from qwen3_distill.types import (
     Batch,
     FinishReason,
+    HiddenRequest,
     HiddenScore,
     Metric,
     Prompt,
     Rollout,
+    SampledRequest,
     SamplingSpec,
     ScoredRollout,
+    ScoreRequest,
+    TopKRequest,
     TopKScore,
     VersionSpan,
     WeightVersion,
@@ -280,3 +290,54 @@ def test_a_batch_without_the_teachers_candidates_is_refused() -> None:
     micro = collate(batch, [0])
     with pytest.raises(AlignmentError, match="top 4"):
         terms_of({"kind": "top_k", "k": K}, micro, [0], HEAD, batch.denominator)
+
+
+def every_member() -> list[type[ObjectiveSchema]]:
+    """The classes in the union `ObjectiveConfig`."""
+    union, _ = get_args(ObjectiveConfig)
+    return list(get_args(union))
+
+
+@pytest.mark.parametrize("member", every_member(), ids=lambda member: member.__name__)
+def test_every_member_of_the_union_is_built_by_the_class_it_names(
+    member: type[ObjectiveSchema],
+) -> None:
+    kind = get_args(member.model_fields["kind"].annotation)[0]
+    config = objective_config({"kind": kind})
+    assert type(config) is member
+    built = build_objective(config, teacher_head_VD=TEACHER_HEAD, chunk_tokens=8)
+    assert f"{type(built).__module__}:{type(built).__name__}" == member.implementation
+
+
+NEEDS: list[tuple[dict[str, Any], ScoreRequest, bool, bool]] = [
+    ({"kind": "sampled_reverse_kl"}, SampledRequest(), False, False),
+    ({"kind": "sampled_reverse_kl", "ratio_cap": None}, SampledRequest(), True, False),
+    ({"kind": "sampled_reverse_kl", "discount": 0.5}, SampledRequest(), False, True),
+    ({"kind": "sampled_reverse_kl", "task_reward_weight": 0.5}, SampledRequest(), False, True),
+    (
+        {"kind": "sampled_reverse_kl", "kl_baseline": {"kind": "top_k", "k": 3}},
+        TopKRequest(k=3),
+        False,
+        False,
+    ),
+    (
+        {"kind": "sampled_reverse_kl", "kl_baseline": {"kind": "full"}},
+        HiddenRequest(),
+        False,
+        False,
+    ),
+    ({"kind": "top_k", "k": 5}, TopKRequest(k=5), False, False),
+    ({"kind": "full"}, HiddenRequest(), False, False),
+]
+
+
+@pytest.mark.parametrize(("values", "request_", "lacks_ratio", "credits_later"), NEEDS)
+def test_an_objective_states_what_it_needs(values, request_, lacks_ratio, credits_later) -> None:
+    config = objective_config(values)
+    assert config.score_request == request_
+    assert config.needs_teacher
+    assert config.lacks_ratio == lacks_ratio
+    assert config.credits_later_tokens == credits_later
+    assert config.reward_weight == values.get("task_reward_weight", 0)
+    assert candidates_per_token(config) == getattr(request_, "k", 0)
+    assert needs_hidden_states(config) == isinstance(request_, HiddenRequest)

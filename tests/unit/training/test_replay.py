@@ -22,7 +22,7 @@ from qwen3_distill.replay.flat import flatten
 from qwen3_distill.scoring.score_request import request_for
 from qwen3_distill.training.batching import MicroBatch, flat_micro_batches, micro_batches
 from qwen3_distill.training.embedded.student import EmbeddedLearner
-from qwen3_distill.training.objectives.base import build_objective
+from qwen3_distill.training.objectives.build import build_objective
 from qwen3_distill.types import Batch, ScoredRollout
 from tests.contract.builders import synthetic_rollout
 from tests.contract.reference import reference_model, reference_score, token_logprobs

@@ -21,7 +21,6 @@ from qwen3_distill.config import (
     EvaluationConfig,
     LoraTuning,
     RunConfig,
-    SampledReverseKL,
     SamplingConfig,
     SglangScoring,
     UnslothTraining,
@@ -135,8 +134,7 @@ class Parts:
 
 def task_reward_weight(config: RunConfig) -> float:
     """Weight of the verifier's reward; 0 for objectives that have none."""
-    objective = config.objective
-    return objective.task_reward_weight if isinstance(objective, SampledReverseKL) else 0.0
+    return config.objective.reward_weight
 
 
 def build_parts(config: RunConfig) -> Parts:

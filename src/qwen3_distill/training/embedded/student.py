@@ -18,7 +18,8 @@ from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
 from qwen3_distill.training.batching import MicroBatch
 from qwen3_distill.training.learner import TorchLearner
 from qwen3_distill.training.lora import add_adapters
-from qwen3_distill.training.objectives.base import Objective, build_objective
+from qwen3_distill.training.objectives.base import Objective
+from qwen3_distill.training.objectives.build import build_objective
 from qwen3_distill.types import Metric
 
 

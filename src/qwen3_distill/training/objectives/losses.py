@@ -1,7 +1,7 @@
-"""The objectives as functions of tensors. Mathematics and sources: docs/concepts.md.
+"""Losses as functions of tensors; no function knows a config. Sources: docs/concepts.md.
 
-Everything is per loss token and already selected: padding never enters the arithmetic, because
-0 * nan is nan and a mask applied afterwards would keep it alive. No function knows a config.
+Tensors hold loss tokens only. Padding never enters the arithmetic: 0 * nan is nan, and a mask
+applied afterwards would keep it.
 
 Shape letters: N loss tokens of a micro-batch, V vocabulary, K teacher candidates. Nats, float32.
 """
@@ -21,14 +21,14 @@ MIN_TAIL_MASS = 1e-6
 
 
 class SampledTerms(NamedTuple):
-    """The sampled-token loss and what its metrics are made of; only ``loss`` has a gradient."""
+    """The sampled-token loss and the values for its metrics; only ``loss`` has a gradient."""
 
     loss: Tensor
     """Scalar: this micro-batch's share of the step's loss."""
     ratio_N: Tensor
-    """rho_t before the cap."""
+    """pi_theta(a_t) / mu(a_t), before the cap."""
     advantage_N: Tensor
-    """A_t as used."""
+    """A_t as used in the loss."""
     signal_N: Tensor
     """log q(a_t) - log pi_theta(a_t) + b_t before clip and discount."""
 
@@ -47,7 +47,7 @@ def sampled_reverse_kl(
     advantage_clip: float | None,
     discount: float = 0.0,
 ) -> SampledTerms:
-    """Policy-gradient surrogate of KL(student || teacher) on the sampled tokens.
+    """Return the policy-gradient surrogate of KL(student || teacher) on the sampled tokens.
 
         rho_t = min(pi_theta(a_t) / mu(a_t), c)
         A_t   = clip(log q(a_t) - log pi_theta(a_t) + b_t, -a, a)
@@ -90,7 +90,7 @@ def sampled_reverse_kl(
 def discounted_suffix_sum(
     values_N: Tensor, tokens_per_row: Sequence[int], discount: float
 ) -> Tensor:
-    """[N]: v_t + discount v_{t+1} + discount^2 v_{t+2} + ... within each row."""
+    """Return [N]: v_t + discount v_{t+1} + discount^2 v_{t+2} + ... within each row."""
     padded_BR = pad_sequence(list(values_N.split(list(tokens_per_row))), batch_first=True)
     sums_BR = padded_BR.clone()
     for r in reversed(range(sums_BR.shape[1] - 1)):
@@ -102,7 +102,7 @@ def discounted_suffix_sum(
 def divergence(
     student_logprob_NX: Tensor, teacher_logprob_NX: Tensor, kind: Divergence, beta: float | None
 ) -> Tensor:
-    """[N] divergence of two distributions over the same X outcomes, each summing to 1.
+    """Return [N]: the divergence of two distributions over the same X outcomes.
 
     ``reverse_kl`` is KL(student || teacher), ``forward_kl`` is KL(teacher || student). ``jsd`` is
     the generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649): with the mixture
@@ -128,14 +128,14 @@ def _kl(p_logprob_NX: Tensor, q_logprob_NX: Tensor) -> Tensor:
 
 
 def with_tail_bin(logprob_NK: Tensor) -> Tensor:
-    """[N, K + 1]: the K outcomes and one for everything else; sums to 1.
+    """Return [N, K + 1]: the K outcomes and one for all others; each row sums to 1.
 
-    Below `MIN_TAIL_MASS` the tail is held at that mass and carries no gradient.
+    A tail below `MIN_TAIL_MASS` is set to that mass and has no gradient.
     """
     tail_N1 = (1 - logprob_NK.exp().sum(-1, keepdim=True)).clamp(min=MIN_TAIL_MASS)
     return torch.cat([logprob_NK, tail_N1.log()], dim=-1)
 
 
 def renormalized(logprob_NK: Tensor) -> Tensor:
-    """[N, K]: the K outcomes divided by their common mass."""
+    """Return [N, K]: the K outcomes divided by their total mass."""
     return logprob_NK - logprob_NK.logsumexp(-1, keepdim=True)

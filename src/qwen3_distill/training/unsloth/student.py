@@ -43,7 +43,7 @@ from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
 from qwen3_distill.training.batching import MicroBatch
 from qwen3_distill.training.learner import TorchLearner
 from qwen3_distill.training.lora import check_targets, initialise_adapters
-from qwen3_distill.training.objectives.base import build_objective
+from qwen3_distill.training.objectives.build import build_objective
 from qwen3_distill.training.unsloth.packing_probe import packing_gap, recompute_first_layers
 from qwen3_distill.types import Metric
 

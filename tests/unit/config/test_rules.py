@@ -1,12 +1,13 @@
-"""Replay settings that make no sense are refused, with the reason and the remedy."""
+"""Settings that contradict each other are refused, with the reason and the remedy."""
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from qwen3_distill.config import RunConfig
+from qwen3_distill.config import RunConfig, rules
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.replay.buffer import build_replay
 
@@ -96,3 +97,52 @@ def test_a_buffer_that_no_memory_is_large_enough_for_is_named() -> None:
 def test_streaming_with_room_for_what_arrives_old_is_good() -> None:
     streaming = {"pipeline": {"kind": "streaming", "max_staleness_steps": 3}}
     assert RunConfig.model_validate(GOOD | replay(updates_per_batch=2) | streaming)
+
+
+def test_every_rule_is_run() -> None:
+    functions = inspect.getmembers(rules, inspect.isfunction)
+    written = {f for _, f in functions if f.__module__ == rules.__name__}
+    assert written - {rules.check_rules} == set(rules.RULES)
+    assert len(rules.RULES) == len(set(rules.RULES))
+
+
+def test_of_several_broken_rules_the_first_of_the_list_is_reported() -> None:
+    """Each fix reveals the next broken rule."""
+    broken = sampled(ratio_cap=None, task_reward_weight=1.0) | {
+        "sampling": {"top_p": 0.5, "temperature": 0.5},
+        "verifier": None,
+        "replay": {"capacity_tokens": 1},
+    }
+    fixes: list[tuple[dict[str, Any], str]] = [
+        ({}, "sampling.top_p=0.5"),
+        ({"sampling": {"temperature": 0.5}}, "ratio_cap=null with sampling.temperature"),
+        (sampled(task_reward_weight=1.0), "sampling.temperature=0.5 with discount=0.0"),
+        ({"sampling": {}}, "replay with objective.discount=0.0, task_reward_weight=1.0"),
+        (sampled(), "replay.capacity_tokens=1"),
+    ]
+    for fix, message in fixes:
+        broken = broken | fix
+        with pytest.raises(ValidationError, match=message):
+            RunConfig.model_validate(GOOD | broken)
+
+
+@pytest.mark.parametrize("section", ["scoring", "training"])
+def test_the_full_vocabulary_needs_teacher_and_learner_in_one_process(section: str) -> None:
+    def values(owner: str) -> dict[str, Any]:
+        own = {owner: {**GOOD[owner], "own_process": True}}
+        return GOOD | own | {"objective": {"kind": "full"}, "replay": None}
+
+    RunConfig.model_validate(values("generation"))
+    with pytest.raises(ValidationError, match="own_process=false for both"):
+        RunConfig.model_validate(values(section))
+
+
+@pytest.mark.parametrize("section", ["generation", "scoring", "training"])
+def test_threads_need_a_process_of_their_own(section: str) -> None:
+    def values(**settings: Any) -> dict[str, Any]:
+        return GOOD | {section: {**GOOD[section], **settings}}
+
+    config = RunConfig.model_validate(values(threads=1, own_process=True))
+    assert getattr(config, section).threads == 1
+    with pytest.raises(ValidationError, match="own_process=true, or drop threads"):
+        RunConfig.model_validate(values(threads=1))

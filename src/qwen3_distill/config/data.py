@@ -1,0 +1,154 @@
+"""The student, its prompts, how answers are sampled, checked and evaluated."""
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field, field_validator
+
+from qwen3_distill.config.base import PositiveInt, Schema
+from qwen3_distill.types import SamplingSpec
+
+
+class _FilePrompts(Schema):
+    prompt_field: str = "prompt"
+    """Column with the prompt: a string, or a list of ``{"role", "content"}`` messages."""
+    answer_field: str | None = None
+    """Column with the reference answer that the verifier compares with."""
+    system: str | None = None
+    """System message prepended to every prompt."""
+    suffix: str = ""
+    """Text appended to every last user message, e.g. an instruction about the answer's form."""
+    limit: PositiveInt | None = None
+    """Use only this many rows, from the first on; null: all."""
+
+
+class JsonlPrompts(_FilePrompts):
+    """Prompts from a JSON Lines file."""
+
+    kind: Literal["jsonl"]
+    path: str
+
+
+class ParquetPrompts(_FilePrompts):
+    """Prompts from a Parquet file."""
+
+    kind: Literal["parquet"]
+    path: str
+
+
+class HuggingFacePrompts(_FilePrompts):
+    """Prompts from a Hugging Face dataset: a hub id or a directory."""
+
+    kind: Literal["hf"]
+    path: str
+    """Hub id (``openai/gsm8k``) or local directory."""
+    name: str | None = None
+    """Configuration of the dataset, e.g. ``main``."""
+    split: str = "train"
+    revision: str | None = None
+    """Commit of the dataset; pin it to make the run reproducible."""
+
+
+class TaskPrompts(Schema):
+    """Problems of a procedural task. Training and evaluation never share a problem."""
+
+    kind: Literal["task"]
+    task: Literal["chain"] = "chain"
+    split: Literal["train", "eval"] = "train"
+    limit: PositiveInt | None = None
+    """Cycle over this many problems; null: an endless supply."""
+
+
+PromptsConfig: TypeAlias = Annotated[
+    JsonlPrompts | ParquetPrompts | HuggingFacePrompts | TaskPrompts, Field(discriminator="kind")
+]
+
+
+class TaskVerifier(Schema):
+    """Checks a procedural task's final answer exactly."""
+
+    kind: Literal["task"]
+    task: Literal["chain"] = "chain"
+
+
+class MathVerifier(Schema):
+    """Checks mathematical equality with the reference answer, by math-verify."""
+
+    kind: Literal["math"]
+
+
+VerifierConfig: TypeAlias = Annotated[TaskVerifier | MathVerifier, Field(discriminator="kind")]
+
+
+class SamplingConfig(Schema):
+    """How rollouts are sampled."""
+
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """0: no limit."""
+    max_new_tokens: PositiveInt = 512
+
+    def spec(self, seed: int) -> SamplingSpec:
+        """Return the `SamplingSpec` of one rollout."""
+        return SamplingSpec(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_new_tokens=self.max_new_tokens,
+            seed=seed,
+        )
+
+
+class EvaluationConfig(Schema):
+    """Held-out accuracy before, during and after the run."""
+
+    prompts: PromptsConfig
+    """Held-out problems; every evaluation takes the same first ones."""
+    verifier: VerifierConfig
+    """Decides whether an answer is correct."""
+    every_steps: PositiveInt = 25
+    num_problems: PositiveInt = 500
+    """Maximum number of problems; every result states how many there were."""
+    final_num_problems: PositiveInt | None = None
+    """Number of problems in the evaluations before and after the run and of the teacher; null:
+    `num_problems`."""
+    samples_per_problem: PositiveInt = 1
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    teacher: bool = True
+    """Also evaluate the teacher, once, before the run."""
+
+
+_TEMPLATE_CALL = {
+    "add_generation_prompt",
+    "continue_final_message",
+    "conversation",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+}
+"""Arguments that `apply_chat_template` keeps for itself and does not pass to the template."""
+
+
+class StudentConfig(Schema):
+    """The model that is trained."""
+
+    model: str
+    """Directory of the student (Hugging Face layout)."""
+    template_arguments: dict[str, bool | int | str] = Field(default_factory=dict)
+    """Passed to the chat template, e.g. ``{enable_thinking: false}`` for Qwen3."""
+
+    @field_validator("template_arguments")
+    @classmethod
+    def _template_arguments_reach_template(
+        cls, arguments: dict[str, bool | int | str]
+    ) -> dict[str, bool | int | str]:
+        if taken := _TEMPLATE_CALL & arguments.keys():
+            raise ValueError(
+                f"{', '.join(sorted(taken))} may not be set: the template does not take it, "
+                "and prompts are always rendered up to where the answer begins"
+            )
+        return arguments

@@ -1,0 +1,308 @@
+"""The engines of the three stages (generation, scoring, training) and their memory plan."""
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field, JsonValue, model_validator
+from typing_extensions import Self
+
+from qwen3_distill.config.base import Device, Dtype, Gib, PositiveFloat, PositiveInt, Schema
+from qwen3_distill.config.learning import FullTuning, LoraTuning, OptimizerConfig, TuningConfig
+
+VLLM_MAX_RANK = 512
+"""The highest LoRA rank that vLLM has kernels for."""
+
+
+class _Supervised(Schema):
+    """Settings of a supervised process: its start timeout and restart limit."""
+
+    start_timeout_s: PositiveFloat = 900.0
+    """Limit for the start, loading and compiling included."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """How often per run the process is restarted after it died."""
+
+
+class _Watched(_Supervised):
+    """A process that answers a heartbeat."""
+
+    hang_timeout_s: PositiveFloat = 900.0
+    """A process that does not answer the heartbeat for this long is killed and restarted. Set it
+    above the longest call that keeps it from answering: a learner's step, a teacher's forward
+    pass, a decode step of an embedded engine. The start has its own limit."""
+
+
+class _Embedded(_Watched):
+    """A PyTorch engine, in the controller's process or in its own."""
+
+    own_process: bool = False
+    """Run in its own process: stages then compute concurrently, and a process that dies is
+    restarted. The process settings apply only then."""
+    threads: PositiveInt | None = None
+    """PyTorch threads in that process; null: PyTorch's default, one per core."""
+
+    @model_validator(mode="after")
+    def _threads_need_own_process(self) -> Self:
+        if self.threads is not None and not self.own_process:
+            raise ValueError(
+                f"threads={self.threads} with own_process=false would apply to everything in the "
+                "controller's process; set own_process=true, or drop threads"
+            )
+        return self
+
+
+class _EngineProcess(_Supervised):
+    """Settings of an engine that always runs in its own process."""
+
+    python: str | None = None
+    """Python interpreter of the engine's environment; null: the controller's."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of the engine's process, added to the inherited ones, e.g.
+    ``PYTHONPATH``."""
+
+
+class EmbeddedGeneration(_Embedded):
+    """Batched KV-cache sampling on PyTorch."""
+
+    kind: Literal["embedded"]
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+    max_sequences: PositiveInt = 256
+    """Rollouts decoded concurrently."""
+
+
+class VllmGeneration(_EngineProcess, _Watched):
+    """vLLM in its own process (extra ``[vllm]``)."""
+
+    kind: Literal["vllm"]
+    dtype: Dtype = "bfloat16"
+    max_sequences: PositiveInt = 256
+    """Rollouts decoded concurrently."""
+    max_batched_tokens: PositiveInt | None = None
+    """Maximum prompt plus new tokens per engine step; null: vLLM's default."""
+    max_model_tokens: PositiveInt | None = None
+    """Maximum prompt plus response tokens; null: the student's context length."""
+    kv_cache_gib: Gib | None = None
+    """Memory of the KV cache; null: planned, see ``qwen3-distill plan``."""
+    quantization: Literal["fp8"] | None = None
+    """``fp8``: the student's weights are quantized online for sampling, and the importance ratio
+    corrects for the difference. It speeds up small decode batches only."""
+    adapters: Literal["swap", "merge"] = "swap"
+    """How LoRA training reaches the engine. ``swap``: the engine loads the adapter and applies it
+    at every decode step; loads are small, decoding is slower. ``merge``: the engine loads whole
+    weights with the adapter merged in; loads are large, decoding runs at full speed."""
+    full_weights: Literal["auto", "ipc", "directory"] = "auto"
+    """How whole weights reach the engine. ``auto``: CUDA IPC if the first load shows that it
+    works, else files. Adapters always travel as files."""
+    kv_cache_at_update: Literal["keep", "recompute"] = "keep"
+    """What happens to the KV cache of running rollouts when weights are updated in flight.
+    ``keep``: it stays as older weights computed it (PipelineRL, arXiv 2509.19128). ``recompute``:
+    the new weights recompute it at every update. Either way a token's logprob is that of the
+    distribution it was sampled from."""
+    float32_head: bool = False
+    """Compute the output head in float32: logprobs have less noise, decoding is slower."""
+    enforce_eager: bool = False
+    """Use no CUDA graphs: the engine starts sooner and decodes slower."""
+    stream_interval: PositiveInt = 8
+    """The engine reports a running rollout's prefix every this many tokens."""
+    engine_arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    """Further arguments of vLLM's ``AsyncEngineArgs``, under vLLM's names; lists and objects are
+    allowed, e.g. ``{compilation_config: {cudagraph_capture_sizes: [64, 128, 256]}}``."""
+
+
+GenerationConfig: TypeAlias = Annotated[
+    EmbeddedGeneration | VllmGeneration, Field(discriminator="kind")
+]
+
+
+class EmbeddedScoring(_Embedded):
+    """The teacher on PyTorch."""
+
+    kind: Literal["embedded"]
+    model: str
+    """Directory of the teacher (Hugging Face layout)."""
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+    batch_tokens: PositiveInt = 16384
+    """Padded tokens per forward pass."""
+    chunk_tokens: PositiveInt = 1024
+    """Rows of logits held in memory at a time."""
+
+
+SGLANG_OPTIONS = {
+    "model-path": "scoring.model",
+    "host": "this package: loopback only",
+    "port": "scoring.port",
+    "api-key": "this package: a random one",
+    "device": "scoring.device",
+    "dtype": "scoring.dtype",
+    "quantization": "scoring.quantization",
+    "mem-fraction-static": "scoring.memory_fraction",
+    "max-total-tokens": "scoring.max_total_tokens",
+    "attention-backend": "scoring.attention_backend",
+    "chunked-prefill-size": "scoring.chunked_prefill_tokens",
+    "enable-fp32-lm-head": "scoring.float32_head",
+    "disable-decode-cuda-graph": "scoring.decode_graphs",
+    "skip-tokenizer-init": "this package: only token ids travel",
+}
+"""Options of SGLang's server that may not be in ``server_arguments``, and what sets them."""
+
+
+class SglangScoring(_EngineProcess):
+    """The teacher in SGLang servers: one that the run starts, or existing ones."""
+
+    kind: Literal["sglang"]
+    model: str
+    """Directory of the teacher (Hugging Face layout). Tokenizer, vocabulary and the known answer
+    are read from it, also for the servers in `urls`."""
+    urls: tuple[str, ...] = ()
+    """Existing servers, e.g. ``http://10.0.0.2:30000``; requests are balanced over them. Empty:
+    the run starts one on loopback."""
+    api_key_file: str | None = None
+    """File with the API key of the servers in `urls`; a server that the run starts gets a random
+    key."""
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Port of the server that the run starts; null: a free one."""
+    device: Device = "auto"
+    dtype: Dtype = "bfloat16"
+    quantization: Literal["fp8"] | None = "fp8"
+    """``fp8``: the server quantizes a bfloat16 directory online. null: the directory decides; it
+    may be an FP8 checkpoint."""
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the memory that is free when the server starts, for its weights and KV cache; null:
+    planned, see ``qwen3-distill plan``."""
+    max_total_tokens: PositiveInt | None = None
+    """Tokens in the server's KV cache; null: planned."""
+    attention_backend: str | None = None
+    """Attention kernel under SGLang's name, e.g. ``triton``; null: SGLang chooses."""
+    float32_head: bool = False
+    """Compute the output head in float32: scores have less noise, scoring is slower."""
+    chunked_prefill_tokens: PositiveInt = 8192
+    """Tokens that the server prefills at a time."""
+    chunk_tokens: PositiveInt = 2048
+    """Rows of logits held in memory at a time."""
+    decode_graphs: bool = False
+    """Use CUDA graphs for decoding: the teacher's evaluation is faster; the start takes longer and
+    more memory."""
+    server_arguments: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Further options of ``sglang.launch_server``, named without the leading dashes, e.g.
+    ``{watchdog-timeout: 600}``."""
+    request_tokens: PositiveInt = 16384
+    """Maximum tokens per scoring request."""
+    max_in_flight: PositiveInt = 4
+    """Maximum concurrent requests per server."""
+    request_timeout_s: PositiveFloat = 300.0
+    max_attempts: PositiveInt = 4
+    """Attempts to score a rollout before it is dropped."""
+    max_dropped_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Maximum share of a step's rollouts that may be dropped without a score; more stops the
+    run."""
+    readiness_tolerance_nats: PositiveFloat = 0.5
+    """Maximum mean difference from the known answer at which a server is accepted as the
+    teacher."""
+    cache: str | None = None
+    """Folder of a score cache that is kept between runs; null: no cache."""
+
+    @model_validator(mode="after")
+    def _server_arguments_have_no_setting(self) -> Self:
+        twice = sorted(SGLANG_OPTIONS.keys() & self.server_arguments.keys())
+        if twice:
+            raise ValueError(
+                f"server_arguments has {twice[0]!r}, which is set by "
+                f"{SGLANG_OPTIONS[twice[0]]}; write it there"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _urls_exclude_port_and_need_no_key(self) -> Self:
+        bad = [url for url in self.urls if not url.startswith(("http://", "https://"))]
+        if bad:
+            raise ValueError(f"urls: {bad[0]!r} is no address; expected e.g. http://10.0.0.2:30000")
+        if self.urls and self.port is not None:
+            raise ValueError(
+                "port is for a server that the run starts, and urls names existing ones: drop one"
+            )
+        if self.api_key_file is not None and not self.urls:
+            raise ValueError(
+                "api_key_file is for the servers in urls, and there are none: drop it; a server "
+                "that the run starts gets a random key"
+            )
+        return self
+
+
+ScoringConfig: TypeAlias = Annotated[EmbeddedScoring | SglangScoring, Field(discriminator="kind")]
+
+
+class EmbeddedTraining(_Embedded):
+    """PyTorch and peft."""
+
+    kind: Literal["embedded"]
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+    """Dtype of the weights; trained weights should be float32."""
+    autocast: Literal["auto", "off", "bfloat16"] = "auto"
+    """``auto``: bfloat16 autocast on CUDA, none on the CPU."""
+    tuning: TuningConfig = Field(default_factory=lambda: FullTuning(kind="full"))
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    micro_batch_tokens: PositiveInt = 8192
+    """Padded tokens per forward and backward pass. Changes memory and speed, not the step."""
+    chunk_tokens: PositiveInt = 1024
+    """Rows of logits held in memory at a time."""
+    gradient_checkpointing: bool = False
+
+
+class UnslothTraining(_EngineProcess, _Watched):
+    """unsloth in its own process (extra ``[unsloth]``)."""
+
+    kind: Literal["unsloth"]
+    dtype: Dtype = "bfloat16"
+    """Dtype of the weights. Adapters are always float32; ``tuning.kind=full`` needs ``float32``."""
+    autocast: Literal["auto", "off", "bfloat16"] = "auto"
+    """``auto``: bfloat16 autocast if float32 weights are trained in full on CUDA, else none."""
+    tuning: TuningConfig = Field(default_factory=lambda: LoraTuning(kind="lora"))
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    max_model_tokens: PositiveInt | None = None
+    """Maximum prompt plus response tokens; null: the student's context length. A longer rollout is
+    an error."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Tokens per forward and backward pass, padding included. Changes memory and speed, not the
+    step."""
+    packing: bool | Literal["auto"] = "auto"
+    """Concatenate a micro-batch's sequences instead of padding them. ``auto``: if unsloth has an
+    attention kernel for it and a probe at start gives the same result as padding. ``true``: also
+    without such a kernel, at a cost that grows with the square of `micro_batch_tokens`; a failed
+    probe is an error."""
+    chunk_tokens: PositiveInt = 1024
+    """Rows of logits held in memory at a time, in objectives over more than the sampled token."""
+    gradient_checkpointing: Literal["auto", "off", "on", "unsloth"] = "auto"
+    """``on`` recomputes every layer and costs a third more than ``off``; ``unsloth`` also moves
+    activations to host memory. ``auto``: recomputes as few layers as the memory allows."""
+    memory_gib: Gib | None = None
+    """Memory that ``auto`` may use for weights and activations; null: planned, see
+    ``qwen3-distill plan``."""
+
+    @model_validator(mode="after")
+    def _full_tuning_needs_float32(self) -> Self:
+        if self.tuning.kind == "full" and self.dtype == "bfloat16":
+            raise ValueError(
+                "tuning.kind=full with dtype=bfloat16: a step smaller than 1/256 of a weight is "
+                "rounded away, which at usual learning rates is nearly every step; use "
+                "dtype=float32 (the computation is bfloat16 under autocast), or tuning.kind=lora"
+            )
+        return self
+
+
+TrainingConfig: TypeAlias = Annotated[
+    EmbeddedTraining | UnslothTraining, Field(discriminator="kind")
+]
+
+
+class PlanningConfig(Schema):
+    """Assumptions of the memory plan."""
+
+    device_memory_gib: Gib | None = None
+    """Memory that student, teacher and learner share; null: the device's free memory."""
+    reserve_gib: Annotated[float, Field(ge=0, le=1_000_000)] | None = None
+    """Memory left free for the system and for what the plan does not count; null: 8, or an eighth
+    of the memory if that is less."""
+    prompt_tokens: PositiveInt = 256
+    """Assumed prompt length, for sizing caches. Longer prompts work too: fewer rollouts then run
+    concurrently."""

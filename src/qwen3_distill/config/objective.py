@@ -1,0 +1,215 @@
+"""The objectives: their settings, and what each needs from the rest of the run.
+
+A new objective is one member of `ObjectiveConfig` here and one file in ``training/objectives``.
+What it needs, it states in the properties of `ObjectiveSchema`; no other code asks for its kind.
+docs/extend/your-own-loss.md has a worked example.
+"""
+
+from typing import Annotated, ClassVar, Literal, TypeAlias
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from qwen3_distill.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Schema
+from qwen3_distill.types import HiddenRequest, SampledRequest, ScoreRequest, TopKRequest
+
+
+class ObjectiveSchema(Schema):
+    """Base of all objectives: what an objective states about itself."""
+
+    implementation: ClassVar[str]
+    """``module:Class`` that computes the loss; `build_objective` imports it."""
+    needs_teacher: ClassVar[bool] = True
+    """Whether rollouts must be scored by a teacher."""
+    needs_ratio: ClassVar[bool] = False
+    """Whether the gradient is an expectation over the sampled tokens. It is then biased when they
+    were sampled from another distribution than the current student's, unless the loss weighs them
+    by the importance ratio pi / mu (`uses_ratio`)."""
+
+    @property
+    def uses_ratio(self) -> bool:
+        """Whether the loss weighs sampled tokens by the importance ratio pi / mu."""
+        return False
+
+    @property
+    def lacks_ratio(self) -> bool:
+        """Whether tokens of another distribution than the student's would bias the gradient."""
+        return self.needs_ratio and not self.uses_ratio
+
+    @property
+    def credits_later_tokens(self) -> bool:
+        """Whether a token's loss depends on tokens sampled after it. A token's own ratio does not
+        correct those, and a piece of an answer does not have them."""
+        return False
+
+    @property
+    def credit_settings(self) -> str:
+        """The settings behind `credits_later_tokens`, as ``key=value, key=value`` for errors."""
+        return ""
+
+    @property
+    def reward_weight(self) -> float:
+        """Weight of the verifier's reward; 0: rollouts are trained on without a verdict."""
+        return 0.0
+
+    @property
+    def score_request(self) -> ScoreRequest:
+        """The least that the teacher must return for this objective."""
+        return SampledRequest()
+
+
+class NoBaseline(Schema):
+    """b = 0."""
+
+    kind: Literal["none"]
+
+    @property
+    def score_request(self) -> ScoreRequest:
+        return SampledRequest()
+
+
+class TopKBaseline(Schema):
+    """b = KL(student || teacher) over the teacher's k most likely tokens and one tail outcome."""
+
+    kind: Literal["top_k"]
+    k: PositiveInt = 16
+
+    @property
+    def score_request(self) -> ScoreRequest:
+        return TopKRequest(k=self.k)
+
+
+class FullBaseline(Schema):
+    """b = KL(student || teacher), exact, from the teacher's hidden states."""
+
+    kind: Literal["full"]
+
+    @property
+    def score_request(self) -> ScoreRequest:
+        return HiddenRequest()
+
+
+BaselineConfig: TypeAlias = Annotated[
+    NoBaseline | TopKBaseline | FullBaseline, Field(discriminator="kind")
+]
+
+
+class SampledReverseKL(ObjectiveSchema):
+    """Policy gradient of KL(student || teacher) on the sampled tokens."""
+
+    implementation: ClassVar[str] = "qwen3_distill.training.objectives.sampled:SampledObjective"
+    needs_ratio: ClassVar[bool] = True
+
+    kind: Literal["sampled_reverse_kl"]
+    ratio_cap: PositiveFloat | None = 2.0
+    """Cap c of the importance ratio min(pi/mu, c); null: no ratio (mu is taken for pi)."""
+    advantage_clip: PositiveFloat | None = 5.0
+    """Clip a of the advantage to [-a, a] nats; null: no clip."""
+    kl_baseline: BaselineConfig = Field(default_factory=lambda: NoBaseline(kind="none"))
+    """Per-token baseline b. It lowers the variance of the gradient and does not change its
+    expectation, except where an advantage is clipped."""
+    discount: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Weight per step of later tokens' signals in a token's advantage. 0: none."""
+    task_reward_weight: NonNegativeFloat = 0.0
+    """Weight of the verifier's group-centred reward, added to every token's advantage."""
+
+    @property
+    def uses_ratio(self) -> bool:
+        return self.ratio_cap is not None
+
+    @property
+    def credits_later_tokens(self) -> bool:
+        return self.discount > 0 or self.task_reward_weight > 0
+
+    @property
+    def credit_settings(self) -> str:
+        return f"discount={self.discount}, task_reward_weight={self.task_reward_weight}"
+
+    @property
+    def reward_weight(self) -> float:
+        return self.task_reward_weight
+
+    @property
+    def score_request(self) -> ScoreRequest:
+        return self.kl_baseline.score_request
+
+    @model_validator(mode="after")
+    def _discount_excludes_kl_baseline(self) -> Self:
+        if self.discount > 0 and self.kl_baseline.kind != "none":
+            raise ValueError(
+                f"discount={self.discount} with kl_baseline.kind={self.kl_baseline.kind}: the "
+                "baselines of later tokens depend on this token's action and cancel what the "
+                "discount adds; use kl_baseline.kind=none or discount=0"
+            )
+        return self
+
+
+class _Divergence(ObjectiveSchema):
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    """``reverse_kl``: KL(student || teacher); ``forward_kl``: KL(teacher || student); ``jsd``:
+    the mixture M = beta teacher + (1 - beta) student, beta KL(teacher || M) + (1 - beta)
+    KL(student || M)."""
+    beta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Weight of the teacher in the mixture; required by ``jsd``, refused otherwise."""
+
+    @model_validator(mode="after")
+    def _beta_belongs_to_jsd(self) -> Self:
+        if (self.beta is None) == (self.divergence == "jsd"):
+            raise ValueError(
+                f"divergence={self.divergence} with beta={self.beta}: "
+                "set beta (e.g. 0.5) with divergence=jsd and only with it"
+            )
+        return self
+
+
+class TopKDivergence(_Divergence):
+    """A divergence over the teacher's k most likely tokens at every position."""
+
+    implementation: ClassVar[str] = "qwen3_distill.training.objectives.divergences:TopKObjective"
+
+    kind: Literal["top_k"]
+    k: Annotated[int, Field(ge=1)] = 16
+    tail: Literal["renormalize", "bin"] = "bin"
+    """``bin``: one more outcome holds the remaining mass of both; ``renormalize``: both are
+    divided by their mass on the k."""
+
+    @property
+    def score_request(self) -> ScoreRequest:
+        return TopKRequest(k=self.k)
+
+    @model_validator(mode="after")
+    def _k_1_excludes_renormalize(self) -> Self:
+        if self.k == 1 and self.tail == "renormalize":
+            raise ValueError(
+                "k=1 with tail=renormalize: both distributions become 1 on the one token, so the "
+                "gradient is zero everywhere; use tail=bin or k >= 2"
+            )
+        return self
+
+
+class FullDivergence(_Divergence):
+    """A divergence over the whole vocabulary, from the teacher's hidden states."""
+
+    implementation: ClassVar[str] = "qwen3_distill.training.objectives.divergences:FullObjective"
+
+    kind: Literal["full"]
+
+    @property
+    def score_request(self) -> ScoreRequest:
+        return HiddenRequest()
+
+
+ObjectiveConfig: TypeAlias = Annotated[
+    SampledReverseKL | TopKDivergence | FullDivergence, Field(discriminator="kind")
+]
+
+
+def needs_hidden_states(objective: ObjectiveSchema) -> bool:
+    """Whether the objective compares with the teacher's full distribution."""
+    return isinstance(objective.score_request, HiddenRequest)
+
+
+def candidates_per_token(objective: ObjectiveSchema) -> int:
+    """K: the number of the teacher's most likely tokens that come with every score; 0 for none."""
+    request = objective.score_request
+    return request.k if isinstance(request, TopKRequest) else 0
