@@ -66,7 +66,8 @@ from qwen3_distill.ports import Learner, RolloutEngine, TeacherScorer
 from qwen3_distill.recording.jsonl import STEP_STAGES
 from qwen3_distill.recording.trace import Trace
 from qwen3_distill.scoring.score_request import TopKRequest, request_for
-from qwen3_distill.scoring.sglang.teacher import SglangTeacher, request_groups
+from qwen3_distill.scoring.sglang.groups import request_groups
+from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.scoring.sglang.wire import TokenSequence, score_body
 from qwen3_distill.types import (
     Batch,

@@ -24,8 +24,8 @@ from qwen3_distill.errors import (
     HandshakeError,
 )
 from qwen3_distill.scoring.score_request import SampledRequest, ScoreRequest, TopKRequest
-from qwen3_distill.scoring.sglang import teacher as sglang
-from qwen3_distill.scoring.sglang.teacher import SglangTeacher
+from qwen3_distill.scoring.sglang import client, readiness
+from qwen3_distill.scoring.sglang.teacher import DROPPED, SglangTeacher
 from qwen3_distill.types import Rollout, ScoreFailure, ScoreResult, TeacherScore, TopKScore
 from tests.contract.builders import make_prompt, run, scores_of, synthetic_rollout
 from tests.contract.reference import largest_gap, reference_model, token_logprobs
@@ -90,9 +90,9 @@ def expected(tiny_models: TinyModels) -> dict[str, np.ndarray]:
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang, "BACKOFF_S", 0.01)
-    monkeypatch.setattr(sglang, "REMOTE_GRACE_S", 0.5)
-    monkeypatch.setattr(sglang, "PROBE_TIMEOUT_S", 20.0)
+    monkeypatch.setattr(client, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(readiness, "REMOTE_GRACE_S", 0.5)
+    monkeypatch.setattr(readiness, "PROBE_TIMEOUT_S", 20.0)
 
 
 class Bench:
@@ -202,7 +202,7 @@ def test_a_sequence_that_stays_bad_is_dropped_alone(
     assert isinstance(bad, ScoreFailure)
     assert bad.rollout_id == POISONED.rollout_id
     assert bad.reason.startswith(f"{reason}: ")
-    assert teacher.counters == {f"score/retried_{reason}": 2, sglang.DROPPED: 1}
+    assert teacher.counters == {f"score/retried_{reason}": 2, DROPPED: 1}
 
 
 @pytest.mark.parametrize(("fault", "reason"), OF_CANDIDATES.items())
@@ -245,7 +245,7 @@ def test_replies_that_stay_bad_give_no_score(bench: Bench, fault: Fault) -> None
     proxy.always = lambda request: fault
     results = run(teacher.score(ROLLOUTS))
     assert all(isinstance(result, ScoreFailure) for result in results)
-    assert teacher.counters[sglang.DROPPED] == len(ROLLOUTS)
+    assert teacher.counters[DROPPED] == len(ROLLOUTS)
 
 
 @pytest.mark.parametrize("fault", NO_REPLY)
@@ -270,7 +270,7 @@ def test_a_refused_sequence_is_dropped_at_once(
     assert "refused: " in bad.reason
     assert "status 400" in bad.reason
     assert_scores(results, [r for r in ROLLOUTS if r is not POISONED], expected, parity_nats)
-    assert teacher.counters == {sglang.DROPPED: 1}  # nothing was asked for again in vain
+    assert teacher.counters == {DROPPED: 1}  # nothing was asked for again in vain
 
 
 def test_too_long_for_the_server_is_dropped_and_its_neighbours_scored(

@@ -15,7 +15,7 @@ import pytest
 
 from qwen3_distill.errors import ConfigError, EngineLost, EngineStartError
 from qwen3_distill.scoring.score_request import SampledRequest
-from qwen3_distill.scoring.sglang import teacher as sglang
+from qwen3_distill.scoring.sglang.endpoint import RESTARTS
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.types import TeacherScore
 from tests.contract.builders import run, scores_of, synthetic_rollout
@@ -109,7 +109,7 @@ def test_a_server_that_is_killed_while_it_scores_is_started_again(
         assert isinstance(result, TeacherScore)
         gap = largest_gap(result.logprobs, token_logprobs(reference, rollout))
         assert gap < SglangTeacherAdapter(kind).parity_nats
-    assert teacher.counters == {sglang.RESTARTS: 1}
+    assert teacher.counters == {RESTARTS: 1}
     assert processes_of(first_group) == []
     second_group = server.pid
     assert second_group is not None
@@ -159,7 +159,7 @@ def test_an_idle_server_that_died_is_started_again(build: Build) -> None:
         assert teacher.server is not None
         teacher.server.kill()
         assert len(scores_of(teacher, ROLLOUTS)) == len(ROLLOUTS)
-        assert teacher.counters == {sglang.RESTARTS: expected_restarts}
+        assert teacher.counters == {RESTARTS: expected_restarts}
     run(teacher.start())  # begins anew
     assert teacher.counters == {}
 
@@ -261,7 +261,7 @@ def test_an_interpreter_that_does_not_exist_is_named(build: Build) -> None:
 def test_an_interpreter_without_sglang_is_told_what_to_install(build: Build) -> None:
     message = start_error(build(python=sys.executable))
     assert "SGLang is not installed" in message
-    assert "make_environment.py sglang-cuda" in message
+    assert "make.py sglang-cuda" in message
     assert "set scoring.python" in message
 
 

@@ -160,6 +160,7 @@ def test_a_key_is_of_all_that_a_score_depends_on() -> None:
         response_ids=rollout.response_ids[1:],
         behavior_logprobs=rollout.behavior_logprobs[1:],
         versions=(replace(rollout.versions[0], stop=rollout.num_tokens - 1),),
+        sampled=(),
     )
     keys = [
         score_key("a", SAMPLED, rollout),

@@ -14,7 +14,8 @@ from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling import digest as digest_module
 from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.scoring.score_request import HiddenRequest, SampledRequest
-from qwen3_distill.scoring.sglang.teacher import SglangTeacher, request_groups
+from qwen3_distill.scoring.sglang.groups import request_groups
+from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from tests.contract.builders import synthetic_rollout
 from tests.tiny_models import TinyModels, write_model
 

@@ -14,6 +14,9 @@ _KEEP_ALIVE_S = 3.0
 """Shorter than the server's 5 s: a connection that it is about to close is not used again."""
 _REST_S = 2.0
 """How long a server that failed is passed over where another one works."""
+BACKOFF_S = 0.5
+"""Pause before the first retry; every further one is twice as long."""
+BACKOFF_MAX_S = 8.0
 
 
 class Unanswered(Exception):
@@ -141,3 +144,8 @@ class SglangClient:
         if response.is_client_error and response.status_code != httpx.codes.TOO_MANY_REQUESTS:
             raise Refused(detail)
         raise Unanswered(FaultKind.STATUS, detail)
+
+
+def backoff_s(attempt: int) -> float:
+    """Pause before a retry; ``attempt`` is the number of attempts so far."""
+    return min(BACKOFF_S * 2 ** (attempt - 1), BACKOFF_MAX_S)
