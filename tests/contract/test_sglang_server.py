@@ -164,6 +164,16 @@ def test_an_idle_server_that_died_is_started_again(build: Build) -> None:
     assert teacher.counters == {}
 
 
+def test_a_restart_that_fails_is_tried_again_within_the_limit(build: Build) -> None:
+    counting = 'n=$(cat "$0.n" || echo 0); echo $((n + 1)) > "$0.n"; [ $n = 1 ] && exit 1'
+    teacher = build(prelude=counting, max_restarts=2)
+    run(teacher.start())
+    assert teacher.server is not None
+    teacher.server.kill()
+    assert len(scores_of(teacher, ROLLOUTS)) == len(ROLLOUTS)
+    assert teacher.counters == {RESTARTS: 2}
+
+
 def test_the_memory_fraction_is_asked_for_at_every_start(
     tiny_models: TinyModels, tmp_path: Path
 ) -> None:

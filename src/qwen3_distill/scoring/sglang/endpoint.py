@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qwen3_distill.config import SglangScoring
 from qwen3_distill.errors import ConfigError, DataError, EngineError, EngineLost
+from qwen3_distill.hosts.supervision import Restarts
 from qwen3_distill.modeling.known_answer import KnownAnswer
 from qwen3_distill.scoring.sglang.client import Link, Refused, SglangClient, Unanswered
 from qwen3_distill.scoring.sglang.readiness import check_known_answer, wait_for_answer
@@ -43,14 +44,13 @@ class SglangEndpoint:
         self._answers: SglangClient | None = None
         self._expected: asyncio.Task[KnownAnswer] | None = None
         self._counters: Counter[str] = Counter()
-        self._incarnation = 0
-        self._num_restarts = 0
-        self._restart_lock = asyncio.Lock()
+        self._restarts = self._none_so_far()
 
     @property
     def counters(self) -> Mapping[str, float]:
         """Events since the start, by metric key."""
-        return dict(self._counters)
+        count = self._restarts.count
+        return {**self._counters, **({RESTARTS: count} if count else {})}
 
     def count(self, key: str) -> None:
         """Add one to a counter."""
@@ -67,22 +67,14 @@ class SglangEndpoint:
             HandshakeError: a server answers, but not as the directory's model must.
         """
         self._counters.clear()
-        self._num_restarts = 0
         self._expected = expected
-        if self.server is None:
-            self._connect(self.config.urls, self._remote_key())
-            await together(*(self._find(link) for link in self._score_client.links))
-        else:
-            await self._launch(self.server)
+        self._restarts = self._none_so_far()
+        await self._restarts.start()
 
     async def close(self) -> None:
         """End the connections and the server. May be called more than once."""
-        for client in (self._scores, self._answers):
-            if client is not None:
-                await client.close()
+        await self._restarts.close()
         self._scores = self._answers = None
-        if self.server is not None:
-            await self.server.close()
 
     def check_vocabulary(self, rollout_id: str, ids: IntArray) -> None:
         """Raise for an id that the teacher does not have: a server would die of it."""
@@ -135,19 +127,34 @@ class SglangEndpoint:
         except (OSError, ValueError) as error:
             raise ConfigError(f"scoring.api_key_file {file} cannot be read: {error}") from error
 
-    async def _launch(self, server: SglangServer) -> None:
-        """Start the server and wait for its first checked answer, or its end."""
+    def _none_so_far(self) -> Restarts:
+        """The count of restarts at 0."""
+        return Restarts(
+            start=self._start, end=self._end, restore=_nothing, limit=self.config.max_restarts
+        )
+
+    async def _start(self) -> None:
+        """Start or find the servers, and wait for the first checked answer of each."""
+        server = self.server
+        if server is None:
+            self._connect(self.config.urls, self._remote_key())
+            await together(*(self._find(link) for link in self._score_client.links))
+            return
         if server.on_cpu and self.config.quantization is not None:
             raise ConfigError(
                 f"scoring.quantization={self.config.quantization} needs a GPU, and there is "
                 "none; set scoring.quantization=null"
             )
-        for client in (self._scores, self._answers):
-            if client is not None:
-                await client.close()
         await server.start()
         self._connect([server.url], server.api_key)
         await unless_it_ends(server, self._find(self._score_client.links[0]))
+
+    async def _end(self) -> None:
+        for client in (self._scores, self._answers):
+            if client is not None:
+                await client.close()
+        if self.server is not None:
+            await self.server.close()
 
     async def _find(self, link: Link) -> None:
         client, config = self._score_client, self.config
@@ -163,37 +170,41 @@ class SglangEndpoint:
         )
 
     async def _ask(self, samples: bool, body: bytes, tokens: int, timeout_s: float | None) -> bytes:
-        """A server that died meanwhile is started again, and asked again."""
+        """Send a request; again when the server died and was started again."""
         while True:
-            incarnation = self._incarnation
+            start = await self._restarts.current()
             client = self._answers if samples else self._score_client
             assert client is not None, "the clients come and go together"
             try:
                 return await client.post(body, tokens=tokens, timeout_s=timeout_s)
             except Unanswered as error:
-                if error.fault.kind is FaultKind.TIMEOUT or not await self._revived(incarnation):
+                if error.fault.kind is FaultKind.TIMEOUT or not await self._recovered(start):
                     raise
             except Refused:
                 self.num_answered += 1
                 raise
 
-    async def _revived(self, incarnation: int) -> bool:
-        """Whether the server had died since then, and serves again."""
+    async def _recovered(self, start: int) -> bool:
+        """Whether the server of that start died, and another one serves.
+
+        Raises:
+            EngineLost: it died more often than it may.
+            EngineStartError: it does not start again.
+        """
         server = self.server
         if server is None or self._scores is None:  # not ours, or closed meanwhile
             return False
-        async with self._restart_lock:
-            if self._incarnation != incarnation:
-                return True
-            if server.is_running and not await server.ends_within(DEATH_GRACE_S):
-                return False
-            if self._num_restarts == self.config.max_restarts:
-                raise EngineLost(
-                    f"the SGLang server died, after {self._num_restarts} restarts "
-                    f"(scoring.max_restarts){server.last_output()}"
-                )
-            self._num_restarts += 1
-            self._counters[RESTARTS] += 1
-            await self._launch(server)
-            self._incarnation += 1
+        if await self._restarts.current() != start:
             return True
+        if server.is_running and not await server.ends_within(DEATH_GRACE_S):
+            return await self._restarts.current() != start
+        lost = EngineLost(
+            f"the SGLang server died, after {self._restarts.count} restarts "
+            f"(scoring.max_restarts){server.last_output()}"
+        )
+        await self._restarts.recover(start, lost)
+        return True
+
+
+async def _nothing() -> None:
+    """A teacher has no state to be given back."""
