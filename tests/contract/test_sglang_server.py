@@ -18,7 +18,7 @@ from qwen3_distill.scoring.score_request import SampledRequest
 from qwen3_distill.scoring.sglang.endpoint import RESTARTS
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.types import TeacherScore
-from tests.contract.builders import run, scores_of, synthetic_rollout
+from tests.contract.builders import jobs_of, run, scores_of, synthetic_rollout
 from tests.contract.reference import largest_gap, reference_model, token_logprobs
 from tests.contract.sglang_adapter import Kind, SglangTeacherAdapter, sglang_config
 from tests.sglang_stand_in import write_interpreter
@@ -98,7 +98,7 @@ def test_a_server_that_is_killed_while_it_scores_is_started_again(
     assert_hidden_key(server.api_key, server.pid)
 
     async def score_and_kill() -> list[object]:
-        scoring = asyncio.create_task(teacher.score(ROLLOUTS))
+        scoring = asyncio.create_task(teacher.score(jobs_of(ROLLOUTS)))
         await asyncio.sleep(0)  # its first request is on its way
         server.kill()
         return list(await scoring)
@@ -149,7 +149,7 @@ def test_a_server_that_dies_too_often_stops_the_run(build: Build, max_restarts: 
     with pytest.raises(
         EngineLost, match=rf"died, after {max_restarts} restarts \(scoring.max_restarts\)"
     ):
-        run(teacher.score(ROLLOUTS))
+        run(teacher.score(jobs_of(ROLLOUTS)))
 
 
 def test_an_idle_server_that_died_is_started_again(build: Build) -> None:

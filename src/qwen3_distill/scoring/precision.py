@@ -1,6 +1,6 @@
 """How far a quantized teacher's scores are from the unquantized one's. Pure functions.
 
-Shape letters: R response tokens of one rollout, N tokens of all of them.
+Shape letters: S sampled tokens of one rollout, N sampled tokens of all of them.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def compare_scores(
     flips_N = np.sign(served_N - behavior_N) != np.sign(exact_N - behavior_N)
     kl_N = np.concatenate(
         [
-            coarse_kl(rollout.response_ids, exact, quantized)
+            coarse_kl(rollout.response_ids[rollout.sampled_indices], exact, quantized)
             for rollout, exact, quantized in zip(rollouts, unquantized, served, strict=True)
         ]
     )
@@ -71,9 +71,9 @@ def compare_scores(
 
 
 def coarse_kl(
-    response_ids: NDArray[np.integer], p_score: TopKScore, q_score: TopKScore
+    sampled_ids: NDArray[np.integer], p_score: TopKScore, q_score: TopKScore
 ) -> NDArray[np.float64]:
-    """[R] KL(p || q) in nats over the tokens whose logprob is known in both, and the rest.
+    """[S] KL(p || q) in nats over the tokens whose logprob is known in both, and the rest.
 
     Merging outcomes can only lower a KL divergence, so each value is a lower bound.
     """
@@ -81,7 +81,7 @@ def coarse_kl(
         _coarse_kl_of_token(
             _known(int(token), p_score, position), _known(int(token), q_score, position)
         )
-        for position, token in enumerate(response_ids)
+        for position, token in enumerate(sampled_ids)
     ]
     return np.array(values, dtype=np.float64)
 

@@ -9,7 +9,7 @@ from qwen3_distill.errors import EngineError
 from qwen3_distill.hosts.process import serve_worker
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from qwen3_distill.scoring.score_request import ScoreRequest
-from qwen3_distill.types import Rollout, ScoreResult
+from qwen3_distill.types import ScoreResult, ScoringJob
 
 
 class EmbeddedTeacherWorker:
@@ -32,10 +32,10 @@ class EmbeddedTeacherWorker:
         )
         return self._teacher.teacher_id
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
+    async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
         if self._teacher is None:
             raise EngineError("the teacher is not open: start it first")
-        return await self._teacher.score(rollouts)
+        return await self._teacher.score(jobs)
 
 
 if __name__ == "__main__":

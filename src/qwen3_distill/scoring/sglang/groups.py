@@ -1,26 +1,26 @@
-"""Which rollouts share a request to a server."""
+"""Which jobs share a request to a server."""
 
 from collections.abc import Sequence
 
-from qwen3_distill.types import Rollout
+from qwen3_distill.types import ScoringJob
 
 
-def request_groups(rollouts: Sequence[Rollout], request_tokens: int) -> list[list[int]]:
-    """Indices of the rollouts of each request: those of one prompt adjacent, by token budget.
+def request_groups(jobs: Sequence[ScoringJob], request_tokens: int) -> list[list[int]]:
+    """Group jobs into requests of at most ``request_tokens`` tokens; return their indices.
 
-    A server computes a prompt once for the sequences that follow one another with it.
+    Jobs with the same context follow one another: a server computes it once for all of them.
     """
-    first_of_prompt: dict[bytes, int] = {}
-    for index, rollout in enumerate(rollouts):
-        first_of_prompt.setdefault(rollout.prompt.token_ids.tobytes(), index)
+    first_of_context: dict[bytes, int] = {}
+    for index, job in enumerate(jobs):
+        first_of_context.setdefault(job.context_ids.tobytes(), index)
     order = sorted(
-        range(len(rollouts)),
-        key=lambda index: (first_of_prompt[rollouts[index].prompt.token_ids.tobytes()], index),
+        range(len(jobs)),
+        key=lambda index: (first_of_context[jobs[index].context_ids.tobytes()], index),
     )
     groups: list[list[int]] = []
     used = 0
     for index in order:
-        size = int(rollouts[index].prompt.token_ids.size + rollouts[index].response_ids.size)
+        size = int(jobs[index].token_ids.size)
         if groups and used + size <= request_tokens:
             groups[-1].append(index)
             used += size

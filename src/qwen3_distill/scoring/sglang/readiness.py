@@ -15,11 +15,10 @@ from qwen3_distill.scoring.sglang.wire import (
     Fault,
     FaultKind,
     ReplyError,
-    TokenSequence,
     read_scores,
     score_body,
 )
-from qwen3_distill.types import TeacherScore
+from qwen3_distill.types import IntArray, ScoringJob, TeacherScore, TokenSpan
 
 REMOTE_GRACE_S = 10.0
 """How long a server that runs elsewhere may refuse connections at the start."""
@@ -41,7 +40,7 @@ async def wait_for_answer(
     """
     clock = asyncio.get_running_loop()
     began = clock.time()
-    body = score_body([TokenSequence(np.zeros(2, dtype=np.int32), 1)], SampledRequest())
+    body = score_body([_job(np.zeros(2, dtype=np.int32))], SampledRequest())
     while True:
         try:
             await client.post(body, tokens=2, timeout_s=PROBE_TIMEOUT_S, link=link)
@@ -86,12 +85,12 @@ async def check_known_answer(
         EngineStartError: it gives no score.
         HandshakeError: it gives other scores.
     """
-    sequence = TokenSequence(expected.token_ids, 1)
+    job = _job(expected.token_ids)
     score: TeacherScore | Fault = Fault(FaultKind.CONNECTION, "not asked")
     for attempt in range(config.max_attempts):
         if attempt:
             await asyncio.sleep(backoff_s(attempt))
-        score = await _probe(client, link, sequence, vocab_size)
+        score = await _probe(client, link, job, vocab_size)
         if isinstance(score, TeacherScore):
             return _compare(link, config, score, expected)
         count(f"score/retried_{score.kind.value}")
@@ -100,15 +99,22 @@ async def check_known_answer(
     )
 
 
+def _job(token_ids: IntArray) -> ScoringJob:
+    """All tokens but the first are scored."""
+    size = int(token_ids.size)
+    scored = (TokenSpan(start=1, stop=size),)
+    return ScoringJob(rollout_id="a known sequence", token_ids=token_ids, scored=scored)
+
+
 async def _probe(
-    client: SglangClient, link: Link, sequence: TokenSequence, vocab_size: int
+    client: SglangClient, link: Link, job: ScoringJob, vocab_size: int
 ) -> TeacherScore | Fault:
-    body = score_body([sequence], SampledRequest())
-    tokens = int(sequence.ids.size)
+    body = score_body([job], SampledRequest())
+    tokens = int(job.token_ids.size)
     try:
         reply = await client.post(body, tokens=tokens, timeout_s=PROBE_TIMEOUT_S, link=link)
         (score,) = read_scores(
-            reply, [sequence], SampledRequest(), vocab_size=vocab_size, teacher_id=link.url
+            reply, [job], SampledRequest(), vocab_size=vocab_size, teacher_id=link.url
         )
     except (Unanswered, ReplyError) as error:
         return error.fault

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qwen3_distill.config import SglangScoring
-from qwen3_distill.errors import ConfigError, DataError, EngineError
+from qwen3_distill.errors import ConfigError, EngineError
 from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.modeling.known_answer import KnownAnswer, known_answer
 from qwen3_distill.modeling.loading import load_identity
+from qwen3_distill.scoring.handshake import check_lengths
 from qwen3_distill.scoring.score_request import HiddenRequest, ScoreRequest, TopKRequest
 from qwen3_distill.scoring.sglang.client import Refused, Unanswered, backoff_s
 from qwen3_distill.scoring.sglang.endpoint import SglangEndpoint
@@ -23,15 +24,14 @@ from qwen3_distill.scoring.sglang.wire import (
     Fault,
     FaultKind,
     ReplyError,
-    TokenSequence,
     read_scores,
     score_body,
 )
 from qwen3_distill.types import (
     ModelIdentity,
-    Rollout,
     ScoreFailure,
     ScoreResult,
+    ScoringJob,
     WeightVersion,
 )
 from qwen3_distill.utils.concurrency import together
@@ -97,6 +97,14 @@ class SglangTeacher:
         return self._endpoint.counters
 
     @property
+    def max_dropped_fraction(self) -> float:
+        return self._config.max_dropped_fraction
+
+    @property
+    def starts_first(self) -> bool:
+        return True
+
+    @property
     def server(self) -> SglangServer | None:
         """The server that is started here; None where others run elsewhere."""
         return self._endpoint.server
@@ -119,23 +127,25 @@ class SglangTeacher:
             await self.close()
             raise
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
+    async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
         """See `TeacherScorer.score`.
 
         Raises:
-            DataError: a sequence is longer than the teacher's context, or not of its vocabulary.
+            DataError: a job is longer than the teacher's context, or not of its vocabulary.
             EngineError: no server answers any more.
             EngineLost: the server died more often than it may.
         """
-        self._check_fits(rollouts)
+        check_lengths(jobs, self._identity)
+        for job in jobs:
+            self._endpoint.check_vocabulary(job.rollout_id, job.token_ids)
         results: dict[int, ScoreResult] = {}
         await together(
             *(
-                self._score_group(group, rollouts, results)
-                for group in request_groups(rollouts, self._config.request_tokens)
+                self._score_group(group, jobs, results)
+                for group in request_groups(jobs, self._config.request_tokens)
             )
         )
-        return [results[index] for index in range(len(rollouts))]
+        return [results[index] for index in range(len(jobs))]
 
     def sampler(self) -> SglangSampler:
         """The teacher as it scores, answering prompts: for its accuracy."""
@@ -156,26 +166,15 @@ class SglangTeacher:
             self._digest = directory_digest(self._config.model)[:16]
         return self._digest
 
-    def _check_fits(self, rollouts: Sequence[Rollout]) -> None:
-        for rollout in rollouts:
-            length = rollout.prompt.token_ids.size + rollout.response_ids.size
-            if length > self._identity.context_length:
-                raise DataError(
-                    f"rollout {rollout.rollout_id} has {length} tokens, more than the teacher's "
-                    f"context of {self._identity.context_length}; lower sampling.max_new_tokens"
-                )
-            self._endpoint.check_vocabulary(rollout.rollout_id, rollout.prompt.token_ids)
-            self._endpoint.check_vocabulary(rollout.rollout_id, rollout.response_ids)
-
     async def _score_group(
-        self, group: list[int], rollouts: Sequence[Rollout], results: dict[int, ScoreResult]
+        self, group: list[int], jobs: Sequence[ScoringJob], results: dict[int, ScoreResult]
     ) -> None:
-        """Score some rollouts; what cannot be had is a `ScoreFailure`."""
+        """Score some jobs; one without a score after all attempts becomes a `ScoreFailure`."""
         answered_before = self._endpoint.num_answered
         faults: dict[int, Fault] = {}
         pending = [group]
         for attempt in range(1, self._config.max_attempts + 1):
-            found = await together(*(self._score_once(part, rollouts, results) for part in pending))
+            found = await together(*(self._score_once(part, jobs, results) for part in pending))
             faults = {index: fault for part in found for index, fault in part.items()}
             if not faults or attempt == self._config.max_attempts:
                 break
@@ -191,21 +190,21 @@ class SglangTeacher:
                 f"(scoring.max_attempts): {fault.detail}"
             )
         for index, fault in faults.items():
-            self._give_up(index, fault, rollouts, results)
+            self._give_up(index, fault, jobs, results)
 
     async def _score_once(
-        self, group: list[int], rollouts: Sequence[Rollout], results: dict[int, ScoreResult]
+        self, group: list[int], jobs: Sequence[ScoringJob], results: dict[int, ScoreResult]
     ) -> dict[int, Fault]:
-        """Ask once; scores go to ``results``, and what may be asked again is returned."""
-        sequences = [TokenSequence.of(rollouts[index]) for index in group]
-        tokens = sum(int(sequence.ids.size) for sequence in sequences)
+        """Ask once. Put scores into ``results``; return the faults of jobs to ask for again."""
+        asked = [jobs[index] for index in group]
+        tokens = sum(int(job.token_ids.size) for job in asked)
         try:
             reply = await self._endpoint.ask_for_scores(
-                score_body(sequences, self._request), tokens=tokens
+                score_body(asked, self._request), tokens=tokens
             )
             outcomes = read_scores(
                 reply,
-                sequences,
+                asked,
                 self._request,
                 vocab_size=self._identity.vocab_size,
                 teacher_id=self.teacher_id,
@@ -213,7 +212,7 @@ class SglangTeacher:
         except (Unanswered, ReplyError) as error:
             return dict.fromkeys(group, error.fault)
         except Refused as error:
-            return await self._isolate(group, str(error), rollouts, results)
+            return await self._isolate(group, str(error), jobs, results)
         faults: dict[int, Fault] = {}
         for index, outcome in zip(group, outcomes, strict=True):
             if isinstance(outcome, Fault):
@@ -226,26 +225,26 @@ class SglangTeacher:
         self,
         group: list[int],
         reason: str,
-        rollouts: Sequence[Rollout],
+        jobs: Sequence[ScoringJob],
         results: dict[int, ScoreResult],
     ) -> dict[int, Fault]:
-        """One refused sequence has its whole request refused: find it."""
+        """Ask for each job alone: one refused sequence has its whole request refused."""
         if len(group) == 1:
-            self._give_up(group[0], Fault(FaultKind.REFUSED, reason), rollouts, results)
+            self._give_up(group[0], Fault(FaultKind.REFUSED, reason), jobs, results)
             return {}
-        found = await together(*(self._score_once([index], rollouts, results) for index in group))
+        found = await together(*(self._score_once([index], jobs, results) for index in group))
         return {index: fault for part in found for index, fault in part.items()}
 
     def _give_up(
         self,
         index: int,
         fault: Fault,
-        rollouts: Sequence[Rollout],
+        jobs: Sequence[ScoringJob],
         results: dict[int, ScoreResult],
     ) -> None:
         self._endpoint.count(DROPPED)
         results[index] = ScoreFailure(
-            rollout_id=rollouts[index].rollout_id, reason=f"{fault.kind.value}: {fault.detail}"
+            rollout_id=jobs[index].rollout_id, reason=f"{fault.kind.value}: {fault.detail}"
         )
 
 

@@ -4,7 +4,8 @@ A reply is believed only where everything that can be checked was checked: SGLan
 status 200 also where a logprob is missing, and JSON has no word for NaN or infinity, which arrive
 as null.
 
-Shape letters: R response tokens of one sequence, K candidates, V vocabulary.
+Shape letters: E echoed tokens of one job, from its first scored one to its last of all; S of them
+scored; K candidates; V vocabulary; R tokens of a sampled answer.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ from qwen3_distill.types import (
     IntArray,
     Rollout,
     RolloutRequest,
+    ScoringJob,
     TeacherScore,
     TopKScore,
     VersionSpan,
@@ -89,31 +91,15 @@ class ReplyError(Exception):
         self.fault = Fault(kind, detail)
 
 
-@dataclass(frozen=True)
-class TokenSequence:
-    """Tokens to score: ``ids[:start]`` is the prompt."""
-
-    ids: IntArray
-    start: int
-
-    @classmethod
-    def of(cls, rollout: Rollout) -> "TokenSequence":
-        prompt_ids = rollout.prompt.token_ids
-        return cls(np.concatenate([prompt_ids, rollout.response_ids]), int(prompt_ids.size))
-
-
-Sequences: TypeAlias = Sequence[TokenSequence]
-
-
-def score_body(sequences: Sequences, request: ScoreRequest) -> bytes:
-    """A request for the response logprobs of some sequences."""
+def score_body(jobs: Sequence[ScoringJob], request: ScoreRequest) -> bytes:
+    """Return the request for the logprobs of some jobs, from the first scored token of each on."""
     body: dict[str, Any] = {
-        "input_ids": [sequence.ids.tolist() for sequence in sequences],
-        # No token is sampled. The first entry of a reply is always null, so the prompt's last
-        # token is asked for too; a later start would lose the first response token.
+        "input_ids": [job.token_ids.tolist() for job in jobs],
+        # No token is sampled. The first entry of a reply is always null, so the context's last
+        # token is asked for too; a later start would lose the first scored token.
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
         "return_logprob": True,
-        "logprob_start_len": [sequence.start - 1 for sequence in sequences],
+        "logprob_start_len": [job.context_ids.size - 1 for job in jobs],
         "return_text_in_logprobs": False,
     }
     if isinstance(request, TopKRequest):
@@ -122,18 +108,25 @@ def score_body(sequences: Sequences, request: ScoreRequest) -> bytes:
 
 
 def read_scores(
-    reply: bytes, sequences: Sequences, request: ScoreRequest, *, vocab_size: int, teacher_id: str
+    reply: bytes,
+    jobs: Sequence[ScoringJob],
+    request: ScoreRequest,
+    *,
+    vocab_size: int,
+    teacher_id: str,
 ) -> list[TeacherScore | Fault]:
-    """One score or fault per sequence, in the order sent.
+    """Return one score or fault per job, in the order sent.
+
+    Every echoed token is checked; the values of those in the job's spans are returned.
 
     Raises:
         ReplyError: the reply is not JSON, or has another number of sequences.
     """
     with _no_garbage_collection():
-        entries = _entries(reply, len(sequences))
+        entries = _entries(reply, len(jobs))
         return [
-            _read_one(entry, sequence, request, vocab_size, teacher_id)
-            for entry, sequence in zip(entries, sequences, strict=True)
+            _read_one(entry, job, request, vocab_size, teacher_id)
+            for entry, job in zip(entries, jobs, strict=True)
         ]
 
 
@@ -168,19 +161,20 @@ def _decoded(reply: bytes) -> Any:
 
 
 def _read_one(
-    entry: Any, sequence: TokenSequence, request: ScoreRequest, vocab_size: int, teacher_id: str
+    entry: Any, job: ScoringJob, request: ScoreRequest, vocab_size: int, teacher_id: str
 ) -> TeacherScore | Fault:
     try:
         meta = _meta_info(entry)
-        logprobs_R = _token_logprobs(meta, sequence, vocab_size)
+        logprobs_E = _token_logprobs(meta, job, vocab_size)
+        scored_S = job.scored_indices - job.context_ids.size
         if not isinstance(request, TopKRequest):
-            return TeacherScore(teacher_id=teacher_id, logprobs=logprobs_R)
-        ids_RK, logprobs_RK = _candidates(meta, logprobs_R, sequence, request.k, vocab_size)
+            return TeacherScore(teacher_id=teacher_id, logprobs=logprobs_E[scored_S])
+        ids_EK, logprobs_EK = _candidates(meta, logprobs_E, job, request.k, vocab_size)
         return TopKScore(
             teacher_id=teacher_id,
-            logprobs=logprobs_R,
-            candidate_ids=ids_RK,
-            candidate_logprobs=logprobs_RK,
+            logprobs=logprobs_E[scored_S],
+            candidate_ids=ids_EK[scored_S],
+            candidate_logprobs=logprobs_EK[scored_S],
         )
     except ReplyError as error:
         return error.fault
@@ -196,12 +190,10 @@ def _meta_info(entry: Any) -> dict[str, Any]:
     return meta
 
 
-def _token_logprobs(
-    meta: dict[str, Any], sequence: TokenSequence, vocab_size: int
-) -> NDArray[np.float32]:
-    """[R] nats of the response tokens, each compared with the token that was sent."""
+def _token_logprobs(meta: dict[str, Any], job: ScoringJob, vocab_size: int) -> NDArray[np.float32]:
+    """[E] nats; every echoed token is compared with the one that was sent."""
     rows = meta["input_token_logprobs"]
-    sent = sequence.ids[sequence.start - 1 :]
+    sent = job.token_ids[job.context_ids.size - 1 :]
     if len(rows) != sent.size:
         raise ReplyError(
             FaultKind.LENGTH, f"{len(rows)} logprobs for {sent.size - 1} response tokens and a null"
@@ -242,16 +234,16 @@ def _finite(values: NDArray[np.float64], what: str) -> NDArray[np.float32]:
 
 def _candidates(
     meta: dict[str, Any],
-    logprobs_R: NDArray[np.float32],
-    sequence: TokenSequence,
+    logprobs_E: NDArray[np.float32],
+    job: ScoringJob,
     k: int,
     vocab_size: int,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """[R, K] ids and nats of the most likely tokens."""
+    """[E, K] ids and nats of the most likely tokens."""
     rows = meta["input_top_logprobs"]
-    if len(rows) != logprobs_R.size + 1:
+    if len(rows) != logprobs_E.size + 1:
         raise ReplyError(
-            FaultKind.LENGTH, f"candidates at {len(rows)} places, expected {logprobs_R.size + 1}"
+            FaultKind.LENGTH, f"candidates at {len(rows)} places, expected {logprobs_E.size + 1}"
         )
     if rows[0] is not None:
         raise ReplyError(FaultKind.MISALIGNED, "the first candidates are not null")
@@ -261,42 +253,42 @@ def _candidates(
     if any(len(row) != k for row in rows[1:]):
         raise ReplyError(FaultKind.CANDIDATES, f"not {k} candidates everywhere")
     values, ids, *_ = zip(*chain.from_iterable(rows[1:]), strict=True)
-    shape = (logprobs_R.size, k)
-    ids_RK = np.array(ids, dtype=np.int64).reshape(shape)
-    logprobs_RK = _finite(np.array(values, dtype=np.float64), "candidates").reshape(shape)
-    _check_candidates(ids_RK, logprobs_RK, vocab_size)
-    _check_same_places(ids_RK, logprobs_RK, sequence.ids[sequence.start :], logprobs_R)
-    return ids_RK.astype(np.int32), logprobs_RK
+    shape = (logprobs_E.size, k)
+    ids_EK = np.array(ids, dtype=np.int64).reshape(shape)
+    logprobs_EK = _finite(np.array(values, dtype=np.float64), "candidates").reshape(shape)
+    _check_candidates(ids_EK, logprobs_EK, vocab_size)
+    _check_same_places(ids_EK, logprobs_EK, job.token_ids[job.context_ids.size :], logprobs_E)
+    return ids_EK.astype(np.int32), logprobs_EK
 
 
 def _check_candidates(
-    ids_RK: NDArray[np.int64], logprobs_RK: NDArray[np.float32], vocab_size: int
+    ids_EK: NDArray[np.int64], logprobs_EK: NDArray[np.float32], vocab_size: int
 ) -> None:
-    sorted_RK = np.sort(ids_RK, axis=1)
-    if ids_RK.min() < 0 or ids_RK.max() >= vocab_size or (np.diff(sorted_RK, axis=1) == 0).any():
+    sorted_EK = np.sort(ids_EK, axis=1)
+    if ids_EK.min() < 0 or ids_EK.max() >= vocab_size or (np.diff(sorted_EK, axis=1) == 0).any():
         raise ReplyError(
             FaultKind.CANDIDATES, f"candidates are not distinct ids below {vocab_size}"
         )
-    if (np.diff(logprobs_RK, axis=1) > 0).any():
+    if (np.diff(logprobs_EK, axis=1) > 0).any():
         raise ReplyError(FaultKind.CANDIDATES, "candidates are not in the order of likelihood")
 
 
 def _check_same_places(
-    ids_RK: NDArray[np.int64],
-    logprobs_RK: NDArray[np.float32],
-    response_R: IntArray,
-    logprobs_R: NDArray[np.float32],
+    ids_EK: NDArray[np.int64],
+    logprobs_EK: NDArray[np.float32],
+    sent_E: IntArray,
+    logprobs_E: NDArray[np.float32],
 ) -> None:
-    """A response token among the candidates has one logprob; others are no likelier than those."""
-    is_token_RK = ids_RK == response_R[:, None]
-    among_R = is_token_RK.any(axis=1)
-    as_candidate_R = np.where(is_token_RK, logprobs_RK, 0).sum(axis=1)
-    differs_R = among_R & (np.abs(as_candidate_R - logprobs_R) > SAME_TOKEN_NATS)
-    differs_R |= ~among_R & (logprobs_R > logprobs_RK[:, -1] + SAME_TOKEN_NATS)
-    if differs_R.any():
+    """Raise where a token has another logprob among its candidates, or should be one of them."""
+    is_token_EK = ids_EK == sent_E[:, None]
+    among_E = is_token_EK.any(axis=1)
+    as_candidate_E = np.where(is_token_EK, logprobs_EK, 0).sum(axis=1)
+    differs_E = among_E & (np.abs(as_candidate_E - logprobs_E) > SAME_TOKEN_NATS)
+    differs_E |= ~among_E & (logprobs_E > logprobs_EK[:, -1] + SAME_TOKEN_NATS)
+    if differs_E.any():
         raise ReplyError(
             FaultKind.MISALIGNED,
-            f"{int(differs_R.sum())} tokens have another logprob than among their candidates",
+            f"{int(differs_E.sum())} tokens have another logprob than among their candidates",
         )
 
 
