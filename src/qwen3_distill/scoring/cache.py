@@ -1,7 +1,7 @@
-"""Scores kept on disk between runs: the same tokens are scored once by the same teacher.
+"""The score cache: scores kept on disk, so that one teacher scores the same tokens only once.
 
-One SQLite file in a folder; several processes may use it at a time. A row holds the bytes of one
-score under a hash of everything that it depends on, with a checksum.
+It is one SQLite file in a folder; several processes may use it concurrently. A row holds the bytes
+of one score and their checksum, under a hash of everything that the score depends on.
 
 Shape letters: S scored tokens, K candidates, D hidden size.
 """
@@ -44,12 +44,12 @@ _KEYS_PER_QUERY = 500
 
 
 class CachedTeacher:
-    """A `TeacherScorer` that asks another one only for what it does not have yet.
+    """A `TeacherScorer` that keeps another one's scores and asks it only for new ones.
 
     Args:
         inner: the teacher.
         request: what `inner` was built to score.
-        folder: where the scores are kept; made where it does not exist.
+        folder: where the scores are kept; made if it does not exist.
     """
 
     def __init__(self, inner: TeacherScorer, request: ScoreRequest, folder: str | Path) -> None:
@@ -154,7 +154,7 @@ class CachedTeacher:
             database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
 
     def _unpacked(self, row: tuple[int, bytes] | None, job: ScoringJob) -> TeacherScore | None:
-        """The score of a row; None where there is none, or one that is damaged."""
+        """Return the score of a row; None if there is no row or its checksum is wrong."""
         if row is None:
             return None
         checksum, packed = row

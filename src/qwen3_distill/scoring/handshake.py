@@ -56,8 +56,8 @@ async def check_repeatable(
     """Score jobs together and alone; return the largest difference in nats.
 
     Raises:
-        HandshakeError: the same tokens get scores further apart than the tolerance, so a score
-            says more about its batch than about the teacher.
+        HandshakeError: scores of the same tokens differ by more than the tolerance: they depend on
+            the batch.
     """
     together = await teacher.score(jobs)
     worst = 0.0

@@ -1,4 +1,4 @@
-"""The process of an embedded teacher: the same teacher, served to the controller."""
+"""The worker of an embedded teacher: `EmbeddedTeacher`, served to the controller."""
 
 from collections.abc import Sequence
 
@@ -13,13 +13,13 @@ from qwen3_distill.types import ScoreResult, ScoringJob
 
 
 class EmbeddedTeacherWorker:
-    """What the worker serves. Between two forward passes it answers."""
+    """The served object. Between two forward passes it answers pings."""
 
     def __init__(self) -> None:
         self._teacher: EmbeddedTeacher | None = None
 
     def open(self, config: EmbeddedScoring, request: ScoreRequest) -> str:
-        """Load the teacher; its id."""
+        """Load the teacher; return its id."""
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self._teacher = EmbeddedTeacher(

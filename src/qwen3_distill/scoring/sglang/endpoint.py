@@ -1,4 +1,4 @@
-"""Where the teacher's requests go: one server that is started here, or some that run elsewhere."""
+"""The servers behind a teacher: one that is started here, or several that run elsewhere."""
 
 import asyncio
 from collections import Counter
@@ -17,7 +17,7 @@ from qwen3_distill.types import IntArray, ModelIdentity
 from qwen3_distill.utils.concurrency import together
 
 DEATH_GRACE_S = 1.0
-"""Between a cut connection and the end of the process that cut it."""
+"""Wait between a cut connection and the end of the process that cut it."""
 ANSWERS_IN_FLIGHT = 256
 ANSWER_S_PER_TOKEN = 0.1
 
@@ -25,11 +25,11 @@ RESTARTS = "score/server_restarts"
 
 
 class SglangEndpoint:
-    """Sends requests to checked servers, and starts the own one again when it died.
+    """Sends requests to checked servers; starts a server of its own, again if it dies.
 
     Args:
-        identity: of the model that the servers must have.
-        server: the server that is started here; None: those in the config's `urls` are used.
+        identity: of the model that the servers must serve.
+        server: the server to start; None: the config's `urls` are used.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class SglangEndpoint:
         self.config = config
         self.server = server
         self.num_answered = 0
-        """Requests that a server answered, or refused, since the start."""
+        """Scoring requests that a server answered, and all that it refused."""
         self._identity = identity
         self._scores: SglangClient | None = None
         self._answers: SglangClient | None = None
         self._expected: asyncio.Task[KnownAnswer] | None = None
         self._counters: Counter[str] = Counter()
-        self._restarts = self._none_so_far()
+        self._restarts = self._new_restarts()
 
     @property
     def counters(self) -> Mapping[str, float]:
@@ -57,18 +57,18 @@ class SglangEndpoint:
         self._counters[key] += 1
 
     async def start(self, expected: "asyncio.Task[KnownAnswer]") -> None:
-        """Start the server, or find the ones elsewhere, and check what they answer.
+        """Start the server, or connect to the ones elsewhere, and check their answers.
 
         Args:
-            expected: gives the answer that the model directory must give.
+            expected: gives the logprobs that follow from the model directory.
 
         Raises:
             EngineStartError: no server came up.
-            HandshakeError: a server answers, but not as the directory's model must.
+            HandshakeError: a server gives other scores than the directory's model.
         """
         self._counters.clear()
         self._expected = expected
-        self._restarts = self._none_so_far()
+        self._restarts = self._new_restarts()
         await self._restarts.start()
 
     async def close(self) -> None:
@@ -77,7 +77,7 @@ class SglangEndpoint:
         self._scores = self._answers = None
 
     def check_vocabulary(self, rollout_id: str, ids: IntArray) -> None:
-        """Raise for an id that the teacher does not have: a server would die of it."""
+        """Raise for an id outside the teacher's vocabulary: it would crash a server."""
         size = self._identity.vocab_size
         if int(ids.min()) < 0 or int(ids.max()) >= size:
             raise DataError(
@@ -87,13 +87,13 @@ class SglangEndpoint:
             )
 
     async def ask_for_scores(self, body: bytes, *, tokens: int) -> bytes:
-        """A reply to a scoring request; see `SglangClient.post`."""
+        """Return the reply to a scoring request; see `SglangClient.post`."""
         reply = await self._ask(False, body, tokens, None)
         self.num_answered += 1
         return reply
 
     async def ask_for_answer(self, body: bytes, *, tokens: int, max_new_tokens: int) -> bytes:
-        """A reply to a request that samples; see `SglangClient.post`."""
+        """Return the reply to a sampling request; see `SglangClient.post`."""
         patience_s = self.config.request_timeout_s + ANSWER_S_PER_TOKEN * max_new_tokens
         return await self._ask(True, body, tokens, patience_s)
 
@@ -127,14 +127,13 @@ class SglangEndpoint:
         except (OSError, ValueError) as error:
             raise ConfigError(f"scoring.api_key_file {file} cannot be read: {error}") from error
 
-    def _none_so_far(self) -> Restarts:
-        """The count of restarts at 0."""
+    def _new_restarts(self) -> Restarts:
         return Restarts(
             start=self._start, end=self._end, restore=_nothing, limit=self.config.max_restarts
         )
 
     async def _start(self) -> None:
-        """Start or find the servers, and wait for the first checked answer of each."""
+        """Start or connect to the servers, and wait until each one's answer is checked."""
         server = self.server
         if server is None:
             self._connect(self.config.urls, self._remote_key())
@@ -159,7 +158,7 @@ class SglangEndpoint:
     async def _find(self, link: Link) -> None:
         client, config = self._score_client, self.config
         await wait_for_answer(client, link, config, self.server)
-        assert self._expected is not None, "given at the start"
+        assert self._expected is not None, "set by start"
         await check_known_answer(
             client,
             link,
@@ -170,11 +169,11 @@ class SglangEndpoint:
         )
 
     async def _ask(self, samples: bool, body: bytes, tokens: int, timeout_s: float | None) -> bytes:
-        """Send a request; again when the server died and was started again."""
+        """Send a request; repeat it if the server died and was started again."""
         while True:
             start = await self._restarts.current()
             client = self._answers if samples else self._score_client
-            assert client is not None, "the clients come and go together"
+            assert client is not None, "both clients are made together"
             try:
                 return await client.post(body, tokens=tokens, timeout_s=timeout_s)
             except Unanswered as error:
@@ -185,14 +184,14 @@ class SglangEndpoint:
                 raise
 
     async def _recovered(self, start: int) -> bool:
-        """Whether the server of that start died, and another one serves.
+        """Whether the server of that start died and was started again.
 
         Raises:
             EngineLost: it died more often than it may.
             EngineStartError: it does not start again.
         """
         server = self.server
-        if server is None or self._scores is None:  # not ours, or closed meanwhile
+        if server is None or self._scores is None:  # runs elsewhere, or was closed meanwhile
             return False
         if await self._restarts.current() != start:
             return True
@@ -207,4 +206,4 @@ class SglangEndpoint:
 
 
 async def _nothing() -> None:
-    """A teacher has no state to be given back."""
+    """A restarted teacher has no state to restore."""

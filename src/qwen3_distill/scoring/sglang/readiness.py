@@ -1,4 +1,4 @@
-"""Whether a server is up, and scores as the model directory's weights must."""
+"""Checks of a server at its start: does it answer, and with its model directory's scores?"""
 
 import asyncio
 from collections.abc import Callable
@@ -21,22 +21,22 @@ from qwen3_distill.scoring.sglang.wire import (
 from qwen3_distill.types import IntArray, ScoringJob, TeacherScore, TokenSpan
 
 REMOTE_GRACE_S = 10.0
-"""How long a server that runs elsewhere may refuse connections at the start."""
+"""How long a server elsewhere may refuse connections at the start."""
 PROBE_PAUSE_S = 0.3
 PROBE_TIMEOUT_S = 120.0
-"""For one answer: the first one may compile kernels."""
+"""Timeout of one probe: the first one may compile kernels."""
 
 
 async def wait_for_answer(
     client: SglangClient, link: Link, config: SglangScoring, server: SglangServer | None
 ) -> None:
-    """Wait until a server answers at all.
+    """Wait for a server's first answer of any kind.
 
     Args:
-        server: the process behind the link where it was started here.
+        server: the process behind the link; None if it runs elsewhere.
 
     Raises:
-        EngineStartError: no answer in time, or one that no SGLang server gives.
+        EngineStartError: no answer in time, or what answers is no SGLang server.
     """
     clock = asyncio.get_running_loop()
     began = clock.time()
@@ -76,10 +76,10 @@ async def check_known_answer(
     vocab_size: int,
     count: Callable[[str], None],
 ) -> None:
-    """Raise unless a server scores as the directory's model must.
+    """Raise unless a server's scores of a known sequence are those of the directory's weights.
 
     Args:
-        count: takes the metric key of every retry.
+        count: called with the metric key of every retry.
 
     Raises:
         EngineStartError: it gives no score.
@@ -100,7 +100,7 @@ async def check_known_answer(
 
 
 def _job(token_ids: IntArray) -> ScoringJob:
-    """All tokens but the first are scored."""
+    """Return the job in which all tokens but the first are scored."""
     size = int(token_ids.size)
     scored = (TokenSpan(start=1, stop=size),)
     return ScoringJob(rollout_id="a known sequence", token_ids=token_ids, scored=scored)

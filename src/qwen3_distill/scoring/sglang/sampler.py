@@ -1,4 +1,4 @@
-"""The teacher as it scores, answering prompts: for its accuracy."""
+"""The SGLang teacher as a `Sampler`: evaluation measures its accuracy with it."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -11,10 +11,13 @@ from qwen3_distill.types import ModelIdentity, Rollout, RolloutRequest, WeightVe
 
 
 class SglangSampler:
-    """A `Sampler`: the server that scores also answers prompts.
+    """A `Sampler` that sends prompts to the scoring servers.
 
-    Its random numbers are its own: the same request gives another answer the next time, unless the
-    server runs with ``enable-deterministic-inference``.
+    The servers draw their own random numbers: the same request gives another answer the next time,
+    unless they run with ``enable-deterministic-inference``.
+
+    Args:
+        version: names the teacher's weights in the rollouts.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""The teacher in SGLang servers: one that is started here, or some that run elsewhere.
+"""The teacher in SGLang servers: one that is started here, or several that run elsewhere.
 
-A server is believed only after it gave the answer that its directory must give (`readiness`), and
-every reply only after it was checked token by token (`wire`).
+A server is used only after it scored a known sequence as its directory's weights do (`readiness`),
+and a reply only after it was checked token by token (`wire`).
 """
 
 import asyncio
@@ -37,7 +37,7 @@ from qwen3_distill.types import (
 from qwen3_distill.utils.concurrency import together
 
 ATTEMPTS_TOGETHER = 2
-"""After so many attempts a sequence is asked for alone: it may be what spoils the request."""
+"""Attempts before each job is asked for alone: one bad job can spoil its whole request."""
 
 DROPPED = "score/dropped_rollouts"
 
@@ -46,12 +46,13 @@ class SglangTeacher:
     """A `TeacherScorer` over HTTP.
 
     Args:
+        request: what the objective needs.
         memory_fraction: of a server started here; see `MemoryFraction`.
         max_total_tokens: of a server started here; None: SGLang's default.
         log: file that takes the output of a server started here.
 
     Raises:
-        ConfigError: the request is for something that a server does not give.
+        ConfigError: no server can answer the request.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class SglangTeacher:
 
     @property
     def teacher_id(self) -> str:
-        """The directory's digest and the precision it is served in."""
+        """Name, digest of the model directory, and the precision it is served in."""
         config = self._config
         precision = config.quantization or config.dtype
         head = "+float32-head" if config.float32_head else ""
@@ -106,18 +107,18 @@ class SglangTeacher:
 
     @property
     def server(self) -> SglangServer | None:
-        """The server that is started here; None where others run elsewhere."""
+        """The server that is started here; None if the servers run elsewhere."""
         return self._endpoint.server
 
     async def start(self) -> None:
-        """Start the server, or find the ones elsewhere, and check what they answer.
+        """Start the server, or connect to the ones elsewhere, and check their answers.
 
         Raises:
             EngineStartError: no server came up.
-            HandshakeError: a server answers, but not as the directory's model must.
+            HandshakeError: a server gives other scores than the directory's model.
         """
         await self.close()
-        # In a thread, so that the files are read while the server loads them too.
+        # In a thread: the files are read while the server loads them too.
         expected = asyncio.create_task(asyncio.to_thread(self._compute_known_answer))
         try:
             await self._endpoint.start(expected)
@@ -133,7 +134,7 @@ class SglangTeacher:
         Raises:
             DataError: a job is longer than the teacher's context, or not of its vocabulary.
             EngineError: no server answers any more.
-            EngineLost: the server died more often than it may.
+            EngineLost: the server died more often than `max_restarts` allows.
         """
         check_lengths(jobs, self._identity)
         for job in jobs:
@@ -148,8 +149,7 @@ class SglangTeacher:
         return [results[index] for index in range(len(jobs))]
 
     def sampler(self) -> SglangSampler:
-        """The teacher as it scores, answering prompts: for its accuracy."""
-        # The teacher's weights are a version that never changes.
+        """Return a `Sampler` of the same servers, for the teacher's accuracy."""
         version = WeightVersion(step=0, digest=self._weights_digest)
         return SglangSampler(self._endpoint, self._identity, version)
 

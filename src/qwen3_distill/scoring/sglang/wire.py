@@ -1,11 +1,10 @@
-"""What is sent to SGLang's ``/generate`` and how its answers are read. Pure functions.
+"""Requests to SGLang's ``/generate`` and the reading of its replies. Pure functions.
 
-A reply is believed only where everything that can be checked was checked: SGLang answers with
-status 200 also where a logprob is missing, and JSON has no word for NaN or infinity, which arrive
-as null.
+Every reply is checked as far as possible before it is used: SGLang answers with status 200 even if
+a logprob is missing, and JSON has no NaN or infinity, which arrive as null.
 
-Shape letters: E echoed tokens of one job, from its first scored one to its last of all; S of them
-scored; K candidates; V vocabulary; R tokens of a sampled answer.
+Shape letters: E tokens of a job from its first scored one to its end, S of them scored, K
+candidates, R tokens of a sampled answer.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 try:
     from orjson import loads as _fast_loads
-except ImportError:  # slower, which candidates feel: 20 us a token instead of 5
+except ImportError:  # slower: 20 us per token with candidates instead of 5
     _fast_loads = json.loads
 
 from qwen3_distill.scoring.score_request import ScoreRequest, TopKRequest
@@ -40,51 +39,51 @@ from qwen3_distill.types import (
 )
 
 SAME_TOKEN_NATS = 1e-2
-"""How far a token's logprob may lie from the same token's among the candidates: both come from one
-softmax, and differ where the server rounds."""
+"""Largest difference between a token's logprob and the same token's among the candidates: both come
+from one softmax, but the server rounds them."""
 MAX_TOP_K = 4096
-"""SGLang's limit where the logprobs after truncation are asked for."""
+"""SGLang's limit of top-k if the logprobs after truncation are asked for."""
 
 
 class FaultKind(str, Enum):
-    """What was wrong with an answer; retries are counted by it."""
+    """Kinds of bad or missing replies; retries are counted by kind."""
 
     GARBAGE = "garbage"
-    """Not the JSON that was expected."""
+    """Not the expected JSON."""
     COUNT = "count"
-    """Another number of sequences than were sent."""
+    """Another number of sequences than was sent."""
     LENGTH = "length"
-    """Another number of tokens than were sent."""
+    """Another number of tokens than was sent."""
     MISALIGNED = "misaligned"
-    """Scores of other tokens than were sent, or of the same tokens at other places."""
+    """Scores of other tokens than those sent, or of the same tokens at other positions."""
     MISSING = "missing"
     """A logprob that is None, NaN or infinite."""
     POSITIVE = "positive"
     """A logprob above 0."""
     CANDIDATES = "candidates"
-    """Candidates that are not K distinct tokens of the vocabulary, most likely first."""
+    """Candidates other than K distinct tokens of the vocabulary, most likely first."""
     ABORTED = "aborted"
-    """The server gave the sequence up."""
+    """The server aborted the sequence."""
     REFUSED = "refused"
-    """The server will not take the request, now or later."""
+    """The server rejected the request; a retry would not help."""
     STATUS = "status"
-    """An HTTP status that says: not now."""
+    """An HTTP status other than 200; a retry may help."""
     TIMEOUT = "timeout"
     """No answer in time."""
     CONNECTION = "connection"
-    """No connection, or one that was cut."""
+    """No connection, or a broken one."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a sequence has no score in this reply."""
+    """Why a job got no score from this reply."""
 
     kind: FaultKind
     detail: str
 
 
 class ReplyError(Exception):
-    """A reply that cannot be assigned to what was sent: no sequence of it counts."""
+    """A reply that cannot be matched with the request: none of it is used."""
 
     def __init__(self, kind: FaultKind, detail: str) -> None:
         super().__init__(detail)
@@ -132,7 +131,7 @@ def read_scores(
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """A reply is up to a million small lists without a cycle, which the collector would visit."""
+    """Pause the collector: a reply is up to a million small lists without cycles to visit."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -155,7 +154,7 @@ def _decoded(reply: bytes) -> Any:
     with contextlib.suppress(ValueError):
         return _fast_loads(reply)
     try:
-        return json.loads(reply)  # also reads NaN, which is not JSON
+        return json.loads(reply)  # unlike orjson, it reads NaN
     except ValueError as error:
         raise ReplyError(FaultKind.GARBAGE, f"the reply is not JSON: {error}") from error
 
@@ -191,7 +190,7 @@ def _meta_info(entry: Any) -> dict[str, Any]:
 
 
 def _token_logprobs(meta: dict[str, Any], job: ScoringJob, vocab_size: int) -> NDArray[np.float32]:
-    """[E] nats; every echoed token is compared with the one that was sent."""
+    """Return [E] nats; raise unless the echoed tokens are those sent."""
     rows = meta["input_token_logprobs"]
     sent = job.token_ids[job.context_ids.size - 1 :]
     if len(rows) != sent.size:
@@ -206,7 +205,7 @@ def _token_logprobs(meta: dict[str, Any], job: ScoringJob, vocab_size: int) -> N
 
 
 def _check_echo(echoed: NDArray[np.int64], sent: IntArray, vocab_size: int) -> None:
-    # SGLang writes 0 for the vocabulary's last id.
+    # SGLang echoes the vocabulary's last id as 0.
     differs = (echoed != sent) & ~((echoed == 0) & (sent >= vocab_size - 1))
     if differs.any():
         first = int(differs.argmax())
@@ -219,7 +218,7 @@ def _check_echo(echoed: NDArray[np.int64], sent: IntArray, vocab_size: int) -> N
 
 
 def _finite(values: NDArray[np.float64], what: str) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # to infinity, which is found below
+    with np.errstate(over="ignore"):  # infinity is found below
         logprobs = values.astype(np.float32)
     finite = np.isfinite(logprobs)
     if not finite.all():
@@ -239,7 +238,7 @@ def _candidates(
     k: int,
     vocab_size: int,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """[E, K] ids and nats of the most likely tokens."""
+    """Return [E, K] ids and [E, K] nats of the most likely tokens."""
     rows = meta["input_top_logprobs"]
     if len(rows) != logprobs_E.size + 1:
         raise ReplyError(
@@ -293,7 +292,7 @@ def _check_same_places(
 
 
 def answer_body(request: RolloutRequest, eos_ids: frozenset[int], vocab_size: int) -> bytes:
-    """A request for one sampled answer with its logprobs."""
+    """Return the request for one sampled answer with its logprobs."""
     spec = request.sampling
     body: dict[str, Any] = {
         "input_ids": [request.prompt.token_ids.tolist()],
@@ -304,7 +303,7 @@ def answer_body(request: RolloutRequest, eos_ids: frozenset[int], vocab_size: in
                 "top_p": spec.top_p,
                 "top_k": _top_k(request, vocab_size),
                 "stop_token_ids": sorted(eos_ids),
-                # Heeded by servers with deterministic inference only.
+                # Used only by servers with deterministic inference.
                 "sampling_seed": spec.seed,
             }
         ],
@@ -312,7 +311,7 @@ def answer_body(request: RolloutRequest, eos_ids: frozenset[int], vocab_size: in
         "return_text_in_logprobs": False,
     }
     if _is_truncated(request):
-        # The plain logprobs are of the distribution before top-k and top-p.
+        # Else the logprobs are those before top-k and top-p.
         body["return_sampling_mask"] = True
     return json.dumps(body, separators=(",", ":")).encode()
 
@@ -320,10 +319,10 @@ def answer_body(request: RolloutRequest, eos_ids: frozenset[int], vocab_size: in
 def read_answer(
     reply: bytes, request: RolloutRequest, eos_ids: frozenset[int], version: WeightVersion
 ) -> Rollout:
-    """The answer as a rollout.
+    """Return the answer as a rollout.
 
     Raises:
-        ReplyError: the reply is not a whole answer.
+        ReplyError: the reply is not a complete answer.
     """
     (entry,) = _entries(reply, 1)
     try:
@@ -360,8 +359,8 @@ def read_answer(
 def _top_k(request: RolloutRequest, vocab_size: int) -> int:
     if not _is_truncated(request):
         return -1
-    # The logprobs after truncation are had for a limited top-k only. With top-p alone that cuts a
-    # nucleus of more than 4,096 tokens; the logprobs are of what was sampled from all the same.
+    # SGLang gives logprobs after truncation only with a limited top-k. With top-p alone it cuts a
+    # nucleus of more than 4,096 tokens; the logprobs are still those of the distribution sampled.
     return min(request.sampling.top_k or vocab_size, vocab_size, MAX_TOP_K)
 
 
