@@ -28,7 +28,15 @@ from qwen3_distill.pipeline.assembly.engines import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.ports import TeacherScorer
 from qwen3_distill.recording.console import make_reporter
-from qwen3_distill.types import ModelIdentity, Rollout, ScoreResult, TeacherScore
+from qwen3_distill.scoring.views import SameView
+from qwen3_distill.types import (
+    ModelIdentity,
+    Rollout,
+    ScoredRollout,
+    ScoreResult,
+    ScoringJob,
+    TeacherScore,
+)
 from qwen3_distill.utils.seeds import derive_seed
 
 CONSTANT_ADVANTAGE_NATS = -0.5
@@ -53,8 +61,16 @@ class ShuffledTeacher:
     async def start(self) -> None:
         await self._teacher.start()
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
-        results = await self._teacher.score(rollouts)
+    @property
+    def max_dropped_fraction(self) -> float:
+        return self._teacher.max_dropped_fraction
+
+    @property
+    def starts_first(self) -> bool:
+        return self._teacher.starts_first
+
+    async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
+        results = await self._teacher.score(jobs)
         scores = [result for result in results if isinstance(result, TeacherScore)]
         rng = np.random.default_rng(derive_seed(self._seed, "shuffle", self._calls))
         self._calls += 1
@@ -69,34 +85,15 @@ class ShuffledTeacher:
         await self._teacher.close()
 
 
-class ConstantTeacher:
+class ConstantView(SameView):
     """Scores that make every advantage the same number, on-policy."""
 
-    def __init__(self, teacher: TeacherScorer) -> None:
-        self._teacher = teacher
-
-    @property
-    def identity(self) -> ModelIdentity:
-        return self._teacher.identity
-
-    @property
-    def teacher_id(self) -> str:
-        return f"constant {CONSTANT_ADVANTAGE_NATS}"
-
-    async def start(self) -> None:
-        await self._teacher.start()
-
-    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
-        return [
-            TeacherScore(
-                teacher_id=self.teacher_id,
-                logprobs=rollout.behavior_logprobs + CONSTANT_ADVANTAGE_NATS,
-            )
-            for rollout in rollouts
-        ]
-
-    async def close(self) -> None:
-        await self._teacher.close()
+    def scored(self, rollout: Rollout, result: ScoreResult) -> ScoredRollout:
+        score = TeacherScore(
+            teacher_id=f"constant {CONSTANT_ADVANTAGE_NATS}",
+            logprobs=rollout.behavior_logprobs + CONSTANT_ADVANTAGE_NATS,
+        )
+        return ScoredRollout(rollout=rollout, score=score)
 
 
 def real(parts: Parts) -> Parts:
@@ -109,7 +106,7 @@ def shuffled(parts: Parts) -> Parts:
 
 
 def constant(parts: Parts) -> Parts:
-    return dataclasses.replace(parts, teacher=ConstantTeacher(parts.teacher))
+    return dataclasses.replace(parts, view=ConstantView())
 
 
 ARMS: dict[str, Callable[[Parts], Parts]] = {

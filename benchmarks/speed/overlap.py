@@ -290,7 +290,7 @@ class Bench:
         rollouts, times["generate_s"] = await timed(generate(engine, requests))
         _, times["end_generate_s"] = await timed(parts.engine.close())
         _, times["start_score_s"] = await timed(parts.teacher.start())
-        scored, times["score_s"] = await timed(score(parts.teacher, rollouts))
+        scored, times["score_s"] = await timed(score(parts.teacher, parts.view, rollouts))
         _, times["end_score_s"] = await timed(parts.teacher.close())
         _, times["start_train_s"] = await timed(parts.learner.start())
         _, times["load_state_s"] = await timed(parts.learner.load_state(state, version))

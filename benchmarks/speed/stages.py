@@ -66,8 +66,10 @@ from qwen3_distill.ports import Learner, RolloutEngine, TeacherScorer
 from qwen3_distill.recording.jsonl import STEP_STAGES
 from qwen3_distill.recording.trace import Trace
 from qwen3_distill.scoring.score_request import TopKRequest, request_for
-from qwen3_distill.scoring.sglang.teacher import SglangTeacher, request_groups
-from qwen3_distill.scoring.sglang.wire import TokenSequence, score_body
+from qwen3_distill.scoring.sglang.groups import request_groups
+from qwen3_distill.scoring.sglang.teacher import SglangTeacher
+from qwen3_distill.scoring.sglang.wire import score_body
+from qwen3_distill.scoring.views import SameView
 from qwen3_distill.types import (
     Batch,
     FinishReason,
@@ -75,6 +77,7 @@ from qwen3_distill.types import (
     Rollout,
     RolloutRequest,
     ScoredRollout,
+    ScoringJob,
     TeacherScore,
     TopKScore,
     Update,
@@ -213,11 +216,13 @@ async def measure_generate(work: Work, report: Report, engine: RolloutEngine) ->
 
 async def measure_score(work: Work, report: Report, teacher: TeacherScorer) -> None:
     """Tokens a second, prompts included, by our client and by the server alone, in turn."""
-    await teacher.score(work.rollouts(work.sequences))  # warm-up: a whole round has full passes
+    await teacher.score(
+        jobs_of(work.rollouts(work.sequences))
+    )  # warm-up: a whole round has full passes
     ours, server = Rate(), Rate()
     for _ in range(work.rounds):
         rollouts = work.rollouts(work.sequences)
-        _, seconds = await timed(teacher.score(rollouts))
+        _, seconds = await timed(teacher.score(jobs_of(rollouts)))
         ours.add(total_tokens(rollouts), seconds)
         if isinstance(teacher, SglangTeacher) and teacher.server is not None:
             rollouts = work.rollouts(work.sequences)
@@ -230,6 +235,11 @@ async def measure_score(work: Work, report: Report, teacher: TeacherScorer) -> N
         figures["score_client_overhead_pct"] = 100 * (server.tok_s / ours.tok_s - 1)
         details |= {"server_tok_s": server.tok_s, "server_rounds": server.rounds}
     report.add("score", figures, **details)
+
+
+def jobs_of(rollouts: Sequence[Rollout]) -> list[ScoringJob]:
+    """Jobs of a teacher that reads the student's own tokens."""
+    return [SameView().job(rollout) for rollout in rollouts]
 
 
 @dataclass
@@ -261,9 +271,10 @@ def bare_requests(
     assert scoring.kind == "sglang"
     assert teacher.server is not None
     request = request_for(config.objective)
+    jobs = jobs_of(rollouts)
     bodies = [
-        score_body([TokenSequence.of(rollouts[index]) for index in group], request)
-        for group in request_groups(rollouts, scoring.request_tokens)
+        score_body([jobs[index] for index in group], request)
+        for group in request_groups(jobs, scoring.request_tokens)
     ]
     address = urlsplit(teacher.server.url)
     headers = {
@@ -423,7 +434,7 @@ async def opd_step(work: Work, parts: Parts, trace: Trace) -> tuple[int, Update]
     with trace.span("generate"):
         rollouts = await generate(parts.engine, requests)
     with trace.span("score"):
-        scored = await score(parts.teacher, rollouts)
+        scored = await score(parts.teacher, parts.view, rollouts)
     with trace.span("train"):
         update = await parts.learner.update(parts.make_batch(scored))
     with trace.span("publish"):

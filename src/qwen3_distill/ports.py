@@ -19,6 +19,7 @@ from qwen3_distill.types import (
     RolloutRequest,
     ScoredRollout,
     ScoreResult,
+    ScoringJob,
     Update,
     WeightVersion,
 )
@@ -141,7 +142,7 @@ class StreamingRolloutEngine(RolloutEngine, Protocol):
 
 
 class TeacherScorer(Protocol):
-    """Scores given tokens under a frozen teacher."""
+    """Scores tokens under a frozen teacher. Knows jobs, not rollouts (`scoring/views.py`)."""
 
     async def start(self) -> None: ...
 
@@ -158,11 +159,24 @@ class TeacherScorer(Protocol):
         """Names the exact weights and their precision."""
         ...
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
-        """One result per rollout, in the order given.
+    @property
+    def max_dropped_fraction(self) -> float:
+        """Share of a step's rollouts that may go without a score; more is an error."""
+        ...
 
-        A score that is missing, misaligned or not finite is never a `TeacherScore`: what cannot
-        be had after retries is a `ScoreFailure`.
+    @property
+    def starts_first(self) -> bool:
+        """Whether to start it before the other engines: its memory share is of what is free."""
+        ...
+
+    async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
+        """Score the tokens in every job's spans; one result per job, in the order given.
+
+        A score that is missing, misaligned or not finite is never a `TeacherScore`: a job without a
+        score after all retries is a `ScoreFailure`. Tokens outside the spans get no value.
+
+        Raises:
+            DataError: a job is longer than the teacher's context.
         """
         ...
 

@@ -19,6 +19,7 @@ from qwen3_distill.ports import (
     StreamingRolloutEngine,
     TeacherScorer,
 )
+from qwen3_distill.scoring.views import SameView
 from qwen3_distill.types import (
     FinishReason,
     Prompt,
@@ -26,6 +27,7 @@ from qwen3_distill.types import (
     RolloutPrefix,
     RolloutRequest,
     SamplingSpec,
+    ScoringJob,
     TeacherScore,
     TokenSpan,
     VersionSpan,
@@ -236,9 +238,14 @@ def close_started() -> None:
         run(_STARTED.pop().close())
 
 
+def jobs_of(rollouts: Iterable[Rollout]) -> list[ScoringJob]:
+    """Jobs of a teacher that reads the student's own tokens."""
+    return [SameView().job(rollout) for rollout in rollouts]
+
+
 def scores_of(teacher: TeacherScorer, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
     """Every rollout's score; none may be missing."""
-    results = run(teacher.score(rollouts))
+    results = run(teacher.score(jobs_of(rollouts)))
     scores = [result for result in results if isinstance(result, TeacherScore)]
     assert len(scores) == len(results) == len(rollouts)
     return scores

@@ -12,7 +12,7 @@ from typing import Literal
 from qwen3_distill.config import SglangScoring
 from qwen3_distill.scoring.score_request import SampledRequest, ScoreRequest
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
-from qwen3_distill.types import ModelIdentity, Rollout, ScoreResult
+from qwen3_distill.types import ModelIdentity, ScoreResult, ScoringJob
 from tests.contract.builders import run
 from tests.engines import INSTALLED
 from tests.sglang_stand_in import write_interpreter
@@ -122,8 +122,16 @@ class PooledTeacher:
     def counters(self) -> Mapping[str, float]:
         return self._teacher.counters
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
-        return await self._teacher.score(rollouts)
+    @property
+    def max_dropped_fraction(self) -> float:
+        return self._teacher.max_dropped_fraction
+
+    @property
+    def starts_first(self) -> bool:
+        return self._teacher.starts_first
+
+    async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
+        return await self._teacher.score(jobs)
 
     async def close(self) -> None:
         await self._teacher.close()

@@ -44,6 +44,7 @@ from tests.contract.builders import (
     collecting_when,
     directory_weights,
     generate,
+    jobs_of,
     long_requests,
     published,
     ragged_requests,
@@ -322,7 +323,8 @@ def test_a_teacher_that_is_lost_scores_again_as_the_one_here(
         _ = teacher.teacher_id
 
     async def strike_under_way() -> list[Any]:
-        calls = [asyncio.create_task(teacher.score(part)) for part in (rollouts, rollouts[:9])]
+        parts = (jobs_of(rollouts), jobs_of(rollouts[:9]))
+        calls = [asyncio.create_task(teacher.score(part)) for part in parts]
         await asyncio.sleep(0.05)
         assert teacher.worker.pid is not None
         strike(teacher.worker.pid)
@@ -337,7 +339,7 @@ def test_a_teacher_that_is_lost_scores_again_as_the_one_here(
             assert np.array_equal(score.logprobs, wanted.logprobs)
         assert teacher.counters == {"score/server_restarts": 1}
         with pytest.raises(DataError, match="context"):  # not a death: it is not tried again
-            run(teacher.score([synthetic_rollout(200, CONTEXT_LENGTH)]))
+            run(teacher.score(jobs_of([synthetic_rollout(200, CONTEXT_LENGTH)])))
     finally:
         run(teacher.close())
 

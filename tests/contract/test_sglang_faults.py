@@ -24,10 +24,10 @@ from qwen3_distill.errors import (
     HandshakeError,
 )
 from qwen3_distill.scoring.score_request import SampledRequest, ScoreRequest, TopKRequest
-from qwen3_distill.scoring.sglang import teacher as sglang
-from qwen3_distill.scoring.sglang.teacher import SglangTeacher
+from qwen3_distill.scoring.sglang import client, readiness
+from qwen3_distill.scoring.sglang.teacher import DROPPED, SglangTeacher
 from qwen3_distill.types import Rollout, ScoreFailure, ScoreResult, TeacherScore, TopKScore
-from tests.contract.builders import make_prompt, run, scores_of, synthetic_rollout
+from tests.contract.builders import jobs_of, make_prompt, run, scores_of, synthetic_rollout
 from tests.contract.reference import largest_gap, reference_model, token_logprobs
 from tests.contract.sglang_adapter import POOL, Kind, SglangTeacherAdapter, sglang_config
 from tests.fault_proxy import Fault, FaultProxy
@@ -90,9 +90,9 @@ def expected(tiny_models: TinyModels) -> dict[str, np.ndarray]:
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang, "BACKOFF_S", 0.01)
-    monkeypatch.setattr(sglang, "REMOTE_GRACE_S", 0.5)
-    monkeypatch.setattr(sglang, "PROBE_TIMEOUT_S", 20.0)
+    monkeypatch.setattr(client, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(readiness, "REMOTE_GRACE_S", 0.5)
+    monkeypatch.setattr(readiness, "PROBE_TIMEOUT_S", 20.0)
 
 
 class Bench:
@@ -182,7 +182,7 @@ def test_a_fault_that_passes_is_healed_and_counted(
     proxy = bench.proxy()
     teacher = bench.started(proxy.url)
     proxy.next_faults.extend([fault, fault])
-    results = run(teacher.score(ROLLOUTS))
+    results = run(teacher.score(jobs_of(ROLLOUTS)))
     assert_scores(results, ROLLOUTS, expected, parity_nats)
     assert not proxy.next_faults
     spoiled = 1 if fault in IN_A_REPLY else len(ROLLOUTS)
@@ -197,12 +197,12 @@ def test_a_sequence_that_stays_bad_is_dropped_alone(
     teacher = bench.started(proxy.url, max_attempts=3)
     proxy.always = when(POISONED, fault)
     order = [ROLLOUTS[0], ROLLOUTS[1], ROLLOUTS[3], POISONED]
-    *good, bad = run(teacher.score(order))
+    *good, bad = run(teacher.score(jobs_of(order)))
     assert_scores(good, order[:-1], expected, parity_nats)
     assert isinstance(bad, ScoreFailure)
     assert bad.rollout_id == POISONED.rollout_id
     assert bad.reason.startswith(f"{reason}: ")
-    assert teacher.counters == {f"score/retried_{reason}": 2, sglang.DROPPED: 1}
+    assert teacher.counters == {f"score/retried_{reason}": 2, DROPPED: 1}
 
 
 @pytest.mark.parametrize(("fault", "reason"), OF_CANDIDATES.items())
@@ -220,7 +220,7 @@ def test_bad_candidates_are_healed_or_dropped(
     assert healed.candidate_ids.tolist() == score.candidate_ids.tolist()
     assert teacher.counters == {f"score/retried_{reason}": 1}
     proxy.always = lambda request: fault
-    (dropped,) = run(teacher.score([likely]))
+    (dropped,) = run(teacher.score(jobs_of([likely])))
     assert isinstance(dropped, ScoreFailure)
     assert dropped.reason.startswith(f"{reason}: ")
 
@@ -233,7 +233,7 @@ def test_a_sequence_that_spoils_its_request_is_found(
     teacher = bench.started(proxy.url, max_attempts=3)
     proxy.always = when(POISONED, fault)
     order = [ROLLOUTS[0], ROLLOUTS[1], ROLLOUTS[3], POISONED]
-    *good, bad = run(teacher.score(order))
+    *good, bad = run(teacher.score(jobs_of(order)))
     assert_scores(good, order[:-1], expected, parity_nats)
     assert isinstance(bad, ScoreFailure)
 
@@ -243,9 +243,9 @@ def test_replies_that_stay_bad_give_no_score(bench: Bench, fault: Fault) -> None
     proxy = bench.proxy()
     teacher = bench.started(proxy.url, max_attempts=2)
     proxy.always = lambda request: fault
-    results = run(teacher.score(ROLLOUTS))
+    results = run(teacher.score(jobs_of(ROLLOUTS)))
     assert all(isinstance(result, ScoreFailure) for result in results)
-    assert teacher.counters[sglang.DROPPED] == len(ROLLOUTS)
+    assert teacher.counters[DROPPED] == len(ROLLOUTS)
 
 
 @pytest.mark.parametrize("fault", NO_REPLY)
@@ -254,7 +254,7 @@ def test_a_server_that_never_answers_is_an_error(bench: Bench, fault: Fault) -> 
     teacher = bench.started(proxy.url, max_attempts=2)
     proxy.always = lambda request: fault
     with pytest.raises(EngineError, match=rf"no answer in 2 attempts .*{proxy.url}"):
-        run(teacher.score(ROLLOUTS))
+        run(teacher.score(jobs_of(ROLLOUTS)))
 
 
 def test_a_refused_sequence_is_dropped_at_once(
@@ -264,13 +264,13 @@ def test_a_refused_sequence_is_dropped_at_once(
     teacher = bench.started(proxy.url)
     ids = [*POISONED.prompt.token_ids.tolist(), *POISONED.response_ids.tolist()]
     proxy.always = lambda request: Fault.STATUS_400 if ids in request["input_ids"] else None
-    results = run(teacher.score(ROLLOUTS))
+    results = run(teacher.score(jobs_of(ROLLOUTS)))
     bad = results.pop(ROLLOUTS.index(POISONED))
     assert isinstance(bad, ScoreFailure)
     assert "refused: " in bad.reason
     assert "status 400" in bad.reason
     assert_scores(results, [r for r in ROLLOUTS if r is not POISONED], expected, parity_nats)
-    assert teacher.counters == {sglang.DROPPED: 1}  # nothing was asked for again in vain
+    assert teacher.counters == {DROPPED: 1}  # nothing was asked for again in vain
 
 
 def test_too_long_for_the_server_is_dropped_and_its_neighbours_scored(
@@ -281,7 +281,7 @@ def test_too_long_for_the_server_is_dropped_and_its_neighbours_scored(
     teacher = bench.started(proxy.url)
     object.__setattr__(teacher.identity, "context_length", 10_000)
     too_long = synthetic_rollout(6, CONTEXT_LENGTH, seed=9)
-    results = run(teacher.score([ROLLOUTS[0], too_long, ROLLOUTS[1]]))
+    results = run(teacher.score(jobs_of([ROLLOUTS[0], too_long, ROLLOUTS[1]])))
     bad = results.pop(1)
     assert isinstance(bad, ScoreFailure)
     assert re.search("longer than|exceeds the maximum", bad.reason)
@@ -330,7 +330,7 @@ def test_ids_beyond_the_vocabulary_never_reach_a_server(bench: Bench) -> None:
     asked = len(proxy.requests)
     strange = replace(ROLLOUTS[0], response_ids=np.full(5, 260, dtype=np.int32))
     with pytest.raises(DataError, match=r"token 260.*vocabulary is 0 to 259"):
-        run(teacher.score([strange]))
+        run(teacher.score(jobs_of([strange])))
     assert len(proxy.requests) == asked
 
 
@@ -368,9 +368,9 @@ def test_a_server_that_fails_is_replaced_by_the_others(
     good, bad = bench.proxy(), bench.proxy()
     teacher = bench.started(good.url, bad.url, request_tokens=1)
     bad.always = lambda request: Fault.CUT
-    assert_scores(run(teacher.score(ROLLOUTS)), ROLLOUTS, expected, parity_nats)
+    assert_scores(run(teacher.score(jobs_of(ROLLOUTS))), ROLLOUTS, expected, parity_nats)
     tried = len(bad.requests)
-    assert_scores(run(teacher.score(ROLLOUTS)), ROLLOUTS, expected, parity_nats)
+    assert_scores(run(teacher.score(jobs_of(ROLLOUTS))), ROLLOUTS, expected, parity_nats)
     assert len(bad.requests) == tried  # it rests
 
 
@@ -443,11 +443,11 @@ def test_a_missing_key_file_is_an_error(bench: Bench, tmp_path: Path) -> None:
 def test_a_score_before_the_start_or_after_the_end_is_an_error(bench: Bench) -> None:
     teacher = bench.teacher(bench.proxy().url)
     with pytest.raises(EngineError, match="not started"):
-        run(teacher.score(ROLLOUTS))
+        run(teacher.score(jobs_of(ROLLOUTS)))
     run(teacher.start())
     run(teacher.close())
     with pytest.raises(EngineError, match="not started"):
-        run(teacher.score(ROLLOUTS))
+        run(teacher.score(jobs_of(ROLLOUTS)))
 
 
 def test_an_error_ends_the_other_requests(bench: Bench) -> None:
@@ -458,7 +458,7 @@ def test_an_error_ends_the_other_requests(bench: Bench) -> None:
 
     async def tasks_left() -> int:
         with pytest.raises(DistillError):
-            await teacher.score(ROLLOUTS)
+            await teacher.score(jobs_of(ROLLOUTS))
         return sum("_score" in repr(task) for task in asyncio.all_tasks())
 
     assert run(tasks_left()) == 0

@@ -10,7 +10,8 @@ from qwen3_distill.config import SglangScoring
 from qwen3_distill.errors import DataError, EngineError
 from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.scoring.score_request import SampledRequest
-from qwen3_distill.scoring.sglang import teacher as sglang
+from qwen3_distill.scoring.sglang import client
+from qwen3_distill.scoring.sglang.endpoint import RESTARTS
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.types import FinishReason, Rollout, RolloutRequest
 from tests.contract.builders import make_prompt, make_request, make_spec, ragged_requests, run
@@ -152,7 +153,7 @@ def test_ids_beyond_the_vocabulary_never_reach_a_server(teacher: SglangTeacher) 
 def test_an_answer_that_got_lost_is_asked_for_again(
     config: SglangScoring, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sglang, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(client, "BACKOFF_S", 0.01)
     proxy = run(FaultProxy(config.urls[0]).start())
     teacher = build_sglang(config.model_copy(update={"urls": (proxy.url,), "max_attempts": 3}))
     run(teacher.start())
@@ -176,6 +177,6 @@ def test_a_server_that_died_answers_again(tiny_models: TinyModels) -> None:
         assert teacher.server is not None
         teacher.server.kill()
         assert len(answers(teacher, ragged_requests(4))) == 4
-        assert teacher.counters == {sglang.RESTARTS: 1}
+        assert teacher.counters == {RESTARTS: 1}
     finally:
         run(teacher.close())

@@ -15,10 +15,10 @@ import pytest
 
 from qwen3_distill.errors import ConfigError, EngineLost, EngineStartError
 from qwen3_distill.scoring.score_request import SampledRequest
-from qwen3_distill.scoring.sglang import teacher as sglang
+from qwen3_distill.scoring.sglang.endpoint import RESTARTS
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.types import TeacherScore
-from tests.contract.builders import run, scores_of, synthetic_rollout
+from tests.contract.builders import jobs_of, run, scores_of, synthetic_rollout
 from tests.contract.reference import largest_gap, reference_model, token_logprobs
 from tests.contract.sglang_adapter import Kind, SglangTeacherAdapter, sglang_config
 from tests.sglang_stand_in import write_interpreter
@@ -98,7 +98,7 @@ def test_a_server_that_is_killed_while_it_scores_is_started_again(
     assert_hidden_key(server.api_key, server.pid)
 
     async def score_and_kill() -> list[object]:
-        scoring = asyncio.create_task(teacher.score(ROLLOUTS))
+        scoring = asyncio.create_task(teacher.score(jobs_of(ROLLOUTS)))
         await asyncio.sleep(0)  # its first request is on its way
         server.kill()
         return list(await scoring)
@@ -109,7 +109,7 @@ def test_a_server_that_is_killed_while_it_scores_is_started_again(
         assert isinstance(result, TeacherScore)
         gap = largest_gap(result.logprobs, token_logprobs(reference, rollout))
         assert gap < SglangTeacherAdapter(kind).parity_nats
-    assert teacher.counters == {sglang.RESTARTS: 1}
+    assert teacher.counters == {RESTARTS: 1}
     assert processes_of(first_group) == []
     second_group = server.pid
     assert second_group is not None
@@ -149,7 +149,7 @@ def test_a_server_that_dies_too_often_stops_the_run(build: Build, max_restarts: 
     with pytest.raises(
         EngineLost, match=rf"died, after {max_restarts} restarts \(scoring.max_restarts\)"
     ):
-        run(teacher.score(ROLLOUTS))
+        run(teacher.score(jobs_of(ROLLOUTS)))
 
 
 def test_an_idle_server_that_died_is_started_again(build: Build) -> None:
@@ -159,9 +159,19 @@ def test_an_idle_server_that_died_is_started_again(build: Build) -> None:
         assert teacher.server is not None
         teacher.server.kill()
         assert len(scores_of(teacher, ROLLOUTS)) == len(ROLLOUTS)
-        assert teacher.counters == {sglang.RESTARTS: expected_restarts}
+        assert teacher.counters == {RESTARTS: expected_restarts}
     run(teacher.start())  # begins anew
     assert teacher.counters == {}
+
+
+def test_a_restart_that_fails_is_tried_again_within_the_limit(build: Build) -> None:
+    counting = 'n=$(cat "$0.n" || echo 0); echo $((n + 1)) > "$0.n"; [ $n = 1 ] && exit 1'
+    teacher = build(prelude=counting, max_restarts=2)
+    run(teacher.start())
+    assert teacher.server is not None
+    teacher.server.kill()
+    assert len(scores_of(teacher, ROLLOUTS)) == len(ROLLOUTS)
+    assert teacher.counters == {RESTARTS: 2}
 
 
 def test_the_memory_fraction_is_asked_for_at_every_start(
@@ -261,7 +271,7 @@ def test_an_interpreter_that_does_not_exist_is_named(build: Build) -> None:
 def test_an_interpreter_without_sglang_is_told_what_to_install(build: Build) -> None:
     message = start_error(build(python=sys.executable))
     assert "SGLang is not installed" in message
-    assert "make_environment.py sglang-cuda" in message
+    assert "make.py sglang-cuda" in message
     assert "set scoring.python" in message
 
 

@@ -4,10 +4,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from qwen3_distill.errors import ConfigError, DataError, HandshakeError
@@ -22,15 +25,19 @@ from qwen3_distill.scoring.score_request import (
 )
 from qwen3_distill.types import (
     HiddenScore,
+    IntArray,
     ModelIdentity,
     Rollout,
     ScoreResult,
+    ScoringJob,
     TeacherScore,
+    TokenSpan,
     TopKScore,
 )
 from tests.contract.adapters import TEACHERS, TeacherAdapter
 from tests.contract.builders import (
     close_started,
+    jobs_of,
     make_prompt,
     run,
     scores_of,
@@ -225,6 +232,78 @@ def test_the_sampling_temperature_does_not_touch_the_score(
     assert largest_gap(plain_score.logprobs, hot_score.logprobs) < adapter.repeat_nats
 
 
+# --- Several spans ------------------------------------------------------------------------------
+
+
+@st.composite
+def jobs_with_spans(draw: st.DrawFn) -> ScoringJob:
+    """Up to 40 tokens, any of which but the first is scored or not."""
+    ids = draw(st.lists(st.integers(0, 255), min_size=2, max_size=40))
+    scored = draw(st.lists(st.booleans(), min_size=len(ids) - 1, max_size=len(ids) - 1).filter(any))
+    edges = np.flatnonzero(np.diff(np.array([False, *scored, False]).astype(int))) + 1
+    spans = [TokenSpan(start=int(a), stop=int(b)) for a, b in edges.reshape(-1, 2)]
+    return ScoringJob(rollout_id="several", token_ids=np.array(ids), scored=tuple(spans))
+
+
+@pytest.mark.parametrize("request_kind", REQUESTS.values(), ids=REQUESTS.keys())
+@settings(
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(jobs=st.lists(jobs_with_spans(), min_size=1, max_size=4))
+def test_scores_of_several_spans_are_those_of_the_same_places_in_one(
+    adapter: TeacherAdapter,
+    tiny_models: TinyModels,
+    request_kind: ScoreRequest,
+    jobs: list[ScoringJob],
+) -> None:
+    if isinstance(request_kind, HiddenRequest) and not adapter.gives_hidden_states:
+        assert_hidden_states_are_refused(adapter, tiny_models.teacher)
+        return
+    key = (id(adapter), request_kind)
+    if key not in SPAN_TEACHERS:
+        SPAN_TEACHERS[key] = started(adapter.build(tiny_models.teacher, request_kind))
+    whole = [
+        replace(job, scored=(TokenSpan(start=1, stop=int(job.token_ids.size)),)) for job in jobs
+    ]
+    some_scores, whole_scores = (run(SPAN_TEACHERS[key].score(asked)) for asked in (jobs, whole))
+    for job, some, one in zip(jobs, some_scores, whole_scores, strict=True):
+        assert isinstance(some, TeacherScore)
+        assert isinstance(one, TeacherScore)
+        assert some.logprobs.size == job.num_scored  # and no value for any other token
+        expected = at_places(one, job.scored_indices - 1)
+        assert_same_score(some, expected, tolerance=adapter.repeat_nats)
+
+
+SPAN_TEACHERS: dict[tuple[int, ScoreRequest], TeacherScorer] = {}
+"""Started once for all examples; closed with the others."""
+
+
+def at_places(score: TeacherScore, places: IntArray) -> TeacherScore:
+    """The score of some of the tokens."""
+    columns: dict[str, Any] = {"logprobs": score.logprobs[places]}
+    if isinstance(score, TopKScore):
+        columns["candidate_ids"] = score.candidate_ids[places]
+        columns["candidate_logprobs"] = score.candidate_logprobs[places]
+    if isinstance(score, HiddenScore):
+        columns["hidden"] = score.hidden[places]
+    return replace(score, **columns)
+
+
+def test_a_score_is_of_the_spans_and_no_other_places(
+    adapter: TeacherAdapter, teacher: TeacherScorer, reference: PreTrainedModel, far_nats: float
+) -> None:
+    """A negative control of the property above: a value of another place would show."""
+    (job,) = jobs_of([RAGGED[5]])
+    first = job.scored[0].start
+    spans = (TokenSpan(start=first, stop=first + 20), TokenSpan(start=first + 40, stop=first + 60))
+    (score,) = run(teacher.score([replace(job, scored=spans)]))
+    assert isinstance(score, TeacherScore)
+    expected = token_logprobs(reference, RAGGED[5])
+    assert largest_gap(score.logprobs, np.r_[expected[:20], expected[40:60]]) < adapter.parity_nats
+    assert largest_gap(score.logprobs, expected[:40]) > far_nats
+    assert largest_gap(score.logprobs, np.r_[expected[:20], expected[41:61]]) > far_nats
+
+
 # --- Negative controls: what the tolerance tells apart ------------------------------------------
 
 
@@ -360,17 +439,19 @@ class FakeBatchDependentTeacher:
     """Scores a token by how many rollouts are scored beside it."""
 
     teacher_id = "fake"
+    max_dropped_fraction = 0.0
+    starts_first = False
     counters: Mapping[str, float] = MappingProxyType({})
 
     def __init__(self, identity: ModelIdentity, nats_per_rollout: float) -> None:
         self.identity = identity
         self._nats_per_rollout = nats_per_rollout
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
-        value = -self._nats_per_rollout * len(rollouts)
+    async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
+        value = -self._nats_per_rollout * len(jobs)
         return [
-            TeacherScore(teacher_id=self.teacher_id, logprobs=np.full(r.num_tokens, value))
-            for r in rollouts
+            TeacherScore(teacher_id=self.teacher_id, logprobs=np.full(job.num_scored, value))
+            for job in jobs
         ]
 
     async def start(self) -> None:
@@ -383,12 +464,14 @@ class FakeBatchDependentTeacher:
 def test_a_teacher_that_repeats_itself_passes(
     adapter: TeacherAdapter, teacher: TeacherScorer
 ) -> None:
-    worst = run(check_repeatable(teacher, RAGGED, tolerance_nats=adapter.repeat_nats))
+    worst = run(check_repeatable(teacher, jobs_of(RAGGED), tolerance_nats=adapter.repeat_nats))
     assert 0 <= worst < adapter.repeat_nats
 
 
 def test_a_batch_dependent_teacher_fails(teacher: TeacherScorer) -> None:
     fake = FakeBatchDependentTeacher(teacher.identity, nats_per_rollout=0.01)
     with pytest.raises(HandshakeError, match=r"fake: .* differ by 0.0200 nats, more than 0.01"):
-        run(check_repeatable(fake, RAGGED[:3], tolerance_nats=0.01))
-    assert run(check_repeatable(fake, RAGGED[:3], tolerance_nats=0.03)) == pytest.approx(0.02)
+        run(check_repeatable(fake, jobs_of(RAGGED[:3]), tolerance_nats=0.01))
+    assert run(check_repeatable(fake, jobs_of(RAGGED[:3]), tolerance_nats=0.03)) == pytest.approx(
+        0.02
+    )

@@ -11,6 +11,7 @@ from qwen3_distill.types import (
     Rollout,
     RolloutRequest,
     ScoreResult,
+    ScoringJob,
     Update,
 )
 
@@ -57,8 +58,8 @@ class StruckEngine(_Struck):
 class StruckTeacher(_Struck):
     """Struck under a request."""
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
-        return await self._under_way("score", rollouts)
+    async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
+        return await self._under_way("score", jobs)
 
 
 class StruckLearner(_Struck):

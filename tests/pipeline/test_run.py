@@ -20,6 +20,7 @@ from qwen3_distill.pipeline import run as run_module
 from qwen3_distill.pipeline.manifest import engine_versions
 from qwen3_distill.pipeline.requests import make_batch
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
+from qwen3_distill.scoring.views import SameView
 from qwen3_distill.training.embedded.student import EmbeddedLearner
 from qwen3_distill.types import (
     Batch,
@@ -366,7 +367,7 @@ def test_handshake_then_weights_then_rollouts_and_new_weights_after_every_step(
     tiny_models: TinyModels, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    record_calls(monkeypatch, run_module, "check_compatible", events, "handshake")
+    record_calls(monkeypatch, SameView, "check", events, "handshake")
     record_calls(monkeypatch, run_module, "build_parts", events, "build")
     record_calls(monkeypatch, EmbeddedLearner, "publish", events, "publish")
     record_calls(monkeypatch, EmbeddedRolloutEngine, "load", events, "load")

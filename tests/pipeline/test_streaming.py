@@ -28,6 +28,7 @@ from qwen3_distill.types import (
     RolloutRequest,
     ScoreFailure,
     ScoreResult,
+    ScoringJob,
 )
 from tests.pipeline.builders import (
     EVALUATION,
@@ -703,17 +704,17 @@ class HangingTeacher(_Wrapped):
 
     _calls = 0
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
+    async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
         self._calls += 1
         if self._calls > 1:
             await asyncio.Event().wait()
-        return await self._inner.score(rollouts)
+        return await self._inner.score(jobs)
 
 
 class FailingTeacher(_Wrapped):
     """FAKE."""
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
+    async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
         raise EngineError("the teacher is broken")
 
 
@@ -737,11 +738,11 @@ class Unscored(_Wrapped):
         super().__init__(inner)
         self._numbers = numbers
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
-        results = await self._inner.score(rollouts)
+    async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
+        results = await self._inner.score(jobs)
         return [
-            ScoreFailure(rollout_id=rollout.rollout_id, reason="said the fake")
-            if number_of(rollout.rollout_id) in self._numbers
+            ScoreFailure(rollout_id=job.rollout_id, reason="said the fake")
+            if number_of(job.rollout_id) in self._numbers
             else result
-            for rollout, result in zip(rollouts, results, strict=True)
+            for job, result in zip(jobs, results, strict=True)
         ]

@@ -26,6 +26,7 @@ from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.scoring.precision import METHOD, PrecisionReport, compare_scores
 from qwen3_distill.scoring.score_request import TopKRequest
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
+from qwen3_distill.scoring.views import SameView
 from qwen3_distill.types import Rollout, ScoreFailure, TopKScore
 from qwen3_distill.utils.files import check_writable, write_json_atomic
 from qwen3_distill.utils.signals import signals_as_ctrl_c
@@ -61,7 +62,7 @@ def audit_teacher(
     """
     scoring = config.scoring
     exact_dir = unquantized or _unquantized_directory(scoring)
-    check_compatible(load_identity(config.student.model), load_identity(scoring.model))
+    SameView().check(load_identity(config.student.model), load_identity(scoring.model))
     check_compatible(load_identity(scoring.model), load_identity(exact_dir))
     if out is not None:
         check_writable(out)
@@ -171,7 +172,7 @@ async def _scores(
     say(f"scoring {len(sample)} rollouts with {teacher.teacher_id}")
     try:
         await teacher.start()
-        results = await teacher.score(sample)
+        results = await teacher.score([SameView().job(rollout) for rollout in sample])
     finally:
         await teacher.close()
     failures = [result for result in results if isinstance(result, ScoreFailure)]

@@ -1,8 +1,8 @@
-"""What a teacher must answer, computed from its files alone: one decoder layer at a time.
+"""The known answer: logprobs of fixed tokens, computed from a model directory one layer at a time.
 
-The directory's weights are read as they are needed, in float32 on the CPU: the embeddings of a few
-tokens, then layer after layer, then the output head in chunks of rows. So the answer of a 32B
-teacher needs the memory of one of its layers, and no GPU.
+A served teacher is checked against it. Weights are read when needed, in float32 on the CPU: the
+embeddings of a few tokens, then layer after layer, then the output head in chunks of rows. The
+answer of a 32B teacher thus needs the memory of one layer and no GPU.
 
 Shape letters: T tokens, D hidden size, V vocabulary, C rows of a chunk of the output head.
 """
@@ -34,7 +34,7 @@ from qwen3_distill.types import FloatArray, IntArray
 from qwen3_distill.utils.files import write_json_atomic
 
 FORMAT = 1
-"""Part of a kept answer's name; raised when what is asked changes."""
+"""Part of a cached answer's file name; increase it when tokens or computation change."""
 HEAD_ROWS = 8192
 TEXT_TOKENS = 32
 SPREAD_TOKENS = 32
@@ -46,7 +46,7 @@ _TEXT = (
 
 @dataclass(frozen=True)
 class KnownAnswer:
-    """Tokens, and the teacher's logprobs of all but the first."""
+    """Fixed tokens with the model's logprobs of all but the first."""
 
     token_ids: IntArray
     """[T]; the first is the prompt, the others are scored."""
@@ -55,7 +55,7 @@ class KnownAnswer:
 
 
 def known_answer(model_dir: str | Path) -> KnownAnswer:
-    """The answer of the directory's model, kept in the user's cache folder by its digest.
+    """Return the known answer of a model directory, from the user's cache folder if it is there.
 
     Raises:
         ModelError: the weights cannot be read, or are quantized in an unknown way.
@@ -70,7 +70,7 @@ def known_answer(model_dir: str | Path) -> KnownAnswer:
             if logprobs.shape == (token_ids.size - 1,) and np.isfinite(logprobs).all():
                 return KnownAnswer(token_ids, logprobs)
     answer = KnownAnswer(token_ids, layerwise_logprobs(directory, token_ids))
-    with contextlib.suppress(OSError):  # it only saves the next start some seconds
+    with contextlib.suppress(OSError):  # the cache only saves the next start some seconds
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(
             kept, {"token_ids": token_ids.tolist(), "logprobs": answer.logprobs.tolist()}
@@ -79,7 +79,7 @@ def known_answer(model_dir: str | Path) -> KnownAnswer:
 
 
 def known_tokens(directory: Path) -> IntArray:
-    """[T] a little text, where teachers are sure, and ids from all over the vocabulary."""
+    """Return [T] ids: a short text, which models predict well, then ids across the vocabulary."""
     config = AutoConfig.from_pretrained(directory)
     text = load_tokenizer(directory).encode(_TEXT, add_special_tokens=False)[:TEXT_TOKENS]
     spread = np.linspace(0, config.vocab_size - 1, SPREAD_TOKENS).astype(np.int64).tolist()
@@ -93,13 +93,13 @@ def _cache_folder() -> Path:
 
 @torch.inference_mode()
 def layerwise_logprobs(model_dir: str | Path, token_ids: IntArray) -> NDArray[np.float32]:
-    """[T - 1] nats of all tokens but the first, at temperature 1.
+    """Return [T - 1] nats of all tokens but the first, at temperature 1.
 
     Raises:
         ModelError: a weight is missing, unreadable, or quantized in an unknown way.
     """
     directory = check_model_dir(model_dir)
-    # Attention without its fused kernels: the mask below is all that decides who sees whom.
+    # Eager attention: only the mask below decides which tokens a token attends to.
     config: Any = AutoConfig.from_pretrained(directory, attn_implementation="eager")
     ids_T = torch.from_numpy(token_ids.astype(np.int64))
     with _open_weights(directory, config) as weights:
@@ -127,7 +127,7 @@ def layerwise_logprobs(model_dir: str | Path, token_ids: IntArray) -> NDArray[np
 
 
 def _causal_mask(length: int) -> Tensor:
-    """[1, 1, T, T]: 0 where a token sees another, far below any score elsewhere."""
+    """Return [1, 1, T, T]: 0 where a token attends to another, else the lowest float."""
     lowest = torch.finfo(torch.float32).min
     return torch.full((length, length), lowest).triu(diagonal=1)[None, None]
 
@@ -160,7 +160,7 @@ def _open_weights(directory: Path, config: Any) -> Iterator["_Weights"]:
 
 
 def _block_size(directory: Path, config: Any) -> tuple[int, int] | None:
-    """Rows and columns that share a scale in an FP8 checkpoint; None where nothing is quantized."""
+    """Return rows and columns that share a scale in an FP8 checkpoint; None if not quantized."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return None
@@ -175,7 +175,7 @@ def _block_size(directory: Path, config: Any) -> tuple[int, int] | None:
 
 
 class _Weights:
-    """The tensors of a directory by name, in float32."""
+    """Reads the tensors of a directory by name, in float32."""
 
     def __init__(
         self, directory: Path, files: list[Any], block_size: tuple[int, int] | None
@@ -185,7 +185,7 @@ class _Weights:
         self._block_size = block_size
 
     def fill(self, module: torch.nn.Module, prefix: str) -> None:
-        """Give an empty module its weights."""
+        """Load the weights of a module that has none."""
         state = {name: self._whole(prefix + name) for name in module.state_dict()}
         module.load_state_dict(state, assign=True)
 
@@ -219,7 +219,7 @@ class _Weights:
 
 
 def dequantized(weight: Tensor, scale: Tensor, block_size: tuple[int, int]) -> Tensor:
-    """[rows, columns] float32 of an FP8 weight with a scale for every block of it."""
+    """Return [rows, columns] float32 of an FP8 weight with one scale per block."""
     rows, columns = weight.shape
     spread = scale.repeat_interleave(block_size[0], 0).repeat_interleave(block_size[1], 1)
     return weight.float() * spread[:rows, :columns]

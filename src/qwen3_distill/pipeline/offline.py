@@ -44,6 +44,7 @@ from qwen3_distill.pipeline.run_folder import full_disk_named
 from qwen3_distill.ports import Learner
 from qwen3_distill.recording.text import clock
 from qwen3_distill.scoring.handshake import check_compatible
+from qwen3_distill.scoring.views import SameView
 from qwen3_distill.types import Batch, Rollout, ScoredRollout
 from qwen3_distill.utils.files import check_writable, write_json_atomic
 from qwen3_distill.utils.seeds import derive_seed
@@ -133,9 +134,9 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
     rows = read_rollouts(rollouts)
     if not rows:
         raise DataError(f"{rollouts} has no rollouts to score")
-    check_compatible(load_identity(config.student.model), load_identity(config.scoring.model))
+    view = SameView()
+    view.check(load_identity(config.student.model), load_identity(config.scoring.model))
     teacher = build_teacher(config, plan_memory(config))
-    allowed = sequential.max_dropped_fraction(config)
     decode = TextTools(config.student.model).decode
     check_writable(out)
     scored: list[tuple[int, ScoredRollout]] = []
@@ -144,7 +145,7 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
         try:
             await teacher.start()
             for step, group in _steps(rows):
-                items = await sequential.score(teacher, group, max_dropped_fraction=allowed)
+                items = await sequential.score(teacher, view, group)
                 scored.extend((step, item) for item in items)
                 say(f"step {step}: {len(items)} of {len(group)} rollouts scored")
         finally:

@@ -27,7 +27,7 @@ from qwen3_distill.pipeline.sequential import run_sequential
 from qwen3_distill.pipeline.streaming import run_streaming
 from qwen3_distill.ports import Learner
 from qwen3_distill.recording.console import ProgressReporter
-from qwen3_distill.scoring.handshake import check_compatible
+from qwen3_distill.scoring.views import SameView
 from qwen3_distill.types import RunCursor
 from qwen3_distill.utils.files import write_json_atomic
 from qwen3_distill.utils.signals import signals_as_ctrl_c, stop_on_ctrl_c
@@ -73,7 +73,7 @@ async def _run(
         warn("going on with other settings than before:\n  " + "\n  ".join(folder.changes))
     check_before_start(config, reads_prompts=False)  # they are read with the other parts
     progress.stage("checking that student and teacher match")
-    check_compatible(load_identity(config.student.model), load_identity(config.scoring.model))
+    SameView().check(load_identity(config.student.model), load_identity(config.scoring.model))
     async with AsyncExitStack() as stack:
         if config.pipeline.mps:  # before anything here uses CUDA, and until after the last engine
             progress.stage("starting MPS")

@@ -14,6 +14,7 @@ from qwen3_distill.pipeline.recorder import Ledger, Recorder, StepRecord, ledger
 from qwen3_distill.pipeline.requests import in_request_order, requests_for_step
 from qwen3_distill.ports import Sampler, TeacherScorer
 from qwen3_distill.recording.trace import WEIGHTS, Trace
+from qwen3_distill.scoring.views import TeacherView
 from qwen3_distill.types import (
     Metric,
     Rollout,
@@ -48,9 +49,7 @@ async def run_sequential(parts: Parts, recorder: Recorder, cursor: RunCursor) ->
             with trace.span("generate", rollouts=len(requests)):
                 rollouts = await generate(parts.engine, requests)
             with trace.span("score", rollouts=len(rollouts)):
-                scored = await score(
-                    parts.teacher, rollouts, max_dropped_fraction=max_dropped_fraction(config)
-                )
+                scored = await score(parts.teacher, parts.view, rollouts)
             drawn += config.prompts_per_step
         with trace.span("train", rollouts=len(scored)):
             update = await take_step(parts, recorder, scored)
@@ -102,12 +101,6 @@ async def push_weights(parts: Parts) -> None:
         await parts.engine.load(version, channel)
 
 
-def max_dropped_fraction(config: RunConfig) -> float:
-    """Share of a step's rollouts that may go without a score: none by an embedded teacher."""
-    scoring = config.scoring
-    return scoring.max_dropped_fraction if scoring.kind == "sglang" else 0.0
-
-
 async def generate(engine: Sampler, requests: Sequence[RolloutRequest]) -> list[Rollout]:
     """All requested rollouts, in the order of the requests."""
     finished = [rollout async for rollout in engine.generate(requests)]
@@ -115,25 +108,21 @@ async def generate(engine: Sampler, requests: Sequence[RolloutRequest]) -> list[
 
 
 async def score(
-    teacher: TeacherScorer, rollouts: Sequence[Rollout], *, max_dropped_fraction: float = 0.0
+    teacher: TeacherScorer, view: TeacherView, rollouts: Sequence[Rollout]
 ) -> list[ScoredRollout]:
     """Each rollout with its own score; those that got none are left out.
 
     Raises:
-        EngineError: more than ``max_dropped_fraction`` of them got none.
+        EngineError: more than the teacher's ``max_dropped_fraction`` of them got none.
     """
-    results = await teacher.score(rollouts)
-    pairs = list(zip(rollouts, results, strict=True))
-    scored = [
-        ScoredRollout(rollout=rollout, score=result)
-        for rollout, result in pairs
-        if not isinstance(result, ScoreFailure)
-    ]
-    dropped = [result for result in results if isinstance(result, ScoreFailure)]
-    if len(dropped) > max_dropped_fraction * len(rollouts):
+    results = await teacher.score([view.job(rollout) for rollout in rollouts])
+    outcomes = [view.scored(r, result) for r, result in zip(rollouts, results, strict=True)]
+    scored = [outcome for outcome in outcomes if isinstance(outcome, ScoredRollout)]
+    dropped = [outcome for outcome in outcomes if isinstance(outcome, ScoreFailure)]
+    if len(dropped) > teacher.max_dropped_fraction * len(rollouts):
         raise EngineError(
             f"{len(dropped)} of {len(rollouts)} rollouts got no score from {teacher.teacher_id}, "
-            f"more than the {max_dropped_fraction:.0%} that may be dropped "
+            f"more than the {teacher.max_dropped_fraction:.0%} that may be dropped "
             f"(scoring.max_dropped_fraction); the first: {dropped[0].rollout_id}: "
             f"{dropped[0].reason}"
         )

@@ -27,7 +27,6 @@ from qwen3_distill.pipeline.in_progress import Outstanding
 from qwen3_distill.pipeline.recorder import Ledger, Recorder, StepRecord, ledger_entry
 from qwen3_distill.pipeline.requests import request_number
 from qwen3_distill.pipeline.sequential import (
-    max_dropped_fraction,
     needs_rollouts,
     take_step,
     traced_push,
@@ -203,6 +202,7 @@ class RolloutFlow:
 
     async def _score(self) -> None:
         """Have everything that waits scored, in one call, over and over."""
+        view = self._parts.view
         while True:
             while not self._waiting:
                 await self._has_waiting.wait()
@@ -211,15 +211,15 @@ class RolloutFlow:
             self._num_scoring += len(taken)
             self._count()
             with self._trace.span("score", rollouts=len(taken)):
-                scores = self._parts.teacher.score([rollout for _, rollout in taken])
+                scores = self._parts.teacher.score([view.job(rollout) for _, rollout in taken])
                 what = f"the teacher's scores of {len(taken)} rollouts"
                 results = await self.in_time(scores, what)
             for (number, rollout), result in zip(taken, results, strict=True):
-                if isinstance(result, ScoreFailure):
-                    self._drop(number, rollout, "no score", result.reason)
+                outcome = view.scored(rollout, result)
+                if isinstance(outcome, ScoreFailure):
+                    self._drop(number, rollout, "no score", outcome.reason)
                 else:
-                    scored = ScoredRollout(rollout=rollout, score=result)
-                    self._ready.append(Ready(number, scored))
+                    self._ready.append(Ready(number, outcome))
             self._num_scoring -= len(taken)
             self._count()
             self._moved.ring()
@@ -231,7 +231,7 @@ class RolloutFlow:
         self._check_drops()
 
     def _check_drops(self) -> None:
-        allowed = max_dropped_fraction(self._config) * self._config.rollouts_per_step
+        allowed = self._parts.teacher.max_dropped_fraction * self._config.rollouts_per_step
         failed = self._drops.count("no score")
         if failed > allowed:
             raise EngineError(

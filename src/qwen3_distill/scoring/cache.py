@@ -1,9 +1,9 @@
-"""Scores kept on disk between runs: the same tokens are scored once by the same teacher.
+"""The score cache: scores kept on disk, so that one teacher scores the same tokens only once.
 
-One SQLite file in a folder; several processes may use it at a time. A row holds the bytes of one
-score under a hash of everything that it depends on, with a checksum.
+It is one SQLite file in a folder; several processes may use it concurrently. A row holds the bytes
+of one score and their checksum, under a hash of everything that the score depends on.
 
-Shape letters: R response tokens, K candidates, D hidden size.
+Shape letters: S scored tokens, K candidates, D hidden size.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ from qwen3_distill.scoring.score_request import (
 from qwen3_distill.types import (
     HiddenScore,
     ModelIdentity,
-    Rollout,
     ScoreFailure,
     ScoreResult,
+    ScoringJob,
     TeacherScore,
     TopKScore,
 )
@@ -44,12 +44,12 @@ _KEYS_PER_QUERY = 500
 
 
 class CachedTeacher:
-    """A `TeacherScorer` that asks another one only for what it does not have yet.
+    """A `TeacherScorer` that keeps another one's scores and asks it only for new ones.
 
     Args:
         inner: the teacher.
         request: what `inner` was built to score.
-        folder: where the scores are kept; made where it does not exist.
+        folder: where the scores are kept; made if it does not exist.
     """
 
     def __init__(self, inner: TeacherScorer, request: ScoreRequest, folder: str | Path) -> None:
@@ -71,6 +71,14 @@ class CachedTeacher:
     def counters(self) -> Mapping[str, float]:
         return {**self.inner.counters, **self._counters}
 
+    @property
+    def max_dropped_fraction(self) -> float:
+        return self.inner.max_dropped_fraction
+
+    @property
+    def starts_first(self) -> bool:
+        return self.inner.starts_first
+
     async def start(self) -> None:
         """Start the teacher and open the file.
 
@@ -83,24 +91,24 @@ class CachedTeacher:
             self._open()
         await self.inner.start()
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
-        keys = [score_key(self.teacher_id, self._request, rollout) for rollout in rollouts]
+    async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
+        keys = [score_key(self.teacher_id, self._request, job) for job in jobs]
         with self._named_errors():
             kept = self._read(keys)
         results: dict[int, ScoreResult] = {}
-        for index, (key, rollout) in enumerate(zip(keys, rollouts, strict=True)):
-            score = self._unpacked(kept.get(key), rollout)
+        for index, (key, job) in enumerate(zip(keys, jobs, strict=True)):
+            score = self._unpacked(kept.get(key), job)
             if score is not None:
                 results[index] = score
-        missing = [index for index in range(len(rollouts)) if index not in results]
+        missing = [index for index in range(len(jobs)) if index not in results]
         self._counters[HITS] += len(results)
         self._counters[MISSES] += len(missing)
         if missing:
-            new = await self.inner.score([rollouts[index] for index in missing])
+            new = await self.inner.score([jobs[index] for index in missing])
             results.update(zip(missing, new, strict=True))
             with self._named_errors():
                 self._write({keys[i]: s for i, s in zip(missing, new, strict=True)})
-        return [results[index] for index in range(len(rollouts))]
+        return [results[index] for index in range(len(jobs))]
 
     async def close(self) -> None:
         if self._database is not None:
@@ -145,15 +153,15 @@ class CachedTeacher:
         with self._open() as database:
             database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
 
-    def _unpacked(self, row: tuple[int, bytes] | None, rollout: Rollout) -> TeacherScore | None:
-        """The score of a row; None where there is none, or one that is damaged."""
+    def _unpacked(self, row: tuple[int, bytes] | None, job: ScoringJob) -> TeacherScore | None:
+        """Return the score of a row; None if there is no row or its checksum is wrong."""
         if row is None:
             return None
         checksum, packed = row
         if zlib.crc32(packed) != checksum:
             self._counters[DAMAGED] += 1  # scored and written again
             return None
-        return _unpacked(packed, self._request, rollout.num_tokens, self.teacher_id)
+        return _unpacked(packed, self._request, job.num_scored, self.teacher_id)
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -166,12 +174,15 @@ class CachedTeacher:
             ) from error
 
 
-def score_key(teacher_id: str, request: ScoreRequest, rollout: Rollout) -> bytes:
-    """SHA-256 of all that a score depends on. The lengths keep prompt and response apart."""
-    prompt_ids, response_ids = rollout.prompt.token_ids, rollout.response_ids
-    head = f"{_FORMAT}|{teacher_id}|{request!r}|{prompt_ids.size}|{response_ids.size}|"
-    ids = np.concatenate([prompt_ids, response_ids]).astype("<i4")
-    return hashlib.sha256(head.encode() + ids.tobytes()).digest()
+def score_key(teacher_id: str, request: ScoreRequest, job: ScoringJob) -> bytes:
+    """Return the SHA-256 of everything that a score depends on: teacher, request, tokens, spans."""
+    first, *others = job.scored
+    if not others and first.stop == job.token_ids.size:
+        places = f"{first.start}|{first.num_tokens}"
+    else:
+        places = "spans " + ",".join(f"{span.start}-{span.stop}" for span in job.scored)
+    head = f"{_FORMAT}|{teacher_id}|{request!r}|{places}|"
+    return hashlib.sha256(head.encode() + job.token_ids.astype("<i4").tobytes()).digest()
 
 
 def _packed(score: TeacherScore) -> bytes:
@@ -190,21 +201,21 @@ def _unpacked(
     packed: bytes, request: ScoreRequest, num_tokens: int, teacher_id: str
 ) -> TeacherScore:
     head = 4 * num_tokens
-    logprobs_R = np.frombuffer(packed[:head], "<f4")
+    logprobs_S = np.frombuffer(packed[:head], "<f4")
     match request:
         case SampledRequest():
-            return TeacherScore(teacher_id=teacher_id, logprobs=logprobs_R)
+            return TeacherScore(teacher_id=teacher_id, logprobs=logprobs_S)
         case TopKRequest(k=k):
             middle = head + 4 * num_tokens * k
             return TopKScore(
                 teacher_id=teacher_id,
-                logprobs=logprobs_R,
+                logprobs=logprobs_S,
                 candidate_ids=np.frombuffer(packed[head:middle], "<i4").reshape(-1, k),
                 candidate_logprobs=np.frombuffer(packed[middle:], "<f4").reshape(-1, k),
             )
         case HiddenRequest():
             return HiddenScore(
                 teacher_id=teacher_id,
-                logprobs=logprobs_R,
+                logprobs=logprobs_S,
                 hidden=np.frombuffer(packed[head:], "<f4").reshape(num_tokens, -1),
             )

@@ -1,12 +1,12 @@
-"""Student and teacher must agree on what a token is before one scores the other's tokens."""
+"""Checks before the first score: models that match, jobs that fit, scores that repeat."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from qwen3_distill.errors import HandshakeError
+from qwen3_distill.errors import DataError, HandshakeError
 from qwen3_distill.ports import TeacherScorer
-from qwen3_distill.types import ModelIdentity, Rollout, ScoreFailure
+from qwen3_distill.types import ModelIdentity, ScoreFailure, ScoringJob
 
 _REMEDY = {
     "tokenizer_digest": "use a teacher with the student's tokenizer (same tokenizer.json)",
@@ -36,19 +36,33 @@ def check_compatible(student: ModelIdentity, teacher: ModelIdentity) -> None:
         )
 
 
-async def check_repeatable(
-    teacher: TeacherScorer, rollouts: Sequence[Rollout], *, tolerance_nats: float
-) -> float:
-    """Score rollouts together and alone; the largest difference in nats.
+def check_lengths(jobs: Sequence[ScoringJob], teacher: ModelIdentity) -> None:
+    """Raise unless every job fits the teacher's context.
 
     Raises:
-        HandshakeError: the same tokens get scores further apart than the tolerance, so a score
-            says more about its batch than about the teacher.
+        DataError: names the first job that does not.
     """
-    together = await teacher.score(rollouts)
+    for job in jobs:
+        if job.token_ids.size > teacher.context_length:
+            raise DataError(
+                f"rollout {job.rollout_id} has {job.token_ids.size} tokens, more than the "
+                f"teacher's context of {teacher.context_length}; lower sampling.max_new_tokens"
+            )
+
+
+async def check_repeatable(
+    teacher: TeacherScorer, jobs: Sequence[ScoringJob], *, tolerance_nats: float
+) -> float:
+    """Score jobs together and alone; return the largest difference in nats.
+
+    Raises:
+        HandshakeError: scores of the same tokens differ by more than the tolerance: they depend on
+            the batch.
+    """
+    together = await teacher.score(jobs)
     worst = 0.0
-    for rollout, score in zip(rollouts, together, strict=True):
-        (alone,) = await teacher.score([rollout])
+    for job, score in zip(jobs, together, strict=True):
+        (alone,) = await teacher.score([job])
         if isinstance(score, ScoreFailure) or isinstance(alone, ScoreFailure):
             raise HandshakeError(f"teacher {teacher.teacher_id} gives no score: {score}, {alone}")
         worst = max(worst, float(np.abs(alone.logprobs - score.logprobs).max()))

@@ -1,6 +1,6 @@
-"""How far a quantized teacher's scores are from the unquantized one's. Pure functions.
+"""Differences between a quantized teacher's scores and the unquantized one's. Pure functions.
 
-Shape letters: R response tokens of one rollout, N tokens of all of them.
+Shape letters: S sampled tokens of one rollout, N sampled tokens of all of them.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ METHOD = (
     "and one for all others; a lower bound of the full KL"
 )
 _TINY = 1e-12
-"""Mass of the remaining outcome where rounding leaves none."""
+"""Probability of the remaining outcome if rounding leaves none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class PrecisionReport:
     mean_nats: float
     """Mean of served - unquantized: the part that does not average out."""
     sign_flips: float
-    """Share of tokens whose advantage, teacher minus behavior logprob, has another sign."""
+    """Share of tokens whose advantage (teacher minus behavior logprob) changes its sign."""
     kl_nats: float
     """KL(unquantized || served) a token; see `METHOD`."""
 
@@ -41,7 +41,7 @@ class PrecisionReport:
 def compare_scores(
     rollouts: Sequence[Rollout], served: Sequence[TopKScore], unquantized: Sequence[TopKScore]
 ) -> PrecisionReport:
-    """What quantization does to the scores of some rollouts.
+    """Return the differences between served and unquantized scores of the same rollouts.
 
     Raises:
         DataError: there are no rollouts.
@@ -55,7 +55,7 @@ def compare_scores(
     flips_N = np.sign(served_N - behavior_N) != np.sign(exact_N - behavior_N)
     kl_N = np.concatenate(
         [
-            coarse_kl(rollout.response_ids, exact, quantized)
+            coarse_kl(rollout.response_ids[rollout.sampled_indices], exact, quantized)
             for rollout, exact, quantized in zip(rollouts, unquantized, served, strict=True)
         ]
     )
@@ -71,9 +71,9 @@ def compare_scores(
 
 
 def coarse_kl(
-    response_ids: NDArray[np.integer], p_score: TopKScore, q_score: TopKScore
+    sampled_ids: NDArray[np.integer], p_score: TopKScore, q_score: TopKScore
 ) -> NDArray[np.float64]:
-    """[R] KL(p || q) in nats over the tokens whose logprob is known in both, and the rest.
+    """[S] KL(p || q) in nats over the tokens whose logprob both know, and the rest as one outcome.
 
     Merging outcomes can only lower a KL divergence, so each value is a lower bound.
     """
@@ -81,13 +81,13 @@ def coarse_kl(
         _coarse_kl_of_token(
             _known(int(token), p_score, position), _known(int(token), q_score, position)
         )
-        for position, token in enumerate(response_ids)
+        for position, token in enumerate(sampled_ids)
     ]
     return np.array(values, dtype=np.float64)
 
 
 def _known(token: int, score: TopKScore, position: int) -> dict[int, float]:
-    """Logprobs at one position by token id: the candidates', and the sampled token's."""
+    """Return the known logprobs at one position, by token id: candidates and sampled token."""
     ids, logprobs = score.candidate_ids[position], score.candidate_logprobs[position]
     known = dict(zip(ids.tolist(), logprobs.tolist(), strict=True))
     return {**known, token: float(score.logprobs[position])}

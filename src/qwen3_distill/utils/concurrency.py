@@ -65,11 +65,14 @@ class TaskScope:
             self._block.cancel()
 
 
-async def together(*work: Coroutine[Any, Any, None]) -> None:
-    """Run all of it side by side. An error of one ends the others, and is raised when they have."""
+async def together(*work: Coroutine[Any, Any, Result]) -> list[Result]:
+    """Run all coroutines concurrently; return their results in order.
+
+    When one fails, the others are cancelled, and its error is raised once they have ended.
+    """
     tasks = [asyncio.ensure_future(one) for one in work]
     if not tasks:
-        return
+        return []
     try:
         # Unlike gather it does not cancel them: twice would break off their cleaning up.
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -77,8 +80,10 @@ async def together(*work: Coroutine[Any, Any, None]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    for task in done:
-        task.result()
+    for task in tasks:
+        if task in done:
+            task.result()  # raises the error of one that failed
+    return [task.result() for task in tasks]
 
 
 async def within(timeout_s: float, work: Awaitable[Result], what: str) -> Result:

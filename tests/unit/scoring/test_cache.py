@@ -22,23 +22,34 @@ from qwen3_distill.scoring.score_request import (
 )
 from qwen3_distill.types import (
     HiddenScore,
-    Rollout,
     ScoreFailure,
     ScoreResult,
+    ScoringJob,
     TeacherScore,
+    TokenSpan,
     TopKScore,
 )
-from tests.contract.builders import synthetic_rollout
+from tests.contract.builders import jobs_of, synthetic_rollout
 from tests.tiny_models import TinyModels
 
 ROLLOUTS = [synthetic_rollout(3, 4, seed) for seed in range(5)]
+JOBS = jobs_of(ROLLOUTS)
 SAMPLED = SampledRequest()
+OTHER_SPANS = [[(3, 4), (5, 7)], [(3, 5), (6, 7)], [(3, 6)], [(3, 4), (5, 6)], [(1, 2), (3, 7)]]
+"""None of them is one span to the end of the 7 tokens."""
+
+
+def with_spans(job: ScoringJob, *spans: tuple[int, int]) -> ScoringJob:
+    return replace(job, scored=tuple(TokenSpan(start=start, stop=stop) for start, stop in spans))
 
 
 class FakeTeacher:
     """Scores carry the rollout's seed and a counter of calls; some rollouts fail."""
 
     counters: Mapping[str, float] = MappingProxyType({"score/own": 1.0})
+
+    max_dropped_fraction = 0.25
+    starts_first = True
 
     def __init__(self, models: TinyModels, request: ScoreRequest, name: str = "fake#1") -> None:
         self.identity = load_identity(models.teacher)
@@ -53,15 +64,15 @@ class FakeTeacher:
     async def close(self) -> None:
         return None
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
-        self.asked += [rollout.rollout_id for rollout in rollouts]
-        return [self._score(rollout) for rollout in rollouts]
+    async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
+        self.asked += [job.rollout_id for job in jobs]
+        return [self._score(job) for job in jobs]
 
-    def _score(self, rollout: Rollout) -> ScoreResult:
-        if rollout.rollout_id in self.failing:
-            return ScoreFailure(rollout_id=rollout.rollout_id, reason="made up")
-        size = rollout.num_tokens
-        logprobs = -(rollout.response_ids + 1.0 / 3) / 100
+    def _score(self, job: ScoringJob) -> ScoreResult:
+        if job.rollout_id in self.failing:
+            return ScoreFailure(rollout_id=job.rollout_id, reason="made up")
+        size = job.num_scored
+        logprobs = -(job.token_ids[job.scored_indices] + 1.0 / 3) / 100
         match self._request:
             case SampledRequest():
                 return TeacherScore(teacher_id=self.teacher_id, logprobs=logprobs)
@@ -80,11 +91,11 @@ class FakeTeacher:
                 )
 
 
-def ask(teacher: CachedTeacher, rollouts: Sequence[Rollout] = ROLLOUTS) -> list[ScoreResult]:
+def ask(teacher: CachedTeacher, jobs: Sequence[ScoringJob] = JOBS) -> list[ScoreResult]:
     async def work() -> list[ScoreResult]:
         await teacher.start()
         try:
-            return await teacher.score(rollouts)
+            return await teacher.score(jobs)
         finally:
             await teacher.close()
 
@@ -123,13 +134,13 @@ def test_a_second_run_gets_the_same_scores_without_the_teacher(
 def test_only_what_is_missing_is_asked_for_and_the_order_is_kept(
     tiny_models: TinyModels, tmp_path: Path
 ) -> None:
-    ask(CachedTeacher(FakeTeacher(tiny_models, SAMPLED), SAMPLED, tmp_path), ROLLOUTS[1:3])
+    ask(CachedTeacher(FakeTeacher(tiny_models, SAMPLED), SAMPLED, tmp_path), JOBS[1:3])
     teacher = FakeTeacher(tiny_models, SAMPLED)
     cached = CachedTeacher(teacher, SAMPLED, tmp_path)
-    found = ask(cached, ROLLOUTS)
+    found = ask(cached, JOBS)
     assert teacher.asked == [ROLLOUTS[i].rollout_id for i in (0, 3, 4)]
-    for score, rollout in zip(found, ROLLOUTS, strict=True):
-        assert_same(score, teacher._score(rollout))
+    for score, job in zip(found, JOBS, strict=True):
+        assert_same(score, teacher._score(job))
     assert (cached.counters[cache.HITS], cached.counters[cache.MISSES]) == (2, 3)
 
 
@@ -153,6 +164,7 @@ def test_another_teacher_has_its_own_scores(tiny_models: TinyModels, tmp_path: P
 
 def test_a_key_is_of_all_that_a_score_depends_on() -> None:
     rollout = ROLLOUTS[0]
+    hot = replace(rollout, rollout_id="other", sampling=replace(rollout.sampling, temperature=2.0))
     prompt = rollout.prompt
     moved = replace(  # the same tokens, one of them moved from the response to the prompt
         rollout,
@@ -160,24 +172,62 @@ def test_a_key_is_of_all_that_a_score_depends_on() -> None:
         response_ids=rollout.response_ids[1:],
         behavior_logprobs=rollout.behavior_logprobs[1:],
         versions=(replace(rollout.versions[0], stop=rollout.num_tokens - 1),),
+        sampled=(),
     )
+    job, moved_job, hot_job = jobs_of([rollout, moved, hot])
     keys = [
-        score_key("a", SAMPLED, rollout),
-        score_key("b", SAMPLED, rollout),
-        score_key("a", TopKRequest(k=3), rollout),
-        score_key("a", TopKRequest(k=4), rollout),
-        score_key("a", SAMPLED, ROLLOUTS[1]),
-        score_key("a", SAMPLED, moved),
+        score_key("a", SAMPLED, job),
+        score_key("b", SAMPLED, job),
+        score_key("a", TopKRequest(k=3), job),
+        score_key("a", TopKRequest(k=4), job),
+        score_key("a", SAMPLED, JOBS[1]),
+        score_key("a", SAMPLED, moved_job),
+        *(score_key("a", SAMPLED, with_spans(job, *spans)) for spans in OTHER_SPANS),
     ]
     assert len(set(keys)) == len(keys)
-    hot = replace(rollout, rollout_id="other", sampling=replace(rollout.sampling, temperature=2.0))
-    assert score_key("a", SAMPLED, hot) == keys[0]
+    assert score_key("a", SAMPLED, hot_job) == keys[0]
+
+
+def test_the_key_of_a_job_with_one_span_to_its_end_never_changes() -> None:
+    """Kept scores are found again by later versions of this package."""
+    keys = [
+        score_key("a", SAMPLED, JOBS[0]).hex(),
+        score_key("teacher#1@fp8", TopKRequest(k=3), JOBS[0]).hex(),
+    ]
+    assert keys == [
+        "fceb01604008d17a23a61f83bc82a0a6a4463033c5b40ff2125e8aedfadefefc",
+        "5b40fd3a1384e1fdae3a15aec61a19919bc4bc3e6627cce311b788b0f08d944c",
+    ]
+
+
+@pytest.mark.parametrize(
+    "request_kind", [SAMPLED, TopKRequest(k=3), HiddenRequest()], ids=["sampled", "top_k", "hidden"]
+)
+def test_scores_of_several_spans_are_kept(
+    tiny_models: TinyModels, tmp_path: Path, request_kind: ScoreRequest
+) -> None:
+    jobs = [with_spans(JOBS[0], *spans) for spans in OTHER_SPANS]
+    scores = ask(
+        CachedTeacher(FakeTeacher(tiny_models, request_kind), request_kind, tmp_path), jobs
+    )
+    second = FakeTeacher(tiny_models, request_kind)
+    found = ask(CachedTeacher(second, request_kind, tmp_path), jobs)
+    for score, expected, job in zip(found, scores, jobs, strict=True):
+        assert_same(score, expected)
+        assert isinstance(score, TeacherScore)
+        assert score.logprobs.size == job.num_scored
+    assert second.asked == []
+
+
+def test_a_cache_drops_and_starts_as_its_teacher(tiny_models: TinyModels, tmp_path: Path) -> None:
+    cached = CachedTeacher(FakeTeacher(tiny_models, SAMPLED), SAMPLED, tmp_path)
+    assert (cached.max_dropped_fraction, cached.starts_first) == (0.25, True)
 
 
 def test_a_damaged_row_is_scored_again(tiny_models: TinyModels, tmp_path: Path) -> None:
     expected = ask(CachedTeacher(FakeTeacher(tiny_models, SAMPLED), SAMPLED, tmp_path))
     with sqlite3.connect(tmp_path / cache.FILE_NAME) as database:
-        key = score_key("fake#1", SAMPLED, ROLLOUTS[2])
+        key = score_key("fake#1", SAMPLED, JOBS[2])
         (blob,) = database.execute("SELECT score FROM scores WHERE key = ?", [key]).fetchone()
         broken = bytes([blob[0] ^ 1, *blob[1:]])
         database.execute("UPDATE scores SET score = ? WHERE key = ?", [broken, key])
@@ -210,8 +260,8 @@ def test_two_teachers_may_use_one_file_at_a_time(tiny_models: TinyModels, tmp_pa
 
     async def work() -> None:
         await asyncio.gather(one.start(), other.start())
-        await one.score(ROLLOUTS[:3])
-        await other.score(ROLLOUTS)
+        await one.score(JOBS[:3])
+        await other.score(JOBS)
         await asyncio.gather(one.close(), other.close())
 
     asyncio.run(work())

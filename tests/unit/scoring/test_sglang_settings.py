@@ -14,8 +14,9 @@ from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling import digest as digest_module
 from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.scoring.score_request import HiddenRequest, SampledRequest
-from qwen3_distill.scoring.sglang.teacher import SglangTeacher, request_groups
-from tests.contract.builders import synthetic_rollout
+from qwen3_distill.scoring.sglang.groups import request_groups
+from qwen3_distill.scoring.sglang.teacher import SglangTeacher
+from tests.contract.builders import jobs_of, synthetic_rollout
 from tests.tiny_models import TinyModels, write_model
 
 
@@ -77,10 +78,10 @@ def test_groups_hold_every_rollout_once_with_its_prompt_mates(
     drawn: list[tuple[int, int]], budget: int
 ) -> None:
     # A prompt of its own length for each number: prompts differ.
-    rollouts = [synthetic_rollout(2 + prompt, length, seed=0) for prompt, length in drawn]
-    groups = request_groups(rollouts, budget)
+    jobs = jobs_of(synthetic_rollout(2 + prompt, length, seed=0) for prompt, length in drawn)
+    groups = request_groups(jobs, budget)
     order = [index for group in groups for index in group]
-    assert sorted(order) == list(range(len(rollouts)))
+    assert sorted(order) == list(range(len(jobs)))
     prompts = [drawn[index][0] for index in order]
     changes = sum(a != b for a, b in pairwise(prompts))
     assert changes == max(len(set(prompts)) - 1, 0)
@@ -90,8 +91,8 @@ def test_groups_hold_every_rollout_once_with_its_prompt_mates(
 
 
 def test_a_request_is_filled_before_the_next_one() -> None:
-    rollouts = [synthetic_rollout(2, 8, seed=0) for _ in range(5)]
-    assert request_groups(rollouts, 20) == [[0, 1], [2, 3], [4]]
+    jobs = jobs_of(synthetic_rollout(2, 8, seed=0) for _ in range(5))
+    assert request_groups(jobs, 20) == [[0, 1], [2, 3], [4]]
 
 
 # --- Digest -------------------------------------------------------------------------------------

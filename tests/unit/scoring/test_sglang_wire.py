@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_distill.scoring.score_request import SampledRequest, TopKRequest
@@ -14,19 +14,33 @@ from qwen3_distill.scoring.sglang.wire import (
     Fault,
     FaultKind,
     ReplyError,
-    TokenSequence,
     answer_body,
     read_answer,
     read_scores,
     score_body,
 )
-from qwen3_distill.types import TeacherScore, TopKScore, WeightVersion
-from tests.contract.builders import make_prompt, make_request, make_spec, synthetic_rollout
+from qwen3_distill.types import ScoringJob, TeacherScore, TokenSpan, TopKScore, WeightVersion
+from tests.contract.builders import (
+    jobs_of,
+    make_prompt,
+    make_request,
+    make_spec,
+    synthetic_rollout,
+)
+from tests.sglang_stand_in import StandIn
+from tests.tiny_models import TinyModels
 
 VOCAB = 10
 SAMPLED = SampledRequest()
 TOP_2 = TopKRequest(k=2)
-SEQUENCE = TokenSequence(np.array([3, 1, 4, 1, 5], dtype=np.int32), 2)
+
+
+def job_of(ids: list[int], *spans: tuple[int, int]) -> ScoringJob:
+    scored = tuple(TokenSpan(start=start, stop=stop) for start, stop in spans)
+    return ScoringJob(rollout_id="r", token_ids=np.array(ids), scored=scored)
+
+
+JOB = job_of([3, 1, 4, 1, 5], (2, 5))
 ROWS: list[list[Any]] = [[None, 1, None], [-0.5, 4, None], [-1.5, 1, None], [-2.5, 5, None]]
 TOP: list[Any] = [
     None,
@@ -46,11 +60,11 @@ def reply(*entries: Any) -> bytes:
 
 
 def read(
-    raw: bytes, request: Any = SAMPLED, sequences: list[TokenSequence] | None = None
+    raw: bytes, request: Any = SAMPLED, jobs: list[ScoringJob] | None = None
 ) -> list[TeacherScore | Fault]:
     return read_scores(
         raw,
-        [SEQUENCE] if sequences is None else sequences,
+        [JOB] if jobs is None else jobs,
         request,
         vocab_size=VOCAB,
         teacher_id="t",
@@ -69,13 +83,13 @@ def fault_of(raw: bytes, request: Any = SAMPLED) -> FaultKind:
 
 def test_a_request_asks_from_the_prompts_last_token_on() -> None:
     rollouts = [synthetic_rollout(3, 2), synthetic_rollout(1, 4)]
-    body = json.loads(score_body([TokenSequence.of(r) for r in rollouts], SAMPLED))
+    body = json.loads(score_body(jobs_of(rollouts), SAMPLED))
     assert body["logprob_start_len"] == [2, 0]
     assert body["input_ids"] == [[*r.prompt.token_ids, *r.response_ids] for r in rollouts]
     assert body["sampling_params"]["max_new_tokens"] == 0
     assert body["return_logprob"] is True
     assert "top_logprobs_num" not in body
-    assert json.loads(score_body([SEQUENCE], TOP_2))["top_logprobs_num"] == 2
+    assert json.loads(score_body([JOB], TOP_2))["top_logprobs_num"] == 2
 
 
 @pytest.mark.parametrize(
@@ -117,9 +131,9 @@ def test_a_healthy_reply_is_read_without_its_null() -> None:
 
 
 def test_sequences_keep_their_order() -> None:
-    other = TokenSequence(np.array([2, 6], dtype=np.int32), 1)
+    other = job_of([2, 6], (1, 2))
     rows = [[None, 2, None], [-3.0, 6, None]]
-    scores = read(reply(entry(), entry(rows)), sequences=[SEQUENCE, other])
+    scores = read(reply(entry(), entry(rows)), jobs=[JOB, other])
     lengths = [s.logprobs.size for s in scores if isinstance(s, TeacherScore)]
     assert lengths == [3, 1]
 
@@ -132,12 +146,12 @@ def test_candidates_are_read_beside_the_scores() -> None:
 
 
 def test_the_vocabularys_last_id_may_come_back_as_0() -> None:
-    sequence = TokenSequence(np.array([9, 9, 4], dtype=np.int32), 1)
+    job = job_of([9, 9, 4], (1, 3))
     rows = [[None, 0, None], [-1.0, 0, None], [-1.0, 4, None]]
-    (score,) = read(reply(entry(rows)), sequences=[sequence])
+    (score,) = read(reply(entry(rows)), jobs=[job])
     assert isinstance(score, TeacherScore)
     rows[2][1] = 0  # but no other id
-    (outcome,) = read(reply(entry(rows)), sequences=[sequence])
+    (outcome,) = read(reply(entry(rows)), jobs=[job])
     assert isinstance(outcome, Fault)
     assert outcome.kind is FaultKind.MISALIGNED
 
@@ -261,6 +275,72 @@ def test_no_other_json_becomes_a_score_or_a_crash(value: Any) -> None:
     assert isinstance(outcome, Fault)
     (outcome,) = read(reply(entry(top=value if value is not None else [])), TOP_2)
     assert isinstance(outcome, Fault)
+
+
+# --- Several spans ------------------------------------------------------------------------------
+
+
+@st.composite
+def spans_within(draw: st.DrawFn, size: int) -> list[tuple[int, int]]:
+    """Spans of a job of ``size`` tokens: in order, with gaps, the first from 1 on."""
+    scored = draw(st.lists(st.booleans(), min_size=size - 1, max_size=size - 1).filter(any))
+    edges = np.flatnonzero(np.diff(np.array([False, *scored, False]).astype(int))) + 1
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+
+
+@st.composite
+def jobs_with_spans(draw: st.DrawFn) -> ScoringJob:
+    ids = draw(st.lists(st.integers(0, 259), min_size=2, max_size=24))
+    return job_of(ids, *draw(spans_within(len(ids))))
+
+
+@pytest.fixture(scope="module")
+def stand_in(tiny_models: TinyModels) -> StandIn:
+    return StandIn(tiny_models.teacher)
+
+
+@settings(deadline=None)
+@given(job=jobs_with_spans(), kind=st.sampled_from([SAMPLED, TOP_2]))
+def test_scores_of_several_spans_are_those_of_the_same_places_in_one(
+    stand_in: StandIn, job: ScoringJob, kind: SampledRequest | TopKRequest
+) -> None:
+    def ask(asked: ScoringJob) -> TeacherScore:
+        status, answers = stand_in.answer({}, score_body([asked], kind))
+        assert status == 200
+        (score,) = read_scores(
+            json.dumps(answers).encode(), [asked], kind, vocab_size=260, teacher_id="t"
+        )
+        assert isinstance(score, TeacherScore), score
+        return score
+
+    some, whole = ask(job), ask(job_of(job.token_ids.tolist(), (1, job.token_ids.size)))
+    places = job.scored_indices - 1
+    assert some.logprobs.size == job.num_scored  # and no value for any other token
+    assert np.array_equal(some.logprobs, whole.logprobs[places])
+    if isinstance(some, TopKScore) and isinstance(whole, TopKScore):
+        assert np.array_equal(some.candidate_ids, whole.candidate_ids[places])
+        assert np.array_equal(some.candidate_logprobs, whole.candidate_logprobs[places])
+    assert isinstance(some, TopKScore) == isinstance(kind, TopKRequest)
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"),
+    [
+        (ROWS, None),
+        (replaced(2, 1, 2), FaultKind.MISALIGNED),
+        (replaced(2, 0, None), FaultKind.MISSING),
+        (replaced(2, 0, 0.01), FaultKind.POSITIVE),
+    ],
+)
+def test_a_token_between_two_spans_is_checked_and_has_no_score(
+    rows: Any, kind: FaultKind | None
+) -> None:
+    (outcome,) = read(reply(entry(rows)), jobs=[job_of([3, 1, 4, 1, 5], (2, 3), (4, 5))])
+    if isinstance(outcome, Fault):
+        assert outcome.kind is kind
+    else:
+        assert kind is None
+        assert outcome.logprobs.tolist() == [-0.5, -2.5]
 
 
 # --- Answers ------------------------------------------------------------------------------------

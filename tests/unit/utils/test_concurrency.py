@@ -140,7 +140,12 @@ def test_together_is_side_by_side() -> None:
         await other.wait()
 
     run(together(set_and_wait(left, right), set_and_wait(right, left)))
-    run(together())  # of nothing
+    assert run(together()) == []
+
+
+def test_together_returns_the_results_in_the_order_of_the_work() -> None:
+    work = (asyncio.sleep(delay_s, delay_s) for delay_s in (0.03, 0.01, 0.02))
+    assert run(together(*work)) == [0.03, 0.01, 0.02]
 
 
 def test_an_error_of_one_is_raised_when_the_others_have_ended() -> None:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from qwen3_distill.scoring.embedded.hosted import EmbeddedTeacherProcess
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from qwen3_distill.scoring.score_request import HiddenRequest, request_for
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
+from qwen3_distill.scoring.views import SameView, TeacherView
 from qwen3_distill.training.embedded.hosted import EmbeddedLearnerProcess
 from qwen3_distill.training.embedded.student import build_embedded_learner
 from qwen3_distill.training.unsloth.learner import UnslothLearner
@@ -95,6 +96,8 @@ class Parts:
     text: TextTools
     is_correct: Callable[[Rollout], bool] | None
     """Checks training rollouts; None without a verifier."""
+    view: TeacherView = field(default_factory=SameView)
+    """How the teacher looks at a rollout."""
     scratch: Path | None = None
     """Folder of the weight channel's files, removed at the end."""
 
@@ -112,7 +115,7 @@ class Parts:
         config = self.config
         teacher = f"the teacher ({config.scoring.kind})"
         others = f"rollout engine ({config.generation.kind}) and learner ({config.training.kind})"
-        if isinstance(config.scoring, SglangScoring):
+        if self.teacher.starts_first:
             say(f"starting {teacher}")
             await self.teacher.start()
             say(f"starting {others}")

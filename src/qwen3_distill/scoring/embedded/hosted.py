@@ -1,7 +1,7 @@
 """The embedded teacher in a process of its own, seen from the controller.
 
 When the process dies or hangs it is started again and scores anew what it owes: a score depends on
-nothing but the rollout.
+nothing but the job.
 """
 
 import sys
@@ -14,7 +14,7 @@ from qwen3_distill.hosts.process import WorkerProcess
 from qwen3_distill.hosts.supervision import Restarts
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.scoring.score_request import ScoreRequest
-from qwen3_distill.types import ModelIdentity, Rollout, ScoreResult
+from qwen3_distill.types import ModelIdentity, ScoreResult, ScoringJob
 
 _MODULE = "qwen3_distill.scoring.embedded.worker"
 
@@ -75,11 +75,19 @@ class EmbeddedTeacherProcess:
         """
         await self._restarts.start()
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
+    @property
+    def max_dropped_fraction(self) -> float:
+        return 0.0
+
+    @property
+    def starts_first(self) -> bool:
+        return False
+
+    async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
         while True:
             start = await self._restarts.current()
             try:
-                return await self._worker.call("score", list(rollouts))
+                return await self._worker.call("score", list(jobs))
             except EngineLost as error:
                 await self._restarts.recover(start, error)
 

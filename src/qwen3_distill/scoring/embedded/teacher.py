@@ -1,7 +1,7 @@
 """The teacher in this process.
 
-Shape letters: B rows of a padded batch, T positions, N response tokens of a batch, D hidden size,
-V vocabulary, K candidates, R response tokens of one rollout.
+Shape letters: B rows of a padded batch, T positions, N scored tokens of a batch, D hidden size,
+V vocabulary, C tokens of a chunk, K candidates, S scored tokens of one job.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen3_distill.errors import ConfigError, DataError
+from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.head import logits_of, map_chunks
 from qwen3_distill.modeling.loading import (
@@ -22,6 +22,7 @@ from qwen3_distill.modeling.loading import (
     resolve_device,
     resolve_dtype,
 )
+from qwen3_distill.scoring.handshake import check_lengths
 from qwen3_distill.scoring.score_request import (
     HiddenRequest,
     SampledRequest,
@@ -31,8 +32,8 @@ from qwen3_distill.scoring.score_request import (
 from qwen3_distill.types import (
     HiddenScore,
     ModelIdentity,
-    Rollout,
     ScoreResult,
+    ScoringJob,
     TeacherScore,
     TopKScore,
 )
@@ -40,7 +41,7 @@ from qwen3_distill.utils.batches import padded_batches
 
 
 class EmbeddedTeacher:
-    """A `TeacherScorer` on PyTorch: one forward pass over prompt and response, no logits kept."""
+    """A `TeacherScorer` on PyTorch: one forward pass over a job's tokens; no logits are kept."""
 
     def __init__(
         self,
@@ -83,54 +84,52 @@ class EmbeddedTeacher:
         return self._teacher_id
 
     @property
+    def max_dropped_fraction(self) -> float:
+        return 0.0
+
+    @property
+    def starts_first(self) -> bool:
+        return False
+
+    @property
     def output_head(self) -> Tensor:
         """[V, D]: turns a `HiddenScore` back into the full distribution."""
         return output_head(self._model)
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
-        lengths = [r.prompt.token_ids.size + r.response_ids.size for r in rollouts]
-        for rollout, length in zip(rollouts, lengths, strict=True):
-            if length > self._identity.context_length:
-                raise DataError(
-                    f"rollout {rollout.rollout_id} has {length} tokens, more than the teacher's "
-                    f"context of {self._identity.context_length}; lower sampling.max_new_tokens"
-                )
+    async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
+        check_lengths(jobs, self._identity)
         scores: dict[int, TeacherScore] = {}
-        for group in padded_batches(lengths, self._batch_tokens):
-            group_scores = self._score_batch([rollouts[index] for index in group])
+        for group in padded_batches([job.token_ids.size for job in jobs], self._batch_tokens):
+            group_scores = self._score_batch([jobs[index] for index in group])
             scores.update(zip(group, group_scores, strict=True))
             await asyncio.sleep(0)  # others may be waiting for this event loop
-        return [scores[index] for index in range(len(rollouts))]
+        return [scores[index] for index in range(len(jobs))]
 
     async def close(self) -> None:
         return None
 
     @torch.inference_mode()
-    def _score_batch(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
-        hidden_ND = self._response_hidden(rollouts)
+    def _score_batch(self, jobs: Sequence[ScoringJob]) -> list[TeacherScore]:
+        hidden_ND = self._predicting_hidden(jobs)
         target_N = torch.from_numpy(
-            np.concatenate([rollout.response_ids for rollout in rollouts]).astype(np.int64)
+            np.concatenate([job.token_ids[job.scored_indices] for job in jobs]).astype(np.int64)
         ).to(self._device)
         columns = map_chunks(
             self._chunk_scores, (hidden_ND, target_N), chunk_tokens=self._chunk_tokens
         )
-        sizes = [rollout.response_ids.size for rollout in rollouts]
-        per_rollout = zip(*(column.cpu().split(sizes) for column in columns), strict=True)
-        return [self._score_record(parts) for parts in per_rollout]
+        sizes = [job.num_scored for job in jobs]
+        per_job = zip(*(column.cpu().split(sizes) for column in columns), strict=True)
+        return [self._score_record(parts) for parts in per_job]
 
-    def _response_hidden(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """[N, D] hidden states from which each response token is predicted."""
-        ids = [
-            np.concatenate([rollout.prompt.token_ids, rollout.response_ids]).astype(np.int64)
-            for rollout in rollouts
-        ]
-        longest = max(row.size for row in ids)
-        input_BT = torch.zeros(len(ids), longest, dtype=torch.long)
-        predicts_BT = torch.zeros(len(ids), longest, dtype=torch.bool)
-        for b, (row, rollout) in enumerate(zip(ids, rollouts, strict=True)):
-            input_BT[b, : row.size] = torch.from_numpy(row)
+    def _predicting_hidden(self, jobs: Sequence[ScoringJob]) -> Tensor:
+        """[N, D] hidden states from which the scored tokens are predicted."""
+        longest = max(job.token_ids.size for job in jobs)
+        input_BT = torch.zeros(len(jobs), longest, dtype=torch.long)
+        predicts_BT = torch.zeros(len(jobs), longest, dtype=torch.bool)
+        for b, job in enumerate(jobs):
+            input_BT[b, : job.token_ids.size] = torch.from_numpy(job.token_ids.astype(np.int64))
             # Token t is predicted from position t - 1.
-            predicts_BT[b, rollout.prompt.token_ids.size - 1 : row.size - 1] = True
+            predicts_BT[b, torch.from_numpy(job.scored_indices - 1)] = True
         # Right padding needs no attention mask: causal attention never looks at what follows.
         hidden_BTD = self._model.model(
             input_ids=input_BT.to(self._device), use_cache=False
@@ -150,18 +149,18 @@ class EmbeddedTeacher:
                 return (logprob_C,)
 
     def _score_record(self, parts: tuple[Tensor, ...]) -> TeacherScore:
-        logprobs_R = parts[0].numpy()
+        logprobs_S = parts[0].numpy()
         match self._request:
             case TopKRequest():
                 return TopKScore(
                     teacher_id=self.teacher_id,
-                    logprobs=logprobs_R,
+                    logprobs=logprobs_S,
                     candidate_ids=parts[1].numpy(),
                     candidate_logprobs=parts[2].numpy(),
                 )
             case HiddenRequest():
                 return HiddenScore(
-                    teacher_id=self.teacher_id, logprobs=logprobs_R, hidden=parts[1].numpy()
+                    teacher_id=self.teacher_id, logprobs=logprobs_S, hidden=parts[1].numpy()
                 )
             case SampledRequest():
-                return TeacherScore(teacher_id=self.teacher_id, logprobs=logprobs_R)
+                return TeacherScore(teacher_id=self.teacher_id, logprobs=logprobs_S)

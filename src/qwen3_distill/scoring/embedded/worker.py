@@ -1,4 +1,4 @@
-"""The process of an embedded teacher: the same teacher, served to the controller."""
+"""The worker of an embedded teacher: `EmbeddedTeacher`, served to the controller."""
 
 from collections.abc import Sequence
 
@@ -9,17 +9,17 @@ from qwen3_distill.errors import EngineError
 from qwen3_distill.hosts.process import serve_worker
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from qwen3_distill.scoring.score_request import ScoreRequest
-from qwen3_distill.types import Rollout, ScoreResult
+from qwen3_distill.types import ScoreResult, ScoringJob
 
 
 class EmbeddedTeacherWorker:
-    """What the worker serves. Between two forward passes it answers."""
+    """The served object. Between two forward passes it answers pings."""
 
     def __init__(self) -> None:
         self._teacher: EmbeddedTeacher | None = None
 
     def open(self, config: EmbeddedScoring, request: ScoreRequest) -> str:
-        """Load the teacher; its id."""
+        """Load the teacher; return its id."""
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self._teacher = EmbeddedTeacher(
@@ -32,10 +32,10 @@ class EmbeddedTeacherWorker:
         )
         return self._teacher.teacher_id
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoreResult]:
+    async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
         if self._teacher is None:
             raise EngineError("the teacher is not open: start it first")
-        return await self._teacher.score(rollouts)
+        return await self._teacher.score(jobs)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Requests to one or several SGLang servers over kept-alive connections, balanced by tokens."""
+"""An HTTP client for one or several SGLang servers; requests are balanced by tokens in flight."""
 
 import asyncio
 from collections.abc import Sequence
@@ -11,13 +11,16 @@ from qwen3_distill.scoring.sglang.wire import Fault, FaultKind
 
 _CONNECT_TIMEOUT_S = 10.0
 _KEEP_ALIVE_S = 3.0
-"""Shorter than the server's 5 s: a connection that it is about to close is not used again."""
+"""Shorter than the server's 5 s, so that no request uses a connection that it is closing."""
 _REST_S = 2.0
-"""How long a server that failed is passed over where another one works."""
+"""How long other servers are preferred to one that failed."""
+BACKOFF_S = 0.5
+"""Pause before the first retry; every further one is twice as long."""
+BACKOFF_MAX_S = 8.0
 
 
 class Unanswered(Exception):
-    """A request that got no answer, which may be sent again."""
+    """A request got no answer; it may be sent again."""
 
     def __init__(self, kind: FaultKind, detail: str) -> None:
         super().__init__(detail)
@@ -25,12 +28,12 @@ class Unanswered(Exception):
 
 
 class Refused(Exception):
-    """A request that the server will not take; sending it again changes nothing."""
+    """The server refused a request; sending it again changes nothing."""
 
 
 @dataclass(eq=False)
 class Link:
-    """One server, and what it has to do."""
+    """One server and its load: requests and tokens in flight."""
 
     url: str
     requests: int = 0
@@ -42,7 +45,7 @@ class SglangClient:
     """Sends requests to the server with the fewest tokens in flight.
 
     Args:
-        max_in_flight: requests that one server has at a time; the others wait here.
+        max_in_flight: requests in flight per server; further ones wait here.
     """
 
     def __init__(
@@ -64,16 +67,16 @@ class SglangClient:
     async def post(
         self, body: bytes, *, tokens: int, timeout_s: float | None = None, link: Link | None = None
     ) -> bytes:
-        """What a server answers to ``/generate``.
+        """Return a server's reply to a ``/generate`` request.
 
         Args:
-            tokens: of the request, for the balance between servers.
-            timeout_s: without an answer for so long; None: the client's.
-            link: the server to ask; None: whichever has least to do.
+            tokens: of the request; servers are balanced by it.
+            timeout_s: seconds to wait for the reply; None: the client's default.
+            link: the server to ask; None: the least busy one.
 
         Raises:
-            Unanswered: no answer, which may be another time.
-            Refused: the server does not take such a request.
+            Unanswered: no answer; a later attempt may succeed.
+            Refused: the server rejects the request itself.
             EngineError: the key is wrong.
         """
         chosen = await self._take(tokens, link)
@@ -141,3 +144,8 @@ class SglangClient:
         if response.is_client_error and response.status_code != httpx.codes.TOO_MANY_REQUESTS:
             raise Refused(detail)
         raise Unanswered(FaultKind.STATUS, detail)
+
+
+def backoff_s(attempt: int) -> float:
+    """Pause before a retry; ``attempt`` is the number of attempts so far."""
+    return min(BACKOFF_S * 2 ** (attempt - 1), BACKOFF_MAX_S)

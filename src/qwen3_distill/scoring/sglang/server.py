@@ -1,4 +1,4 @@
-"""One SGLang server on loopback: started, watched, and ended with all of its processes."""
+"""One SGLang server on loopback: its options, its start, its end and what its log says."""
 
 import asyncio
 import re
@@ -20,19 +20,19 @@ from qwen3_distill.hosts.child import ChildProcess, engine_environment, how_to_i
 
 HOST = "127.0.0.1"
 CPU_CACHE_TOKENS = 65536
-"""Tokens of the key-value cache on a CPU, where nobody planned it: SGLang would take most of the
-machine's memory."""
+"""Tokens of the key-value cache on a CPU, where no memory is planned: SGLang's default takes most
+of the machine's memory."""
 CONTEXT_MARGIN = 8
-"""By so many tokens SGLang's longest input is shorter than the context length it is given."""
+"""Tokens by which SGLang's longest input is shorter than its context length."""
 _LOG_SEARCH_BYTES = 1 << 20
 _UNKNOWN = re.compile(
     r"(unrecognized arguments: .*|cannot import name .* from 'sglang.*|No module named 'sglang\..*)"
 )
-"""What an SGLang says last that lacks something it was asked for."""
+"""How SGLang's log ends when it lacks an option, module or name that we use."""
 
 MemoryFraction: TypeAlias = float | Callable[[], float] | None
-"""Share of the memory that is free when a server starts; None: SGLang's default. A function is
-asked at every start: after a restart, less is free beside the other engines."""
+"""Share of the free memory that a server takes at its start; None: SGLang's default. A function is
+called at every start: at a restart the other engines already hold theirs."""
 Options: TypeAlias = dict[str, bool | int | float | str]
 
 
@@ -40,7 +40,7 @@ class SglangServer:
     """A server process.
 
     Args:
-        context_length: the longest sequence to score.
+        context_length: tokens of the longest sequence to score.
         max_total_tokens: tokens of the key-value cache; None: SGLang's default.
         log: file that takes the server's output; appended to, readable by this user only.
     """
@@ -81,7 +81,7 @@ class SglangServer:
         return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
 
     async def start(self) -> None:
-        """Start the process; it answers some time later, or ends.
+        """Start the process. It answers once it has loaded the model, or ends.
 
         Raises:
             EngineStartError: the port is taken, or the interpreter cannot be run.
@@ -93,8 +93,8 @@ class SglangServer:
         _check_free(port)
         self.url = f"http://{HOST}:{port}"
         self.api_key = secrets.token_hex(16)
-        # The key goes by way of a file: a command line can be read by everybody. SGLang writes
-        # its settings, the key among them, into its log.
+        # The key is passed in a file: every user can read a command line. SGLang also writes its
+        # settings, the key among them, into its log.
         self._folder = Path(tempfile.mkdtemp(prefix="qwen3-distill-"))  # mode 0700
         file = self._folder / "server.yaml"
         file.write_text(yaml.safe_dump(self._options(port)), encoding="utf-8")
@@ -110,7 +110,7 @@ class SglangServer:
         await self._process.wait()
 
     async def ends_within(self, seconds: float) -> bool:
-        """Whether the process has ended, or does within so long."""
+        """Whether the process has ended, or ends within ``seconds``."""
         try:
             await asyncio.wait_for(self._process.wait(), seconds)
         except asyncio.TimeoutError:
@@ -129,11 +129,11 @@ class SglangServer:
             self._folder = None
 
     def kill(self) -> None:
-        """SIGKILL the whole group at once; for what hangs, and for tests."""
+        """Send SIGKILL to the whole process group."""
         self._process.kill()
 
     def start_error(self) -> EngineStartError:
-        """Why a server that ended before it answered did so, as far as its log tells."""
+        """Return why a server ended before its first answer, as far as its log tells."""
         text = self._log_text()
         if "No module named 'sglang'" in text:
             return EngineStartError(
@@ -148,7 +148,7 @@ class SglangServer:
         return EngineStartError(f"the SGLang server did not start{tail}")
 
     def _unknown_message(self, what: str) -> str:
-        """For what SGLang says that it does not have: options, or modules and names."""
+        """Name the option, module or name that SGLang lacks, and whose it is."""
         words = what.split()
         theirs = [name for name in self._config.server_arguments if f"--{name}" in words]
         if theirs:
@@ -188,7 +188,7 @@ class SglangServer:
             return ""
 
     def _options(self, port: int) -> Options:
-        """The options of ``sglang.launch_server``, as its configuration file takes them."""
+        """Return the entries of the configuration file of ``sglang.launch_server``."""
         config = self._config
         options: Options = {
             "model-path": config.model,
@@ -197,18 +197,17 @@ class SglangServer:
             "api-key": self.api_key,
             "device": "cuda" if not self.on_cpu else "cpu",
             "dtype": config.dtype,
-            # SGLang keeps room for tokens that would be generated; nothing is, where it scores.
+            # SGLang reserves room for generated tokens; scoring generates none.
             "context-length": self._context_length + CONTEXT_MARGIN,
             "chunked-prefill-size": config.chunked_prefill_tokens,
-            # Only token ids come and go.
+            # Requests and replies hold token ids only.
             "skip-tokenizer-init": True,
-            # Its readiness is checked here, by a real answer.
+            # `readiness` checks it with a real request.
             "skip-server-warmup": True,
-            # Between a step's scores the scheduler would keep a core busy with waiting.
+            # Else the scheduler keeps a core busy while it waits for requests.
             "sleep-on-idle": True,
             "grammar-backend": "none",
-            # Graphs make decoding faster, which only the teacher's own answers need, and take
-            # memory and time at the start.
+            # Graphs cost memory and start time; only the teacher's own answers are decoded.
             "disable-decode-cuda-graph": not config.decode_graphs,
             "disable-prefill-cuda-graph": True,
             "enable-fp32-lm-head": config.float32_head,
@@ -222,7 +221,7 @@ class SglangServer:
         }
         options |= {name: value for name, value in optional.items() if value is not None}
         if self.on_cpu:
-            # Without kernels of its own for this CPU, SGLang has PyTorch's.
+            # SGLang has no kernels of its own for every CPU; PyTorch's work on all.
             options = {
                 "attention-backend": "torch_native",
                 "sampling-backend": "pytorch",
@@ -233,7 +232,7 @@ class SglangServer:
 
     def _variables(self) -> dict[str, str]:
         variables = {
-            # The health check must not generate tokens: a long prefill would look like a death.
+            # A health check that generates would wait behind a long prefill and fail.
             "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
             "SGLANG_HEALTH_CHECK_TIMEOUT": "120",
             "SGLANG_LOGPROB_CHUNK_SIZE": str(self._config.chunk_tokens),
@@ -246,10 +245,10 @@ class SglangServer:
 
 
 async def unless_it_ends(server: SglangServer, work: Coroutine[Any, Any, None]) -> None:
-    """Do some work with a server, unless that ends meanwhile.
+    """Await ``work`` with a server that must not end meanwhile.
 
     Raises:
-        EngineStartError: it ended first.
+        EngineStartError: the server ended first.
     """
     ended = asyncio.ensure_future(server.wait())
     working = asyncio.ensure_future(work)
@@ -277,7 +276,7 @@ def _check_free(port: int) -> None:
             probe.bind((HOST, port))
         except OSError as error:
             raise EngineStartError(
-                f"port {port} cannot be had for the SGLang server ({error.strerror}); choose "
+                f"port {port} is not available for the SGLang server ({error.strerror}); choose "
                 "another scoring.port, or leave it out for a free one"
             ) from error
 

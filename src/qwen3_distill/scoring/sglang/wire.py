@@ -1,10 +1,10 @@
-"""What is sent to SGLang's ``/generate`` and how its answers are read. Pure functions.
+"""Requests to SGLang's ``/generate`` and the reading of its replies. Pure functions.
 
-A reply is believed only where everything that can be checked was checked: SGLang answers with
-status 200 also where a logprob is missing, and JSON has no word for NaN or infinity, which arrive
-as null.
+Every reply is checked as far as possible before it is used: SGLang answers with status 200 even if
+a logprob is missing, and JSON has no NaN or infinity, which arrive as null.
 
-Shape letters: R response tokens of one sequence, K candidates, V vocabulary.
+Shape letters: E tokens of a job from its first scored one to its end, S of them scored, K
+candidates, R tokens of a sampled answer.
 """
 
 import contextlib
@@ -14,14 +14,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 try:
     from orjson import loads as _fast_loads
-except ImportError:  # slower, which candidates feel: 20 us a token instead of 5
+except ImportError:  # slower: 20 us per token with candidates instead of 5
     _fast_loads = json.loads
 
 from qwen3_distill.scoring.score_request import ScoreRequest, TopKRequest
@@ -31,6 +31,7 @@ from qwen3_distill.types import (
     IntArray,
     Rollout,
     RolloutRequest,
+    ScoringJob,
     TeacherScore,
     TopKScore,
     VersionSpan,
@@ -38,82 +39,66 @@ from qwen3_distill.types import (
 )
 
 SAME_TOKEN_NATS = 1e-2
-"""How far a token's logprob may lie from the same token's among the candidates: both come from one
-softmax, and differ where the server rounds."""
+"""Largest difference between a token's logprob and the same token's among the candidates: both come
+from one softmax, but the server rounds them."""
 MAX_TOP_K = 4096
-"""SGLang's limit where the logprobs after truncation are asked for."""
+"""SGLang's limit of top-k if the logprobs after truncation are asked for."""
 
 
 class FaultKind(str, Enum):
-    """What was wrong with an answer; retries are counted by it."""
+    """Kinds of bad or missing replies; retries are counted by kind."""
 
     GARBAGE = "garbage"
-    """Not the JSON that was expected."""
+    """Not the expected JSON."""
     COUNT = "count"
-    """Another number of sequences than were sent."""
+    """Another number of sequences than was sent."""
     LENGTH = "length"
-    """Another number of tokens than were sent."""
+    """Another number of tokens than was sent."""
     MISALIGNED = "misaligned"
-    """Scores of other tokens than were sent, or of the same tokens at other places."""
+    """Scores of other tokens than those sent, or of the same tokens at other positions."""
     MISSING = "missing"
     """A logprob that is None, NaN or infinite."""
     POSITIVE = "positive"
     """A logprob above 0."""
     CANDIDATES = "candidates"
-    """Candidates that are not K distinct tokens of the vocabulary, most likely first."""
+    """Candidates other than K distinct tokens of the vocabulary, most likely first."""
     ABORTED = "aborted"
-    """The server gave the sequence up."""
+    """The server aborted the sequence."""
     REFUSED = "refused"
-    """The server will not take the request, now or later."""
+    """The server rejected the request; a retry would not help."""
     STATUS = "status"
-    """An HTTP status that says: not now."""
+    """An HTTP status other than 200; a retry may help."""
     TIMEOUT = "timeout"
     """No answer in time."""
     CONNECTION = "connection"
-    """No connection, or one that was cut."""
+    """No connection, or a broken one."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a sequence has no score in this reply."""
+    """Why a job got no score from this reply."""
 
     kind: FaultKind
     detail: str
 
 
 class ReplyError(Exception):
-    """A reply that cannot be assigned to what was sent: no sequence of it counts."""
+    """A reply that cannot be matched with the request: none of it is used."""
 
     def __init__(self, kind: FaultKind, detail: str) -> None:
         super().__init__(detail)
         self.fault = Fault(kind, detail)
 
 
-@dataclass(frozen=True)
-class TokenSequence:
-    """Tokens to score: ``ids[:start]`` is the prompt."""
-
-    ids: IntArray
-    start: int
-
-    @classmethod
-    def of(cls, rollout: Rollout) -> "TokenSequence":
-        prompt_ids = rollout.prompt.token_ids
-        return cls(np.concatenate([prompt_ids, rollout.response_ids]), int(prompt_ids.size))
-
-
-Sequences: TypeAlias = Sequence[TokenSequence]
-
-
-def score_body(sequences: Sequences, request: ScoreRequest) -> bytes:
-    """A request for the response logprobs of some sequences."""
+def score_body(jobs: Sequence[ScoringJob], request: ScoreRequest) -> bytes:
+    """Return the request for the logprobs of some jobs, from the first scored token of each on."""
     body: dict[str, Any] = {
-        "input_ids": [sequence.ids.tolist() for sequence in sequences],
-        # No token is sampled. The first entry of a reply is always null, so the prompt's last
-        # token is asked for too; a later start would lose the first response token.
+        "input_ids": [job.token_ids.tolist() for job in jobs],
+        # No token is sampled. The first entry of a reply is always null, so the context's last
+        # token is asked for too; a later start would lose the first scored token.
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
         "return_logprob": True,
-        "logprob_start_len": [sequence.start - 1 for sequence in sequences],
+        "logprob_start_len": [job.context_ids.size - 1 for job in jobs],
         "return_text_in_logprobs": False,
     }
     if isinstance(request, TopKRequest):
@@ -122,24 +107,31 @@ def score_body(sequences: Sequences, request: ScoreRequest) -> bytes:
 
 
 def read_scores(
-    reply: bytes, sequences: Sequences, request: ScoreRequest, *, vocab_size: int, teacher_id: str
+    reply: bytes,
+    jobs: Sequence[ScoringJob],
+    request: ScoreRequest,
+    *,
+    vocab_size: int,
+    teacher_id: str,
 ) -> list[TeacherScore | Fault]:
-    """One score or fault per sequence, in the order sent.
+    """Return one score or fault per job, in the order sent.
+
+    Every echoed token is checked; the values of those in the job's spans are returned.
 
     Raises:
         ReplyError: the reply is not JSON, or has another number of sequences.
     """
     with _no_garbage_collection():
-        entries = _entries(reply, len(sequences))
+        entries = _entries(reply, len(jobs))
         return [
-            _read_one(entry, sequence, request, vocab_size, teacher_id)
-            for entry, sequence in zip(entries, sequences, strict=True)
+            _read_one(entry, job, request, vocab_size, teacher_id)
+            for entry, job in zip(entries, jobs, strict=True)
         ]
 
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """A reply is up to a million small lists without a cycle, which the collector would visit."""
+    """Pause the collector: a reply is up to a million small lists without cycles to visit."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -162,25 +154,26 @@ def _decoded(reply: bytes) -> Any:
     with contextlib.suppress(ValueError):
         return _fast_loads(reply)
     try:
-        return json.loads(reply)  # also reads NaN, which is not JSON
+        return json.loads(reply)  # unlike orjson, it reads NaN
     except ValueError as error:
         raise ReplyError(FaultKind.GARBAGE, f"the reply is not JSON: {error}") from error
 
 
 def _read_one(
-    entry: Any, sequence: TokenSequence, request: ScoreRequest, vocab_size: int, teacher_id: str
+    entry: Any, job: ScoringJob, request: ScoreRequest, vocab_size: int, teacher_id: str
 ) -> TeacherScore | Fault:
     try:
         meta = _meta_info(entry)
-        logprobs_R = _token_logprobs(meta, sequence, vocab_size)
+        logprobs_E = _token_logprobs(meta, job, vocab_size)
+        scored_S = job.scored_indices - job.context_ids.size
         if not isinstance(request, TopKRequest):
-            return TeacherScore(teacher_id=teacher_id, logprobs=logprobs_R)
-        ids_RK, logprobs_RK = _candidates(meta, logprobs_R, sequence, request.k, vocab_size)
+            return TeacherScore(teacher_id=teacher_id, logprobs=logprobs_E[scored_S])
+        ids_EK, logprobs_EK = _candidates(meta, logprobs_E, job, request.k, vocab_size)
         return TopKScore(
             teacher_id=teacher_id,
-            logprobs=logprobs_R,
-            candidate_ids=ids_RK,
-            candidate_logprobs=logprobs_RK,
+            logprobs=logprobs_E[scored_S],
+            candidate_ids=ids_EK[scored_S],
+            candidate_logprobs=logprobs_EK[scored_S],
         )
     except ReplyError as error:
         return error.fault
@@ -196,12 +189,10 @@ def _meta_info(entry: Any) -> dict[str, Any]:
     return meta
 
 
-def _token_logprobs(
-    meta: dict[str, Any], sequence: TokenSequence, vocab_size: int
-) -> NDArray[np.float32]:
-    """[R] nats of the response tokens, each compared with the token that was sent."""
+def _token_logprobs(meta: dict[str, Any], job: ScoringJob, vocab_size: int) -> NDArray[np.float32]:
+    """Return [E] nats; raise unless the echoed tokens are those sent."""
     rows = meta["input_token_logprobs"]
-    sent = sequence.ids[sequence.start - 1 :]
+    sent = job.token_ids[job.context_ids.size - 1 :]
     if len(rows) != sent.size:
         raise ReplyError(
             FaultKind.LENGTH, f"{len(rows)} logprobs for {sent.size - 1} response tokens and a null"
@@ -214,7 +205,7 @@ def _token_logprobs(
 
 
 def _check_echo(echoed: NDArray[np.int64], sent: IntArray, vocab_size: int) -> None:
-    # SGLang writes 0 for the vocabulary's last id.
+    # SGLang echoes the vocabulary's last id as 0.
     differs = (echoed != sent) & ~((echoed == 0) & (sent >= vocab_size - 1))
     if differs.any():
         first = int(differs.argmax())
@@ -227,7 +218,7 @@ def _check_echo(echoed: NDArray[np.int64], sent: IntArray, vocab_size: int) -> N
 
 
 def _finite(values: NDArray[np.float64], what: str) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # to infinity, which is found below
+    with np.errstate(over="ignore"):  # infinity is found below
         logprobs = values.astype(np.float32)
     finite = np.isfinite(logprobs)
     if not finite.all():
@@ -242,16 +233,16 @@ def _finite(values: NDArray[np.float64], what: str) -> NDArray[np.float32]:
 
 def _candidates(
     meta: dict[str, Any],
-    logprobs_R: NDArray[np.float32],
-    sequence: TokenSequence,
+    logprobs_E: NDArray[np.float32],
+    job: ScoringJob,
     k: int,
     vocab_size: int,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """[R, K] ids and nats of the most likely tokens."""
+    """Return [E, K] ids and [E, K] nats of the most likely tokens."""
     rows = meta["input_top_logprobs"]
-    if len(rows) != logprobs_R.size + 1:
+    if len(rows) != logprobs_E.size + 1:
         raise ReplyError(
-            FaultKind.LENGTH, f"candidates at {len(rows)} places, expected {logprobs_R.size + 1}"
+            FaultKind.LENGTH, f"candidates at {len(rows)} places, expected {logprobs_E.size + 1}"
         )
     if rows[0] is not None:
         raise ReplyError(FaultKind.MISALIGNED, "the first candidates are not null")
@@ -261,47 +252,47 @@ def _candidates(
     if any(len(row) != k for row in rows[1:]):
         raise ReplyError(FaultKind.CANDIDATES, f"not {k} candidates everywhere")
     values, ids, *_ = zip(*chain.from_iterable(rows[1:]), strict=True)
-    shape = (logprobs_R.size, k)
-    ids_RK = np.array(ids, dtype=np.int64).reshape(shape)
-    logprobs_RK = _finite(np.array(values, dtype=np.float64), "candidates").reshape(shape)
-    _check_candidates(ids_RK, logprobs_RK, vocab_size)
-    _check_same_places(ids_RK, logprobs_RK, sequence.ids[sequence.start :], logprobs_R)
-    return ids_RK.astype(np.int32), logprobs_RK
+    shape = (logprobs_E.size, k)
+    ids_EK = np.array(ids, dtype=np.int64).reshape(shape)
+    logprobs_EK = _finite(np.array(values, dtype=np.float64), "candidates").reshape(shape)
+    _check_candidates(ids_EK, logprobs_EK, vocab_size)
+    _check_same_places(ids_EK, logprobs_EK, job.token_ids[job.context_ids.size :], logprobs_E)
+    return ids_EK.astype(np.int32), logprobs_EK
 
 
 def _check_candidates(
-    ids_RK: NDArray[np.int64], logprobs_RK: NDArray[np.float32], vocab_size: int
+    ids_EK: NDArray[np.int64], logprobs_EK: NDArray[np.float32], vocab_size: int
 ) -> None:
-    sorted_RK = np.sort(ids_RK, axis=1)
-    if ids_RK.min() < 0 or ids_RK.max() >= vocab_size or (np.diff(sorted_RK, axis=1) == 0).any():
+    sorted_EK = np.sort(ids_EK, axis=1)
+    if ids_EK.min() < 0 or ids_EK.max() >= vocab_size or (np.diff(sorted_EK, axis=1) == 0).any():
         raise ReplyError(
             FaultKind.CANDIDATES, f"candidates are not distinct ids below {vocab_size}"
         )
-    if (np.diff(logprobs_RK, axis=1) > 0).any():
+    if (np.diff(logprobs_EK, axis=1) > 0).any():
         raise ReplyError(FaultKind.CANDIDATES, "candidates are not in the order of likelihood")
 
 
 def _check_same_places(
-    ids_RK: NDArray[np.int64],
-    logprobs_RK: NDArray[np.float32],
-    response_R: IntArray,
-    logprobs_R: NDArray[np.float32],
+    ids_EK: NDArray[np.int64],
+    logprobs_EK: NDArray[np.float32],
+    sent_E: IntArray,
+    logprobs_E: NDArray[np.float32],
 ) -> None:
-    """A response token among the candidates has one logprob; others are no likelier than those."""
-    is_token_RK = ids_RK == response_R[:, None]
-    among_R = is_token_RK.any(axis=1)
-    as_candidate_R = np.where(is_token_RK, logprobs_RK, 0).sum(axis=1)
-    differs_R = among_R & (np.abs(as_candidate_R - logprobs_R) > SAME_TOKEN_NATS)
-    differs_R |= ~among_R & (logprobs_R > logprobs_RK[:, -1] + SAME_TOKEN_NATS)
-    if differs_R.any():
+    """Raise where a token has another logprob among its candidates, or should be one of them."""
+    is_token_EK = ids_EK == sent_E[:, None]
+    among_E = is_token_EK.any(axis=1)
+    as_candidate_E = np.where(is_token_EK, logprobs_EK, 0).sum(axis=1)
+    differs_E = among_E & (np.abs(as_candidate_E - logprobs_E) > SAME_TOKEN_NATS)
+    differs_E |= ~among_E & (logprobs_E > logprobs_EK[:, -1] + SAME_TOKEN_NATS)
+    if differs_E.any():
         raise ReplyError(
             FaultKind.MISALIGNED,
-            f"{int(differs_R.sum())} tokens have another logprob than among their candidates",
+            f"{int(differs_E.sum())} tokens have another logprob than among their candidates",
         )
 
 
 def answer_body(request: RolloutRequest, eos_ids: frozenset[int], vocab_size: int) -> bytes:
-    """A request for one sampled answer with its logprobs."""
+    """Return the request for one sampled answer with its logprobs."""
     spec = request.sampling
     body: dict[str, Any] = {
         "input_ids": [request.prompt.token_ids.tolist()],
@@ -312,7 +303,7 @@ def answer_body(request: RolloutRequest, eos_ids: frozenset[int], vocab_size: in
                 "top_p": spec.top_p,
                 "top_k": _top_k(request, vocab_size),
                 "stop_token_ids": sorted(eos_ids),
-                # Heeded by servers with deterministic inference only.
+                # Used only by servers with deterministic inference.
                 "sampling_seed": spec.seed,
             }
         ],
@@ -320,7 +311,7 @@ def answer_body(request: RolloutRequest, eos_ids: frozenset[int], vocab_size: in
         "return_text_in_logprobs": False,
     }
     if _is_truncated(request):
-        # The plain logprobs are of the distribution before top-k and top-p.
+        # Else the logprobs are those before top-k and top-p.
         body["return_sampling_mask"] = True
     return json.dumps(body, separators=(",", ":")).encode()
 
@@ -328,10 +319,10 @@ def answer_body(request: RolloutRequest, eos_ids: frozenset[int], vocab_size: in
 def read_answer(
     reply: bytes, request: RolloutRequest, eos_ids: frozenset[int], version: WeightVersion
 ) -> Rollout:
-    """The answer as a rollout.
+    """Return the answer as a rollout.
 
     Raises:
-        ReplyError: the reply is not a whole answer.
+        ReplyError: the reply is not a complete answer.
     """
     (entry,) = _entries(reply, 1)
     try:
@@ -368,8 +359,8 @@ def read_answer(
 def _top_k(request: RolloutRequest, vocab_size: int) -> int:
     if not _is_truncated(request):
         return -1
-    # The logprobs after truncation are had for a limited top-k only. With top-p alone that cuts a
-    # nucleus of more than 4,096 tokens; the logprobs are of what was sampled from all the same.
+    # SGLang gives logprobs after truncation only with a limited top-k. With top-p alone it cuts a
+    # nucleus of more than 4,096 tokens; the logprobs are still those of the distribution sampled.
     return min(request.sampling.top_k or vocab_size, vocab_size, MAX_TOP_K)
 
 

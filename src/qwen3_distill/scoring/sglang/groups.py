@@ -1,0 +1,30 @@
+"""Which jobs share a request to a server."""
+
+from collections.abc import Sequence
+
+from qwen3_distill.types import ScoringJob
+
+
+def request_groups(jobs: Sequence[ScoringJob], request_tokens: int) -> list[list[int]]:
+    """Group jobs into requests of at most ``request_tokens`` tokens; return their indices.
+
+    Jobs with the same context follow one another: a server computes it once for all of them.
+    """
+    first_of_context: dict[bytes, int] = {}
+    for index, job in enumerate(jobs):
+        first_of_context.setdefault(job.context_ids.tobytes(), index)
+    order = sorted(
+        range(len(jobs)),
+        key=lambda index: (first_of_context[jobs[index].context_ids.tobytes()], index),
+    )
+    groups: list[list[int]] = []
+    used = 0
+    for index in order:
+        size = int(jobs[index].token_ids.size)
+        if groups and used + size <= request_tokens:
+            groups[-1].append(index)
+            used += size
+        else:
+            groups.append([index])
+            used = size
+    return groups
