@@ -1,8 +1,8 @@
 """Process that compares mathematical answers with math-verify, one JSON line per question.
 
-One comparison can take forever or all memory: ``9^{9^{9}}`` is 9 characters long, and sympy evaluates
-it exactly. math-verify's own timeout is a signal handler, which works in the main thread only. Here a
-watchdog thread in C ends the process, even if the process that asked is dead.
+One comparison can take forever or all memory: ``9^{9^{9}}`` is 9 characters long, and sympy
+evaluates it exactly. math-verify's own timeout is a signal handler, which works in the main thread
+only. Here a watchdog thread ends the process, even if the process that asked is dead.
 
 Imports the standard library and math-verify only, and is started by its path, so that numpy's and
 torch's threads do not start. Usage: ``verifier_process.py TIMEOUT_S MEMORY_BYTES``.

@@ -19,8 +19,8 @@ from qwen3_distill.types import Prompt
 FINAL_ANSWER_MARK = "####"
 """GSM8K's mark before the final answer."""
 MAX_RESPONSE_CHARS = 4000
-"""Number of characters parsed at the end of a response: parsing time grows faster than length, and a
-final answer stands at the end."""
+"""Number of characters parsed at the end of a response: parsing time grows faster than length, and
+a final answer stands at the end."""
 TIMEOUT_S = 5.0
 MEMORY_BYTES = 4 * 2**30
 _BOXED = "\\boxed"
@@ -55,7 +55,7 @@ def build_verifier(config: VerifierConfig) -> Verifier:
 
 
 def check_references(config: VerifierConfig, source: PromptSource) -> None:
-    """Check every prompt of a finite source, so that a bad reference answer is found before the run.
+    """Check every prompt of a finite source, to find a bad reference answer before the run.
 
     Raises:
         DataError: a prompt has no usable reference answer.
