@@ -1,7 +1,7 @@
-"""Files that do not meet a house rule yet.
+"""Files that do not meet a house rule yet, and names in the glossary that the code has not yet.
 
-They are expected to fail in `test_house_rules.py`; an unexpected pass is shown as XPASS: remove its
-line. When every set is empty, delete this file and `_cases`' second argument.
+The files are expected to fail in `test_house_rules.py`; pytest shows an unexpected pass as XPASS:
+remove its line. When every set is empty, delete this file and its uses.
 """
 
 TOO_LONG: set[str] = {
@@ -96,4 +96,8 @@ ROOMS: set[str] = {
     "src/qwen3_distill/training/unsloth",
     "src/qwen3_distill/utils",
     "src/qwen3_distill/weights",
+}
+GLOSSARY: set[str] = {
+    "class TeacherView",
+    "member WeightChannel.reach",
 }
