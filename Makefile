@@ -3,11 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_FLAGS ?= --quiet --disable-pip-version-check
+# A lock file whose versions are installed, e.g. LOCK=requirements.lock; empty: the newest versions that
+# pyproject.toml allows. Not used on another Python or platform than the lock's own.
+LOCK ?=
 # Makes the engines' environments; needs 3.11 or newer.
 ENGINE_PYTHON ?= $(PYTHON)
 ENVIRONMENT := $(ENGINE_PYTHON) src/qwen3_distill/environments/make.py
 
-.PHONY: help demo test test-engines test-vllm test-sglang test-unsloth test-engines-together test-gpu gpu-check check format docs clean
+.PHONY: help demo test test-engines test-vllm test-sglang test-unsloth test-engines-together test-gpu gpu-check check format hooks docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -18,12 +21,12 @@ demo: $(VENV)/installed ## distil the lab student from the lab teacher (two CPU 
 test: $(VENV)/installed-dev ## the test suite a laptop can run
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n auto --dist loadfile
 
-# One pytest for each engine. vLLM's is by itself: its tests look at what runs at a moment, and on two
-# cores another suite beside it hides that. The other two mostly wait for starts.
+# One pytest for each engine. vLLM's tests observe what runs concurrently, which a second suite on two
+# cores would hide, so they run alone. The other two mostly wait for starts.
 test-engines: $(VENV)/installed-dev ## the tests of the real engines on a CPU, in environments it makes
 	@set -e; for engine in vllm sglang unsloth; do $(ENVIRONMENT) $$engine-cpu > /dev/null; done
 	@$(MAKE) --no-print-directory test-vllm
-	@echo "sglang and unsloth side by side; each is shown when it is done (some minutes)"
+	@echo "sglang and unsloth concurrently; each is shown when it is done (some minutes)"
 	@$(MAKE) --no-print-directory --output-sync=target -j2 test-sglang test-unsloth
 	@$(MAKE) --no-print-directory test-engines-together
 
@@ -38,15 +41,15 @@ test-vllm test-sglang test-unsloth test-engines-together: $(VENV)/installed-dev
 test-gpu: $(VENV)/installed-dev ## the same suite with the tests that need a CUDA device
 	$(BIN)/pytest tests -m "gpu or not gpu" --require-gpu
 
-# What a GPU machine brings instead of environments made here: interpreters, and folders to put on
-# their PYTHONPATH. All three unset: the environments are made by src/qwen3_distill/environments/make.py.
+# A GPU machine may bring its own interpreters, and folders for their PYTHONPATH. Where they are unset,
+# src/qwen3_distill/environments/make.py makes the environments.
 VLLM_PYTHON ?=
 SGLANG_PYTHON ?=
 UNSLOTH_PYTHON ?=
 VLLM_PYTHONPATH ?=
 SGLANG_PYTHONPATH ?=
 UNSLOTH_PYTHONPATH ?=
-# The interpreter that runs the project itself there; set it where $(VENV) cannot be made.
+# The interpreter that runs the project itself on that machine; set it where $(VENV) cannot be made.
 GPU_PYTHON ?= $(BIN)/python
 # Settings of a machine's engines. SGLang has no float32 kernels on CUDA, which the lab config asks for.
 LAB_SETTINGS ?= scoring.dtype=bfloat16 scoring.float32_head=true
@@ -90,6 +93,9 @@ format: $(VENV)/installed-dev ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+hooks: $(VENV)/installed-dev ## let git run the fast checks before every commit
+	$(BIN)/pre-commit install
+
 docs: $(VENV)/installed-dev ## regenerate docs/configuration.md
 	$(BIN)/qwen3-distill config reference > docs/configuration.md
 
@@ -102,7 +108,12 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) \
 	  || { rm -rf $(VENV); echo "$(PYTHON) cannot make virtual environments; on Debian: apt install python3-venv"; exit 1; }
 
-$(VENV)/installed: $(VENV)/bin/python pyproject.toml
+$(VENV)/locked: $(VENV)/bin/python $(LOCK)
+	@echo "installing $(LOCK) into $(VENV) (a minute or two)"
+	PYTHONPATH=src $(BIN)/python scripts/install_lock.py $(LOCK)
+	@touch $@
+
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml $(if $(LOCK),$(VENV)/locked)
 	@echo "installing into $(VENV) (a minute or two)"
 	$(BIN)/pip install $(PIP_FLAGS) -e .
 	@touch $@

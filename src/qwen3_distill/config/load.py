@@ -1,7 +1,7 @@
-"""From a YAML file and ``key.sub=value`` overrides to a checked `RunConfig`.
+"""Reads a config: a YAML 1.2 file and ``key.sub=value`` overrides become a checked `RunConfig`.
 
-There is no third source: no environment variable is read. Values are passed to pydantic as JSON,
-so that a YAML list may fill a tuple while strings still do not become numbers.
+No environment variable is read. Values are passed to pydantic as JSON, so that a YAML list may
+fill a tuple while strings still do not become numbers.
 """
 
 import difflib
@@ -18,12 +18,13 @@ from yaml.composer import ComposerError
 from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import ConfigError
 
-_NOT_OF_YAML_12 = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"}
-
 
 class _Yaml12Loader(yaml.SafeLoader):
-    """YAML 1.2: PyYAML reads ``1e-5`` as a string, ``off`` and ``no`` as booleans, ``2024-11-25``
-    as a date, and takes the last of two equal keys."""
+    """Reads YAML 1.2 and refuses a key that is set twice.
+
+    PyYAML itself reads YAML 1.1: ``1e-5`` is a string, ``off`` and ``no`` are booleans, ``010`` is
+    eight, ``1:30`` is ninety, ``2024-11-25`` is a date, and the last of two equal keys counts.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -35,19 +36,32 @@ class _Yaml12Loader(yaml.SafeLoader):
             seen.add(key.value)
         return node
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        digits = node.value.replace("_", "")
+        bases = {"0b": 2, "0o": 8, "0x": 16}
+        return int(digits, bases.get(digits.lstrip("+-")[:2], 10))
 
+
+_YAML_12 = {
+    "bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(?:0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
+        r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+}
+"""Pattern and first characters of each type that YAML 1.2 reads otherwise than 1.1."""
+_REPLACED = {f"tag:yaml.org,2002:{name}" for name in (*_YAML_12, "timestamp")}
 _Yaml12Loader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if tag not in _NOT_OF_YAML_12]
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Yaml12Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Yaml12Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+for _name, (_pattern, _letters) in _YAML_12.items():
+    _Yaml12Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list(_letters)
+    )
+_Yaml12Loader.add_constructor("tag:yaml.org,2002:int", _Yaml12Loader.construct_yaml_int)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -64,7 +78,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The file's values with the overrides applied, unchecked."""
+    """Return the file's values with the overrides applied, unchecked."""
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
@@ -96,12 +110,12 @@ def check_config(values: dict[str, Any], source: str = "config") -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> dict[str, Any]:
-    """The resolved config as plain JSON values; `check_config` gives the same config back."""
+    """Return the resolved config as plain JSON values; `check_config` turns them back."""
     return config.model_dump(mode="json")
 
 
 def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """``key: old -> new`` for every leaf that differs."""
+    """List ``key: old -> new`` for every leaf that differs."""
     flat_old, flat_new = dict(_leaves(old)), dict(_leaves(new))
     return [
         f"{key}: {flat_old.get(key, 'absent')!r} -> {flat_new.get(key, 'absent')!r}"
@@ -121,7 +135,7 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Yaml12Loader)
-    except (yaml.YAMLError, ValueError) as error:  # the latter for numbers that are none: 0x_
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a malformed number such as 0x_
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -151,7 +165,7 @@ _FRIENDLY = {
 
 
 def _explain(problem: Any, values: dict[str, Any]) -> str:
-    """One line for one pydantic error: where, what was found, what was expected."""
+    """Describe one pydantic error in a line: where, what was found, what was expected."""
     location = [str(part) for part in problem["loc"]]
     path = ".".join(_without_union_tags(location, values))
     kind, message = problem["type"], problem["msg"]
@@ -176,7 +190,7 @@ def _tags(context: dict[str, Any]) -> list[str]:
 
 
 def _without_union_tags(location: Sequence[str], values: dict[str, Any]) -> list[str]:
-    """Drop the union tags that pydantic puts into locations: they are no keys of the file."""
+    """Drop the union tags that pydantic puts into locations: they are not keys of the file."""
     path: list[str] = []
     node: Any = values
     for position, part in enumerate(location):
@@ -202,7 +216,7 @@ def _nearest(location: Sequence[str], problem: Any) -> str:
 
 
 def _known_keys(location: Sequence[str]) -> set[str]:
-    """Keys that the schema knows at a pydantic error location (union tags included in it)."""
+    """Return the schema's keys at a pydantic error location, which includes union tags."""
     schema = RunConfig.model_json_schema()
     definitions = schema["$defs"]
     nodes = [schema]
@@ -227,7 +241,7 @@ def _known_keys(location: Sequence[str]) -> set[str]:
 
 
 def _options(node: dict[str, Any], definitions: dict[str, Any]) -> list[dict[str, Any]]:
-    """The object schemas that a schema node may stand for: references and unions resolved."""
+    """Resolve references and unions: return the object schemas a schema node stands for."""
     if "$ref" in node:
         return _options(definitions[node["$ref"].rsplit("/", 1)[-1]], definitions)
     branches = node.get("oneOf") or node.get("anyOf")

@@ -1,11 +1,11 @@
 """Process that compares mathematical answers with math-verify, one JSON line per question.
 
-It is a process because one comparison can take for ever or all memory: ``9^{9^{9}}`` is 9
-characters long, sympy evaluates it exactly, and math-verify's own timeout is a signal handler
-that works in the main thread only. Here a watchdog ends the process instead, whatever it is doing.
+One comparison can take forever or all memory: ``9^{9^{9}}`` is 9 characters long, and sympy
+evaluates it exactly. math-verify's own timeout is a signal handler, which works in the main thread
+only. Here a watchdog thread ends the process, even if the process that asked is dead.
 
-Imports the standard library and math-verify only, and is started by its path: it must not bring
-numpy's or torch's threads along. Usage: ``math_worker.py TIMEOUT_S MEMORY_BYTES``.
+Imports the standard library and math-verify only, and is started by its path, so that numpy's and
+torch's threads do not start. Usage: ``verifier_process.py TIMEOUT_S MEMORY_BYTES``.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import TextIO
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-# A boxed expression comes before every other candidate; what is left is taken from the end.
+# A boxed expression comes before every other candidate; the others are taken from the end.
 _EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
-"""Not a LaTeX command."""
+"""A word of three letters or more that is not a LaTeX command."""
 _CONSTANTS = {"e", "i"}
-"""Letters that are no symbols of an expression."""
+"""Letters that sympy reads as constants, not as symbols."""
 
 
 def parsed(text: str) -> list:
-    """The expression that ``text`` ends in; empty if there is none that can be parsed."""
+    """Parse the last expression in ``text``; empty if there is none that can be parsed."""
     # first_match: only the last candidate counts. The default would go on to earlier numbers when
     # the final answer is garbage, and an intermediate result could pass for the answer.
     return parse(
@@ -43,9 +43,9 @@ def parsed(text: str) -> list:
 
 
 def is_usable(reference: str) -> bool:
-    """Whether a reference parses, and not as the product of the letters of a word in it.
+    """Return whether a reference parses, and not as the product of the letters of a word in it.
 
-    No answer in plain words would ever equal that.
+    No answer in plain words would ever equal such a product.
     """
     found = parsed(reference)
     names = {symbol.name.lower() for part in found for symbol in part.free_symbols}
@@ -55,7 +55,7 @@ def is_usable(reference: str) -> bool:
 
 
 def answer(question: dict[str, str]) -> bool:
-    """Whether the reference can be used; with a response, whether the response equals it."""
+    """Return whether the reference is usable; with a response, whether the response equals it."""
     if "response" not in question:
         return is_usable(question["reference"])
     reference = parsed(question["reference"])
@@ -64,20 +64,20 @@ def answer(question: dict[str, str]) -> bool:
 
 
 def main(timeout_s: float, memory_bytes: int) -> None:
-    """Say ``true`` once ready, then answer line by line until the input ends.
+    """Write ``true`` once ready, then answer line by line until the input ends.
 
     A question that takes longer than ``timeout_s`` ends the process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     logging.disable(logging.WARNING)  # math-verify warns that its own timeout is off
     _limit_memory(memory_bytes)
-    # Builds parsers and patterns on nobody's time, and finds a broken LaTeX parser, which would
-    # otherwise look like answers that do not parse.
+    # Builds parsers and patterns before any question's time limit runs, and finds a broken LaTeX
+    # parser, which would otherwise look like answers that do not parse.
     if not answer({"reference": r"$\frac{1}{2}$", "response": "0.5"}):
         sys.exit("math-verify cannot tell that 1/2 is 0.5; is its antlr4 runtime a supported one?")
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):  # what libraries and the watchdog say is no answer
+    for stream in (sys.stdout, sys.stderr):  # only answers may go to the caller
         os.dup2(nowhere, stream.fileno())
     _say(True, answers)
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""Whether an answer is correct: exact for procedural tasks, mathematical equality otherwise."""
+"""Verifiers judge answers: exactly for procedural tasks, by mathematical equality otherwise."""
 
 import json
 import re
@@ -19,8 +19,8 @@ from qwen3_distill.types import Prompt
 FINAL_ANSWER_MARK = "####"
 """GSM8K's mark before the final answer."""
 MAX_RESPONSE_CHARS = 4000
-"""Only so much of a response's end is parsed: time grows faster than length, and a final answer
-stands at the end."""
+"""Number of characters parsed at the end of a response: parsing time grows faster than length, and
+a final answer stands at the end."""
 TIMEOUT_S = 5.0
 MEMORY_BYTES = 4 * 2**30
 _BOXED = "\\boxed"
@@ -31,34 +31,34 @@ class Verifier(Protocol):
     """Judges responses. The text is decoded without special tokens."""
 
     def check(self, prompt: Prompt | RawPrompt) -> None:
-        """Whether a response to the prompt could be judged.
+        """Check that responses to the prompt can be judged.
 
         Raises:
-            DataError: the prompt brings no usable reference answer.
+            DataError: the prompt has no usable reference answer.
         """
         ...
 
     def correct(self, prompt: Prompt, response_text: str) -> bool:
-        """Whether the response's final answer is right. Never raises because of the response.
+        """Return whether the response's final answer is right. No response makes it raise.
 
         Raises:
-            DataError: the prompt brings no usable reference answer.
+            DataError: the prompt has no usable reference answer.
         """
         ...
 
 
 def build_verifier(config: VerifierConfig) -> Verifier:
-    """The verifier that ``config`` describes."""
+    """Build the verifier that ``config`` describes."""
     if isinstance(config, TaskVerifier):
         return ChainVerifier(ChainTask())
     return MathEqualityVerifier()
 
 
 def check_references(config: VerifierConfig, source: PromptSource) -> None:
-    """Check every prompt of a source that has an end, so that a bad reference answer is met now.
+    """Check every prompt of a finite source, to find a bad reference answer before the run.
 
     Raises:
-        DataError: a prompt brings no usable reference answer.
+        DataError: a prompt has no usable reference answer.
     """
     verifier = build_verifier(config)
     for index in range(source.num_prompts or 0):
@@ -66,7 +66,7 @@ def check_references(config: VerifierConfig, source: PromptSource) -> None:
 
 
 class ChainVerifier:
-    """The procedural task's own check."""
+    """Judges a response by the procedural task's own check."""
 
     def __init__(self, task: ChainTask) -> None:
         self._task = task
@@ -85,15 +85,15 @@ class ChainVerifier:
 
 
 class MathEqualityVerifier:
-    r"""Mathematical equality with the reference, by math-verify.
+    r"""Judges mathematical equality with the reference, by math-verify.
 
-    Reference: what follows the last ``####`` (GSM8K), else the whole text; of it the last
-    ``\boxed{}`` or ``$...$`` if it has any, else all as LaTeX. Response: the last ``\boxed{}``
-    (several joined by a comma, and, or count as one set), else the last expression after the last
-    ``####``, else the last in the text. A response that does not parse, or takes more than
-    `TIMEOUT_S` or `MEMORY_BYTES`, is not correct.
+    Reference: the text after the last ``####`` (GSM8K), else the whole text; in it the last
+    ``\boxed{}`` or ``$...$`` if there is one, else all of it as LaTeX. Response: the last
+    ``\boxed{}`` (several joined by a comma, "and" or "or" count as one set), else the last
+    expression after the last ``####``, else the last expression. A response that does not parse, or
+    takes more than `TIMEOUT_S` or `MEMORY_BYTES`, is not correct.
 
-    Safe to call from any thread; calls take turns. The first one starts a process (about 1 s).
+    Thread-safe; calls take turns. The first call starts a process (about 1 s).
     """
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
@@ -144,10 +144,11 @@ def _final_part(response_text: str) -> str:
 
 
 def _last_boxes(text: str) -> str:
-    """From the last box on, or from the first of several that only ``,``, and, or separate.
+    """Return the text from the last box on, or from the first of several that only ``,``, "and" or
+    "or" separate.
 
-    math-verify makes one set of all boxes in a text, so an answer corrected later, or steps put
-    into boxes of their own, would never equal the reference.
+    math-verify makes one set of all boxes in a text. An answer that is corrected later, or steps in
+    boxes of their own, would then never equal the reference.
     """
     start = text.rindex(_BOXED)
     while True:
@@ -158,7 +159,7 @@ def _last_boxes(text: str) -> str:
 
 
 def _after_braces(text: str) -> str:
-    """What follows the first balanced ``{...}``; empty if it is never closed."""
+    """Return the text after the first balanced ``{...}``; empty if it is never closed."""
     depth = 0
     for index, character in enumerate(text):
         depth += (character == "{") - (character == "}")
@@ -168,7 +169,7 @@ def _after_braces(text: str) -> str:
 
 
 class _Worker:
-    """`verifier_process` as a function call. Its death is an answer: None."""
+    """Calls `verifier_process` like a function; returns None if the process died."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -186,7 +187,7 @@ class _Worker:
         if self._process is not None:
             self._finalizer()
         self._process = _started(self._timeout_s)
-        # Ends it when this object goes or the interpreter exits, whichever is first.
+        # Ends the process when this object is deleted or the interpreter exits.
         self._finalizer = weakref.finalize(self, _end, self._process)
         return self._process
 
@@ -201,7 +202,7 @@ def _exchange(process: "subprocess.Popen[str]", line: str) -> str:
     except BrokenPipeError:
         answer = ""
     if not answer:
-        process.wait()  # or `poll` could still find it alive, and nothing would restart it
+        process.wait()  # else `poll` could still report it alive, and nothing would restart it
     return answer
 
 
@@ -230,5 +231,5 @@ def _end(process: "subprocess.Popen[str]") -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            with suppress(OSError):  # closing flushes, and nobody reads any more
+            with suppress(OSError):  # closing flushes to a process that no longer reads
                 pipe.close()

@@ -147,12 +147,24 @@ def _build(name: str, python: str, target: Path) -> None:
 
 
 def _install(name: str, python: Path) -> None:
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     lock = ENVIRONMENTS / name / "requirements.lock"
-    if not lock.is_file():
-        _run([*pip, "-r", str(ENVIRONMENTS / name / "requirements.txt")])
-        return
-    pip += ["--no-deps", "--no-compile"]
+    if lock.is_file():
+        install_lock(lock, python)
+    else:
+        _run([*_pip_install(python), "-r", str(ENVIRONMENTS / name / "requirements.txt")])
+
+
+def _pip_install(python: Path) -> list[str]:
+    return [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+
+
+def install_lock(lock: Path, python: Path) -> None:
+    """Install a lock file's packages into an interpreter: exactly these, without dependencies.
+
+    Raises:
+        BuildError: pip failed.
+    """
+    pip = [*_pip_install(python), "--no-deps", "--no-compile"]
     (torch,) = [line for line in lock.read_text().splitlines() if line.startswith("torch==")]
     # PyTorch's CPU builds are not on PyPI. Where pip is set up to find them, its own index is not
     # needed; elsewhere it is asked for this one package.

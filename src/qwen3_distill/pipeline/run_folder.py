@@ -198,7 +198,7 @@ class RunFolder:
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, os.EX_OSERR):
-                raise  # file systems without locks are used without one
+                raise  # the file system has no locks: go on without one
 
     def _has_records(self) -> bool:
         """Whether a step, an evaluation or a checkpoint was made; else any config may start here.

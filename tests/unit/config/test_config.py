@@ -1,6 +1,7 @@
 """The schema and what leads to it: files, overrides, dumps, comparisons."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,19 @@ def test_a_word_is_a_word_and_not_a_boolean(tmp_path: Path, word: str) -> None:
     file = tmp_path / "words.yaml"
     file.write_text(f"a: {word}\nb: true\n")
     assert load_values(file) == {"a": word, "b": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("010", 10), ("08", 8), ("0o10", 8), ("0b11", 3), ("-0x1F", -31), ("1_000", 1000)),
+        *(("1:30", "1:30"), ("1:30.5", "1:30.5"), ("-.inf", -math.inf), ("1_0.5", 10.5)),
+    ],
+)
+def test_numbers_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: object) -> None:
+    file = tmp_path / "numbers.yaml"
+    file.write_text(f"a: {text}\n")
+    assert load_values(file) == {"a": value}
 
 
 @pytest.mark.parametrize("text", ["a: 1\nb: 2\na: 1\n", "c:\n  a: 1\n  a: 2\n", '{"a": 1, "a": 1}'])

@@ -1,6 +1,8 @@
 import gc
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -234,6 +236,40 @@ def test_time_between_questions_does_not_count(started: list["subprocess.Popen[s
     time.sleep(0.8)
     assert verifier.correct(prompt("1"), "1")
     assert len(started) == 1
+
+
+def test_endless_question_ends_also_when_the_process_that_asked_was_killed() -> None:
+    code = """if True:
+        import os, threading, time
+        from qwen3_distill.data.verifiers import _Worker
+        worker = _Worker(timeout_s=1.0)
+        assert worker.ask({"reference": "$1$"}) is True
+        question = {"reference": "$1$", "response": r"\\boxed{9^{9^{9}}}"}
+        threading.Thread(target=worker.ask, args=(question,), daemon=True).start()
+        time.sleep(0.2)  # the question is on its way
+        print(worker._process.pid, flush=True)
+        os.kill(os.getpid(), 9)
+    """
+    asking = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    with asking:
+        assert asking.stdout is not None
+        worker = int(asking.stdout.readline())
+    assert asking.returncode == -9
+    deadline = time.monotonic() + 20
+    while _is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    survived = _is_running(worker)
+    if survived:
+        os.kill(worker, signal.SIGKILL)
+    assert not survived
+
+
+def _is_running(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_worker_script_needs_neither_numpy_nor_this_package() -> None:
