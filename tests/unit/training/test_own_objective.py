@@ -71,14 +71,15 @@ class SkewedReverseKL(ObjectiveSchema):
 
 
 def skewed_advantage(learner_logprob_N: Tensor, teacher_logprob_N: Tensor, skew: float) -> Tensor:
-    """Return A_t = log m - log pi + skew pi / m with m = (1 - skew) q + skew pi, at a_t.
+    """Return A_t = log m - log pi + skew (pi / m - 1) with m = (1 - skew) q + skew pi, at a_t.
 
     Source: the gradient of KL(pi || m), the skew reverse KL of DistiLLM (arXiv 2402.03898), by
-    the log-derivative trick; m depends on pi, which gives the last term.
+    the log-derivative trick. m depends on pi, which gives pi / m; the constant -1 changes no
+    expectation and makes A_t zero where student and teacher agree.
     """
     student_share_N = learner_logprob_N + math.log(skew)
     mixture_N = torch.logaddexp(teacher_logprob_N + math.log(1 - skew), student_share_N)
-    return mixture_N - learner_logprob_N + (student_share_N - mixture_N).exp()
+    return mixture_N - learner_logprob_N + (student_share_N - mixture_N).exp() - skew
 
 
 class SkewedObjective:
@@ -190,8 +191,8 @@ def test_each_tokens_gradient_by_hand() -> None:
     """d loss / d log pi = - w rho A / denominator. A missing detach adds terms to it."""
     pi, q, mu = (torch.tensor(values) for values in ([0.5, 0.2], [0.1, 0.6], [0.5, 0.05]))
     # m = 0.7 q + 0.3 pi; ratios 1 and 4, capped to 2
-    a = math.log(0.22 / 0.5) + 0.3 * 0.5 / 0.22
-    b = math.log(0.48 / 0.2) + 0.3 * 0.2 / 0.48
+    a = math.log(0.22 / 0.5) + 0.3 * (0.5 / 0.22 - 1)
+    b = math.log(0.48 / 0.2) + 0.3 * (0.2 / 0.48 - 1)
     leaf_N = pi.log().requires_grad_()
     micro = tokens([0, 0], mu.log(), q.log(), torch.tensor([1.0, 3.0]))
     given = objective(2.0, token_statistics=lambda *_: TokenStats(leaf_N, torch.zeros(2)))
@@ -211,12 +212,17 @@ def test_an_expectation_cannot_see_a_missing_detach() -> None:
     (wrong_by_pi_V,) = torch.autograd.grad(wrong_V.sum(), pi_V)
     ratio_V = (pi_V.detach() - mu_V.log()).exp()
     advantage_V = skewed_advantage(pi_V.detach(), teacher_V.log_softmax(-1), SKEW)
-    torch.testing.assert_close(wrong_by_pi_V, -ratio_V * advantage_V + ratio_V)
+    torch.testing.assert_close(wrong_by_pi_V, -ratio_V * advantage_V + (1 - SKEW) * ratio_V)
 
 
 def test_no_advantage_is_below_the_logarithm_of_the_skew() -> None:
     learner_N, teacher_N = torch.tensor([-0.1, -0.1]), torch.tensor([-2.0, -80.0])
     assert (skewed_advantage(learner_N, teacher_N, SKEW) >= math.log(SKEW)).all()
+
+
+def test_equal_student_and_teacher_give_no_advantage() -> None:
+    same_N = torch.tensor([-0.1, -2.0, -9.0])
+    torch.testing.assert_close(skewed_advantage(same_N, same_N, SKEW), torch.zeros(3))
 
 
 # --- Does the rest of the house take it? ----------------------------------------------------------
