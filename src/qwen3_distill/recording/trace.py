@@ -13,17 +13,16 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from qwen3_distill.errors import DataError, RunFolderError
+from qwen3_distill.recording.clock import StepClock, StepTimes
 from qwen3_distill.recording.jsonl import OCCASIONAL_STAGES, STEP_STAGES
-from qwen3_distill.types import Metric
 
 TRACE_FILE = "trace.json"
 STEPS = "steps"
@@ -43,48 +42,6 @@ _TRACKS = (STEPS, *STEP_STAGES, *OCCASIONAL_STAGES, WEIGHTS)
 _LANES_PER_TRACK = 1000
 
 Event: TypeAlias = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepTimes:
-    """Where the time of one step went."""
-
-    wall_s: float
-    busy_s: Mapping[str, float]
-    """By stage: seconds with at least one span open. Stages that overlap add up to more than
-    ``wall_s``."""
-    any_busy_s: float
-    """Seconds with a span of any stage open."""
-    counters: Mapping[str, tuple[float, float]]
-    """By counter: its mean over time and its largest value."""
-
-    @property
-    def idle_fractions(self) -> dict[str, float]:
-        """Share of the step in which a stage had nothing to do, and in which none had (``all``).
-
-        Stages that only some steps go through are left out: nothing waits for them.
-        """
-        busy = {s: t for s, t in self.busy_s.items() if s not in OCCASIONAL_STAGES}
-        return {
-            stage: 1.0 - seconds / self.wall_s if self.wall_s else 0.0
-            for stage, seconds in (busy | {"all": self.any_busy_s}).items()
-        }
-
-    def metrics(self) -> list[Metric]:
-        times = [Metric.sum(f"time/{stage}_s", s) for stage, s in self.busy_s.items()]
-        idle = [
-            Metric.mean(f"idle/{stage}_fraction", share * self.wall_s, self.wall_s)
-            for stage, share in self.idle_fractions.items()
-        ]
-        queues = [
-            metric
-            for name, (mean, largest) in self.counters.items()
-            for metric in (
-                Metric.mean(f"queue/{name}_mean", mean * self.wall_s, self.wall_s),
-                Metric.max(f"queue/{name}_max", largest),
-            )
-        ]
-        return [Metric.sum("time/step_s", self.wall_s), *times, *idle, *queues]
 
 
 class Trace:
@@ -112,10 +69,9 @@ class Trace:
         limit_bytes: int = FILE_LIMIT_BYTES,
     ) -> None:
         self._now = now
-        self._began = self._step_began = now()
-        self._stages = {stage: _Busy() for stage in (*STEP_STAGES, *OCCASIONAL_STAGES)}
-        self._any_stage = _Busy()
-        self._counters: dict[str, _Counter] = {}
+        self._began = now()
+        self._clock = StepClock(self._began)
+        self._counters: dict[str, _CounterMark] = {}
         self._lanes = _Lanes(on_new=self._write)
         self._open_spans: dict[int, Event] = {}
         """By lane: the event that began its span."""
@@ -134,9 +90,7 @@ class Trace:
             arguments: JSON values that the viewer shows beside it.
         """
         began = self._now()
-        busy = self._stages.setdefault(stage, _Busy())
-        busy.enter(began)
-        self._any_stage.enter(began)
+        self._clock.enter(stage, began)
         lane = self._lanes.take(stage)
         event = self._event("B", lane, began, name=name or stage, cat=stage, args=arguments)
         self._open_spans[lane] = event
@@ -145,8 +99,7 @@ class Trace:
             yield
         finally:
             ended = self._now()
-            busy.leave(ended)
-            self._any_stage.leave(ended)
+            self._clock.leave(stage, ended)
             self._lanes.release(stage, lane)
             del self._open_spans[lane]
             self._write(self._event("E", lane, ended))
@@ -164,9 +117,10 @@ class Trace:
         The file has one value in 20 ms, the last one; the step's metrics count all of them.
         """
         now = self._now()
+        self._clock.count(name, value, now)
         counter = self._counters.get(name)
         if counter is None:
-            counter = self._counters[name] = _Counter(value, now)
+            counter = self._counters[name] = _CounterMark(value, now)
         elif value != counter.value:
             if counter.is_due(now):  # it has held long enough to be seen
                 self._write_counter(name, counter)
@@ -176,12 +130,11 @@ class Trace:
 
     def busy_seconds(self, stage: str) -> float:
         """Seconds so far in which the stage had at least one span open."""
-        busy = self._stages.get(stage)
-        return 0.0 if busy is None else busy.seconds(self._now())
+        return self._clock.busy_seconds(stage, self._now())
 
     def begin_steps(self) -> None:
         """The next step begins here: what came before belongs to none."""
-        self._take_step(self._now())
+        self._clock.take_step(self._now())
 
     def end_step(self, step: int) -> StepTimes:
         """A step ends here, and the next one begins.
@@ -190,8 +143,8 @@ class Trace:
         stands in the next one, which had to wait for it.
         """
         ended = self._now()
-        began = self._step_began
-        times = self._take_step(ended)
+        began = self._clock.step_began
+        times = self._clock.take_step(ended)
         shares = {stage: round(share, 4) for stage, share in times.idle_fractions.items()}
         arguments = {"step": step, "idle": shares}
         lane = self._lanes.first(STEPS)
@@ -210,15 +163,6 @@ class Trace:
             self._file.close()
             self._file = None
 
-    def _take_step(self, now: float) -> StepTimes:
-        wall_s, self._step_began = now - self._step_began, now
-        return StepTimes(
-            wall_s=wall_s,
-            busy_s={stage: busy.take(now) for stage, busy in self._stages.items()},
-            any_busy_s=self._any_stage.take(now),
-            counters={name: counter.take(now) for name, counter in self._counters.items()},
-        )
-
     def _head(self) -> Iterable[Event]:
         """What a file begins with: names, and the spans that the file before left open."""
         process = {"ph": "M", "pid": _PROCESS, "name": "process_name"}
@@ -232,7 +176,7 @@ class Trace:
         if self._file is not None:
             self._file.write(event)
 
-    def _write_counter(self, name: str, counter: "_Counter") -> None:
+    def _write_counter(self, name: str, counter: "_CounterMark") -> None:
         began, value = counter.written()
         event = {"ph": "C", "pid": _PROCESS, "ts": self._microseconds(began), "name": name}
         self._write({**event, "args": {"value": value}})
@@ -278,37 +222,8 @@ def set_aside(path: Path) -> list[Path]:
 _BRACKETS = (b"", b"[", b"]")
 
 
-class _Busy:
-    """How long at least one span was open."""
-
-    def __init__(self) -> None:
-        self._open = 0
-        self._since = 0.0
-        self._closed_s = 0.0
-        self._taken_s = 0.0
-
-    def enter(self, now: float) -> None:
-        if self._open == 0:
-            self._since = now
-        self._open += 1
-
-    def leave(self, now: float) -> None:
-        self._open -= 1
-        if self._open == 0:
-            self._closed_s += now - self._since
-
-    def seconds(self, now: float) -> float:
-        return self._closed_s + (now - self._since if self._open else 0.0)
-
-    def take(self, now: float) -> float:
-        """Seconds since the last time this was asked."""
-        total = self.seconds(now)
-        taken, self._taken_s = total - self._taken_s, total
-        return taken
-
-
-class _Counter:
-    """A value over time, and how much of it the file has."""
+class _CounterMark:
+    """A counter's value, since when it holds, and whether the file has it."""
 
     def __init__(self, value: float, now: float) -> None:
         self.value = value
@@ -316,14 +231,9 @@ class _Counter:
         """The file does not have the value yet."""
         self._since = now
         self._written_at = -math.inf
-        self._largest = value
-        self._area = 0.0
-        self._counted_to = self._taken_at = now
 
     def set(self, value: float, now: float) -> None:
-        self._count(now)
         self.value, self._since, self.is_pending = value, now, True
-        self._largest = max(self._largest, value)
 
     def is_due(self, now: float) -> bool:
         """Whether the value is to be written, and long enough after the last one that was."""
@@ -333,19 +243,6 @@ class _Counter:
         """Since when the value holds, and the value; from here on it counts as written."""
         self.is_pending, self._written_at = False, self._since
         return self._since, self.value
-
-    def take(self, now: float) -> tuple[float, float]:
-        """Mean over time and largest value since the last time this was asked."""
-        self._count(now)
-        span_s = now - self._taken_at
-        mean = self._area / span_s if span_s else self.value
-        largest = self._largest
-        self._area, self._taken_at, self._largest = 0.0, now, self.value
-        return mean, largest
-
-    def _count(self, now: float) -> None:
-        self._area += self.value * (now - self._counted_to)
-        self._counted_to = now
 
 
 class _Lanes:
