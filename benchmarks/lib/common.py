@@ -1,7 +1,11 @@
-"""What every benchmark shares: the form of its result."""
+"""The form of a benchmark's result, and how it is written."""
 
+import json
 import shlex
 import sys
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +43,33 @@ def write_result(
         },
     )
     return path
+
+
+@dataclass
+class Report:
+    """Figures and details, written whenever there are new ones."""
+
+    name: str
+    folder: Path
+    figures: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        file = self.folder / f"{self.name}.json"
+        if file.exists():
+            earlier = json.loads(file.read_text())
+            self.figures, self.parts = earlier["figures"], earlier["parts"]
+
+    def add(self, part: str, figures: dict[str, float], **details: Any) -> None:
+        self.figures |= {key: round(value, 4) for key, value in figures.items()}
+        known = self.parts.get(part, {})
+        self.parts[part] = known | {"command": command_line(), **figures, **details}
+        print(part, json.dumps(figures | details, default=str), flush=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_result(self.name, self.figures, folder=self.folder, parts=self.parts)
+
+
+async def timed(work: Awaitable[Any]) -> tuple[Any, float]:
+    began = time.perf_counter()
+    result = await work
+    return result, time.perf_counter() - began

@@ -1,6 +1,6 @@
 """Where the time of a vLLM decode step goes. Runs under vLLM's own interpreter, on a GPU.
 
-    PYTHONPATH=src:benchmarks python -m benchmarks.speed.decode_profile --model models/random-4B \
+    PYTHONPATH=src:. python -m benchmarks.speed.decode_profile --model models/random-4B \
         --label base --engine kv_cache_dtype=fp8 --requests base,final,unseeded
 
 One engine, set up as the rollout process sets it up. Every variant of the requests is timed over
@@ -122,7 +122,7 @@ class Bench:
             },
         )
         values = compat.engine_arguments(settings)
-        values |= {"worker_extension_cls": "decode_profile.Profiled"}
+        values |= {"worker_extension_cls": "benchmarks.speed.decode_profile.Profiled"}
         began = time.perf_counter()
         self.engine: Any = AsyncLLM.from_engine_args(AsyncEngineArgs(**values))
         self.start_s = time.perf_counter() - began

@@ -44,7 +44,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lib.common import RESULTS
+from benchmarks.lib.common import RESULTS, Report, timed
 from benchmarks.lib.device_memory import PeakMemory
 from benchmarks.lib.overlap_parts import (
     DEFAULT_SKIP,
@@ -54,7 +54,7 @@ from benchmarks.lib.overlap_parts import (
     Variant,
     rate_of_common_steps,
 )
-from benchmarks.speed.stages import Report, start_side_by_side, timed
+from benchmarks.speed.stages import start_side_by_side
 from qwen3_distill.config import (
     LoggingConfig,
     RunConfig,
