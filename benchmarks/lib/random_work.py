@@ -5,9 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qwen3_distill.config import (
-    RunConfig,
-)
+from qwen3_distill.config import RunConfig
 from qwen3_distill.scoring.score_request import TopKRequest, request_for
 from qwen3_distill.types import (
     Batch,

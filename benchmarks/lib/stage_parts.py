@@ -12,18 +12,8 @@ from urllib.parse import urlsplit
 from benchmarks.lib.common import Report, timed
 from benchmarks.lib.device_memory import PeakMemory
 from benchmarks.lib.random_work import Work, total_tokens
-from qwen3_distill.config import (
-    EmbeddedTraining,
-    LoraTuning,
-    RunConfig,
-    UnslothTraining,
-)
-from qwen3_distill.pipeline.assembly.engines import (
-    Parts,
-    build_learner,
-    build_teacher,
-    plan_memory,
-)
+from qwen3_distill.config import EmbeddedTraining, LoraTuning, RunConfig, UnslothTraining
+from qwen3_distill.pipeline.assembly.engines import Parts, build_learner, build_teacher, plan_memory
 from qwen3_distill.pipeline.sequential import generate, push_weights, score
 from qwen3_distill.ports import Learner, RolloutEngine, TeacherScorer
 from qwen3_distill.recording.jsonl import STEP_STAGES
@@ -31,10 +21,7 @@ from qwen3_distill.recording.trace import Trace
 from qwen3_distill.scoring.score_request import request_for
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher, request_groups
 from qwen3_distill.scoring.sglang.wire import TokenSequence, score_body
-from qwen3_distill.types import (
-    Rollout,
-    Update,
-)
+from qwen3_distill.types import Rollout, Update
 
 
 async def measure_generate(work: Work, report: Report, engine: RolloutEngine) -> None:

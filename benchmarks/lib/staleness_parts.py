@@ -16,20 +16,11 @@ from qwen3_distill.config import EmbeddedTraining, SampledReverseKL
 from qwen3_distill.errors import WeightVersionError
 from qwen3_distill.modeling.head import token_stats
 from qwen3_distill.pipeline.assembly.engines import Parts
-from qwen3_distill.ports import (
-    RolloutEngine,
-    WeightChannel,
-    WeightPayload,
-)
+from qwen3_distill.ports import RolloutEngine, WeightChannel, WeightPayload
 from qwen3_distill.training.batching import MicroBatch
 from qwen3_distill.training.embedded.student import EmbeddedLearner
 from qwen3_distill.training.objectives.base import LossTerms, TensorMetric
-from qwen3_distill.types import (
-    Reduction,
-    Rollout,
-    RolloutRequest,
-    WeightVersion,
-)
+from qwen3_distill.types import Reduction, Rollout, RolloutRequest, WeightVersion
 
 Advantage: TypeAlias = Literal["old", "current"]
 """``old``: log q - log mu, of the student that sampled; ``current``: log q - log pi_theta."""

@@ -48,9 +48,7 @@ from benchmarks.lib.stage_parts import (
     started_learner,
     train_settings,
 )
-from qwen3_distill.config import (
-    TaskPrompts,
-)
+from qwen3_distill.config import TaskPrompts
 from qwen3_distill.config.load import load_config
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.pipeline.assembly.engines import (
