@@ -17,16 +17,15 @@ from qwen3_distill.errors import DataError, RunFolderError
 from qwen3_distill.recording import text
 from qwen3_distill.recording.jsonl import read_jsonl
 from qwen3_distill.report.charts import (
-    Colour,
     Figure,
     Interval,
     Level,
     Line,
     LineChart,
-    Point,
     draw_intervals,
     draw_lines,
 )
+from qwen3_distill.report.drawing import Colour, Point
 from qwen3_distill.report.rollout_view import (
     ROLLOUTS_PER_STEP,
     RolloutView,

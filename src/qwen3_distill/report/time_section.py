@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 from qwen3_distill.recording import text
 from qwen3_distill.recording.jsonl import OCCASIONAL_STAGES, STEP_STAGES
 from qwen3_distill.report.charts import (
-    Colour,
     Figure,
     Line,
     LineChart,
@@ -17,6 +16,7 @@ from qwen3_distill.report.charts import (
     draw_lines,
     draw_stack,
 )
+from qwen3_distill.report.drawing import Colour
 
 Steps: TypeAlias = Sequence[Mapping[str, Any]]
 """Lines of ``metrics.jsonl``."""

@@ -1,7 +1,7 @@
 """The last steps of a trace as a picture: what every stage did, queues, and weight versions."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
@@ -15,7 +15,8 @@ from qwen3_distill.recording.trace import (
     read_trace,
     set_aside,
 )
-from qwen3_distill.report.charts import Colour, Figure, Point, tick_label, ticks
+from qwen3_distill.report.charts import Figure
+from qwen3_distill.report.drawing import Colour, Drawing, Point, tick_label, ticks
 
 STEPS_SHOWN = 4
 MAX_ROWS = 8
@@ -106,7 +107,7 @@ def draw_timeline(timeline: Timeline, colours: Mapping[str, Colour]) -> Figure:
     which = f"steps {first:,} to {last:,}" if first != last else f"step {first:,}"
     return Figure(
         title=f"Timeline of {which}",
-        svg=sketch.svg(),
+        svg=sketch.picture(),
         legend=(),
         wide=True,
         note=f"Dashed: ends of steps. The whole run is in {TRACE_FILE}, for ui.perfetto.dev.",
@@ -171,22 +172,19 @@ def _from(values: Sequence[Point], began_s: float) -> list[Point]:
 # --- Drawing ------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Sketch:
+class _Sketch(Drawing):
     """Rows, each under the one before."""
 
-    timeline: Timeline
-    bottom: float = _TOP
-    parts: list[Markup] = field(default_factory=list)
+    def __init__(self, timeline: Timeline, bottom: float = _TOP) -> None:
+        super().__init__(_WIDTH)
+        self.timeline = timeline
+        self.bottom = bottom
 
     def x(self, at_s: float) -> float:
         """Pixels of a moment, which may lie outside of the window."""
         began_s, ended_s = self.timeline.began_s, self.timeline.ended_s
         share = (at_s - began_s) / (ended_s - began_s or 1.0)
         return _LEFT + min(max(share, 0.0), 1.0) * (_WIDTH - _LEFT - _RIGHT)
-
-    def add(self, template: str, **values: object) -> None:
-        self.parts.append(Markup(template).format(**values))
 
     def stage(
         self,
@@ -204,15 +202,13 @@ class _Sketch:
         self._label(stage, height)
         for index, row in enumerate(rows):
             for bar in self._bars([span for span in spans if span.row == row]):
-                self.add(
-                    '<rect class="bar {c}" x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" '
-                    'height="{h:.1f}"><title>{title}</title></rect>',
-                    c=colour,
-                    x=bar.left,
-                    y=self.bottom + index * height / len(rows),
-                    w=bar.width - (_SEAM if bar.width >= _SEPARABLE_WIDTH else 0.0),
-                    h=height / len(rows) - (1.0 if len(rows) > 1 else 0.0),
-                    title=bar.title(stage),
+                self.bar(
+                    f"bar {colour}",
+                    bar.left,
+                    self.bottom + index * height / len(rows),
+                    bar.width - (_SEAM if bar.width >= _SEPARABLE_WIDTH else 0.0),
+                    height / len(rows) - (1.0 if len(rows) > 1 else 0.0),
+                    bar.title(stage),
                 )
         for name, at_s in instants:
             self._mark(at_s, self.bottom, self.bottom + height, f"{stage}: {name}")
@@ -228,13 +224,11 @@ class _Sketch:
             fits_right = x + _LABEL_WIDTH < _WIDTH
             if x - (0.0 if fits_right else _LABEL_WIDTH) < free_from:
                 continue
-            self.add(
-                '<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{side}">{label}</text>',
-                x=x + (5 if fits_right else -5),
-                y=self.bottom + 14,
-                side="start" if fits_right else "end",
-                label=name.replace("version ", "v"),
-            )
+            label, at_y = name.replace("version ", "v"), self.bottom + 14
+            if fits_right:
+                self.text("tick", x + 5, at_y, label)
+            else:
+                self.text("tick", x - 5, at_y, label, "end")
             free_from = x + _LABEL_WIDTH
         self.bottom += _BAR_HEIGHT + _GAP
 
@@ -242,30 +236,21 @@ class _Sketch:
         """A counter over time."""
         self._area(name, values, "stack c7")
 
-    def svg(self) -> Markup:
+    def picture(self) -> Markup:
         """Everything, over the steps' limits and the axis."""
         frame = _Sketch(self.timeline, bottom=self.bottom)
-        frame.steps()
+        frame.limits()
         frame.axis()
-        return Markup(
-            '<svg viewBox="0 0 {w:.0f} {h:.0f}" role="img" aria-label="timeline">{body}</svg>'
-        ).format(w=_WIDTH, h=self.bottom + _AXIS, body=Markup("").join([*frame.parts, *self.parts]))
+        frame.parts += self.parts
+        return frame.svg(self.bottom + _AXIS, "timeline")
 
-    def steps(self) -> None:
+    def limits(self) -> None:
         """The steps' limits and names."""
         for step, began_s, ended_s in self.timeline.steps:
             left, right = self.x(began_s), self.x(ended_s)
-            self.add(
-                '<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{y:.1f}"/>',
-                x=right,
-                y=self.bottom,
-            )
+            self.line("limit", right, right, 4, self.bottom)
             if right - left > 2 * _LABEL_WIDTH:
-                self.add(
-                    '<text class="tick" x="{x:.1f}" y="14" text-anchor="middle">step {step}</text>',
-                    x=(left + right) / 2,
-                    step=f"{step:,}",
-                )
+                self.text("tick", (left + right) / 2, 14, f"step {step:,}", "middle")
 
     def axis(self) -> None:
         """Seconds since the window's begin."""
@@ -273,15 +258,10 @@ class _Sketch:
         marks = ticks(0.0, length_s, 8) if length_s else [0.0]
         spacing = marks[1] - marks[0] if len(marks) > 1 else 1.0
         for tick in marks:
-            self.add(
-                '<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{y:.1f}"/>'
-                '<text class="tick" x="{x:.1f}" y="{t:.1f}" text-anchor="middle">{label}</text>',
-                x=self.x(self.timeline.began_s + tick),
-                top=_TOP - 4,
-                y=self.bottom,
-                t=self.bottom + 17,
-                label=tick_label(tick, spacing, "seconds"),
-            )
+            x = self.x(self.timeline.began_s + tick)
+            self.line("grid", x, x, _TOP - 4, self.bottom)
+            label = tick_label(tick, spacing, "seconds")
+            self.text("tick", x, self.bottom + 17, label, "middle")
 
     def _bars(self, spans: Sequence[Span]) -> list["_Bar"]:
         """The spans of one row, those too close to be told apart as one bar."""
@@ -301,16 +281,17 @@ class _Sketch:
         """Steps of a value over time, from 0 to its largest."""
         largest = max(value for _, value in values)
         self._label(name, _QUEUE_HEIGHT, f"max {number(largest)}")
-        base, ended_x = self.bottom + _QUEUE_HEIGHT, self.x(self.timeline.ended_s)
-        corners = [f"{self.x(values[0][0]):.1f},{base:.1f}"]
-        height = base
-        for x, value in self._columns(values):
-            corners.append(f"{x:.1f},{height:.1f}")
-            height = base - value / (largest or 1.0) * _QUEUE_HEIGHT
-            corners.append(f"{x:.1f},{height:.1f}")
-        corners += [f"{ended_x:.1f},{height:.1f}", f"{ended_x:.1f},{base:.1f}"]
-        self.add('<path class="{c}" d="M{d}Z"/>', c=css, d="L".join(corners))
-        self.bottom = base + _GAP
+        self.bottom += _QUEUE_HEIGHT
+        self.steps(
+            css,
+            self._columns(values),
+            largest=largest,
+            base=self.bottom,
+            height=_QUEUE_HEIGHT,
+            left=self.x(values[0][0]),
+            right=self.x(self.timeline.ended_s),
+        )
+        self.bottom += _GAP
 
     def _columns(self, values: Sequence[Point]) -> list[Point]:
         """(pixel, value): of values within one pixel the largest, then what holds after it."""
@@ -335,11 +316,10 @@ class _Sketch:
 
     def _label(self, name: str, height: float, below: str = "") -> None:
         middle = self.bottom + height / 2 + (-2 if below else 5)
-        template = '<text class="{css}" x="{x}" y="{y:.1f}" text-anchor="end">{label}</text>'
         short = name if len(name) <= _LABEL_LENGTH else f"{name[: _LABEL_LENGTH - 1]}…"
-        self.add(template, css="row", x=_LEFT - 12, y=middle, label=short)
+        self.text("row", _LEFT - 12, middle, short, "end")
         if below:
-            self.add(template, css="tick", x=_LEFT - 12, y=middle + 15, label=below)
+            self.text("tick", _LEFT - 12, middle + 15, below, "end")
 
 
 @dataclass
