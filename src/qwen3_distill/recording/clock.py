@@ -1,7 +1,7 @@
-"""Time by step: how long each stage was busy, and how long queues were.
+"""The run's clock: how long each stage was busy and how long queues were, per step.
 
-The step's ``time/``, ``idle/`` and ``queue/`` metrics come from here. Moments are handed in, so
-that the same ones can be written elsewhere (`recording.trace`).
+The ``time/``, ``idle/`` and ``queue/`` metrics of a step come from here. Callers pass in every
+moment, so that the trace can write the same ones (`recording.trace`).
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from qwen3_distill.types import Metric
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimes:
-    """Where the time of one step went."""
+    """The time of one step, by stage, and its queues."""
 
     wall_s: float
     busy_s: Mapping[str, float]
@@ -26,9 +26,9 @@ class StepTimes:
 
     @property
     def idle_fractions(self) -> dict[str, float]:
-        """Share of the step in which a stage had nothing to do, and in which none had (``all``).
+        """Share of the step in which each stage was idle, and in which all were (``all``).
 
-        Stages that only some steps go through are left out: nothing waits for them.
+        Stages that only some steps have are left out: nothing waits for them.
         """
         busy = {s: t for s, t in self.busy_s.items() if s not in OCCASIONAL_STAGES}
         return {
@@ -74,17 +74,17 @@ class StepClock:
         return self._step_began
 
     def enter(self, stage: str, now: float) -> None:
-        """A span of the stage begins. Spans of one stage may overlap."""
+        """Open a span of the stage. Spans of one stage may overlap."""
         self._stages.setdefault(stage, _Busy()).enter(now)
         self._any_stage.enter(now)
 
     def leave(self, stage: str, now: float) -> None:
-        """A span of the stage ends."""
+        """Close a span of the stage."""
         self._stages[stage].leave(now)
         self._any_stage.leave(now)
 
     def count(self, name: str, value: float, now: float) -> None:
-        """The counter has this value from now on."""
+        """Set a counter to a value."""
         counter = self._counters.get(name)
         if counter is None:
             self._counters[name] = _Counter(value, now)
@@ -108,7 +108,7 @@ class StepClock:
 
 
 class _Busy:
-    """How long at least one span was open."""
+    """Seconds in which at least one span was open."""
 
     def __init__(self) -> None:
         self._open = 0
@@ -130,7 +130,7 @@ class _Busy:
         return self._closed_s + (now - self._since if self._open else 0.0)
 
     def take(self, now: float) -> float:
-        """Seconds since the last time this was asked."""
+        """Busy seconds since the last call."""
         total = self.seconds(now)
         taken, self._taken_s = total - self._taken_s, total
         return taken

@@ -1,9 +1,9 @@
-"""What every stage did and when: ``trace.json`` for Perfetto, and the times of every step.
+"""Writes ``trace.json`` for Perfetto: what every stage did and when.
 
-The file is a Chrome trace in its JSON array format, one event a line. The closing bracket is
-optional there, so that what a killed run leaves behind loads as it is. Times are microseconds since
-the trace began. Every start of a run has a file of its own and leaves the earlier ones' content
-alone: between two starts may lie days, which on one axis would leave no room for the steps.
+The file is a Chrome trace in its JSON array format, one event per line. The format makes the
+closing bracket optional, so the file of a killed run loads unchanged. Times are microseconds since
+the trace began. Every start of a run writes a file of its own: days may lie between two starts, and
+on one axis they would leave no room for the steps.
 
 Format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """
@@ -31,33 +31,33 @@ WEIGHTS = "weights"
 """Track of the weight versions."""
 
 FILE_LIMIT_BYTES = 32 << 20
-"""A file that reaches this is put aside, and a new one begun."""
+"""A file that reaches this size is renamed, and a new one begun."""
 FILES_KEPT = 4
-"""The current one included: what a run's traces take is bounded by this many full files."""
+"""Number of files that are kept, the current one included; older ones are deleted."""
 
 _COUNTER_INTERVAL_S = 0.02
 _PROCESS = 1
 _TRACKS = (STEPS, *STEP_STAGES, *OCCASIONAL_STAGES, WEIGHTS)
-"""In the order in which viewers list them; other tracks follow as they come."""
+"""Tracks in the order in which viewers list them; others follow in order of appearance."""
 _LANES_PER_TRACK = 1000
 
 Event: TypeAlias = dict[str, Any]
 
 
 class Trace:
-    """The run's clock: spans, instants and counters, written as they come and summed by step.
+    """Spans, instants and counters of a run: summed by step (`StepClock`) and written to a file.
 
-    The step's times come from the same spans that the file shows. Without a path nothing is
-    written. For one thread; any number of its tasks may have spans open.
+    The times of a step come from the same spans that the file shows. Without a path nothing is
+    written. Not thread-safe; any number of tasks of one thread may have spans open.
 
     Args:
-        path: the file; one that is there is put aside as ``trace-1.json``, that one as
+        path: the file. An existing one is renamed to ``trace-1.json``, that one to
             ``trace-2.json`` and so on, up to `FILES_KEPT`.
         title: names the process in the viewer.
         now: seconds of a clock that never goes back.
 
     Raises:
-        RunFolderError: here and wherever an event is written: the file cannot be.
+        RunFolderError: the file cannot be written. Every method that writes an event raises it.
     """
 
     def __init__(
@@ -82,12 +82,12 @@ class Trace:
 
     @contextmanager
     def span(self, stage: str, name: str = "", **arguments: object) -> Iterator[None]:
-        """A stage at work while the block runs. Spans of one stage may overlap.
+        """Record that a stage works while the block runs. Spans of one stage may overlap.
 
         Args:
-            stage: ``generate``, ``score``, ...: its times become ``time/{stage}_s``.
-            name: what it works on, as the viewer shows it; default: the stage.
-            arguments: JSON values that the viewer shows beside it.
+            stage: ``generate``, ``score``, ...: its seconds become ``time/{stage}_s``.
+            name: the span's name in the viewer; default: the stage.
+            arguments: JSON values that the viewer shows with the span.
         """
         began = self._now()
         self._clock.enter(stage, began)
@@ -105,16 +105,16 @@ class Trace:
             self._write(self._event("E", lane, ended))
 
     def instant(self, stage: str, name: str, **arguments: object) -> None:
-        """Mark a moment on the track of a stage, or on that of the `WEIGHTS`."""
+        """Mark a moment on a stage's track, or on the track `WEIGHTS`."""
         lane = self._lanes.first(stage)
         self._write(
             self._event("i", lane, self._now(), name=name, cat=stage, s="t", args=arguments)
         )
 
     def counter(self, name: str, value: float) -> None:
-        """From now on a queue is this long, or so many of something are under way.
+        """Set a counter, such as the length of a queue.
 
-        The file has one value in 20 ms, the last one; the step's metrics count all of them.
+        The file has at most one value per 20 ms, the last one; the step's metrics count them all.
         """
         now = self._now()
         self._clock.count(name, value, now)
@@ -133,14 +133,14 @@ class Trace:
         return self._clock.busy_seconds(stage, self._now())
 
     def begin_steps(self) -> None:
-        """The next step begins here: what came before belongs to none."""
+        """Begin the first step; the time before it belongs to no step."""
         self._clock.take_step(self._now())
 
     def end_step(self, step: int) -> StepTimes:
-        """A step ends here, and the next one begins.
+        """End a step, begin the next one, and return the times of the step that ended.
 
-        Steps leave no gap: what is done after a step, such as its checkpoint and evaluation,
-        stands in the next one, which had to wait for it.
+        Steps leave no gap: the work after a step, such as its checkpoint and evaluation, counts for
+        the next one, which had to wait for it.
         """
         ended = self._now()
         began = self._clock.step_began
@@ -158,13 +158,13 @@ class Trace:
         return times
 
     def close(self) -> None:
-        """End the file. Spans may end later, unwritten. May be called more than once."""
+        """Close the file. Spans that end later are not written. May be called more than once."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def _head(self) -> Iterable[Event]:
-        """What a file begins with: names, and the spans that the file before left open."""
+        """The first events of a file: names, and the spans that are open."""
         process = {"ph": "M", "pid": _PROCESS, "name": "process_name"}
         return [
             {**process, "args": {"name": self._title}},
@@ -191,9 +191,9 @@ class Trace:
 
 
 def read_trace(path: Path | str) -> list[Event]:
-    """All events of a trace file, of a finished or a killed run.
+    """Return all events of a trace file, of a finished or a killed run.
 
-    A last line that was not wholly written is left out.
+    An incomplete last line is left out.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -215,7 +215,7 @@ def read_trace(path: Path | str) -> list[Event]:
 
 
 def set_aside(path: Path) -> list[Path]:
-    """Where earlier traces go when ``path`` is begun anew, the newest first."""
+    """The names that earlier traces get when ``path`` is begun anew, the newest first."""
     return [path.with_name(f"{path.stem}-{n}{path.suffix}") for n in range(1, FILES_KEPT)]
 
 
@@ -223,7 +223,7 @@ _BRACKETS = (b"", b"[", b"]")
 
 
 class _CounterMark:
-    """A counter's value, since when it holds, and whether the file has it."""
+    """A counter's current value, its begin, and whether the file has it."""
 
     def __init__(self, value: float, now: float) -> None:
         self.value = value
@@ -236,20 +236,20 @@ class _CounterMark:
         self.value, self._since, self.is_pending = value, now, True
 
     def is_due(self, now: float) -> bool:
-        """Whether the value is to be written, and long enough after the last one that was."""
+        """Whether the value must be written now: the last one was written long enough ago."""
         return self.is_pending and now - self._written_at >= _COUNTER_INTERVAL_S
 
     def written(self) -> tuple[float, float]:
-        """Since when the value holds, and the value; from here on it counts as written."""
+        """Mark the value as written; return its begin and the value."""
         self.is_pending, self._written_at = False, self._since
         return self._since, self.value
 
 
 class _Lanes:
-    """Rows of the viewer: one for every span that a track has open at once.
+    """Rows of the viewer: as many per track as it has spans open at once.
 
     Args:
-        on_new: told the events that name a new row.
+        on_new: is called with the events that name a new row.
     """
 
     def __init__(self, on_new: Callable[[Event], None]) -> None:
@@ -258,13 +258,13 @@ class _Lanes:
         self._taken: dict[str, list[bool]] = {}
 
     def first(self, track: str) -> int:
-        """The track's first row, whether or not a span is open there."""
+        """The track's first row, free or not."""
         if not self._taken.setdefault(track, []):
             self._add(track)
         return self._number(track, 0)
 
     def take(self, track: str) -> int:
-        """A row with no open span."""
+        """Reserve a row without an open span, a new one if there is none."""
         taken = self._taken.setdefault(track, [])
         index = taken.index(False) if False in taken else self._add(track)
         taken[index] = True
@@ -274,7 +274,7 @@ class _Lanes:
         self._taken[track][lane % _LANES_PER_TRACK] = False
 
     def names(self) -> list[Event]:
-        """The events that name all rows there are."""
+        """The events that name all rows."""
         return [
             event
             for track, taken in self._taken.items()
@@ -298,20 +298,20 @@ class _Lanes:
         ]
 
     def _number(self, track: str, index: int) -> int:
-        """Rows sort by it: by track, then by row."""
+        """The row's number, by which viewers sort: by track, then by row."""
         if track not in self._tracks:
             self._tracks.append(track)
         return _LANES_PER_TRACK * (self._tracks.index(track) + 1) + index
 
 
 class _TraceFile:
-    """One event a line, each on its way to the disk when `write` returns.
+    """A file of one event per line, which the operating system has when `write` returns.
 
-    A comma goes before an event, not after it: whatever number of events a killed run leaves, a
-    bracket makes them JSON.
+    The comma stands before an event, not after it: a bracket turns whatever a killed run wrote into
+    JSON.
 
     Args:
-        head: the events that every file begins with.
+        head: returns the events that every file begins with.
     """
 
     def __init__(self, path: Path, limit_bytes: int, head: Callable[[], Iterable[Event]]) -> None:
@@ -323,7 +323,7 @@ class _TraceFile:
         self._begin()
 
     def write(self, event: Event) -> None:
-        """Append an event; a full file is put aside first."""
+        """Append an event; a full file is renamed first."""
         if self._fd is not None and self._size >= self._limit_bytes:
             self.close()
             self._begin()
@@ -336,7 +336,7 @@ class _TraceFile:
             self._fd = None
 
     def _begin(self) -> None:
-        """A new file with its head, the earlier ones moved out of the way."""
+        """Rename the earlier files and begin a new one with its head."""
         try:
             self._put_aside()
             self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

@@ -31,9 +31,9 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 54.0, 14.0, 12.0, 34.0
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One quantity over steps; with ``band`` also its interval.
+    """One quantity over steps, with its interval if ``band`` is given.
 
-    ``smooth`` draws a running mean over that many points and the raw values faintly behind it.
+    With ``smooth`` > 1 a running mean over that many points is drawn, and the values faintly behind.
     """
 
     name: str
@@ -67,9 +67,9 @@ class LineChart:
     levels: Sequence[Level] = ()
     y_format: Format = "number"
     y_floor: float | None = 0.0
-    """The axis reaches down to this; None: to the data."""
+    """The axis starts at this value or lower; None: near the lowest value."""
     y_ceiling: float | None = None
-    """The axis never goes above this."""
+    """The axis ends at this value or lower."""
     wide: bool = False
     note: str = ""
 
@@ -91,7 +91,7 @@ class StackedChart:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn chart and what belongs around it."""
+    """A drawn chart with its title, legend and note."""
 
     title: str
     svg: Markup
@@ -156,7 +156,7 @@ class _Canvas(Drawing):
 
 
 def draw_lines(chart: LineChart) -> Figure | None:
-    """The chart, or None when there is not one finite point to draw."""
+    """Draw the chart; None if there is no point to draw."""
     lines = [_thinned(line) for line in chart.lines if line.points]
     if not lines:
         return None
@@ -181,7 +181,7 @@ def draw_lines(chart: LineChart) -> Figure | None:
 
 
 def draw_stack(chart: StackedChart) -> Figure | None:
-    """The chart, or None when there are no points."""
+    """Draw the chart; None if there are no points."""
     if not chart.x:
         return None
     series = [_bucketed(list(zip(chart.x, values, strict=True)), "mean") for values in chart.values]
@@ -211,7 +211,7 @@ def draw_stack(chart: StackedChart) -> Figure | None:
 
 
 def draw_intervals(rows: Sequence[Interval]) -> Markup:
-    """One row per value: a dot with its interval, on one common axis."""
+    """Draw one row per value: a dot with its interval, on a common axis."""
     width, row, left, right = 720.0, 40.0, 128.0, 70.0
     height = row * len(rows) + 30
     low, high = _interval_axis(rows)
@@ -233,7 +233,7 @@ def draw_intervals(rows: Sequence[Interval]) -> Markup:
 
 
 def running_mean(points: Sequence[Point], window: int) -> list[Point]:
-    """Mean of ``window`` neighbours centred on each point; fewer at the ends."""
+    """Mean of ``window`` points around each point; of fewer at the ends."""
     half = window // 2
     smoothed: list[Point] = []
     for index, (x, _) in enumerate(points):
@@ -300,7 +300,7 @@ def _css(line: Line) -> str:
 
 
 def _thinned(line: Line) -> Line:
-    if line.band:  # measured points with their intervals: few, and not to be averaged
+    if line.band:  # measured points with intervals: few, and their mean would mean nothing
         return line
     return replace(line, points=_bucketed(line.points, line.reduce))
 
@@ -346,7 +346,7 @@ def _line_labels(line: Line, y_format: Format) -> list[tuple[float, str]]:
 def _hover(
     canvas: _Canvas, series: Sequence[tuple[str, str, Sequence[tuple[float, str]]]]
 ) -> object:
-    """What the page's crosshair needs: pixel columns, and the text at each of them."""
+    """Data for the page's crosshair: pixel columns and the text at each."""
     columns: dict[float, list[tuple[str, str, str]]] = {}
     for colour, name, labels in series:
         for x, label in labels:

@@ -1,4 +1,4 @@
-"""SVG elements, axis ticks and their labels: what all pictures of the report and benchmarks share.
+"""Draws SVG elements, axis ticks and labels for all pictures of the report and benchmarks.
 
 An element has CSS classes and no colours. The report's page gives the classes their colours, in
 light, dark and print; a picture in a file of its own brings a style with it (`Drawing.file`).
@@ -68,7 +68,7 @@ class Drawing:
     def bar(
         self, css: str, left: float, top: float, width: float, height: float, title: str = ""
     ) -> None:
-        """A filled rectangle; the title shows where the pointer rests on it."""
+        """Draw a filled rectangle; ``title`` shows under the pointer."""
         self.add(
             '<rect class="{css}" x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}">'
             "{title}</rect>",
@@ -81,7 +81,7 @@ class Drawing:
         )
 
     def path(self, css: str, points: Sequence[Point], *, closed: bool = False) -> None:
-        """Straight lines from point to point; ``closed``: back to the first, as an area."""
+        """Draw straight lines from point to point; with ``closed``, an area."""
         steps = "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
         self.add('<path class="{css}" d="M{d}{end}"/>', css=css, d=steps, end="Z" if closed else "")
 
@@ -96,7 +96,7 @@ class Drawing:
         left: float,
         right: float,
     ) -> None:
-        """The area under a value that holds until the next one, from ``left`` to ``right``.
+        """Draw the area under a value that holds until the next one, from ``left`` to ``right``.
 
         Args:
             columns: (pixel, value), from left to right.
@@ -111,10 +111,10 @@ class Drawing:
         self.path(css, [*corners, (right, top), (right, base)], closed=True)
 
     def svg(self, height: float, label: str, data: object = None) -> Markup:
-        """The picture as a part of a page.
+        """Return the picture as part of a page.
 
         Args:
-            label: what a screen reader says of it.
+            label: its description, for screen readers.
             data: JSON for the page's script, in the attribute ``data-chart``.
         """
         hover = Markup("")
@@ -126,7 +126,7 @@ class Drawing:
         ).format(w=self.width, h=height, label=label, hover=hover, body=Markup("").join(self.parts))
 
     def file(self, height: float, label: str, colours: Mapping[str, str]) -> str:
-        """The picture as a file of its own, on white.
+        """Return the picture as a file of its own, on white.
 
         Args:
             colours: by class, e.g. ``{"train": "#54a24b"}``.
@@ -148,7 +148,7 @@ class Drawing:
 
 
 def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
-    """About ``count`` round numbers in ``[low, high]``; with ``whole``, integers only."""
+    """Return about ``count`` round numbers in ``[low, high]``; with ``whole``, integers."""
     step = round_step((high - low) / max(count, 1))
     if whole:
         step = 5.0 if step == 2.5 else max(1.0, step)
@@ -158,7 +158,7 @@ def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[f
 
 
 def round_step(rough: float) -> float:
-    """The next of 1, 2, 2.5 and 5 times a power of ten; 1 for what is not positive."""
+    """Round up to 1, 2, 2.5 or 5 times a power of ten; 1 if ``rough`` is not positive."""
     if rough <= 0:
         return 1.0
     size = 10.0 ** math.floor(math.log10(rough))
@@ -166,7 +166,7 @@ def round_step(rough: float) -> float:
 
 
 def tick_label(value: float, spacing: float, y_format: Format) -> str:
-    """With as many digits as tell neighbours apart, and no more."""
+    """Format a tick with just enough digits to distinguish it from its neighbours."""
     if y_format == "percent":
         value, spacing = 100 * value, 100 * spacing
     unit = {"percent": "%", "seconds": " s", "number": ""}[y_format]
