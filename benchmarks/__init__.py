@@ -2,6 +2,6 @@
 
     python -m benchmarks.speed.stages --help
 
-`speed`, `learning` and `robustness` hold what is run, `lib` what they share, `results` one JSON file
-per measurement with its command, commit and machine. The package never imports from here.
+`speed`, `learning` and `robustness` hold the benchmarks, `lib` their shared parts, `results` one
+JSON file per measurement with its command, commit and machine. The package never imports from here.
 """

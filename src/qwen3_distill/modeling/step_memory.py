@@ -5,6 +5,9 @@ layer either keeps its activations or is recomputed in the backward pass. The *f
 ones to recompute: the backward pass reaches them last, when the activations that later layers kept
 are free again.
 
+The planner (`planning.memory`) sizes the learner with this model and all other pieces itself; it is
+here because the learner, which is below the planner, decides with it.
+
 No torch here, only arithmetic. The coefficients of plain PyTorch are what its saved-tensor hooks
 count; those of unsloth's fused kernels follow from what the kernels keep, and agree with peaks
 measured on one H200 within 3% (tests/unit/modeling/test_step_memory.py).

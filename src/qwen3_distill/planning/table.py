@@ -1,4 +1,4 @@
-"""A plan as a table for people."""
+"""Shows a plan as a table and as settings."""
 
 from rich.table import Table
 
@@ -8,7 +8,7 @@ from qwen3_distill.planning.plan import ENGINES, MemoryPlan
 
 
 def plan_table(plan: MemoryPlan) -> Table:
-    """Every piece with its size in GiB, with sums by engine."""
+    """Every piece with its size in GiB, and the sum per engine."""
     table = Table()
     for column in ("engine", "memory", "GiB", "how"):
         table.add_column(column, justify="right" if column == "GiB" else "left")
@@ -26,7 +26,7 @@ def plan_table(plan: MemoryPlan) -> Table:
 
 
 def plan_settings(config: RunConfig, plan: MemoryPlan) -> str:
-    """The plan as settings of the engines that take any, to be written into a config."""
+    """The plan as settings for a config, for the engines that have any."""
     settings = []
     if config.scoring.kind == "sglang" and not config.scoring.urls:
         settings.append(f"scoring.memory_fraction={plan.sglang_memory_fraction}")

@@ -33,7 +33,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 54.0, 14.0, 12.0, 34.0
 class Line:
     """One quantity over steps, with its interval if ``band`` is given.
 
-    With ``smooth`` > 1 a running mean over that many points is drawn, and the values faintly behind.
+    With ``smooth`` > 1 the line is a running mean over that many points, the values faintly behind.
     """
 
     name: str
