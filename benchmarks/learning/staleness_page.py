@@ -30,7 +30,7 @@ _WIDTH, _HEIGHT, _TOP, _PANEL_WIDTH, _PANEL_HEIGHT = 760, 330, 34, 320, 220
 
 
 def percent(of_seeds: Row | None) -> str:
-    """``72.6 ± 1.9`` (half of the interval), or the mean alone where there is no interval."""
+    """``72.6 ± 1.9`` (half of the interval), or the mean alone without an interval."""
     if of_seeds is None:
         return ""
     mean = f"{100 * of_seeds['mean']:.1f}"
@@ -59,7 +59,7 @@ def staleness_table(cases: Sequence[Row]) -> str:
 
 
 def ranking(cases: Sequence[Row], staleness: int) -> str:
-    """The cases at a staleness, best first, each against the product's at staleness 0."""
+    """The cases of one staleness, best first, each compared with the reference."""
     found = [case for case in cases if case["staleness"] == staleness]
     found.sort(key=lambda case: -case["accuracy"]["mean"])
     body = [
@@ -81,7 +81,7 @@ def ranking(cases: Sequence[Row], staleness: int) -> str:
 
 
 def replay_table(result: Row) -> str:
-    """Accuracy by law and budget, with the tokens that it really took, against no replay."""
+    """Accuracy by law and budget, with the tokens used, compared with no replay."""
     baseline = next(case for case in result["cases"] if case["name"] == REFERENCE)
     body = [
         [
@@ -149,7 +149,7 @@ class _Panel:
 
 
 def plot(cases: Sequence[Row]) -> str:
-    """An SVG: a panel per advantage, staleness across, accuracy with its interval up."""
+    """Draw a panel per advantage: staleness on the x axis, accuracy with its interval on y."""
     stalenesses = sorted({case["staleness"] for case in cases})
     edges = [
         edge for case in cases for edge in case["accuracy"].values() if isinstance(edge, float)
@@ -165,7 +165,7 @@ def plot(cases: Sequence[Row]) -> str:
 
 
 def page(result: Row) -> str:
-    """All tables, one below another."""
+    """All tables."""
     cases = result["cases"]
     stale = sorted({case["staleness"] for case in cases} - {0})
     tables = [staleness_table(cases), *(ranking(cases, k) for k in stale)]

@@ -1,4 +1,4 @@
-"""The form of a benchmark's result, and how it is written."""
+"""Writes a benchmark's result: figures, command, commit, machine and versions."""
 
 import json
 import shlex
@@ -14,11 +14,11 @@ from qwen3_distill.utils.files import write_json_atomic
 
 RESULTS = Path(__file__).parents[1] / "results"
 _REVISION = git_revision(Path(__file__).parent) or {"commit": "unknown", "dirty": True}
-"""Of the code that is imported, not of what is committed while a long benchmark runs."""
+"""The commit of the imported code: others may be made while a long benchmark runs."""
 
 
 def command_line() -> str:
-    """The command that runs this benchmark, as a user types it."""
+    """Return the command that runs this benchmark, as a user types it."""
     script = Path(sys.argv[0])
     module = f"benchmarks.{script.parent.name}.{script.stem}"
     return shlex.join(["python", "-m", module, *sys.argv[1:]])
@@ -47,7 +47,7 @@ def write_result(
 
 @dataclass
 class Report:
-    """Figures and details, written whenever there are new ones."""
+    """A result that grows: the file is written again with every part that is added."""
 
     name: str
     folder: Path

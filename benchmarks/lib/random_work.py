@@ -1,4 +1,4 @@
-"""Random prompts, rollouts and batches for the measurements of speed."""
+"""Makes random prompts, rollouts and batches for measurements of speed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from qwen3_distill.types import (
 
 @dataclass(frozen=True)
 class Work:
-    """How much is measured, and random numbers for it."""
+    """The amount of work to measure, and its random tokens."""
 
     config: RunConfig
     sequences: int
@@ -38,7 +38,7 @@ class Work:
         return self.rng.integers(0, self.vocab_size, count).astype(np.int32)
 
     def prompt(self) -> Prompt:
-        """A prompt that was never seen before: no cache holds it."""
+        """A new prompt, which no cache holds."""
         name = f"random:{self.rng.integers(1 << 62)}"
         return Prompt(prompt_id=name, token_ids=self.ids(self.prompt_tokens))
 
@@ -59,7 +59,7 @@ class Work:
         return requests[:count]
 
     def rollouts(self, count: int) -> list[Rollout]:
-        """Rollouts that nobody sampled: random tokens, as likely as any other."""
+        """Rollouts of random tokens, each with the logprob of a uniform distribution."""
         version = WeightVersion(step=0, digest="random")
         return [
             Rollout(
@@ -96,5 +96,5 @@ class Work:
 
 
 def total_tokens(rollouts: Sequence[Rollout]) -> int:
-    """Prompts included: what a forward pass sees."""
+    """Tokens of a forward pass: prompts and responses."""
     return sum(r.num_tokens + int(r.prompt.token_ids.size) for r in rollouts)

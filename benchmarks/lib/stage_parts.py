@@ -1,4 +1,4 @@
-"""Measurements of single stages on running engines; `speed/stages.py` puts them together."""
+"""Measures single stages on running engines, for `speed/stages.py`."""
 
 import asyncio
 import http.client
@@ -25,7 +25,7 @@ from qwen3_distill.types import Rollout, Update
 
 
 async def measure_generate(work: Work, report: Report, engine: RolloutEngine) -> None:
-    """New tokens a second with all sequences decoded together."""
+    """Measure new tokens per second with all sequences decoded concurrently."""
     await generate(engine, work.requests(work.sequences, min(32, work.new_tokens)))  # warm-up
     tokens, seconds = 0, 0.0
     for _ in range(work.rounds):
@@ -39,7 +39,7 @@ async def measure_generate(work: Work, report: Report, engine: RolloutEngine) ->
 
 
 async def measure_score(work: Work, report: Report, teacher: TeacherScorer) -> None:
-    """Tokens a second, prompts included, by our client and by the server alone, in turn."""
+    """Measure tokens per second (prompts included) of our client and of the server alone."""
     await teacher.score(work.rollouts(work.sequences))  # warm-up: a whole round has full passes
     ours, server = Rate(), Rate()
     for _ in range(work.rounds):
@@ -80,9 +80,9 @@ class Rate:
 def bare_requests(
     config: RunConfig, teacher: SglangTeacher, rollouts: Sequence[Rollout]
 ) -> Callable[[], float]:
-    """The requests that our client would make, ready to be sent; sending them gives the seconds.
+    """Prepare the requests that our client would send; return a function that sends them.
 
-    Answers are read to their last byte and not looked at.
+    The function returns its seconds. It reads answers to the last byte and does not parse them.
     """
     scoring = config.scoring
     assert scoring.kind == "sglang"
@@ -120,7 +120,7 @@ def bare_requests(
 
 
 async def measure_train(work: Work, report: Report, modes: Sequence[str]) -> None:
-    """Tokens a second, prompts included, of optimizer steps; one learner after another."""
+    """Measure tokens per second (prompts included) of each mode's learner, one after another."""
     for mode in modes:
         training = train_settings(work, mode)
         config = work.config.model_copy(update={"training": training})
@@ -145,7 +145,7 @@ def train_settings(work: Work, mode: str) -> EmbeddedTraining | UnslothTraining:
 async def measure_learner(
     work: Work, report: Report, learner: Learner, mode: str, micro_batch_tokens: int
 ) -> None:
-    """Steps of a learner that runs."""
+    """Measure the optimizer steps of a running learner."""
     await learner.update(work.batch(32))  # warm-up
     batch, tokens, seconds, peaks = work.batch(work.sequences), 0, 0.0, []
     for _ in range(work.rounds):
@@ -187,13 +187,13 @@ def with_checkpointing(
 
 
 def peak_gib(update: Update) -> float:
-    """The learner's own peak as torch counts it; 0 where it counts none."""
+    """The learner's peak memory as torch counts it; 0 without a count."""
     values = [m.value for m in update.metrics if m.key == "train/peak_memory_gib"]
     return max(values, default=0.0)
 
 
 async def measure_opd(work: Work, report: Report, parts: Parts, memory: PeakMemory) -> None:
-    """Whole steps of the loop with all engines resident."""
+    """Measure whole steps of the loop with all engines resident."""
     _, first_push_s = await timed(push_weights(parts))
     await opd_step(work, parts, Trace())  # warm-up
     steps: list[dict[str, float]] = []
@@ -225,7 +225,7 @@ async def measure_opd(work: Work, report: Report, parts: Parts, memory: PeakMemo
 async def measure_resident(
     work: Work, report: Report, parts: Parts, memory: PeakMemory, figure: str
 ) -> None:
-    """The device's peak over one whole step with all engines resident."""
+    """Measure the device's peak memory over one whole step with all engines resident."""
     await push_weights(parts)
     trace = Trace()
     generated, update = await opd_step(work, parts, trace)
@@ -240,12 +240,12 @@ async def measure_resident(
 
 
 def stage_seconds(trace: Trace) -> dict[str, float]:
-    """Seconds of each stage of the one step in this trace."""
+    """Seconds of each stage in the trace of a single step."""
     return {stage: trace.busy_seconds(stage) for stage in STEP_STAGES}
 
 
 async def opd_step(work: Work, parts: Parts, trace: Trace) -> tuple[int, Update]:
-    """One step as `run_sequential` takes it; new tokens and what the learner reports."""
+    """Take one step like `run_sequential`; return its new tokens and the learner's update."""
     requests = work.requests(work.sequences, work.new_tokens)
     with trace.span("generate"):
         rollouts = await generate(parts.engine, requests)

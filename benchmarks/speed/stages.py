@@ -1,17 +1,17 @@
-"""Tokens/s and memory of every stage, and of the sequential loop, for any config.
+"""Measures tokens/s and memory of every stage and of the sequential loop, for any config.
 
     python -m benchmarks.speed.stages --config configs/h200.yaml --parts generate,score,train,opd \
         student.model=models/random-4B scoring.model=models/random-8B
     python -m benchmarks.speed.stages --config configs/h200.yaml --parts resident \
         student.model=models/random-4B scoring.model=models/random-32B-FP8 scoring.quantization=null
 
-Prompts are random tokens, and random models hardly ever stop by themselves, so lengths are what is
-asked for. What is counted is what was really generated. Results are written into one file as they
-come; a part that is measured again replaces its figures, so the parts may be run one by one.
+Prompts are random tokens, and random models hardly ever stop by themselves, so responses have the
+lengths asked for; the tokens really generated are counted. Every part is written into the same
+result as soon as it is measured and replaces its earlier figures, so parts may be run one by one.
 
 - `generate`: the rollout engine alone, serving the student's own weights.
-- `score`: the teacher alone; also the same requests, made beforehand and sent without looking at
-  the answers, by as many connections: what our client costs.
+- `score`: the teacher alone; also the same requests, prepared beforehand and sent over as many
+  connections without parsing the answers, which shows what our client costs.
 - `train`: the learner alone, without gradient checkpointing (micro-batches of 8 sequences; with
   `--together` the config's), with it (of 32), and as the config says, with the memory that the plan
   leaves.
@@ -19,10 +19,10 @@ come; a part that is measured again replaces its figures, so the parts may be ru
 - `resident`: the same for one step, for the memory of a larger teacher.
 - `trl`: `benchmarks/speed/trl_distillation.py` in an interpreter with TRL and vLLM.
 
-With `--together` all engines are started once, side by side, and every part but `trl` is measured
-on them; `resident` then puts the teacher of `--resident-teacher` in the place of the first. It
-costs minutes less, and asks for settings that leave room while one loads beside another
-(`scoring.memory_fraction` well above what the plan says).
+With `--together` all engines are started once, concurrently, and every part but `trl` is measured
+on them; `resident` then replaces the first teacher by that of `--resident-teacher`. This saves
+minutes. It needs settings that leave memory while several engines load
+(`scoring.memory_fraction` well above the planned one).
 """
 
 import argparse
@@ -62,11 +62,11 @@ from qwen3_distill.pipeline.sequential import push_weights
 
 PARTS = ("generate", "score", "train", "opd", "resident", "trl")
 STAGGER_S = 20.0
-"""Between the starts of two engines: the teacher sizes its cache before the others are large."""
+"""Seconds between the starts of two engines: the teacher sizes its cache before others grow."""
 
 
 async def measure_together(arguments: argparse.Namespace, work: Work, report: Report) -> None:
-    """Every part on one start of each engine."""
+    """Measure every part on engines that are started once."""
     wanted, config = arguments.parts, work.config
     parts = build_parts(config)
     with PeakMemory() as memory:
@@ -95,7 +95,7 @@ async def measure_together(arguments: argparse.Namespace, work: Work, report: Re
 
 
 async def with_other_learner(work: Work, report: Report, parts: Parts, mode: str) -> Parts:
-    """A learner with other memory settings in the place of the first, measured; it stays."""
+    """Replace the learner by one with other memory settings, and measure it."""
     await parts.learner.close()
     training = train_settings(work, mode)
     config = work.config.model_copy(update={"training": training})
@@ -117,7 +117,7 @@ async def start_side_by_side(parts: Parts) -> None:
 
 
 async def measure_own_learner(work: Work, report: Report, parts: Parts) -> None:
-    """The resident learner under whichever name its settings have."""
+    """Measure the resident learner, under the name of its settings."""
     training = work.config.training
     setting = str(getattr(training, "gradient_checkpointing", "auto"))
     mode = {"off": "off", "unsloth": "ckpt", "on": "ckpt"}.get(setting, "auto")
@@ -127,10 +127,10 @@ async def measure_own_learner(work: Work, report: Report, parts: Parts) -> None:
 async def measure_other_teacher(
     arguments: argparse.Namespace, work: Work, report: Report, parts: Parts, before_bytes: int
 ) -> None:
-    """A larger teacher in the place of the first, beside the engines that are there.
+    """Replace the teacher by a larger one, and measure a step with all engines resident.
 
     Args:
-        before_bytes: of the device's memory, used before any engine was started.
+        before_bytes: memory of the device used before any engine was started.
     """
     await parts.teacher.close()
     scoring = work.config.scoring.model_copy(
@@ -155,7 +155,7 @@ async def measure_other_teacher(
 
 
 def measure_trl(work: Work, report: Report, arguments: argparse.Namespace) -> None:
-    """TRL's trainer on the same step; see `benchmarks/speed/trl_distillation.py`."""
+    """Measure TRL's trainer on the same step (`benchmarks/speed/trl_distillation.py`)."""
     out = Path(work.config.output_dir) / "trl.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     command = [arguments.trl_python, "-m", "benchmarks.speed.trl_distillation"]

@@ -21,7 +21,7 @@ def plan_table(plan: MemoryPlan) -> Table:
         table.add_row("", "", f"[bold]{_gib(plan.engine_bytes(engine))}", end_section=True)
     table.add_row("reserve", "left free", _gib(plan.reserve_bytes))
     table.add_row("all", "required", f"[bold]{_gib(plan.required_bytes)}")
-    table.add_row("", "there is", _gib(plan.device.free_bytes), plan.device.name)
+    table.add_row("", "available", _gib(plan.device.free_bytes), plan.device.name)
     return table
 
 

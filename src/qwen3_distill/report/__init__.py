@@ -2,5 +2,5 @@
 
 Entry point: `report.report.write_report`. `run_files` reads the folder; `result_section`,
 `figures`, `time_section`, `timeline` and `rollout_view` prepare the sections; `charts` and
-`drawing` make the SVG, also for the benchmarks. Nothing here needs torch, the network or a run's objects.
+`drawing` make the SVG, also for the benchmarks. Nothing here needs torch or the network.
 """
