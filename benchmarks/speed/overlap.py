@@ -23,8 +23,8 @@ With ``pipeline.mps=true`` both loops run as clients of an MPS daemon. ``--other
 engines again with the opposite setting and gives ``mps_gain``, over the steps that count in both
 (at least three). ``--variants NAME:STREAMING:SETTING=VALUE`` streams again on the same engines with
 another setting of `pipeline`, and skips as many steps. ``--swapping NAME`` measures one step of
-that distribution with one model loaded at a time: start the rollout engine, generate, end it, and so on.
-Caches of compiled code on disk are warm, the processes are new.
+that distribution with one model loaded at a time: start the rollout engine, generate, end it, and
+so on. Caches of compiled code on disk are warm, the processes are new.
 
 The trace of every run is ``<output_dir>/<name>-<pipeline>/trace.json``.
 """
