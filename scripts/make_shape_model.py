@@ -1,4 +1,4 @@
-"""A random Qwen3 of a real model's shape, for measuring speed and memory without its weights.
+"""Writes a random Qwen3 of a real model's shape, to measure speed and memory without its weights.
 
     python scripts/make_shape_model.py --shape 4B models/random-4B --device cuda
     python scripts/make_shape_model.py --shape 32B models/random-32B-FP8 --fp8 --device cuda
@@ -102,7 +102,7 @@ def write_config(out: Path, shape: ModelShape, *, fp8: bool) -> None:
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """One token per byte; the other ids exist, have a text of their own, and no text gives them."""
+    """One token per byte. The other ids have texts too, but no text is encoded to them."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: index for index, letter in enumerate(letters)}
     named = {index: token for token, index in SPECIAL.items()}
@@ -124,7 +124,7 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 def weights(
     shape: ModelShape, generator: torch.Generator, *, fp8: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint in turn."""
+    """Yield every tensor of the checkpoint."""
 
     def matrix(rows: int, columns: int) -> Tensor:
         drawn = torch.empty(rows, columns, dtype=torch.bfloat16, device=generator.device)
@@ -155,7 +155,7 @@ def weights(
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """FP8 values and the factor of each block of 128 x 128 that gives the weights back."""
+    """FP8 values, and the scale of each block of 128 x 128 by which they are multiplied."""
     rows, columns = weight.shape
     down, across = -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
     padded = torch.zeros(down * FP8_BLOCK, across * FP8_BLOCK, dtype=torch.float32)
@@ -167,7 +167,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def write_shards(out: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Files of some gigabytes and the index that says which tensor is in which."""
+    """Write files of some gigabytes, and the index of the tensors in them."""
     where: dict[str, str] = {}
     total, pending, pending_bytes = 0, {}, 0
 

@@ -1,0 +1,1 @@
+"""Accuracy after training: seeds, controls, staleness, replay, prefixes and gradient estimators."""

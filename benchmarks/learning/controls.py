@@ -1,9 +1,9 @@
-"""Is it the teacher? The same budget with the real teacher, with shuffled scores, with none.
+"""Compares the real teacher with shuffled scores and with none, on the same budget.
 
     python -m benchmarks.learning.controls --seeds 3 --jobs 1
 
 - `real`: the demo without a baseline, which would bring the real candidates into the controls.
-- `shuffled`: the teacher's scores, dealt to other tokens of the step: right values, wrong places.
+- `shuffled`: the teacher's scores, permuted over the tokens of a step.
 - `constant`: every token's advantage is -0.5, whatever the teacher says (arXiv 2608.31046 reports
   that a constant can do as well as a teacher; on this task it is measured here).
 
@@ -43,7 +43,7 @@ CONSTANT_ADVANTAGE_NATS = -0.5
 
 
 class ShuffledTeacher:
-    """A real teacher whose scores are dealt to other tokens of the same step."""
+    """A real teacher whose scores are permuted over the tokens of a step."""
 
     def __init__(self, teacher: TeacherScorer, seed: int) -> None:
         self._teacher = teacher
@@ -117,7 +117,7 @@ ARMS: dict[str, Callable[[Parts], Parts]] = {
 
 
 def run_arm(name: str, seed: int, folder: Path) -> dict[str, Any]:
-    """One run of one arm; its summary."""
+    """Run one arm once; return the summary."""
     torch.set_num_threads(1)  # several runs share the cores
     config = arm_config(name, seed, folder)
     shutil.rmtree(config.output_path, ignore_errors=True)
@@ -128,7 +128,7 @@ def run_arm(name: str, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def arm_config(name: str, seed: int, folder: Path) -> RunConfig:
-    """The demo's config, without what the arms do not share."""
+    """The demo's config, without the settings in which the arms differ."""
     return load_config(
         "configs/demo.yaml",
         [

@@ -1,4 +1,4 @@
-"""The demo with several seeds, each as the command a user runs.
+"""Runs the demo with several seeds, each as the command that a user types.
 
     python -m benchmarks.learning.demo_seeds --seeds 5
 
@@ -22,7 +22,7 @@ from benchmarks.lib.common import write_result
 def run_demo(
     seed: int, folder: Path, config: str = "configs/demo.yaml", overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Run the demo in a process of its own; its summary and wall seconds."""
+    """Run the demo in a process of its own; return its summary and wall seconds."""
     shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()
     subprocess.run(

@@ -1,4 +1,4 @@
-"""The expected gradient of each reading of the objective, exactly, on stale samples of one state.
+"""Computes the exact expected gradient of each form of the objective, on stale samples.
 
     python -m benchmarks.learning.estimators
 
@@ -7,8 +7,9 @@ are normal, the last at KL(mu || pi) = 0.047 nats from the student's. The expect
 
     ratio(a) (log q(a) - log p(a)) grad log pi(a),   p = pi (current advantage) or mu (old)
 
-is a sum over the vocabulary, so nothing is sampled. Figures: the cosine of that with the direction
-that lowers KL(pi || q), mean over `--states`; and of the logits' gradients, not of a network's.
+is a sum over the vocabulary, so nothing is sampled. Figures: the cosine of this gradient with the
+direction that lowers KL(pi || q), mean over `--states`. Gradients are those of the logits, not of a
+network.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def log_softmax(logits: Array) -> Array:
 
 
 def at_distance(log_pi: Array, noise: Array, nats: float) -> Array:
-    """log mu = log softmax(log pi + s noise) with KL(mu || pi) = ``nats``, by bisection."""
+    """Find log mu = log softmax(log pi + s noise) with KL(mu || pi) = ``nats``, by bisection."""
     low, high = 0.0, 8.0
     for _ in range(60):
         scale = (low + high) / 2

@@ -1,14 +1,14 @@
-"""Training on prefixes of answers: what it does to accuracy and to where the student stops.
+"""Measures how training on prefixes changes accuracy and the end of responses.
 
     python -m benchmarks.learning.prefixes --seeds 2
 
-The streaming demo, whole answers against the two kinds of prefix: harvested from running rollouts
-at a step's deadline, and sampled no further than a budget. Each with shares of answers that are
-left whole, from none on: only those show the student where to stop.
+The streaming demo with whole responses and with two kinds of prefix: harvested from running
+rollouts at a step's deadline, and sampled up to a budget of tokens. Each is measured with several
+shares of whole responses, from none on: only those show the student where to stop.
 
 Figures, for each case (means over seeds, held out, after the last step): ``accuracy``,
-``truncated`` (the share of answers that did not end within the limit of 80 tokens),
-``mean_tokens`` of an answer, and ``generated`` and ``trained`` tokens of the run.
+``truncated`` (the share of responses that did not end within the limit of 80 tokens),
+``mean_tokens`` of a response, and ``generated`` and ``trained`` tokens of the run.
 """
 
 import argparse

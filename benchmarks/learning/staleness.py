@@ -1,16 +1,16 @@
-"""What stale and replayed rollouts cost and give, by how they are trained on.
+"""Measures the accuracy of training on stale and on replayed rollouts, by objective.
 
     python -m benchmarks.learning.staleness --workers 16
 
 The lab pair, the sequential loop, a constant learning rate. With staleness k the rollouts of step s
-come from the weights of step max(0, s - k), all cases with as many optimizer steps:
+come from the weights of step max(0, s - k); all cases have the same number of optimizer steps:
 
 - advantage `current`: log q - log pi_theta; `old`: log q - log mu, of the student that sampled.
 - ratio `none`: 1; `truncated`: min(pi_theta / mu, 2); `ppo_clip`: PPO's surrogate, clip 0.2.
 
-`current` with `truncated` is what the product does, at staleness 0 the reference; `current` with
-`none` it can be asked to do. At staleness 0 pi_theta is mu but for rounding, so the six cases
-differ by chance alone: their spread is the noise of the table. They are run last.
+`current` with `truncated` is the package's default; at staleness 0 it is the reference. `current`
+with `none` is an option of the package. At staleness 0 pi_theta is mu up to rounding, so the six
+cases differ by chance alone: their spread is the noise of the table. They are run last.
 
 With replay a batch is kept and followed by two optimizer steps, each on as many rollouts as a
 batch has, drawn from all that are at most 16 optimizer steps old:
@@ -18,14 +18,15 @@ batch has, drawn from all that are at most 16 optimizer steps old:
 - `uniform`; `priority`: in proportion to priority^0.6; `decayed_priority`: the same with the
   priority times exp(-age / 4 steps). Importance weights are annealed from beta 0.4 to 1.
 - `equal_generated`: as many batches as the reference, so twice its optimizer steps;
-  `equal_learner`: half its batches, so as many steps. Lengths differ, so tokens are equal to a few
-  per cent; they are in the result.
+  `equal_learner`: half its batches, so the same number of steps. Lengths differ, so tokens are
+  equal within a few per cent; the result has them.
 
 Figures, for each case: held-out accuracy after the last step, of the newest weights (mean over
 seeds), the ends of its 95% interval over seeds, and `_vs_reference`: the mean difference to the
 reference, seed by seed, with its interval.
 
-A finished run is on disk at once (`<folder>/runs.jsonl`); the same command goes on after a cut.
+A finished run is on disk at once (`<folder>/runs.jsonl`); the same command continues after an
+interruption.
 """
 
 import argparse
@@ -52,7 +53,7 @@ from qwen3_distill.recording.console import SilentReporter
 from qwen3_distill.recording.jsonl import read_jsonl
 
 STALENESS = (0, 4, 16, 1)
-"""The most telling first: a sweep that is cut short has these."""
+"""The most informative first: an interrupted sweep has these."""
 CURVE_POINTS = 12
 KEPT_OF_A_RUN = ("case", "seed", "accuracy", "generated_tokens", "learner_tokens", "cpu_s")
 
@@ -67,14 +68,14 @@ REPLAY_MAX_AGE_STEPS = 16
 UPDATES_PER_BATCH = 2
 
 Law: TypeAlias = Literal["uniform", "priority", "decayed_priority"]
-"""Which kept rollouts are drawn."""
+"""The law by which kept rollouts are drawn."""
 Budget: TypeAlias = Literal["generated", "learner"]
 """The tokens that are as many as without replay; of the other kind there are twice or half."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What all runs of a sweep share."""
+    """Settings that all runs of a sweep share."""
 
     steps: int
     rollouts_per_step: int
@@ -146,7 +147,7 @@ def run_case(name: str, seed: int, settings: dict[str, Any]) -> Record:
 
 
 def case_config(case: Case | ReplayCase, settings: Settings, seed: int, folder: str) -> RunConfig:
-    """The demo's config with this sweep's sizes, and without what would blur the comparison."""
+    """The demo's config with this sweep's sizes, without settings that blur the comparison."""
     replayed = isinstance(case, ReplayCase)
     steps = settings.steps
     if replayed and case.budget == "generated":
@@ -159,7 +160,7 @@ def case_config(case: Case | ReplayCase, settings: Settings, seed: int, folder: 
             f"steps={steps}",
             f"prompts_per_step={settings.rollouts_per_step}",
             f"training.optimizer.learning_rate={settings.learning_rate}",
-            # Every step moves the weights alike, so a lag is as long at the end as at the start.
+            # Every step changes the weights by as much, so a lag means the same throughout the run.
             "training.optimizer.schedule={kind: constant}",
             # A baseline cancels in expectation only under the right ratio.
             "objective.kl_baseline={kind: none}",
@@ -172,7 +173,7 @@ def case_config(case: Case | ReplayCase, settings: Settings, seed: int, folder: 
 
 
 def replay_section(case: ReplayCase, settings: Settings, steps: int) -> str:
-    """An override: the buffer drops by age, never for want of room."""
+    """The override for replay: a buffer so large that it drops rollouts by age only."""
     longest_tokens = 128  # a prompt of the task and its answer
     kept_batches = REPLAY_MAX_AGE_STEPS // UPDATES_PER_BATCH + 2
     return (
@@ -183,7 +184,7 @@ def replay_section(case: ReplayCase, settings: Settings, steps: int) -> str:
 
 
 def train(config: RunConfig, case: Case | ReplayCase) -> Parts:
-    """Run the product's pipeline with the case's parts; they hold the trained student."""
+    """Run the pipeline with the case's parts; return them, with the trained student."""
     used: list[Parts] = []
 
     def adapt(parts: Parts) -> Parts:
@@ -195,7 +196,7 @@ def train(config: RunConfig, case: Case | ReplayCase) -> Parts:
 
 
 async def accuracy_of(parts: Parts, evaluation: EvaluationConfig, problems: int) -> float:
-    """Held-out accuracy of the learner's newest weights, whatever lag the engine had."""
+    """Held-out accuracy of the learner's newest weights, without the engine's lag."""
     engine = parts.engine.inner if isinstance(parts.engine, LaggedEngine) else parts.engine
     await engine.load(parts.learner.version, parts.channel)
     result = await evaluate(
@@ -210,7 +211,7 @@ async def accuracy_of(parts: Parts, evaluation: EvaluationConfig, problems: int)
 
 
 def require_exact_lag(steps: Sequence[Record], staleness: int) -> None:
-    """Every step trained on rollouts of exactly the weights that the case promises."""
+    """Raise unless every step trained on rollouts of exactly the case's lag."""
     lags = [int(step["weights/lag_steps"]) for step in steps]
     expected = [min(index, staleness) for index in range(len(steps))]
     if lags != expected:
@@ -222,14 +223,14 @@ def _mean(steps: Sequence[Record], key: str) -> float:
 
 
 def _curve(steps: Sequence[Record]) -> list[float]:
-    """Accuracy of the training rollouts in equal parts of the run; they lag as the case does."""
+    """Accuracy of the training rollouts, which have the case's lag, in equal parts of the run."""
     edges = [round(len(steps) * part / CURVE_POINTS) for part in range(CURVE_POINTS + 1)]
     parts = [steps[start:stop] for start, stop in itertools.pairwise(edges)]
     return [round(_mean(part, "rollout/accuracy"), 4) for part in parts if part]
 
 
 def jobs_of(settings: Settings, seeds: int, names: Sequence[str]) -> dict[str, list[Any]]:
-    """Seeds outside, so that a cut sweep has every case; the table's noise comes last."""
+    """All cases of the first seed, then of the next; the cases that show the noise come last."""
     fresh = {n for n, case in CASES.items() if isinstance(case, Case) and case.staleness == 0}
     noise = fresh - {REFERENCE.name}
     first = [(name, seed) for seed in range(seeds) for name in names if name not in noise]
@@ -238,7 +239,7 @@ def jobs_of(settings: Settings, seeds: int, names: Sequence[str]) -> dict[str, l
 
 
 def summarize(runs: Sequence[Record]) -> list[Record]:
-    """A record per case that has runs, with intervals over seeds."""
+    """One record per case that has runs, with intervals over seeds."""
     by_case: dict[str, dict[int, Record]] = {}
     for record in runs:
         by_case.setdefault(record["case"], {})[record["seed"]] = record
@@ -265,7 +266,7 @@ def summarize(runs: Sequence[Record]) -> list[Record]:
 
 
 def figures_of(rows: Sequence[Record]) -> dict[str, float]:
-    """Numbers by name. An interval needs two seeds; with one there is none to give."""
+    """Figures by name; intervals only with two seeds or more."""
     figures: dict[str, float] = {}
     for row in rows:
         for suffix, key in (("", "accuracy"), ("_vs_reference", "vs_reference")):

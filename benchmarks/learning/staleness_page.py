@@ -1,4 +1,4 @@
-"""The tables of docs/staleness.md, and its plot, from the result of `staleness.py`.
+"""The tables and the plot of docs/staleness.md, from the result of `staleness.py`.
 
 python -m benchmarks.learning.staleness_page                 # tables on stdout
 python -m benchmarks.learning.staleness_page --plot docs/images/staleness.svg
@@ -7,10 +7,12 @@ python -m benchmarks.learning.staleness_page --plot docs/images/staleness.svg
 import argparse
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from qwen3_distill.report.drawing import Drawing, tick_label, ticks
 
 Row: TypeAlias = Mapping[str, Any]
 
@@ -23,16 +25,12 @@ COLUMNS = tuple(
 )
 RATIO_NAMES = {"truncated": "truncated ratio", "none": "no ratio", "ppo_clip": "PPO clip"}
 COLOURS = {"truncated": "#0072b2", "none": "#e69f00", "ppo_clip": "#cc3311"}
-"""Told apart without full colour vision too."""
+"""By ratio; readers without full colour vision can tell them apart."""
 _WIDTH, _HEIGHT, _TOP, _PANEL_WIDTH, _PANEL_HEIGHT = 760, 330, 34, 320, 220
-_STYLE = (
-    "text{font:12px sans-serif;fill:#333}.title{font-weight:bold}"
-    ".grid{stroke:#ddd;fill:none}.whisker{stroke-width:2;fill:none}"
-)
 
 
 def percent(of_seeds: Row | None) -> str:
-    """``72.6 ± 1.9`` (half of the interval), or the mean alone where there is no interval."""
+    """``72.6 ± 1.9`` (half of the interval), or the mean alone without an interval."""
     if of_seeds is None:
         return ""
     mean = f"{100 * of_seeds['mean']:.1f}"
@@ -61,7 +59,7 @@ def staleness_table(cases: Sequence[Row]) -> str:
 
 
 def ranking(cases: Sequence[Row], staleness: int) -> str:
-    """The cases at a staleness, best first, each against the product's at staleness 0."""
+    """The cases of one staleness, best first, each compared with the reference."""
     found = [case for case in cases if case["staleness"] == staleness]
     found.sort(key=lambda case: -case["accuracy"]["mean"])
     body = [
@@ -83,7 +81,7 @@ def ranking(cases: Sequence[Row], staleness: int) -> str:
 
 
 def replay_table(result: Row) -> str:
-    """Accuracy by law and budget, with the tokens that it really took, against no replay."""
+    """Accuracy by law and budget, with the tokens used, compared with no replay."""
     baseline = next(case for case in result["cases"] if case["name"] == REFERENCE)
     body = [
         [
@@ -110,6 +108,7 @@ def _replay_name(row: Row) -> str:
 class _Panel:
     """One advantage's half of the plot."""
 
+    drawing: Drawing
     advantage: str
     left: float
     stalenesses: Sequence[int]
@@ -123,67 +122,50 @@ class _Panel:
         slot = _PANEL_WIDTH / len(self.stalenesses)
         return self.left + slot * (self.stalenesses.index(staleness) + 0.5)
 
-    def draw(self, cases: Sequence[Row]) -> Iterator[str]:
-        yield from self._axes()
+    def draw(self, cases: Sequence[Row]) -> None:
+        self._axes()
         for case in cases:
             if case["advantage"] == self.advantage:
-                yield self._dot(case)
+                self._dot(case)
 
-    def _axes(self) -> Iterator[str]:
-        bottom, middle = _TOP + _PANEL_HEIGHT, self.left + _PANEL_WIDTH / 2
-        yield f'<text class="title" x="{self.left}" y="20">{self.advantage} advantage</text>'
-        yield _text(middle, bottom + 36, "staleness, steps")
-        for tenth in range(round(10 * self.low), round(10 * self.high) + 1):
-            at = self.y(tenth / 10)
-            yield f'<path class="grid" d="M{self.left},{at:.1f}h{_PANEL_WIDTH}"/>'
-            yield _text(self.left - 20, at + 4, f"{10 * tenth}%")
+    def _axes(self) -> None:
+        draw, right, bottom = self.drawing, self.left + _PANEL_WIDTH, _TOP + _PANEL_HEIGHT
+        draw.text("name", self.left, 20, f"{self.advantage} advantage")
+        draw.text("tick", (self.left + right) / 2, bottom + 36, "staleness, steps", "middle")
+        for tick in ticks(self.low, self.high, 10):
+            draw.line("grid", self.left, right, self.y(tick), self.y(tick))
+            label = tick_label(tick, 0.1, "percent")
+            draw.text("tick", self.left - 8, self.y(tick) + 4, label, "end")
         for staleness in self.stalenesses:
-            yield _text(self.centre(staleness), bottom + 18, str(staleness))
+            draw.text("tick", self.centre(staleness), bottom + 18, str(staleness), "middle")
 
-    def _dot(self, case: Row) -> str:
-        of_seeds, colour = case["accuracy"], COLOURS[case["ratio"]]
-        x = self.centre(case["staleness"]) + 16 * (list(COLOURS).index(case["ratio"]) - 1)
-        dot = f'<circle cx="{x:.1f}" cy="{self.y(of_seeds["mean"]):.1f}" r="4" fill="{colour}"/>'
-        if of_seeds["low"] is None:
-            return dot
-        ends = f"M{x:.1f},{self.y(of_seeds['low']):.1f}V{self.y(of_seeds['high']):.1f}"
-        return f'<path class="whisker" stroke="{colour}" d="{ends}"/>{dot}'
+    def _dot(self, case: Row) -> None:
+        of_seeds, ratio = case["accuracy"], case["ratio"]
+        x = self.centre(case["staleness"]) + 16 * (list(COLOURS).index(ratio) - 1)
+        if of_seeds["low"] is not None:
+            low, high = self.y(of_seeds["low"]), self.y(of_seeds["high"])
+            self.drawing.line(f"whisker {ratio}", x, x, low, high)
+        self.drawing.dot(f"dot {ratio}", x, self.y(of_seeds["mean"]), 4)
 
 
 def plot(cases: Sequence[Row]) -> str:
-    """An SVG: a panel per advantage, staleness across, accuracy with its interval up."""
+    """Draw a panel per advantage: staleness on the x axis, accuracy with its interval on y."""
     stalenesses = sorted({case["staleness"] for case in cases})
     edges = [
         edge for case in cases for edge in case["accuracy"].values() if isinstance(edge, float)
     ]
     low, high = math.floor(10 * min(edges)) / 10, math.ceil(10 * max(edges)) / 10
-    panels = [
-        _Panel(advantage, left, stalenesses, low, high)
-        for advantage, left in (("current", 50.0), ("old", 430.0))
-    ]
-    body = "".join(part for panel in panels for part in panel.draw(cases))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        'aria-label="Held-out accuracy by staleness, advantage and ratio">'
-        f'<style>{_STYLE}</style><rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fff"/>'
-        f"{body}{_legend()}</svg>\n"
-    )
-
-
-def _legend() -> str:
-    return "".join(
-        f'<circle cx="{50 + 140 * index}" cy="{_HEIGHT - 14}" r="4" fill="{colour}"/>'
-        f'<text x="{60 + 140 * index}" y="{_HEIGHT - 10}">{RATIO_NAMES[ratio]}</text>'
-        for index, (ratio, colour) in enumerate(COLOURS.items())
-    )
-
-
-def _text(x: float, y: float, text: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{text}</text>'
+    drawing = Drawing(_WIDTH)
+    for advantage, left in (("current", 50.0), ("old", 430.0)):
+        _Panel(drawing, advantage, left, stalenesses, low, high).draw(cases)
+    for index, ratio in enumerate(COLOURS):
+        drawing.dot(f"dot {ratio}", 50 + 140 * index, _HEIGHT - 14, 4)
+        drawing.text("row", 60 + 140 * index, _HEIGHT - 10, RATIO_NAMES[ratio])
+    return drawing.file(_HEIGHT, "Held-out accuracy by staleness, advantage and ratio", COLOURS)
 
 
 def page(result: Row) -> str:
-    """All tables, one below another."""
+    """All tables."""
     cases = result["cases"]
     stale = sorted({case["staleness"] for case in cases} - {0})
     tables = [staleness_table(cases), *(ranking(cases, k) for k in stale)]

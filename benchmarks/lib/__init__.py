@@ -1,0 +1,1 @@
+"""Parts that several benchmarks share, and parts that are tested on their own."""

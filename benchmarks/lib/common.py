@@ -1,7 +1,11 @@
-"""What every benchmark shares: the form of its result."""
+"""Writes a benchmark's result: figures, command, commit, machine and versions."""
 
+import json
 import shlex
 import sys
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +14,11 @@ from qwen3_distill.utils.files import write_json_atomic
 
 RESULTS = Path(__file__).parents[1] / "results"
 _REVISION = git_revision(Path(__file__).parent) or {"commit": "unknown", "dirty": True}
-"""Of the code that is imported, not of what is committed while a long benchmark runs."""
+"""The commit of the imported code: others may be made while a long benchmark runs."""
 
 
 def command_line() -> str:
-    """The command that runs this benchmark, as a user types it."""
+    """Return the command that runs this benchmark, as a user types it."""
     script = Path(sys.argv[0])
     module = f"benchmarks.{script.parent.name}.{script.stem}"
     return shlex.join(["python", "-m", module, *sys.argv[1:]])
@@ -39,3 +43,33 @@ def write_result(
         },
     )
     return path
+
+
+@dataclass
+class Report:
+    """A result that grows: the file is written again with every part that is added."""
+
+    name: str
+    folder: Path
+    figures: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        file = self.folder / f"{self.name}.json"
+        if file.exists():
+            earlier = json.loads(file.read_text())
+            self.figures, self.parts = earlier["figures"], earlier["parts"]
+
+    def add(self, part: str, figures: dict[str, float], **details: Any) -> None:
+        self.figures |= {key: round(value, 4) for key, value in figures.items()}
+        known = self.parts.get(part, {})
+        self.parts[part] = known | {"command": command_line(), **figures, **details}
+        print(part, json.dumps(figures | details, default=str), flush=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_result(self.name, self.figures, folder=self.folder, parts=self.parts)
+
+
+async def timed(work: Awaitable[Any]) -> tuple[Any, float]:
+    began = time.perf_counter()
+    result = await work
+    return result, time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""Peak of the device's used memory, whoever uses it. Standard library only."""
+"""Measures the peak of the device's used memory, of all processes. Standard library only."""
 
 import ctypes
 import os
@@ -19,7 +19,7 @@ class _Memory(ctypes.Structure):
 
 
 class Gpu:
-    """The first visible GPU, asked through the driver's library without using the GPU.
+    """The first visible GPU, read through the driver's library without using the GPU.
 
     Raises:
         OSError: there is no driver, or the device has no memory of its own.
@@ -51,7 +51,7 @@ class Gpu:
 
 
 class Machine:
-    """The machine's own memory: where there is no GPU, or one without a memory of its own."""
+    """The machine's memory, for machines without a GPU or with one that shares it."""
 
     def used_bytes(self) -> int:
         values = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -60,7 +60,7 @@ class Machine:
 
 
 def device() -> Gpu | Machine:
-    """What the engines' memory is counted on."""
+    """Return the device whose memory the engines use."""
     try:
         return Gpu()
     except OSError:
@@ -68,7 +68,7 @@ def device() -> Gpu | Machine:
 
 
 class PeakMemory:
-    """Samples the used bytes in a thread; the peak beyond what was used at the beginning.
+    """Samples the used bytes in a thread; gives their peak above the bytes used at the begin.
 
     Args:
         before_bytes: what counts as used before; default: what is used now.
@@ -83,11 +83,11 @@ class PeakMemory:
 
     @property
     def peak_gib(self) -> float:
-        """Highest sample so far, less what was used before."""
+        """Highest sample so far, minus the bytes used before."""
         return (self._peak_bytes - self.before_bytes) / 2**30
 
     def restart(self) -> None:
-        """Forget the samples so far, not what was used before."""
+        """Forget the samples so far; keep the bytes used before."""
         self._peak_bytes = self._device.used_bytes()
 
     def __enter__(self) -> "PeakMemory":

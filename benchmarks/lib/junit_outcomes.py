@@ -1,4 +1,4 @@
-"""What became of test suites, by the JUnit files that pytest writes."""
+"""Counts test outcomes in the JUnit files that pytest writes."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 
 def outcomes(files: Sequence[Path]) -> dict[str, dict[str, int]]:
-    """By a file's name: how many tests passed, failed (errors too) and were skipped."""
+    """Return the numbers of passed, failed (or erroneous) and skipped tests, by file name."""
     suites: dict[str, dict[str, int]] = {}
     for file in files:
         counts = Counter(passed=0, failed=0, skipped=0)

@@ -1,4 +1,4 @@
-"""What `overlap.py` measures: lengths, plans, and how runs compare."""
+"""Parts of `overlap.py`: lengths of rollouts, measuring plans, and the comparison of runs."""
 
 import argparse
 import math
@@ -13,19 +13,19 @@ from qwen3_distill.utils.seeds import derive_seed
 Z_99 = 2.326348
 DEFAULT_SKIP = 3
 FEWEST_STEPS = 3
-"""That are compared."""
+"""Smallest number of steps for a comparison."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many new tokens a rollout has, by its id."""
+    """Draws the number of new tokens of a rollout from its id."""
 
     name: str
     median_tokens: int
     max_tokens: int
 
     first_step: int = 0
-    """Of the run: every run draws the same lengths."""
+    """First step of the run; counted from it, so that every run draws the same lengths."""
 
     def of(self, rollout_id: str) -> int:
         if self.name == "fixed":
@@ -40,24 +40,24 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured of one distribution."""
+    """The steps to measure with one distribution of lengths."""
 
     name: str
     sequential_steps: int
     streaming_steps: int
     skip: int = DEFAULT_SKIP
-    """Streaming steps that do not count: the stages fill."""
+    """First streaming steps, which do not count because the stages are still filling."""
 
     @classmethod
     def parse(cls, text: str) -> list["Plan"]:
-        """Of ``NAME:SEQUENTIAL:STREAMING[:SKIP],...``."""
+        """Parse ``NAME:SEQUENTIAL:STREAMING[:SKIP],...``."""
         fields = [item.split(":") for item in text.split(",") if item]
         return [cls(name, *map(int, counts)) for name, *counts in fields]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One distribution, streamed with another setting of `pipeline`."""
+    """One distribution of lengths, streamed with another setting of `pipeline`."""
 
     name: str
     streaming_steps: int
@@ -65,7 +65,7 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> list["Variant"]:
-        """Of ``NAME:STREAMING:SETTING=VALUE,...``."""
+        """Parse ``NAME:STREAMING:SETTING=VALUE,...``."""
         fields = [item.split(":", 2) for item in text.split(",") if item]
         if any(setting.startswith("mps=") for _, _, setting in fields):
             raise argparse.ArgumentTypeError("the engines run already: --other-mps measures MPS")
@@ -73,10 +73,10 @@ class Variant:
 
 
 def rate_of_common_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
-    """How many times the other's tokens a second, by the steps that count in both.
+    """Return the ratio of tokens per second of two runs, over the steps that count in both.
 
-    Early steps of long-tailed lengths have fewer tokens, so others must not be compared. None:
-    fewer than `FEWEST_STEPS` count in both.
+    Early steps of long-tailed lengths have fewer tokens, so only the same steps may be compared.
+    None if fewer than `FEWEST_STEPS` count in both.
     """
     first = max(one["skipped_steps"], other["skipped_steps"])
     steps = [run["tokens_and_seconds_of_steps"] for run in (one, other)]

@@ -1,4 +1,4 @@
-"""Parts for `staleness.py` that the product does not offer: an exact lag, and wrong objectives.
+"""Parts of `staleness.py` that the package does not offer: an exact lag and biased objectives.
 
 Shape letters: B rows of a micro-batch, T positions, N its loss tokens, D hidden size,
 V vocabulary.
@@ -16,20 +16,11 @@ from qwen3_distill.config import EmbeddedTraining, SampledReverseKL
 from qwen3_distill.errors import WeightVersionError
 from qwen3_distill.modeling.head import token_stats
 from qwen3_distill.pipeline.assembly.engines import Parts
-from qwen3_distill.ports import (
-    RolloutEngine,
-    WeightChannel,
-    WeightPayload,
-)
+from qwen3_distill.ports import RolloutEngine, WeightChannel, WeightPayload
 from qwen3_distill.training.batching import MicroBatch
 from qwen3_distill.training.embedded.student import EmbeddedLearner
 from qwen3_distill.training.objectives.base import LossTerms, TensorMetric
-from qwen3_distill.types import (
-    Reduction,
-    Rollout,
-    RolloutRequest,
-    WeightVersion,
-)
+from qwen3_distill.types import Reduction, Rollout, RolloutRequest, WeightVersion
 
 Advantage: TypeAlias = Literal["old", "current"]
 """``old``: log q - log mu, of the student that sampled; ``current``: log q - log pi_theta."""
@@ -77,8 +68,8 @@ def adapted(parts: Parts, case: Case) -> Parts:
 class LaggedEngine:
     """A `RolloutEngine` that serves the weights of ``lag_steps`` versions ago.
 
-    Once a version of every step was loaded, the rollouts of step s come from the weights of step
-    max(0, s - lag_steps), and say so: the inner engine loads and records the version it serves.
+    If a version is loaded at every step, the rollouts of step s come from the weights of step
+    max(0, s - lag_steps). The inner engine loads that version, so rollouts record it.
     """
 
     def __init__(self, inner: RolloutEngine, lag_steps: int) -> None:
@@ -97,7 +88,7 @@ class LaggedEngine:
         return self.inner.version
 
     async def load(self, version: WeightVersion, channel: WeightChannel) -> None:
-        # A channel in memory hands out a copy of its own, which no later version overwrites.
+        # A channel in memory returns a copy, which no later version overwrites.
         self._published.append((version, channel.fetch(version)))
         oldest, payload = self._published[0]
         await self.inner.load(oldest, _OneVersion(oldest, payload))
@@ -111,7 +102,7 @@ class LaggedEngine:
 
 @dataclass(frozen=True)
 class _OneVersion:
-    """A `WeightChannel` that has one version to give."""
+    """A `WeightChannel` that holds one version."""
 
     held: WeightVersion
     payload: WeightPayload
@@ -127,7 +118,7 @@ class _OneVersion:
 
 
 class StaleTerms(NamedTuple):
-    """A loss and what its metrics are made of; only ``loss`` has a gradient."""
+    """A loss and the terms of its metrics; only ``loss`` has a gradient."""
 
     loss: Tensor
     """Scalar: this micro-batch's share of the step's loss."""
@@ -152,14 +143,14 @@ def stale_surrogate(
     ppo_clip: float,
     advantage_clip: float,
 ) -> StaleTerms:
-    """The sampled-token surrogate with either advantage and any of three ratios.
+    """Compute the sampled-token surrogate with either advantage and one of three ratios.
 
         none, truncated   - sum_t w rho_t A_t log pi_theta(a_t) / denominator, rho_t detached
         ppo_clip          - sum_t w min(r_t A_t, clip(r_t, 1 - e, 1 + e) A_t) / denominator
                             (arXiv 1707.06347), r_t = pi_theta(a_t) / mu(a_t) with gradient
 
-    Current advantage with no or a truncated ratio are the product's `sampled_reverse_kl`, to the
-    bit. All others have another expected gradient than the KL's once pi_theta has left mu.
+    The current advantage with no ratio or a truncated one is the package's `sampled_reverse_kl`,
+    bit for bit. All others have another expected gradient than the KL when pi_theta is not mu.
 
     Args:
         learner_logprob_N: log pi_theta(a_t), with gradient.
@@ -191,7 +182,7 @@ def stale_surrogate(
 
 @dataclass(frozen=True, kw_only=True)
 class StaleObjective:
-    """An `Objective` of `stale_surrogate`."""
+    """The `Objective` whose loss is `stale_surrogate`."""
 
     advantage: Advantage
     ratio: Ratio

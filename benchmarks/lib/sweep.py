@@ -1,4 +1,4 @@
-"""Many runs side by side, one core each; what is finished is on disk and stays finished."""
+"""Runs many jobs concurrently, one core each; finished ones are on disk and not repeated."""
 
 import json
 import multiprocessing
@@ -22,7 +22,7 @@ Record: TypeAlias = dict[str, Any]
 
 
 def one_core_processes(count: int) -> Executor:
-    """Workers in processes of their own, one thread each: more would fight for the cores."""
+    """Start worker processes of one thread each: more threads would compete for the cores."""
     os.environ["OMP_NUM_THREADS"] = "1"  # read when a worker loads torch
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(count, spawn, _prepare_worker)
@@ -37,27 +37,27 @@ def _prepare_worker() -> None:
 class Sweep:
     """Runs jobs in workers and appends each result to a JSON Lines file.
 
-    Jobs start in the order given. A run that fails is told and counted, and others go on. A sweep
-    of the same log does what is still missing.
+    Jobs start in the order given. A failed run is reported and counted, and the others continue. A
+    second sweep with the same log runs the missing jobs.
     """
 
     log: Path
     workers: int
     time_limit_s: float | None = None
-    """No run is started that would end after this, by the longest one so far."""
+    """No run is started that would end later, judging by the longest one so far."""
     say: Callable[[str], None] = print
     make_workers: Callable[[int], Executor] = one_core_processes
     failed: list[str] = field(default_factory=list)
 
     def run(self, work: Callable[..., Record], jobs: Mapping[str, Sequence[Any]]) -> list[Record]:
-        """Do every job that the log does not hold yet.
+        """Run every job that the log does not hold yet.
 
         Args:
-            work: a module's function; called with a job's arguments in a worker.
-            jobs: arguments by job name; plain values that JSON has, too.
+            work: a function of a module, called in a worker with a job's arguments.
+            jobs: arguments by job name, as JSON values.
 
         Returns:
-            The records of all jobs that are finished, also of earlier sweeps, with their ``job``
+            The records of all finished jobs, those of earlier sweeps included, with their ``job``
             and ``arguments``.
 
         Raises:
@@ -107,7 +107,7 @@ class Sweep:
         return None
 
     def _finished(self, jobs: Mapping[str, Sequence[Any]]) -> dict[str, Record]:
-        """What the log holds of these jobs; a last line that was cut short is taken out of it."""
+        """The records of these jobs in the log; an incomplete last line is removed from it."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         records = read_jsonl(self.log) if self.log.exists() else []
         done = {record["job"]: record for record in records if record["job"] in jobs}
@@ -129,13 +129,13 @@ class Sweep:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    """A record's own numbers and name; what is nested has no room in a line of progress."""
+    """A record's name and numbers for a line of progress; nested values are left out."""
     numbers = (f"{key}={v:.4g}" for key, v in record.items() if isinstance(v, int | float))
     return f"{record['job']}: {' '.join(numbers)}"
 
 
 class _Clock:
-    """Progress and what is left of the time."""
+    """Progress and remaining time."""
 
     def __init__(self, total: int, workers: int, time_limit_s: float | None) -> None:
         self._total, self._workers, self._limit_s = total, workers, time_limit_s
@@ -151,7 +151,7 @@ class _Clock:
 
     @property
     def has_time(self) -> bool:
-        """Whether a run that takes as long as the longest so far would end in time."""
+        """Whether a run as long as the longest so far would end in time."""
         longest_s = max(self._durations, default=0.0)
         return self._limit_s is None or self._elapsed_s + longest_s <= self._limit_s
 

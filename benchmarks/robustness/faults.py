@@ -2,13 +2,12 @@
 
     python -m benchmarks.robustness.faults --runs 100 --workers 1
 
-Every run has its three embedded engines in processes of their own. At a random moment, some time
-after the learner has reached a random step, a random one of them is struck: killed (SIGKILL),
-stopped for good (SIGSTOP), or stopped for a second or two and then let go on. The run must end by
-itself, and its ledger must name every rollout that was asked for exactly once: trained on, or
-dropped as too old. A run that takes longer than ``--limit-s`` counts as not finished. Runs are
-processes of their own, so a crash of one cannot hide another. Stopped, it goes on from its result
-with ``--resume``.
+Every run has its three embedded engines in processes of their own. At a random moment after the
+learner has reached a random step, one of them is struck: killed (SIGKILL), stopped for good
+(SIGSTOP), or stopped for a second or two and then continued. The run must end by itself, and its
+ledger must name every drawn rollout exactly once: trained on, or dropped as too old. A run that
+takes longer than ``--limit-s`` counts as not finished. Runs are processes of their own, so a crash
+of one cannot hide another. After an interruption, ``--resume`` continues from the result.
 
 Figures: ``runs``, ``finished``, ``lost`` and ``duplicated`` (rollouts over all runs), ``stale``
 (dropped and counted), ``struck`` (runs whose fault came before their end).
@@ -40,9 +39,9 @@ ROOT = Path(__file__).parents[2]
 STEPS, ROLLOUTS = 8, 16
 STAGES, FAULTS = ("generate", "score", "train"), ("kill", "hang", "slow")
 DELAY_S = 0.7
-"""At most so long after its step: some steps' time."""
+"""Longest delay of a fault after its step: the time of some steps."""
 LAST_STEPS = 2
-"""In which nothing is struck, so that the fault nearly always comes before the end."""
+"""Last steps, which start no fault, so that it nearly always comes before the end."""
 HANG_TIMEOUT_S = 8.0
 SETTINGS = (
     f"steps={STEPS}",
@@ -64,7 +63,7 @@ SETTINGS = (
 
 
 class Striker:
-    """Strikes one process at its moment, whatever it does then."""
+    """Strikes a random process at a random moment of a run."""
 
     def __init__(self, seed: int) -> None:
         rng = random.Random(seed)
@@ -75,7 +74,7 @@ class Striker:
         self._task: asyncio.Task[None] | None = None
 
     def attach(self, parts: Parts) -> Parts:
-        """The watch begins with the first push of weights: the engines are up then."""
+        """Start the watch at the first push of weights, when all engines are running."""
         part = {"generate": parts.engine, "score": parts.teacher, "train": parts.learner}
         engine: Any = parts.engine
         load = engine.load
@@ -94,7 +93,7 @@ class Striker:
         await asyncio.sleep(self.delay_s)
         worker = part.worker
         if worker is None or worker.pid is None:
-            return  # between two starts: there is nothing to strike
+            return  # between two starts: no process to strike
         self.struck_at_step = parts.learner.version.step
         pid = worker.pid
         os.killpg(pid, signal.SIGKILL if self.fault == "kill" else signal.SIGSTOP)
@@ -104,7 +103,7 @@ class Striker:
 
 
 def one_run(seed: int, folder: Path) -> dict[str, Any]:
-    """A run with one fault, and what its ledger says."""
+    """Run once with one fault; return the counts of its ledger."""
     striker = Striker(seed)
     models = (
         f"student.model={ROOT}/models/lab/student",
@@ -138,7 +137,7 @@ def one_run(seed: int, folder: Path) -> dict[str, Any]:
 
 
 def run_apart(seed: int, limit_s: float) -> dict[str, Any]:
-    """`one_run` in a process of its own, ended when it takes too long."""
+    """`one_run` in a process of its own, killed if it takes too long."""
     with tempfile.TemporaryDirectory(prefix="qwen3-distill-faults-") as folder:
         out = Path(folder) / "result.json"
         command = [sys.executable, "-m", "benchmarks.robustness.faults", "--one", str(seed)]

@@ -1,4 +1,4 @@
-"""The lab pair distilled by the real engines, all resident: does it reach the embedded run?
+"""Distils the lab pair with the real engines and compares it with the embedded ones.
 
     python -m benchmarks.robustness.gpu_check --config configs/lab-vllm.yaml generation.python=... \
         scoring.python=... training.python=...
@@ -77,13 +77,13 @@ def main() -> None:
 
 
 def lowest_embedded_interval(file: Path) -> float:
-    """Lower end of the 95% interval of the embedded run that got least."""
+    """Lower end of the 95% interval of the least accurate embedded run."""
     runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
     return min(one["accuracy"]["after"]["ci_low"] for one in runs)
 
 
 def distil(config: RunConfig) -> tuple[dict[str, Any], float, float]:
-    """The run's summary, its seconds and the device's peak memory."""
+    """Run; return the summary, the seconds and the device's peak memory in GiB."""
     began = time.perf_counter()
     with PeakMemory() as memory:
         summary = run(config, make_reporter(config.steps), report_warning)

@@ -1,16 +1,16 @@
-"""Where the time of a vLLM decode step goes. Runs under vLLM's own interpreter, on a GPU.
+"""Profiles a decode step of vLLM. Runs under vLLM's own interpreter, on a GPU.
 
-    PYTHONPATH=src:benchmarks python -m benchmarks.speed.decode_profile --model models/random-4B \
+    PYTHONPATH=src:. python -m benchmarks.speed.decode_profile --model models/random-4B \
         --label base --engine kv_cache_dtype=fp8 --requests base,final,unseeded
 
-One engine, set up as the rollout process sets it up. Every variant of the requests is timed over
-whole rounds (all sequences start together); then one round is profiled in its middle: each
-kernel's time per step, and the share of the time in which the GPU had nothing to do. Processor
-seconds of the client and of the process with the model say whether the host could be what it waits
-for. ``--engine distributed_executor_backend=uni`` puts scheduler and model into one process.
+One engine, set up like the rollout process. Every variant of the requests is timed over whole
+rounds (all sequences start together); then one round is profiled in its middle: each kernel's time
+per step, and the share of the time in which the GPU was idle. Processor seconds of the client and
+of the process with the model show whether the GPU may wait for the host.
+``--engine distributed_executor_backend=uni`` puts scheduler and model into one process.
 
-Variants: ``base`` is what the rollout process asks for; ``final`` has one output at the end instead
-of deltas; ``unseeded`` has no seed per request; ``plain`` asks for no logprobs.
+Variants: ``base`` is the request of the rollout process; ``final`` has one output at the end
+instead of deltas; ``unseeded`` has no seed per request; ``plain`` asks for no logprobs.
 """
 # pyright: reportMissingImports=false
 
@@ -56,7 +56,7 @@ _WINDOW_S = 1.0
 
 
 class Profiled(WeightAccess):
-    """Mixin of vLLM's worker: a window of its GPU's work."""
+    """Mixin of vLLM's worker that profiles a window of its GPU's work."""
 
     def distill_profile_start(self) -> float:
         self._profile = profile(activities=[ProfilerActivity.CUDA])
@@ -64,7 +64,7 @@ class Profiled(WeightAccess):
         return time.process_time()
 
     def distill_profile_stop(self) -> str:
-        """JSON: per kernel its count and microseconds, and how long the GPU was busy."""
+        """JSON: count and microseconds per kernel, and the GPU's busy time."""
         self._profile.stop()
         with tempfile.TemporaryDirectory() as folder:
             trace = Path(folder) / "trace.json"
@@ -122,7 +122,7 @@ class Bench:
             },
         )
         values = compat.engine_arguments(settings)
-        values |= {"worker_extension_cls": "decode_profile.Profiled"}
+        values |= {"worker_extension_cls": "benchmarks.speed.decode_profile.Profiled"}
         began = time.perf_counter()
         self.engine: Any = AsyncLLM.from_engine_args(AsyncEngineArgs(**values))
         self.start_s = time.perf_counter() - began
@@ -177,7 +177,7 @@ class Bench:
         }
 
     async def profiled(self) -> dict[str, Any]:
-        """Milliseconds a step by category and of the largest kernels."""
+        """Milliseconds per step, by category and of the largest kernels."""
         running = asyncio.create_task(self.round("base", self.args.new_tokens))
         await asyncio.sleep(2.0)  # past the prompts; about a third of the new tokens
         await self.ask("distill_profile_start")

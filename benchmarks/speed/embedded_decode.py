@@ -1,13 +1,14 @@
-"""Rollout generation by the embedded engine: call after call, and calls that overlap.
+"""Compares successive and overlapping calls of the embedded rollout engine.
 
     python -m benchmarks.speed.embedded_decode [--threads 1] [--rounds 3]
 
-The lab student answers 512 prompts, at most 64 at a time. "as_trained": it stops where it wants to,
-in calls of 64 requests, one after another, as a sequential run has them. "tail80" and "tail320":
-lengths are forced, from a lognormal law (p99/p50 of 8) cut at 80 and at 320 tokens, so that all
-ways do the same tokens: the same calls of 64 one after another; all 512 at once; and 64 clients
-that ask for one rollout after another. Tokens per second of processor time, median of the rounds:
-the machine may be shared. Rounds alternate, so that all see the same disturbances.
+The lab student answers 512 prompts, at most 64 at a time. "as_trained": responses end by
+themselves, in calls of 64 requests one after another, as in a sequential run. "tail80" and
+"tail320": lengths come from a lognormal law (p99/p50 of 8) cut at 80 and at 320 tokens, so that
+all ways generate the same tokens: the same calls of 64 one after another; all 512 in one call; and
+64 clients that request one rollout after another. Figures are tokens per second of processor time,
+as the machine may be shared, and medians of the rounds. Rounds alternate, so that all ways see the
+same disturbances.
 """
 
 import argparse
@@ -89,7 +90,7 @@ async def tokens_per_s(
 
 
 async def serving(config: RunConfig) -> EmbeddedRolloutEngine:
-    """An engine that serves the config's student."""
+    """Start an engine that serves the config's student."""
     engine = EmbeddedRolloutEngine(
         config.student.model, device="cpu", dtype="float32", max_sequences=MAX_SEQUENCES
     )

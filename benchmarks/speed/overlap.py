@@ -1,4 +1,4 @@
-"""Sequential, streaming and one model at a time: the same engines and lengths, one run.
+"""Compares the sequential and the streaming loop, and loading one model at a time, in one run.
 
     python -m benchmarks.speed.overlap --config configs/h200.yaml \
         --lengths longtail8:3:22:10,fixed:2:6 \
@@ -6,28 +6,27 @@
         --swapping longtail8 pipeline.kind=streaming pipeline.mps=true \
         student.model=models/random-4B scoring.model=models/random-8B
 
-Every rollout has a length of its own, drawn by its number: ``fixed`` is `sampling.max_new_tokens`
-for all; ``longtail8`` is lognormal with a median of ``--median-tokens`` and a 99th percentile of 8
-times as much (``longtail16``: 16 times), cut at ``--max-tokens``. Models must not stop by
-themselves: random weights hardly ever do; with ``--ignore-eos`` copies of the models are used that
-name an end-of-sequence token which is never sampled.
+The length of a rollout is drawn from its number: ``fixed`` is `sampling.max_new_tokens` for all;
+``longtail8`` is lognormal with a median of ``--median-tokens`` and a 99th percentile of 8 times as
+much (``longtail16``: 16 times), cut at ``--max-tokens``. Models must not stop by themselves. Random
+weights hardly ever do; ``--ignore-eos`` uses copies of the models whose end-of-sequence token is
+never sampled.
 
-``NAME:SEQUENTIAL:STREAMING:SKIP`` says how many steps of a distribution are measured. Figures are
-tokens trained on over the time of these steps. All sequential steps count, after a warm-up step of
-the same lengths; with long tails they differ by how long their longest answers are. A streaming run
-first fills its stages: its first SKIP steps (3 unless said) do not count, and it is stopped while
-they are full. With long tails its first steps have fewer tokens, since long answers come later:
-``tokens_and_seconds_of_steps`` in the result has every step.
+``NAME:SEQUENTIAL:STREAMING:SKIP`` gives the number of steps to measure with a distribution. Figures
+are tokens trained on over the time of these steps. All sequential steps count, after a warm-up step
+of the same lengths; with long tails their times differ by their longest responses. A streaming run
+first fills its stages: its first SKIP steps (default 3) do not count, and it is stopped while the
+stages are full. With long tails its first steps have fewer tokens, because long responses come
+later: ``tokens_and_seconds_of_steps`` in the result has every step.
 
-With ``pipeline.mps=true`` both sides run as clients of an MPS daemon. ``--other-mps`` starts the
-engines once more the other way, for ``mps_gain``, which is of the steps that count in both, three
-at least. ``--variants NAME:STREAMING:SETTING=VALUE`` streams once more on the same engines with
-another setting of `pipeline`, and leaves out as many steps as the first time. ``--swapping NAME``
-measures one step of that distribution in which only one model is loaded at a time: start the
-rollout engine, generate, end it, and so on. Caches of compiled code on disk are warm, the processes
-are new.
+With ``pipeline.mps=true`` both loops run as clients of an MPS daemon. ``--other-mps`` starts the
+engines again with the opposite setting and gives ``mps_gain``, over the steps that count in both
+(at least three). ``--variants NAME:STREAMING:SETTING=VALUE`` streams again on the same engines with
+another setting of `pipeline`, and skips as many steps. ``--swapping NAME`` measures one step of
+that distribution with one model loaded at a time: start the rollout engine, generate, end it, and
+so on. Caches of compiled code on disk are warm, the processes are new.
 
-The trace of every run lies in ``<output_dir>/<name>-<pipeline>/trace.json``.
+The trace of every run is ``<output_dir>/<name>-<pipeline>/trace.json``.
 """
 
 import argparse
@@ -44,7 +43,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lib.common import RESULTS
+from benchmarks.lib.common import RESULTS, Report, timed
 from benchmarks.lib.device_memory import PeakMemory
 from benchmarks.lib.overlap_parts import (
     DEFAULT_SKIP,
@@ -54,7 +53,7 @@ from benchmarks.lib.overlap_parts import (
     Variant,
     rate_of_common_steps,
 )
-from benchmarks.speed.stages import Report, start_side_by_side, timed
+from benchmarks.speed.stages import start_side_by_side
 from qwen3_distill.config import (
     LoggingConfig,
     RunConfig,
@@ -78,7 +77,7 @@ from qwen3_distill.weights.directory import DirectoryChannel
 
 
 class ForcedLengths:
-    """A rollout engine that is asked for other lengths; all else is the engine's own."""
+    """Wraps a rollout engine and replaces the lengths of its requests."""
 
     def __init__(self, engine: Any, lengths: Lengths) -> None:
         self._engine = engine
@@ -103,7 +102,7 @@ class ForcedLengths:
 
 @dataclass(frozen=True)
 class RandomPrompts:
-    """Prompt n is so many random tokens, always the same ones."""
+    """Random prompts; prompt n always has the same tokens."""
 
     tokens: int
     vocab_size: int
@@ -118,7 +117,7 @@ class RandomPrompts:
 
 
 class StopsAfter(SilentReporter):
-    """Ends a run after some steps, as Ctrl-C would."""
+    """Stops a run after a step, as Ctrl-C would."""
 
     def __init__(self, last_step: int) -> None:
         self._last_step = last_step
@@ -131,16 +130,16 @@ class StopsAfter(SilentReporter):
 
 @dataclass
 class Bench:
-    """Engines that run, and what is measured on them."""
+    """Running engines, and the measurements on them."""
 
     parts: Parts
     report: Report
     median_tokens: int
     max_tokens: int
     suffix: str = ""
-    """Of figures and details, where MPS is not used as the config says."""
+    """Suffix of the figures' names where MPS is not used as the config says."""
     drawn_steps: int = 0
-    """So many steps' prompts were used: nothing of the next ones is in the teacher's cache."""
+    """Steps whose prompts were used; the teacher's cache holds none of later ones."""
 
     def engine(self, name: str) -> Any:
         fixed = self.parts.config.sampling.max_new_tokens
@@ -151,10 +150,10 @@ class Bench:
     async def pipeline(
         self, kind: str, name: str, steps: int, label: str, *, skip: int = 0
     ) -> dict[str, Any]:
-        """Seconds and tokens of some steps, and means of their metrics.
+        """Run some steps; return their seconds, tokens and the means of their metrics.
 
         Args:
-            skip: so many first steps do not count.
+            skip: number of first steps that do not count.
         """
         config = self.run_config(kind, steps, label)
         version = self.parts.learner.version
@@ -198,14 +197,14 @@ class Bench:
         }
 
     def run_config(self, kind: str, steps: int, label: str) -> RunConfig:
-        """Of a run that goes on after the learner's last step."""
+        """The config of a run that continues after the learner's last step."""
         config = self.parts.config
         pipeline = config.pipeline if kind == "streaming" else SequentialPipeline(kind="sequential")
         ahead = config.max_steps_ahead + 1 if kind == "streaming" else 0
         return config.model_copy(
             update={
                 "pipeline": pipeline,
-                # More than are measured: a run that nears its end begins fewer rollouts.
+                # More steps than are measured: near its end a run starts fewer rollouts.
                 "steps": self.parts.learner.version.step + steps + ahead,
                 "output_dir": str(config.output_path / label),
                 "logging": LoggingConfig(tensorboard=False, rollouts_every_steps=1 << 30),
@@ -214,7 +213,7 @@ class Bench:
         )
 
     async def compare(self, plan: Plan) -> None:
-        """Both pipelines on the same distribution."""
+        """Measure both loops on the same distribution."""
         name, suffix, results = plan.name, self.suffix, dict[str, dict[str, Any]]()
         for kind, steps, skip in (
             ("sequential", plan.sequential_steps, 0),
@@ -229,7 +228,7 @@ class Bench:
         self.report.add(f"{name}{suffix}", self.figures(name, results), **results)
 
     def figures(self, name: str, results: Mapping[str, dict[str, Any]]) -> dict[str, float]:
-        """Speeds and ratios of what was measured now, and what MPS gains if both ways were."""
+        """Speeds and ratios of these results; the gain of MPS if both settings were measured."""
         if "streaming" not in results:
             return {}
         streaming = results["streaming"]["tok_s"]
@@ -252,7 +251,7 @@ class Bench:
         return figures
 
     async def vary(self, variant: Variant, pipeline: StreamingPipeline) -> None:
-        """Stream once more with the variant's pipeline."""
+        """Stream again with the variant's pipeline."""
         parts, key = self.parts, f"{variant.name}-{variant.setting}{self.suffix}"
         self.parts = replace(parts, config=parts.config.model_copy(update={"pipeline": pipeline}))
         try:
@@ -269,7 +268,7 @@ class Bench:
         self.report.add(key, ratio, streaming=result)
 
     async def swapping(self, name: str) -> None:
-        """One step with one model loaded at a time; the engines are closed afterwards."""
+        """Measure one step with one model loaded at a time; closes the engines."""
         parts, config = self.parts, self.parts.config
         folder = Path(tempfile.mkdtemp(prefix="qwen3-distill-overlap-", dir=shared_memory()))
         channel = DirectoryChannel(folder / "weights")
@@ -405,7 +404,7 @@ def main() -> None:
 
 
 def without_eos(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """Student and teacher as copies whose end-of-sequence token is the padding token."""
+    """Copy student and teacher, with the padding token as their end-of-sequence token."""
     copies: dict[str, str] = {}
     for role, source in (("student", config.student.model), ("teacher", config.scoring.model)):
         target = folder / role

@@ -1,27 +1,27 @@
-"""Replay: adding and drawing against TorchRL's prioritized TensorDict buffer, in one run.
+"""Compares the replay buffer with TorchRL's prioritized TensorDict buffer, in one run.
 
 Both hold 65,536 rollouts of 64 to 1,024 tokens (ids, the student's and the teacher's logprobs) on
 the same device. A round is what a learner does with a batch: add 256 rollouts, draw 256 by
-priority^0.6 with importance weights, give the drawn ones new priorities. Each side is given its
-batches in the form it takes: TorchRL's rows have one length, so it gets them padded to 1,024
-tokens and already stacked; ours are flat, without padding. TorchRL hands out a copy of the rows.
-Ours are read where they lie, which is what the learner does (``ours``); ``ours_copied`` also copies
-them, into dense tensors. `host_fraction` is the share of a side's time in which the host was at
-work (or waited for the device by itself): near 1, the device is not what bounds it. The sides take
-turns every 25 rounds. A rollout counts once per round.
+priority^0.6 with importance weights, give the drawn ones new priorities. Each side gets its batches
+in its own form: TorchRL's rows have one length, so they come padded to 1,024 tokens and already
+stacked; ours are flat, without padding. TorchRL returns a copy of the rows. Ours are read in place,
+as the learner does (``ours``); ``ours_copied`` also copies them into dense tensors. `host_fraction`
+is the share of a side's time in which the host was busy (or waited for the device by itself): near
+1, the device is not the bottleneck. The sides alternate every 25 rounds. A rollout counts once per
+round.
 
     python -m benchmarks.speed.replay --device cpu     # or cuda; figures go to results/replay.json
 
-TorchRL is needed by this benchmark only. Beside torch 2.13 its compiled part has to be built again
-(``--rebuild-torchrl``, about a minute with g++ and ninja): wheels are built for one torch each.
+Only this benchmark needs TorchRL. Its wheels are built for one torch each; for torch 2.13 the
+compiled part must be built again (``--rebuild-torchrl``, about a minute with g++ and ninja).
 
-    python -m venv /tmp/replay-bench
-    /tmp/replay-bench/bin/pip install -e . torch==2.13.0 torchrl==0.14.1 tensordict==0.14.3 ninja
-    /tmp/replay-bench/bin/python -m benchmarks.speed.replay --rebuild-torchrl
-    /tmp/replay-bench/bin/python -m benchmarks.speed.replay --device cpu --threads 1
+    python -m venv replay-bench
+    replay-bench/bin/pip install -e . torch==2.13.0 torchrl==0.14.1 tensordict==0.14.3 ninja
+    replay-bench/bin/python -m benchmarks.speed.replay --rebuild-torchrl
+    replay-bench/bin/python -m benchmarks.speed.replay --device cpu --threads 1
 
-torchrl 0.12.0 with tensordict 0.12.4 is of the time of torch 2.11; where it says that
-SumSegmentTreeFp32 is not available, it is rebuilt the same way.
+For torch 2.11 take torchrl 0.12.0 with tensordict 0.12.4; if it reports that SumSegmentTreeFp32 is
+not available, rebuild it the same way.
 """
 
 # pyright: reportMissingImports=false
@@ -56,7 +56,7 @@ MIN_TOKENS, MAX_TOKENS = 64, 1_024
 ALPHA, BETA = 0.6, 0.4
 DISTINCT_BATCHES = 8
 BLOCK, WARM_UP = 25, 3
-"""Rounds of one side before it is the other's turn; and those that are not counted."""
+"""Rounds of one side before the next side's turn; and warm-up rounds, which do not count."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ class Timings:
     draw: list[float]
     refresh: list[float]
     issued: list[float]
-    """Of each part: until the call returned. What is missing to the part's time, the device took
-    longer."""
+    """Seconds until the call of each part returned; the device may have needed longer."""
 
     def rounds(self) -> list[float]:
         return [sum(parts) for parts in zip(self.add, self.draw, self.refresh, strict=True)]
@@ -82,7 +81,7 @@ class Timings:
 
 
 class Ours:
-    """`ReplayBuffer`, given flat batches.
+    """`ReplayBuffer`, with flat batches.
 
     Args:
         copies: what is drawn is also copied.
@@ -200,7 +199,7 @@ def _padded_batch(rng: np.random.Generator, device: torch.device) -> dict[str, T
 
 
 def measure(sides: dict[str, Side], device: torch.device, rounds: int) -> dict[str, Timings]:
-    """Fill every buffer, then take turns."""
+    """Fill every buffer, then measure the sides in turn."""
     for side in sides.values():
         for index in range(ROLLOUTS // BATCH):
             side.add(index)
@@ -212,7 +211,7 @@ def measure(sides: dict[str, Side], device: torch.device, rounds: int) -> dict[s
 
 
 def _block(side: Side, record: Timings, rounds: range, device: torch.device) -> None:
-    """Rounds of one side, after some that warm up."""
+    """Measure rounds of one side, after a warm-up."""
     for number in (*range(-WARM_UP, 0), *rounds):
         priority_S = torch.rand(BATCH, device=device) + 0.01
         parts = (
@@ -229,7 +228,7 @@ def _block(side: Side, record: Timings, rounds: range, device: torch.device) -> 
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Until the call returned, and until the device had done it."""
+    """Return the seconds until the call returned and until the device was done."""
     _wait(device)
     started = time.perf_counter()
     work()
@@ -244,7 +243,7 @@ def _wait(device: torch.device) -> None:
 
 
 def rebuild_torchrl() -> None:
-    """Compile TorchRL's extension against the torch at hand, over the one of the wheel."""
+    """Compile TorchRL's extension against the installed torch, replacing the wheel's."""
     from torch.utils.cpp_extension import load  # noqa: PLC0415 - needs ninja
 
     spec = importlib.util.find_spec("torchrl")
@@ -266,7 +265,9 @@ def rebuild_torchrl() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Replay beside TorchRL's prioritized buffer")
+    parser = argparse.ArgumentParser(
+        description="Replay compared with TorchRL's prioritized buffer"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--threads", type=int, help="torch's threads on the CPU; default: its own")
@@ -317,7 +318,7 @@ def main() -> None:
 
 
 def _earlier(path: Path) -> dict[str, Any]:
-    """The other device's figures, which are kept."""
+    """The earlier result, whose figures of the other device are kept."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 

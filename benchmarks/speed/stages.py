@@ -1,17 +1,17 @@
-"""Tokens/s and memory of every stage, and of the sequential loop, for any config.
+"""Measures tokens/s and memory of every stage and of the sequential loop, for any config.
 
     python -m benchmarks.speed.stages --config configs/h200.yaml --parts generate,score,train,opd \
         student.model=models/random-4B scoring.model=models/random-8B
     python -m benchmarks.speed.stages --config configs/h200.yaml --parts resident \
         student.model=models/random-4B scoring.model=models/random-32B-FP8 scoring.quantization=null
 
-Prompts are random tokens, and random models hardly ever stop by themselves, so lengths are what is
-asked for. What is counted is what was really generated. Results are written into one file as they
-come; a part that is measured again replaces its figures, so the parts may be run one by one.
+Prompts are random tokens, and random models hardly ever stop by themselves, so responses have the
+lengths asked for; the tokens really generated are counted. Every part is written into the same
+result as soon as it is measured and replaces its earlier figures, so parts may be run one by one.
 
 - `generate`: the rollout engine alone, serving the student's own weights.
-- `score`: the teacher alone; also the same requests, made beforehand and sent without looking at
-  the answers, by as many connections: what our client costs.
+- `score`: the teacher alone; also the same requests, prepared beforehand and sent over as many
+  connections without parsing the answers, which shows what our client costs.
 - `train`: the learner alone, without gradient checkpointing (micro-batches of 8 sequences; with
   `--together` the config's), with it (of 32), and as the config says, with the memory that the plan
   leaves.
@@ -19,435 +19,54 @@ come; a part that is measured again replaces its figures, so the parts may be ru
 - `resident`: the same for one step, for the memory of a larger teacher.
 - `trl`: `benchmarks/speed/trl_distillation.py` in an interpreter with TRL and vLLM.
 
-With `--together` all engines are started once, side by side, and every part but `trl` is measured
-on them; `resident` then puts the teacher of `--resident-teacher` in the place of the first. It
-costs minutes less, and asks for settings that leave room while one loads beside another
-(`scoring.memory_fraction` well above what the plan says).
+With `--together` all engines are started once, concurrently, and every part but `trl` is measured
+on them; `resident` then replaces the first teacher by that of `--resident-teacher`. This saves
+minutes. It needs settings that leave memory while several engines load
+(`scoring.memory_fraction` well above the planned one).
 """
 
 import argparse
 import asyncio
-import http.client
 import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
-import numpy as np
-
-from benchmarks.lib.common import RESULTS, command_line, write_result
+from benchmarks.lib.common import RESULTS, Report, timed
 from benchmarks.lib.device_memory import PeakMemory
-from qwen3_distill.config import (
-    EmbeddedTraining,
-    LoraTuning,
-    RunConfig,
-    TaskPrompts,
-    UnslothTraining,
+from benchmarks.lib.random_work import Work
+from benchmarks.lib.stage_parts import (
+    measure_generate,
+    measure_learner,
+    measure_opd,
+    measure_resident,
+    measure_score,
+    measure_train,
+    started_learner,
+    train_settings,
 )
+from qwen3_distill.config import TaskPrompts
 from qwen3_distill.config.load import load_config
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.pipeline.assembly.engines import (
     Parts,
-    build_learner,
     build_parts,
     build_teacher,
     plan_memory,
     static_engine,
 )
-from qwen3_distill.pipeline.sequential import generate, push_weights, score
-from qwen3_distill.ports import Learner, RolloutEngine, TeacherScorer
-from qwen3_distill.recording.jsonl import STEP_STAGES
-from qwen3_distill.recording.trace import Trace
-from qwen3_distill.scoring.score_request import TopKRequest, request_for
-from qwen3_distill.scoring.sglang.groups import request_groups
-from qwen3_distill.scoring.sglang.teacher import SglangTeacher
-from qwen3_distill.scoring.sglang.wire import score_body
-from qwen3_distill.scoring.views import SameView
-from qwen3_distill.types import (
-    Batch,
-    FinishReason,
-    Prompt,
-    Rollout,
-    RolloutRequest,
-    ScoredRollout,
-    ScoringJob,
-    TeacherScore,
-    TopKScore,
-    Update,
-    VersionSpan,
-    WeightVersion,
-)
+from qwen3_distill.pipeline.sequential import push_weights
 
 PARTS = ("generate", "score", "train", "opd", "resident", "trl")
-
-
-@dataclass(frozen=True)
-class Work:
-    """How much is measured, and random numbers for it."""
-
-    config: RunConfig
-    sequences: int
-    prompt_tokens: int
-    new_tokens: int
-    rounds: int
-    opd_steps: int
-    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
-    vocab_size: int = 0
-
-    def ids(self, count: int) -> np.ndarray:
-        return self.rng.integers(0, self.vocab_size, count).astype(np.int32)
-
-    def prompt(self) -> Prompt:
-        """A prompt that was never seen before: no cache holds it."""
-        name = f"random:{self.rng.integers(1 << 62)}"
-        return Prompt(prompt_id=name, token_ids=self.ids(self.prompt_tokens))
-
-    def requests(self, count: int, new_tokens: int) -> list[RolloutRequest]:
-        """``samples_per_prompt`` requests for each prompt."""
-        samples = self.config.samples_per_prompt
-        sampling = self.config.sampling.model_copy(update={"max_new_tokens": new_tokens})
-        prompts = [self.prompt() for _ in range(-(-count // samples))]
-        requests = [
-            RolloutRequest(
-                rollout_id=f"{prompt.prompt_id}/{sample}",
-                prompt=prompt,
-                sampling=sampling.spec(int(self.rng.integers(1 << 31))),
-            )
-            for prompt in prompts
-            for sample in range(samples)
-        ]
-        return requests[:count]
-
-    def rollouts(self, count: int) -> list[Rollout]:
-        """Rollouts that nobody sampled: random tokens, as likely as any other."""
-        version = WeightVersion(step=0, digest="random")
-        return [
-            Rollout(
-                rollout_id=request.rollout_id,
-                prompt=request.prompt,
-                sampling=request.sampling,
-                response_ids=self.ids(self.new_tokens),
-                behavior_logprobs=np.full(self.new_tokens, -np.log(self.vocab_size)),
-                versions=(VersionSpan(start=0, stop=self.new_tokens, version=version),),
-                finish_reason=FinishReason.LENGTH,
-            )
-            for request in self.requests(count, self.new_tokens)
-        ]
-
-    def batch(self, count: int) -> Batch:
-        """Random rollouts with scores of the kind that the objective needs."""
-        request = request_for(self.config.objective)
-        scored = []
-        for rollout in self.rollouts(count):
-            tokens = rollout.num_tokens
-            logprobs = rollout.behavior_logprobs + 0.1 * self.rng.standard_normal(tokens)
-            score = TeacherScore(teacher_id="random", logprobs=logprobs)
-            if isinstance(request, TopKRequest):
-                ids = np.stack([self.ids(request.k) for _ in range(tokens)])
-                ids = (ids[:, :1] + np.arange(request.k)) % self.vocab_size  # distinct
-                score = TopKScore(
-                    teacher_id="random",
-                    logprobs=logprobs,
-                    candidate_ids=ids,
-                    candidate_logprobs=np.full(ids.shape, -np.log(self.vocab_size)),
-                )
-            scored.append(ScoredRollout(rollout=rollout, score=score))
-        return Batch.uniform(scored)
-
-
-@dataclass
-class Report:
-    """Figures and details, written whenever there are new ones."""
-
-    name: str
-    folder: Path
-    figures: dict[str, float] = field(default_factory=dict)
-    parts: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        file = self.folder / f"{self.name}.json"
-        if file.exists():
-            earlier = json.loads(file.read_text())
-            self.figures, self.parts = earlier["figures"], earlier["parts"]
-
-    def add(self, part: str, figures: dict[str, float], **details: Any) -> None:
-        self.figures |= {key: round(value, 4) for key, value in figures.items()}
-        known = self.parts.get(part, {})
-        self.parts[part] = known | {"command": command_line(), **figures, **details}
-        print(part, json.dumps(figures | details, default=str), flush=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_result(self.name, self.figures, folder=self.folder, parts=self.parts)
-
-
-def total_tokens(rollouts: Sequence[Rollout]) -> int:
-    """Prompts included: what a forward pass sees."""
-    return sum(r.num_tokens + int(r.prompt.token_ids.size) for r in rollouts)
-
-
-async def timed(work: Awaitable[Any]) -> tuple[Any, float]:
-    began = time.perf_counter()
-    result = await work
-    return result, time.perf_counter() - began
-
-
-# --- Parts --------------------------------------------------------------------------------------
-
-
-async def measure_generate(work: Work, report: Report, engine: RolloutEngine) -> None:
-    """New tokens a second with all sequences decoded together."""
-    await generate(engine, work.requests(work.sequences, min(32, work.new_tokens)))  # warm-up
-    tokens, seconds = 0, 0.0
-    for _ in range(work.rounds):
-        requests = work.requests(work.sequences, work.new_tokens)
-        rollouts, round_s = await timed(generate(engine, requests))
-        tokens += sum(rollout.num_tokens for rollout in rollouts)
-        seconds += round_s
-    figures = {"vllm_tok_s": tokens / seconds}
-    details = {"sequences": work.sequences, "generated_tokens": tokens, "seconds": seconds}
-    report.add("generate", figures, **details)
-
-
-async def measure_score(work: Work, report: Report, teacher: TeacherScorer) -> None:
-    """Tokens a second, prompts included, by our client and by the server alone, in turn."""
-    await teacher.score(
-        jobs_of(work.rollouts(work.sequences))
-    )  # warm-up: a whole round has full passes
-    ours, server = Rate(), Rate()
-    for _ in range(work.rounds):
-        rollouts = work.rollouts(work.sequences)
-        _, seconds = await timed(teacher.score(jobs_of(rollouts)))
-        ours.add(total_tokens(rollouts), seconds)
-        if isinstance(teacher, SglangTeacher) and teacher.server is not None:
-            rollouts = work.rollouts(work.sequences)
-            send = bare_requests(work.config, teacher, rollouts)
-            seconds = await asyncio.to_thread(send)
-            server.add(total_tokens(rollouts), seconds)
-    figures = {"score_tok_s": ours.tok_s}
-    details: dict[str, Any] = {"client_rounds": ours.rounds}
-    if server.rounds:
-        figures["score_client_overhead_pct"] = 100 * (server.tok_s / ours.tok_s - 1)
-        details |= {"server_tok_s": server.tok_s, "server_rounds": server.rounds}
-    report.add("score", figures, **details)
-
-
-def jobs_of(rollouts: Sequence[Rollout]) -> list[ScoringJob]:
-    """Jobs of a teacher that reads the student's own tokens."""
-    return [SameView().job(rollout) for rollout in rollouts]
-
-
-@dataclass
-class Rate:
-    """Tokens and seconds of several rounds."""
-
-    rounds: list[float] = field(default_factory=list)
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def add(self, tokens: int, seconds: float) -> None:
-        self.rounds.append(tokens / seconds)
-        self.tokens += tokens
-        self.seconds += seconds
-
-    @property
-    def tok_s(self) -> float:
-        return self.tokens / self.seconds
-
-
-def bare_requests(
-    config: RunConfig, teacher: SglangTeacher, rollouts: Sequence[Rollout]
-) -> Callable[[], float]:
-    """The requests that our client would make, ready to be sent; sending them gives the seconds.
-
-    Answers are read to their last byte and not looked at.
-    """
-    scoring = config.scoring
-    assert scoring.kind == "sglang"
-    assert teacher.server is not None
-    request = request_for(config.objective)
-    jobs = jobs_of(rollouts)
-    bodies = [
-        score_body([jobs[index] for index in group], request)
-        for group in request_groups(jobs, scoring.request_tokens)
-    ]
-    address = urlsplit(teacher.server.url)
-    headers = {
-        "Content-Type": "application/json",
-        "Authorization": f"Bearer {teacher.server.api_key}",
-    }
-
-    def worker(own: Sequence[bytes]) -> None:
-        connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=600)
-        for body in own:
-            connection.request("POST", "/generate", body, headers)
-            response = connection.getresponse()
-            content = response.read()
-            if response.status != http.client.OK:
-                raise RuntimeError(f"status {response.status}: {content[:300]!r}")
-        connection.close()
-
-    def send() -> float:
-        count = scoring.max_in_flight
-        shares = [bodies[start::count] for start in range(count) if bodies[start::count]]
-        began = time.perf_counter()
-        with ThreadPoolExecutor(len(shares)) as pool:
-            list(pool.map(worker, shares))
-        return time.perf_counter() - began
-
-    return send
-
-
-async def measure_train(work: Work, report: Report, modes: Sequence[str]) -> None:
-    """Tokens a second, prompts included, of optimizer steps; one learner after another."""
-    for mode in modes:
-        training = train_settings(work, mode)
-        config = work.config.model_copy(update={"training": training})
-        learner, start_s = await started_learner(config)
-        try:
-            await measure_learner(work, report, learner, mode, training.micro_batch_tokens)
-        finally:
-            await learner.close()
-        report.add(f"train_{mode}", {}, start_s=start_s)
-
-
-def train_settings(work: Work, mode: str) -> EmbeddedTraining | UnslothTraining:
-    """The config's learner with a mode's memory settings."""
-    training, per_sequence = work.config.training, work.prompt_tokens + work.new_tokens
-    if mode == "off":
-        return with_checkpointing(training, "off", micro_batch_tokens=8 * per_sequence)
-    if mode == "ckpt":
-        return with_checkpointing(training, "unsloth", micro_batch_tokens=32 * per_sequence)
-    return training
-
-
-async def measure_learner(
-    work: Work, report: Report, learner: Learner, mode: str, micro_batch_tokens: int
-) -> None:
-    """Steps of a learner that runs."""
-    await learner.update(work.batch(32))  # warm-up
-    batch, tokens, seconds, peaks = work.batch(work.sequences), 0, 0.0, []
-    for _ in range(work.rounds):
-        update, step_s = await timed(learner.update(batch))
-        tokens += total_tokens([scored.rollout for scored in batch.scored])
-        seconds += step_s
-        peaks.append(peak_gib(update))
-    describe = getattr(learner, "describe", dict)
-    key = {"off": "unsloth", "ckpt": "unsloth_ckpt", "auto": "unsloth_auto"}[mode]
-    figures = {f"{key}_tok_s": tokens / seconds}
-    peak_gb = max(peaks) * 2**30 / 1e9
-    if mode == "ckpt" and peak_gb:
-        figures[f"unsloth_ckpt_peak_gb_32x{work.prompt_tokens + work.new_tokens}"] = peak_gb
-    report.add(
-        f"train_{mode}",
-        figures,
-        micro_batch_tokens=micro_batch_tokens,
-        trained_tokens=tokens,
-        seconds=seconds,
-        peak_gb=peak_gb,
-        learner={str(name): str(value) for name, value in describe().items()},
-    )
-
-
-async def started_learner(config: RunConfig) -> tuple[Learner, float]:
-    plan = plan_memory(config)
-    learner = build_learner(config, build_teacher(config, plan), plan)
-    _, seconds = await timed(learner.start())
-    return learner, seconds
-
-
-def with_checkpointing(
-    training: EmbeddedTraining | UnslothTraining, mode: str, *, micro_batch_tokens: int
-) -> EmbeddedTraining | UnslothTraining:
-    """The learner's config with other memory settings."""
-    value: Any = mode if isinstance(training, UnslothTraining) else mode != "off"
-    update = {"gradient_checkpointing": value, "micro_batch_tokens": micro_batch_tokens}
-    return training.model_copy(update=update)
-
-
-def peak_gib(update: Update) -> float:
-    """The learner's own peak as torch counts it; 0 where it counts none."""
-    values = [m.value for m in update.metrics if m.key == "train/peak_memory_gib"]
-    return max(values, default=0.0)
-
-
-async def measure_opd(work: Work, report: Report, parts: Parts, memory: PeakMemory) -> None:
-    """Whole steps of the loop with all engines resident."""
-    _, first_push_s = await timed(push_weights(parts))
-    await opd_step(work, parts, Trace())  # warm-up
-    steps: list[dict[str, float]] = []
-    tokens, learner_peak_gib = 0, 0.0
-    for _ in range(work.opd_steps):
-        trace = Trace()
-        generated, update = await opd_step(work, parts, trace)
-        tokens += generated
-        learner_peak_gib = max(learner_peak_gib, peak_gib(update))
-        steps.append({**stage_seconds(trace), "generated_tokens": float(generated)})
-    totals = {stage: sum(step[stage] for step in steps) for stage in STEP_STAGES}
-    whole = sum(totals.values())
-    report.add(
-        "opd",
-        {
-            "opd_sequential_tok_s": tokens / whole,
-            "publish_pct_of_step": 100 * totals["publish"] / whole,
-            "opd_sequential_peak_gib": memory.peak_gib,
-            "opd_generate_tok_s": tokens / totals["generate"],
-        },
-        adapters=isinstance(work.config.training.tuning, LoraTuning),
-        steps=steps,
-        stage_share={stage: seconds / whole for stage, seconds in totals.items()},
-        first_push_s=first_push_s,
-        learner_peak_gib=learner_peak_gib,
-    )
-
-
-async def measure_resident(
-    work: Work, report: Report, parts: Parts, memory: PeakMemory, figure: str
-) -> None:
-    """The device's peak over one whole step with all engines resident."""
-    await push_weights(parts)
-    trace = Trace()
-    generated, update = await opd_step(work, parts, trace)
-    report.add(
-        "resident",
-        {figure: memory.peak_gib},
-        teacher=parts.teacher.teacher_id,
-        generated_tokens=generated,
-        first_step_s=stage_seconds(trace),
-        learner_peak_gib=peak_gib(update),
-    )
-
-
-def stage_seconds(trace: Trace) -> dict[str, float]:
-    """Seconds of each stage of the one step in this trace."""
-    return {stage: trace.busy_seconds(stage) for stage in STEP_STAGES}
-
-
-async def opd_step(work: Work, parts: Parts, trace: Trace) -> tuple[int, Update]:
-    """One step as `run_sequential` takes it; new tokens and what the learner reports."""
-    requests = work.requests(work.sequences, work.new_tokens)
-    with trace.span("generate"):
-        rollouts = await generate(parts.engine, requests)
-    with trace.span("score"):
-        scored = await score(parts.teacher, parts.view, rollouts)
-    with trace.span("train"):
-        update = await parts.learner.update(parts.make_batch(scored))
-    with trace.span("publish"):
-        await push_weights(parts)
-    return sum(rollout.num_tokens for rollout in rollouts), update
-
-
 STAGGER_S = 20.0
-"""Between the starts of two engines: the teacher sizes its cache before the others are large."""
+"""Seconds between the starts of two engines: the teacher sizes its cache before others grow."""
 
 
 async def measure_together(arguments: argparse.Namespace, work: Work, report: Report) -> None:
-    """Every part on one start of each engine."""
+    """Measure every part on engines that are started once."""
     wanted, config = arguments.parts, work.config
     parts = build_parts(config)
     with PeakMemory() as memory:
@@ -476,7 +95,7 @@ async def measure_together(arguments: argparse.Namespace, work: Work, report: Re
 
 
 async def with_other_learner(work: Work, report: Report, parts: Parts, mode: str) -> Parts:
-    """A learner with other memory settings in the place of the first, measured; it stays."""
+    """Replace the learner by one with other memory settings, and measure it."""
     await parts.learner.close()
     training = train_settings(work, mode)
     config = work.config.model_copy(update={"training": training})
@@ -498,7 +117,7 @@ async def start_side_by_side(parts: Parts) -> None:
 
 
 async def measure_own_learner(work: Work, report: Report, parts: Parts) -> None:
-    """The resident learner under whichever name its settings have."""
+    """Measure the resident learner, under the name of its settings."""
     training = work.config.training
     setting = str(getattr(training, "gradient_checkpointing", "auto"))
     mode = {"off": "off", "unsloth": "ckpt", "on": "ckpt"}.get(setting, "auto")
@@ -508,10 +127,10 @@ async def measure_own_learner(work: Work, report: Report, parts: Parts) -> None:
 async def measure_other_teacher(
     arguments: argparse.Namespace, work: Work, report: Report, parts: Parts, before_bytes: int
 ) -> None:
-    """A larger teacher in the place of the first, beside the engines that are there.
+    """Replace the teacher by a larger one, and measure a step with all engines resident.
 
     Args:
-        before_bytes: of the device's memory, used before any engine was started.
+        before_bytes: memory of the device used before any engine was started.
     """
     await parts.teacher.close()
     scoring = work.config.scoring.model_copy(
@@ -536,7 +155,7 @@ async def measure_other_teacher(
 
 
 def measure_trl(work: Work, report: Report, arguments: argparse.Namespace) -> None:
-    """TRL's trainer on the same step; see `benchmarks/speed/trl_distillation.py`."""
+    """Measure TRL's trainer on the same step (`benchmarks/speed/trl_distillation.py`)."""
     out = Path(work.config.output_dir) / "trl.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     command = [arguments.trl_python, "-m", "benchmarks.speed.trl_distillation"]
@@ -554,9 +173,6 @@ def measure_trl(work: Work, report: Report, arguments: argparse.Namespace) -> No
     best = result["best"]
     figures = {"trl_opd_tok_s": best["opd_tok_s"], "trl_peak_gib": best["peak_gib"]}
     report.add("trl", figures, **result)
-
-
-# --- The whole ----------------------------------------------------------------------------------
 
 
 async def measure(arguments: argparse.Namespace, work: Work, report: Report) -> None:

@@ -1,4 +1,4 @@
-"""TRL's DistillationTrainer with vLLM in one process, on the work of `benchmarks/speed/stages.py`.
+"""Measures TRL's DistillationTrainer with vLLM in one process, on the work of `speed/stages.py`.
 
     PYTHONPATH=/site/train:/site/vllm python -m benchmarks.speed.trl_distillation \
         --student models/random-4B --teacher models/random-8B --micro-batches 8,16,32 --out trl.json
@@ -87,7 +87,7 @@ def sizes(text: str) -> list[int]:
 def run_child(
     arguments: argparse.Namespace, micro_batch: int, *, recomputes: bool
 ) -> dict[str, Any]:
-    """Measure one micro-batch in a process of its own; what it printed last if it fails."""
+    """Measure one micro-batch in a process of its own; on failure return its last output."""
     out = arguments.out.with_suffix(f".{micro_batch}.json")
     out.unlink(missing_ok=True)
     command = [
@@ -114,7 +114,7 @@ def run_child(
 
 
 def measure(arguments: argparse.Namespace, micro_batch: int) -> dict[str, Any]:
-    """Steps of the trainer with one micro-batch."""
+    """Measure the trainer's steps with one micro-batch size."""
     if arguments.prompts % micro_batch:
         sys.exit(f"--micro-batches: {micro_batch} does not divide {arguments.prompts} prompts")
     import torch
@@ -123,7 +123,7 @@ def measure(arguments: argparse.Namespace, micro_batch: int) -> dict[str, Any]:
     from trl import DistillationTrainer
 
     class Clock(TrainerCallback):
-        """Seconds of every optimizer step, generation included."""
+        """Records the seconds of every optimizer step, generation included."""
 
         def __init__(self) -> None:
             self.seconds: list[float] = []
@@ -215,7 +215,7 @@ def trainer_config(arguments: argparse.Namespace, micro_batch: int, folder: str)
 
 
 def prompts(arguments: argparse.Namespace) -> Any:
-    """Texts of exactly so many tokens, for every step."""
+    """Texts of an exact number of tokens, for every step."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 

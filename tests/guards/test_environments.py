@@ -54,6 +54,25 @@ def test_cuda_environments_have_the_versions_of_the_extras(file: Path) -> None:
     assert re.findall(r'"([^"]+)"', extra) == wanted
 
 
+def test_a_wheel_holds_every_file_that_is_not_a_module() -> None:
+    package = ROOT / "src" / "qwen3_distill"
+    (data,) = re.findall(
+        r"^qwen3_distill = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S
+    )
+    packed = {file for glob in re.findall(r'"([^"]+)"', data) for file in package.glob(glob)}
+    # setuptools takes the modules of packages by itself, and extras is no package.
+    extras = HOME / "extras"
+    needed = {
+        file
+        for file in package.rglob("*")
+        if file.is_file()
+        and file.suffix not in {".md", ".pyc"}
+        and (file.suffix != ".py" or extras in file.parents)
+    }
+    assert {p.name for p in needed} > {"report.html.j2", "py.typed", "sitecustomize.py"}
+    assert needed - packed == set()
+
+
 # --- Making one ---------------------------------------------------------------------------------
 
 

@@ -1,11 +1,12 @@
 """Make the virtual environment of an engine, or find the one that is there; print its interpreter.
 
-    python3 src/qwen3_distill/environments/make.py sglang-cpu
+    python3 src/qwen3_distill/environments/make.py sglang-cpu      # in the repository
+    python3 -m qwen3_distill.environments.make sglang-cpu          # where the package is installed
 
-Standard library only. What an environment holds is in environments/NAME: a lock file (installed
-exactly, without dependencies) or requirements (resolved by pip). It lies in a cache folder under a
-name that changes with its content and with the Python version, so nothing is ever updated in place.
-An environment appears there whole or not at all. Progress goes to stderr.
+Standard library only. The folder NAME beside this file says what to install: a lock file (exactly
+these packages, without dependencies) or requirements (resolved by pip). Environments lie in a cache
+folder under a name that changes with their content and with the Python version, so none is ever
+updated in place. An environment appears there whole or not at all. Progress goes to stderr.
 """
 
 import argparse
@@ -25,17 +26,17 @@ ENVIRONMENTS = Path(__file__).resolve().parent
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OLDEST_PYTHON = (3, 11)
 FORMAT = 2
-"""Raise it when this script makes something else from the same files."""
+"""To be raised when this script makes another environment from the same files."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an environment needs beside its requirements."""
+    """What an environment needs in addition to its requirements."""
 
     check: str
-    """Statements that must run in it before it counts as made."""
+    """Statements that must run in the environment before it counts as made."""
     extras: tuple[str, ...] = ()
-    """Files and packages of environments/extras, copied into its site-packages."""
+    """Files and packages of the folder ``extras``, copied into its site-packages."""
 
 
 _ON_CPU = "import os; os.environ['SGLANG_USE_CPU_ENGINE'] = '1'; "
@@ -77,7 +78,7 @@ def default_cache() -> Path:
 
 
 def interpreter(name: str, python: str, cache: Path) -> Path:
-    """The environment's interpreter; the environment is made first if need be.
+    """Return the environment's interpreter; make the environment first if it is not there.
 
     Raises:
         BuildError: Python is too old, or something could not be installed or imported.
@@ -91,7 +92,7 @@ def interpreter(name: str, python: str, cache: Path) -> Path:
 
 
 def digest(name: str, tag: str) -> str:
-    """Of everything that decides what is in the environment."""
+    """A digest of everything that decides what is in the environment."""
     files = [file for file in (ENVIRONMENTS / name).iterdir() if file.is_file()]
     for extra in RECIPES[name].extras:
         path = ENVIRONMENTS / "extras" / extra
@@ -128,7 +129,7 @@ def python_tag(python: str) -> str:
 
 
 def _build(name: str, python: str, target: Path) -> None:
-    """Make the environment beside its place, then rename it there."""
+    """Make the environment in a temporary folder next to ``target``, then rename it."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed; the lock is ours
     _say(f"making {target.name} in {target.parent} (a minute or two, some gigabytes)")
@@ -195,8 +196,11 @@ def _check(name: str, python: Path) -> None:
 
 
 def _compile(partial: Path, target: Path) -> None:
-    """Byte-code for all packages on all cores: where Python may not write it, every start of an
-    engine would compile again, for half a minute and more."""
+    """Compile all packages to byte-code, on all cores.
+
+    Where Python may not write byte-code, every start of an engine would compile again, which takes
+    half a minute and more.
+    """
     (packages,) = partial.glob("lib/python*/site-packages")
     paths = ["-s", str(partial), "-p", str(target)]  # what a traceback shows
     python = str(partial / "bin" / "python")
@@ -206,7 +210,7 @@ def _compile(partial: Path, target: Path) -> None:
 
 
 def _point_scripts_to(partial: Path, target: Path) -> None:
-    """Scripts name their interpreter by its path, which the rename changes."""
+    """Write the final path of the interpreter into the scripts, which name the temporary one."""
     for script in (partial / "bin").iterdir():
         if script.is_symlink() or not script.is_file():
             continue
@@ -225,7 +229,7 @@ def _run(command: Sequence[str], folder: str | None = None) -> None:
 
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """One build at a time; the second finds what the first made."""
+    """Let one build run at a time; the second finds what the first made."""
     with file.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""How much memory there is: asked of the driver, without torch and without touching the GPU."""
+"""Asks driver and system how much memory is free, without torch and without using the GPU."""
 
 import os
 import shutil
@@ -15,25 +15,25 @@ _MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceMemory:
-    """Memory that the engines share."""
+    """The memory that the engines share."""
 
     kind: Literal["cuda", "unified", "cpu", "stated"]
     """``unified``: GPU and CPU share one memory. ``stated``: by the config or the caller."""
     name: str
     free_bytes: int
-    """What can be had now."""
+    """Bytes that can be allocated now."""
 
 
 def stated_memory(free_bytes: int) -> DeviceMemory:
-    """A device of which nothing is known but its memory."""
+    """A device of which only the memory is known."""
     return DeviceMemory(kind="stated", name="as stated", free_bytes=free_bytes)
 
 
 def detect_memory() -> DeviceMemory:
-    """Free memory of the first visible GPU, or of this machine where there is none.
+    """Return the free memory of the first visible GPU, or of the machine without one.
 
     Raises:
-        ConfigError: neither the driver nor the system says how much there is.
+        ConfigError: neither the driver nor the system reports the memory.
     """
     gpu = _first_gpu()
     if gpu is None:
@@ -65,14 +65,14 @@ def _first_gpu() -> tuple[str, int | None] | None:
 
 
 def parse_gpu_line(line: str) -> tuple[str, int | None]:
-    """``name, free MiB`` of nvidia-smi; None for the memory where it is not a number."""
+    """Parse nvidia-smi's ``name, free MiB``; the memory is None if it is not a number."""
     name, _, free = line.rpartition(",")
     free = free.strip()
     return name.strip(), int(free) * _MIB if free.isdigit() else None
 
 
 def _available_bytes() -> int:
-    """What Linux would give without swapping: free memory and what caches can give back."""
+    """Bytes that Linux can give without swapping: free ones and those that caches can release."""
     try:
         text = _MEMINFO.read_text(encoding="ascii")
     except OSError:

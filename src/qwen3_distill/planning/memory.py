@@ -1,7 +1,11 @@
-"""What each engine needs, piece by piece.
+"""Sizes every piece of memory that each engine needs.
+
+The formula has two halves. The learner's step (activations, logits, optimizer states and which
+layers are recomputed) is in `modeling.step_memory`, because the learner itself decides with it. The
+other pieces (weights, caches, CUDA graphs, contexts, and the rows of the plan) are here.
 
 Weights, caches, adapters and optimizer states are exact. Activations and working memory are
-estimates; where a figure was measured, the comment says so (Qwen3-4B shape, one H200, bfloat16).
+estimates; a comment says which figures were measured (Qwen3-4B shape, one H200, bfloat16).
 """
 
 import math
@@ -28,7 +32,7 @@ _RUNTIME_GIB: dict[str, dict[Engine, float]] = {
 }
 _CUDA_GRAPH_BYTES = 1.25 * GIB
 _VLLM_BATCHED_TOKENS = 8192
-"""vLLM's own default on large GPUs."""
+"""vLLM's default on large GPUs."""
 _DECODE_GRAPH_BYTES = 1.0 * GIB
 _CACHE_BLOCK_TOKENS = 16
 
@@ -41,7 +45,7 @@ class PlanRow:
     what: str
     num_bytes: int
     how: str
-    """What it follows from, for people."""
+    """How the size follows from the config, for people."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +60,13 @@ class Models:
 
 
 def prompt_tokens(config: RunConfig, models: Models) -> int:
-    """Tokens that a prompt is planned with."""
+    """Planned tokens of a prompt."""
     room = models.student.context_length - config.sampling.max_new_tokens
     return max(1, min(config.planning.prompt_tokens, room))
 
 
 def longest_sequence_tokens(config: RunConfig, models: Models) -> int:
-    """A planned prompt with the longest response."""
+    """Tokens of a planned prompt with the longest response."""
     new = [config.sampling.max_new_tokens]
     if config.evaluation is not None:
         new.append(config.evaluation.sampling.max_new_tokens)
@@ -70,7 +74,7 @@ def longest_sequence_tokens(config: RunConfig, models: Models) -> int:
 
 
 def decoded_tokens(config: RunConfig, models: Models) -> int:
-    """Tokens in the cache when as many rollouts as allowed run to their end, prompts shared."""
+    """Cached tokens when all rollouts in flight run to their end and share their prompts."""
     sequences = config.generation.max_sequences
     prompts = math.ceil(sequences / config.samples_per_prompt)
     tokens = sequences * (config.sampling.max_new_tokens + _CACHE_BLOCK_TOKENS)
@@ -86,7 +90,7 @@ def micro_batch_tokens(config: RunConfig, models: Models) -> int:
 
 
 def student_cache_bytes(config: RunConfig, models: Models) -> int:
-    """The rollout engine's key-value cache."""
+    """Bytes of the rollout engine's key-value cache."""
     generation, shape = config.generation, models.student
     if generation.kind == "vllm" and generation.kv_cache_gib is not None:
         return int(generation.kv_cache_gib * GIB)
@@ -101,7 +105,7 @@ def student_cache_bytes(config: RunConfig, models: Models) -> int:
 
 
 def student_rows(config: RunConfig, models: Models, device: DeviceMemory) -> list[PlanRow]:
-    """The rollout engine."""
+    """Rows of the rollout engine."""
     generation, shape = config.generation, models.student
     itemsize = _ITEMSIZE[generation.dtype]
     quantized = shape.fp8_checkpoint or (
@@ -149,19 +153,19 @@ def teacher_cache_tokens(config: RunConfig, models: Models) -> int:
     if scoring.max_total_tokens is not None:
         return scoring.max_total_tokens
     # Sequences leave the cache as soon as they are scored: two requests keep the server busy, and
-    # one chunk is on its way. The longest sequence must fit whatever is configured.
+    # one chunk is being computed. The longest sequence must fit in any case.
     tokens = min(scoring.max_in_flight, 2) * scoring.request_tokens + scoring.chunked_prefill_tokens
     return max(tokens, 2 * longest_sequence_tokens(config, models))
 
 
 def teacher_weight_bytes(config: RunConfig, models: Models) -> int:
-    """The teacher's weights as they are served."""
+    """Bytes of the teacher's weights as served."""
     scoring, shape = config.scoring, models.teacher
     return _weight_bytes(shape, _ITEMSIZE[scoring.dtype], _teacher_is_quantized(config, shape))
 
 
 def teacher_loading_bytes(config: RunConfig, models: Models) -> int:
-    """What the teacher's weights take while they are loaded: online quantization starts whole."""
+    """Bytes of the teacher's weights while loading: online quantization starts unquantized."""
     scoring, shape = config.scoring, models.teacher
     if shape.fp8_checkpoint:
         return teacher_weight_bytes(config, models)
@@ -169,7 +173,7 @@ def teacher_loading_bytes(config: RunConfig, models: Models) -> int:
 
 
 def teacher_static_bytes(config: RunConfig, models: Models, free_bytes: int) -> int:
-    """Weights and cache of a server started here: what its memory fraction covers."""
+    """Bytes that the memory fraction of a server started here covers: weights and cache."""
     scoring = config.scoring
     if scoring.kind == "sglang" and scoring.memory_fraction is not None:
         return int(scoring.memory_fraction * free_bytes)
@@ -179,7 +183,7 @@ def teacher_static_bytes(config: RunConfig, models: Models, free_bytes: int) -> 
 
 
 def teacher_rows(config: RunConfig, models: Models, device: DeviceMemory) -> list[PlanRow]:
-    """The scorer; nothing where the servers run elsewhere."""
+    """Rows of the teacher; none if its servers run elsewhere."""
     scoring, shape = config.scoring, models.teacher
     itemsize = _ITEMSIZE[scoring.dtype]
     weights = _weights_row("teacher", shape, itemsize, _teacher_is_quantized(config, shape))
@@ -230,7 +234,7 @@ def _teacher_is_quantized(config: RunConfig, shape: ModelShape) -> bool:
 
 
 def step_memory(config: RunConfig, models: Models, device: DeviceMemory) -> MemoryModel:
-    """What the learner's steps take, by the same model that the learner decides with."""
+    """The memory model of the learner's steps, the same that the learner uses."""
     training = config.training
     on_gpu = device.kind != "cpu" and not (training.kind == "embedded" and training.device == "cpu")
     return MemoryModel.of(models.student, training, on_gpu=on_gpu, merges=_learner_merges(config))
@@ -239,10 +243,10 @@ def step_memory(config: RunConfig, models: Models, device: DeviceMemory) -> Memo
 def checkpointing(
     config: RunConfig, models: Models, device: DeviceMemory, room_bytes: int
 ) -> Checkpointing:
-    """Which layers are recomputed.
+    """Decide which layers are recomputed.
 
     Args:
-        room_bytes: what the learner's process may take; decides where the config says ``auto``.
+        room_bytes: the most that the learner's process may use; decides for ``auto``.
     """
     training, layers = config.training, models.student.num_layers
     mode = training.gradient_checkpointing
@@ -259,7 +263,7 @@ def checkpointing(
 
 
 def replay_bytes(config: RunConfig) -> int:
-    """The replay buffer, on the learner's device."""
+    """Bytes of the replay buffer, on the learner's device."""
     if config.replay is None:
         return 0
     candidates = candidates_per_token(config.objective)
@@ -273,7 +277,7 @@ def _learner_merges(config: RunConfig) -> bool:
 def learner_rows(
     config: RunConfig, models: Models, device: DeviceMemory, choice: Checkpointing
 ) -> list[PlanRow]:
-    """The learner with so many layers recomputed."""
+    """Rows of the learner that recomputes the layers of ``choice``."""
     training, shape = config.training, models.student
     tokens = micro_batch_tokens(config, models)
     model = step_memory(config, models, device)
@@ -292,7 +296,7 @@ def learner_rows(
 
 
 def _learner_state_rows(config: RunConfig, models: Models, model: MemoryModel) -> list[PlanRow]:
-    """Weights, gradients and AdamW's two moments."""
+    """Rows of weights, gradients and AdamW's two moments."""
     shape, training = models.student, config.training
     weights = _weights_row("learner", shape, _ITEMSIZE[training.dtype], quantized=False)
     state = model.fixed_bytes - weights.num_bytes - model.merged_bytes
@@ -313,7 +317,7 @@ def _learner_state_rows(config: RunConfig, models: Models, model: MemoryModel) -
 
 
 def _passing_elements(shape: ModelShape) -> int:
-    """Values of a token that exist at a time in a forward pass without gradients."""
+    """Values per token that exist at once in a forward pass without gradients."""
     queries = shape.num_heads * shape.head_dim
     return 4 * shape.hidden_size + 3 * shape.intermediate_size + 2 * queries
 

@@ -1,7 +1,7 @@
-"""A memory plan: who gets how much of one device, before anything is started.
+"""Divides one device's memory among the engines, before anything is started.
 
-A server that sizes itself by a share of the free memory is started first and by itself, so its
-share is one of the memory that the plan starts from.
+A scoring server takes a share of the memory that it finds free. It is started first and alone, so
+that this is the memory that the plan assumes.
 """
 
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ _LORA = LoraTuning(kind="lora")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knob:
-    """A change of the config and what it frees."""
+class Saving:
+    """A change of the config and the memory that it frees."""
 
     change: str
     frees_bytes: int
@@ -33,7 +33,7 @@ class Knob:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """What each engine may take."""
+    """The memory that each engine may use."""
 
     device: DeviceMemory
     rows: tuple[PlanRow, ...]
@@ -41,15 +41,14 @@ class MemoryPlan:
     vllm_kv_cache_bytes: int
     """Key-value cache of the rollout engine."""
     sglang_memory_fraction: float
-    """Share of the memory free at the scoring server's start, the first of all engines. Of no
-    meaning where the servers run elsewhere."""
+    """Share of the memory that is free when the scoring server starts, before all other engines.
+    Unused if the servers run elsewhere."""
     sglang_max_total_tokens: int
     """Tokens of the scoring server's key-value cache."""
     learner_memory_bytes: int
     """The learner's share of the device, its process's context included."""
     teacher_static_bytes: int
-    """Weights and cache of the scoring server, with what its share of the memory must leave over
-    for measuring errors."""
+    """Weights and cache of the scoring server, with a margin for errors of measurement."""
 
     @property
     def required_bytes(self) -> int:
@@ -65,7 +64,7 @@ class MemoryPlan:
         return sum(row.num_bytes for row in self.rows if row.engine == engine)
 
     def teacher_memory_fraction(self, free_bytes: int) -> float:
-        """The share that a server needs where so much is free."""
+        """The share that a server needs if ``free_bytes`` are free."""
         return _fraction(self.teacher_static_bytes, free_bytes)
 
 
@@ -76,17 +75,17 @@ def make_plan(
     student_shape: ModelShape | None = None,
     teacher_shape: ModelShape | None = None,
 ) -> MemoryPlan:
-    """Plan a run's memory. What the config states explicitly is taken as it is.
+    """Plan a run's memory. Values that the config states are not changed.
 
     Args:
         config: the run.
         device_memory_bytes: memory that the engines share; default: the config's
-            ``planning.device_memory_gib``, else what is free on the device now.
-        student_shape: default: by the student's directory.
-        teacher_shape: default: by the teacher's directory.
+            ``planning.device_memory_gib``, else the memory that is free now.
+        student_shape: default: read from the student's directory.
+        teacher_shape: default: read from the teacher's directory.
 
     Raises:
-        ConfigError: it does not fit; says what was planned, what there is and what would help.
+        ConfigError: the engines do not fit; names the plan, the free memory and possible savings.
         ModelError: a model directory has no readable ``config.json``.
     """
     plan = lay_out(
@@ -110,7 +109,7 @@ def lay_out(
     student_shape: ModelShape | None = None,
     teacher_shape: ModelShape | None = None,
 ) -> MemoryPlan:
-    """`make_plan` without the check: the plan may need more than there is."""
+    """Plan without the checks of `make_plan`: the plan may need more than is free."""
     models = _models(config, student_shape, teacher_shape)
     return _lay_out(config, models, _device(config, device_memory_bytes))
 
@@ -135,7 +134,7 @@ def _device(config: RunConfig, device_memory_bytes: int | None) -> DeviceMemory:
 def _lay_out(
     config: RunConfig, models: Models, device: DeviceMemory, *, thrifty: bool = False
 ) -> MemoryPlan:
-    """The plan; a ``thrifty`` learner recomputes what it can, whatever is left for it."""
+    """The plan; a ``thrifty`` learner recomputes all it can, however much memory it has."""
     reserve = _reserve_bytes(config, device)
     teacher = memory.teacher_rows(config, models, device)
     student = memory.student_rows(config, models, device)
@@ -183,11 +182,11 @@ def _fraction(static_bytes: int, free_bytes: int) -> float:
     return round(min(_LARGEST_FRACTION, static_bytes / max(1, free_bytes)), 4)
 
 
-# --- What is wrong ------------------------------------------------------------------------------
+# --- Errors -------------------------------------------------------------------------------------
 
 
 def _check_what_is_stated(config: RunConfig, models: Models, plan: MemoryPlan) -> None:
-    """Settings that no amount of memory makes work."""
+    """Refuse stated settings that fail however much memory there is."""
     generation, scoring, training = config.generation, config.scoring, config.training
     if generation.kind == "vllm" and generation.kv_cache_gib is not None:
         longest = generation.max_model_tokens or models.student.context_length
@@ -227,7 +226,7 @@ def _check_what_is_stated(config: RunConfig, models: Models, plan: MemoryPlan) -
 
 
 def _check_loading(config: RunConfig, models: Models, plan: MemoryPlan) -> None:
-    """Online quantization loads the whole weights first."""
+    """Refuse a teacher whose unquantized weights do not fit while it loads."""
     scoring = config.scoring
     if scoring.kind != "sglang" or scoring.urls:
         return
@@ -252,8 +251,8 @@ def _does_not_fit(config: RunConfig, models: Models, plan: MemoryPlan) -> str:
     lines.append(f"  {'reserve':8} {'left free':24} {_gib(plan.reserve_bytes):>10}")
     missing = plan.required_bytes - plan.device.free_bytes
     lines.append(f"{_gib(missing)} are missing. What would free memory:")
-    found = _knobs(config, models, plan.device)
-    lines += [f"  {knob.change}: {_gib(knob.frees_bytes)}" for knob in found]
+    found = _savings(config, models, plan.device)
+    lines += [f"  {saving.change}: {_gib(saving.frees_bytes)}" for saving in found]
     if not found:
         lines.append("  nothing in the config: use smaller models or a larger device")
     return "\n".join(lines)
@@ -263,11 +262,11 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.1f} GiB"
 
 
-# --- Knobs --------------------------------------------------------------------------------------
+# --- Savings ------------------------------------------------------------------------------------
 
 
-def _knobs(config: RunConfig, models: Models, device: DeviceMemory) -> list[Knob]:
-    # Thrifty, or what is freed elsewhere would be taken by the learner.
+def _savings(config: RunConfig, models: Models, device: DeviceMemory) -> list[Saving]:
+    # Thrifty, or the learner would use what is freed elsewhere.
     before = _lay_out(config, models, device, thrifty=True)
     found = []
     for changes, changed in _changes(config):
@@ -275,12 +274,12 @@ def _knobs(config: RunConfig, models: Models, device: DeviceMemory) -> list[Knob
         frees = before.required_bytes - after.required_bytes
         if frees >= GIB / 20:
             change = ", ".join(f"{key}={value}" for key, value in changes.items())
-            found.append(Knob(change=change, frees_bytes=frees))
-    return sorted(found, key=lambda knob: -knob.frees_bytes)
+            found.append(Saving(change=change, frees_bytes=frees))
+    return sorted(found, key=lambda saving: -saving.frees_bytes)
 
 
 def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], RunConfig]]:
-    """Settings that save memory, each with the config that has them."""
+    """Changes that may save memory, each with the changed config."""
     generation, scoring, training = config.generation, config.scoring, config.training
     candidates: list[dict[str, Any]] = []
     if generation.kind == "vllm" and generation.kv_cache_gib is not None:
@@ -327,7 +326,7 @@ def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], RunConfig]]:
 
 
 def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
-    """A copy with other settings. Unchecked: it is measured, never run."""
+    """A copy with other settings, not validated: it is measured, never run."""
     for key, value in changes.items():
         section_name, name = key.split(".")
         section = getattr(config, section_name)

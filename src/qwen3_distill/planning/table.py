@@ -1,4 +1,4 @@
-"""A plan as a table for people."""
+"""Shows a plan as a table and as settings."""
 
 from rich.table import Table
 
@@ -8,7 +8,7 @@ from qwen3_distill.planning.plan import ENGINES, MemoryPlan
 
 
 def plan_table(plan: MemoryPlan) -> Table:
-    """Every piece with its size in GiB, with sums by engine."""
+    """Every piece with its size in GiB, and the sum per engine."""
     table = Table()
     for column in ("engine", "memory", "GiB", "how"):
         table.add_column(column, justify="right" if column == "GiB" else "left")
@@ -21,12 +21,12 @@ def plan_table(plan: MemoryPlan) -> Table:
         table.add_row("", "", f"[bold]{_gib(plan.engine_bytes(engine))}", end_section=True)
     table.add_row("reserve", "left free", _gib(plan.reserve_bytes))
     table.add_row("all", "required", f"[bold]{_gib(plan.required_bytes)}")
-    table.add_row("", "there is", _gib(plan.device.free_bytes), plan.device.name)
+    table.add_row("", "available", _gib(plan.device.free_bytes), plan.device.name)
     return table
 
 
 def plan_settings(config: RunConfig, plan: MemoryPlan) -> str:
-    """The plan as settings of the engines that take any, to be written into a config."""
+    """The plan as settings for a config, for the engines that have any."""
     settings = []
     if config.scoring.kind == "sglang" and not config.scoring.urls:
         settings.append(f"scoring.memory_fraction={plan.sglang_memory_fraction}")

@@ -1,4 +1,4 @@
-"""What a run says on the terminal: a live bar on a TTY, plain lines anywhere else."""
+"""Progress of a run on the terminal: a live bar on a TTY, plain lines elsewhere."""
 
 import math
 import re
@@ -24,26 +24,26 @@ _LONGEST_INTERVAL_S = 60.0
 
 
 class ProgressReporter(Protocol):
-    """What the pipeline tells its user. Close it (or use ``with``) before other output."""
+    """Shows the user how a run proceeds. Close it (or use ``with``) before other output."""
 
     def stage(self, text: str) -> None:
-        """What is being done now, e.g. ``evaluating 320/500``; may be called often."""
+        """Show the current activity, e.g. ``evaluating 320/500``; may be called often."""
         ...
 
     def step(self, step: int, values: Mapping[str, float | None]) -> None:
-        """``step`` is done; ``values`` are its line in ``metrics.jsonl``."""
+        """Show that ``step`` is done; ``values`` are its line in ``metrics.jsonl``."""
         ...
 
     def evaluation(self, result: Mapping[str, Any]) -> None:
-        """An evaluation is done; ``result`` is its line in ``evaluations.jsonl``."""
+        """Show an evaluation; ``result`` is its line in ``evaluations.jsonl``."""
         ...
 
     def finish(self, summary: Mapping[str, Any], report_path: Path | None) -> None:
-        """The run is done; ``summary`` is the content of ``summary.json``."""
+        """Show the end of the run; ``summary`` is the content of ``summary.json``."""
         ...
 
     def close(self) -> None:
-        """Give the terminal back. May be called more than once."""
+        """Restore the terminal. May be called more than once."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -57,10 +57,10 @@ class ProgressReporter(Protocol):
 
 
 class _Closing:
-    """`with` for the reporters."""
+    """Makes a reporter a context manager that closes it."""
 
     def close(self) -> None:
-        """Give the terminal back."""
+        """Restore the terminal."""
 
     def __enter__(self) -> Self:
         return self
@@ -75,7 +75,7 @@ class _Closing:
 
 
 class SilentReporter(_Closing):
-    """Says nothing."""
+    """A reporter that prints nothing."""
 
     def stage(self, text: str) -> None: ...
 
@@ -89,11 +89,11 @@ class SilentReporter(_Closing):
 def make_reporter(
     total_steps: int, *, start_step: int = 0, console: Console | None = None
 ) -> ProgressReporter:
-    """A live display where ``console`` (default: stdout) is a terminal, plain lines elsewhere.
+    """Return a live display where ``console`` (default: stdout) is a terminal, else plain lines.
 
     Args:
         total_steps: Steps of the whole run.
-        start_step: Steps that were done before this process started.
+        start_step: Steps done before this process started.
     """
     console = console or Console(highlight=False)
     live = console.is_terminal and not console.is_dumb_terminal
@@ -101,10 +101,10 @@ def make_reporter(
 
 
 class PlainReporter(_Closing):
-    """One line per message, none of them rewritten: for pipes, files and CI logs.
+    """Prints one line per message and rewrites none: for pipes, files and CI logs.
 
-    Steps are reported every 5 s at first and more rarely as the run grows old (every 60 s at
-    most), the first and the last one always; a stage that only counts up likewise.
+    Steps are printed every 5 s at first and less often later (at least every 60 s), the first and
+    the last step always. So is a stage of which only the numbers change.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class LiveReporter(_Closing):
 
 
 class _Pace:
-    """Where the run stands, how fast it goes, and the last numbers worth showing."""
+    """Progress and speed of the run, and the latest numbers worth showing."""
 
     def __init__(self, total: int, start_step: int, now: Callable[[], float]) -> None:
         self.total = total
@@ -221,12 +221,12 @@ class _Pace:
     def add(self, step: int, values: Mapping[str, float | None]) -> None:
         stages = [values.get(f"time/{stage}_s") or 0.0 for stage in STEP_STAGES]
         if self.step is None:
-            # Loading and the first evaluation are over: they say nothing about the steps to come.
+            # Loading and the first evaluation are over; later steps do not have them.
             self._since = self._now() - sum(stages)
             self._start_step = step - 1  # a resumed run's earlier steps took none of this time
         self.step = step
         step_s = values.get("time/step_s")
-        # Stages that overlap take no longer than the step does.
+        # Overlapping stages take no longer than their step.
         taken_s = sum(stages) if step_s is None else min(sum(stages), step_s)
         self._recent.append((taken_s, values.get("tokens/generated") or 0.0))
         self.reverse_kl = _known(values.get("loss/reverse_kl_nats"), self.reverse_kl)
@@ -241,7 +241,7 @@ class _Pace:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Generate, score, train and publish, over the last steps."""
+        """Mean over the last steps: generate, score, train and publish."""
         total = sum(seconds for seconds, _ in self._recent)
         return total / len(self._recent) if total else None
 
@@ -253,7 +253,7 @@ class _Pace:
 
     @property
     def remaining_s(self) -> float | None:
-        """Estimate from the whole time so far: evaluations and checkpoints are part of it."""
+        """Estimate from the time of all steps so far, evaluations and checkpoints included."""
         if self.step is None or self.step <= self._start_step:
             return None
         per_step = (self._now() - self._since) / (self.step - self._start_step)

@@ -1,4 +1,4 @@
-"""The run's own record: JSON Lines files that survive a crash and a resume."""
+"""JSON Lines files of a run, which survive a crash and a resume."""
 
 import contextlib
 import json
@@ -13,15 +13,15 @@ from qwen3_distill.types import Metric
 from qwen3_distill.utils.files import atomic_path
 
 STEP_STAGES = ("generate", "score", "train", "publish")
-"""Stages that every step goes through; their seconds are ``time/{stage}_s``."""
+"""Stages that every step has; their seconds are ``time/{stage}_s``."""
 OCCASIONAL_STAGES = ("evaluate", "checkpoint")
-"""Stages that only some steps go through."""
+"""Stages that only some steps have."""
 
 LogValue: TypeAlias = float | int | str | None
 
 
 def combine(metrics: Iterable[Metric]) -> dict[str, float]:
-    """The metrics of one step merged by key, each by its own reduction.
+    """Merge the metrics of one step by key, each by its own reduction.
 
     Returns:
         One value per key, in order of first appearance. NaN where a mean has a count of 0.
@@ -37,13 +37,13 @@ def combine(metrics: Iterable[Metric]) -> dict[str, float]:
 
 
 def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
-    """All records of a JSON Lines file.
+    """Return all records of a JSON Lines file.
 
-    A last line that a crash cut short is left out: it was never wholly written.
+    A last line that a crash cut short is left out.
 
     Raises:
         FileNotFoundError: there is no such file.
-        DataError: a line is not a JSON object, and it is not the torn last one.
+        DataError: a line other than a torn last one is not a JSON object.
     """
     path = Path(path)
     *lines, tail = path.read_bytes().split(b"\n")
@@ -57,16 +57,16 @@ def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
 class JsonlLog:
     """Append-only JSON Lines file; every record has a ``step``.
 
-    Serves ``metrics.jsonl`` (one line a step) and ``evaluations.jsonl`` (one line a step and
+    Used for ``metrics.jsonl`` (one line per step) and ``evaluations.jsonl`` (one line per step and
     model). A line is on disk when `log` returns, so a crash loses at most the line being written.
     """
 
     def __init__(self, path: Path | str) -> None:
-        """Open ``path`` for appending, creating it if need be; cuts off a torn last line.
+        """Open ``path`` for appending; create it if it is missing; cut off a torn last line.
 
         Raises:
             RunFolderError: the file cannot be written.
-            DataError: the file holds something else than records with a step.
+            DataError: the file holds something other than records with a step.
         """
         self._path = Path(path)
         self._last_step: int | None = None
@@ -81,16 +81,15 @@ class JsonlLog:
     def log(self, step: int, values: Mapping[str, LogValue]) -> None:
         """Write one line and wait until it is on disk.
 
-        NaN and infinity become ``null``. JSON has neither, and refusing them here would end a run
-        because a mean had nothing to average; a loss or gradient that is not finite is refused
-        where it matters, by the learner.
+        NaN and infinity become ``null``: JSON has neither, and a mean with nothing to average must
+        not end a run. The learner refuses a loss or gradient that is not finite.
 
         Args:
-            step: Optimizer steps done; never less than in the line before.
+            step: Optimizer steps done; must not decrease from line to line.
             values: JSON scalars by key. Must not contain ``step``.
 
         Raises:
-            RunFolderError: the line cannot be written, or ``step`` lies before the last line's.
+            RunFolderError: the line cannot be written, or ``step`` is less than the last line's.
             ValueError: ``values`` contains ``step``.
         """
         if "step" in values:
@@ -109,7 +108,7 @@ class JsonlLog:
         self._last_step = step
 
     def truncate_after(self, step: int) -> None:
-        """Drop the lines of later steps, so that a run resumed at ``step`` writes them anew.
+        """Drop the lines of later steps; a run resumed at ``step`` writes them again.
 
         The file is replaced atomically: a crash leaves either the old or the new one.
 

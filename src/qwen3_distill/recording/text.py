@@ -1,4 +1,4 @@
-"""Numbers as a person reads them. One wording for the console and the report."""
+"""Formats numbers for people, the same way in the console and the report."""
 
 
 def percent(fraction: float) -> str:
@@ -7,7 +7,7 @@ def percent(fraction: float) -> str:
 
 
 def points(fraction: float) -> str:
-    """``0.8104`` as ``81.0``: a percentage beside another one that has the sign."""
+    """``0.8104`` as ``81.0``: a percentage without its sign, as in ``81.0 to 82.3%``."""
     return f"{100 * fraction:.1f}"
 
 

@@ -1,9 +1,9 @@
-"""What every stage did and when: ``trace.json`` for Perfetto, and the times of every step.
+"""Writes ``trace.json`` for Perfetto: what every stage did and when.
 
-The file is a Chrome trace in its JSON array format, one event a line. The closing bracket is
-optional there, so that what a killed run leaves behind loads as it is. Times are microseconds since
-the trace began. Every start of a run has a file of its own and leaves the earlier ones' content
-alone: between two starts may lie days, which on one axis would leave no room for the steps.
+The file is a Chrome trace in its JSON array format, one event per line. The format makes the
+closing bracket optional, so the file of a killed run loads unchanged. Times are microseconds since
+the trace began. Every start of a run writes a file of its own: days may lie between two starts, and
+on one axis they would leave no room for the steps.
 
 Format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """
@@ -13,17 +13,16 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from qwen3_distill.errors import DataError, RunFolderError
+from qwen3_distill.recording.clock import StepClock, StepTimes
 from qwen3_distill.recording.jsonl import OCCASIONAL_STAGES, STEP_STAGES
-from qwen3_distill.types import Metric
 
 TRACE_FILE = "trace.json"
 STEPS = "steps"
@@ -32,75 +31,33 @@ WEIGHTS = "weights"
 """Track of the weight versions."""
 
 FILE_LIMIT_BYTES = 32 << 20
-"""A file that reaches this is put aside, and a new one begun."""
+"""A file that reaches this size is renamed, and a new one begun."""
 FILES_KEPT = 4
-"""The current one included: what a run's traces take is bounded by this many full files."""
+"""Number of files that are kept, the current one included; older ones are deleted."""
 
 _COUNTER_INTERVAL_S = 0.02
 _PROCESS = 1
 _TRACKS = (STEPS, *STEP_STAGES, *OCCASIONAL_STAGES, WEIGHTS)
-"""In the order in which viewers list them; other tracks follow as they come."""
+"""Tracks in the order in which viewers list them; others follow in order of appearance."""
 _LANES_PER_TRACK = 1000
 
 Event: TypeAlias = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepTimes:
-    """Where the time of one step went."""
-
-    wall_s: float
-    busy_s: Mapping[str, float]
-    """By stage: seconds with at least one span open. Stages that overlap add up to more than
-    ``wall_s``."""
-    any_busy_s: float
-    """Seconds with a span of any stage open."""
-    counters: Mapping[str, tuple[float, float]]
-    """By counter: its mean over time and its largest value."""
-
-    @property
-    def idle_fractions(self) -> dict[str, float]:
-        """Share of the step in which a stage had nothing to do, and in which none had (``all``).
-
-        Stages that only some steps go through are left out: nothing waits for them.
-        """
-        busy = {s: t for s, t in self.busy_s.items() if s not in OCCASIONAL_STAGES}
-        return {
-            stage: 1.0 - seconds / self.wall_s if self.wall_s else 0.0
-            for stage, seconds in (busy | {"all": self.any_busy_s}).items()
-        }
-
-    def metrics(self) -> list[Metric]:
-        times = [Metric.sum(f"time/{stage}_s", s) for stage, s in self.busy_s.items()]
-        idle = [
-            Metric.mean(f"idle/{stage}_fraction", share * self.wall_s, self.wall_s)
-            for stage, share in self.idle_fractions.items()
-        ]
-        queues = [
-            metric
-            for name, (mean, largest) in self.counters.items()
-            for metric in (
-                Metric.mean(f"queue/{name}_mean", mean * self.wall_s, self.wall_s),
-                Metric.max(f"queue/{name}_max", largest),
-            )
-        ]
-        return [Metric.sum("time/step_s", self.wall_s), *times, *idle, *queues]
-
-
 class Trace:
-    """The run's clock: spans, instants and counters, written as they come and summed by step.
+    """Spans, instants and counters of a run: summed by step (`StepClock`) and written to a file.
 
-    The step's times come from the same spans that the file shows. Without a path nothing is
-    written. For one thread; any number of its tasks may have spans open.
+    The times of a step come from the same spans that the file shows. Without a path nothing is
+    written. Not thread-safe; any number of tasks of one thread may have spans open.
 
     Args:
-        path: the file; one that is there is put aside as ``trace-1.json``, that one as
+        path: the file. An existing one is renamed to ``trace-1.json``, that one to
             ``trace-2.json`` and so on, up to `FILES_KEPT`.
         title: names the process in the viewer.
         now: seconds of a clock that never goes back.
 
     Raises:
-        RunFolderError: here and wherever an event is written: the file cannot be.
+        RunFolderError: the file cannot be written. Every method that writes an event raises it.
     """
 
     def __init__(
@@ -112,10 +69,9 @@ class Trace:
         limit_bytes: int = FILE_LIMIT_BYTES,
     ) -> None:
         self._now = now
-        self._began = self._step_began = now()
-        self._stages = {stage: _Busy() for stage in (*STEP_STAGES, *OCCASIONAL_STAGES)}
-        self._any_stage = _Busy()
-        self._counters: dict[str, _Counter] = {}
+        self._began = now()
+        self._clock = StepClock(self._began)
+        self._counters: dict[str, _CounterMark] = {}
         self._lanes = _Lanes(on_new=self._write)
         self._open_spans: dict[int, Event] = {}
         """By lane: the event that began its span."""
@@ -126,17 +82,15 @@ class Trace:
 
     @contextmanager
     def span(self, stage: str, name: str = "", **arguments: object) -> Iterator[None]:
-        """A stage at work while the block runs. Spans of one stage may overlap.
+        """Record that a stage works while the block runs. Spans of one stage may overlap.
 
         Args:
-            stage: ``generate``, ``score``, ...: its times become ``time/{stage}_s``.
-            name: what it works on, as the viewer shows it; default: the stage.
-            arguments: JSON values that the viewer shows beside it.
+            stage: ``generate``, ``score``, ...: its seconds become ``time/{stage}_s``.
+            name: the span's name in the viewer; default: the stage.
+            arguments: JSON values that the viewer shows with the span.
         """
         began = self._now()
-        busy = self._stages.setdefault(stage, _Busy())
-        busy.enter(began)
-        self._any_stage.enter(began)
+        self._clock.enter(stage, began)
         lane = self._lanes.take(stage)
         event = self._event("B", lane, began, name=name or stage, cat=stage, args=arguments)
         self._open_spans[lane] = event
@@ -145,28 +99,28 @@ class Trace:
             yield
         finally:
             ended = self._now()
-            busy.leave(ended)
-            self._any_stage.leave(ended)
+            self._clock.leave(stage, ended)
             self._lanes.release(stage, lane)
             del self._open_spans[lane]
             self._write(self._event("E", lane, ended))
 
     def instant(self, stage: str, name: str, **arguments: object) -> None:
-        """Mark a moment on the track of a stage, or on that of the `WEIGHTS`."""
+        """Mark a moment on a stage's track, or on the track `WEIGHTS`."""
         lane = self._lanes.first(stage)
         self._write(
             self._event("i", lane, self._now(), name=name, cat=stage, s="t", args=arguments)
         )
 
     def counter(self, name: str, value: float) -> None:
-        """From now on a queue is this long, or so many of something are under way.
+        """Set a counter, such as the length of a queue.
 
-        The file has one value in 20 ms, the last one; the step's metrics count all of them.
+        The file has at most one value per 20 ms, the last one; the step's metrics count them all.
         """
         now = self._now()
+        self._clock.count(name, value, now)
         counter = self._counters.get(name)
         if counter is None:
-            counter = self._counters[name] = _Counter(value, now)
+            counter = self._counters[name] = _CounterMark(value, now)
         elif value != counter.value:
             if counter.is_due(now):  # it has held long enough to be seen
                 self._write_counter(name, counter)
@@ -176,22 +130,21 @@ class Trace:
 
     def busy_seconds(self, stage: str) -> float:
         """Seconds so far in which the stage had at least one span open."""
-        busy = self._stages.get(stage)
-        return 0.0 if busy is None else busy.seconds(self._now())
+        return self._clock.busy_seconds(stage, self._now())
 
     def begin_steps(self) -> None:
-        """The next step begins here: what came before belongs to none."""
-        self._take_step(self._now())
+        """Begin the first step; the time before it belongs to no step."""
+        self._clock.take_step(self._now())
 
     def end_step(self, step: int) -> StepTimes:
-        """A step ends here, and the next one begins.
+        """End a step, begin the next one, and return the times of the step that ended.
 
-        Steps leave no gap: what is done after a step, such as its checkpoint and evaluation,
-        stands in the next one, which had to wait for it.
+        Steps leave no gap: the work after a step, such as its checkpoint and evaluation, counts for
+        the next one, which had to wait for it.
         """
         ended = self._now()
-        began = self._step_began
-        times = self._take_step(ended)
+        began = self._clock.step_began
+        times = self._clock.take_step(ended)
         shares = {stage: round(share, 4) for stage, share in times.idle_fractions.items()}
         arguments = {"step": step, "idle": shares}
         lane = self._lanes.first(STEPS)
@@ -205,22 +158,13 @@ class Trace:
         return times
 
     def close(self) -> None:
-        """End the file. Spans may end later, unwritten. May be called more than once."""
+        """Close the file. Spans that end later are not written. May be called more than once."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _take_step(self, now: float) -> StepTimes:
-        wall_s, self._step_began = now - self._step_began, now
-        return StepTimes(
-            wall_s=wall_s,
-            busy_s={stage: busy.take(now) for stage, busy in self._stages.items()},
-            any_busy_s=self._any_stage.take(now),
-            counters={name: counter.take(now) for name, counter in self._counters.items()},
-        )
-
     def _head(self) -> Iterable[Event]:
-        """What a file begins with: names, and the spans that the file before left open."""
+        """The first events of a file: names, and the spans that are open."""
         process = {"ph": "M", "pid": _PROCESS, "name": "process_name"}
         return [
             {**process, "args": {"name": self._title}},
@@ -232,7 +176,7 @@ class Trace:
         if self._file is not None:
             self._file.write(event)
 
-    def _write_counter(self, name: str, counter: "_Counter") -> None:
+    def _write_counter(self, name: str, counter: "_CounterMark") -> None:
         began, value = counter.written()
         event = {"ph": "C", "pid": _PROCESS, "ts": self._microseconds(began), "name": name}
         self._write({**event, "args": {"value": value}})
@@ -247,9 +191,9 @@ class Trace:
 
 
 def read_trace(path: Path | str) -> list[Event]:
-    """All events of a trace file, of a finished or a killed run.
+    """Return all events of a trace file, of a finished or a killed run.
 
-    A last line that was not wholly written is left out.
+    An incomplete last line is left out.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -271,44 +215,15 @@ def read_trace(path: Path | str) -> list[Event]:
 
 
 def set_aside(path: Path) -> list[Path]:
-    """Where earlier traces go when ``path`` is begun anew, the newest first."""
+    """The names that earlier traces get when ``path`` is begun anew, the newest first."""
     return [path.with_name(f"{path.stem}-{n}{path.suffix}") for n in range(1, FILES_KEPT)]
 
 
 _BRACKETS = (b"", b"[", b"]")
 
 
-class _Busy:
-    """How long at least one span was open."""
-
-    def __init__(self) -> None:
-        self._open = 0
-        self._since = 0.0
-        self._closed_s = 0.0
-        self._taken_s = 0.0
-
-    def enter(self, now: float) -> None:
-        if self._open == 0:
-            self._since = now
-        self._open += 1
-
-    def leave(self, now: float) -> None:
-        self._open -= 1
-        if self._open == 0:
-            self._closed_s += now - self._since
-
-    def seconds(self, now: float) -> float:
-        return self._closed_s + (now - self._since if self._open else 0.0)
-
-    def take(self, now: float) -> float:
-        """Seconds since the last time this was asked."""
-        total = self.seconds(now)
-        taken, self._taken_s = total - self._taken_s, total
-        return taken
-
-
-class _Counter:
-    """A value over time, and how much of it the file has."""
+class _CounterMark:
+    """A counter's current value, its begin, and whether the file has it."""
 
     def __init__(self, value: float, now: float) -> None:
         self.value = value
@@ -316,43 +231,25 @@ class _Counter:
         """The file does not have the value yet."""
         self._since = now
         self._written_at = -math.inf
-        self._largest = value
-        self._area = 0.0
-        self._counted_to = self._taken_at = now
 
     def set(self, value: float, now: float) -> None:
-        self._count(now)
         self.value, self._since, self.is_pending = value, now, True
-        self._largest = max(self._largest, value)
 
     def is_due(self, now: float) -> bool:
-        """Whether the value is to be written, and long enough after the last one that was."""
+        """Whether the value must be written now: the last one was written long enough ago."""
         return self.is_pending and now - self._written_at >= _COUNTER_INTERVAL_S
 
     def written(self) -> tuple[float, float]:
-        """Since when the value holds, and the value; from here on it counts as written."""
+        """Mark the value as written; return its begin and the value."""
         self.is_pending, self._written_at = False, self._since
         return self._since, self.value
 
-    def take(self, now: float) -> tuple[float, float]:
-        """Mean over time and largest value since the last time this was asked."""
-        self._count(now)
-        span_s = now - self._taken_at
-        mean = self._area / span_s if span_s else self.value
-        largest = self._largest
-        self._area, self._taken_at, self._largest = 0.0, now, self.value
-        return mean, largest
-
-    def _count(self, now: float) -> None:
-        self._area += self.value * (now - self._counted_to)
-        self._counted_to = now
-
 
 class _Lanes:
-    """Rows of the viewer: one for every span that a track has open at once.
+    """Rows of the viewer: as many per track as it has spans open at once.
 
     Args:
-        on_new: told the events that name a new row.
+        on_new: is called with the events that name a new row.
     """
 
     def __init__(self, on_new: Callable[[Event], None]) -> None:
@@ -361,13 +258,13 @@ class _Lanes:
         self._taken: dict[str, list[bool]] = {}
 
     def first(self, track: str) -> int:
-        """The track's first row, whether or not a span is open there."""
+        """The track's first row, free or not."""
         if not self._taken.setdefault(track, []):
             self._add(track)
         return self._number(track, 0)
 
     def take(self, track: str) -> int:
-        """A row with no open span."""
+        """Reserve a row without an open span, a new one if there is none."""
         taken = self._taken.setdefault(track, [])
         index = taken.index(False) if False in taken else self._add(track)
         taken[index] = True
@@ -377,7 +274,7 @@ class _Lanes:
         self._taken[track][lane % _LANES_PER_TRACK] = False
 
     def names(self) -> list[Event]:
-        """The events that name all rows there are."""
+        """The events that name all rows."""
         return [
             event
             for track, taken in self._taken.items()
@@ -401,20 +298,20 @@ class _Lanes:
         ]
 
     def _number(self, track: str, index: int) -> int:
-        """Rows sort by it: by track, then by row."""
+        """The row's number, by which viewers sort: by track, then by row."""
         if track not in self._tracks:
             self._tracks.append(track)
         return _LANES_PER_TRACK * (self._tracks.index(track) + 1) + index
 
 
 class _TraceFile:
-    """One event a line, each on its way to the disk when `write` returns.
+    """A file of one event per line, which the operating system has when `write` returns.
 
-    A comma goes before an event, not after it: whatever number of events a killed run leaves, a
-    bracket makes them JSON.
+    The comma stands before an event, not after it: a bracket turns whatever a killed run wrote into
+    JSON.
 
     Args:
-        head: the events that every file begins with.
+        head: returns the events that every file begins with.
     """
 
     def __init__(self, path: Path, limit_bytes: int, head: Callable[[], Iterable[Event]]) -> None:
@@ -426,7 +323,7 @@ class _TraceFile:
         self._begin()
 
     def write(self, event: Event) -> None:
-        """Append an event; a full file is put aside first."""
+        """Append an event; a full file is renamed first."""
         if self._fd is not None and self._size >= self._limit_bytes:
             self.close()
             self._begin()
@@ -439,7 +336,7 @@ class _TraceFile:
             self._fd = None
 
     def _begin(self) -> None:
-        """A new file with its head, the earlier ones moved out of the way."""
+        """Rename the earlier files and begin a new one with its head."""
         try:
             self._put_aside()
             self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

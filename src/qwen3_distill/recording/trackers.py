@@ -1,4 +1,4 @@
-"""Experiment trackers beside ``metrics.jsonl``. Every library is imported inside its adapter."""
+"""Sends metrics to experiment trackers. Each adapter imports its own library."""
 
 import contextlib
 import importlib
@@ -39,11 +39,11 @@ def open_trackers(
     *,
     resume_step: int | None = None,
 ) -> "TrackerGroup":
-    """All trackers of ``config`` as one.
+    """Open the trackers of ``config``.
 
     Args:
-        run_folder: An existing folder. Local files of the trackers go there, and the identity
-            under which a resumed run is found again.
+        run_folder: An existing folder, for the trackers' local files and for the identity under
+            which a resumed run continues.
         run_config: The resolved config, as JSON values; shown by W&B and trackio.
         resume_step: Last step that the resumed run keeps; None for a fresh run.
 
@@ -78,7 +78,7 @@ class TrackerGroup:
             tracker.log(step, values)
 
     def close(self) -> None:
-        """Close all, even if one of them fails; the first failure is raised at the end."""
+        """Close all, even if one fails; then raise the first failure."""
         with contextlib.ExitStack() as stack:
             for tracker in reversed(self._trackers):
                 stack.callback(tracker.close)
@@ -88,7 +88,7 @@ class TensorBoardTracker:
     """Event files for TensorBoard."""
 
     def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
-        """Write to ``folder``; on a resume, steps after ``resume_step`` are hidden there.
+        """Write to ``folder``. On a resume, hide the steps after ``resume_step`` there.
 
         Raises:
             ConfigError: tensorboard is not installed.
@@ -108,13 +108,13 @@ class TensorBoardTracker:
                 self._writer.add_scalar(key, value, global_step=step)
 
     def close(self) -> None:
-        if not self._has_failed:  # its thread is dead, and closing would only say so again
+        if not self._has_failed:  # its thread is dead: closing would raise the same error again
             with self._named_errors():
                 self._writer.close()
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
-        """Writes fail in the writer's thread; the next call is told, often without a path."""
+        """Name the folder in errors: a write fails in a thread, and the next call raises it."""
         try:
             yield
         except OSError as error:
@@ -136,7 +136,7 @@ class WandbLogger:
         *,
         offline: bool = False,
     ) -> None:
-        """Start the run, or go on with the one that this run folder started.
+        """Start the run, or continue the one that this run folder started.
 
         Raises:
             ConfigError: wandb is not installed, not logged in, or its server cannot be reached.
@@ -174,7 +174,7 @@ class TrackioLogger:
     """A run in the local trackio database."""
 
     def __init__(self, project: str, run_folder: Path, run_config: Mapping[str, Any]) -> None:
-        """Start the run, or go on with the one that this run folder started.
+        """Start the run, or continue the one that this run folder started.
 
         Raises:
             ConfigError: trackio is not installed.
@@ -215,10 +215,10 @@ def _import(module: str, *, extra: str | None, setting: str) -> ModuleType:
 
 
 def _silence_writing_threads() -> None:
-    """From now on no traceback of TensorBoard's thread that cannot write.
+    """Suppress the traceback of TensorBoard's thread when it cannot write.
 
-    The tracker raises the same error where it is handled. Nothing is put back: the thread may
-    report later than the tracker is closed.
+    The tracker raises the same error where it is handled. The hook stays: the thread may fail after
+    the tracker was closed.
     """
     hook = threading.excepthook
     if not (isinstance(hook, partial) and hook.func is _report_others):
@@ -238,7 +238,7 @@ def _finite(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _run_id(folder: Path) -> str:
-    """Names this run folder's run for good. Random: two folders may have the same name."""
+    """The tracker's permanent id of this run folder; random, as two folders may share a name."""
     path = folder / RUN_ID_FILE
     if path.exists():
         return path.read_text(encoding="utf-8").strip()

@@ -1,40 +1,39 @@
-"""Charts as inline SVG. Colours are CSS classes, so that light, dark and print each have theirs.
+"""Charts over optimizer steps, as inline SVG.
 
-Hand-made rather than plotted by a library: the text stays text, a whole report stays small, and
-the page's script can read the data for its crosshair from the ``data-chart`` attribute.
+Drawn here rather than by a plotting library: the text stays text, a whole report stays small, and
+the page's script reads the data for its crosshair from the ``data-chart`` attribute.
 """
 
 import itertools
-import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from markupsafe import Markup
 
-from qwen3_distill.recording.text import duration, number, percent
-
-Point: TypeAlias = tuple[float, float]
-Format: TypeAlias = Literal["number", "percent", "seconds"]
-Colour: TypeAlias = Literal["c1", "c2", "c3", "c4", "c5", "c6", "c7", "muted"]
+from qwen3_distill.recording.text import percent
+from qwen3_distill.report.drawing import (
+    FORMATS,
+    Colour,
+    Drawing,
+    Format,
+    Point,
+    round_step,
+    tick_label,
+    ticks,
+)
 
 MAX_POINTS = 500
 """Longer series are averaged (or maximised) in buckets: no screen shows more."""
-
-_FORMATS: dict[Format, Callable[[float], str]] = {
-    "number": number,
-    "percent": percent,
-    "seconds": duration,
-}
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54.0, 14.0, 12.0, 34.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One quantity over steps; with ``band`` also its interval.
+    """One quantity over steps, with its interval if ``band`` is given.
 
-    ``smooth`` draws a running mean over that many points and the raw values faintly behind it.
+    With ``smooth`` > 1 the line is a running mean over that many points, the values faintly behind.
     """
 
     name: str
@@ -68,9 +67,9 @@ class LineChart:
     levels: Sequence[Level] = ()
     y_format: Format = "number"
     y_floor: float | None = 0.0
-    """The axis reaches down to this; None: to the data."""
+    """The axis starts at this value or lower; None: near the lowest value."""
     y_ceiling: float | None = None
-    """The axis never goes above this."""
+    """The axis ends at this value or lower."""
     wide: bool = False
     note: str = ""
 
@@ -92,7 +91,7 @@ class StackedChart:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn chart and what belongs around it."""
+    """A drawn chart with its title, legend and note."""
 
     title: str
     svg: Markup
@@ -113,15 +112,14 @@ class Interval:
     colour: Colour
 
 
-@dataclass
-class _Canvas:
-    """The plot area: maps data to pixels and collects elements."""
+class _Canvas(Drawing):
+    """The plot area: maps data to pixels."""
 
-    width: float
-    height: float
-    x_range: tuple[float, float]
-    y_range: tuple[float, float]
-    parts: list[Markup] = field(default_factory=list)
+    def __init__(self, width: float, height: float, x_range: Point, y_range: Point) -> None:
+        super().__init__(width)
+        self.height = height
+        self.x_range = x_range
+        self.y_range = y_range
 
     def x(self, value: float) -> float:
         low, high = self.x_range
@@ -132,63 +130,33 @@ class _Canvas:
         share = (min(max(value, low), high) - low) / (high - low)
         return self.height - _BOTTOM - share * (self.height - _TOP - _BOTTOM)
 
-    def add(self, template: str, **values: object) -> None:
-        self.parts.append(Markup(template).format(**values))
+    def curve(self, css: str, points: Sequence[Point]) -> None:
+        self.path(css, [(self.x(x), self.y(y)) for x, y in points])
 
-    def path(self, points: Sequence[Point], css: str) -> None:
-        steps = (f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
-        self.add('<path class="{css}" d="M{d}"/>', css=css, d="L".join(steps))
-
-    def area(self, low: Sequence[Point], high: Sequence[Point], css: str) -> None:
+    def area(self, css: str, low: Sequence[Point], high: Sequence[Point]) -> None:
         outline = [*high, *reversed(low)]
-        steps = (f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in outline)
-        self.add('<path class="{css}" d="M{d}Z"/>', css=css, d="L".join(steps))
+        self.path(css, [(self.x(x), self.y(y)) for x, y in outline], closed=True)
 
     def axes(self, y_format: Format) -> None:
-        bottom = self.height - _BOTTOM
         marks = ticks(*self.y_range, 5)
         spacing = marks[1] - marks[0] if len(marks) > 1 else 1.0
         for tick in marks:
-            self.add(
-                '<line class="grid" x1="{x1}" x2="{x2}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                '<text class="tick" x="{xt}" y="{yt:.1f}" text-anchor="end">{label}</text>',
-                x1=_LEFT,
-                x2=self.width - _RIGHT,
-                y=self.y(tick),
-                xt=_LEFT - 8,
-                yt=self.y(tick) + 4,
-                label=tick_label(tick, spacing, y_format),
-            )
+            y = self.y(tick)
+            self.line("grid", _LEFT, self.width - _RIGHT, y, y)
+            self.text("tick", _LEFT - 8, y + 4, tick_label(tick, spacing, y_format), "end")
         for tick in ticks(*self.x_range, 8 if self.width > 600 else 5, whole=True):
-            self.add(
-                '<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{label}</text>',
-                x=self.x(tick),
-                y=bottom + 17,
-                label=f"{tick:,.0f}",
-            )
-        self.add(
-            '<text class="tick axis" x="{x:.1f}" y="{y:.1f}" text-anchor="end">step</text>',
-            x=self.width - _RIGHT,
-            y=self.height - 3,
-        )
+            self.text("tick", self.x(tick), self.height - _BOTTOM + 17, f"{tick:,.0f}", "middle")
+        self.text("tick axis", self.width - _RIGHT, self.height - 3, "step", "end")
 
-    def svg(self, title: str, hover: object) -> Markup:
-        return Markup(
-            '<svg viewBox="0 0 {w:.0f} {h:.0f}" role="img" aria-label="{title}" '
-            'data-chart="{hover}">{body}<line class="cross" y1="{top}" y2="{bottom}"/></svg>'
-        ).format(
-            w=self.width,
-            h=self.height,
-            title=title,
-            hover=json.dumps(hover, separators=(",", ":")),
-            body=Markup("").join(self.parts),
-            top=_TOP,
-            bottom=self.height - _BOTTOM,
-        )
+    def chart(self, title: str, hover: object) -> Markup:
+        """Everything, and the crosshair that the page's script moves."""
+        template = '<line class="cross" y1="{top}" y2="{bottom}"/>'
+        self.add(template, top=_TOP, bottom=self.height - _BOTTOM)
+        return self.svg(self.height, title, hover)
 
 
 def draw_lines(chart: LineChart) -> Figure | None:
-    """The chart, or None when there is not one finite point to draw."""
+    """Draw the chart; None if there is no point to draw."""
     lines = [_thinned(line) for line in chart.lines if line.points]
     if not lines:
         return None
@@ -202,7 +170,7 @@ def draw_lines(chart: LineChart) -> Figure | None:
     hover = _hover(canvas, [(n.colour, n.name, _line_labels(n, chart.y_format)) for n in lines])
     return Figure(
         title=chart.title,
-        svg=canvas.svg(chart.title, hover),
+        svg=canvas.chart(chart.title, hover),
         legend=(
             *((_css(line), line.name) for line in lines),
             *((f"{level.colour} dash", level.name) for level in chart.levels),
@@ -213,7 +181,7 @@ def draw_lines(chart: LineChart) -> Figure | None:
 
 
 def draw_stack(chart: StackedChart) -> Figure | None:
-    """The chart, or None when there are no points."""
+    """Draw the chart; None if there are no points."""
     if not chart.x:
         return None
     series = [_bucketed(list(zip(chart.x, values, strict=True)), "mean") for values in chart.values]
@@ -227,15 +195,15 @@ def draw_stack(chart: StackedChart) -> Figure | None:
     canvas = _canvas(chart.wide, (xs[0], xs[-1]), (0.0, _nice_top(0.0, max(sums))))
     canvas.axes(chart.y_format)
     for (low, high), colour in zip(layers, chart.colours, strict=True):
-        canvas.area(low, high, f"stack {colour}")
-    show = _FORMATS[chart.y_format]
+        canvas.area(f"stack {colour}", low, high)
+    show = FORMATS[chart.y_format]
     named = [
         (colour, name, [(x, show(y)) for x, y in points])
         for colour, name, points in zip(chart.colours, chart.names, series, strict=True)
     ]
     return Figure(
         title=chart.title,
-        svg=canvas.svg(chart.title, _hover(canvas, named)),
+        svg=canvas.chart(chart.title, _hover(canvas, named)),
         legend=tuple(zip(chart.colours, chart.names, strict=True)),
         wide=chart.wide,
         note=chart.note + (_bucket_note("means") if len(chart.x) > MAX_POINTS else ""),
@@ -243,7 +211,7 @@ def draw_stack(chart: StackedChart) -> Figure | None:
 
 
 def draw_intervals(rows: Sequence[Interval]) -> Markup:
-    """One row per value: a dot with its interval, on one common axis."""
+    """Draw one row per value: a dot with its interval, on a common axis."""
     width, row, left, right = 720.0, 40.0, 128.0, 70.0
     height = row * len(rows) + 30
     low, high = _interval_axis(rows)
@@ -251,51 +219,21 @@ def draw_intervals(rows: Sequence[Interval]) -> Markup:
     def x(value: float) -> float:
         return left + (value - low) / (high - low) * (width - left - right)
 
-    parts: list[Markup] = []
+    drawing = Drawing(width)
     for tick in ticks(low, high, 6):
-        parts.append(
-            Markup(
-                '<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{y}"/>'
-                '<text class="tick" x="{x:.1f}" y="{t}" text-anchor="middle">{label}</text>'
-            ).format(x=x(tick), y=height - 26, t=height - 8, label=f"{tick:.0%}")
-        )
+        drawing.line("grid", x(tick), x(tick), 4, height - 26)
+        drawing.text("tick", x(tick), height - 8, f"{tick:.0%}", "middle")
     for index, item in enumerate(rows):
-        parts.append(
-            Markup(
-                '<text class="name" x="{n}" y="{t}" text-anchor="end">{name}</text>'
-                '<line class="whisker {c}" x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}"/>'
-                '<circle class="dot {c}" cx="{v:.1f}" cy="{y}" r="6"/>'
-                '<text class="value" x="{b2:.1f}" y="{t}">{label}</text>'
-            ).format(
-                n=left - 18,
-                t=row * index + 29,
-                y=row * index + 24,
-                name=item.name,
-                c=item.colour,
-                a=x(item.low),
-                b=x(item.high),
-                v=x(item.value),
-                b2=x(item.high) + 10,
-                label=percent(item.value),
-            )
-        )
-    return Markup(
-        '<svg viewBox="0 0 {w:.0f} {h:.0f}" role="img" aria-label="accuracy">{body}</svg>'
-    ).format(w=width, h=height, body=Markup("").join(parts))
-
-
-def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
-    """About ``count`` round numbers in ``[low, high]``; with ``whole``, integers only."""
-    step = _round_step((high - low) / max(count, 1))
-    if whole:
-        step = 5.0 if step == 2.5 else max(1.0, step)
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor(high / step + 1e-9)
-    return [index * step for index in range(first, last + 1)]
+        middle, baseline = row * index + 24, row * index + 29
+        drawing.text("name", left - 18, baseline, item.name, "end")
+        drawing.line(f"whisker {item.colour}", x(item.low), x(item.high), middle, middle)
+        drawing.dot(f"dot {item.colour}", x(item.value), middle, 6)
+        drawing.text("value", x(item.high) + 10, baseline, percent(item.value))
+    return drawing.svg(height, "accuracy")
 
 
 def running_mean(points: Sequence[Point], window: int) -> list[Point]:
-    """Mean of ``window`` neighbours centred on each point; fewer at the ends."""
+    """Mean of ``window`` points around each point; of fewer at the ends."""
     half = window // 2
     smoothed: list[Point] = []
     for index, (x, _) in enumerate(points):
@@ -323,7 +261,7 @@ def _y_range(chart: LineChart, lines: Sequence[Line]) -> Point:
         low = -_nice_top(0.0, -low)
     elif chart.y_floor is None:
         margin = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
-        low = max(0.0, math.floor((low - margin) / _round_step(margin)) * _round_step(margin))
+        low = max(0.0, math.floor((low - margin) / round_step(margin)) * round_step(margin))
     top = _nice_top(low, high)
     return (low, min(top, chart.y_ceiling) if chart.y_ceiling is not None else top)
 
@@ -331,51 +269,30 @@ def _y_range(chart: LineChart, lines: Sequence[Line]) -> Point:
 def _nice_top(low: float, high: float) -> float:
     if high <= low:
         return low + 1.0
-    step = _round_step((high - low) / 5)
+    step = round_step((high - low) / 5)
     return low + math.ceil((high - low) / step - 1e-9) * step
-
-
-def _round_step(rough: float) -> float:
-    if rough <= 0:
-        return 1.0
-    size = 10.0 ** math.floor(math.log10(rough))
-    return next(size * digit for digit in (1, 2, 2.5, 5, 10) if size * digit >= rough * 0.999)
-
-
-def tick_label(value: float, spacing: float, y_format: Format) -> str:
-    """With as many digits as tell neighbours apart, and no more."""
-    if y_format == "percent":
-        value, spacing = 100 * value, 100 * spacing
-    unit = {"percent": "%", "seconds": " s", "number": ""}[y_format]
-    if spacing < 1e-4 and abs(value) < 1e-2:
-        return f"{value:.2g}{unit}"
-    if abs(value) >= 10_000:
-        return f"{value / 1000:,.4g}k{unit}"
-    decimals = next(n for n in range(12) if math.isclose(spacing, round(spacing, n), rel_tol=1e-6))
-    return f"{value:,.{decimals}f}{unit}"
 
 
 def _draw_level(canvas: _Canvas, level: Level) -> None:
     ends = canvas.x_range
     if level.low is not None and level.high is not None:
         low = [(x, level.low) for x in ends]
-        canvas.area(low, [(x, level.high) for x in ends], f"band {level.colour}")
-    canvas.path([(x, level.value) for x in ends], f"line dash {level.colour}")
+        canvas.area(f"band {level.colour}", low, [(x, level.high) for x in ends])
+    canvas.curve(f"line dash {level.colour}", [(x, level.value) for x in ends])
 
 
 def _draw_line(canvas: _Canvas, line: Line) -> None:
     if line.band:
         low = [(x, y) for x, y, _ in line.band]
-        canvas.area(low, [(x, y) for x, _, y in line.band], f"band {line.colour}")
+        canvas.area(f"band {line.colour}", low, [(x, y) for x, _, y in line.band])
     if line.smooth > 1:
-        canvas.path(line.points, f"raw {line.colour}")
-        canvas.path(running_mean(line.points, line.smooth), f"line {line.colour}")
+        canvas.curve(f"raw {line.colour}", line.points)
+        canvas.curve(f"line {line.colour}", running_mean(line.points, line.smooth))
     else:
-        canvas.path(line.points, f"line {_css(line)}")
+        canvas.curve(f"line {_css(line)}", line.points)
     if line.markers or len(line.points) == 1:
         for x, y in line.points:
-            template = '<circle class="dot {c}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
-            canvas.add(template, c=line.colour, x=canvas.x(x), y=canvas.y(y))
+            canvas.dot(f"dot {line.colour}", canvas.x(x), canvas.y(y), 4)
 
 
 def _css(line: Line) -> str:
@@ -383,7 +300,7 @@ def _css(line: Line) -> str:
 
 
 def _thinned(line: Line) -> Line:
-    if line.band:  # measured points with their intervals: few, and not to be averaged
+    if line.band:  # measured points with intervals: few, and their mean would mean nothing
         return line
     return replace(line, points=_bucketed(line.points, line.reduce))
 
@@ -417,7 +334,7 @@ def _bucket_note(kind: str) -> str:
 
 
 def _line_labels(line: Line, y_format: Format) -> list[tuple[float, str]]:
-    show = _FORMATS[y_format]
+    show = FORMATS[y_format]
     if not line.band:
         return [(x, show(y)) for x, y in line.points]
     return [
@@ -429,7 +346,7 @@ def _line_labels(line: Line, y_format: Format) -> list[tuple[float, str]]:
 def _hover(
     canvas: _Canvas, series: Sequence[tuple[str, str, Sequence[tuple[float, str]]]]
 ) -> object:
-    """What the page's crosshair needs: pixel columns, and the text at each of them."""
+    """Data for the page's crosshair: pixel columns and the text at each."""
     columns: dict[float, list[tuple[str, str, str]]] = {}
     for colour, name, labels in series:
         for x, label in labels:

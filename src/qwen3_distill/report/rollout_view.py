@@ -1,4 +1,4 @@
-"""Rollouts as the report shows them: every token coloured by what the teacher thinks of it."""
+"""Prepares rollouts for the report: every token gets a colour by its teacher-student gap."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Literal
 from qwen3_distill.errors import AlignmentError
 
 GAP_EDGES_NATS = (0.1, 0.5, 1.0, 2.0, 4.0)
-"""Where a token's colour gets stronger. Uneven: most gaps are small, a few are huge."""
+"""Gaps at which a token's colour gets stronger. Uneven: most gaps are small, a few huge."""
 ROLLOUTS_PER_STEP = 4
 TOKENS_PER_ROLLOUT = 800
 
@@ -18,10 +18,10 @@ _MINUS = "\N{MINUS SIGN}"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutView:
-    """One answer with its teacher's opinion of every token, ready to be shown.
+    """One response with the teacher's and the sampler's logprob of every token.
 
     Raises:
-        AlignmentError: tokens and logprobs are not equally many.
+        AlignmentError: the numbers of tokens and logprobs differ.
     """
 
     step: int
@@ -36,7 +36,7 @@ class RolloutView:
     """Nats."""
     finish_reason: str
     correct: bool | None
-    """The verifier's word; None without a verifier."""
+    """The verifier's result; None without a verifier."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.tokens), len(self.behavior_logprobs), len(self.teacher_logprobs)}
@@ -65,7 +65,7 @@ class _Token:
 
 @dataclass(frozen=True)
 class RolloutCard:
-    """A rollout in the words of the page; not yet escaped."""
+    """A rollout as texts for the page, not yet escaped."""
 
     rollout_id: str
     prompt: str
@@ -79,7 +79,7 @@ class RolloutCard:
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """The rollouts of one step; the numbers are over all of them, shown or not."""
+    """The rollouts of one step; the numbers count all of them, shown or not."""
 
     step: int
     label: str
@@ -98,7 +98,7 @@ def gap_class(gap_nats: float) -> str:
 
 
 def visible(token: str) -> str:
-    """``token`` with marks for what could not be seen or could disturb the page around it."""
+    """``token`` with marks in place of invisible characters and those that affect the page."""
     return "".join(map(_visible_character, token)) or "∅"
 
 
@@ -117,7 +117,7 @@ def _visible_character(character: str) -> str:
 
 
 def _readable(prompt: str) -> str:
-    """A prompt with its line breaks and tabs as they are, and everything else as `visible`."""
+    """A prompt with line breaks and tabs unchanged, and all other characters as `visible`."""
     return "".join(c if c in "\n\t" else _visible_character(c) for c in prompt)
 
 

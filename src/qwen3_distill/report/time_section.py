@@ -1,6 +1,5 @@
-"""Where a run's time went, from its metrics: by step, in all, and as what stood idle."""
+"""The time of a run, from its metrics: per step, in total, and the idle share of each stage."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -9,7 +8,6 @@ from typing import Any, TypeAlias
 from qwen3_distill.recording import text
 from qwen3_distill.recording.jsonl import OCCASIONAL_STAGES, STEP_STAGES
 from qwen3_distill.report.charts import (
-    Colour,
     Figure,
     Line,
     LineChart,
@@ -17,6 +15,8 @@ from qwen3_distill.report.charts import (
     draw_lines,
     draw_stack,
 )
+from qwen3_distill.report.drawing import Colour
+from qwen3_distill.report.run_files import is_number
 
 Steps: TypeAlias = Sequence[Mapping[str, Any]]
 """Lines of ``metrics.jsonl``."""
@@ -32,9 +32,9 @@ STAGE_COLOURS: dict[str, Colour] = {
 }
 
 _ALL = "all"
-"""As ``idle/all_fraction`` has it: no stage had anything to do."""
+"""In ``idle/all_fraction``: the time in which no stage was at work."""
 _OVERLAP = 1.02
-"""Stages that take so many times a step's time worked side by side."""
+"""Stages whose seconds add up to more than this times the step's seconds overlapped."""
 
 
 def time_figure(steps: Steps) -> Figure | None:
@@ -83,11 +83,11 @@ class TimeRow:
     time: str
     share: str
     percent: float | None
-    """Of the total, 0 to 100: the width of its bar; None where stages overlap."""
+    """Its part of the total, 0 to 100, as the width of its bar; None where stages overlap."""
 
 
 def time_table(steps: Steps, summary: Mapping[str, Any] | None) -> list[TimeRow]:
-    """Totals by stage, from the summary or, before there is one, from the steps recorded."""
+    """Totals by stage, from the summary or, while there is none, from the recorded steps."""
     spent: dict[str, float] = dict((summary or {}).get("wall_s") or _spent(steps))
     parts = {name: seconds for name, seconds in spent.items() if name != "total"}
     total = spent.get("total") or sum(parts.values())
@@ -107,7 +107,7 @@ def time_table(steps: Steps, summary: Mapping[str, Any] | None) -> list[TimeRow]
 
 
 def _spent(steps: Steps) -> dict[str, float]:
-    """As the summary has it, of the steps alone."""
+    """The summary's ``wall_s``, computed from the steps alone."""
     stages = [s for s in (*STEP_STAGES, *OCCASIONAL_STAGES) if _recorded(steps, s)]
     spent = {stage: sum(_seconds(line, stage) for line in steps) for stage in stages}
     if not _recorded(steps, "step"):
@@ -118,18 +118,18 @@ def _spent(steps: Steps) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class IdleRow:
-    """How much of the steps' time a stage had nothing to do."""
+    """The share of the steps' time in which a stage was idle."""
 
     name: str
     colour: str
     whole: str
-    """Over all steps together: long ones count for more."""
+    """Over all steps together, each weighted by its length."""
     middle: str
     last: str
 
 
 def idle_table(steps: Steps) -> list[IdleRow]:
-    """Stages in the order of the data, then what was idle altogether; empty without figures."""
+    """A row per stage in the order of the data, then one for all stages; empty without figures."""
     keys = dict.fromkeys(key for line in steps for key in line if key.startswith("idle/"))
     names = [key.removeprefix("idle/").removesuffix("_fraction") for key in keys]
     ordered = sorted(names, key=lambda name: name == _ALL)
@@ -138,7 +138,7 @@ def idle_table(steps: Steps) -> list[IdleRow]:
 
 def _idle_row(steps: Steps, name: str) -> IdleRow | None:
     key = f"idle/{name}_fraction"
-    known = [line for line in steps if _is_number(line.get(key)) and line.get("time/step_s")]
+    known = [line for line in steps if is_number(line.get(key)) and line.get("time/step_s")]
     if not known:
         return None
     whole_s = sum(line["time/step_s"] for line in known)
@@ -154,18 +154,14 @@ def _idle_row(steps: Steps, name: str) -> IdleRow | None:
 
 def _overlaps(steps: Steps) -> bool:
     stages = (*STEP_STAGES, *OCCASIONAL_STAGES)
-    known = [line for line in steps if _is_number(line.get("time/step_s"))]
+    known = [line for line in steps if is_number(line.get("time/step_s"))]
     busy_s = sum(_seconds(line, stage) for line in known for stage in stages)
     return busy_s > _OVERLAP * sum(line["time/step_s"] for line in known) if known else False
 
 
 def _recorded(steps: Steps, stage: str) -> bool:
-    return any(_is_number(line.get(f"time/{stage}_s")) for line in steps)
+    return any(is_number(line.get(f"time/{stage}_s")) for line in steps)
 
 
 def _seconds(line: Mapping[str, Any], stage: str) -> float:
     return line.get(f"time/{stage}_s") or 0.0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

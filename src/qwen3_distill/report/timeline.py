@@ -1,7 +1,7 @@
-"""The last steps of a trace as a picture: what every stage did, queues, and weight versions."""
+"""Draws the last steps of a trace: the spans of every stage, queues, and weight versions."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
@@ -15,17 +15,18 @@ from qwen3_distill.recording.trace import (
     read_trace,
     set_aside,
 )
-from qwen3_distill.report.charts import Colour, Figure, Point, tick_label, ticks
+from qwen3_distill.report.charts import Figure
+from qwen3_distill.report.drawing import Colour, Drawing, Point, tick_label, ticks
 
 STEPS_SHOWN = 4
 MAX_ROWS = 8
-"""A stage with more spans than this at once is drawn as their number over time."""
+"""A stage with more spans open at once is drawn as their number over time."""
 
 _WIDTH, _LEFT, _RIGHT, _TOP, _AXIS = 940.0, 152.0, 14.0, 24.0, 26.0
 _BAR_HEIGHT, _SPLIT_HEIGHT, _QUEUE_HEIGHT, _GAP = 20.0, 9.0, 34.0, 9.0
 _SMALLEST_WIDTH = 1.0
 _SEPARABLE_WIDTH, _SEAM = 3.0, 0.75
-"""Pixels: neighbours of at least this width are drawn apart, with a seam between them."""
+"""Pixels: bars of at least this width are drawn apart, with a seam between them."""
 _LABEL_WIDTH, _LABEL_LENGTH = 34.0, 21
 
 
@@ -46,17 +47,17 @@ class Timeline:
     began_s: float
     ended_s: float
     steps: Sequence[tuple[int, float, float]]
-    """(step, its begin, its end)."""
+    """(step, begin, end)."""
     spans: Mapping[str, Sequence[Span]]
     """By stage, in the trace's order of stages."""
     instants: Mapping[str, Sequence[tuple[str, float]]]
     """By track: (name, moment)."""
     counters: Mapping[str, Sequence[Point]]
-    """By counter: (since when, value), the first at or before the begin."""
+    """By counter: (begin, value); the first value begins at or before the window."""
 
 
 def load_timeline(run_folder: Path, num_steps: int = STEPS_SHOWN) -> Timeline | None:
-    """The last steps of the newest trace that has any; None without one.
+    """Return the last steps of the newest trace that has any; None without one.
 
     Raises:
         DataError: a trace is malformed.
@@ -69,7 +70,7 @@ def load_timeline(run_folder: Path, num_steps: int = STEPS_SHOWN) -> Timeline | 
 
 
 def timeline_of(events: Sequence[Event], num_steps: int = STEPS_SHOWN) -> Timeline | None:
-    """The last ``num_steps`` steps of a trace; None where it has none."""
+    """Return the last ``num_steps`` steps of a trace; None if it has none."""
     tracks = {
         event["tid"]: event["args"]["name"]
         for event in events
@@ -94,19 +95,19 @@ def timeline_of(events: Sequence[Event], num_steps: int = STEPS_SHOWN) -> Timeli
 
 
 def draw_timeline(timeline: Timeline, colours: Mapping[str, Colour]) -> Figure:
-    """Rows of bars over seconds; under them the queues, and marks of the weight versions."""
+    """Draw a row of bars per stage over seconds, then the weight versions and the queues."""
     sketch = _Sketch(timeline)
     for stage, spans in timeline.spans.items():
         sketch.stage(stage, spans, timeline.instants.get(stage, ()), colours.get(stage, "c7"))
     if versions := timeline.instants.get(WEIGHTS):
         sketch.versions(versions)
     for name, values in timeline.counters.items():
-        sketch.queue(name.replace("_", " "), values)
+        sketch.area(name.replace("_", " "), values, "stack c7")
     first, last = timeline.steps[0][0], timeline.steps[-1][0]
     which = f"steps {first:,} to {last:,}" if first != last else f"step {first:,}"
     return Figure(
         title=f"Timeline of {which}",
-        svg=sketch.svg(),
+        svg=sketch.picture(),
         legend=(),
         wide=True,
         note=f"Dashed: ends of steps. The whole run is in {TRACE_FILE}, for ui.perfetto.dev.",
@@ -119,7 +120,7 @@ def draw_timeline(timeline: Timeline, colours: Mapping[str, Colour]) -> Figure:
 def _spans(
     events: Iterable[Event], tracks: Mapping[int, str], began_s: float, ended_s: float
 ) -> dict[str, list[Span]]:
-    """By stage, what overlaps the window; a span without an end lasts to the window's end."""
+    """The spans in the window, by stage; one without an end lasts to the window's end."""
     found: dict[int, list[Span]] = {row: [] for row in sorted(tracks)}
     begun: dict[int, Event] = {}
 
@@ -159,11 +160,11 @@ def _counters(events: Iterable[Event], began_s: float, ended_s: float) -> dict[s
         if event["ph"] == "C" and event["ts"] / 1e6 <= ended_s:
             value = (event["ts"] / 1e6, event["args"]["value"])
             found.setdefault(event["name"], []).append(value)
-    return {name: _from(values, began_s) for name, values in found.items()}
+    return {name: _since(values, began_s) for name, values in found.items()}
 
 
-def _from(values: Sequence[Point], began_s: float) -> list[Point]:
-    """The values from a moment on, and the one that holds when it comes."""
+def _since(values: Sequence[Point], began_s: float) -> list[Point]:
+    """The values that hold at a moment or later."""
     earlier = sum(at_s <= began_s for at_s, _ in values)
     return list(values[max(0, earlier - 1) :])
 
@@ -171,22 +172,19 @@ def _from(values: Sequence[Point], began_s: float) -> list[Point]:
 # --- Drawing ------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Sketch:
-    """Rows, each under the one before."""
+class _Sketch(Drawing):
+    """The picture: rows, each below the one before."""
 
-    timeline: Timeline
-    bottom: float = _TOP
-    parts: list[Markup] = field(default_factory=list)
+    def __init__(self, timeline: Timeline, bottom: float = _TOP) -> None:
+        super().__init__(_WIDTH)
+        self.timeline = timeline
+        self.bottom = bottom
 
     def x(self, at_s: float) -> float:
-        """Pixels of a moment, which may lie outside of the window."""
+        """The pixel of a moment; one outside of the window is at its edge."""
         began_s, ended_s = self.timeline.began_s, self.timeline.ended_s
         share = (at_s - began_s) / (ended_s - began_s or 1.0)
         return _LEFT + min(max(share, 0.0), 1.0) * (_WIDTH - _LEFT - _RIGHT)
-
-    def add(self, template: str, **values: object) -> None:
-        self.parts.append(Markup(template).format(**values))
 
     def stage(
         self,
@@ -195,31 +193,29 @@ class _Sketch:
         instants: Sequence[tuple[str, float]],
         colour: Colour,
     ) -> None:
-        """A bar for every span, spans at one time under each other."""
+        """Draw a bar per span; concurrent spans below one another."""
         rows = sorted({span.row for span in spans})
         if len(rows) > MAX_ROWS:
-            self._area(stage, _open_at_once(spans), f"stack {colour}")
+            self.area(stage, _open_at_once(spans), f"stack {colour}")
             return
         height = _BAR_HEIGHT if len(rows) == 1 else _SPLIT_HEIGHT * len(rows)
         self._label(stage, height)
         for index, row in enumerate(rows):
             for bar in self._bars([span for span in spans if span.row == row]):
-                self.add(
-                    '<rect class="bar {c}" x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" '
-                    'height="{h:.1f}"><title>{title}</title></rect>',
-                    c=colour,
-                    x=bar.left,
-                    y=self.bottom + index * height / len(rows),
-                    w=bar.width - (_SEAM if bar.width >= _SEPARABLE_WIDTH else 0.0),
-                    h=height / len(rows) - (1.0 if len(rows) > 1 else 0.0),
-                    title=bar.title(stage),
+                self.bar(
+                    f"bar {colour}",
+                    bar.left,
+                    self.bottom + index * height / len(rows),
+                    bar.width - (_SEAM if bar.width >= _SEPARABLE_WIDTH else 0.0),
+                    height / len(rows) - (1.0 if len(rows) > 1 else 0.0),
+                    bar.title(stage),
                 )
         for name, at_s in instants:
             self._mark(at_s, self.bottom, self.bottom + height, f"{stage}: {name}")
         self.bottom += height + _GAP
 
     def versions(self, instants: Sequence[tuple[str, float]]) -> None:
-        """A mark where a version came into use, with its number where there is room."""
+        """Draw a mark where a version came into use, and its number if there is room."""
         self._label(WEIGHTS, _BAR_HEIGHT)
         free_from = _LEFT
         for name, at_s in instants:
@@ -228,63 +224,43 @@ class _Sketch:
             fits_right = x + _LABEL_WIDTH < _WIDTH
             if x - (0.0 if fits_right else _LABEL_WIDTH) < free_from:
                 continue
-            self.add(
-                '<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{side}">{label}</text>',
-                x=x + (5 if fits_right else -5),
-                y=self.bottom + 14,
-                side="start" if fits_right else "end",
-                label=name.replace("version ", "v"),
-            )
+            label, at_y = name.replace("version ", "v"), self.bottom + 14
+            if fits_right:
+                self.text("tick", x + 5, at_y, label)
+            else:
+                self.text("tick", x - 5, at_y, label, "end")
             free_from = x + _LABEL_WIDTH
         self.bottom += _BAR_HEIGHT + _GAP
 
-    def queue(self, name: str, values: Sequence[Point]) -> None:
-        """A counter over time."""
-        self._area(name, values, "stack c7")
-
-    def svg(self) -> Markup:
-        """Everything, over the steps' limits and the axis."""
+    def picture(self) -> Markup:
+        """The whole picture, on top of the steps' limits and the axis."""
         frame = _Sketch(self.timeline, bottom=self.bottom)
-        frame.steps()
+        frame.limits()
         frame.axis()
-        return Markup(
-            '<svg viewBox="0 0 {w:.0f} {h:.0f}" role="img" aria-label="timeline">{body}</svg>'
-        ).format(w=_WIDTH, h=self.bottom + _AXIS, body=Markup("").join([*frame.parts, *self.parts]))
+        frame.parts += self.parts
+        return frame.svg(self.bottom + _AXIS, "timeline")
 
-    def steps(self) -> None:
-        """The steps' limits and names."""
+    def limits(self) -> None:
+        """Draw the limits and names of the steps."""
         for step, began_s, ended_s in self.timeline.steps:
             left, right = self.x(began_s), self.x(ended_s)
-            self.add(
-                '<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{y:.1f}"/>',
-                x=right,
-                y=self.bottom,
-            )
+            self.line("limit", right, right, 4, self.bottom)
             if right - left > 2 * _LABEL_WIDTH:
-                self.add(
-                    '<text class="tick" x="{x:.1f}" y="14" text-anchor="middle">step {step}</text>',
-                    x=(left + right) / 2,
-                    step=f"{step:,}",
-                )
+                self.text("tick", (left + right) / 2, 14, f"step {step:,}", "middle")
 
     def axis(self) -> None:
-        """Seconds since the window's begin."""
+        """Draw the axis: seconds since the window's begin."""
         length_s = self.timeline.ended_s - self.timeline.began_s
         marks = ticks(0.0, length_s, 8) if length_s else [0.0]
         spacing = marks[1] - marks[0] if len(marks) > 1 else 1.0
         for tick in marks:
-            self.add(
-                '<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{y:.1f}"/>'
-                '<text class="tick" x="{x:.1f}" y="{t:.1f}" text-anchor="middle">{label}</text>',
-                x=self.x(self.timeline.began_s + tick),
-                top=_TOP - 4,
-                y=self.bottom,
-                t=self.bottom + 17,
-                label=tick_label(tick, spacing, "seconds"),
-            )
+            x = self.x(self.timeline.began_s + tick)
+            self.line("grid", x, x, _TOP - 4, self.bottom)
+            label = tick_label(tick, spacing, "seconds")
+            self.text("tick", x, self.bottom + 17, label, "middle")
 
     def _bars(self, spans: Sequence[Span]) -> list["_Bar"]:
-        """The spans of one row, those too close to be told apart as one bar."""
+        """The spans of one row as bars; spans too close to be distinguished share a bar."""
         bars: list[_Bar] = []
         for span in spans:
             left = self.x(span.began_s)
@@ -297,23 +273,24 @@ class _Sketch:
                 bars.append(bar)
         return bars
 
-    def _area(self, name: str, values: Sequence[Point], css: str) -> None:
-        """Steps of a value over time, from 0 to its largest."""
+    def area(self, name: str, values: Sequence[Point], css: str) -> None:
+        """Draw a value over time, from 0 to its largest."""
         largest = max(value for _, value in values)
         self._label(name, _QUEUE_HEIGHT, f"max {number(largest)}")
-        base, ended_x = self.bottom + _QUEUE_HEIGHT, self.x(self.timeline.ended_s)
-        corners = [f"{self.x(values[0][0]):.1f},{base:.1f}"]
-        height = base
-        for x, value in self._columns(values):
-            corners.append(f"{x:.1f},{height:.1f}")
-            height = base - value / (largest or 1.0) * _QUEUE_HEIGHT
-            corners.append(f"{x:.1f},{height:.1f}")
-        corners += [f"{ended_x:.1f},{height:.1f}", f"{ended_x:.1f},{base:.1f}"]
-        self.add('<path class="{c}" d="M{d}Z"/>', c=css, d="L".join(corners))
-        self.bottom = base + _GAP
+        self.bottom += _QUEUE_HEIGHT
+        self.steps(
+            css,
+            self._columns(values),
+            largest=largest,
+            base=self.bottom,
+            height=_QUEUE_HEIGHT,
+            left=self.x(values[0][0]),
+            right=self.x(self.timeline.ended_s),
+        )
+        self.bottom += _GAP
 
     def _columns(self, values: Sequence[Point]) -> list[Point]:
-        """(pixel, value): of values within one pixel the largest, then what holds after it."""
+        """(pixel, value): the largest of the values within a pixel, then the last one."""
         columns: dict[int, list[float]] = {}
         for at_s, value in values:
             columns.setdefault(round(self.x(at_s)), []).append(value)
@@ -335,16 +312,15 @@ class _Sketch:
 
     def _label(self, name: str, height: float, below: str = "") -> None:
         middle = self.bottom + height / 2 + (-2 if below else 5)
-        template = '<text class="{css}" x="{x}" y="{y:.1f}" text-anchor="end">{label}</text>'
         short = name if len(name) <= _LABEL_LENGTH else f"{name[: _LABEL_LENGTH - 1]}…"
-        self.add(template, css="row", x=_LEFT - 12, y=middle, label=short)
+        self.text("row", _LEFT - 12, middle, short, "end")
         if below:
-            self.add(template, css="tick", x=_LEFT - 12, y=middle + 15, label=below)
+            self.text("tick", _LEFT - 12, middle + 15, below, "end")
 
 
 @dataclass
 class _Bar:
-    """Spans of one row that are drawn as one; left and right in pixels."""
+    """Spans of one row that share a bar; left and right in pixels."""
 
     left: float
     right: float
@@ -355,7 +331,7 @@ class _Bar:
         return self.right - self.left
 
     def absorbs(self, other: "_Bar") -> bool:
-        """Whether the next bar touches this one, and one of them is too narrow to be seen apart."""
+        """Whether the next bar touches this one and one of the two is too narrow to be seen."""
         touches = other.left - self.right < _SMALLEST_WIDTH / 2
         return touches and min(self.width, other.width) < _SEPARABLE_WIDTH
 
@@ -369,7 +345,7 @@ class _Bar:
 
 
 def _open_at_once(spans: Sequence[Span]) -> list[Point]:
-    """How many spans are open, from each moment at which that changes."""
+    """(moment, number of open spans) wherever that number changes."""
     changes = sorted([(span.began_s, 1) for span in spans] + [(span.ended_s, -1) for span in spans])
     values: list[Point] = []
     count = 0

@@ -78,7 +78,7 @@ def test_page_leaves_out_what_was_not_run() -> None:
 
 def test_plot_has_a_dot_a_case_higher_for_the_better() -> None:
     svg = plot(CASES)
-    dots = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="4" fill="#', svg)
+    dots = re.findall(r'<circle class="dot \w+" cx="([\d.]+)" cy="([\d.]+)" r="4"', svg)
     best, second, worst = sorted(float(y) for _, y in dots[: len(CASES)])
     assert (worst - second) / (second - best) == pytest.approx(5, rel=0.01)  # 50 and 10 points
-    assert svg.count('class="whisker"') == len(CASES)
+    assert svg.count('class="whisker ') == len(CASES)

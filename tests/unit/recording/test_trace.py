@@ -82,22 +82,6 @@ def test_idle_is_what_no_span_of_the_stage_covers(clock: Clock) -> None:
     )
 
 
-def test_overlapping_spans_of_a_stage_are_counted_once(clock: Clock) -> None:
-    trace = Trace(now=clock)
-    with trace.span("generate", "a"):
-        clock.wait(2)
-        with trace.span("generate", "b"), trace.span("score"):
-            clock.wait(3)
-            assert trace.busy_seconds("generate") == pytest.approx(5)
-        clock.wait(1)
-    clock.wait(2)
-    times = trace.end_step(1)
-    assert times.busy_s["generate"] == pytest.approx(6)
-    assert times.busy_s["score"] == pytest.approx(3)
-    assert times.any_busy_s == pytest.approx(6)
-    assert times.idle_fractions["all"] == pytest.approx(2 / 8)
-
-
 def test_spans_that_end_in_another_order_than_they_began(clock: Clock, path: Path) -> None:
     trace = Trace(path, now=clock)
     first, second = trace.span("score", "first"), trace.span("score", "second")
@@ -115,20 +99,6 @@ def test_spans_that_end_in_another_order_than_they_began(clock: Clock, path: Pat
     ]
     with trace.span("score", "third"):  # a row that is free again
         assert len(row_names(path)) == 2
-
-
-def test_a_span_open_at_the_end_of_a_step_belongs_to_both_steps(clock: Clock) -> None:
-    trace = Trace(now=clock)
-    clock.wait(1)
-    with trace.span("generate"):
-        clock.wait(3)
-        assert trace.end_step(1).busy_s["generate"] == pytest.approx(3)
-        clock.wait(2)
-    clock.wait(6)
-    second = trace.end_step(2)
-    assert second.wall_s == pytest.approx(8)
-    assert second.busy_s["generate"] == pytest.approx(2)
-    assert trace.busy_seconds("generate") == pytest.approx(5)
 
 
 def test_a_span_ends_when_its_block_fails(clock: Clock, path: Path) -> None:
@@ -175,14 +145,6 @@ def test_the_step_s_metrics(clock: Clock) -> None:
     clock.wait(4)
     second = combine(trace.end_step(2).metrics())
     assert second["queue/rollouts_in_flight_mean"] == second["queue/rollouts_in_flight_max"] == 2
-
-
-def test_a_step_of_no_time_is_not_a_division_by_zero(clock: Clock) -> None:
-    trace = Trace(now=clock)
-    trace.counter("waiting", 3)
-    times = trace.end_step(1)
-    assert set(times.idle_fractions.values()) == {0.0}
-    assert times.counters == {"waiting": (3, 3)}
 
 
 # --- The file -----------------------------------------------------------------------------------

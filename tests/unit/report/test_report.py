@@ -17,8 +17,8 @@ from qwen3_distill.report.charts import (
     draw_lines,
     draw_stack,
     running_mean,
-    ticks,
 )
+from qwen3_distill.report.drawing import ticks
 from qwen3_distill.report.report import RolloutView, write_report
 from qwen3_distill.report.rollout_view import (
     GAP_EDGES_NATS,
