@@ -1,4 +1,4 @@
-"""A proxy in front of a scoring server that says what a healthy server never does."""
+"""A proxy in front of a scoring server that returns faulty replies on request."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ HANG_S = 3600.0
 
 
 class Fault(str, Enum):
-    """What becomes of one reply."""
+    """The fault that is put into one reply."""
 
     NONE_LOGPROB = "none_logprob"
     NAN = "nan"
@@ -22,9 +22,9 @@ class Fault(str, Enum):
     POSITIVE = "positive"
     SHORT = "short"
     SHIFTED = "shifted"
-    """Every token and its logprob one place later."""
+    """Every token and its logprob are one position later."""
     SHIFTED_VALUES = "shifted_values"
-    """Every logprob one place later, the tokens where they were: no reply alone shows it."""
+    """Every logprob is one position later, the tokens are not: no single reply shows it."""
     WRONG_COUNT = "wrong_count"
     CANDIDATE_TWICE = "candidate_twice"
     SHIFTED_CANDIDATES = "shifted_candidates"
@@ -42,14 +42,14 @@ STATUS = {Fault.STATUS_503: 503, Fault.STATUS_400: 400}
 
 
 class FaultProxy:
-    """Passes requests on, and spoils the replies that it is told to.
+    """Forwards requests, and puts faults into the replies.
 
     Attributes:
-        next_faults: one for each request to come; None: an honest reply.
-        always: decides by the request, where `next_faults` is empty.
-        requests: the bodies that came, decoded.
-        num_connections: opened by clients.
-        most_in_flight: requests at a time, at most.
+        next_faults: one for each coming request; None: the reply is not changed.
+        always: chooses the fault by the request once `next_faults` is empty.
+        requests: bodies of all requests, decoded.
+        num_connections: connections that clients opened.
+        most_in_flight: largest number of concurrent requests.
     """
 
     def __init__(self, upstream_url: str) -> None:
@@ -131,7 +131,7 @@ class FaultProxy:
 
 
 async def _read_message(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
-    """Head without its empty line, and body, of a message with a Content-Length."""
+    """Read a message with a Content-Length; return its head (no empty line) and its body."""
     head = (await reader.readuntil(b"\r\n\r\n"))[:-4]
     for line in head.split(b"\r\n")[1:]:
         name, _, value = line.partition(b":")
@@ -141,7 +141,7 @@ async def _read_message(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
 
 
 def spoiled(fault: Fault, reply: bytes) -> bytes:
-    """A healthy reply with a fault in its last sequence."""
+    """Return the reply with a fault in its last sequence."""
     entries = json.loads(reply)
     meta = entries[-1]["meta_info"]
     rows = meta.get("input_token_logprobs")

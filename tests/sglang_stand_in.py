@@ -1,13 +1,13 @@
 """A small server that answers ``/generate`` as SGLang does, for machines that have no SGLang.
 
 A tiny Qwen3 in numpy behind the JSON of SGLang 0.5.16 and 0.5.21: the first logprob is null, the
-vocabulary's last id is echoed as 0, too long is status 400. It starts in a moment, because it needs
-no torch. It is healthy; what a healthy server never says is `tests.fault_proxy`'s part.
+vocabulary's last id is echoed as 0, a sequence that is too long gets status 400. It starts fast,
+because it needs no torch. Its replies have no faults; `tests.fault_proxy` makes those.
 
 Shape letters: T tokens, D hidden size, H heads, K key-value heads, E head size, V vocabulary.
 
-As a process it takes the place of the interpreter that has SGLang (`write_interpreter`), and reads
-the configuration file that ``sglang.launch_server`` would.
+As a process it replaces the interpreter that has SGLang (`write_interpreter`), and reads the
+configuration file of ``sglang.launch_server``.
 """
 
 import json
@@ -76,7 +76,7 @@ class NumpyQwen3:
         return self._linear(mixed_THE.reshape(num_tokens, -1), prefix + "o_proj")
 
     def _heads(self, hidden_TD: Array, prefix: str, which: str, size: int) -> Array:
-        """Queries or keys: projected, normalised and turned by their position."""
+        """Return queries or keys: projected, normalised and rotated by their position."""
         heads = self._linear(hidden_TD, f"{prefix}{which}_proj").reshape(len(hidden_TD), -1, size)
         heads = self._norm(heads, f"{prefix}{which}_norm")
         theta = self.config["rope_parameters"]["rope_theta"]
@@ -93,7 +93,7 @@ def log_softmax(values: Array) -> Array:
 
 
 class StandIn:
-    """The answers of one model."""
+    """Answers requests with one model."""
 
     def __init__(self, model_dir: str | Path, *, api_key: str | None = None) -> None:
         self._model = NumpyQwen3(Path(model_dir))
@@ -101,7 +101,7 @@ class StandIn:
         self._lock = threading.Lock()
 
     def answer(self, headers: Any, body: bytes) -> tuple[int, Any]:
-        """Status and JSON of a reply."""
+        """Return the status and the JSON of a reply."""
         if self._api_key and headers.get("Authorization") != f"Bearer {self._api_key}":
             return 401, {"error": "Unauthorized"}
         request = json.loads(body)
@@ -167,7 +167,7 @@ class StandIn:
 
 
 def _truncated(logprobs_V: Array, sampling: dict[str, Any]) -> Array:
-    """What is left of a distribution after top-k and top-p, both of the whole distribution."""
+    """Return the distribution after top-k and top-p, both taken of the whole distribution."""
     order = np.argsort(-logprobs_V)
     probs = np.exp(logprobs_V[order])
     keep = np.cumsum(probs) - probs <= sampling["top_p"]
@@ -218,7 +218,7 @@ def _handler(stand_in: StandIn) -> type[BaseHTTPRequestHandler]:
 
 
 def write_interpreter(path: Path, prelude: str = "") -> str:
-    """An executable that is started like the interpreter with SGLang, and starts a stand-in.
+    """Write an executable that starts a stand-in when it is run like SGLang's interpreter.
 
     Args:
         prelude: shell commands to run first; ``exit 1`` makes a server that dies at its start.

@@ -28,7 +28,7 @@ os.environ["XDG_CACHE_HOME"] = str(_FOLDER / "cache")  # no test reads or leaves
 
 
 def sglang_config(model_dir: Path, kind: Kind, **changes: object) -> SglangScoring:
-    """Small, for wherever the tests run: float32, but on a GPU SGLang has no kernels for that."""
+    """Return a small config: float32, but not on a GPU, where SGLang has no kernels for it."""
     on_gpu = kind == "real" and INSTALLED.device == "cuda"
     values: dict[str, object] = {
         "kind": "sglang",
@@ -55,7 +55,7 @@ def build_sglang(
     config: SglangScoring,
     request: ScoreRequest = SampledRequest(),  # noqa: B008 - frozen
 ) -> SglangTeacher:
-    """A teacher that is not started."""
+    """Return a teacher that is not started."""
     on_gpu = config.device == "cuda"
     return SglangTeacher(
         config,
@@ -68,12 +68,12 @@ def build_sglang(
 
 @dataclass
 class ServerPool:
-    """The last servers by model and settings."""
+    """Keeps the last servers, by model and settings."""
 
     _kept: dict[tuple[object, ...], SglangTeacher] = field(default_factory=dict)
 
     async def connect(self, config: SglangScoring) -> SglangScoring:
-        """The config of a teacher in a kept server, which is started where there is none."""
+        """Return the config of a teacher in a kept server; start one if none is kept."""
         key = (config.model, config.python, config.quantization, config.chunk_tokens)
         owner = self._kept.pop(key, None)
         if owner is None:
@@ -99,7 +99,7 @@ POOL = ServerPool()
 
 
 class PooledTeacher:
-    """An `SglangTeacher` that finds its server among the kept ones."""
+    """An `SglangTeacher` that uses a kept server."""
 
     def __init__(self, config: SglangScoring, request: ScoreRequest) -> None:
         self._config = config
@@ -155,7 +155,7 @@ class SglangTeacherAdapter:
 
     @property
     def decoded_parity_nats(self) -> float:
-        """Of what was decoded token by token."""
+        """Tolerance for logprobs of tokens that were decoded one by one."""
         return 0.3 if self._on_gpu else 5e-4
 
     @property

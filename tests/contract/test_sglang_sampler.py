@@ -131,7 +131,7 @@ def test_no_requests_give_no_answers(teacher: SglangTeacher) -> None:
     assert answers(teacher, []) == []
 
 
-def test_who_stops_listening_leaves_nothing_running(teacher: SglangTeacher) -> None:
+def test_a_closed_generator_leaves_no_task_running(teacher: SglangTeacher) -> None:
     async def first_only() -> int:
         generator = teacher.sampler().generate(ragged_requests(8))
         async for _ in generator:

@@ -162,7 +162,7 @@ def test_another_teacher_has_its_own_scores(tiny_models: TinyModels, tmp_path: P
     assert len(other.asked) == len(ROLLOUTS)
 
 
-def test_a_key_is_of_all_that_a_score_depends_on() -> None:
+def test_a_key_covers_everything_that_a_score_depends_on() -> None:
     rollout = ROLLOUTS[0]
     hot = replace(rollout, rollout_id="other", sampling=replace(rollout.sampling, temperature=2.0))
     prompt = rollout.prompt

@@ -70,6 +70,13 @@ def test_the_teacher_id_names_the_precision(tiny_models: TinyModels) -> None:
     assert head.teacher_id == f"teacher#{digest}@sglang-bfloat16+float32-head"
 
 
+def test_a_teacher_says_what_may_be_dropped_and_that_it_starts_first(
+    tiny_models: TinyModels,
+) -> None:
+    teacher = teacher_with(tiny_models.teacher, max_dropped_fraction=0.2)
+    assert (teacher.max_dropped_fraction, teacher.starts_first) == (0.2, True)
+
+
 # --- Requests -----------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Replies of a scoring server as pure functions: what is believed and what is not."""
+"""Requests to and replies of a scoring server: which replies give scores, and which faults."""
 
 import json
 import math
@@ -78,10 +78,10 @@ def fault_of(raw: bytes, request: Any = SAMPLED) -> FaultKind:
     return outcome.kind
 
 
-# --- What is asked ------------------------------------------------------------------------------
+# --- Requests -----------------------------------------------------------------------------------
 
 
-def test_a_request_asks_from_the_prompts_last_token_on() -> None:
+def test_a_request_asks_from_the_contexts_last_token_on() -> None:
     rollouts = [synthetic_rollout(3, 2), synthetic_rollout(1, 4)]
     body = json.loads(score_body(jobs_of(rollouts), SAMPLED))
     assert body["logprob_start_len"] == [2, 0]
@@ -138,7 +138,7 @@ def test_sequences_keep_their_order() -> None:
     assert lengths == [3, 1]
 
 
-def test_candidates_are_read_beside_the_scores() -> None:
+def test_candidates_are_read_with_the_scores() -> None:
     (score,) = read(reply(entry(top=TOP)), TOP_2)
     assert isinstance(score, TopKScore)
     assert score.candidate_ids.tolist() == [[4, 2], [7, 1], [0, 9]]
@@ -243,7 +243,7 @@ def test_an_entry_of_another_form_is_a_fault(broken: Any) -> None:
         (reply(entry(), entry()), FaultKind.COUNT),
     ],
 )
-def test_a_reply_that_cannot_be_dealt_out_counts_for_nobody(raw: bytes, kind: FaultKind) -> None:
+def test_a_reply_that_matches_no_request_is_refused(raw: bytes, kind: FaultKind) -> None:
     with pytest.raises(ReplyError) as error:
         read(raw)
     assert error.value.fault.kind is kind
@@ -370,7 +370,7 @@ def test_an_answer_becomes_a_rollout(ids: list[int], reason: str) -> None:
     assert rollout.finish_reason.value == reason
 
 
-def test_logprobs_after_truncation_are_taken_where_it_truncates() -> None:
+def test_logprobs_after_truncation_are_taken_if_it_truncates() -> None:
     raw = answer([1, 2, 3], output_token_sampling_logprobs=[-0.1, -0.2, -0.3])
     assert read_three(raw, top_k=5).behavior_logprobs[1] == pytest.approx(-0.2)
     assert read_three(raw).behavior_logprobs[1] == pytest.approx(-1.0)
@@ -396,7 +396,7 @@ def test_logprobs_after_truncation_are_taken_where_it_truncates() -> None:
         (reply(None), FaultKind.GARBAGE),
     ],
 )
-def test_half_an_answer_is_none(raw: bytes, kind: FaultKind) -> None:
+def test_an_incomplete_answer_is_refused(raw: bytes, kind: FaultKind) -> None:
     with pytest.raises(ReplyError) as error:
         read_three(raw)
     assert error.value.fault.kind is kind
