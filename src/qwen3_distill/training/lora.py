@@ -1,4 +1,4 @@
-"""Low-rank adapters inside a plain model: how they begin, how they travel, what they amount to.
+"""Low-rank adapters inside a plain model: initial values, published form, merged weights.
 
 Names are those of the plain Qwen3 model (``model.layers.0...``) with peft's ``base_layer`` and
 ``lora_A.default`` in them, whichever library put the adapters there.
@@ -25,10 +25,10 @@ _PEFT_PREFIX = "base_model.model."
 
 
 def add_adapters(base: PreTrainedModel, tuning: LoraTuning, seed: int) -> PreTrainedModel:
-    """Put adapters into the model; the base is frozen.
+    """Add adapters to the model and freeze the base.
 
     Raises:
-        ConfigError: a target is no linear layer of the model's blocks.
+        ConfigError: a target is not a linear layer of the model's blocks.
     """
     check_targets(base, tuning)
     with torch.random.fork_rng(devices=[]):  # peft draws weights that are replaced below
@@ -49,8 +49,7 @@ def add_adapters(base: PreTrainedModel, tuning: LoraTuning, seed: int) -> PreTra
 def check_targets(base: PreTrainedModel, tuning: LoraTuning) -> None:
     """Refuse layers outside the blocks.
 
-    An adapter on a tied embedding or on the head would not be in the weight that the head is
-    applied with.
+    An adapter on a tied embedding or on the head would not be in the weight that the loss uses.
     """
     linear = {
         name.rsplit(".", 1)[-1]
@@ -67,9 +66,9 @@ def check_targets(base: PreTrainedModel, tuning: LoraTuning) -> None:
 
 @torch.no_grad()
 def initialise_adapters(core: PreTrainedModel, seed: int) -> None:
-    """B = 0 and A uniform in +-1/sqrt(inputs), as peft draws it, from (seed, layer's name) alone.
+    """Set B = 0 and draw A uniform in +-1/sqrt(inputs), like peft, from (seed, layer's name) alone.
 
-    So a run starts from the same adapters whatever device, library or order they were made in.
+    A run thus starts from the same adapters on every device, with every library, in any order.
     """
     for name, layer in _adapted(core).items():
         generator = torch.Generator().manual_seed(derive_seed(seed, _INIT_SEED, name))
@@ -96,10 +95,10 @@ def adapter_weights(core: PreTrainedModel, tuning: LoraTuning) -> LoraWeights:
 
 @torch.no_grad()
 def merged_parameters(core: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Names and values as in a model without adapters.
+    """Yield names and values as in a model without adapters.
 
-    An adapter's change is added to a copy: merging in place and taking it out again would round
-    the base weights a little at every step.
+    An adapter's change is added to a copy: merging in place and undoing it would round the base
+    weights a little at every step.
     """
     adapted = _adapted(core)
     for name, parameter in core.named_parameters():

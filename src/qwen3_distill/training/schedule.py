@@ -6,7 +6,7 @@ from qwen3_distill.config import ScheduleConfig
 
 
 def learning_rate_factor(schedule: ScheduleConfig, step: int, total_steps: int) -> float:
-    """What the peak learning rate is multiplied with at optimizer step ``step`` (from 0)."""
+    """The factor of the peak learning rate at optimizer step ``step`` (from 0)."""
     if schedule.kind == "constant":
         return 1.0
     if step < schedule.warmup_steps:

@@ -1,4 +1,4 @@
-"""The process of an embedded teacher: the same teacher, served to the controller."""
+"""The worker of an embedded teacher: the same teacher, served to the controller."""
 
 from collections.abc import Sequence
 
@@ -6,20 +6,20 @@ import torch
 
 from qwen3_distill.config import EmbeddedScoring
 from qwen3_distill.errors import EngineError
-from qwen3_distill.hosts.process import serve_worker
+from qwen3_distill.hosts.serve import serve_worker
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from qwen3_distill.scoring.score_request import ScoreRequest
 from qwen3_distill.types import Rollout, ScoreResult
 
 
 class EmbeddedTeacherWorker:
-    """What the worker serves. Between two forward passes it answers."""
+    """The object that the worker serves. It answers between two forward passes."""
 
     def __init__(self) -> None:
         self._teacher: EmbeddedTeacher | None = None
 
     def open(self, config: EmbeddedScoring, request: ScoreRequest) -> str:
-        """Load the teacher; its id."""
+        """Load the teacher and return its id."""
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self._teacher = EmbeddedTeacher(
