@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator
 
 from qwen3_distill.errors import DataError
-from qwen3_distill.hosts.process import serve_worker
+from qwen3_distill.hosts.serve import serve_worker
 
 
 class Echo:

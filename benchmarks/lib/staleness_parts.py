@@ -7,6 +7,7 @@ V vocabulary.
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -16,11 +17,18 @@ from qwen3_distill.config import EmbeddedTraining, SampledReverseKL
 from qwen3_distill.errors import WeightVersionError
 from qwen3_distill.modeling.head import token_stats
 from qwen3_distill.pipeline.assembly.engines import Parts
-from qwen3_distill.ports import RolloutEngine, WeightChannel, WeightPayload
+from qwen3_distill.ports import (
+    Reach,
+    RolloutEngine,
+    WeightChannel,
+    WeightPayload,
+)
 from qwen3_distill.training.batching import MicroBatch
 from qwen3_distill.training.embedded.student import EmbeddedLearner
 from qwen3_distill.training.objectives.base import LossTerms, TensorMetric
+from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.types import Reduction, Rollout, RolloutRequest, WeightVersion
+from qwen3_distill.weights.adapter_files import write_adapter
 
 Advantage: TypeAlias = Literal["old", "current"]
 """``old``: log q - log mu, of the student that sampled; ``current``: log q - log pi_theta."""
@@ -49,18 +57,22 @@ def adapted(parts: Parts, case: Case) -> Parts:
     assert isinstance(objective, SampledReverseKL)
     assert objective.advantage_clip is not None
     assert objective.ratio_cap is not None
+    settings = LearnerSettings(
+        model_dir=Path(parts.config.student.model),
+        training=training,
+        objective=objective,
+        total_steps=parts.config.steps,
+        seed=parts.config.seed,
+    )
     learner = EmbeddedLearner(
-        parts.config.student.model,
-        config=training,
-        objective=StaleObjective(
+        settings,
+        StaleObjective(
             advantage=case.advantage,
             ratio=case.ratio,
             ratio_cap=objective.ratio_cap,
             advantage_clip=objective.advantage_clip,
             chunk_tokens=training.chunk_tokens,
         ),
-        total_steps=parts.config.steps,
-        seed=parts.config.seed,
     )
     return replace(parts, learner=learner, engine=LaggedEngine(parts.engine, case.staleness))
 
@@ -106,7 +118,7 @@ class _OneVersion:
 
     held: WeightVersion
     payload: WeightPayload
-    crosses_processes: bool = False
+    reach: Reach = "process"
 
     def publish(self, version: WeightVersion, payload: WeightPayload) -> None:
         raise NotImplementedError("nothing is published to a lagged engine's own channel")
@@ -115,6 +127,12 @@ class _OneVersion:
         if version != self.held:
             raise WeightVersionError(f"this channel holds {self.held}, not {version}")
         return self.payload
+
+    def adapter_directory(self, version: WeightVersion, folder: Path) -> Path:
+        return write_adapter(version, self.fetch(version), folder)
+
+    def switched_transport(self, version: WeightVersion) -> bool:
+        return False
 
 
 class StaleTerms(NamedTuple):

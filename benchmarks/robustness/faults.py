@@ -91,9 +91,9 @@ class Striker:
         while parts.learner.version.step < self.step:
             await asyncio.sleep(0.01)
         await asyncio.sleep(self.delay_s)
-        worker = part.worker
-        if worker is None or worker.pid is None:
-            return  # between two starts: no process to strike
+        worker = part.host
+        if not worker.is_running:
+            return  # between two starts: there is nothing to strike
         self.struck_at_step = parts.learner.version.step
         pid = worker.pid
         os.killpg(pid, signal.SIGKILL if self.fault == "kill" else signal.SIGSTOP)

@@ -1,7 +1,7 @@
 """Errors a user can meet. Each message says what was wrong, what was expected and what to change.
 
-Every class also refines a standard error, so that callers who do not know this package can still
-catch the right kind. The command line turns any `DistillError` into one line on stderr and exit
+Every class also refines a standard error, so that callers who do not know this package can catch
+the right kind. The command line turns any `DistillError` into one line on stderr and exit
 status `DistillError.exit_code`; anything else is a bug and keeps its traceback.
 """
 
@@ -13,7 +13,7 @@ class DistillError(Exception):
 
 
 class ConfigError(DistillError, ValueError):
-    """A setting is missing, unknown, of the wrong type, or impossible together with another."""
+    """A setting is missing, unknown, of the wrong type, or contradicts another one."""
 
 
 class DataError(DistillError, ValueError):
@@ -25,7 +25,7 @@ class ModelError(DistillError, ValueError):
 
 
 class HandshakeError(DistillError, ValueError):
-    """Student and teacher (or learner and engine) do not agree on what must be equal."""
+    """Student and teacher (or learner and engine) differ in something that must be equal."""
 
 
 class AlignmentError(DistillError, ValueError):
@@ -51,28 +51,31 @@ class NonFiniteError(DistillError, ArithmeticError):
 
 
 class EngineError(DistillError, RuntimeError):
-    """An engine failed or answered with something that is not an answer."""
+    """An engine failed, or its answer is not a valid one."""
 
     exit_code = 3
 
 
 class StallError(EngineError):
-    """Nothing has moved for longer than the config allows; it names what was waited for."""
+    """Nothing happened for longer than the config allows. The message names what was awaited."""
 
 
 class EngineLost(EngineError):
-    """An engine's process is gone, and with it what it had not answered. It may be restarted."""
+    """The engine's process died; calls it had not answered are lost. The caller may restart it."""
 
 
 class LearnerLost(EngineLost):
-    """The learner's process is gone with its weights; the last checkpoint has the newest left."""
+    """The learner's process died and its weights are lost.
+
+    The newest surviving ones are in the last checkpoint.
+    """
 
 
 class EngineStartError(EngineError):
-    """An engine cannot be started: not installed, wrong version, no memory, port taken."""
+    """An engine does not start: not installed, wrong version, no memory, port taken."""
 
     exit_code = 2
 
 
 class MpsUnavailable(DistillError, RuntimeError):
-    """There is no MPS daemon to be had on this machine. A run warns about it and goes on."""
+    """No MPS daemon can be started on this machine. A run warns about it and goes on without."""

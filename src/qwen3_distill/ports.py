@@ -1,15 +1,15 @@
 """The ports between the pipeline and the engines. No torch, no engine is imported here.
 
 What an engine computes is awaited: an embedded engine computes inside the call, a real one waits
-for its process. Nothing but the identity is there before `start`; `close` may be called more than
-once, and `start` after `close` begins anew. Engines may be started side by side, but for a teacher
-that takes a share of the memory that it finds free.
+for its worker. Before `start`, only `identity` may be read; `close` may be called more than once,
+and `start` after `close` begins anew. Engines may start concurrently, except a teacher whose memory
+share is a fraction of what is free: start it first.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from qwen3_distill.types import (
     Batch,
@@ -55,12 +55,18 @@ class LoraWeights:
 WeightPayload: TypeAlias = FullWeights | LoraWeights
 
 
+Reach: TypeAlias = Literal["process", "machine", "cluster"]
+"""Where a receiver of weights may be, seen from the learner, from near to far."""
+_NEAR_TO_FAR: tuple[Reach, ...] = ("process", "machine", "cluster")
+
+
 class WeightChannel(Protocol):
     """Moves weights from the learner to engines, whole or not at all."""
 
     @property
-    def crosses_processes(self) -> bool:
-        """Whether the channel may be pickled and used in another process of this machine."""
+    def reach(self) -> Reach:
+        """How far away a receiver may be. From "machine" on the channel may be pickled and used in
+        another process."""
         ...
 
     def publish(self, version: WeightVersion, payload: WeightPayload) -> None:
@@ -75,12 +81,34 @@ class WeightChannel(Protocol):
         """
         ...
 
+    def adapter_directory(self, version: WeightVersion, folder: Path) -> Path:
+        """A directory in peft's layout with the adapters of ``version``.
+
+        The channel's own if it has one, else one that is written below ``folder``.
+
+        Raises:
+            WeightVersionError: the channel does not hold ``version`` as adapters.
+        """
+        ...
+
+    def switched_transport(self, version: WeightVersion) -> bool:
+        """Whether a receiver could not use the transport by which ``version`` was published.
+
+        If so, the channel uses another one from now on: publish and load once more.
+        """
+        ...
+
+
+def reaches(channel: WeightChannel, receiver: Reach) -> bool:
+    """Whether a receiver at that distance can use the channel."""
+    return _NEAR_TO_FAR.index(channel.reach) >= _NEAR_TO_FAR.index(receiver)
+
 
 class Sampler(Protocol):
     """Answers prompts."""
 
     def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
-        """Sample every request once; yield each rollout as it finishes, in any order.
+        """Sample every request once; yield each rollout when it has finished, in any order.
 
         Requests of one prompt should be adjacent, so that an engine can share the prompt's work.
         """
@@ -94,15 +122,15 @@ class RolloutEngine(Sampler, Protocol):
 
     @property
     def counters(self) -> Mapping[str, float]:
-        """What happened since the start, by metric key: restarts, retries."""
+        """Counts since the start, by metric key: restarts, retries."""
         ...
 
     @property
     def version(self) -> WeightVersion:
-        """Weights that a request admitted now would use.
+        """The weights that a request made now would use.
 
         Raises:
-            WeightVersionError: nothing was loaded yet; there is no default version.
+            WeightVersionError: nothing has been loaded; there is no default version.
         """
         ...
 
@@ -127,15 +155,15 @@ class StreamingRolloutEngine(RolloutEngine, Protocol):
     """
 
     async def prefixes(self) -> list[RolloutPrefix]:
-        """What exists of every running rollout that has a token; an engine may lag behind."""
+        """The tokens so far of every running rollout that has any; an engine may lag behind."""
         ...
 
     async def abort(self, rollout_ids: Sequence[str]) -> None:
-        """End rollouts: `generate` does not yield them. Unknown ids are passed over."""
+        """End rollouts: `generate` does not yield them. Unknown ids are ignored."""
         ...
 
     async def pause(self) -> None:
-        """Stop decoding until `resume`; rollouts keep what they have, new requests wait."""
+        """Stop decoding until `resume`; rollouts keep their tokens, new requests wait."""
         ...
 
     async def resume(self) -> None: ...
@@ -148,7 +176,7 @@ class TeacherScorer(Protocol):
 
     @property
     def counters(self) -> Mapping[str, float]:
-        """What happened since the start, by metric key: restarts, retries."""
+        """Counts since the start, by metric key: restarts, retries."""
         ...
 
     @property
@@ -187,7 +215,7 @@ class Learner(Protocol):
     """Owns the trainable weights and the optimizer. Only it makes weight versions."""
 
     async def start(self) -> None:
-        """Load the student as it was before the run; `load_state` goes on from there."""
+        """Load the student as it was before the run; `load_state` then restores a later state."""
         ...
 
     @property
@@ -197,11 +225,11 @@ class Learner(Protocol):
     def version(self) -> WeightVersion: ...
 
     async def update(self, batch: Batch) -> Update:
-        """One optimizer step.
+        """Take one optimizer step.
 
         Raises:
             NonFiniteError: loss or gradient norm is not finite; nothing was stepped.
-            EngineLost: the learner's process died. Its weights are gone; `start` it again and
+            LearnerLost: the learner's process died and its weights are lost; `start` it again and
                 `load_state` of the newest checkpoint.
         """
         ...
@@ -211,7 +239,7 @@ class Learner(Protocol):
         ...
 
     async def save_state(self, directory: Path) -> None:
-        """Write all that `load_state` needs to go on bit for bit."""
+        """Write everything that `load_state` needs to go on bit for bit."""
         ...
 
     async def load_state(self, directory: Path, version: WeightVersion) -> None:
@@ -232,24 +260,25 @@ class Learner(Protocol):
 class ReplayingLearner(Learner, Protocol):
     """A learner that keeps scored rollouts on its device and trains on them more than once.
 
-    What it keeps belongs to its state: `save_state` and `load_state` include it.
+    The kept rollouts belong to its state: `save_state` and `load_state` include them.
     """
 
     async def admit(self, scored: Sequence[ScoredRollout]) -> None:
         """Keep rollouts for later updates; the oldest make room.
 
         Raises:
-            DataError: one is longer than the learner takes, or they do not fit an empty buffer.
+            DataError: one is longer than the learner accepts, or they do not fit an empty buffer.
             ConfigError: the learner was built without replay.
         """
         ...
 
     async def update_replayed(self, num_rollouts: int) -> Update:
-        """One optimizer step on kept rollouts, drawn by the config's law; on all of them, where
-        fewer are there. Its metrics say how many, and what the buffer holds.
+        """Take one optimizer step on kept rollouts, drawn by the config's law.
+
+        On all of them if there are fewer. Its metrics say how many, and what the buffer holds.
 
         Raises:
-            DataError: none is there that is young enough.
-            NonFiniteError: as `update`; the rollouts stay as they were.
+            DataError: no kept rollout is young enough.
+            NonFiniteError: as for `update`; the rollouts stay as they were.
         """
         ...

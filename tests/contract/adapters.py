@@ -2,16 +2,16 @@
 
 import atexit
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import pytest
-import torch
 from torch import Tensor
 
 from qwen3_distill.config import (
     EmbeddedGeneration,
+    EmbeddedScoring,
     EmbeddedTraining,
     FullTuning,
     ObjectiveConfig,
@@ -20,19 +20,24 @@ from qwen3_distill.config import (
     TuningConfig,
 )
 from qwen3_distill.errors import WeightVersionError
-from qwen3_distill.generation.embedded import hosted as embedded_process
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
-from qwen3_distill.generation.embedded.hosted import EmbeddedRolloutProcess
+from qwen3_distill.generation.embedded.hosted import hosted_embedded_engine
+from qwen3_distill.generation.hosted import HostedRolloutEngine
+from qwen3_distill.hosts.host import Host, MakeHost, WorkerSpec
+from qwen3_distill.hosts.process import LocalProcess
 from qwen3_distill.ports import ReplayingLearner, StreamingRolloutEngine, TeacherScorer
-from qwen3_distill.replay.buffer import build_replay
+from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from qwen3_distill.scoring.score_request import SampledRequest, ScoreRequest
-from qwen3_distill.training.embedded.student import EmbeddedLearner
-from qwen3_distill.training.objectives.build import build_objective
+from qwen3_distill.training.embedded.hosted import hosted_embedded_learner
+from qwen3_distill.training.embedded.student import build_embedded_learner
+from qwen3_distill.training.settings import LearnerSettings, Training
 from qwen3_distill.types import WeightVersion
 from qwen3_distill.weights.memory import MemoryChannel
-from tests.contract.builders import run
+from tests.contract.builders import run, with_module
+from tests.contract.pooled_host import PooledHost
 from tests.contract.sglang_adapter import SglangTeacherAdapter
+from tests.contract.socket_host import SocketHost
 from tests.contract.unsloth_adapter import UnslothLearnerAdapter
 from tests.contract.vllm_adapter import VllmEngineAdapter
 from tests.engines import LOGS
@@ -85,8 +90,8 @@ class TeacherAdapter(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnerSettings:
-    """What a learner is built from, whichever engine trains."""
+class LearnerCase:
+    """A learner that a test asks for, whichever engine trains."""
 
     objective: ObjectiveConfig
     teacher_head_VD: Tensor | None = None
@@ -102,6 +107,17 @@ class LearnerSettings:
     total_steps: int = 10
     seed: int = 0
     replay: ReplayConfig | None = None
+
+    def settings(self, model_dir: Path, training: Training) -> LearnerSettings[Training]:
+        return LearnerSettings(
+            model_dir=model_dir,
+            training=training,
+            objective=self.objective,
+            replay=self.replay,
+            total_steps=self.total_steps,
+            seed=self.seed,
+            publish_adapter=self.publish_adapter,
+        )
 
 
 class LearnerAdapter(Protocol):
@@ -119,7 +135,7 @@ class LearnerAdapter(Protocol):
 
     def supports(self, objective: ObjectiveConfig) -> bool: ...
 
-    def build(self, model_dir: Path, settings: LearnerSettings) -> ReplayingLearner: ...
+    def build(self, model_dir: Path, wanted: LearnerCase) -> ReplayingLearner: ...
 
 
 @dataclass(frozen=True)
@@ -135,10 +151,11 @@ class EmbeddedEngineAdapter:
 
 @dataclass
 class EmbeddedProcessAdapter:
-    """The embedded engine in a process of its own; a start takes seconds, so the last are kept."""
+    """The embedded engine in a host; a start takes seconds, so the last are kept."""
 
+    make_host: MakeHost = LocalProcess
     keeps_cache_over_updates: bool = True
-    _kept: dict[tuple[str, int], EmbeddedRolloutProcess] = field(default_factory=dict)
+    _kept: dict[tuple[str, int], HostedRolloutEngine] = field(default_factory=dict)
 
     def build(self, model_dir: Path, *, max_sequences: int = 64) -> StreamingRolloutEngine:
         key = (str(model_dir), max_sequences)
@@ -148,7 +165,7 @@ class EmbeddedProcessAdapter:
         while len(self._kept) >= 3:
             run(self._kept.pop(next(iter(self._kept))).close())
         if engine is None:
-            engine = build_embedded_process(model_dir, max_sequences=max_sequences)
+            engine = build_embedded_process(model_dir, self.make_host, max_sequences=max_sequences)
         self._kept[key] = engine  # the last used stands last
         with contextlib.suppress(WeightVersionError):  # serves nothing from here on
             run(engine.load(WeightVersion(step=0, digest="absent"), MemoryChannel()))
@@ -159,13 +176,17 @@ class EmbeddedProcessAdapter:
             run(self._kept.popitem()[1].close())
 
 
-def build_embedded_process(model_dir: Path, **changes: Any) -> EmbeddedRolloutProcess:
+def build_embedded_process(
+    model_dir: Path, make_host: MakeHost = LocalProcess, **changes: Any
+) -> HostedRolloutEngine:
     """An engine of its own, started. Its steps are slow while a rollout of `LONG` tokens runs."""
     values = {"kind": "embedded", "device": "cpu", "own_process": True, "threads": 1}
-    config = EmbeddedGeneration.model_validate(values | changes)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedded_process, "_MODULE", "tests.contract.slow_embedded_worker")
-        engine = EmbeddedRolloutProcess(model_dir, config, log=LOGS / "rollouts.log")
+    engine = hosted_embedded_engine(
+        model_dir,
+        EmbeddedGeneration.model_validate(values | changes),
+        log=LOGS / "rollouts.log",
+        make_host=with_module("tests.contract.slow_embedded_worker", make_host),
+    )
     run(engine.start())
     return engine
 
@@ -212,43 +233,109 @@ class EmbeddedLearnerAdapter:
     def supports(self, objective: ObjectiveConfig) -> bool:
         return True
 
-    def build(self, model_dir: Path, settings: LearnerSettings) -> ReplayingLearner:
-        head_VD, replay = settings.teacher_head_VD, settings.replay
-        buffer = replay and build_replay(
-            replay, settings.objective, device=torch.device(self.device), seed=settings.seed
+    def build(self, model_dir: Path, wanted: LearnerCase) -> ReplayingLearner:
+        head_VD = wanted.teacher_head_VD
+        return build_embedded_learner(
+            wanted.settings(model_dir, embedded_training(wanted, device=self.device)),
+            teacher_head_VD=None if head_VD is None else head_VD.to(self.device),
         )
-        return EmbeddedLearner(
-            model_dir,
-            config=EmbeddedTraining(
-                kind="embedded",
-                device=self.device,
-                autocast=settings.autocast,
-                tuning=settings.tuning,
-                optimizer=settings.optimizer,
-                micro_batch_tokens=settings.micro_batch_tokens,
-                chunk_tokens=settings.chunk_tokens,
-                gradient_checkpointing=settings.gradient_checkpointing,
-            ),
-            objective=build_objective(
-                settings.objective,
-                teacher_head_VD=None if head_VD is None else head_VD.to(self.device),
-                chunk_tokens=settings.chunk_tokens,
-            ),
-            total_steps=settings.total_steps,
-            seed=settings.seed,
-            publish_adapter=settings.publish_adapter,
-            replay=buffer,
+
+
+def embedded_training(wanted: LearnerCase, **changes: Any) -> EmbeddedTraining:
+    values = {
+        "kind": "embedded",
+        "autocast": wanted.autocast,
+        "tuning": wanted.tuning,
+        "optimizer": wanted.optimizer,
+        "micro_batch_tokens": wanted.micro_batch_tokens,
+        "chunk_tokens": wanted.chunk_tokens,
+        "gradient_checkpointing": wanted.gradient_checkpointing,
+    }
+    return EmbeddedTraining.model_validate(values | changes)
+
+
+# --- On the far side of a TCP socket ------------------------------------------------------------
+
+
+def pooled_over_socket(module: str) -> MakeHost:
+    """A worker that shares a process on the far side with others of its kind."""
+
+    def make(spec: WorkerSpec) -> Host:
+        pool = replace(spec, name=f"{spec.name} pool", module=module)
+        return PooledHost(spec.name, SocketHost, pool)
+
+    return make
+
+
+@dataclass(frozen=True)
+class SocketTeacherAdapter(EmbeddedTeacherAdapter):
+    """The embedded teacher over a `SocketHost`."""
+
+    device: Device = "cpu"
+    pool_module: str = "tests.contract.teacher_pool_worker"
+
+    def build(
+        self,
+        model_dir: Path,
+        request: ScoreRequest = SampledRequest(),  # noqa: B008 - frozen
+        *,
+        batch_tokens: int = 16384,
+        chunk_tokens: int = 1024,
+    ) -> TeacherScorer:
+        config = EmbeddedScoring(
+            kind="embedded",
+            model=str(model_dir),
+            device=self.device,
+            dtype="float32",
+            batch_tokens=batch_tokens,
+            chunk_tokens=chunk_tokens,
+            own_process=True,
+            threads=1,
         )
+        teacher = hosted_embedded_teacher(
+            config,
+            request=request,
+            log=LOGS / "far-teacher.log",
+            make_host=pooled_over_socket(self.pool_module),
+        )
+        run(teacher.start())
+        return teacher
+
+
+@dataclass(frozen=True)
+class SocketLearnerAdapter(EmbeddedLearnerAdapter):
+    """The embedded learner over a `SocketHost`."""
+
+    device: Device = "cpu"
+    pool_module: str = "tests.contract.learner_pool_worker"
+
+    def supports(self, objective: ObjectiveConfig) -> bool:
+        """Objectives over the teacher's hidden states stay in one process."""
+        if objective.kind == "sampled_reverse_kl":
+            return objective.kl_baseline.kind != "full"
+        return objective.kind != "full"
+
+    def build(self, model_dir: Path, wanted: LearnerCase) -> ReplayingLearner:
+        training = embedded_training(wanted, device="cpu", own_process=True, threads=1)
+        learner = hosted_embedded_learner(
+            wanted.settings(model_dir, training),
+            log=LOGS / "far-learner.log",
+            make_host=pooled_over_socket(self.pool_module),
+        )
+        run(learner.start())
+        return learner
 
 
 ENGINES = [
     pytest.param(EmbeddedEngineAdapter("cpu"), id="embedded"),
     pytest.param(EmbeddedProcessAdapter(), id="embedded_process"),
+    pytest.param(EmbeddedProcessAdapter(SocketHost), id="embedded_over_socket"),
     pytest.param(EmbeddedEngineAdapter("cuda"), id="embedded_cuda", marks=pytest.mark.gpu),
     pytest.param(VllmEngineAdapter(), id="vllm", marks=pytest.mark.vllm),
 ]
 TEACHERS = [
     pytest.param(EmbeddedTeacherAdapter("cpu"), id="embedded"),
+    pytest.param(SocketTeacherAdapter(), id="embedded_over_socket"),
     pytest.param(EmbeddedTeacherAdapter("cuda"), id="embedded_cuda", marks=pytest.mark.gpu),
     pytest.param(SglangTeacherAdapter("stand_in"), id="sglang_stand_in"),
     pytest.param(SglangTeacherAdapter("real"), id="sglang", marks=pytest.mark.sglang),
@@ -260,6 +347,7 @@ TEACHERS = [
 ]
 LEARNERS = [
     pytest.param(EmbeddedLearnerAdapter("cpu"), id="embedded"),
+    pytest.param(SocketLearnerAdapter(), id="embedded_over_socket"),
     pytest.param(EmbeddedLearnerAdapter("cuda"), id="embedded_cuda", marks=pytest.mark.gpu),
     pytest.param(UnslothLearnerAdapter(), id="unsloth", marks=pytest.mark.unsloth),
 ]

@@ -4,13 +4,16 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qwen3_distill.hosts.host import Host, MakeHost
+from qwen3_distill.hosts.process import LocalProcess
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_model
 from qwen3_distill.ports import (
@@ -37,6 +40,26 @@ from qwen3_distill.weights.memory import MemoryChannel
 from tests.tiny_models import EOS_ID
 
 T = TypeVar("T")
+
+
+class Hosted(Protocol):
+    """An engine in a host."""
+
+    @property
+    def host(self) -> Host: ...
+
+
+def pid_of(hosted: Hosted) -> int:
+    """Leader of the process group that an engine's worker is in."""
+    pid = getattr(hosted.host, "pid", None)
+    assert isinstance(pid, int)
+    return pid
+
+
+def with_module(module: str, make_host: MakeHost = LocalProcess) -> MakeHost:
+    """Makes hosts that run another worker, a module of these tests."""
+    return lambda spec: make_host(replace(spec, module=module))
+
 
 VERSION = WeightVersion(step=0, digest="synthetic")
 

@@ -2,7 +2,7 @@
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from qwen3_distill.generation.vllm.worker import AsyncLLM, VllmWorker
-from qwen3_distill.hosts.process import serve_worker
+from qwen3_distill.hosts.serve import serve_worker
 
 if __name__ == "__main__":
     for owner in AsyncLLM.__mro__:  # its protocol names the method too

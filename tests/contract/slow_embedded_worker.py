@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from qwen3_distill.generation.embedded.decode_batch import DecodeBatch, DecodeRow
 from qwen3_distill.generation.embedded.worker import EmbeddedRolloutWorker
-from qwen3_distill.hosts.process import serve_worker
+from qwen3_distill.hosts.serve import serve_worker
 from tests.contract.builders import LONG, SLOW_STEP_S
 
 

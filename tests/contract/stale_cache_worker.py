@@ -5,7 +5,7 @@ rollouts find in it what older weights computed."""
 from typing import Any
 
 from qwen3_distill.generation.vllm.worker import VllmWorker, compat
-from qwen3_distill.hosts.process import serve_worker
+from qwen3_distill.hosts.serve import serve_worker
 from qwen3_distill.ports import WeightChannel
 from qwen3_distill.types import WeightVersion
 

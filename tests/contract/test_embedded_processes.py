@@ -27,13 +27,15 @@ from qwen3_distill.errors import (
     LearnerLost,
     WeightVersionError,
 )
-from qwen3_distill.generation.embedded.hosted import EmbeddedRolloutProcess
+from qwen3_distill.generation.embedded.hosted import hosted_embedded_engine
+from qwen3_distill.generation.hosted import HostedRolloutEngine
 from qwen3_distill.ports import FullWeights
-from qwen3_distill.scoring.embedded.hosted import EmbeddedTeacherProcess
+from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from qwen3_distill.scoring.score_request import SampledRequest
-from qwen3_distill.training.embedded.hosted import EmbeddedLearnerProcess
+from qwen3_distill.training.embedded.hosted import hosted_embedded_learner
 from qwen3_distill.training.embedded.student import build_embedded_learner
+from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.types import Batch, Rollout, ScoredRollout
 from qwen3_distill.weights.directory import DirectoryChannel
 from qwen3_distill.weights.memory import MemoryChannel
@@ -46,6 +48,7 @@ from tests.contract.builders import (
     generate,
     jobs_of,
     long_requests,
+    pid_of,
     published,
     ragged_requests,
     run,
@@ -53,6 +56,7 @@ from tests.contract.builders import (
     serve,
     synthetic_rollout,
 )
+from tests.contract.socket_host import SocketHost
 from tests.engines import LOGS
 from tests.tiny_models import CONTEXT_LENGTH, TinyModels
 
@@ -74,7 +78,7 @@ STRIKES = pytest.mark.parametrize("strike", [kill_group, stop_group])
 
 
 @pytest.fixture(scope="module")
-def shared(tiny_models: TinyModels) -> Iterator[EmbeddedRolloutProcess]:
+def shared(tiny_models: TinyModels) -> Iterator[HostedRolloutEngine]:
     built = build_embedded_process(tiny_models.student, max_restarts=1000, hang_timeout_s=8.0)
     yield built
     run(built.close())
@@ -86,15 +90,10 @@ def weights(tiny_models: TinyModels) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def engine(shared: EmbeddedRolloutProcess, weights: dict[str, Tensor]) -> EmbeddedRolloutProcess:
+def engine(shared: HostedRolloutEngine, weights: dict[str, Tensor]) -> HostedRolloutEngine:
     """Serves `weights`; it may be struck."""
     serve(shared, weights)
     return shared
-
-
-def pid_of(engine: EmbeddedRolloutProcess) -> int:
-    assert engine.pid is not None
-    return engine.pid
 
 
 def by_id(rollouts: list[Rollout]) -> dict[str, list[int]]:
@@ -104,7 +103,7 @@ def by_id(rollouts: list[Rollout]) -> dict[str, list[int]]:
 
 @STRIKES
 def test_calls_under_way_get_every_rollout_once_though_the_process_is_lost(
-    engine: EmbeddedRolloutProcess, strike: Strike
+    engine: HostedRolloutEngine, strike: Strike
 ) -> None:
     requests = [*ragged_requests(20, max_new_tokens=2), *long_requests(8, new_tokens=LONG)]
     others = [replace(request, rollout_id=f"other/{request.rollout_id}") for request in requests]
@@ -125,25 +124,25 @@ def test_calls_under_way_get_every_rollout_once_though_the_process_is_lost(
 
 
 def test_what_was_aborted_does_not_come_back_with_the_process(
-    engine: EmbeddedRolloutProcess,
+    engine: HostedRolloutEngine,
 ) -> None:
     async def abort_and_kill() -> list[Rollout]:
         call, _ = await collecting_when(
             engine, long_requests(3, new_tokens=LONG), lambda seen: len(seen) == 3
         )
         await engine.abort(["long1"])
-        engine.kill()
+        engine.host.kill()
         return await call
 
     assert sorted(by_id(run(abort_and_kill()))) == ["long0", "long2"]
 
 
 def test_an_engine_that_was_paused_is_paused_when_it_comes_back(
-    engine: EmbeddedRolloutProcess,
+    engine: HostedRolloutEngine,
 ) -> None:
     async def pause_and_kill() -> list[Rollout]:
         await engine.pause()
-        engine.kill()
+        engine.host.kill()
         call = asyncio.create_task(collect(engine, ragged_requests(3)))
         assert await engine.prefixes() == []  # it is back
         await asyncio.sleep(0.3)
@@ -155,7 +154,7 @@ def test_an_engine_that_was_paused_is_paused_when_it_comes_back(
 
 
 def test_a_version_that_was_being_loaded_is_served_after_the_death(
-    engine: EmbeddedRolloutProcess, weights: dict[str, Tensor], tmp_path: Path
+    engine: HostedRolloutEngine, weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
     new = {name: tensor * 1.01 for name, tensor in weights.items()}
     version, _ = published(new, step=1)
@@ -169,7 +168,7 @@ def test_a_version_that_was_being_loaded_is_served_after_the_death(
         os.killpg(pid_of(engine), signal.SIGSTOP)
         loading = asyncio.create_task(engine.load(version, channel))
         await asyncio.sleep(0.1)
-        engine.kill()
+        engine.host.kill()
         await loading
         return await call
 
@@ -180,7 +179,7 @@ def test_a_version_that_was_being_loaded_is_served_after_the_death(
 
 
 def test_rollouts_wait_for_the_version_that_has_taken_the_place_of_theirs(
-    engine: EmbeddedRolloutProcess,
+    engine: HostedRolloutEngine,
     weights: dict[str, Tensor],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -192,7 +191,7 @@ def test_rollouts_wait_for_the_version_that_has_taken_the_place_of_theirs(
     second, _ = published(new, step=1)
     channel = DirectoryChannel(tmp_path)
     channel.publish(first, FullWeights(tensors=weights))
-    ask_worker, loading = engine.worker.call, list[asyncio.Task[None]]()
+    ask_worker, loading = engine.host.call, list[asyncio.Task[None]]()
 
     async def publish_before(method: str, *arguments: Any, **settings: Any) -> Any:
         if method == "load" and not loading:
@@ -207,8 +206,8 @@ def test_rollouts_wait_for_the_version_that_has_taken_the_place_of_theirs(
         call, _ = await collecting_when(
             engine, long_requests(4, new_tokens=LONG), lambda seen: len(seen) == 4
         )
-        monkeypatch.setattr(engine.worker, "call", publish_before)
-        engine.kill()
+        monkeypatch.setattr(engine.host, "call", publish_before)
+        engine.host.kill()
         rollouts = await call
         await loading[0]
         return rollouts
@@ -220,7 +219,7 @@ def test_rollouts_wait_for_the_version_that_has_taken_the_place_of_theirs(
 
 
 def test_a_version_that_cannot_be_loaded_by_the_process_that_came_back_is_an_error(
-    engine: EmbeddedRolloutProcess, weights: dict[str, Tensor], tmp_path: Path
+    engine: HostedRolloutEngine, weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
     version, _ = published(weights, step=1)
     channel = DirectoryChannel(tmp_path)
@@ -231,7 +230,7 @@ def test_a_version_that_cannot_be_loaded_by_the_process_that_came_back_is_an_err
         loading = asyncio.create_task(engine.load(version, channel))
         await asyncio.sleep(0.1)
         shutil.rmtree(channel.locate(version))
-        engine.kill()
+        engine.host.kill()
         await loading
 
     with pytest.raises(WeightVersionError, match="does not hold"):
@@ -241,7 +240,7 @@ def test_a_version_that_cannot_be_loaded_by_the_process_that_came_back_is_an_err
 
 
 def test_a_request_made_during_a_load_waits_for_it(
-    engine: EmbeddedRolloutProcess, weights: dict[str, Tensor]
+    engine: HostedRolloutEngine, weights: dict[str, Tensor]
 ) -> None:
     version, channel = published({name: t * 1.01 for name, t in weights.items()}, step=1)
 
@@ -255,21 +254,44 @@ def test_a_request_made_during_a_load_waits_for_it(
     assert {rollout.oldest_version for rollout in run(ask_under_the_load())} == {version}
 
 
-def test_a_death_while_it_comes_back_is_one_more_restart(engine: EmbeddedRolloutProcess) -> None:
+def test_a_death_while_it_comes_back_is_one_more_restart(engine: HostedRolloutEngine) -> None:
     restarts = engine.counters["health/rollout_engine_restarts"]
 
     async def kill_twice() -> list[Rollout]:
         first = pid_of(engine)
-        engine.kill()
+        engine.host.kill()
         call = asyncio.create_task(collect(engine, ragged_requests(3)))
         while pid_of(engine) == first:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)
-        engine.kill()  # it has not even connected
+        engine.host.kill()  # it has not even connected
         return await call
 
     assert len(run(kill_twice())) == 3
     assert engine.counters["health/rollout_engine_restarts"] == restarts + 2
+
+
+@STRIKES
+def test_a_worker_on_the_far_side_that_is_lost_comes_back(
+    tiny_models: TinyModels, weights: dict[str, Tensor], strike: Strike
+) -> None:
+    """The same recovery over a host that is no local process."""
+    engine = build_embedded_process(tiny_models.student, SocketHost, hang_timeout_s=8.0)
+    requests = long_requests(4, new_tokens=LONG)
+
+    async def strike_under_way() -> list[Rollout]:
+        call, _ = await collecting_when(engine, requests, lambda seen: len(seen) == 4)
+        strike(pid_of(engine))
+        return await call
+
+    try:
+        version = serve(engine, weights)
+        expected = by_id(generate(engine, requests))
+        assert by_id(run(strike_under_way())) == expected
+        assert engine.version == version
+        assert engine.counters == {"health/rollout_engine_restarts": 1}
+    finally:
+        run(engine.close())
 
 
 def test_an_engine_that_dies_too_often_is_given_up(
@@ -277,7 +299,7 @@ def test_an_engine_that_dies_too_often_is_given_up(
 ) -> None:
     engine = build_embedded_process(tiny_models.student, max_restarts=0)
     serve(engine, weights)
-    engine.kill()
+    engine.host.kill()
     with pytest.raises(EngineLost, match="embedded rollout engine died"):
         generate(engine, ragged_requests(2))
     run(engine.close())
@@ -285,11 +307,11 @@ def test_an_engine_that_dies_too_often_is_given_up(
 
 def test_asking_a_closed_engine_does_not_start_it(tiny_models: TinyModels) -> None:
     config = EmbeddedGeneration(kind="embedded", device="cpu", own_process=True)
-    engine = EmbeddedRolloutProcess(tiny_models.student, config, log=LOGS / "closed.log")
+    engine = hosted_embedded_engine(tiny_models.student, config, log=LOGS / "closed.log")
     run(engine.close())
     with pytest.raises(EngineLost, match="not running: start it first"):
         run(engine.prefixes())
-    assert engine.pid is None
+    assert not engine.host.is_running
 
 
 # --- Scores -------------------------------------------------------------------------------------
@@ -316,7 +338,7 @@ def test_a_teacher_that_is_lost_scores_again_as_the_one_here(
         threads=1,
         hang_timeout_s=8.0,
     )
-    teacher = EmbeddedTeacherProcess(config, request=SampledRequest(), log=LOGS / "teacher.log")
+    teacher = hosted_embedded_teacher(config, request=SampledRequest(), log=LOGS / "teacher.log")
     rollouts = [synthetic_rollout(5, 40, seed) for seed in range(600)]
     expected = scores_of(here, rollouts)
     with pytest.raises(EngineError, match="start it first"):
@@ -326,8 +348,7 @@ def test_a_teacher_that_is_lost_scores_again_as_the_one_here(
         parts = (jobs_of(rollouts), jobs_of(rollouts[:9]))
         calls = [asyncio.create_task(teacher.score(part)) for part in parts]
         await asyncio.sleep(0.05)
-        assert teacher.worker.pid is not None
-        strike(teacher.worker.pid)
+        strike(pid_of(teacher))
         return [score for call in calls for score in await call]
 
     try:
@@ -351,20 +372,17 @@ def test_a_teacher_that_is_lost_scores_again_as_the_one_here(
 def test_a_lost_learner_goes_on_from_its_state_as_the_one_here(
     tiny_models: TinyModels, tmp_path: Path, strike: Strike
 ) -> None:
-    config = EmbeddedTraining(
-        kind="embedded", device="cpu", own_process=True, threads=1, hang_timeout_s=8.0
+    settings = LearnerSettings(
+        model_dir=tiny_models.student,
+        training=EmbeddedTraining(
+            kind="embedded", device="cpu", own_process=True, threads=1, hang_timeout_s=8.0
+        ),
+        objective=SampledReverseKL(kind="sampled_reverse_kl"),
+        total_steps=10,
+        seed=0,
     )
-    objective = SampledReverseKL(kind="sampled_reverse_kl")
-    settings: dict[str, Any] = {
-        "replay": None,
-        "total_steps": 10,
-        "seed": 0,
-        "publish_adapter": False,
-    }
-    here = build_embedded_learner(tiny_models.student, config, objective, **settings)
-    learner = EmbeddedLearnerProcess(
-        tiny_models.student, config, objective=objective, log=LOGS / "learner.log", **settings
-    )
+    here = build_embedded_learner(settings)
+    learner = hosted_embedded_learner(settings, log=LOGS / "learner.log")
     teacher = EmbeddedTeacher(
         tiny_models.teacher,
         request=SampledRequest(),
@@ -381,9 +399,7 @@ def test_a_lost_learner_goes_on_from_its_state_as_the_one_here(
     async def strike_under_way() -> None:
         updating = asyncio.create_task(learner.update(long))  # still steps when it is struck
         await asyncio.sleep(0.02)
-        assert learner.worker is not None
-        assert learner.worker.pid is not None
-        strike(learner.worker.pid)
+        strike(pid_of(learner))
         await updating
 
     try:

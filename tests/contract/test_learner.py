@@ -51,7 +51,7 @@ from tests.contract.adapters import (
     LEARNERS,
     EmbeddedLearnerAdapter,
     LearnerAdapter,
-    LearnerSettings,
+    LearnerCase,
 )
 from tests.contract.builders import generate, ragged_requests, run, synthetic_rollout
 from tests.contract.reference import (
@@ -137,7 +137,7 @@ class Bench:
             pytest.skip("this learner cannot have the teacher's hidden states")
         return adapter.build(
             self.student_dir,
-            LearnerSettings(
+            LearnerCase(
                 objective=objective,
                 teacher_head_VD=self.teacher_head_VD,
                 optimizer=optimizer,

@@ -20,11 +20,13 @@ from qwen3_distill.hosts.child import engine_environment
 from qwen3_distill.modeling.shapes import read_shape
 from qwen3_distill.modeling.step_memory import GIB, Checkpointing, MemoryModel
 from qwen3_distill.ports import FullWeights, LoraWeights
-from qwen3_distill.training.unsloth.learner import UnslothLearner
+from qwen3_distill.training.hosted import HostedLearner
+from qwen3_distill.training.settings import LearnerSettings
+from qwen3_distill.training.unsloth.learner import unsloth_environment
 from qwen3_distill.types import Batch, Update
 from qwen3_distill.weights.directory import DirectoryChannel
 from qwen3_distill.weights.memory import MemoryChannel
-from tests.contract.adapters import EmbeddedLearnerAdapter, LearnerAdapter, LearnerSettings
+from tests.contract.adapters import EmbeddedLearnerAdapter, LearnerAdapter, LearnerCase
 from tests.contract.builders import run, synthetic_rollout
 from tests.contract.reference import reference_model
 from tests.contract.test_learner import (
@@ -42,9 +44,9 @@ from tests.contract.test_learner import (
     weights_of,
 )
 from tests.contract.unsloth_adapter import (
-    PooledUnslothLearner,
     UnslothLearnerAdapter,
     own_process,
+    pooled_learner,
     unsloth_config,
 )
 from tests.engines import INSTALLED
@@ -65,9 +67,9 @@ def bench(tiny_models: TinyModels) -> Bench:
     )
 
 
-def settings_of(tuning: TuningConfig = LORA, **changes: Any) -> LearnerSettings:
+def settings_of(tuning: TuningConfig = LORA, **changes: Any) -> LearnerCase:
     values: dict[str, Any] = {"publish_adapter": tuning.kind == "lora", "optimizer": SMOOTH}
-    return LearnerSettings(objective=sampled(), tuning=tuning, **(values | changes))
+    return LearnerCase(objective=sampled(), tuning=tuning, **(values | changes))
 
 
 # --- The same numbers ---------------------------------------------------------------------------
@@ -75,8 +77,8 @@ def settings_of(tuning: TuningConfig = LORA, **changes: Any) -> LearnerSettings:
 
 def assert_same_step(
     bench: Bench,
-    one: tuple[LearnerAdapter, LearnerSettings],
-    other: tuple[LearnerAdapter, LearnerSettings],
+    one: tuple[LearnerAdapter, LearnerCase],
+    other: tuple[LearnerAdapter, LearnerCase],
     batch: Batch,
 ) -> None:
     """From identical weights, two learners take the same two steps."""
@@ -199,17 +201,17 @@ def test_a_bfloat16_base_takes_nearly_the_float32_step(bench: Bench, tmp_path: P
 
 def pooled(
     model_dir: Path, memory_bytes: int | None = None, tuning: TuningConfig = LORA, **changes: Any
-) -> UnslothLearner:
-    learner = PooledUnslothLearner(
-        model_dir,
-        unsloth_config(tuning=tuning, optimizer=SMOOTH, **changes),
+) -> HostedLearner:
+    settings = LearnerSettings(
+        model_dir=model_dir,
+        training=unsloth_config(tuning=tuning, optimizer=SMOOTH, **changes),
         objective=sampled(),
         total_steps=10,
         seed=0,
         publish_adapter=tuning.kind == "lora",
         memory_bytes=memory_bytes,
-        log=Path(os.devnull),
     )
+    learner = pooled_learner(settings, Path(os.devnull))
     run(learner.start())
     return learner
 
@@ -307,7 +309,7 @@ def test_an_environment_without_the_right_unsloth_is_named(
     )
     with pytest.raises(EngineStartError, match=message):
         run(learner.start())
-    assert learner.worker is None
+    assert not learner.host.is_running
     with pytest.raises(EngineError, match="start it first"):
         _ = learner.version
     run(learner.close())
@@ -318,7 +320,7 @@ def test_an_environment_without_the_right_unsloth_is_named(
 
 @dataclass(frozen=True)
 class OwnProcess:
-    learner: UnslothLearner
+    learner: HostedLearner
     log: Path
     directory: Path
     """Working directory of the controller when the process was started."""
@@ -377,8 +379,7 @@ def test_a_killed_learner_is_lost_and_goes_on_from_its_state(
 
     async def killed_in_a_step() -> None:
         pending = learner.update(batch)
-        assert learner.worker is not None
-        learner.worker.kill()
+        learner.host.kill()
         await pending
 
     with pytest.raises(EngineLost, match="unsloth learner"):
@@ -402,7 +403,7 @@ def test_a_start_that_takes_too_long_is_an_error_and_leaves_no_process(
     learner = own_process(bench.student_dir, tmp_path / "log", settings_of(), start_timeout_s=0.5)
     with pytest.raises(EngineStartError, match=r"(no answer to open|did not start) within 0.5 s"):
         run(learner.start())
-    assert learner.worker is None
+    assert not learner.host.is_running
 
 
 @pytest.mark.parametrize(
@@ -412,18 +413,17 @@ def test_a_start_that_takes_too_long_is_an_error_and_leaves_no_process(
 def test_expandable_segments_are_off_where_weights_may_be_lent(
     tiny_models: TinyModels, tuning: TuningConfig, publish_adapter: bool, lends: bool
 ) -> None:
-    settings = settings_of(tuning, publish_adapter=publish_adapter)
-    learner = own_process(tiny_models.student, Path(os.devnull), settings)
-    environment = engine_environment(learner.environment(Path("/scratch")))
+    wanted = settings_of(tuning, publish_adapter=publish_adapter)
+
+    def environment_of(**changes: Any) -> dict[str, str]:
+        training = unsloth_config(tuning=wanted.tuning, optimizer=wanted.optimizer, **changes)
+        return unsloth_environment(wanted.settings(tiny_models.student, training), Path("/scratch"))
+
+    environment = engine_environment(environment_of())
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         assert (environment.get(name) == "expandable_segments:False") == lends
-    changed = own_process(
-        tiny_models.student,
-        Path(os.devnull),
-        settings,
-        environment={"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"},
-    )
-    assert changed.environment(Path("/scratch"))["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"
+    changed = environment_of(environment={"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"})
+    assert changed["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"
 
 
 def test_full_weights_are_still_published_whole(bench: Bench) -> None:

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from qwen3_distill.config import LoraTuning
 from qwen3_distill.errors import EngineLost, EngineStartError, WeightVersionError
-from qwen3_distill.generation.vllm import engine as vllm_module
-from qwen3_distill.generation.vllm.engine import VllmRolloutEngine
+from qwen3_distill.generation.hosted import HostedRolloutEngine
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.ports import LoraWeights
 from qwen3_distill.types import Rollout, RolloutRequest, WeightVersion
@@ -32,10 +31,12 @@ from tests.contract.builders import (
     make_prompt,
     make_request,
     make_spec,
+    pid_of,
     published,
     ragged_requests,
     run,
     serve,
+    with_module,
 )
 from tests.contract.reference import (
     behavior_logprobs,
@@ -89,7 +90,7 @@ def merged(base: Mapping[str, Tensor], adapter: LoraWeights) -> dict[str, Tensor
 
 
 def serve_adapter(
-    engine: VllmRolloutEngine, channel: DirectoryChannel, adapter: LoraWeights, step: int
+    engine: HostedRolloutEngine, channel: DirectoryChannel, adapter: LoraWeights, step: int
 ) -> WeightVersion:
     version = WeightVersion(step=step, digest=weights_digest(adapter.tensors))
     channel.publish(version, adapter)
@@ -113,10 +114,14 @@ def base(tiny_models: TinyModels) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_models: TinyModels) -> Iterator[VllmRolloutEngine]:
+def engine(tiny_models: TinyModels) -> Iterator[HostedRolloutEngine]:
     """Serves adapters, on a GPU from CUDA graphs; tests may leave any version in it."""
     built = build_vllm(
-        tiny_models.student, lora=LORA, dtype=ADAPTER_DTYPE, enforce_eager=not ON_GPU
+        tiny_models.student,
+        lora=LORA,
+        make_host=with_module("tests.contract.probed_vllm_worker"),
+        dtype=ADAPTER_DTYPE,
+        enforce_eager=not ON_GPU,
     )
     yield built
     run(built.close())
@@ -127,17 +132,11 @@ def channel(tmp_path: Path) -> DirectoryChannel:
     return DirectoryChannel(tmp_path)
 
 
-def of_worker(monkeypatch: pytest.MonkeyPatch, module: str) -> dict[str, str]:
-    """The environment of an engine with another worker, a module of these tests."""
-    monkeypatch.setattr(vllm_module, "_MODULE", module)
-    return environment_with_tests()
-
-
 # --- Adapter swaps ------------------------------------------------------------------------------
 
 
 def test_each_swap_is_sampled_from_at_once_with_long_cached_prompts(
-    engine: VllmRolloutEngine,
+    engine: HostedRolloutEngine,
     channel: DirectoryChannel,
     base: dict[str, Tensor],
     tiny_models: TinyModels,
@@ -155,7 +154,7 @@ def test_each_swap_is_sampled_from_at_once_with_long_cached_prompts(
 
 
 def test_the_first_token_after_a_swap_has_the_new_weights_logprob(
-    engine: VllmRolloutEngine,
+    engine: HostedRolloutEngine,
     channel: DirectoryChannel,
     base: dict[str, Tensor],
     tiny_models: TinyModels,
@@ -165,12 +164,12 @@ def test_the_first_token_after_a_swap_has_the_new_weights_logprob(
     for step in range(2):
         adapter = adapter_weights(base, seed=20 + step)
         serve_adapter(engine, channel, adapter, step)
-        seen = run(engine.prompt_logprobs(probe))
+        seen = run(engine.host.call("prompt_logprobs", probe, timeout_s=60.0))
         model = reference_model(tiny_models.student, merged(base, adapter))
         with torch.no_grad():
             logprobs = torch.log_softmax(model(torch.tensor([probe])).logits[0], dim=-1)
         wanted = [float(logprobs[i, token]) for i, token in enumerate(probe[1:])]
-        assert np.abs(np.array(seen) - np.array(wanted)).max() < PARITY_NATS
+        assert np.abs(seen - np.array(wanted)).max() < PARITY_NATS
 
 
 @pytest.mark.parametrize("keep_cache", [False, True], ids=["cleared", "stale"])
@@ -178,16 +177,18 @@ def test_a_stale_prefix_cache_would_fail_the_parity_check(
     tiny_models: TinyModels,
     channel: DirectoryChannel,
     base: dict[str, Tensor],
-    engine: VllmRolloutEngine,
-    monkeypatch: pytest.MonkeyPatch,
+    engine: HostedRolloutEngine,
     keep_cache: bool,
 ) -> None:
     """The negative control: a worker that forgets to clear the cache is caught by the check."""
     tested = engine
     if keep_cache:
-        environment = of_worker(monkeypatch, "tests.contract.stale_cache_worker")
         tested = build_vllm(
-            tiny_models.student, lora=LORA, dtype=ADAPTER_DTYPE, environment=environment
+            tiny_models.student,
+            lora=LORA,
+            make_host=with_module("tests.contract.stale_cache_worker"),
+            dtype=ADAPTER_DTYPE,
+            environment=environment_with_tests(),
         )
     try:
         worst = 0.0
@@ -204,7 +205,7 @@ def test_a_stale_prefix_cache_would_fail_the_parity_check(
 
 @pytest.mark.parametrize("keeps_cache", [True, False], ids=["keep", "recompute"])
 def test_running_rollouts_go_on_with_the_new_weights_and_every_token_names_its_version(
-    engine: VllmRolloutEngine,
+    engine: HostedRolloutEngine,
     channel: DirectoryChannel,
     base: dict[str, Tensor],
     tiny_models: TinyModels,
@@ -257,7 +258,7 @@ def test_running_rollouts_go_on_with_the_new_weights_and_every_token_names_its_v
 
 
 def test_more_prompt_tokens_than_a_step_takes_are_no_trouble(
-    engine: VllmRolloutEngine,
+    engine: HostedRolloutEngine,
     channel: DirectoryChannel,
     base: dict[str, Tensor],
     tiny_models: TinyModels,
@@ -278,7 +279,7 @@ def test_more_prompt_tokens_than_a_step_takes_are_no_trouble(
 
 
 def test_whole_weights_and_foreign_adapters_are_refused_by_an_engine_of_adapters(
-    engine: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
+    engine: HostedRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
 ) -> None:
     good = adapter_weights(base, seed=1)
     version, memory = published(base)
@@ -301,7 +302,7 @@ def test_whole_weights_and_foreign_adapters_are_refused_by_an_engine_of_adapters
 
 
 def test_an_adapter_that_is_not_its_version_is_refused(
-    engine: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
+    engine: HostedRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
 ) -> None:
     forged = WeightVersion(step=1, digest="0123456789abcdef")
     channel.publish(forged, adapter_weights(base, seed=1))
@@ -313,7 +314,7 @@ def test_an_adapter_that_is_not_its_version_is_refused(
 
 
 def test_a_killed_engine_comes_back_and_no_rollout_is_lost_or_doubled(
-    engine: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
+    engine: HostedRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
 ) -> None:
     serve_adapter(engine, channel, adapter_weights(base, seed=1), 0)
     requests = [*ragged_requests(20, max_new_tokens=2), *cached_requests(8, new_tokens=LONG)]
@@ -323,7 +324,7 @@ def test_a_killed_engine_comes_back_and_no_rollout_is_lost_or_doubled(
         collecting, _ = await collecting_when(  # the short ones have come, the others are under way
             engine, requests, lambda seen: len(seen) == 8 and longest(seen) < LONG / 2
         )
-        engine.kill()
+        engine.host.kill()
         return await collecting
 
     rollouts = run(kill_under_way())
@@ -335,11 +336,11 @@ def test_a_killed_engine_comes_back_and_no_rollout_is_lost_or_doubled(
         if not ON_GPU:  # in bfloat16 another batch may sample another token
             assert again.response_ids.tolist() == rollout.response_ids.tolist()
     assert engine.counters["health/rollout_engine_restarts"] == 1
-    assert live_processes(engine.pid)
+    assert live_processes(pid_of(engine))
 
 
 @pytest.fixture(scope="module")
-def split(tiny_models: TinyModels) -> Iterator[VllmRolloutEngine]:
+def split(tiny_models: TinyModels) -> Iterator[HostedRolloutEngine]:
     """Serves adapters; the model has a process beside the scheduler's, as always on a GPU."""
     arguments = {**vllm_config().engine_arguments, "distributed_executor_backend": "mp"}
     built = build_vllm(
@@ -351,12 +352,12 @@ def split(tiny_models: TinyModels) -> Iterator[VllmRolloutEngine]:
 
 @pytest.mark.parametrize("title", ["VLLM::EngineCore", "VLLM::Worker"])
 def test_a_process_that_dies_alone_is_noticed_by_a_load(
-    split: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor], title: str
+    split: HostedRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor], title: str
 ) -> None:
     """vLLM leaves a call to a dead engine core unanswered; the system kills the largest process."""
     serve_adapter(split, channel, adapter_weights(base, seed=1), 0)
     before = split.counters["health/rollout_engine_restarts"]
-    os.kill(process_of(split.pid, title), signal.SIGKILL)
+    os.kill(process_of(pid_of(split), title), signal.SIGKILL)
     version = serve_adapter(split, channel, adapter_weights(base, seed=2), 1)
     assert split.version == version
     assert split.counters["health/rollout_engine_restarts"] == before + 1
@@ -364,7 +365,7 @@ def test_a_process_that_dies_alone_is_noticed_by_a_load(
 
 
 def test_no_rollout_is_lost_when_the_model_s_process_dies_alone(
-    split: VllmRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
+    split: HostedRolloutEngine, channel: DirectoryChannel, base: dict[str, Tensor]
 ) -> None:
     serve_adapter(split, channel, adapter_weights(base, seed=1), 0)
     requests = cached_requests(8, new_tokens=LONG)
@@ -373,7 +374,7 @@ def test_no_rollout_is_lost_when_the_model_s_process_dies_alone(
         collecting, _ = await collecting_when(
             split, requests, lambda seen: len(seen) == 8 and longest(seen) < LONG / 2
         )
-        os.kill(process_of(split.pid, "VLLM::Worker"), signal.SIGKILL)
+        os.kill(process_of(pid_of(split), "VLLM::Worker"), signal.SIGKILL)
         return await collecting
 
     rollouts = run(kill_under_way())
@@ -394,12 +395,12 @@ def test_an_engine_that_dies_too_often_is_given_up(
     engine = build_vllm(tiny_models.student, max_restarts=0)
     try:
         serve(engine, base)
-        engine.kill()
+        engine.host.kill()
         with pytest.raises(EngineLost):
             generate(engine, ragged_requests(2))
     finally:
         run(engine.close())
-    assert all_gone(engine.pid)
+    assert all_gone(pid_of(engine))
 
 
 def live_processes(group: int | None) -> list[str]:
@@ -427,15 +428,15 @@ def test_no_process_outlives_a_controller_that_was_killed(
         import asyncio, sys, time
         from pathlib import Path
         from qwen3_distill.config import VllmGeneration
-        from qwen3_distill.generation.vllm.engine import VllmRolloutEngine
+        from qwen3_distill.generation.vllm.engine import vllm_engine
 
         async def main():
             config = VllmGeneration.model_validate_json(sys.argv[1])
-            engine = VllmRolloutEngine(
+            engine = vllm_engine(
                 sys.argv[2], config, lora=None, kv_cache_bytes=64 << 20, log=Path(sys.argv[3])
             )
             await engine.start()
-            print(engine.pid, flush=True)
+            print(engine.host.pid, flush=True)
             await asyncio.sleep(600)
 
         asyncio.run(main())
@@ -460,7 +461,9 @@ def test_no_process_outlives_a_controller_that_was_killed(
 
 
 def test_an_interpreter_without_vllm_is_named_with_the_remedy(tiny_models: TinyModels) -> None:
-    with pytest.raises(EngineStartError, match=r"not installed for .*environment.py vllm-cuda"):
+    with pytest.raises(
+        EngineStartError, match=r"not installed for .*environments/make.py vllm-cuda"
+    ):
         build_vllm(tiny_models.student, python=sys.executable, environment={})
 
 
@@ -478,12 +481,10 @@ def test_adapters_in_float32_are_refused_on_a_gpu(tiny_models: TinyModels) -> No
         build_vllm(tiny_models.student, lora=LORA, dtype="float32")
 
 
-def test_a_version_that_lacks_what_is_needed_is_named(
-    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    environment = of_worker(monkeypatch, "tests.contract.old_version_worker")
+def test_a_version_that_lacks_what_is_needed_is_named(tiny_models: TinyModels) -> None:
+    old = with_module("tests.contract.old_version_worker")
     with pytest.raises(EngineStartError, match=r"its engine has no pause_generation; use one of"):
-        build_vllm(tiny_models.student, environment=environment)
+        build_vllm(tiny_models.student, make_host=old, environment=environment_with_tests())
 
 
 def test_an_unknown_engine_argument_is_named(tiny_models: TinyModels) -> None:

@@ -1,20 +1,23 @@
 """Real unsloth for the contract suite of `Learner`."""
 
-import atexit
-import itertools
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3_distill.config import ObjectiveConfig, UnslothTraining, needs_hidden_states
-from qwen3_distill.hosts.process import WorkerProcess
-from qwen3_distill.training.unsloth.learner import UnslothLearner
+from qwen3_distill.hosts.host import Host, WorkerSpec
+from qwen3_distill.hosts.process import LocalProcess
+from qwen3_distill.training.hosted import HostedLearner
+from qwen3_distill.training.settings import LearnerSettings
+from qwen3_distill.training.unsloth.learner import unsloth_learner
 from tests.contract.builders import run
+from tests.contract.pooled_host import PooledHost
 from tests.engines import INSTALLED, LOGS
 
 if TYPE_CHECKING:
-    from tests.contract.adapters import LearnerSettings
+    from tests.contract.adapters import LearnerCase
 
 ROOT = str(Path(__file__).parents[2])
 
@@ -40,77 +43,33 @@ def unsloth_config(**changes: Any) -> UnslothTraining:
     return UnslothTraining.model_validate(values | changes)
 
 
-class _Pool:
+@cache
+def pool(kind: str) -> WorkerSpec:
     """One process per kind of tuning: on CUDA unsloth patches the model's class for either."""
-
-    def __init__(self) -> None:
-        self._processes: dict[str, WorkerProcess] = {}
-        self._numbers = itertools.count()
-
-    async def process(self, kind: str) -> WorkerProcess:
-        if kind not in self._processes:
-            if not self._processes:
-                atexit.register(self.end)
-            environment = unsloth_environment()
-            paths = [ROOT, environment.get("PYTHONPATH", "")]
-            worker = WorkerProcess(
-                f"unsloth pool ({kind})",
-                python=INSTALLED.python["unsloth"],
-                module="tests.contract.unsloth_pool",
-                log=LOGS / f"unsloth-{kind}.log",
-                environment={
-                    **environment,
-                    "PYTHONPATH": ":".join(filter(None, paths)),
-                    "UNSLOTH_COMPILE_LOCATION": tempfile.mkdtemp(prefix="unsloth-"),
-                    "UNSLOTH_DISABLE_STATISTICS": "1",
-                    "HF_HUB_OFFLINE": "1",
-                },
-            )
-            await worker.start()
-            self._processes[kind] = worker
-        return self._processes[kind]
-
-    def number(self) -> int:
-        return next(self._numbers)
-
-    def end(self) -> None:
-        for worker in self._processes.values():
-            worker.kill()
-            run(worker.close())
+    environment = unsloth_environment()
+    paths = [ROOT, environment.get("PYTHONPATH", "")]
+    return WorkerSpec(
+        name=f"unsloth pool ({kind})",
+        python=INSTALLED.python["unsloth"],
+        module="tests.contract.unsloth_pool_worker",
+        log=LOGS / f"unsloth-{kind}.log",
+        environment={
+            **environment,
+            "PYTHONPATH": ":".join(filter(None, paths)),
+            "UNSLOTH_COMPILE_LOCATION": tempfile.mkdtemp(prefix="unsloth-"),
+            "UNSLOTH_DISABLE_STATISTICS": "1",
+            "HF_HUB_OFFLINE": "1",
+        },
+    )
 
 
-_POOL = _Pool()
+def pooled_learner(settings: LearnerSettings[UnslothTraining], log: Path) -> HostedLearner:
+    """An unsloth learner whose process it shares with others; all else is the real one's."""
 
+    def make(spec: WorkerSpec) -> Host:
+        return PooledHost(spec.name, LocalProcess, pool(settings.training.tuning.kind))
 
-class _PooledWorker(WorkerProcess):
-    """One learner's part of a process that many share."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__("unsloth learner", python="", module="", log=LOGS / "unsloth.log")
-        self._kind = kind
-        self._number = _POOL.number()
-        self._shared: WorkerProcess | None = None
-
-    async def start(self) -> None:
-        self._shared = await _POOL.process(self._kind)
-
-    async def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
-        assert self._shared is not None
-        return await self._shared.call(
-            "call", self._number, method, *arguments, timeout_s=timeout_s
-        )
-
-    async def close(self) -> None:
-        shared, self._shared = self._shared, None
-        if shared is not None and shared.is_running:
-            await shared.call("drop", self._number)
-
-
-class PooledUnslothLearner(UnslothLearner):
-    """An `UnslothLearner` whose process it shares with others; all else is the real one's."""
-
-    def _make_worker(self) -> WorkerProcess:
-        return _PooledWorker(self._config.tuning.kind)
+    return unsloth_learner(settings, log=log, make_host=make)
 
 
 @dataclass(frozen=True)
@@ -131,40 +90,23 @@ class UnslothLearnerAdapter:
         """Objectives over the teacher's hidden states stay in one process."""
         return not needs_hidden_states(objective)
 
-    def build(self, model_dir: Path, settings: "LearnerSettings") -> UnslothLearner:
-        learner = PooledUnslothLearner(
-            model_dir,
-            unsloth_config(
-                tuning=settings.tuning,
-                optimizer=settings.optimizer,
-                micro_batch_tokens=settings.micro_batch_tokens,
-                max_model_tokens=settings.max_model_tokens,
-                chunk_tokens=settings.chunk_tokens,
-                gradient_checkpointing="on" if settings.gradient_checkpointing else "off",
-                autocast=settings.autocast,
-                packing=self.packing,
-            ),
-            objective=settings.objective,
-            total_steps=settings.total_steps,
-            seed=settings.seed,
-            publish_adapter=settings.publish_adapter,
-            memory_bytes=None,
-            log=LOGS / "unsloth.log",
-            replay=settings.replay,
+    def build(self, model_dir: Path, wanted: "LearnerCase") -> HostedLearner:
+        training = unsloth_config(
+            tuning=wanted.tuning,
+            optimizer=wanted.optimizer,
+            micro_batch_tokens=wanted.micro_batch_tokens,
+            max_model_tokens=wanted.max_model_tokens,
+            chunk_tokens=wanted.chunk_tokens,
+            gradient_checkpointing="on" if wanted.gradient_checkpointing else "off",
+            autocast=wanted.autocast,
+            packing=self.packing,
         )
+        learner = pooled_learner(wanted.settings(model_dir, training), LOGS / "unsloth.log")
         run(learner.start())
         return learner
 
 
-def own_process(model_dir: Path, log: Path, settings: "LearnerSettings", **changes: Any) -> Any:
+def own_process(model_dir: Path, log: Path, wanted: "LearnerCase", **changes: Any) -> HostedLearner:
     """A learner with a process of its own, not started."""
-    return UnslothLearner(
-        model_dir,
-        unsloth_config(tuning=settings.tuning, optimizer=settings.optimizer, **changes),
-        objective=settings.objective,
-        total_steps=settings.total_steps,
-        seed=settings.seed,
-        publish_adapter=settings.publish_adapter,
-        memory_bytes=None,
-        log=log,
-    )
+    training = unsloth_config(tuning=wanted.tuning, optimizer=wanted.optimizer, **changes)
+    return unsloth_learner(wanted.settings(model_dir, training), log=log)

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from qwen3_distill.config import LoraTuning, VllmGeneration
 from qwen3_distill.errors import WeightVersionError
-from qwen3_distill.generation.vllm.engine import VllmRolloutEngine
+from qwen3_distill.generation.hosted import HostedRolloutEngine
+from qwen3_distill.generation.vllm.engine import vllm_engine
+from qwen3_distill.hosts.host import MakeHost
+from qwen3_distill.hosts.process import LocalProcess
 from qwen3_distill.types import WeightVersion
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.contract.builders import run
@@ -45,15 +48,20 @@ def vllm_config(**changes: object) -> VllmGeneration:
 
 
 def build_vllm(
-    model_dir: Path, *, lora: LoraTuning | None = None, **changes: object
-) -> VllmRolloutEngine:
+    model_dir: Path,
+    *,
+    lora: LoraTuning | None = None,
+    make_host: MakeHost = LocalProcess,
+    **changes: object,
+) -> HostedRolloutEngine:
     """An engine of its own, started."""
-    engine = VllmRolloutEngine(
+    engine = vllm_engine(
         model_dir,
         vllm_config(**changes),
         lora=lora,
         kv_cache_bytes=KV_CACHE_BYTES,
         log=LOGS / "vllm.log",
+        make_host=make_host,
     )
     run(engine.start())
     return engine
@@ -67,9 +75,9 @@ class VllmEngineAdapter:
     """Keeps the last engines by model and batch limit; `build` gives one back without weights."""
 
     keeps_cache_over_updates: bool = True
-    _kept: dict[tuple[str, int], VllmRolloutEngine] = field(default_factory=dict)
+    _kept: dict[tuple[str, int], HostedRolloutEngine] = field(default_factory=dict)
 
-    def build(self, model_dir: Path, *, max_sequences: int = 64) -> VllmRolloutEngine:
+    def build(self, model_dir: Path, *, max_sequences: int = 64) -> HostedRolloutEngine:
         key = (str(model_dir), min(max_sequences, 256))
         engine = self._kept.pop(key, None)
         if engine is None:
@@ -87,6 +95,6 @@ class VllmEngineAdapter:
         while self._kept:
             self._end(self._kept.popitem()[1])
 
-    def _end(self, engine: VllmRolloutEngine) -> None:
-        engine.kill()  # a graceful end takes seconds and keeps nothing
+    def _end(self, engine: HostedRolloutEngine) -> None:
+        engine.host.kill()  # a graceful end takes seconds and keeps nothing
         run(engine.close())

@@ -14,14 +14,15 @@ from safetensors.numpy import load_file
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import load_config
 from qwen3_distill.errors import EngineStartError
-from qwen3_distill.generation.embedded.hosted import EmbeddedRolloutProcess
-from qwen3_distill.hosts.process import WorkerProcess
+from qwen3_distill.generation.hosted import HostedRolloutEngine
+from qwen3_distill.hosts.process import LocalProcess
 from qwen3_distill.pipeline.assembly.engines import Parts, run_channel_folder, teacher_sampler
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.recording.console import SilentReporter
 from qwen3_distill.recording.jsonl import read_jsonl
-from qwen3_distill.scoring.embedded.hosted import EmbeddedTeacherProcess
-from qwen3_distill.training.embedded.hosted import EmbeddedLearnerProcess
+from qwen3_distill.scoring.hosted import HostedTeacher
+from qwen3_distill.training.hosted import HostedLearner
+from tests.contract.builders import Hosted
 from tests.pipeline.builders import raise_warning, read_json, student_bytes, timeless
 from tests.pipeline.faults import struck
 
@@ -126,14 +127,19 @@ def test_engines_start_side_by_side_after_a_teacher_that_takes_a_share_of_what_i
         assert seen[:2] == ["teacher begins", "teacher is there"]
 
 
+def local(hosted: Hosted) -> LocalProcess:
+    assert isinstance(hosted.host, LocalProcess)
+    return hosted.host
+
+
 def test_an_engine_that_does_not_start_leaves_no_process_of_the_others(tmp_path: Path) -> None:
-    started: list[WorkerProcess] = []
+    started: list[LocalProcess] = []
 
     def adapt(parts: Parts) -> Parts:
         engine, teacher = parts.engine, parts.teacher
-        assert isinstance(engine, EmbeddedRolloutProcess)
-        assert isinstance(teacher, EmbeddedTeacherProcess)
-        started.extend([engine.worker, teacher.worker])
+        assert isinstance(engine, HostedRolloutEngine)
+        assert isinstance(teacher, HostedTeacher)
+        started.extend([local(engine), local(teacher)])
 
         async def fail() -> None:
             while not all(worker.is_running for worker in started):  # under way, not yet there
@@ -175,31 +181,30 @@ def nothing() -> None:
     """Strikes nobody."""
 
 
-def kill(worker: WorkerProcess) -> None:
+def kill(worker: LocalProcess) -> None:
     worker.kill()
 
 
-def stop(worker: WorkerProcess) -> None:
+def stop(worker: LocalProcess) -> None:
     """It is there and does nothing more."""
     assert worker.pid is not None
     os.killpg(worker.pid, signal.SIGSTOP)
 
 
-def striking(strike: Callable[[WorkerProcess], None]) -> Callable[[Parts], Parts]:
+def striking(strike: Callable[[LocalProcess], None]) -> Callable[[Parts], Parts]:
     def adapt(parts: Parts) -> Parts:
         engine, teacher, learner = parts.engine, parts.teacher, parts.learner
-        assert isinstance(engine, EmbeddedRolloutProcess)
-        assert isinstance(teacher, EmbeddedTeacherProcess)
-        assert isinstance(learner, EmbeddedLearnerProcess)
+        assert isinstance(engine, HostedRolloutEngine)
+        assert isinstance(teacher, HostedTeacher)
+        assert isinstance(learner, HostedLearner)
 
         def strike_learner() -> None:
-            assert learner.worker is not None
-            strike(learner.worker)
+            strike(local(learner))
 
         return struck(
             parts,
-            engine=lambda: strike(engine.worker),
-            teacher=lambda: strike(teacher.worker),
+            engine=lambda: strike(local(engine)),
+            teacher=lambda: strike(local(teacher)),
             learner=strike_learner,
         )
 
@@ -221,7 +226,7 @@ def trained(output: Path) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("strike", [kill, stop])
 def test_each_process_may_die_or_hang_once_and_the_run_ends_as_if_none_had(
-    tmp_path: Path, calm: Path, strike: Callable[[WorkerProcess], None]
+    tmp_path: Path, calm: Path, strike: Callable[[LocalProcess], None]
 ) -> None:
     output = tmp_path / "run"
     assert_each_came_back(output, lab_run(output, *OWN_PROCESSES, adapt=striking(strike)))
@@ -239,7 +244,7 @@ def test_each_process_may_die_or_hang_once_and_the_run_ends_as_if_none_had(
 
 @pytest.mark.parametrize("strike", [kill, stop])
 def test_streaming_loses_no_rollout_and_trains_on_none_twice_when_processes_are_struck(
-    tmp_path: Path, strike: Callable[[WorkerProcess], None]
+    tmp_path: Path, strike: Callable[[LocalProcess], None]
 ) -> None:
     output = tmp_path / "run"
     warnings = lab_run(output, *OWN_PROCESSES, STREAMING, adapt=striking(strike))
@@ -263,12 +268,11 @@ def test_a_run_that_was_asked_to_stop_stops_though_the_learner_is_lost_then(
 
     def adapt(parts: Parts) -> Parts:
         learner = parts.learner
-        assert isinstance(learner, EmbeddedLearnerProcess)
+        assert isinstance(learner, HostedLearner)
 
         def stop_and_kill() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
-            assert learner.worker is not None
-            learner.worker.kill()
+            learner.host.kill()
 
         return struck(parts, engine=nothing, teacher=nothing, learner=stop_and_kill)
 

@@ -8,13 +8,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from qwen3_distill.config.load import load_config
-from qwen3_distill.generation.vllm.engine import VllmRolloutEngine
+from qwen3_distill.generation.hosted import HostedRolloutEngine
 from qwen3_distill.pipeline.assembly.engines import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.recording.console import SilentReporter
 from qwen3_distill.recording.jsonl import read_jsonl
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
-from qwen3_distill.training.unsloth.learner import UnslothLearner
+from qwen3_distill.training.hosted import HostedLearner
 from tests.engines import INSTALLED
 from tests.pipeline.faults import struck
 
@@ -71,19 +71,15 @@ LORA = ("training.tuning={kind: lora, rank: 8, alpha: 16.0}",)
 def killing(parts: Parts) -> Parts:
     """vLLM dies in step 1, the teacher in step 3, the learner in step 4: its checkpoint is 4."""
     engine, teacher, learner = parts.engine, parts.teacher, parts.learner
-    assert isinstance(engine, VllmRolloutEngine)
+    assert isinstance(engine, HostedRolloutEngine)
     assert isinstance(teacher, SglangTeacher)
-    assert isinstance(learner, UnslothLearner)
+    assert isinstance(learner, HostedLearner)
 
     def kill_server() -> None:
         assert teacher.server is not None
         teacher.server.kill()
 
-    def kill_learner() -> None:
-        assert learner.worker is not None
-        learner.worker.kill()
-
-    return struck(parts, engine=engine.kill, teacher=kill_server, learner=kill_learner)
+    return struck(parts, engine=engine.host.kill, teacher=kill_server, learner=learner.host.kill)
 
 
 def trained(output: Path) -> list[tuple[Any, ...]]:

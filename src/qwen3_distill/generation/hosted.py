@@ -1,7 +1,7 @@
-"""A rollout engine in a process of its own: what the controller does, whichever engine it is.
+"""A rollout engine in a host, as the controller sees it; the same code for every engine.
 
-When the process dies or hangs it is started again, gets the version that it served, and samples
-anew what it had not finished: every request has its own seed, and no rollout is given twice.
+A worker that dies or hangs is started again, loads the version that it served, and samples its
+unfinished requests anew: every request has its own seed, and no rollout is yielded twice.
 """
 
 import asyncio
@@ -12,10 +12,12 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3_distill.errors import DataError, EngineLost, EngineStartError, WeightVersionError
-from qwen3_distill.hosts.process import WorkerProcess
+from qwen3_distill.errors import EngineLost, EngineStartError, WeightVersionError
+from qwen3_distill.generation.context import check_context
+from qwen3_distill.hosts.host import Host
+from qwen3_distill.hosts.opening import Opening
 from qwen3_distill.hosts.supervision import Restarts
-from qwen3_distill.ports import WeightChannel
+from qwen3_distill.ports import WeightChannel, reaches
 from qwen3_distill.types import Rollout, RolloutPrefix, RolloutRequest, WeightVersion
 from qwen3_distill.weights.directory import DirectoryChannel
 
@@ -24,40 +26,34 @@ _CALL_TIMEOUT_S = 60.0
 
 
 class HostedRolloutEngine:
-    """A `StreamingRolloutEngine` over a worker that serves one.
-
-    Subclasses open the engine in the worker (`_open`), and may explain why that failed
-    (`_explained`).
+    """A `StreamingRolloutEngine` whose worker serves one.
 
     Args:
+        host: runs the worker.
+        opening: opens the engine in it.
         max_model_tokens: longest prompt plus response.
-        max_restarts: how often the process may die and be started again.
+        max_restarts: how often the worker may die and be started again.
     """
 
-    def __init__(self, worker: WorkerProcess, *, max_model_tokens: int, max_restarts: int) -> None:
-        self._worker = worker
+    def __init__(
+        self, host: Host, opening: Opening, *, max_model_tokens: int, max_restarts: int
+    ) -> None:
+        self._host = host
+        self._opening = opening
         self._max_model_tokens = max_model_tokens
         self._restarts = Restarts(
-            start=self._start, end=worker.close, restore=self._restore, limit=max_restarts
+            start=self._start, end=host.close, restore=self._restore, limit=max_restarts
         )
         self._served: WeightVersion | None = None
         self._wanted: tuple[WeightVersion, WeightChannel] | None = None
-        """What a process that is started again is given."""
+        """The version that a worker loads after a restart, and its channel."""
         self._not_restored: WeightVersionError | None = None
-        """Why a process that was started again serves nothing."""
+        """Why a worker serves nothing after a restart."""
         self._paused = False
         self._missing: list[dict[str, RolloutRequest]] = []
-        """By call of `generate`: what it has yet to yield, by id."""
+        """Per call of `generate`: the requests it has yet to answer, by id."""
         self._loading = asyncio.Lock()
         self._own_channel: _PrivateChannel | None = None
-
-    async def _open(self) -> None:
-        """Start the engine in the worker, which runs."""
-        raise NotImplementedError
-
-    def _explained(self, error: EngineStartError) -> EngineStartError:
-        """The error with its cause, where more is known."""
-        return error
 
     @property
     def counters(self) -> Mapping[str, float]:
@@ -65,13 +61,8 @@ class HostedRolloutEngine:
         return {"health/rollout_engine_restarts": self._restarts.count}
 
     @property
-    def worker(self) -> WorkerProcess:
-        return self._worker
-
-    @property
-    def pid(self) -> int | None:
-        """Leader of the process group of the engine's processes."""
-        return self._worker.pid
+    def host(self) -> Host:
+        return self._host
 
     @property
     def version(self) -> WeightVersion:
@@ -85,7 +76,7 @@ class HostedRolloutEngine:
         return self._served
 
     async def start(self) -> None:
-        """Start the process and the engine in it.
+        """Start the worker and open the engine in it.
 
         Raises:
             EngineStartError: not installed, or the engine does not start.
@@ -95,7 +86,7 @@ class HostedRolloutEngine:
     async def load(self, version: WeightVersion, channel: WeightChannel) -> None:
         async with self._loading:
             self._served = self._wanted = self._not_restored = None
-            if not channel.crosses_processes:
+            if not reaches(channel, "machine"):
                 payload = channel.fetch(version)
                 self._own_channel = self._own_channel or _PrivateChannel()
                 channel = self._own_channel.channel
@@ -113,15 +104,15 @@ class HostedRolloutEngine:
                 raise self._not_restored
 
     async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
-        self._check_context(requests)
+        check_context(requests, self._max_model_tokens)
         with self._followed(requests) as missing:
             while True:
-                async with self._loading:  # weights that are on their way
+                async with self._loading:  # wait for a load under way
                     _ = self.version  # nothing is sampled without weights
                 if not missing:
                     return
                 start = await self._restarts.current()
-                stream = self._worker.stream("generate", list(missing.values()))
+                stream = self._host.stream("generate", list(missing.values()))
                 try:
                     async with contextlib.aclosing(stream):
                         async for rollout in stream:
@@ -152,17 +143,14 @@ class HostedRolloutEngine:
         self._paused = False
         self._served = self._wanted = None
         await self._restarts.close()
+        self._opening.clean_up()
         if self._own_channel is not None:
             self._own_channel.remove()
             self._own_channel = None
 
-    def kill(self) -> None:
-        """SIGKILL the engine's processes, for tests of the recovery."""
-        self._worker.kill()
-
     @contextlib.contextmanager
     def _followed(self, requests: Sequence[RolloutRequest]) -> Iterator[dict[str, RolloutRequest]]:
-        """The requests by id, where `abort` finds them."""
+        """Keep the requests, by id, where `abort` finds them."""
         missing = {request.rollout_id: request for request in requests}
         self._missing.append(missing)
         try:
@@ -174,50 +162,40 @@ class HostedRolloutEngine:
         """Call the worker; once more if it is lost before it answers."""
         start = await self._restarts.current()
         try:
-            return await self._worker.call(method, *arguments, timeout_s=_CALL_TIMEOUT_S)
+            return await self._host.call(method, *arguments, timeout_s=_CALL_TIMEOUT_S)
         except EngineLost as error:
             await self._restarts.recover(start, error)
-            return await self._worker.call(method, *arguments, timeout_s=_CALL_TIMEOUT_S)
+            return await self._host.call(method, *arguments, timeout_s=_CALL_TIMEOUT_S)
 
     async def _load_wanted(self) -> None:
         assert self._wanted is not None
         version, channel = self._wanted
-        await self._worker.call("load", version, channel, timeout_s=_LOAD_TIMEOUT_S)
+        await self._host.call("load", version, channel, timeout_s=_LOAD_TIMEOUT_S)
         self._served = version
 
     async def _start(self) -> None:
         try:
-            await self._worker.start()
-            await self._open()
+            await self._host.start(self._opening.environment())
+            await self._opening.open(self._host)
         except EngineStartError as error:
-            raise self._explained(error) from None
+            raise self._opening.explained(error, self._host) from None
 
     async def _restore(self) -> None:
-        """Give a process that was started again what the lost one had."""
+        """Give a worker that was started again the state of the lost one."""
         if self._paused:
-            await self._worker.call("pause", timeout_s=_CALL_TIMEOUT_S)
+            await self._host.call("pause", timeout_s=_CALL_TIMEOUT_S)
         if self._wanted is not None:
             try:
                 await self._load_wanted()
             except WeightVersionError as error:
-                # As a rule the next version has taken its place in the channel, and comes at once;
-                # until it is there, `generate` finds that there are no weights.
+                # As a rule the next version has replaced it in the channel and is loaded at once.
+                # Until then `generate` finds no weights.
                 self._served = self._wanted = None
                 self._not_restored = error
 
-    def _check_context(self, requests: Sequence[RolloutRequest]) -> None:
-        for request in requests:
-            prompt_tokens = request.prompt.token_ids.size
-            if prompt_tokens + request.sampling.max_new_tokens > self._max_model_tokens:
-                raise DataError(
-                    f"rollout {request.rollout_id}: {prompt_tokens} prompt tokens + max_new_tokens "
-                    f"{request.sampling.max_new_tokens} exceed the model's context of "
-                    f"{self._max_model_tokens}"
-                )
-
 
 class _PrivateChannel:
-    """Files for versions that come through a channel which does not cross processes."""
+    """Files for versions whose own channel does not leave this process."""
 
     def __init__(self) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="qwen3-distill-weights-"))

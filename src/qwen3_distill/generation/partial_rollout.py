@@ -1,4 +1,4 @@
-"""A rollout in the making, whichever engine makes it."""
+"""A rollout that is still being sampled; the same record for every engine."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from qwen3_distill.types import (
 
 @dataclass
 class PartialRollout:
-    """What was sampled of a request so far, and by which weights."""
+    """The tokens sampled for a request so far, and the weights that sampled them."""
 
     request: RolloutRequest
     token_ids: list[int] = field(default_factory=list)
@@ -35,11 +35,11 @@ class PartialRollout:
         self.logprobs.extend(logprobs)
 
     def begin(self, version: WeightVersion, at: int | None = None) -> None:
-        """Note that tokens from number ``at`` on are ``version``'s; default: from the next on."""
+        """Note that ``version`` samples from token ``at`` on; default: from the next token on."""
         self.swaps.append((self.num_tokens if at is None else at, version))
 
     def spans(self) -> tuple[VersionSpan, ...]:
-        """Who sampled what; a version that sampled nothing is left out."""
+        """The span of tokens of every version that sampled any."""
         starts = [min(start, self.num_tokens) for start, _ in self.swaps]
         stops = [*starts[1:], self.num_tokens]
         return tuple(
@@ -49,7 +49,7 @@ class PartialRollout:
         )
 
     def prefix(self) -> RolloutPrefix:
-        """What exists now; the rollout itself goes on."""
+        """The tokens so far; sampling continues."""
         return RolloutPrefix(
             request=self.request,
             response_ids=np.array(self.token_ids, dtype=np.int32),

@@ -20,8 +20,7 @@ _LOG_SEARCH_BYTES = 1 << 20
 def engine_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """The variables of an engine's process: those of this one, and ``extra``.
 
-    This package is importable there, from the very files that run here, whatever ``PYTHONPATH``
-    is asked for.
+    This package is importable there from the files that run here, whatever ``PYTHONPATH`` says.
     """
     environment = {**os.environ, **extra}
     path = [str(_SOURCE), environment.get("PYTHONPATH", "")]
@@ -62,7 +61,7 @@ class ChildProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of the guard, which is the process group's leader."""
+        """Process id of the guard, which is the process group's leader."""
         return None if self._process is None else self._process.pid
 
     async def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -95,13 +94,13 @@ class ChildProcess:
             )
 
     async def wait(self) -> int:
-        """Wait for the command's end; its exit status."""
+        """Wait for the command's end and return its exit status."""
         if self._process is None:
             return 0
         return await self._process.wait()
 
     async def end(self, *, grace_s: float = 0.0) -> None:
-        """Wait ``grace_s`` for it to leave by itself, then kill it with all it started."""
+        """Wait ``grace_s`` for it to end by itself, then kill it with everything it started."""
         if self._process is None:
             return
         if grace_s > 0:
@@ -117,17 +116,17 @@ class ChildProcess:
         await self._process.wait()
 
     def kill(self) -> None:
-        """SIGKILL the whole group at once; for what hangs, and for tests."""
+        """Kill the whole group with SIGKILL, for a process that hangs."""
         if self._process is not None:
             kill_group(self._process.pid)
 
     def last_output(self) -> str:
-        """The end of what it printed since its start, for an error message."""
+        """The end of its output since its start, for an error message."""
         tail = self.output(_LOG_TAIL_BYTES)
         return f"; the end of {self._log}:\n{tail}" if tail else f"; {self._log} is empty"
 
     def output(self, limit_bytes: int = _LOG_SEARCH_BYTES) -> str:
-        """What it printed since its start, or the end of it."""
+        """Its output since its start, or the end of it."""
         try:
             with self._log.open("rb") as log:
                 size = log.seek(0, os.SEEK_END)

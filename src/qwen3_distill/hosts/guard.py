@@ -1,12 +1,12 @@
-"""Runs a command that must not outlive whoever asked for it. Standard library only.
+"""Runs a command that must not outlive its caller. Standard library only.
 
     python -I -S guard.py PARENT_PID COMMAND...
 
 Engines start processes of their own, and some survive the death of the one that started them. The
 guard is the parent of them all: orphans are handed to it (child subreaper). It ends every one of
-them when the command ends, when it is told to (SIGTERM), and when its own parent dies, even by
-SIGKILL (parent-death signal). Without Linux's prctl only the process group is ended. Shared memory
-that they had goes with them: whom SIGKILL ends takes nothing away.
+them when the command ends, on SIGTERM, and when its own parent dies, even by SIGKILL (parent-death
+signal). Without Linux's prctl only the process group is ended. It also deletes their shared-memory
+files, which a process killed by SIGKILL leaves behind.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _PARENT, _GROUP = 1, 2
 _MEMORY = "/dev/shm/"
 _SHARED = ("psm_", "sem.mp-", "sglang_")
-"""As Python's multiprocessing names its shared memory and its semaphores, and SGLang its own."""
+"""Name prefixes: Python's shared memory, its semaphores, SGLang's shared memory."""
 
 
 def main() -> None:

@@ -1,13 +1,13 @@
-"""A CUDA MPS daemon of the run's own, so that processes share a GPU at one time, not in turns.
+"""A private CUDA MPS daemon, so that processes use a GPU concurrently and not in turns.
 
 Kernels of different processes take turns on a GPU unless the processes are clients of an MPS
-server; then they run side by side. A control daemon starts the server for its first client. Which
+server; then they run concurrently. A control daemon starts the server for its first client. Which
 daemon a process belongs to is decided by ``CUDA_MPS_PIPE_DIRECTORY`` when it first uses CUDA, so
 another directory makes another, private one. No compute mode has to be set: exclusive mode only
 keeps others from going past the daemon (https://docs.nvidia.com/deploy/mps/).
 
-A client that finds a daemon which cannot serve it fails instead of going on without. So the daemon
-is tried with a client of no consequence first, and no engine hears of one that did not serve it.
+A client whose daemon cannot serve it fails instead of continuing without one. We therefore probe
+the daemon with a throw-away client first, and give its address to the engines only if that worked.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ PIPE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY"
 LOG_VARIABLE = "CUDA_MPS_LOG_DIRECTORY"
 PRIORITY_VARIABLE = "CUDA_MPS_CLIENT_PRIORITY"
 BELOW_NORMAL = "1"
-"""Of `PRIORITY_VARIABLE`: this client's kernels start after those of the others, which have 0."""
+"""Value of `PRIORITY_VARIABLE`: this client's kernels start after those of the others (0)."""
 
 _START_TIMEOUT_S = 20.0
 _CLIENT_TIMEOUT_S = 60.0
@@ -58,8 +58,8 @@ CLIENT = (sys.executable, "-c", _CLIENT_SOURCE)
 async def private_mps(daemon: "MpsDaemon", warn: Callable[[str], None]) -> AsyncIterator[None]:
     """Processes started in this block share the GPU through a daemon that ends with the block.
 
-    They inherit their variables: those are in this process's environment meanwhile. Where the
-    daemon cannot be had, ``warn`` hears why, and the block runs without it.
+    They inherit the daemon's variables, which are in this process's environment meanwhile. If the
+    daemon does not start, ``warn`` is told why, and the block runs without it.
     """
     try:
         await daemon.start()
@@ -75,11 +75,11 @@ async def private_mps(daemon: "MpsDaemon", warn: Callable[[str], None]) -> Async
 class MpsDaemon:
     """A private control daemon and the server that it starts.
 
-    The daemon runs in the foreground under the guard (`utils.process`), so it and its server end
+    The daemon runs in the foreground under the guard (`hosts.child`), so it and its server end
     with this process however this process ends.
 
     Args:
-        log: takes what the daemon prints; its own logs lie in a folder beside it.
+        log: takes the daemon's output; its own logs are in the folder next to it.
         client: a command that uses CUDA for a moment.
     """
 
@@ -91,7 +91,7 @@ class MpsDaemon:
 
     @property
     def variables(self) -> dict[str, str]:
-        """The variables by which a process becomes a client; none before the start."""
+        """The variables that make a process a client; empty before the start."""
         if self._pipes is None:
             return {}
         logs = self._log.parent / "mps"
@@ -101,7 +101,7 @@ class MpsDaemon:
         """Start the daemon and see it serve a client.
 
         Raises:
-            MpsUnavailable: it cannot be had here; nothing is left running.
+            MpsUnavailable: it does not start or does not serve; nothing is left running.
         """
         program = shutil.which(CONTROL)
         if program is None:
@@ -121,7 +121,7 @@ class MpsDaemon:
             raise
 
     async def stop(self) -> None:
-        """End server and daemon; clients that are still there lose the GPU within seconds.
+        """End server and daemon; clients that still run lose the GPU within seconds.
 
         May be called more than once.
         """
@@ -135,7 +135,7 @@ class MpsDaemon:
             shutil.rmtree(pipes, ignore_errors=True)
 
     def _daemon_environment(self) -> dict[str, str]:
-        """It serves every GPU: a choice of its own would renumber them for the clients."""
+        """All GPUs are visible to the daemon: a choice would renumber them for the clients."""
         environment = {**os.environ, **self.variables}
         environment.pop("CUDA_VISIBLE_DEVICES", None)
         return environment
@@ -165,7 +165,7 @@ class MpsDaemon:
             raise MpsUnavailable("a client used the GPU without the daemon")
 
     async def _command(self, command: str) -> str:
-        """What the daemon answers to a command of its control program."""
+        """Return the daemon's answer to a command of its control program."""
         environment = {**os.environ, **self.variables}
         code, output = await _run(
             [CONTROL], environment, stdin=f"{command}\n", timeout_s=_COMMAND_TIMEOUT_S

@@ -1,4 +1,4 @@
-"""Starting an engine's process again, once for all who saw it die."""
+"""Starting an engine again that was lost, once for all callers that saw it die."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -9,13 +9,18 @@ Action = Callable[[], Awaitable[None]]
 
 
 class Restarts:
-    """Counts the starts of one process, and makes new ones where it is lost.
+    """Counts the starts of one engine and starts it again when it was lost.
+
+    The only restart machine: for engines behind a `Host` and for servers that answer over HTTP. A
+    caller reads `current` before it asks the engine. When it sees the engine die, it passes that
+    number to `recover`, which starts the engine once, however many callers saw the death. Whether a
+    request without an answer is a death is for the caller to find out.
 
     Args:
-        start: starts the process and opens the engine in it.
-        end: ends what is left of the process; may be called more than once.
-        restore: gives an engine that was started again what the lost one had.
-        limit: how often the process may be started again.
+        start: starts the engine.
+        end: ends what is left of it; may be called more than once.
+        restore: gives an engine that was started again the state of the lost one.
+        limit: how often the engine may be started again.
     """
 
     def __init__(self, *, start: Action, end: Action, restore: Action, limit: int) -> None:
@@ -27,16 +32,16 @@ class Restarts:
 
     @property
     def count(self) -> int:
-        """Restarts so far."""
+        """Restarts so far: the value of an engine's restart counter."""
         return max(0, self._num_starts - 1)
 
     async def start(self) -> None:
-        """The first start; after `close`, one more."""
+        """Make the first start; after `close`, one more."""
         await self._begin()
         self._is_open = True
 
     async def current(self) -> int:
-        """Number of the start that made the process which is there now."""
+        """Return the number of the start that made the engine that runs now."""
         async with self._lock:
             return self._num_starts
 
@@ -48,12 +53,12 @@ class Restarts:
             error: how.
 
         Raises:
-            EngineLost: it has died more often than it may, or was closed.
-            EngineStartError: it did not start again, as often as it may.
+            EngineLost: it died more often than the limit allows, or was closed.
+            EngineStartError: it did not start again, in as many attempts as the limit allows.
         """
         async with self._lock:
             if self._num_starts > start:
-                return  # somebody else did
+                return  # another caller did
             last: EngineLost | EngineStartError = error
             while self._is_open and self._num_starts <= self._limit:
                 await self._end()
@@ -65,7 +70,7 @@ class Restarts:
             raise last
 
     async def close(self) -> None:
-        """End the process. May be called more than once."""
+        """End the engine. May be called more than once."""
         self._is_open = False
         await self._end()
 

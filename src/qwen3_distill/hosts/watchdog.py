@@ -1,10 +1,10 @@
-"""Noticing that something which should move does not."""
+"""Waiting until something that should move has stopped."""
 
 import asyncio
 from collections.abc import Callable
 
 _TICKS = 10
-"""Parts that the time is counted in; what blocks the event loop is one, however long."""
+"""Parts that the time is counted in. What blocks the event loop is one tick, however long."""
 
 
 async def wait_until_idle(progress: Callable[[], object | None], timeout_s: float) -> None:

@@ -7,7 +7,6 @@ and renamed.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from qwen3_distill.errors import CheckpointError
 from qwen3_distill.pipeline.run_folder import full_disk_named
 from qwen3_distill.ports import Learner
 from qwen3_distill.types import RunCursor, WeightVersion
+from qwen3_distill.utils.files import sync
 
 _DIGESTS = "files.json"
 _CURSOR = "cursor.json"
@@ -48,7 +48,7 @@ class CheckpointStore:
         final = self._path(cursor.step)
         shutil.rmtree(final, ignore_errors=True)  # a corrupt one that was passed over
         temporary.rename(final)
-        _flush(self._directory)
+        sync(self._directory)
         # Later ones were corrupt and passed over: counted, they would push out those that are not.
         up_to_here = [step for step in self.steps() if step <= cursor.step]
         for step in up_to_here[: -self._keep_last]:
@@ -110,7 +110,7 @@ async def _write(directory: Path, learner: Learner, cursor: RunCursor) -> None:
     digests = {path.name: _sha256(path) for path in sorted(directory.iterdir())}
     _write_json(directory / _DIGESTS, digests)
     for path in (*directory.iterdir(), directory):
-        _flush(path)
+        sync(path)
 
 
 def _write_json(path: Path, value: object) -> None:
@@ -123,12 +123,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

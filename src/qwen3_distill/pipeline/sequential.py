@@ -24,7 +24,6 @@ from qwen3_distill.types import (
     ScoreFailure,
     Update,
 )
-from qwen3_distill.weights.ipc import IpcChannel
 
 
 async def run_sequential(parts: Parts, recorder: Recorder, cursor: RunCursor) -> RunCursor:
@@ -92,11 +91,8 @@ async def push_weights(parts: Parts) -> None:
     try:
         await parts.engine.load(version, channel)
     except WeightVersionError:
-        if not isinstance(channel, IpcChannel) or parts.config.generation.kind != "vllm":
+        if not channel.switched_transport(version):
             raise
-        if not channel.failed or parts.config.generation.full_weights == "ipc":
-            raise
-        # CUDA IPC does not work on this machine; the channel sends files from here on.
         version = await parts.learner.publish(channel)
         await parts.engine.load(version, channel)
 

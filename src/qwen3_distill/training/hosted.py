@@ -1,42 +1,37 @@
-"""A learner in a process of its own: what the controller does, whichever engine trains.
+"""A learner in a host, as the controller sees it; the same code for every engine.
 
-A learner that is lost took its weights with it, so nothing is recovered here: it is started again
-and goes on from a checkpoint.
+A lost learner's weights are lost with it, so nothing is recovered here: the caller starts it again
+and loads a checkpoint.
 """
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen3_distill.errors import EngineError, EngineLost, EngineStartError, LearnerLost
-from qwen3_distill.hosts.process import WorkerProcess
+from qwen3_distill.hosts.host import Host
+from qwen3_distill.hosts.opening import Opening
 from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.ports import WeightChannel
+from qwen3_distill.ports import WeightChannel, reaches
 from qwen3_distill.types import Batch, ModelIdentity, ScoredRollout, Update, WeightVersion
 
 
 class HostedLearner:
-    """A `ReplayingLearner` over a worker that serves a `LearnerService`.
-
-    Subclasses make the worker (`_make_worker`) and open the learner in it (`_open`).
+    """A `ReplayingLearner` whose worker serves a `LearnerService`.
 
     Args:
-        name: names the learner in errors.
+        host: runs the worker.
+        opening: opens the learner in it; its result is the first version, and a description.
         model_dir: the student.
     """
 
-    def __init__(self, name: str, model_dir: str | Path) -> None:
-        self._name = name
+    def __init__(self, host: Host, opening: Opening, model_dir: str | Path) -> None:
+        self._host = host
+        self._opening = opening
         self._identity = load_identity(model_dir)
-        self._worker: WorkerProcess | None = None
         self._version: WeightVersion | None = None
-
-    def _make_worker(self) -> WorkerProcess:
-        raise NotImplementedError
-
-    async def _open(self, worker: WorkerProcess) -> WeightVersion:
-        """Load the student in the worker, which runs; the version that it begins with."""
-        raise NotImplementedError
+        self._description: Mapping[str, str] = {}
 
     @property
     def identity(self) -> ModelIdentity:
@@ -45,28 +40,32 @@ class HostedLearner:
     @property
     def version(self) -> WeightVersion:
         if self._version is None:
-            raise EngineError(f"the {self._name} has no weights yet: start it first")
+            raise EngineError(f"the {self._host.name} has no weights yet: start it first")
         return self._version
 
     @property
-    def worker(self) -> WorkerProcess | None:
-        """The process, while there is one."""
-        return self._worker
+    def host(self) -> Host:
+        return self._host
+
+    def describe(self) -> Mapping[str, str]:
+        """How the model runs (device, memory, kernels, packing), for people; after `start`."""
+        return self._description
 
     async def start(self) -> None:
-        """Start the process and load the student: step 0, whatever was trained before.
+        """Start the worker and load the student as of step 0.
 
         Raises:
             EngineStartError: not installed, wrong version, no memory, no answer in time.
         """
         await self.close()
         try:
-            self._worker = self._make_worker()
-            await self._worker.start()
-            self._version = await self._open(self._worker)
+            await self._host.start(self._opening.environment())
+            self._version, self._description = await self._opening.open(self._host)
         except BaseException as error:
             await self.close()
-            if isinstance(error, EngineError) and not isinstance(error, EngineStartError):
+            if isinstance(error, EngineStartError):
+                raise self._opening.explained(error, self._host) from None
+            if isinstance(error, EngineError):
                 raise EngineStartError(str(error)) from error
             raise
 
@@ -84,7 +83,7 @@ class HostedLearner:
         return update
 
     async def publish(self, channel: WeightChannel) -> WeightVersion:
-        if channel.crosses_processes:
+        if reaches(channel, "machine"):
             return await self._call("publish", channel)
         version, payload = self.version, await self._call("payload")
         channel.publish(version, payload)
@@ -102,14 +101,13 @@ class HostedLearner:
 
     async def close(self) -> None:
         self._version = None
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            await worker.close()
+        await self._host.close()
+        await asyncio.to_thread(self._opening.clean_up)
 
     async def _call(self, method: str, *arguments: Any) -> Any:
-        if self._worker is None:
-            raise EngineError(f"the {self._name} is not running: start it first")
+        if self._version is None:
+            raise EngineError(f"the {self._host.name} is not running: start it first")
         try:
-            return await self._worker.call(method, *arguments)
+            return await self._host.call(method, *arguments)
         except EngineLost as error:
             raise LearnerLost(str(error)) from None

@@ -1,13 +1,13 @@
-"""What every learner on PyTorch does alike: the step, its checks, weight versions, state.
+"""The learner on PyTorch that all engines share: step, checks, weight versions, state.
 
-What differs between engines is a `Student`: how the model is loaded and run.
+Engines differ in their `Student`: how the model is loaded and run.
 
 Shape letters: B rows of a micro-batch, T positions, D hidden size.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from qwen3_distill.config import LoraTuning, OptimizerConfig, TuningConfig
 from qwen3_distill.errors import (
     AlignmentError,
     CheckpointError,
@@ -38,8 +37,10 @@ from qwen3_distill.ports import FullWeights, WeightChannel, WeightPayload
 from qwen3_distill.replay.buffer import ReplayBuffer
 from qwen3_distill.training.batching import MicroBatch, flat_micro_batches, micro_batches
 from qwen3_distill.training.lora import adapter_weights, merged_parameters
+from qwen3_distill.training.memory_lack import memory_lack
 from qwen3_distill.training.objectives.base import LossTerms, Objective, TensorMetric, read_scalars
 from qwen3_distill.training.schedule import learning_rate_factor
+from qwen3_distill.training.settings import AnyLearnerSettings
 from qwen3_distill.types import (
     Batch,
     Metric,
@@ -70,19 +71,23 @@ class Student(Protocol):
         ...
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Around the forward pass and the loss."""
+        """The context of the forward pass and the loss."""
         ...
 
     def hidden(self, micro: MicroBatch) -> Tensor:
-        """[B, T, D]: what the output head is applied to."""
+        """[B, T, D] hidden states, the output head's input."""
         ...
 
     def metrics(self) -> tuple[Metric, ...]:
-        """What the engine has to say about a step, beyond the objective."""
+        """The engine's own metrics of a step."""
         ...
 
     def memory_report(self) -> str:
-        """What was planned and what is there, for an out-of-memory error."""
+        """Memory planned and available, for an out-of-memory error."""
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """How the model runs, for people."""
         ...
 
 
@@ -94,7 +99,7 @@ class _MicroBatches(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class _Step:
-    """What one optimizer step trains on."""
+    """The rollouts of one optimizer step."""
 
     micros: _MicroBatches
     denominator: float
@@ -106,7 +111,7 @@ class _Step:
 
 @dataclass(frozen=True, kw_only=True)
 class _Gradient:
-    """What is known of a step when its gradient is; the gradient itself is in the parameters."""
+    """Numbers of a step's accumulated gradient; the gradient itself is in the parameters."""
 
     loss: float
     norm: float
@@ -123,42 +128,29 @@ class TorchLearner:
     optimizer's step needs them.
 
     Args:
-        max_model_tokens: longest prompt plus response; None: the student's context length.
-        publish_adapter: publish LoRA adapters by themselves, not merged into all weights.
-        replay: where rollouts are kept, on the student's device; None: `update` alone trains.
+        student: the model of ``settings``, loaded.
+        objective: that of ``settings``, built.
+        replay: keeps rollouts on the student's device; None: `update` alone trains.
     """
 
     def __init__(
         self,
-        model_dir: str | Path,
+        settings: AnyLearnerSettings,
         student: Student,
-        *,
         objective: Objective,
-        tuning: TuningConfig,
-        optimizer: OptimizerConfig,
-        micro_batch_tokens: int,
-        max_model_tokens: int | None = None,
-        total_steps: int,
-        seed: int,
-        publish_adapter: bool = False,
         replay: ReplayBuffer | None = None,
     ) -> None:
         self.student = student
-        self._model_dir = Path(model_dir)
+        self._settings = settings
         self._objective = objective
-        self._optimizer_config = optimizer
-        self._micro_batch_tokens = micro_batch_tokens
-        self._max_model_tokens = max_model_tokens
-        self._total_steps = total_steps
-        self._seed = seed
         self._replay = replay
-        self._adapter = tuning if publish_adapter and isinstance(tuning, LoraTuning) else None
-        self._identity = load_identity(model_dir)
+        self._identity = load_identity(settings.model_dir)
         self._trained = {
             name: parameter
             for name, parameter in student.core.named_parameters()
             if parameter.requires_grad
         }
+        optimizer = settings.training.optimizer
         self._optimizer = torch.optim.AdamW(
             self._trained.values(),
             lr=optimizer.learning_rate,
@@ -236,7 +228,7 @@ class TorchLearner:
     def _step(self, work: "_Step") -> tuple[Update, Tensor]:
         """Take an optimizer step; also [S], each rollout's mean magnitude."""
         step = self._version.step
-        torch.manual_seed(derive_seed(self._seed, "dropout", step))
+        torch.manual_seed(derive_seed(self._settings.seed, "dropout", step))
         self._optimizer.zero_grad(set_to_none=True)
         if self.student.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.student.device)
@@ -271,8 +263,9 @@ class TorchLearner:
     def payload(self) -> WeightPayload:
         """The current version's weights, on the learner's device."""
         core = self.student.core
-        if self._adapter is not None:
-            return adapter_weights(core, self._adapter)
+        adapter = self._settings.published_adapter
+        if adapter is not None:
+            return adapter_weights(core, adapter)
         return FullWeights(tensors=dict(merged_parameters(core)))
 
     async def save_state(self, directory: Path) -> None:
@@ -310,12 +303,12 @@ class TorchLearner:
         weights = {name: tensor.cpu() for name, tensor in merged_parameters(self.student.core)}
         directory.mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(weights, directory, metadata={"format": "pt"})
-        config = AutoConfig.from_pretrained(self._model_dir)
+        config = AutoConfig.from_pretrained(self._settings.model_dir)
         config.dtype = next(iter(weights.values())).dtype
         config.save_pretrained(directory)
-        if (self._model_dir / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(self._model_dir).save_pretrained(directory)
-        load_tokenizer(self._model_dir).save_pretrained(directory)
+        if (self._settings.model_dir / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(self._settings.model_dir).save_pretrained(directory)
+        load_tokenizer(self._settings.model_dir).save_pretrained(directory)
 
     async def close(self) -> None:
         return None
@@ -324,16 +317,18 @@ class TorchLearner:
         """Accumulate and clip the step's gradient."""
         losses, pending = list[Tensor](), list[TensorMetric]()
         rollouts, magnitudes = list[int](), list[Tensor]()
-        for micro in work.micros(self._micro_batch_tokens, packed=self.student.packs):
+        for micro in work.micros(
+            self._settings.training.micro_batch_tokens, packed=self.student.packs
+        ):
             terms = self._terms(micro.to(self.student.device), work.denominator)
             terms.loss.backward()
             losses.append(terms.loss.detach())
             pending.extend(terms.metrics)
             rollouts.extend(micro.rollouts)
             magnitudes.append(_mean_per_rollout(terms.magnitude_N, micro.loss_tokens))
-        norm = torch.nn.utils.clip_grad_norm_(
-            self._trained.values(), self._optimizer_config.max_grad_norm
-        )
+        self._reduce(self._trained.values())
+        max_norm = self._settings.training.optimizer.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), max_norm)
         values = read_scalars([norm, *losses, *(metric.total for metric in pending)])
         totals = values[1 + len(losses) :]
         return _Gradient(
@@ -343,6 +338,14 @@ class TorchLearner:
             magnitude_S=torch.cat(magnitudes)[np.argsort(rollouts).tolist()],
         )
 
+    def _reduce(self, parameters: Iterable[Tensor]) -> None:
+        """Combine the accumulated gradients of several ranks, in place; here there is one rank.
+
+        Called once per step, between the last micro-batch's backward pass and the clipping, which
+        needs the whole step's gradient. Every rank divides by the whole step's denominator, so
+        ranks add up their gradients and do not average them.
+        """
+
     def _terms(self, micro: MicroBatch, denominator: float) -> LossTerms:
         with self.student.autocast():
             hidden_BTD = self.student.hidden(micro)
@@ -351,20 +354,17 @@ class TorchLearner:
 
     @contextlib.contextmanager
     def _memory_watched(self, what: str, outcome: str) -> Iterator[None]:
-        """Turn a lack of memory into an error, with nothing left behind."""
+        """Turn a lack of memory into an error, and free what the failed pass had allocated."""
         device = self.student.device
-        lack: str | None = None
-        try:
+        with memory_lack() as lack:
             yield
-        except torch.OutOfMemoryError as error:
-            lack = str(error).partition("\n")[0]
-        if lack is not None:  # only now is the failed pass's memory unreferenced
+        if lack.text is not None:
             self._optimizer.zero_grad(set_to_none=True)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             raise EngineError(
                 f"{what}: the learner ran out of memory; {outcome}. "
-                f"Planned: {self.student.memory_report()}. Found: {lack} Lower "
+                f"Planned: {self.student.memory_report()}. Found: {lack.text} Lower "
                 "training.micro_batch_tokens, recompute more with "
                 "training.gradient_checkpointing, or raise the share that the learner keeps to "
                 "(training.memory_gib, planning)"
@@ -379,8 +379,9 @@ class TorchLearner:
 
     def _check_lengths(self, scored: Sequence[ScoredRollout]) -> None:
         limit, what = self._identity.context_length, "the student's context"
-        if self._max_model_tokens is not None and self._max_model_tokens < limit:
-            limit, what = self._max_model_tokens, "training.max_model_tokens"
+        configured = self._settings.max_model_tokens
+        if configured is not None and configured < limit:
+            limit, what = configured, "training.max_model_tokens"
         for rollout in (entry.rollout for entry in scored):
             length = rollout.prompt.token_ids.size + rollout.num_tokens
             if length > limit:
@@ -397,15 +398,15 @@ class TorchLearner:
             )
 
     def _set_learning_rate(self, step: int) -> float:
-        optimizer = self._optimizer_config
-        factor = learning_rate_factor(optimizer.schedule, step, self._total_steps)
+        optimizer = self._settings.training.optimizer
+        factor = learning_rate_factor(optimizer.schedule, step, self._settings.total_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = optimizer.learning_rate * factor
         return optimizer.learning_rate * factor
 
     def _digest(self) -> str:
-        """Of what `payload` gives, without a merged copy of the whole model."""
-        if self._adapter is not None:
+        """The digest of `payload`, without a merged copy of the whole model."""
+        if self._settings.published_adapter is not None:
             return weights_digest(self.payload().tensors)
         return weights_digest(merged_parameters(self.student.core))
 

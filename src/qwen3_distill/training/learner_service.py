@@ -1,4 +1,4 @@
-"""The learner in its own process: what it serves to the controller's `HostedLearner`.
+"""The worker's side of a hosted learner: the methods that it serves to `HostedLearner`.
 
 No torch and no transformers here: a worker of unsloth imports this before unsloth.
 """
@@ -17,13 +17,20 @@ if TYPE_CHECKING:
 
 
 class LearnerService:
-    """A learner's methods, once a subclass has opened it. A step keeps the worker from answering.
+    """A learner's methods; a subclass opens the learner.
 
-    All are one after another by that: whoever asks during a step is answered after it.
+    A step blocks the worker, so a call that comes during a step is answered after it.
     """
 
     def __init__(self) -> None:
         self.learner: TorchLearner | None = None
+        self._channel: WeightChannel | None = None
+        """The channel last published to: it may hold tensors that engines are reading."""
+
+    def _serve(self, learner: "TorchLearner") -> "tuple[WeightVersion, dict[str, str]]":
+        """Serve an open learner from now on; return its version and a description."""
+        self.learner = learner
+        return learner.version, learner.student.describe()
 
     async def update(self, batch: Batch) -> Update:
         return await self._open.update(batch)
@@ -35,11 +42,13 @@ class LearnerService:
         return await self._open.update_replayed(num_rollouts)
 
     async def publish(self, channel: WeightChannel) -> WeightVersion:
-        """Publish from here: the channel crosses processes."""
-        return await self._open.publish(channel)
+        """Publish from this process; the channel reaches beyond it."""
+        version = await self._open.publish(channel)
+        self._channel = channel
+        return version
 
     def payload(self) -> WeightPayload:
-        """The current weights on the host, to be published over there."""
+        """The current weights in host memory, for the controller to publish."""
         payload = self._open.payload()
         tensors = {name: tensor.detach().cpu() for name, tensor in payload.tensors.items()}
         return replace(payload, tensors=tensors)

@@ -1,10 +1,10 @@
-"""Which sequences share a padded batch."""
+"""Grouping sequences into padded batches."""
 
 from collections.abc import Sequence
 
 
 def padded_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Groups of indices whose padded size, rows x longest, stays within ``max_tokens``.
+    """Return groups of indices whose padded size, rows x longest, is at most ``max_tokens``.
 
     Longest first, so that rows of one group are of similar length. A sequence longer than
     ``max_tokens`` gets a group of its own. Deterministic; every index occurs exactly once.

@@ -1,4 +1,4 @@
-"""Tasks that live and die together, and waits that say what they wait for."""
+"""Groups of tasks that end together, and waits with a time limit that name what they wait for."""
 
 import asyncio
 from collections.abc import Awaitable, Coroutine
@@ -17,8 +17,8 @@ _CANCEL_AGAIN_S = 0.2
 class TaskScope:
     """Background tasks of one block: none outlives it, and an error of one ends the block.
 
-    What `asyncio.TaskGroup` is from Python 3.11 on, but for one thing: the block ends its tasks
-    when it is left, and the first error is raised by itself, not in a group.
+    Like `asyncio.TaskGroup` of Python 3.11, except that leaving the block cancels its tasks, and
+    the first error is raised by itself, not in a group.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class TaskScope:
             for task in self._tasks:
                 task.cancel()
             # More than once: up to Python 3.11, `asyncio.wait_for` loses a cancellation that comes
-            # together with the result, and the task goes on.
+            # together with the result, and the task continues.
             await asyncio.wait(self._tasks, timeout=_CANCEL_AGAIN_S)
         if self._error is not None and (
             error is None or (self._interrupted and isinstance(error, asyncio.CancelledError))
@@ -74,7 +74,7 @@ async def together(*work: Coroutine[Any, Any, Result]) -> list[Result]:
     if not tasks:
         return []
     try:
-        # Unlike gather it does not cancel them: twice would break off their cleaning up.
+        # Unlike gather it does not cancel them: a second cancellation would interrupt clean-up.
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     finally:
         for task in tasks:
@@ -87,16 +87,16 @@ async def together(*work: Coroutine[Any, Any, Result]) -> list[Result]:
 
 
 async def within(timeout_s: float, work: Awaitable[Result], what: str) -> Result:
-    """The result of ``work``.
+    """Await ``work`` and return its result.
 
     Raises:
-        StallError: it did not come in time; ``what`` names it.
+        StallError: it took longer than ``timeout_s``; ``what`` names it.
     """
     task = asyncio.ensure_future(work)
     try:
         done, _ = await asyncio.wait([task], timeout=timeout_s)
     finally:
-        task.cancel()  # of no effect where it has ended
+        task.cancel()  # no effect once it has ended
     if not done:
         raise StallError(f"waited {timeout_s:.0f} s for {what}")
     return task.result()

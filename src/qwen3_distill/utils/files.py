@@ -14,10 +14,10 @@ from qwen3_distill.errors import DistillError, RunFolderError
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write one file to; it becomes ``path`` at the end.
+    """Yield a temporary path in the folder of ``path``; its file replaces ``path`` at the end.
 
-    Readers see the old file or the whole new one, and after a power cut too: the file and its
-    folder are synced. When the block raises, the temporary file is removed and ``path`` keeps
+    Readers see the old file or the whole new one, even after a power cut: the file and its folder
+    are synced. When the block raises, the temporary file is removed and ``path`` keeps
     its old content. The temporary name ends like ``path``, because some writers choose the
     format by the suffix.
 
@@ -28,9 +28,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = target.with_name(f".tmp-{secrets.token_hex(6)}-{target.name}")
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, target)
-        _sync(target.parent)
+        sync(target.parent)
     except DistillError:
         raise
     except OSError as error:
@@ -44,10 +44,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Before work whose result is to be written to ``path``: its folder is made, and written to.
+    """Check, before long work, that ``path`` can be written. Makes its folder.
 
     Raises:
-        RunFolderError: the file could not be written, as it stands.
+        RunFolderError: the file could not be written.
     """
     target = Path(path)
     try:
@@ -68,14 +68,15 @@ def write_json_atomic(path: str | Path, obj: Any) -> None:
     Raises:
         RunFolderError: the file cannot be written.
         ValueError: ``obj`` holds NaN or an infinity, which are not JSON.
-        TypeError: ``obj`` holds something else that JSON has no form for.
+        TypeError: ``obj`` holds something else that JSON cannot represent.
     """
     text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file or a directory written to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

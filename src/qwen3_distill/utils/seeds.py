@@ -1,4 +1,4 @@
-"""Seeds derived from what a draw is for. Nothing depends on how often a generator was used."""
+"""Seeds derived from the purpose of a draw, so that none depends on how many came before it."""
 
 import hashlib
 

@@ -1,7 +1,7 @@
 """Signals that ask a command to stop: Ctrl-C, SIGTERM, and SIGHUP when its terminal is closed.
 
-`signals_as_ctrl_c` stands around a command's work and turns the other two into Ctrl-C, so that
-what is done about Ctrl-C in it holds for all three.
+`signals_as_ctrl_c` wraps a command's work and turns the other two into Ctrl-C, so that the work's
+handling of Ctrl-C serves all three.
 """
 
 import os
@@ -17,7 +17,7 @@ _Handler: TypeAlias = Callable[[int, FrameType | None], None]
 
 @contextmanager
 def stop_on_ctrl_c(ask: Callable[[], None]) -> Iterator[None]:
-    """In the block the first Ctrl-C calls ``ask``; any further one raises KeyboardInterrupt."""
+    """Within the block, the first Ctrl-C calls ``ask``; later ones raise KeyboardInterrupt."""
     asked = False
 
     def once(number: int, frame: FrameType | None) -> None:
@@ -33,7 +33,7 @@ def stop_on_ctrl_c(ask: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def signals_as_ctrl_c() -> Iterator[None]:
-    """In the block SIGTERM and SIGHUP do what Ctrl-C does there, so that nothing is left behind."""
+    """Within the block, SIGTERM and SIGHUP act like Ctrl-C, so that nothing is left behind."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         on_ctrl_c = signal.getsignal(signal.SIGINT)  # asyncio's, while it runs
@@ -47,7 +47,7 @@ def signals_as_ctrl_c() -> Iterator[None]:
 
 @contextmanager
 def ctrl_c_ignored() -> Iterator[None]:
-    """In the block it has no effect: for the moment in which what there is gets saved."""
+    """Within the block, Ctrl-C has no effect: for the moment in which results are saved."""
     with _handled(lambda number, frame: None, (signal.SIGINT,)):
         yield
 
@@ -74,7 +74,7 @@ def _handled(handler: _Handler, numbers: Sequence[signal.Signals]) -> Iterator[N
 
 
 def _leave_closed(terminals: Sequence[int]) -> None:
-    """Drop output to a terminal that is gone: it would be an error in work that is to be saved."""
+    """Discard output to a closed terminal: writing to it would fail work that is to be saved."""
     for descriptor in terminals:
         if not os.isatty(descriptor):
             nowhere = os.open(os.devnull, os.O_WRONLY)

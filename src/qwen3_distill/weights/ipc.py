@@ -10,63 +10,73 @@ import pickle
 from collections.abc import Mapping
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.multiprocessing  # registers how tensors are sent
 from torch import Tensor
 
 from qwen3_distill.errors import WeightVersionError
-from qwen3_distill.ports import FullWeights, WeightPayload
+from qwen3_distill.ports import FullWeights, Reach, WeightPayload
 from qwen3_distill.types import WeightVersion
+from qwen3_distill.weights.adapter_files import version_name
 from qwen3_distill.weights.directory import DirectoryChannel
 
 _HANDLES = "handles.pickle"
-_held: dict[Path, Mapping[str, Tensor]] = {}
-"""What other processes may be reading, by channel. The newest version only."""
 
 
 class IpcChannel:
-    """CUDA IPC where it works, files where it does not; may be pickled.
+    """CUDA IPC where it works, files elsewhere; may be pickled.
 
-    Whether it works is found out by using it: a receiver that cannot open the handles notes that
-    beside them, and from then on the channel sends files. The first push, which comes before the
-    first rollout and is compared bit for bit, is thereby the probe (see `failed`).
+    The channel finds out by using it: a receiver that cannot open the handles writes a note next to
+    them, and from then on the channel sends files (`switched_transport`). The first push, which
+    comes before the first rollout and is compared bit for bit, is thereby the probe.
+
+    The object that published last holds the tensors that other processes may be reading: keep it
+    until the next version is published. Its pickle does not contain them.
 
     Args:
         root: directory for handles, notes and files.
+        strict: never tell the publisher that files would do: a version whose handles cannot be
+            opened is an error.
     """
 
-    crosses_processes = True
+    reach: Reach = "machine"
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, strict: bool = False) -> None:
         self._root = root
+        self._strict = strict
         self._files = DirectoryChannel(root)
+        self._lent: Mapping[str, Tensor] = {}
+        """The newest version's tensors, which other processes may be reading."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_lent": {}}
 
     @property
     def failed(self) -> bool:
-        """Whether a receiver could not open the handles."""
+        """Whether handles could not be made, or not be opened by a receiver."""
         return self._note.exists()
 
     def publish(self, version: WeightVersion, payload: WeightPayload) -> None:
         on_gpu = all(tensor.is_cuda for tensor in payload.tensors.values())
         if self.failed or not on_gpu or not isinstance(payload, FullWeights):
-            self._handles.unlink(missing_ok=True)
-            self._files.publish(version, payload)
+            self._publish_files(version, payload)
             return
         tensors = {name: tensor.detach() for name, tensor in payload.tensors.items()}
-        torch.cuda.synchronize()  # handles say nothing of work that is still queued
+        torch.cuda.synchronize()  # handles do not wait for work that is still queued
         buffer = io.BytesIO()
         try:
             ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL).dump((version, tensors))
         except RuntimeError as error:  # e.g. expandable segments in an unprivileged container
-            self._give_up(str(error))
-            self._files.publish(version, payload)
+            self._give_up(version, str(error))
+            self._publish_files(version, payload)
             return
         self._root.mkdir(parents=True, exist_ok=True)
         unfinished = self._handles.with_suffix(".unfinished")
         unfinished.write_bytes(buffer.getvalue())
         unfinished.replace(self._handles)
-        _held[self._root] = tensors
+        self._lent = tensors
 
     def fetch(self, version: WeightVersion) -> WeightPayload:
         if not self._handles.exists():
@@ -74,15 +84,24 @@ class IpcChannel:
         try:
             held, tensors = pickle.loads(self._handles.read_bytes())
         except RuntimeError as error:
-            self._give_up(str(error))
+            self._give_up(version, str(error))
             raise WeightVersionError(f"{version}: CUDA IPC does not work here: {error}") from error
         if held != version:
             raise WeightVersionError(f"the channel holds {held}, not {version}; publish it first")
         return FullWeights(tensors=tensors)
 
-    def locate(self, version: WeightVersion) -> Path:
-        """The directory of a version that was sent as files, as adapters always are."""
-        return self._files.locate(version)
+    def adapter_directory(self, version: WeightVersion, folder: Path) -> Path:
+        """Adapters are always sent as files."""
+        return self._files.adapter_directory(version, folder)
+
+    def switched_transport(self, version: WeightVersion) -> bool:
+        if self._strict or not (self.failed and self._handles.exists()):
+            return False
+        return self._note.read_text().partition("\n")[0] == version_name(version)
+
+    def _publish_files(self, version: WeightVersion, payload: WeightPayload) -> None:
+        self._handles.unlink(missing_ok=True)
+        self._files.publish(version, payload)
 
     @property
     def _handles(self) -> Path:
@@ -92,6 +111,6 @@ class IpcChannel:
     def _note(self) -> Path:
         return self._root / "ipc-failed"
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, version: WeightVersion, reason: str) -> None:
         self._root.mkdir(parents=True, exist_ok=True)
-        self._note.write_text(reason + "\n")
+        self._note.write_text(f"{version_name(version)}\n{reason}\n")

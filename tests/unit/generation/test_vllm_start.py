@@ -8,7 +8,8 @@ import pytest
 
 from qwen3_distill.config import VllmGeneration
 from qwen3_distill.errors import EngineStartError
-from qwen3_distill.generation.vllm.engine import VllmRolloutEngine
+from qwen3_distill.generation.vllm.engine import vllm_engine
+from tests.contract.builders import pid_of
 from tests.tiny_models import TinyModels
 
 
@@ -18,7 +19,7 @@ from tests.tiny_models import TinyModels
         ("driver: the last words", r"did not start.*driver: the last words"),
         (
             "ModuleNotFoundError: No module named 'vllm'",
-            r"not installed for .*make_environment.py vllm-cuda.* set generation.python",
+            r"not installed for .*environments/make.py vllm-cuda.* set generation.python",
         ),
         (
             "ImportError: cannot import name 'TokensPrompt' from 'vllm' (/x/vllm/__init__.py)",
@@ -48,11 +49,10 @@ def test_why_a_process_ended_at_its_start_is_said(
     python.write_text(f'#!/bin/sh\necho "{printed}" >&2\nexit 3\n')
     python.chmod(0o755)
     config = VllmGeneration.model_validate({"kind": "vllm", "python": str(python)})
-    engine = VllmRolloutEngine(
+    engine = vllm_engine(
         tiny_models.student, config, lora=None, kv_cache_bytes=1 << 20, log=tmp_path / "vllm.log"
     )
     with pytest.raises(EngineStartError, match=f"(?s){message}"):
         asyncio.run(engine.start())
-    assert engine.pid is not None
     with pytest.raises(ProcessLookupError):
-        os.kill(engine.pid, 0)
+        os.kill(pid_of(engine), 0)

@@ -14,23 +14,26 @@ import pytest
 
 from qwen3_distill.errors import DataError, EngineError, EngineLost, EngineStartError
 from qwen3_distill.hosts.child import ChildProcess, engine_environment
-from qwen3_distill.hosts.process import WorkerProcess
+from qwen3_distill.hosts.host import WorkerSpec
+from qwen3_distill.hosts.process import LocalProcess
 
-Use = Callable[[WorkerProcess], Awaitable[None]]
+Use = Callable[[LocalProcess], Awaitable[None]]
 
 
 @asynccontextmanager
 async def started(
     log: Path, *, hang_timeout_s: float | None = None, **changes: str
-) -> AsyncIterator[WorkerProcess]:
+) -> AsyncIterator[LocalProcess]:
     root = str(Path(__file__).parents[3])
-    worker = WorkerProcess(
-        "echo",
-        python=changes.get("python", sys.executable),
-        module=changes.get("module", "tests.echo_worker"),
-        log=log,
-        environment={"PYTHONPATH": f"{root}/src:{root}", "ECHO_MARK": "set"},
-        hang_timeout_s=hang_timeout_s,
+    worker = LocalProcess(
+        WorkerSpec(
+            name="echo",
+            python=changes.get("python", sys.executable),
+            module=changes.get("module", "tests.echo_worker"),
+            log=log,
+            environment={"PYTHONPATH": f"{root}/src:{root}", "ECHO_MARK": "set"},
+            hang_timeout_s=hang_timeout_s,
+        )
     )
     try:
         await worker.start()
@@ -53,7 +56,7 @@ def log(tmp_path: Path) -> Path:
 
 
 def test_calls_and_streams_are_answered_side_by_side(log: Path) -> None:
-    async def use(worker: WorkerProcess) -> None:
+    async def use(worker: LocalProcess) -> None:
         slow = asyncio.create_task(worker.call("after", 0.3, "slow"))
         assert await worker.call("add", 2, 3) == 5
         assert [value async for value in worker.stream("count", 4)] == [0, 1, 2, 3]
@@ -64,8 +67,31 @@ def test_calls_and_streams_are_answered_side_by_side(log: Path) -> None:
     with_worker(log, use)
 
 
+def test_variables_of_one_start_come_on_top_of_the_worker_s_own(log: Path) -> None:
+    async def use(worker: LocalProcess) -> None:
+        await worker.close()
+        await worker.start({"ECHO_MARK": "of this start"})
+        assert await worker.call("variable", "ECHO_MARK") == "of this start"
+        await worker.close()
+        await worker.start()
+        assert await worker.call("variable", "ECHO_MARK") == "set"
+
+    with_worker(log, use)
+
+
+@pytest.mark.parametrize("method", ["", "?"])
+def test_a_method_s_name_is_nothing_but_a_name(log: Path, method: str) -> None:
+    """Pings and cancellations are frames of their own kinds."""
+
+    async def use(worker: LocalProcess) -> None:
+        with pytest.raises(EngineError, match="AttributeError"):
+            await worker.call(method)
+
+    with_worker(log, use)
+
+
 def test_errors_of_this_package_keep_their_type_and_others_name_theirs(log: Path) -> None:
-    async def use(worker: WorkerProcess) -> None:
+    async def use(worker: LocalProcess) -> None:
         with pytest.raises(DataError, match="row 7"):
             await worker.call("known_error")
         with pytest.raises(EngineError, match=r"unknown_error: ZeroDivisionError: by hand"):
@@ -77,7 +103,7 @@ def test_errors_of_this_package_keep_their_type_and_others_name_theirs(log: Path
 
 
 def test_a_call_that_takes_too_long_is_named(log: Path) -> None:
-    async def use(worker: WorkerProcess) -> None:
+    async def use(worker: LocalProcess) -> None:
         with pytest.raises(EngineError, match=r"no answer to after within 0.1 s"):
             await worker.call("after", 20.0, "never", timeout_s=0.1)
 
@@ -85,7 +111,7 @@ def test_a_call_that_takes_too_long_is_named(log: Path) -> None:
 
 
 def test_a_death_fails_everything_that_waits_and_a_new_start_works(log: Path) -> None:
-    async def use(worker: WorkerProcess) -> None:
+    async def use(worker: LocalProcess) -> None:
         waiting = asyncio.create_task(worker.call("after", 60.0, "never"))
         await asyncio.sleep(0)
         with pytest.raises(EngineLost, match="last words"):
@@ -103,7 +129,7 @@ def test_a_death_fails_everything_that_waits_and_a_new_start_works(log: Path) ->
 
 
 def test_close_leaves_no_process(log: Path) -> None:
-    async def use(worker: WorkerProcess) -> None:
+    async def use(worker: LocalProcess) -> None:
         pid = await worker.call("pid")
         os.kill(pid, 0)  # there
         await worker.close()
@@ -131,7 +157,7 @@ def test_a_worker_that_cannot_start_says_why(log: Path, changes, message) -> Non
 
 
 def test_a_stream_left_early_is_cancelled_over_there(log: Path) -> None:
-    async def use(worker: WorkerProcess) -> None:
+    async def use(worker: LocalProcess) -> None:
         stream = worker.stream("ticks")
         assert await anext(stream) == 0
         assert await worker.call("num_ticking") == 1
@@ -150,7 +176,7 @@ def test_a_stream_left_early_is_cancelled_over_there(log: Path) -> None:
 
 @pytest.mark.parametrize("what", ["worker", "group"])
 def test_a_stopped_worker_is_killed_and_lost_and_a_new_start_works(log: Path, what: str) -> None:
-    async def use(worker: WorkerProcess) -> None:
+    async def use(worker: LocalProcess) -> None:
         pid = await worker.call("pid")
         stream = worker.stream("ticks")
         await anext(stream)
@@ -175,7 +201,7 @@ def test_a_stopped_worker_is_killed_and_lost_and_a_new_start_works(log: Path, wh
 
 
 def test_a_large_message_to_a_stopped_worker_does_not_hide_the_hang(log: Path) -> None:
-    async def use(worker: WorkerProcess) -> None:
+    async def use(worker: LocalProcess) -> None:
         os.kill(await worker.call("pid"), signal.SIGSTOP)
         with pytest.raises(EngineLost):
             await worker.call("size", bytes(1 << 24))
@@ -184,7 +210,7 @@ def test_a_large_message_to_a_stopped_worker_does_not_hide_the_hang(log: Path) -
 
 
 def test_a_stuck_event_loop_is_a_hang(log: Path) -> None:
-    async def use(worker: WorkerProcess) -> None:
+    async def use(worker: LocalProcess) -> None:
         with pytest.raises(EngineLost, match="did not answer for 1 s"):
             await worker.call("block", 60.0)
 
@@ -192,7 +218,7 @@ def test_a_stuck_event_loop_is_a_hang(log: Path) -> None:
 
 
 def test_a_worker_that_blocks_for_less_than_the_limit_lives(log: Path) -> None:
-    async def use(worker: WorkerProcess) -> None:
+    async def use(worker: LocalProcess) -> None:
         for _ in range(3):
             assert await worker.call("block", 1.5) == "done"
 
@@ -200,7 +226,7 @@ def test_a_worker_that_blocks_for_less_than_the_limit_lives(log: Path) -> None:
 
 
 def test_a_silent_call_has_its_own_limit(log: Path) -> None:
-    async def use(worker: WorkerProcess) -> None:
+    async def use(worker: LocalProcess) -> None:
         assert await worker.call_without_heartbeat("block", 3.0, timeout_s=20.0) == "done"
         with pytest.raises(EngineLost, match="did not answer"):  # watched again
             await worker.call("block", 60.0)
@@ -209,7 +235,7 @@ def test_a_silent_call_has_its_own_limit(log: Path) -> None:
 
 
 def test_a_controller_that_was_busy_does_not_take_its_worker_for_dead(log: Path) -> None:
-    async def use(worker: WorkerProcess) -> None:
+    async def use(worker: LocalProcess) -> None:
         for _ in range(4):
             time.sleep(1.5)
             assert await worker.call("add", 1, 1) == 2
@@ -220,7 +246,7 @@ def test_a_controller_that_was_busy_does_not_take_its_worker_for_dead(log: Path)
 def test_an_answer_that_is_there_counts_though_the_controller_was_busy_for_longer(
     log: Path,
 ) -> None:
-    async def use(worker: WorkerProcess) -> None:
+    async def use(worker: LocalProcess) -> None:
         call = asyncio.create_task(worker.call("after", 0.1, "x", timeout_s=1))
         await asyncio.sleep(0.05)
         time.sleep(1.5)
@@ -233,13 +259,14 @@ def test_a_worker_that_does_not_connect_in_time_is_named(log: Path, tmp_path: Pa
     sleeps = tmp_path / "sleeps"
     sleeps.write_text("#!/bin/sh\nsleep 60\n")
     sleeps.chmod(0o755)
-    worker = WorkerProcess("echo", python=str(sleeps), module="any", log=log, start_timeout_s=0.5)
+    spec = WorkerSpec(name="echo", python=str(sleeps), module="any", log=log, start_timeout_s=0.5)
+    worker = LocalProcess(spec)
     with pytest.raises(EngineStartError, match=r"echo did not start within 0\.5 s"):
         asyncio.run(worker.start())
 
 
 def test_no_time_limit_means_no_watch(log: Path) -> None:
-    async def use(worker: WorkerProcess) -> None:
+    async def use(worker: LocalProcess) -> None:
         pid = await worker.call("pid")
         os.kill(pid, signal.SIGSTOP)
         waiting = asyncio.create_task(worker.call("add", 2, 3))
@@ -308,7 +335,7 @@ def test_a_killed_controller_leaves_nothing_behind(log: Path) -> None:
 import asyncio, sys
 sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 from pathlib import Path
-from tests.unit.test_worker import started_family
+from tests.unit.hosts.test_process import started_family
 
 async def main():
     await started_family(Path({str(log)!r}), "time.sleep(600)")

@@ -1,7 +1,7 @@
 """The shared learner where memory runs out, and the probes of the model below the head."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from qwen3_distill.training.objectives.base import (
     read_scalars,
 )
 from qwen3_distill.training.objectives.build import build_objective
+from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.training.unsloth.packing_probe import packing_gap, recompute_first_layers
 from qwen3_distill.types import Batch, ScoredRollout, TeacherScore
 from qwen3_distill.weights.memory import MemoryChannel
@@ -57,10 +58,32 @@ def learner_of(
     training = EmbeddedTraining(
         kind="embedded", device=device, micro_batch_tokens=20, optimizer=optimizer
     )
-    learner = EmbeddedLearner(
-        models.student, config=training, objective=objective, total_steps=9, seed=0
+    settings = LearnerSettings(
+        model_dir=models.student, training=training, objective=config, total_steps=9, seed=0
     )
+    learner = EmbeddedLearner(settings, objective)
     return learner, objective
+
+
+def test_several_ranks_may_combine_their_gradients_between_the_last_backward_pass_and_the_clipping(
+    tiny_models: TinyModels,
+) -> None:
+    class TwoEqualRanks(EmbeddedLearner):
+        num_reductions = 0
+
+        def _reduce(self, parameters: Iterable[Tensor]) -> None:
+            self.num_reductions += 1
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.grad.mul_(2)
+
+    alone, objective = learner_of(tiny_models)
+    ranks = TwoEqualRanks(alone._settings, objective)
+    batch = batch_of(5)  # several micro-batches
+    one, two = asyncio.run(alone.update(batch)), asyncio.run(ranks.update(batch))
+    assert ranks.num_reductions == 1
+    assert two.grad_norm == pytest.approx(2 * one.grad_norm, rel=1e-5)
+    assert two.loss == one.loss
 
 
 def parameters_of(learner: EmbeddedLearner) -> list[torch.nn.Parameter]:

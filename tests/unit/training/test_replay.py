@@ -23,6 +23,7 @@ from qwen3_distill.scoring.score_request import request_for
 from qwen3_distill.training.batching import MicroBatch, flat_micro_batches, micro_batches
 from qwen3_distill.training.embedded.student import EmbeddedLearner
 from qwen3_distill.training.objectives.build import build_objective
+from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.types import Batch, ScoredRollout
 from tests.contract.builders import synthetic_rollout
 from tests.contract.reference import reference_model, reference_score, token_logprobs
@@ -45,19 +46,20 @@ def replaying(
         law=ProportionalLaw(kind="proportional", alpha=1.0),  # the mass is the priority
     )
     buffer = build_replay(config, objective, device=torch.device("cpu"), seed=1)
-    learner = EmbeddedLearner(
-        models.student,
-        config=EmbeddedTraining(
+    settings = LearnerSettings(
+        model_dir=models.student,
+        training=EmbeddedTraining(
             kind="embedded",
             device="cpu",
             micro_batch_tokens=tokens,
             optimizer=OptimizerConfig(learning_rate=1e-3),
         ),
-        objective=build_objective(objective, teacher_head_VD=None, chunk_tokens=64),
+        objective=objective,
         total_steps=9,
         seed=0,
-        replay=buffer,
     )
+    built = build_objective(objective, teacher_head_VD=None, chunk_tokens=64)
+    learner = EmbeddedLearner(settings, built, buffer)
     asyncio.run(learner.admit(scored))
     return learner, buffer
 

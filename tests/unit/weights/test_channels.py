@@ -1,6 +1,8 @@
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -10,8 +12,16 @@ from torch import Tensor
 from qwen3_distill.errors import EngineError, WeightVersionError
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_model
-from qwen3_distill.ports import FullWeights, LoraWeights, WeightChannel, WeightPayload
+from qwen3_distill.ports import (
+    FullWeights,
+    LoraWeights,
+    Reach,
+    WeightChannel,
+    WeightPayload,
+    reaches,
+)
 from qwen3_distill.types import WeightVersion
+from qwen3_distill.weights.adapter_files import load_adapter
 from qwen3_distill.weights.directory import DirectoryChannel, publish_directory
 from qwen3_distill.weights.ipc import IpcChannel
 from qwen3_distill.weights.memory import MemoryChannel
@@ -113,25 +123,71 @@ def test_a_version_that_was_not_written_to_its_end_cannot_be_fetched(
     def full_disk(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("qwen3_distill.weights.directory._flush", full_disk)
+    monkeypatch.setattr("qwen3_distill.weights.directory.sync", full_disk)
     with pytest.raises(EngineError, match=r"step=0.*No space left on device; make room there"):
         channel.publish(FIRST, some_payload())
     with pytest.raises(WeightVersionError):
         channel.fetch(FIRST)
 
 
-@pytest.mark.parametrize("kind", FILE_CHANNELS.values(), ids=list(FILE_CHANNELS))
-def test_an_adapter_lies_in_the_layout_of_peft(
-    tmp_path: Path, kind: type[DirectoryChannel | IpcChannel]
+CHANNELS = {**FILE_CHANNELS, "memory": lambda root: MemoryChannel()}
+
+
+@pytest.mark.parametrize("build", CHANNELS.values(), ids=list(CHANNELS))
+def test_an_adapter_s_directory_has_the_layout_of_peft(
+    tmp_path: Path, build: Callable[[Path], WeightChannel]
 ) -> None:
-    channel = kind(tmp_path)
-    channel.publish(FIRST, some_adapter())
-    config = PeftConfig.from_pretrained(str(channel.locate(FIRST)))
+    channel, folder = build(tmp_path / "channel"), tmp_path / "folder"
+    channel.publish(FIRST, adapter := some_adapter())
+    directory = channel.adapter_directory(FIRST, folder)
+    config = PeftConfig.from_pretrained(str(directory))
     assert (config.peft_type, config.r, config.lora_alpha) == ("LORA", 2, 6.0)  # pyright: ignore
+    written = load_adapter(directory)
+    assert replace(written, tensors={}) == replace(adapter, tensors={})
+    assert all(torch.equal(written.tensors[n], t) for n, t in adapter.tensors.items())
+    assert folder.exists() == isinstance(channel, MemoryChannel)  # the others have their own
 
 
-def test_ipc_sends_files_once_a_receiver_could_not_open_its_handles(tmp_path: Path) -> None:
-    channel = IpcChannel(tmp_path)
+@pytest.mark.parametrize("build", CHANNELS.values(), ids=list(CHANNELS))
+def test_whole_weights_have_no_adapter_s_directory(
+    tmp_path: Path, build: Callable[[Path], WeightChannel]
+) -> None:
+    channel = build(tmp_path / "channel")
+    channel.publish(FIRST, some_payload())
+    with pytest.raises(WeightVersionError, match="adapters"):
+        channel.adapter_directory(FIRST, tmp_path / "folder")
+
+
+def test_of_the_adapters_that_are_written_out_the_newest_two_stay(tmp_path: Path) -> None:
+    channel = MemoryChannel()
+    for step in range(4):
+        version = WeightVersion(step=step, digest="d")
+        channel.publish(version, some_adapter())
+        channel.adapter_directory(version, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002-d", "step-000003-d"]
+
+
+@pytest.mark.parametrize(
+    ("reach", "receivers"),
+    [
+        ("process", {"process"}),
+        ("machine", {"process", "machine"}),
+        ("cluster", {"process", "machine", "cluster"}),
+    ],
+)
+def test_a_channel_reaches_receivers_that_are_as_near_or_nearer(
+    reach: Reach, receivers: set[Reach]
+) -> None:
+    channel = MemoryChannel()
+    channel.reach = reach
+    assert {place for place in get_args(Reach) if reaches(channel, place)} == receivers
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_ipc_sends_files_once_a_receiver_could_not_open_its_handles(
+    tmp_path: Path, strict: bool
+) -> None:
+    channel = IpcChannel(tmp_path, strict=strict)
 
     class FakeHandle:
         """Unpickles as a handle does that another process cannot open."""
@@ -141,11 +197,24 @@ def test_ipc_sends_files_once_a_receiver_could_not_open_its_handles(tmp_path: Pa
 
     (tmp_path / "handles.pickle").write_bytes(pickle.dumps((FIRST, FakeHandle())))
     assert not channel.failed
+    assert not channel.switched_transport(FIRST)
     with pytest.raises(WeightVersionError, match="CUDA IPC does not work here: invalid argument"):
         channel.fetch(FIRST)
     assert channel.failed
+    assert channel.switched_transport(FIRST) == (not strict)
+    assert not channel.switched_transport(SECOND)
     channel.publish(FIRST, some_payload())
+    assert not channel.switched_transport(FIRST)  # it came as files
     assert channel.fetch(FIRST).tensors.keys() == {"w", "b"}
+
+
+def test_a_pickled_ipc_channel_holds_no_tensors(tmp_path: Path) -> None:
+    channel = IpcChannel(tmp_path, strict=True)
+    channel._lent = {"w": torch.zeros(1 << 16)}
+    pickled = pickle.dumps(channel)
+    assert len(pickled) < 1000
+    assert vars(pickle.loads(pickled))["_lent"] == {}
+    assert channel._lent.keys() == {"w"}
 
 
 def _no_ipc() -> None:

@@ -1,4 +1,4 @@
-"""The rows that are decoded together: they join, get a token each step, and leave.
+"""A batch of rows that are decoded together: they join, get a token each step, and leave.
 
 Shape letters: B rows decoded together, T cached positions (left-padded), V vocabulary.
 """
@@ -25,7 +25,7 @@ from qwen3_distill.types import FinishReason, Prompt, Rollout, RolloutRequest
 
 
 class DecodeRow:
-    """A request on its way to a rollout, and who waits for that.
+    """A request that is being sampled, and the queue of the caller that waits for it.
 
     Args:
         outbox: gets one entry: the rollout, None if it was aborted, or the error that ended it.
@@ -36,7 +36,7 @@ class DecodeRow:
     ) -> None:
         self.running = PartialRollout(request)
         self.is_over = False
-        """Nobody waits for another token."""
+        """Whether no caller waits for another token."""
         self._outbox = outbox
 
     @property
@@ -59,10 +59,10 @@ class DecodeRow:
 
 
 class DecodeBatch:
-    """Rows with one key-value cache, and one token a row and step.
+    """Rows that share a key-value cache and get one token each per step.
 
-    Every row's last token stands in the cache's last column. A row that joins brings a cache of
-    its own, and the shorter of the two is padded on the left.
+    Every row's last token is in the cache's last column. A row that joins has a cache of its own,
+    and the shorter of the two is padded on the left.
     """
 
     def __init__(
@@ -79,16 +79,16 @@ class DecodeBatch:
         self._rows: list[DecodeRow] = []
         self._state: _State | None = None
         self._is_mixed = False
-        """Rows have joined since the first ones: some are much longer than others."""
+        """Whether rows joined later than the first ones: some are then much longer than others."""
 
     @property
     def rows(self) -> list[DecodeRow]:
-        """Those that are not over."""
+        """The rows that have not ended."""
         return [row for row in self._rows if not row.is_over]
 
     @torch.inference_mode()
     def step(self, joining: Sequence[DecodeRow]) -> None:
-        """Sample the next token of every row, the first one of those that join."""
+        """Sample the next token of every row; for joining rows, the first one."""
         if joining:
             self._drop_finished()
         logits = [] if self._state is None else [self._next_logits(self._state)]
@@ -175,7 +175,7 @@ class DecodeBatch:
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values with room behind them: a new token does not copy all that came before."""
+    """Keys and values with spare columns: a new token does not copy all earlier ones."""
 
     _ROOM = 64
     """Columns allocated beyond those in use."""
@@ -185,7 +185,7 @@ class _RoomyLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append [B, heads, T, D] of new positions; all there are, as views."""
+        """Append [B, heads, T, D] of new positions; return those of all positions, as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
@@ -196,7 +196,7 @@ class _RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def _with_room(self, held: Tensor, new: Tensor, room: Tensor | None) -> Tensor:
-        """A tensor that begins with what is held and then what is new."""
+        """Return a tensor that begins with the held columns, followed by the new ones."""
         old, length = held.shape[2], held.shape[2] + new.shape[2]
         # What was selected, trimmed or joined in between is another tensor.
         is_same = room is not None and held.data_ptr() == room.data_ptr()
@@ -208,7 +208,7 @@ class _RoomyLayer(DynamicLayer):
 
 
 class _State:
-    """What the rows of a batch have on the device, row by row."""
+    """The state of a batch's rows on the device."""
 
     def __init__(self, cache: Cache, mask_BT: Tensor, sampler: RowSampler, last_B: Tensor) -> None:
         self.cache = cache

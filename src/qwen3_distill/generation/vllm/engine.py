@@ -1,13 +1,12 @@
-"""vLLM as a `StreamingRolloutEngine`: the controller's side of the rollout process.
+"""vLLM as a `StreamingRolloutEngine`: the controller's side of the rollout worker.
 
-vLLM is not imported here: the process may have an interpreter and an environment of its own.
+vLLM is not imported here: the worker may have an interpreter and an environment of its own.
 """
 
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +15,11 @@ from qwen3_distill.errors import EngineStartError
 from qwen3_distill.generation.hosted import HostedRolloutEngine
 from qwen3_distill.generation.vllm.settings import VllmSettings
 from qwen3_distill.hosts.child import how_to_install
-from qwen3_distill.hosts.process import WorkerProcess
+from qwen3_distill.hosts.host import Host, MakeHost, WorkerSpec
+from qwen3_distill.hosts.opening import Opening
+from qwen3_distill.hosts.process import LocalProcess
 from qwen3_distill.modeling.loading import load_identity
 
-_PROBE_TIMEOUT_S = 60.0
 _CAUSE = re.compile(r"\b(\w+(?:Error|Exception): .*)")
 _OTHER_VERSION = re.compile(r"(?:Import|ModuleNotFound)Error: (.*\bvllm\..*|.*from 'vllm'.*)")
 _OUT_OF_MEMORY = re.compile(
@@ -28,30 +28,46 @@ _OUT_OF_MEMORY = re.compile(
 _MODULE = "qwen3_distill.generation.vllm.worker"
 
 
-class VllmRolloutEngine(HostedRolloutEngine):
-    """A `StreamingRolloutEngine` of vLLM.
+def vllm_engine(
+    model_dir: str | Path,
+    config: VllmGeneration,
+    *,
+    lora: LoraTuning | None,
+    kv_cache_bytes: int,
+    log: Path,
+    make_host: MakeHost = LocalProcess,
+) -> HostedRolloutEngine:
+    """Make a `StreamingRolloutEngine` of vLLM.
 
     Args:
         model_dir: the student; the weights that adapters are added to.
         lora: serve adapters up to this tuning's rank; None: whole weights are loaded.
         kv_cache_bytes: size of the key-value cache.
-        log: file that takes the process's output.
+        log: file that takes the worker's output.
+        make_host: where the worker runs.
     """
-
-    def __init__(
-        self,
-        model_dir: str | Path,
-        config: VllmGeneration,
-        *,
-        lora: LoraTuning | None,
-        kv_cache_bytes: int,
-        log: Path,
-    ) -> None:
-        identity = load_identity(model_dir)
-        limit = config.max_model_tokens or identity.context_length
-        max_model_tokens = min(limit, identity.context_length)
-        worker = WorkerProcess(
-            "vLLM",
+    identity = load_identity(model_dir)
+    limit = config.max_model_tokens or identity.context_length
+    settings = VllmSettings(
+        model_dir=str(model_dir),
+        dtype=config.dtype,
+        eos_ids=tuple(sorted(identity.eos_ids)),
+        max_sequences=config.max_sequences,
+        max_model_tokens=min(limit, identity.context_length),
+        max_batched_tokens=config.max_batched_tokens,
+        kv_cache_bytes=kv_cache_bytes,
+        stream_interval=config.stream_interval,
+        hang_timeout_s=config.hang_timeout_s,
+        lora_rank=None if lora is None else lora.rank,
+        keeps_cache=config.kv_cache_at_update == "keep",
+        quantization=config.quantization,
+        float32_head=config.float32_head,
+        enforce_eager=config.enforce_eager,
+        engine_arguments=dict(config.engine_arguments),
+    )
+    host = make_host(
+        WorkerSpec(
+            name="vLLM",
             python=config.python or sys.executable,
             module=_MODULE,
             log=log,
@@ -59,52 +75,33 @@ class VllmRolloutEngine(HostedRolloutEngine):
             hang_timeout_s=config.hang_timeout_s,
             start_timeout_s=config.start_timeout_s,
         )
-        super().__init__(
-            worker, max_model_tokens=max_model_tokens, max_restarts=config.max_restarts
-        )
+    )
+    return HostedRolloutEngine(
+        host,
+        VllmOpening(config, settings),
+        max_model_tokens=settings.max_model_tokens,
+        max_restarts=config.max_restarts,
+    )
+
+
+class VllmOpening(Opening):
+    """Opens vLLM in its worker, and finds the cause of a failed start in its output."""
+
+    def __init__(self, config: VllmGeneration, settings: VllmSettings) -> None:
+        super().__init__(timeout_s=config.start_timeout_s)
         self._config = config
+        self._settings = settings
         self._scratch: Path | None = None
-        self._settings = VllmSettings(
-            model_dir=str(model_dir),
-            dtype=config.dtype,
-            eos_ids=tuple(sorted(identity.eos_ids)),
-            max_sequences=config.max_sequences,
-            max_model_tokens=max_model_tokens,
-            max_batched_tokens=config.max_batched_tokens,
-            kv_cache_bytes=kv_cache_bytes,
-            stream_interval=config.stream_interval,
-            hang_timeout_s=config.hang_timeout_s,
-            lora_rank=None if lora is None else lora.rank,
-            keeps_cache=config.kv_cache_at_update == "keep",
-            quantization=config.quantization,
-            float32_head=config.float32_head,
-            enforce_eager=config.enforce_eager,
-            engine_arguments=dict(config.engine_arguments),
-        )
 
-    async def close(self) -> None:
-        await super().close()
-        if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
-            self._scratch = None
-
-    async def prompt_logprobs(self, token_ids: Sequence[int]) -> Sequence[float]:
-        """[T - 1] nats of all tokens but the first under the served weights: a probe."""
-        values = await self._worker.call(
-            "prompt_logprobs", list(token_ids), timeout_s=_PROBE_TIMEOUT_S
-        )
-        return values.tolist()
-
-    async def _open(self) -> None:
-        limit_s = self._config.start_timeout_s
+    async def open(self, host: Host) -> None:
         if self._scratch is None:
             self._scratch = Path(tempfile.mkdtemp(prefix="qwen3-distill-vllm-"))
         settings = replace(self._settings, scratch=str(self._scratch))
-        await self._worker.call_without_heartbeat("open", settings, timeout_s=limit_s)
+        await host.call_without_heartbeat("open", settings, timeout_s=self._timeout_s)
 
-    def _explained(self, error: EngineStartError) -> EngineStartError:
-        """The error with its cause: vLLM prints it, and passes on only that there was one."""
-        text, config, output = str(error), self._config, self._worker.output()
+    def explained(self, error: EngineStartError, host: Host) -> EngineStartError:
+        """Return the error with its cause: vLLM prints it and passes on only that there was one."""
+        text, config, output = str(error), self._config, host.output()
         if "No module named 'vllm'" in output:
             return EngineStartError(
                 f"vLLM is not installed for {config.python or sys.executable}: "
@@ -126,5 +123,13 @@ class VllmRolloutEngine(HostedRolloutEngine):
             )
         if causes:
             return EngineStartError(text + cause)
-        end = self._worker.last_output()
+        end = host.last_output()
         return EngineStartError(text if end in text else text + end)
+
+    def clean_up(self) -> None:
+        scratch, self._scratch = self._scratch, None
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+VllmRolloutEngine = vllm_engine

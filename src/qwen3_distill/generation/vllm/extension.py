@@ -1,7 +1,7 @@
-"""What runs inside vLLM's engine process: whole weights in, and weights in use compared.
+"""Loads weights inside vLLM's engine process and compares the weights in use with them.
 
 Mixed into vLLM's worker by ``worker_extension_cls``. Methods return a problem as text ("" is
-none): an exception would lose its type on the way, and some of them end the engine.
+none): an exception would lose its type on the way, and some exceptions end the engine.
 """
 
 import pickle
@@ -16,7 +16,7 @@ from torch import Tensor
 from qwen3_distill.errors import DistillError
 from qwen3_distill.generation.vllm import compat
 from qwen3_distill.modeling.digest import are_of_directory, weights_digest
-from qwen3_distill.ports import FullWeights, LoraWeights, WeightPayload
+from qwen3_distill.ports import FullWeights, LoraWeights, WeightChannel, WeightPayload
 from qwen3_distill.types import WeightVersion
 
 compat.keep_weights_plain()  # imported before the model is loaded
@@ -63,7 +63,7 @@ class WeightAccess:
         return ""
 
     def _has_already(self, version: WeightVersion, published: Mapping[str, Tensor]) -> bool:
-        """Whether these are the weights that are in use: a run's first push often is."""
+        """Whether these weights are in use already, as those of a run's first push often are."""
         if self._in_use is not None:
             return self._in_use == version.digest
         return are_of_directory(published, self.model_runner.model_config.model)
@@ -104,13 +104,13 @@ class WeightAccess:
         return any(not plain for _, _, plain in compat.unfused(self._model()))
 
 
-def write_request(path: Path, version: WeightVersion, channel: object) -> None:
-    """What the engine process is asked to load or check."""
+def write_request(path: Path, version: WeightVersion, channel: WeightChannel) -> None:
+    """Write the request that the engine process is to load a version from a channel."""
     path.write_bytes(pickle.dumps((version, channel)))
 
 
 def _read(request: str, device: torch.device | None = None) -> tuple[WeightVersion, WeightPayload]:
-    """The version asked for, fetched and found to be what its name says."""
+    """Fetch the version of a request file and check its digest."""
     version, channel = pickle.loads(Path(request).read_bytes())
     payload = channel.fetch(version)
     if device is not None:
@@ -129,7 +129,7 @@ def _peft_name(module: str, matrix: str) -> str:
 def _slot_contents(
     name: str, slot_a: Tensor, slot_b: Tensor, payload: LoraWeights
 ) -> tuple[Tensor, Tensor]:
-    """What a layer's slot must hold: A, B times the scaling, zeros beyond the rank."""
+    """The contents of a layer's slot: A, and B times the scaling; zeros beyond the rank."""
     filled_a, filled_b = torch.zeros_like(slot_a), torch.zeros_like(slot_b)
     a = payload.tensors.get(_peft_name(name, "A"))
     b = payload.tensors.get(_peft_name(name, "B"))

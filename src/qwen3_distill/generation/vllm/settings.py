@@ -1,4 +1,4 @@
-"""What the rollout process is opened with. Numpy-free and engine-free: both sides import it."""
+"""The settings that the vLLM worker is opened with. Both sides import this: no numpy, no vLLM."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,9 +17,9 @@ class VllmSettings:
     kv_cache_bytes: int
     stream_interval: int
     lora_rank: int | None
-    """Highest rank of the adapters it will serve; None: whole weights are loaded instead."""
+    """Highest rank of the adapters it serves; None: whole weights are loaded instead."""
     scratch: str = ""
-    """Folder for small files between vLLM's processes. It is the controller's: they may die."""
+    """Folder for files between vLLM's processes. The controller removes it: they may die."""
     keeps_cache: bool = True
     """Whether running rollouts keep their keys and values when new weights come."""
     max_batched_tokens: int | None = None
@@ -28,6 +28,6 @@ class VllmSettings:
     enforce_eager: bool = False
     seed: int = 0
     hang_timeout_s: float = 900.0
-    """Time without a token for any running rollout after which the engine counts as lost."""
+    """Time after which an engine counts as lost if no running rollout gets a token."""
     engine_arguments: Mapping[str, Any] = field(default_factory=dict)
     """Further ``AsyncEngineArgs``; they win over all of the above."""

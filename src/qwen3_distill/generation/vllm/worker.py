@@ -1,4 +1,4 @@
-"""The rollout process: vLLM's AsyncLLM behind the methods that the controller calls.
+"""The worker of vLLM: its AsyncLLM behind the methods that the controller calls.
 
 Run with ``-m`` under the interpreter that has vLLM. Everything that crosses the socket is a record
 of this package.
@@ -20,8 +20,6 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-from numpy.typing import NDArray
 from vllm import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -31,7 +29,7 @@ from qwen3_distill.generation.partial_rollout import PartialRollout
 from qwen3_distill.generation.vllm import compat
 from qwen3_distill.generation.vllm.extension import write_request
 from qwen3_distill.generation.vllm.settings import VllmSettings
-from qwen3_distill.hosts.process import serve_worker
+from qwen3_distill.hosts.serve import serve_worker
 from qwen3_distill.hosts.watchdog import wait_until_idle
 from qwen3_distill.ports import WeightChannel
 from qwen3_distill.types import (
@@ -44,13 +42,13 @@ from qwen3_distill.types import (
 
 _DEATH_CHECK_S = 1.0
 _DEATH_NOTICE_S = 10.0
-"""In which vLLM notices that one of its processes has died, after the first call that fails."""
+"""Time in which vLLM notices that one of its processes died, after the first call that fails."""
 _DEAD = 70
 """Exit status of this process when the engine's own process has died."""
 
 
 class VllmWorker:
-    """Served to the controller, see `vllm.VllmRolloutEngine`."""
+    """The object that the worker serves; see `engine.vllm_engine`."""
 
     def __init__(self) -> None:
         self._engine: Any = None
@@ -68,7 +66,7 @@ class VllmWorker:
         """Start the engine.
 
         Raises:
-            EngineStartError: it does not start, e.g. for want of memory, or is another version.
+            EngineStartError: it does not start, e.g. for lack of memory, or is another version.
         """
         compat.check_methods(AsyncLLM)
         arguments = compat.engine_arguments(settings)
@@ -81,10 +79,10 @@ class VllmWorker:
         self._watching = asyncio.create_task(self._end_if_it_hangs(settings.hang_timeout_s))
 
     async def load(self, version: WeightVersion, channel: WeightChannel) -> None:
-        """Serve ``version``. Running rollouts go on with it: their next tokens are its tokens.
+        """Serve ``version``. Running rollouts continue with it: their next tokens are its tokens.
 
-        What older weights computed of them is kept or computed again (`VllmSettings.keeps_cache`).
-        An engine that is paused stays so.
+        Their cache of older weights is kept or computed anew (`VllmSettings.keeps_cache`). A paused
+        engine stays paused.
 
         Raises:
             WeightVersionError: the weights in use are not ``version``; nothing is served then,
@@ -100,8 +98,8 @@ class VllmWorker:
                 if problem:
                     await self.abort(list(self._running))
                     raise WeightVersionError(problem)
-                # Also what was cached in between. Blocks that running rollouts keep cannot be
-                # cleared, nor any others then: but no later request finds them (`compat.prompt`).
+                # Including what was cached in between. While running rollouts keep their blocks,
+                # none can be cleared, but no later request finds them (`compat.prompt`).
                 if clears or not self._running:
                     cleared = await self._guarded(self._engine.reset_prefix_cache(clears))
                     if clears and not cleared:
@@ -114,7 +112,7 @@ class VllmWorker:
                     await self._guarded(self._engine.resume_generation())
 
     async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
-        """Yield each rollout when it has finished. Aborted ones are left out."""
+        """Yield each rollout when it has finished. Aborted ones are not yielded."""
         finished: asyncio.Queue[Rollout | Exception | None] = asyncio.Queue()
 
         async def follow(request: RolloutRequest) -> None:
@@ -139,7 +137,7 @@ class VllmWorker:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def prefixes(self) -> list[RolloutPrefix]:
-        """What exists of every running rollout that has a token."""
+        """The tokens so far of every running rollout that has any."""
         return [running.prefix() for running in self._running.values() if running.token_ids]
 
     async def abort(self, rollout_ids: Sequence[str]) -> None:
@@ -155,18 +153,6 @@ class VllmWorker:
         self._paused = False
         await self._guarded(self._engine.resume_generation())
 
-    async def prompt_logprobs(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """[T - 1] nats of every token but the first, under the served weights at temperature 1."""
-        parameters, prompt = compat.scoring_params(), compat.prompt(token_ids, self._num_loads)
-        outputs = [
-            output
-            async for output in self._engine.generate(
-                prompt, parameters, "prompt-logprobs", lora_request=self._adapter()
-            )
-        ]
-        rows = zip(outputs[-1].prompt_logprobs[1:], list(token_ids)[1:], strict=True)
-        return np.array([row[token].logprob for row, token in rows], dtype=np.float32)
-
     def shutdown(self) -> None:
         if self._watching is not None:
             self._watching.cancel()
@@ -174,8 +160,8 @@ class VllmWorker:
             self._engine.shutdown()
 
     async def _sample(self, request: RolloutRequest) -> Rollout | None:
-        """One rollout; None if it was aborted."""
-        async with self._load_lock:  # a load that is under way is waited for
+        """Sample one rollout; return None if it was aborted."""
+        async with self._load_lock:  # wait for a load under way
             if self._settings is None or self._version is None:
                 raise WeightVersionError("the rollout engine has no weights: load a version first")
         running = PartialRollout(request)
@@ -200,14 +186,15 @@ class VllmWorker:
     def _adapter(self) -> Any:
         return None if self._adapter_path is None else compat.adapter_request(self._adapter_path)
 
-    async def _replace(self, version: WeightVersion, channel: Any) -> str:
-        """Bring the version's weights into use; a problem as text, "" if there is none."""
+    async def _replace(self, version: WeightVersion, channel: WeightChannel) -> str:
+        """Bring the version's weights into use; return a problem as text, "" if there is none."""
         assert self._settings is not None
-        request = Path(self._settings.scratch) / "request"
+        scratch = Path(self._settings.scratch)
+        request = scratch / "request"
         write_request(request, version, channel)
         if self._settings.lora_rank is None:
             return await self._ask_engine("distill_load_full", str(request))
-        path = str(channel.locate(version))
+        path = str(channel.adapter_directory(version, scratch / "adapters"))
         if self._adapter_path is None:  # makes the adapter known; later ones go into its slot
             try:
                 await self._engine.add_lora(compat.adapter_request(path, load=True))
@@ -235,18 +222,18 @@ class VllmWorker:
     async def _end_if_it_hangs(self, hang_timeout_s: float) -> None:
         """End this process when rollouts run and none gets a token: vLLM's own process hangs.
 
-        This one still answers then, so that the controller sees nothing.
+        This process still answers then, so the controller would not notice.
         """
         await wait_until_idle(self._progress, hang_timeout_s)
         _die(EngineError(f"no rollout got a token for {hang_timeout_s:g} s"))
 
     def _progress(self) -> int | None:
-        """Outputs so far; None while none are due."""
+        """The number of outputs so far; None while none are due."""
         is_due = self._running and not self._paused and not self._load_lock.locked()
         return self._num_outputs if is_due else None
 
     async def _guarded(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """The result of ``work``; the end of this process where one of the engine's has died.
+        """Return the result of ``work``; end this process if one of the engine's has died.
 
         vLLM leaves a call unanswered that was under way when its engine core died.
         """
@@ -261,9 +248,9 @@ class VllmWorker:
             raise
 
     async def _end_if_dead(self, error: Exception) -> None:
-        """End this process where a call failed because one of the engine's processes has died.
+        """End this process if a call failed because one of the engine's processes has died.
 
-        Where it was the model's, the call says "cancelled" before anyone knows of the death.
+        If it was the model's, the call fails with "cancelled" before vLLM notices the death.
         """
         if isinstance(error, EngineDeadError):
             _die(error)
@@ -280,7 +267,7 @@ def _finished(running: PartialRollout, reason: str | None) -> Rollout | None:
 
 
 def _die(error: BaseException) -> NoReturn:
-    """The engine's process is gone and this one is of no more use: the controller restarts it."""
+    """End this process, which is useless without the engine's own: the controller restarts it."""
     print(f"vLLM's engine process is lost: {error}", file=sys.stderr, flush=True)  # noqa: T201
     os._exit(_DEAD)
 

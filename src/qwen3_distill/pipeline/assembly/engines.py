@@ -51,9 +51,10 @@ from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from qwen3_distill.scoring.score_request import HiddenRequest, request_for
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.scoring.views import SameView, TeacherView
-from qwen3_distill.training.embedded.hosted import EmbeddedLearnerProcess
+from qwen3_distill.training.embedded.hosted import hosted_embedded_learner
 from qwen3_distill.training.embedded.student import build_embedded_learner
-from qwen3_distill.training.unsloth.learner import UnslothLearner
+from qwen3_distill.training.settings import LearnerSettings, Training
+from qwen3_distill.training.unsloth.learner import unsloth_learner
 from qwen3_distill.types import Batch, Prompt, Rollout, ScoredRollout
 from qwen3_distill.utils.concurrency import together
 from qwen3_distill.weights.directory import DirectoryChannel, publish_directory
@@ -341,43 +342,34 @@ def build_learner(
 ) -> ReplayingLearner:
     """The learner, with the teacher's output head where the objective needs one."""
     training = config.training
-    publish_adapter = _served_adapter(config) is not None
     match training:
         case EmbeddedTraining(own_process=True):
-            return EmbeddedLearnerProcess(
-                config.student.model,
-                training,
-                objective=config.objective,
-                replay=config.replay,
-                total_steps=config.steps,
-                seed=config.seed,
-                publish_adapter=publish_adapter,
-                log=engine_log(config, "learner"),
-            )
+            settings = _learner_settings(config, training)
+            return hosted_embedded_learner(settings, log=engine_log(config, "learner"))
         case EmbeddedTraining():
             needs_head = isinstance(request_for(config.objective), HiddenRequest)
             return build_embedded_learner(
-                config.student.model,
-                training,
-                config.objective,
-                total_steps=config.steps,
-                seed=config.seed,
-                publish_adapter=publish_adapter,
-                replay=config.replay,
+                _learner_settings(config, training),
                 teacher_head_VD=_output_head(teacher) if needs_head else None,
             )
         case UnslothTraining():
-            return UnslothLearner(
-                config.student.model,
-                training,
-                objective=config.objective,
-                total_steps=config.steps,
-                seed=config.seed,
-                publish_adapter=publish_adapter,
-                memory_bytes=_needed(plan).learner_memory_bytes,
-                log=engine_log(config, "unsloth"),
-                replay=config.replay,
-            )
+            settings = _learner_settings(config, training, _needed(plan).learner_memory_bytes)
+            return unsloth_learner(settings, log=engine_log(config, "unsloth"))
+
+
+def _learner_settings(
+    config: RunConfig, training: Training, memory_bytes: int | None = None
+) -> LearnerSettings[Training]:
+    return LearnerSettings(
+        model_dir=Path(config.student.model),
+        training=training,
+        objective=config.objective,
+        replay=config.replay,
+        total_steps=config.steps,
+        seed=config.seed,
+        publish_adapter=_served_adapter(config) is not None,
+        memory_bytes=memory_bytes,
+    )
 
 
 def _output_head(teacher: TeacherScorer) -> torch.Tensor | None:
@@ -439,7 +431,7 @@ def build_channel(config: RunConfig, folder: Path | None) -> WeightChannel:
     trained_beside = config.pipeline.kind == "streaming" and config.training.tuning.kind == "full"
     if generation.full_weights == "directory" or trained_beside:
         return DirectoryChannel(folder)
-    return IpcChannel(folder)
+    return IpcChannel(folder, strict=generation.full_weights == "ipc")
 
 
 def build_checker(verifier: VerifierConfig, text: TextTools) -> Callable[[Rollout], bool]:

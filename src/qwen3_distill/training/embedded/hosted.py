@@ -1,67 +1,36 @@
-"""The embedded learner in a process of its own, seen from the controller."""
+"""The embedded learner in a host, as the controller makes it."""
 
-import sys
 from pathlib import Path
 
-from qwen3_distill.config import EmbeddedTraining, ObjectiveConfig, ReplayConfig
-from qwen3_distill.hosts.process import WorkerProcess
+from qwen3_distill.config import EmbeddedTraining
+from qwen3_distill.hosts.host import MakeHost, WorkerSpec
+from qwen3_distill.hosts.opening import Opening
+from qwen3_distill.hosts.process import LocalProcess
 from qwen3_distill.training.hosted import HostedLearner
-from qwen3_distill.types import WeightVersion
+from qwen3_distill.training.settings import LearnerSettings
 
 _MODULE = "qwen3_distill.training.embedded.worker"
 
 
-class EmbeddedLearnerProcess(HostedLearner):
-    """A `ReplayingLearner`: an `EmbeddedLearner` elsewhere.
+def hosted_embedded_learner(
+    settings: LearnerSettings[EmbeddedTraining], *, log: Path, make_host: MakeHost = LocalProcess
+) -> HostedLearner:
+    """Make a `ReplayingLearner` whose worker runs an `EmbeddedLearner`.
 
     Args:
-        model_dir: the student.
-        objective: one that needs no hidden states of the teacher.
-        publish_adapter: publish LoRA adapters by themselves, not merged into all weights.
-        log: file that takes the process's output; appended to.
+        settings: with an objective that needs no hidden states of the teacher.
+        log: file that takes the worker's output; appended to.
+        make_host: where the worker runs.
     """
-
-    def __init__(
-        self,
-        model_dir: str | Path,
-        config: EmbeddedTraining,
-        *,
-        objective: ObjectiveConfig,
-        replay: ReplayConfig | None,
-        total_steps: int,
-        seed: int,
-        publish_adapter: bool,
-        log: Path,
-    ) -> None:
-        super().__init__("embedded learner", model_dir)
-        self._model_dir = Path(model_dir).resolve()
-        self._config = config
-        self._objective = objective
-        self._replay = replay
-        self._settings = {
-            "total_steps": total_steps,
-            "seed": seed,
-            "publish_adapter": publish_adapter,
-        }
-        self._log = log
-
-    def _make_worker(self) -> WorkerProcess:
-        return WorkerProcess(
-            "embedded learner",
-            python=sys.executable,
+    training = settings.training
+    host = make_host(
+        WorkerSpec(
+            name="embedded learner",
             module=_MODULE,
-            log=self._log,
-            hang_timeout_s=self._config.hang_timeout_s,
-            start_timeout_s=self._config.start_timeout_s,
+            log=log,
+            hang_timeout_s=training.hang_timeout_s,
+            start_timeout_s=training.start_timeout_s,
         )
-
-    async def _open(self, worker: WorkerProcess) -> WeightVersion:
-        return await worker.call_without_heartbeat(
-            "open",
-            str(self._model_dir),
-            self._config,
-            self._objective,
-            self._replay,
-            self._settings,
-            timeout_s=self._config.start_timeout_s,
-        )
+    )
+    opening = Opening(settings.resolved(), timeout_s=training.start_timeout_s)
+    return HostedLearner(host, opening, settings.model_dir)

@@ -4,14 +4,13 @@ Shape letters: B rows of a micro-batch, T positions, D hidden size.
 """
 
 import contextlib
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qwen3_distill.config import EmbeddedTraining, LoraTuning, ObjectiveConfig, ReplayConfig
+from qwen3_distill.config import EmbeddedTraining, LoraTuning
 from qwen3_distill.modeling.loading import load_model, resolve_device, resolve_dtype
 from qwen3_distill.modeling.step_memory import autocasts
 from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
@@ -20,80 +19,51 @@ from qwen3_distill.training.learner import TorchLearner
 from qwen3_distill.training.lora import add_adapters
 from qwen3_distill.training.objectives.base import Objective
 from qwen3_distill.training.objectives.build import build_objective
+from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.types import Metric
 
 
 class EmbeddedLearner(TorchLearner):
-    """A `Learner` on plain PyTorch: exact and small, the oracle of the real ones."""
+    """A `Learner` on plain PyTorch: exact and small, the reference for the other engines."""
 
     def __init__(
         self,
-        model_dir: str | Path,
-        *,
-        config: EmbeddedTraining,
+        settings: LearnerSettings[EmbeddedTraining],
         objective: Objective,
-        total_steps: int,
-        seed: int,
-        publish_adapter: bool = False,
         replay: ReplayBuffer | None = None,
     ) -> None:
-        super().__init__(
-            model_dir,
-            _EmbeddedStudent(model_dir, config, seed),
-            objective=objective,
-            tuning=config.tuning,
-            optimizer=config.optimizer,
-            micro_batch_tokens=config.micro_batch_tokens,
-            total_steps=total_steps,
-            seed=seed,
-            publish_adapter=publish_adapter,
-            replay=replay,
-        )
+        super().__init__(settings, _EmbeddedStudent(settings), objective, replay)
 
 
 def build_embedded_learner(
-    model_dir: str | Path,
-    config: EmbeddedTraining,
-    objective: ObjectiveConfig,
-    *,
-    total_steps: int,
-    seed: int,
-    publish_adapter: bool,
-    replay: ReplayConfig | None,
-    teacher_head_VD: Tensor | None = None,
+    settings: LearnerSettings[EmbeddedTraining], *, teacher_head_VD: Tensor | None = None
 ) -> EmbeddedLearner:
-    """A learner from the config's sections.
+    """Build a learner with the objective and the replay buffer of its settings.
 
     Args:
         teacher_head_VD: the teacher's output head, for objectives over hidden states.
     """
+    training, objective = settings.training, settings.objective
     buffer = None
-    if replay is not None:
-        device = resolve_device(config.device)
-        buffer = build_replay(replay, objective, device=device, seed=seed)
-    return EmbeddedLearner(
-        model_dir,
-        config=config,
-        objective=build_objective(
-            objective, teacher_head_VD=teacher_head_VD, chunk_tokens=config.chunk_tokens
-        ),
-        total_steps=total_steps,
-        seed=seed,
-        publish_adapter=publish_adapter,
-        replay=buffer,
+    if settings.replay is not None:
+        device = resolve_device(training.device)
+        buffer = build_replay(settings.replay, objective, device=device, seed=settings.seed)
+    built = build_objective(
+        objective, teacher_head_VD=teacher_head_VD, chunk_tokens=training.chunk_tokens
     )
+    return EmbeddedLearner(settings, built, buffer)
 
 
 class _EmbeddedStudent:
     packs = False
 
-    def __init__(self, model_dir: str | Path, config: EmbeddedTraining, seed: int) -> None:
-        self._config = config
+    def __init__(self, settings: LearnerSettings[EmbeddedTraining]) -> None:
+        config = self._config = settings.training
         self.device = resolve_device(config.device)
-        base = load_model(model_dir, device=self.device, dtype=resolve_dtype(config.dtype))
+        base = load_model(settings.model_dir, device=self.device, dtype=resolve_dtype(config.dtype))
         self.core: PreTrainedModel = base
         if isinstance(config.tuning, LoraTuning):
-            self.core = add_adapters(base, config.tuning, seed)
+            self.core = add_adapters(base, config.tuning, settings.seed)
         if config.gradient_checkpointing:
             self.core.gradient_checkpointing_enable({"use_reentrant": False})
             self.core.enable_input_require_grads()
@@ -117,3 +87,6 @@ class _EmbeddedStudent:
             f"micro-batches of {self._config.micro_batch_tokens} tokens, {recomputes} recomputed, "
             "no memory plan"
         )
+
+    def describe(self) -> dict[str, str]:
+        return {"device": str(self.device), "memory": self.memory_report()}

@@ -1,37 +1,25 @@
-"""The process of an embedded learner: the same learner, served to the controller."""
-
-from typing import Any
+"""The worker of an embedded learner: the same learner, served to the controller."""
 
 import torch
 
-from qwen3_distill.config import EmbeddedTraining, ObjectiveConfig, ReplayConfig
-from qwen3_distill.hosts.process import serve_worker
+from qwen3_distill.config import EmbeddedTraining
+from qwen3_distill.hosts.serve import serve_worker
 from qwen3_distill.training.embedded.student import build_embedded_learner
 from qwen3_distill.training.learner_service import LearnerService
+from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.types import WeightVersion
 
 
 class EmbeddedLearnerWorker(LearnerService):
-    """What the worker serves; everything but `open` needs a learner that is open."""
+    """The object that the worker serves. All methods but `open` need an open learner."""
 
     def open(
-        self,
-        model_dir: str,
-        config: EmbeddedTraining,
-        objective: ObjectiveConfig,
-        replay: ReplayConfig | None,
-        settings: dict[str, Any],
-    ) -> WeightVersion:
-        """Load the student; its first version.
-
-        Args:
-            settings: ``total_steps``, ``seed``, ``publish_adapter``.
-        """
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        learner = build_embedded_learner(model_dir, config, objective, replay=replay, **settings)
-        self.learner = learner
-        return learner.version
+        self, settings: LearnerSettings[EmbeddedTraining]
+    ) -> tuple[WeightVersion, dict[str, str]]:
+        """Load the student; return its first version, and a description."""
+        if settings.training.threads is not None:
+            torch.set_num_threads(settings.training.threads)
+        return self._serve(build_embedded_learner(settings))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is asked of the model below the output head, whichever library prepared it."""
+"""Probing packed sequences, and recomputing layers, in a model that any library prepared."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeAlias

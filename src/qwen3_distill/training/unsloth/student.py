@@ -43,94 +43,62 @@ from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
 from qwen3_distill.training.batching import MicroBatch
 from qwen3_distill.training.learner import TorchLearner
 from qwen3_distill.training.lora import check_targets, initialise_adapters
+from qwen3_distill.training.memory_lack import memory_lack
 from qwen3_distill.training.objectives.build import build_objective
+from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.training.unsloth.packing_probe import packing_gap, recompute_first_layers
 from qwen3_distill.types import Metric
 
 _PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 6e-2}
-"""Of `packing_gap`."""
+"""Largest `packing_gap` with which sequences are packed."""
 
 
-class UnslothTorchLearner(TorchLearner):
-    """The shared learner, which can also say how it runs."""
-
-    def __init__(self, model_dir: Path, student: "UnslothStudent", **settings: Any) -> None:
-        super().__init__(model_dir, student, **settings)
-        self._unsloth = student
-
-    def describe(self) -> dict[str, str]:
-        """How the model runs, for people."""
-        return self._unsloth.describe()
-
-
-def open_learner(
-    model_dir: Path,
-    config: UnslothTraining,
-    objective: ObjectiveConfig,
-    *,
-    total_steps: int,
-    seed: int,
-    publish_adapter: bool,
-    memory_bytes: int | None,
-    replay: ReplayConfig | None = None,
-) -> UnslothTorchLearner:
+def open_learner(settings: LearnerSettings[UnslothTraining]) -> TorchLearner:
     """Load the student and put the shared learner on top.
 
     Raises:
         EngineStartError: the device's memory does not even hold the weights, or the replay buffer.
     """
+    config, budget = settings.training, settings.memory_bytes
     _forget_the_model_before()
-    budget = memory_bytes or (None if config.memory_gib is None else int(config.memory_gib * GIB))
+    if budget is None and config.memory_gib is not None:
+        budget = int(config.memory_gib * GIB)
     _keep_to(budget)
     buffer = None
-    if replay is not None:  # before the plan, which looks at what is free
-        buffer = _build_replay(replay, objective, seed)
+    if settings.replay is not None:  # before the plan, which looks at what is free
+        buffer = _build_replay(settings.replay, settings.objective, settings.seed)
         budget = None if budget is None else max(budget - buffer.num_bytes, 1)
-    merges = isinstance(config.tuning, LoraTuning) and not publish_adapter
-    plan = CheckpointingPlan(model_dir, config, budget, merges=merges)
-    lack: str | None = None
-    try:
-        student = UnslothStudent(model_dir, config, seed, plan)
-        return UnslothTorchLearner(
-            model_dir,
-            student,
-            objective=build_objective(
-                objective,
-                teacher_head_VD=None,
-                chunk_tokens=config.chunk_tokens,
-                token_statistics=fused_token_stats,
-            ),
-            tuning=config.tuning,
-            optimizer=config.optimizer,
-            micro_batch_tokens=config.micro_batch_tokens,
-            max_model_tokens=config.max_model_tokens,
-            total_steps=total_steps,
-            seed=seed,
-            publish_adapter=publish_adapter,
-            replay=buffer,
+    merges = isinstance(config.tuning, LoraTuning) and not settings.publish_adapter
+    plan = CheckpointingPlan(settings.model_dir, config, budget, merges=merges)
+    with memory_lack() as lack:
+        student = UnslothStudent(settings.model_dir, config, settings.seed, plan)
+        objective = build_objective(
+            settings.objective,
+            teacher_head_VD=None,
+            chunk_tokens=config.chunk_tokens,
+            token_statistics=fused_token_stats,
         )
-    except torch.OutOfMemoryError as error:
-        lack = str(error).partition("\n")[0]
+        return TorchLearner(settings, student, objective, buffer)
     raise EngineStartError(
-        f"unsloth learner: no memory for the weights. Planned: {plan.report()}. Found: {lack} "
+        f"unsloth learner: no memory for the weights. Planned: {plan.report()}. Found: {lack.text} "
         "Give the learner more (training.memory_gib, planning), or train adapters of lower rank"
     )
 
 
 def _build_replay(config: ReplayConfig, objective: ObjectiveConfig, seed: int) -> ReplayBuffer:
-    try:
+    with memory_lack() as lack:
         return build_replay(config, objective, device=resolve_device("auto"), seed=seed)
-    except torch.OutOfMemoryError as error:
-        lack = str(error).partition("\n")[0]
     raise EngineStartError(
-        f"unsloth learner: no memory for the replay buffer. Found: {lack} Lower "
+        f"unsloth learner: no memory for the replay buffer. Found: {lack.text} Lower "
         "replay.capacity_tokens, or give the learner more (training.memory_gib, planning)"
     )
 
 
 def fused_token_stats(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> TokenStats:
-    """Logprobs and entropies without [N, V] logits; both from one pass, none in the backward pass
-    where the head is frozen."""
+    """Logprobs and entropies from one pass without [N, V] logits.
+
+    The backward pass has none either where the head is frozen.
+    """
     logprob_N, entropy_N = fused_linear_logprobs(
         hidden_ND, head_VD, target_N, return_entropy=True, entropy_requires_grad=False
     )
@@ -138,11 +106,11 @@ def fused_token_stats(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> T
 
 
 class CheckpointingPlan:
-    """Which layers are recomputed, chosen before the model is loaded: loading depends on it.
+    """The choice of layers that are recomputed, made before loading, which depends on it.
 
     Args:
-        memory_bytes: what this process may take; None: what is free on the device.
-        merges: an engine takes the layers with their adapters merged in.
+        memory_bytes: the memory this process may use; None: all that is free on the device.
+        merges: weights are published with the adapters merged in.
     """
 
     def __init__(
@@ -205,8 +173,8 @@ class UnslothStudent:
     def hidden(self, micro: MicroBatch) -> Tensor:
         if self.packs:
             return self._packed_hidden(micro.input_BT, micro.position_BT, micro.sequence_tokens)
-        # Padded on the right, without a mask: causal attention never looks at what follows, and
-        # unsloth would drop the mask.
+        # Padded on the right, without a mask: causal attention never sees what follows, and unsloth
+        # would drop the mask.
         return self.core.model(input_ids=micro.input_BT, use_cache=False)[0]
 
     def metrics(self) -> tuple[Metric, ...]:
@@ -271,7 +239,7 @@ def _has_varlen_kernel() -> bool:
 def _load(
     model_dir: Path, config: UnslothTraining, seed: int, choice: Checkpointing
 ) -> PreTrainedModel:
-    """The plain model inside what unsloth makes, in training mode."""
+    """Load with unsloth and return the plain model inside, in training mode."""
     mode: Any = "unsloth" if choice.offload else choice.recomputed_layers > 0
     tuning = config.tuning
     full = not isinstance(tuning, LoraTuning)
@@ -310,7 +278,7 @@ def _load(
 
 
 def _check_weights(model_dir: Path, core: PreTrainedModel) -> None:
-    """Every parameter must come from the files: transformers draws missing ones at random."""
+    """Check that every parameter is in the files: transformers draws missing ones at random."""
     stored = set[str]()
     for file in model_dir.glob("*.safetensors"):
         with safe_open(file, framework="pt") as handle:
@@ -334,8 +302,8 @@ def _forget_the_model_before() -> None:
 def _keep_to(memory_bytes: int | None) -> None:
     """Bound the allocator by this process's share of the device; None: no bound.
 
-    It keeps what it once took, also in pieces that later tensors do not fit into, and unbounded it
-    may go on until the device is full. At its bound it gives unused pieces back first.
+    The allocator keeps what it once took, even in pieces too small for later tensors, and without a
+    bound may grow until the device is full. At its bound it frees unused pieces first.
     """
     if not torch.cuda.is_available():
         return
@@ -346,7 +314,7 @@ def _keep_to(memory_bytes: int | None) -> None:
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Free memory of the device; where it is the host's own, what the host could free."""
+    """Free memory of the device, including what the host could free where they share memory."""
     free = torch.cuda.mem_get_info(device)[0]
     if _shares_memory(device):
         for line in Path("/proc/meminfo").read_text().splitlines():

@@ -8,53 +8,45 @@ import contextlib
 import importlib
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from qwen3_distill.config import ObjectiveConfig, UnslothTraining
+from qwen3_distill.config import UnslothTraining
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.hosts.child import how_to_install
-from qwen3_distill.hosts.process import serve_worker
+from qwen3_distill.hosts.serve import serve_worker
 from qwen3_distill.training.learner_service import LearnerService
+from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.types import WeightVersion
 
 UNSLOTH_VERSION = "2026.10.9"
-"""The one this was written against and tested with: it reaches below unsloth's public functions."""
+"""The supported version: this package reaches below unsloth's public functions."""
 TRANSFORMERS_VERSIONS = ((5, 12), (5, 17))
-"""First and last, as major and minor: what this package needs, and what that unsloth takes."""
+"""First and last supported, as major and minor: needed by this package, allowed by that unsloth."""
 _INSTALL = how_to_install("unsloth", "training")
 
 
 class UnslothWorker(LearnerService):
-    """What the worker serves; everything but `open` needs a learner that is open."""
+    """The object that the worker serves. All methods but `open` need an open learner."""
 
     def open(
-        self,
-        model_dir: str,
-        config: UnslothTraining,
-        objective: ObjectiveConfig,
-        settings: dict[str, Any],
+        self, settings: LearnerSettings[UnslothTraining]
     ) -> tuple[WeightVersion, dict[str, str]]:
-        """Load the student, in place of the one before; its first version, and a description.
-
-        Args:
-            settings: ``total_steps``, ``seed``, ``publish_adapter``, ``memory_bytes``, ``replay``.
+        """Load the student, in place of the previous one; return its first version, and a
+        description.
 
         Raises:
             EngineStartError: unsloth is not installed, has another version, or cannot load it.
         """
         self.learner = None
         check_installation()
-        learner = _engine().open_learner(Path(model_dir), config, objective, **settings)
-        self.learner = learner
-        description = learner.describe()
+        version, description = self._serve(_engine().open_learner(settings))
         for key, value in description.items():  # into the worker's log
             sys.stderr.write(f"unsloth learner: {key}: {value}\n")
-        return learner.version, description
+        return version, description
 
 
 def check_installation() -> None:
-    """Refuse an environment without unsloth, or with versions this was not written for.
+    """Refuse an environment without unsloth, or with versions that this package does not support.
 
     Raises:
         EngineStartError: names what is there, what is needed, and the command.
@@ -88,7 +80,7 @@ def _major_minor(version: str) -> tuple[int, int]:
 
 
 def _engine() -> Any:
-    """The module that imports unsloth; only here, and not before it is needed."""
+    """Import the module that imports unsloth: only here, and not before it is needed."""
     try:
         return importlib.import_module("qwen3_distill.training.unsloth.student")
     except (ImportError, RuntimeError, NotImplementedError, AttributeError) as error:
