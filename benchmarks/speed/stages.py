@@ -53,15 +53,11 @@ from qwen3_distill.config import (
 )
 from qwen3_distill.config.load import load_config
 from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.pipeline.assembly.engines import (
-    Parts,
-    build_learner,
-    build_parts,
-    build_teacher,
-    plan_memory,
-    static_engine,
-)
-from qwen3_distill.pipeline.sequential import generate, push_weights, score
+from qwen3_distill.pipeline.assembly.engines import build_learner, build_parts, static_engine
+from qwen3_distill.pipeline.assembly.plan import plan_memory
+from qwen3_distill.pipeline.assembly.teachers import build_teacher
+from qwen3_distill.pipeline.parts import Parts
+from qwen3_distill.pipeline.step import generate, push_weights, score
 from qwen3_distill.ports import Learner, RolloutEngine, TeacherScorer
 from qwen3_distill.recording.jsonl import STEP_STAGES
 from qwen3_distill.recording.trace import Trace

@@ -16,7 +16,7 @@ import yaml
 from qwen3_distill.cli import main as cli
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import check_config
-from qwen3_distill.pipeline.assembly.engines import Parts
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.recording.console import SilentReporter
 from qwen3_distill.recording.jsonl import read_jsonl

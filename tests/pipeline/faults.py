@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from qwen3_distill.pipeline.assembly.engines import Parts
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.types import (
     Batch,
     Rollout,

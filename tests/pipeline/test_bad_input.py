@@ -16,7 +16,7 @@ import torch
 
 from qwen3_distill.data.rollout_files import read_scored
 from qwen3_distill.errors import ConfigError
-from qwen3_distill.pipeline.assembly.engines import Parts
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from tests.pipeline.builders import (

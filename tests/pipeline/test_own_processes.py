@@ -16,7 +16,9 @@ from qwen3_distill.config.load import load_config
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.generation.embedded.hosted import EmbeddedRolloutProcess
 from qwen3_distill.hosts.process import WorkerProcess
-from qwen3_distill.pipeline.assembly.engines import Parts, run_channel_folder, teacher_sampler
+from qwen3_distill.pipeline.assembly.channel import run_channel_folder
+from qwen3_distill.pipeline.assembly.teachers import teacher_sampler
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.recording.console import SilentReporter
 from qwen3_distill.recording.jsonl import read_jsonl

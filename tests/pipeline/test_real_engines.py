@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from qwen3_distill.config.load import load_config
 from qwen3_distill.generation.vllm.engine import VllmRolloutEngine
-from qwen3_distill.pipeline.assembly.engines import Parts
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.recording.console import SilentReporter
 from qwen3_distill.recording.jsonl import read_jsonl

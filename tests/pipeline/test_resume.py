@@ -26,8 +26,8 @@ from qwen3_distill.config import (
     VllmGeneration,
 )
 from qwen3_distill.errors import CheckpointError, EngineStartError, RunFolderError
-from qwen3_distill.pipeline.assembly.engines import Parts
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.pipeline.run_folder import MAY_CHANGE
 from qwen3_distill.recording.console import SilentReporter

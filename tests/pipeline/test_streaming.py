@@ -16,9 +16,10 @@ import pytest
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import ConfigError, EngineError, StallError
-from qwen3_distill.pipeline.assembly.engines import Parts
+from qwen3_distill.pipeline.flow import whole_prompts
+from qwen3_distill.pipeline.parts import Parts
+from qwen3_distill.pipeline.requests import is_full_length
 from qwen3_distill.pipeline.run import run
-from qwen3_distill.pipeline.streaming import is_full_length, whole_prompts
 from qwen3_distill.recording.jsonl import read_jsonl
 from qwen3_distill.recording.trace import read_trace
 from qwen3_distill.types import (

@@ -11,14 +11,11 @@ from qwen3_distill.config import RunConfig, ScoringConfig
 from qwen3_distill.data.rollout_files import read_rollouts
 from qwen3_distill.errors import ConfigError, DataError, EngineError
 from qwen3_distill.modeling.loading import check_model_dir, load_identity
-from qwen3_distill.pipeline import sequential
-from qwen3_distill.pipeline.assembly.engines import (
-    TextTools,
-    build_prompts,
-    engine_log,
-    plan_memory,
-    static_engine,
-)
+from qwen3_distill.pipeline import step as pipeline_step
+from qwen3_distill.pipeline.assembly.data import build_prompts
+from qwen3_distill.pipeline.assembly.engines import static_engine
+from qwen3_distill.pipeline.assembly.plan import engine_log, plan_memory
+from qwen3_distill.pipeline.parts import TextTools
 from qwen3_distill.pipeline.requests import requests_for_step
 from qwen3_distill.ports import TeacherScorer
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
@@ -132,7 +129,7 @@ async def _sample(
         for step in count():
             taken = prompts.take(step * config.prompts_per_step, config.prompts_per_step)
             requests = requests_for_step(config, taken, step)[: num_rollouts - len(sampled)]
-            sampled += await sequential.generate(engine, requests)
+            sampled += await pipeline_step.generate(engine, requests)
             if len(sampled) >= num_rollouts:
                 return sampled
     raise AssertionError("unreachable: the steps are endless")

@@ -25,20 +25,17 @@ from qwen3_distill.data.rollout_files import (
 from qwen3_distill.errors import ConfigError, DataError
 from qwen3_distill.evaluation.accuracy import EvaluationResult, evaluate
 from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.pipeline import sequential
-from qwen3_distill.pipeline.assembly.engines import (
-    TextTools,
+from qwen3_distill.pipeline import step as pipeline_step
+from qwen3_distill.pipeline.assembly.data import (
     build_checker,
-    build_learner,
     build_problems,
     build_prompts,
-    build_teacher,
     check_problems,
-    in_this_process,
-    plan_memory,
-    static_engine,
-    task_reward_weight,
 )
+from qwen3_distill.pipeline.assembly.engines import build_learner, static_engine
+from qwen3_distill.pipeline.assembly.plan import plan_memory
+from qwen3_distill.pipeline.assembly.teachers import build_teacher, in_this_process
+from qwen3_distill.pipeline.parts import TextTools, task_reward_weight
 from qwen3_distill.pipeline.requests import make_batch, requests_for_step
 from qwen3_distill.pipeline.run_folder import full_disk_named
 from qwen3_distill.ports import Learner
@@ -115,7 +112,7 @@ def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, s
             for step in range(first_step, first_step + num_steps):
                 taken = prompts.take(step * config.prompts_per_step, config.prompts_per_step)
                 requests = requests_for_step(config, taken, step)
-                rollouts = await sequential.generate(engine, requests)
+                rollouts = await pipeline_step.generate(engine, requests)
                 rows.extend((step, rollout) for rollout in rollouts)
                 say(f"step {step}: {len(rollouts)} rollouts")
 
@@ -135,7 +132,7 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
         raise DataError(f"{rollouts} has no rollouts to score")
     check_compatible(load_identity(config.student.model), load_identity(config.scoring.model))
     teacher = build_teacher(config, plan_memory(config))
-    allowed = sequential.max_dropped_fraction(config)
+    allowed = pipeline_step.max_dropped_fraction(config)
     decode = TextTools(config.student.model).decode
     check_writable(out)
     scored: list[tuple[int, ScoredRollout]] = []
@@ -144,7 +141,7 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
         try:
             await teacher.start()
             for step, group in _steps(rows):
-                items = await sequential.score(teacher, group, max_dropped_fraction=allowed)
+                items = await pipeline_step.score(teacher, group, max_dropped_fraction=allowed)
                 scored.extend((step, item) for item in items)
                 say(f"step {step}: {len(items)} of {len(group)} rollouts scored")
         finally:

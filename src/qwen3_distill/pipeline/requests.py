@@ -2,10 +2,11 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from qwen3_distill.config import RunConfig
+from qwen3_distill.config import RunConfig, StreamingPipeline
 from qwen3_distill.types import (
     Batch,
     Prompt,
@@ -76,3 +77,20 @@ def make_batch(
         importance_weights=np.ones(len(scored), dtype=np.float32),
         task_advantages=task_reward_weight * rewards,
     )
+
+
+def is_full_length(config: RunConfig, number: int, fraction: float) -> bool:
+    """Whether a rollout is one of those that are kept whole; drawn by its number alone."""
+    seed = derive_seed(config.seed, "full-length", number)
+    return bool(np.random.Generator(np.random.PCG64(seed)).random() < fraction)
+
+
+def shortened(config: RunConfig, request: RolloutRequest, number: int) -> RolloutRequest:
+    """The request with the prefix budget's limit, unless the rollout is kept whole."""
+    pipeline = config.pipeline
+    budget = pipeline.prefix if isinstance(pipeline, StreamingPipeline) else None
+    if budget is None or is_full_length(config, number, budget.full_length_fraction):
+        return request
+    sampling = request.sampling
+    limit = min(budget.tokens, sampling.max_new_tokens)
+    return replace(request, sampling=replace(sampling, max_new_tokens=limit))

@@ -11,7 +11,9 @@ from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import EngineStartError, LearnerLost
 from qwen3_distill.hosts.mps import MpsDaemon, private_mps
 from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.pipeline.assembly.engines import Parts, build_parts, engine_log, learns_elsewhere
+from qwen3_distill.pipeline.assembly.channel import learns_elsewhere
+from qwen3_distill.pipeline.assembly.engines import build_parts
+from qwen3_distill.pipeline.assembly.plan import engine_log
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.manifest import (
     engine_versions,
@@ -20,11 +22,13 @@ from qwen3_distill.pipeline.manifest import (
     machine,
     versions,
 )
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.preflight import check_before_start
-from qwen3_distill.pipeline.recorder import Recorder, render_report, summarize
+from qwen3_distill.pipeline.recorder import Recorder
 from qwen3_distill.pipeline.run_folder import RunFolder, full_disk_named
 from qwen3_distill.pipeline.sequential import run_sequential
 from qwen3_distill.pipeline.streaming import run_streaming
+from qwen3_distill.pipeline.summary import render_report, summarize
 from qwen3_distill.ports import Learner
 from qwen3_distill.recording.console import ProgressReporter
 from qwen3_distill.scoring.handshake import check_compatible

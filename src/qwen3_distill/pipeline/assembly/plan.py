@@ -1,0 +1,28 @@
+"""A run's memory plan, and where its engines' output goes."""
+
+from pathlib import Path
+
+from qwen3_distill.config import (
+    RunConfig,
+)
+from qwen3_distill.planning.plan import MemoryPlan, make_plan
+
+
+def plan_memory(config: RunConfig) -> MemoryPlan | None:
+    """What each real engine may take; None where all are embedded and share one allocator.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    kinds = {config.generation.kind, config.scoring.kind, config.training.kind}
+    return None if kinds == {"embedded"} else make_plan(config)
+
+
+def require_plan(plan: MemoryPlan | None) -> MemoryPlan:
+    assert plan is not None, "real engines have a plan"
+    return plan
+
+
+def engine_log(config: RunConfig, name: str) -> Path:
+    """Where an engine's process writes its output."""
+    return config.output_path / "logs" / f"{name}.log"
