@@ -201,7 +201,7 @@ async def accuracy_of(parts: Parts, evaluation: EvaluationConfig, problems: int)
     await engine.load(parts.learner.version, parts.channel)
     result = await evaluate(
         engine,
-        build_problems(parts.config, evaluation, parts.text)(problems),
+        build_problems(parts.config.student, evaluation, parts.text)(problems),
         build_checker(evaluation.verifier, parts.text),
         sampling=evaluation.sampling,
         samples_per_problem=evaluation.samples_per_problem,

@@ -17,7 +17,7 @@ from qwen3_distill.errors import EngineStartError
 from qwen3_distill.generation.embedded.hosted import EmbeddedRolloutProcess
 from qwen3_distill.hosts.process import WorkerProcess
 from qwen3_distill.pipeline.assembly.channel import run_channel_folder
-from qwen3_distill.pipeline.assembly.teachers import teacher_sampler
+from qwen3_distill.pipeline.assembly.teachers import starts_first, teacher_sampler
 from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.recording.console import SilentReporter
@@ -120,6 +120,11 @@ def test_engines_start_side_by_side_after_a_teacher_that_takes_a_share_of_what_i
             channel=nothing,
             text=nothing,
             is_correct=None,
+            teacher_sampler=nothing,
+            teacher_starts_first=starts_first(config.scoring),
+            max_dropped_fraction=0.0,
+            switched_transport=nothing,
+            samples_elsewhere=False,
         ).start()
 
     asyncio.run(start())

@@ -17,6 +17,7 @@ from qwen3_distill.data.chain_task import ChainTask
 from qwen3_distill.data.rollout_files import read_scored
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
 from qwen3_distill.pipeline import run as run_module
+from qwen3_distill.pipeline.assembly.engines import engine_interpreters
 from qwen3_distill.pipeline.manifest import engine_versions
 from qwen3_distill.pipeline.requests import make_batch
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
@@ -159,7 +160,7 @@ def test_versions_of_an_engine_are_those_of_its_own_interpreter(
         "training": {"kind": "unsloth", "python": str(tmp_path / "no-python")},
     }
     config = tiny_config(tiny_models, tmp_path / "run", changes)
-    found = engine_versions(config)
+    found = engine_versions(engine_interpreters(config))
     assert found["vllm"]["vllm"] == "0.1.2"
     assert found["vllm"]["python"] == platform.python_version()
     assert found.keys() == {"vllm"}

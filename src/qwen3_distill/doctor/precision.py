@@ -14,15 +14,16 @@ from qwen3_distill.modeling.loading import check_model_dir, load_identity
 from qwen3_distill.pipeline import step as pipeline_step
 from qwen3_distill.pipeline.assembly.data import build_prompts
 from qwen3_distill.pipeline.assembly.engines import static_engine
-from qwen3_distill.pipeline.assembly.plan import engine_log, plan_memory
+from qwen3_distill.pipeline.assembly.teachers import (
+    build_audited_teacher,
+    build_unquantized_teacher,
+)
 from qwen3_distill.pipeline.parts import TextTools
 from qwen3_distill.pipeline.requests import requests_for_step
 from qwen3_distill.ports import TeacherScorer
-from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.scoring.precision import METHOD, PrecisionReport, compare_scores
 from qwen3_distill.scoring.score_request import TopKRequest
-from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.types import Rollout, ScoreFailure, TopKScore
 from qwen3_distill.utils.files import check_writable, write_json_atomic
 from qwen3_distill.utils.signals import signals_as_ctrl_c
@@ -31,8 +32,6 @@ Say = Callable[[str], None]
 
 CANDIDATES = 20
 """Of each teacher at every position, for the KL estimate."""
-_BATCH_TOKENS = 16384
-_CHUNK_TOKENS = 1024
 
 
 def audit_teacher(
@@ -63,15 +62,12 @@ def audit_teacher(
     if out is not None:
         check_writable(out)
     request = TopKRequest(k=min(CANDIDATES, load_identity(scoring.model).vocab_size))
-    # Embedded teachers come in the precision they are asked for; that one is compared with the
-    # same weights in float32.
-    exact_dtype = "float32" if scoring.kind == "embedded" else scoring.dtype
 
     async def measure() -> tuple[PrecisionReport, str, str]:
         sample = await _sample(config, rollouts, num_rollouts, say)
-        served, served_id = await _scores(_served_teacher(config, request), sample, say)
+        served, served_id = await _scores(build_audited_teacher(config, request), sample, say)
         # Built only now: until it was closed, the other teacher held the memory.
-        exact = _embedded(exact_dir, request, device=scoring.device, dtype=exact_dtype)
+        exact = build_unquantized_teacher(scoring, exact_dir, request)
         exact_scores, exact_id = await _scores(exact, sample, say)
         return compare_scores(sample, served, exact_scores), served_id, exact_id
 
@@ -133,32 +129,6 @@ async def _sample(
             if len(sampled) >= num_rollouts:
                 return sampled
     raise AssertionError("unreachable: the steps are endless")
-
-
-def _served_teacher(config: RunConfig, request: TopKRequest) -> TeacherScorer:
-    scoring = config.scoring
-    if scoring.kind == "embedded":
-        return _embedded(scoring.model, request, device=scoring.device, dtype=scoring.dtype)
-    plan = plan_memory(config)
-    assert plan is not None, "real engines have a plan"
-    return SglangTeacher(
-        scoring,
-        request=request,
-        memory_fraction=plan.sglang_memory_fraction,
-        max_total_tokens=plan.sglang_max_total_tokens,
-        log=engine_log(config, "sglang"),
-    )
-
-
-def _embedded(model_dir: str, request: TopKRequest, *, device: str, dtype: str) -> EmbeddedTeacher:
-    return EmbeddedTeacher(
-        model_dir,
-        request=request,
-        device=device,
-        dtype=dtype,
-        batch_tokens=_BATCH_TOKENS,
-        chunk_tokens=_CHUNK_TOKENS,
-    )
 
 
 async def _scores(

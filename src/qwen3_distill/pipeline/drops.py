@@ -1,4 +1,4 @@
-"""What was dropped, and why."""
+"""Counts the rollouts that a step dropped."""
 
 from typing import Literal, TypeAlias
 
@@ -13,17 +13,17 @@ Cause: TypeAlias = Literal["stale", "no score"]
 
 
 class Drops:
-    """What was dropped since the last step, and why."""
+    """Rollouts, and pieces of them, that were dropped since the last step, by cause."""
 
     def __init__(self) -> None:
         self.entries: list[str] = []
-        self.detail = ""
+        self.last_reason = ""
         self._rollouts: dict[Cause, int] = {"stale": 0, "no score": 0}
         self._tokens = 0
 
-    def add(self, number: int, rollout: Rollout, cause: Cause, detail: str) -> None:
+    def add(self, number: int, rollout: Rollout, cause: Cause, reason: str) -> None:
         self.entries.append(f"{ledger_entry(number, rollout)}:{cause.replace(' ', '-')}")
-        self.detail = f"{rollout.rollout_id}: {detail}"
+        self.last_reason = f"{rollout.rollout_id}: {reason}"
         self._rollouts[cause] += 1
         self._tokens += rollout.num_tokens
 

@@ -1,27 +1,41 @@
-"""Rollouts on their way to the learner."""
+"""The tasks that bring rollouts to the learner, and the state they share.
+
+    draw -> running -> to score -> scoring -> ready -> batch -> settled
+
+| where                            | takes            | waits for                | woken by        |
+|----------------------------------|------------------|--------------------------|-----------------|
+| `_feed`, a task                  | numbers to draw  | room in the window and   | `_changed`      |
+|                                  |                  | in the engine            |                 |
+| `_follow`, a task per draw       | ended rollouts   | the engine               | the engine      |
+| `_score`, `scoring_calls` tasks  | all to score     | something to score, then | `_queued`,      |
+|                                  |                  | the teacher's answer     | the teacher     |
+| `next_batch`, the loop           | ready rollouts   | a full batch, a stop, a  | `_changed`, and |
+|                                  |                  | harvest's deadline       | `_STOP_CHECK_S` |
+| `_pause_when_ready`, a task      | nothing          | enough ended rollouts    | `_changed`      |
+| `_drain`, the loop               | nothing          | no rollout running       | `_changed`      |
+
+`_follow` notifies `_queued` and `_changed`, a harvest `_queued`. `_score` notifies `_changed` after
+each call, the loop when it drops stale rollouts and when it allows new ones.
+"""
 
 import asyncio
 import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from qwen3_distill.config import Harvest, StreamingPipeline
 from qwen3_distill.errors import EngineError, StallError
 from qwen3_distill.pipeline.drops import Cause, Drops
 from qwen3_distill.pipeline.harvest import harvested, remainder
-from qwen3_distill.pipeline.in_progress import Outstanding
+from qwen3_distill.pipeline.in_progress import RolloutsInProgress
 from qwen3_distill.pipeline.notification import Notification
 from qwen3_distill.pipeline.parts import Parts, task_reward_weight
+from qwen3_distill.pipeline.ready import Ready, whole_groups, whole_prompts
 from qwen3_distill.pipeline.recorder import Ledger, StepRecord, ledger_entry
-from qwen3_distill.pipeline.requests import is_full_length, request_number, shortened
-from qwen3_distill.pipeline.step import (
-    max_dropped_fraction,
-    needs_rollouts,
-    traced_push,
-)
+from qwen3_distill.pipeline.requests import is_full_length, request_number, with_prefix_budget
+from qwen3_distill.pipeline.step import needs_rollouts, score_each, traced_push
 from qwen3_distill.recording.trace import Trace
 from qwen3_distill.types import (
     FinishReason,
@@ -30,7 +44,6 @@ from qwen3_distill.types import (
     RolloutPrefix,
     RolloutRequest,
     RunCursor,
-    ScoredRollout,
     ScoreFailure,
     Update,
 )
@@ -39,30 +52,14 @@ from qwen3_distill.utils.concurrency import TaskScope, within
 Result = TypeVar("Result")
 
 _STOP_CHECK_S = 0.5
-"""A signal handler cannot wake the loop that waits for a batch: it looks this often."""
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A scored rollout, or piece of one, and the number of the rollout."""
-
-    number: int
-    scored: ScoredRollout
-
-    @property
-    def rollout(self) -> Rollout:
-        return self.scored.rollout
-
-    @property
-    def is_last(self) -> bool:
-        """Whether nothing of the rollout comes after it."""
-        return self.rollout.finish_reason is not FinishReason.HARVESTED
+"""How often a wait for rollouts looks for a stop: a signal handler cannot wake it."""
 
 
 class RolloutFlow:
-    """Rollouts on their way to the learner: feeds the engine and the teacher, and keeps count.
+    """Feeds the engine and the teacher, and hands scored rollouts to the learner.
 
-    Its tasks belong to ``scope``.
+    Args:
+        scope: owns the flow's tasks.
     """
 
     def __init__(self, parts: Parts, trace: Trace, cursor: RunCursor, scope: TaskScope) -> None:
@@ -71,68 +68,70 @@ class RolloutFlow:
         self._parts, self._config, self._pipeline = parts, parts.config, pipeline
         self._trace, self._scope = trace, scope
         self.cursor = cursor
-        self._outstanding = Outstanding(cursor, samples_per_prompt=self._config.samples_per_prompt)
+        samples = self._config.samples_per_prompt
+        self._in_progress = RolloutsInProgress(cursor, samples_per_prompt=samples)
         self._running: dict[int, RolloutRequest] = {}
-        """By number: rollouts that the engine has."""
-        self._waiting: deque[tuple[int, Rollout]] = deque()
-        """For the teacher."""
+        """Requests in the engine, by rollout number."""
+        self._to_score: deque[tuple[int, Rollout]] = deque()
         self._num_scoring = 0
         self._ready: list[Ready] = []
         self._harvested_to: dict[int, int] = {}
-        """By number of a running rollout: response tokens that its pieces hold."""
+        """Response tokens that a running rollout's pieces hold, by its number."""
         self._drops = Drops()
-        self._moved = Notification()
-        """Rung when a rollout finishes, is scored, dropped or settled."""
-        self._has_waiting = Notification()
+        self._changed = Notification()
+        """A rollout ended, was scored, dropped or settled."""
+        self._queued = Notification()
         self._generating: contextlib.ExitStack | None = None
-        """The trace's span while any rollout runs."""
-        self._holds_back = False
-        """No rollout is begun: others must end first, or a step must."""
+        """The trace's span while any rollout is running."""
+        self._holds_new_rollouts = False
+        """No rollout starts: running ones must end first, or a step must."""
         self._is_paused = False
         self._step_began = time.monotonic()
         scope.spawn(self._feed(), "feed")
         for index in range(pipeline.scoring_calls):
             scope.spawn(self._score(), f"score-{index}")
 
-    async def in_time(self, work: Awaitable[Result], what: str) -> Result:
-        """`within` the time that nothing may move for."""
+    async def within_stall_timeout(self, work: Awaitable[Result], what: str) -> Result:
+        """Await ``work``; raise StallError after ``stall_timeout_s``."""
         limit_s = self._pipeline.stall_timeout_s
         return await within(limit_s, work, f"{what} (pipeline.stall_timeout_s)")
-
-    # --- Generate -------------------------------------------------------------------------------
 
     async def _feed(self) -> None:
         """Keep the engine as full as the window and the limit in flight allow."""
         while True:
-            numbers = [] if self._holds_back else self._outstanding.ask(self._room())
+            held = self._holds_new_rollouts
+            numbers = [] if held else self._in_progress.draw(self._num_startable())
             if numbers:
                 requests = [self._request(number) for number in numbers]
                 self._running.update(zip(numbers, requests, strict=True))
-                self._count()
+                self._update_trace()
                 self._scope.spawn(self._follow(numbers, requests), f"rollouts from {numbers[0]}")
-            await self._moved.wait()
+            await self._changed.wait()
 
-    def _room(self) -> int:
-        """How many rollouts may begin.
+    def _num_startable(self) -> int:
+        """How many rollouts may start now.
 
-        With replay, steps that train on kept rollouts alone count as steps ahead and need none:
-        what begins now ages by them.
+        The window spans ``max_steps_ahead + 1`` steps from the coming one on. With replay, its
+        steps that need no new rollouts count as well, because what starts now ages by them.
         """
         config = self._config
         first, beyond = self.cursor.step, self.cursor.step + config.max_steps_ahead + 1
         batches_ahead = sum(
-            needs_rollouts(config, step) for step in range(first, min(beyond, config.steps))
+            needs_rollouts(config.replay, step) for step in range(first, min(beyond, config.steps))
         )
-        begun = len(self._outstanding) - self._outstanding.num_waiting
-        window = batches_ahead * config.rollouts_per_step - begun
+        started = len(self._in_progress) - self._in_progress.num_to_resample
+        window = batches_ahead * config.rollouts_per_step - started
         return max(0, min(window, config.max_in_flight - len(self._running)))
 
     def _request(self, number: int) -> RolloutRequest:
         (prompt,) = self._parts.prompts.take(number // self._config.samples_per_prompt, 1)
-        return shortened(self._config, request_number(self._config, prompt, number), number)
+        request, budget = request_number(self._config, prompt, number), self._pipeline.prefix
+        if budget is None:
+            return request
+        return with_prefix_budget(request, budget, run_seed=self._config.seed, number=number)
 
     async def _follow(self, numbers: Sequence[int], requests: Sequence[RolloutRequest]) -> None:
-        """Pass rollouts on as they finish."""
+        """Sample some requests; queue each rollout for scoring as it ends."""
         number_of = {r.rollout_id: n for n, r in zip(numbers, requests, strict=True)}
         async for rollout in self._parts.engine.generate(requests):
             self._finish(number_of.pop(rollout.rollout_id), rollout)
@@ -143,61 +142,53 @@ class RolloutFlow:
         del self._running[number]
         rest = remainder(rollout, self._harvested_to.pop(number, 0))
         if rest is None:
-            self._outstanding.settle([number])
+            self._in_progress.settle([number])
         else:
-            self._pass_on(number, rest)
-        self._count()
-        self._moved.ring()
+            self._queue_for_scoring(number, rest)
+        self._update_trace()
+        self._changed.notify()
 
-    def _pass_on(self, number: int, rollout: Rollout) -> None:
-        self._waiting.append((number, rollout))
-        self._has_waiting.ring()
-
-    # --- Score ----------------------------------------------------------------------------------
+    def _queue_for_scoring(self, number: int, rollout: Rollout) -> None:
+        self._to_score.append((number, rollout))
+        self._queued.notify()
 
     async def _score(self) -> None:
-        """Have everything that waits scored, in one call, over and over."""
+        """Score all queued rollouts in one call to the teacher, again and again."""
         while True:
-            while not self._waiting:
-                await self._has_waiting.wait()
-            taken = sorted(self._waiting, key=lambda item: item[0])
-            self._waiting.clear()
+            while not self._to_score:
+                await self._queued.wait()
+            taken = sorted(self._to_score, key=lambda item: item[0])
+            self._to_score.clear()
             self._num_scoring += len(taken)
-            self._count()
+            self._update_trace()
             with self._trace.span("score", rollouts=len(taken)):
-                scores = self._parts.teacher.score([rollout for _, rollout in taken])
+                scores = score_each(self._parts.teacher, [rollout for _, rollout in taken])
                 what = f"the teacher's scores of {len(taken)} rollouts"
-                results = await self.in_time(scores, what)
+                results = await self.within_stall_timeout(scores, what)
             for (number, rollout), result in zip(taken, results, strict=True):
                 if isinstance(result, ScoreFailure):
                     self._drop(number, rollout, "no score", result.reason)
                 else:
-                    scored = ScoredRollout(rollout=rollout, score=result)
-                    self._ready.append(Ready(number, scored))
+                    self._ready.append(Ready(number, result))
             self._num_scoring -= len(taken)
-            self._count()
-            self._moved.ring()
+            self._update_trace()
+            self._changed.notify()
 
-    def _drop(self, number: int, rollout: Rollout, cause: Cause, detail: str = "") -> None:
-        self._drops.add(number, rollout, cause, detail)
+    def _drop(self, number: int, rollout: Rollout, cause: Cause, reason: str = "") -> None:
+        self._drops.add(number, rollout, cause, reason)
         if rollout.finish_reason is not FinishReason.HARVESTED:
-            self._outstanding.settle([number])
-        self._check_drops()
-
-    def _check_drops(self) -> None:
-        allowed = max_dropped_fraction(self._config) * self._config.rollouts_per_step
+            self._in_progress.settle([number])
+        allowed = self._parts.max_dropped_fraction * self._config.rollouts_per_step
         failed = self._drops.count("no score")
         if failed > allowed:
             raise EngineError(
                 f"{failed} rollouts got no score from {self._parts.teacher.teacher_id} within one "
                 f"step, more than the {allowed:.0f} that may be dropped "
-                f"(scoring.max_dropped_fraction); the last: {self._drops.detail}"
+                f"(scoring.max_dropped_fraction); the last: {self._drops.last_reason}"
             )
 
-    # --- Batch ----------------------------------------------------------------------------------
-
     async def next_batch(self, should_stop: Callable[[], bool]) -> list[Ready] | None:
-        """A step's rollouts, oldest numbers first; None when asked to stop before it was full."""
+        """Wait for a step's rollouts, lowest numbers first; None if asked to stop before."""
         self._step_began = time.monotonic()
         harvest = self._pipeline.harvest
         harvested_ids: set[str] | None = None
@@ -213,46 +204,41 @@ class RolloutFlow:
                     harvested_ids = None
             if batch is not None:
                 return batch
-            if await self._moved.wait(_STOP_CHECK_S):
+            if await self._changed.wait(_STOP_CHECK_S):
                 progress = time.monotonic()
             self._check_progress(time.monotonic() - progress)
         return None
 
     def _full_batch(self) -> list[Ready] | None:
+        """Take a batch, if one is ready or nothing more can come for it."""
         self._ready.sort(key=lambda item: (item.number, item.rollout.continues_at))
         size, samples = self._config.rollouts_per_step, self._config.samples_per_prompt
-        compares = task_reward_weight(self._config) > 0
-        ready = self._whole_groups() if compares else self._ready
-        if len(ready) < size and not (ready and self._ends_with_fewer()):
+        compares = task_reward_weight(self._config.objective) > 0
+        ready = self._ready
+        if compares:
+            ready = whole_groups(ready, self._in_progress.numbers(), samples)
+        if len(ready) < size and not (ready and self._no_more_can_come()):
             return None
         return self._take(whole_prompts(ready, size, samples) if compares else ready[:size])
 
-    def _whole_groups(self) -> list[Ready]:
-        """What is ready of prompts all of whose samples are ready, or dropped: reward baselines."""
-        numbers = {item.number for item in self._ready}
-        samples = self._config.samples_per_prompt
-        missing = {n // samples for n in self._outstanding.numbers() - numbers}
-        return [item for item in self._ready if item.number // samples not in missing]
-
-    def _ends_with_fewer(self) -> bool:
-        """Whether nothing more can come for this step: what the window allows is all here."""
+    def _no_more_can_come(self) -> bool:
+        """Whether all rollouts that the window allows for this step are ready or dropped."""
         return not (
             self._running
-            or self._waiting
-            or self._num_scoring
-            or self._outstanding.num_waiting
-            or self._room() >= self._config.samples_per_prompt
+            or self._num_unscored
+            or self._in_progress.num_to_resample
+            or self._num_startable() >= self._config.samples_per_prompt
         )
 
     def _take(self, chosen: Sequence[Ready]) -> list[Ready]:
         taken = list(chosen)
         kept = {id(item) for item in taken}
         self._ready = [item for item in self._ready if id(item) not in kept]
-        self._count()
+        self._update_trace()
         return taken
 
     def _drop_stale(self) -> None:
-        """Drop what is too old to be trained on in the coming step."""
+        """Drop rollouts that are older than ``max_staleness_steps`` in the coming step."""
         limit = self.cursor.step - self._pipeline.max_staleness_steps
         fresh: list[Ready] = []
         for item in self._ready:
@@ -262,38 +248,37 @@ class RolloutFlow:
                 fresh.append(item)
         if len(fresh) < len(self._ready):
             self._ready = fresh
-            self._moved.ring()
+            self._changed.notify()
 
     def _check_progress(self, stalled_s: float) -> None:
         if stalled_s > self._pipeline.stall_timeout_s:
             raise StallError(
                 f"step {self.cursor.step}: nothing moved for {stalled_s:.0f} s "
                 f"(pipeline.stall_timeout_s): {len(self._running)} rollouts are being sampled, "
-                f"{len(self._waiting)} wait for the teacher, {self._num_scoring} are being scored, "
-                f"{len(self._ready)} of {self._config.rollouts_per_step} are ready. The engines' "
-                "logs are in the run folder"
+                f"{len(self._to_score)} wait for the teacher, {self._num_scoring} are being "
+                f"scored, {len(self._ready)} of {self._config.rollouts_per_step} are ready. The "
+                "engines' logs are in the run folder"
             )
-
-    # --- Harvest --------------------------------------------------------------------------------
 
     def _is_late(self, harvest: Harvest) -> bool:
         return time.monotonic() - self._step_began >= harvest.deadline_s
 
     async def _harvest(self, harvest: Harvest) -> set[str]:
-        """Pass on what running rollouts have sampled since they were harvested last; its ids."""
+        """Queue the new tokens of running rollouts for scoring; return the pieces' ids."""
         numbers = {request.rollout_id: n for n, request in self._running.items()}
-        prefixes = await self.in_time(self._parts.engine.prefixes(), "what runs, for a harvest")
+        what = "what runs, for a harvest"
+        prefixes = await self.within_stall_timeout(self._parts.engine.prefixes(), what)
         pieces: set[str] = set()
         for prefix in prefixes:
             number = numbers.get(prefix.request.rollout_id)
             if number is None or number not in self._running:
-                continue  # an evaluation's, or it has finished meanwhile
-            if is_full_length(self._config, number, harvest.full_length_fraction):
+                continue  # it belongs to an evaluation, or has ended meanwhile
+            if is_full_length(self._config.seed, number, harvest.full_length_fraction):
                 continue
             piece = self._new_tokens(number, prefix, harvest.min_tokens)
             if piece is not None:
                 pieces.add(piece.rollout_id)
-                self._pass_on(number, piece)
+                self._queue_for_scoring(number, piece)
         self._trace.instant("generate", "harvest", pieces=len(pieces))
         return pieces
 
@@ -305,17 +290,15 @@ class RolloutFlow:
         return harvested(prefix, start)
 
     def _has_unscored(self, rollout_ids: set[str]) -> bool:
-        waiting = {rollout.rollout_id for _, rollout in self._waiting}
+        waiting = {rollout.rollout_id for _, rollout in self._to_score}
         return bool(self._num_scoring or waiting & rollout_ids)
-
-    # --- Train ----------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
     async def paused_when_ahead(self) -> AsyncIterator[None]:
-        """Around a step of the learner: decoding pauses when it has done enough for the next ones.
+        """Pause decoding during a learner's step once enough rollouts for later steps have ended.
 
-        It then goes on with all the rollouts it had, instead of decoding the last of them in a
-        batch that runs empty and takes the device from the learner.
+        Decoding resumes with all its rollouts. Without the pause it would decode the last ones in
+        a batch that empties, and take the device from the learner for little.
         """
         steps = self._pipeline.pause_at_ready_steps
         if steps is None:
@@ -332,11 +315,11 @@ class RolloutFlow:
                 pausing.result()  # an engine that is lost
 
     async def _pause_when_ready(self, num_rollouts: int) -> None:
-        """Pause once so many have ended; until cancelled."""
+        """Pause the engine once ``num_rollouts`` have ended; resume it when cancelled."""
         while self._num_unscored + len(self._ready) < num_rollouts:
-            await self._moved.wait()
+            await self._changed.wait()
         self._is_paused = True
-        self._count()
+        self._update_trace()
         pause = asyncio.ensure_future(self._parts.engine.pause())
         try:
             await asyncio.shield(pause)
@@ -345,31 +328,29 @@ class RolloutFlow:
             await pause
             await self._parts.engine.resume()
             self._is_paused = False
-            self._count()
+            self._update_trace()
 
-    # --- Publish --------------------------------------------------------------------------------
-
-    async def trained(self, batch: Sequence[Ready], update: Update) -> StepRecord:
-        """Bring the new weights into use, and let new rollouts take the places of the batch's."""
-        self._holds_back = self._config.max_steps_ahead == 0
+    async def publish_and_settle(self, batch: Sequence[Ready], update: Update) -> StepRecord:
+        """Push the new weights, settle the batch's rollouts and let new ones take their places."""
+        self._holds_new_rollouts = self._config.max_steps_ahead == 0
         if self._pipeline.weight_updates == "boundary":
             await self._drain()
         push = traced_push(self._parts, self._trace)
-        await self.in_time(push, "the engine to serve the new weights")
+        await self.within_stall_timeout(push, "the engine to serve the new weights")
         for item in batch:
             if not item.is_last:
-                self._outstanding.harvest(item.number)
+                self._in_progress.mark_harvested(item.number)
         ages = [self.cursor.step - item.rollout.oldest_version.step for item in batch]
-        self._outstanding.settle(item.number for item in batch if item.is_last)
+        self._in_progress.settle(item.number for item in batch if item.is_last)
         self.cursor = RunCursor(
             step=self.cursor.step + 1,
-            prompts_drawn=self._outstanding.prompts_drawn,
+            prompts_drawn=self._in_progress.prompts_drawn,
             weight_version=update.version,
-            outstanding=self._outstanding.to_resume(),
+            outstanding=self._in_progress.to_resume(),
         )
         drops, self._drops = self._drops, Drops()
         if self._config.max_steps_ahead > 0:
-            self.go_on()
+            self.allow_new_rollouts()
         return StepRecord(
             cursor=self.cursor,
             scored=[item.scored for item in batch],
@@ -385,30 +366,31 @@ class RolloutFlow:
             ),
         )
 
-    def go_on(self) -> None:
-        """Begin new rollouts: after the checkpoint and the evaluation where staleness is 0.
+    def allow_new_rollouts(self) -> None:
+        """Let rollouts start again.
 
-        Nothing then runs beside them, as in the sequential loop.
+        With staleness 0 the loop calls this after the checkpoint and the evaluation, so that
+        nothing runs concurrently with them, as in the sequential loop.
         """
-        self._holds_back = False
-        self._moved.ring()
+        self._holds_new_rollouts = False
+        self._changed.notify()
 
     async def _drain(self) -> None:
-        """Begin no rollout, and wait until none is running."""
-        self._holds_back = True
+        """Start no rollout, and wait until none is running."""
+        self._holds_new_rollouts = True
         progress = time.monotonic()
         while self._running:
-            if await self._moved.wait(_STOP_CHECK_S):
+            if await self._changed.wait(_STOP_CHECK_S):
                 progress = time.monotonic()
             self._check_progress(time.monotonic() - progress)
 
     @property
     def _num_unscored(self) -> int:
-        """Rollouts, or pieces of them, on their way through the teacher."""
-        return len(self._waiting) + self._num_scoring
+        """Rollouts, and pieces of them, that were sampled and have no score yet."""
+        return len(self._to_score) + self._num_scoring
 
-    def _count(self) -> None:
-        """Tell the trace how much is under way."""
+    def _update_trace(self) -> None:
+        """Write the numbers of rollouts in each state to the trace."""
         self._trace.counter("in_flight", len(self._running))
         self._trace.counter("unscored", self._num_unscored)
         self._trace.counter("ready", len(self._ready))
@@ -419,12 +401,3 @@ class RolloutFlow:
         elif not generates and self._generating is not None:
             self._generating.close()
             self._generating = None
-
-
-def whole_prompts(ready: Sequence[Ready], size: int, samples: int) -> list[Ready]:
-    """The first ``size``, less those of a prompt that has more behind them: it waits whole.
-
-    Only where samples were dropped does the cut not lie between two prompts.
-    """
-    behind = {item.number // samples for item in ready[size:]}
-    return [item for item in ready[:size] if item.number // samples not in behind]

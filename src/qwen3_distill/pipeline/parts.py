@@ -1,34 +1,36 @@
-"""The parts of a run, and what they do together."""
+"""The parts of a run, and how they start and end together."""
 
 import asyncio
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qwen3_distill.config import (
+    ObjectiveConfig,
     RunConfig,
     SampledReverseKL,
-    SglangScoring,
 )
 from qwen3_distill.data.prompts import PromptStream
 from qwen3_distill.modeling.loading import load_tokenizer
 from qwen3_distill.pipeline.requests import make_batch
 from qwen3_distill.ports import (
     ReplayingLearner,
+    Sampler,
     StreamingRolloutEngine,
     TeacherScorer,
     WeightChannel,
 )
-from qwen3_distill.types import Batch, Rollout, ScoredRollout
+from qwen3_distill.types import Batch, Rollout, ScoredRollout, WeightVersion
 from qwen3_distill.utils.concurrency import together
 
 
 @dataclass(frozen=True)
 class TextTools:
-    """Token ids to text, for verifiers and people. Text never becomes ids again."""
+    """Decodes token ids for verifiers and people. Text is never encoded again."""
 
     student_dir: str
 
@@ -38,17 +40,17 @@ class TextTools:
         return load_tokenizer(self.student_dir)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text, special tokens left out."""
+        """Decode all tokens, without special ones."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def decode_each(self, token_ids: Sequence[int]) -> tuple[str, ...]:
-        """Every token's own text, special tokens shown by name."""
+        """Decode each token by itself; special tokens by their names."""
         return tuple(self.tokenizer.decode([token_id]) for token_id in token_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Everything a pipeline connects."""
+    """Everything that a pipeline connects."""
 
     config: RunConfig
     prompts: PromptStream
@@ -59,24 +61,35 @@ class Parts:
     text: TextTools
     is_correct: Callable[[Rollout], bool] | None
     """Checks training rollouts; None without a verifier."""
+    teacher_sampler: Callable[[], AbstractAsyncContextManager[Sampler]]
+    """Opens a sampler that answers as the teacher."""
+    teacher_starts_first: bool
+    """Whether the teacher's memory share is a fraction of what is free at its start."""
+    max_dropped_fraction: float
+    """The share of a step's rollouts that may stay unscored."""
+    switched_transport: Callable[[WeightVersion], bool]
+    """Whether the channel found, after this version was published, that its receiver cannot use
+    its transport, and sends another way from now on."""
+    samples_elsewhere: bool
+    """Whether the rollout engine has a process of its own."""
     scratch: Path | None = None
     """Folder of the weight channel's files, removed at the end."""
 
     def make_batch(self, scored: Sequence[ScoredRollout]) -> Batch:
-        """A step's batch, with the config's task reward."""
-        weight = task_reward_weight(self.config)
+        """Build a step's batch, with the config's task reward."""
+        weight = task_reward_weight(self.config.objective)
         return make_batch(scored, task_reward_weight=weight, is_correct=self.is_correct)
 
     async def start(self, say: Callable[[str], None] = lambda message: None) -> None:
-        """Start the engines: side by side, after a teacher that takes a share of what is free.
+        """Start the engines concurrently, but first a teacher that needs to see what is free.
 
         Raises:
-            EngineStartError: one does not start; none of the others is being started any more.
+            EngineStartError: one does not start; the starts of the others were cancelled.
         """
         config = self.config
         teacher = f"the teacher ({config.scoring.kind})"
         others = f"rollout engine ({config.generation.kind}) and learner ({config.training.kind})"
-        if isinstance(config.scoring, SglangScoring):
+        if self.teacher_starts_first:
             say(f"starting {teacher}")
             await self.teacher.start()
             say(f"starting {others}")
@@ -86,7 +99,7 @@ class Parts:
             await together(self.teacher.start(), self.engine.start(), self.learner.start())
 
     async def close(self) -> None:
-        """End every engine, also when one of them fails to end."""
+        """Close every engine, also when one of them fails to close."""
         parts = (self.engine, self.teacher, self.learner)
         results = await asyncio.gather(*(part.close() for part in parts), return_exceptions=True)
         if self.scratch is not None:
@@ -96,7 +109,6 @@ class Parts:
                 raise result
 
 
-def task_reward_weight(config: RunConfig) -> float:
-    """Weight of the verifier's reward; 0 for objectives that have none."""
-    objective = config.objective
+def task_reward_weight(objective: ObjectiveConfig) -> float:
+    """The weight of the verifier's reward; 0 for objectives without one."""
     return objective.task_reward_weight if isinstance(objective, SampledReverseKL) else 0.0

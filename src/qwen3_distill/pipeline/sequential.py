@@ -1,4 +1,4 @@
-"""The loop: generate, score, train, publish, one after another. Strictly on-policy.
+"""The sequential loop: generate, score, train, publish, one after another. Strictly on-policy.
 
 Prompt --generate--> Rollout --score--> ScoredRollout --batch--> Update --publish--+
                         ^                                                          |
@@ -12,7 +12,6 @@ from qwen3_distill.pipeline.recorder import Ledger, Recorder, StepRecord, ledger
 from qwen3_distill.pipeline.requests import requests_for_step
 from qwen3_distill.pipeline.step import (
     generate,
-    max_dropped_fraction,
     needs_rollouts,
     score,
     take_step,
@@ -36,20 +35,20 @@ async def run_sequential(parts: Parts, recorder: Recorder, cursor: RunCursor) ->
     """
     config = parts.config
     trace = recorder.trace
-    await traced_push(parts, trace)  # before the first rollout: the engine has no weights yet
+    await traced_push(parts, trace)  # the engine has no weights yet
     await recorder.evaluate_if_due(cursor)
     trace.begin_steps()
     while cursor.step < config.steps and not recorder.stop_requested:
         rollouts, scored = list[Rollout](), list[ScoredRollout]()
         drawn = cursor.prompts_drawn
-        if needs_rollouts(config, cursor.step):
+        if needs_rollouts(config.replay, cursor.step):
             prompts = parts.prompts.take(drawn, config.prompts_per_step)
             requests = requests_for_step(config, prompts, drawn // config.prompts_per_step)
             with trace.span("generate", rollouts=len(requests)):
                 rollouts = await generate(parts.engine, requests)
             with trace.span("score", rollouts=len(rollouts)):
                 scored = await score(
-                    parts.teacher, rollouts, max_dropped_fraction=max_dropped_fraction(config)
+                    parts.teacher, rollouts, max_dropped_fraction=parts.max_dropped_fraction
                 )
             drawn += config.prompts_per_step
         with trace.span("train", rollouts=len(scored)):
@@ -70,7 +69,7 @@ async def run_sequential(parts: Parts, recorder: Recorder, cursor: RunCursor) ->
 
 
 def _ledger(rollouts: Sequence[Rollout], scored: Sequence[ScoredRollout], first: int) -> Ledger:
-    """Of a step whose rollouts, in the order of their requests, have numbers from ``first`` on."""
+    """Build a step's ledger; its rollouts, in request order, are numbered from ``first``."""
     kept = {item.rollout.rollout_id for item in scored}
     numbered = list(enumerate(rollouts, first))
     trained = [ledger_entry(n, r) for n, r in numbered if r.rollout_id in kept]

@@ -1,8 +1,8 @@
-"""The parts of a step that both loops share."""
+"""One step's actions, shared by both loops: generate, score, train, push weights."""
 
 from collections.abc import Sequence
 
-from qwen3_distill.config import RunConfig
+from qwen3_distill.config import ReplayConfig
 from qwen3_distill.errors import EngineError, NonFiniteError, WeightVersionError
 from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.recorder import Recorder
@@ -16,11 +16,10 @@ from qwen3_distill.types import (
     ScoreFailure,
     Update,
 )
-from qwen3_distill.weights.ipc import IpcChannel
 
 
 async def traced_push(parts: Parts, trace: Trace) -> None:
-    """`push_weights`, with the version that the engine serves from here on in the trace."""
+    """`push_weights`, and note in the trace which version the engine serves from now on."""
     with trace.span("publish"):
         await push_weights(parts)
     version = parts.learner.version
@@ -28,48 +27,46 @@ async def traced_push(parts: Parts, trace: Trace) -> None:
 
 
 async def push_weights(parts: Parts) -> None:
-    """Publish the learner's weights and have the engine serve them, compared on arrival."""
-    channel = parts.channel
-    version = await parts.learner.publish(channel)
+    """Publish the learner's weights and load them into the engine, which compares their digest.
+
+    Both happen twice where the channel had to switch to another transport.
+    """
+    version = await parts.learner.publish(parts.channel)
     try:
-        await parts.engine.load(version, channel)
+        await parts.engine.load(version, parts.channel)
     except WeightVersionError:
-        if not isinstance(channel, IpcChannel) or parts.config.generation.kind != "vllm":
+        if not parts.switched_transport(version):
             raise
-        if not channel.failed or parts.config.generation.full_weights == "ipc":
-            raise
-        # CUDA IPC does not work on this machine; the channel sends files from here on.
-        version = await parts.learner.publish(channel)
-        await parts.engine.load(version, channel)
-
-
-def max_dropped_fraction(config: RunConfig) -> float:
-    """Share of a step's rollouts that may go without a score: none by an embedded teacher."""
-    scoring = config.scoring
-    return scoring.max_dropped_fraction if scoring.kind == "sglang" else 0.0
+        version = await parts.learner.publish(parts.channel)
+        await parts.engine.load(version, parts.channel)
 
 
 async def generate(engine: Sampler, requests: Sequence[RolloutRequest]) -> list[Rollout]:
-    """All requested rollouts, in the order of the requests."""
+    """Sample all requests; return the rollouts in the order of the requests."""
     finished = [rollout async for rollout in engine.generate(requests)]
     return in_request_order(requests, finished)
+
+
+async def score_each(
+    teacher: TeacherScorer, rollouts: Sequence[Rollout]
+) -> list[ScoredRollout | ScoreFailure]:
+    """Score rollouts; return each one scored, or why it is not, in the order given."""
+    results = await teacher.score(rollouts)
+    return [
+        result if isinstance(result, ScoreFailure) else ScoredRollout(rollout=rollout, score=result)
+        for rollout, result in zip(rollouts, results, strict=True)
+    ]
 
 
 async def score(
     teacher: TeacherScorer, rollouts: Sequence[Rollout], *, max_dropped_fraction: float = 0.0
 ) -> list[ScoredRollout]:
-    """Each rollout with its own score; those that got none are left out.
+    """Score rollouts; leave out those without a score.
 
     Raises:
-        EngineError: more than ``max_dropped_fraction`` of them got none.
+        EngineError: more than ``max_dropped_fraction`` of them have none.
     """
-    results = await teacher.score(rollouts)
-    pairs = list(zip(rollouts, results, strict=True))
-    scored = [
-        ScoredRollout(rollout=rollout, score=result)
-        for rollout, result in pairs
-        if not isinstance(result, ScoreFailure)
-    ]
+    results = await score_each(teacher, rollouts)
     dropped = [result for result in results if isinstance(result, ScoreFailure)]
     if len(dropped) > max_dropped_fraction * len(rollouts):
         raise EngineError(
@@ -78,20 +75,20 @@ async def score(
             f"(scoring.max_dropped_fraction); the first: {dropped[0].rollout_id}: "
             f"{dropped[0].reason}"
         )
-    return scored
+    return [result for result in results if not isinstance(result, ScoreFailure)]
 
 
-def needs_rollouts(config: RunConfig, step: int) -> bool:
-    """Whether a step begins with new rollouts: with replay, some train on kept ones alone."""
-    return config.replay is None or step % config.replay.updates_per_batch == 0
+def needs_rollouts(replay: ReplayConfig | None, step: int) -> bool:
+    """Whether a step needs new rollouts: with replay, some steps train on kept ones alone."""
+    return replay is None or step % replay.updates_per_batch == 0
 
 
 async def take_step(parts: Parts, recorder: Recorder, scored: Sequence[ScoredRollout]) -> Update:
-    """One optimizer step: on these rollouts, or, with replay, on what is drawn from all kept ones.
+    """Take one optimizer step: on ``scored``, or with replay on a draw from all kept rollouts.
 
     Raises:
-        NonFiniteError: no finite gradient; the batch was saved before the error went on, unless it
-            was drawn from kept rollouts.
+        NonFiniteError: the loss or gradient is not finite. A batch that was not drawn from kept
+            rollouts is in the run folder.
     """
     if parts.config.replay is not None:
         if scored:

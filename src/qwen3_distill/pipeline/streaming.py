@@ -1,12 +1,12 @@
-"""The loop without turns: rollouts run on across steps, and no stage waits for another to end.
+"""The streaming loop. Generation, scoring and training overlap; a rollout may span several steps.
 
-    feed --> engine.generate --> waiting --> teacher.score --> ready --> batch --> update
-     ^                                                                               |
-     +------ a step's rollouts are settled: as many new ones may begin <-- publish --+
+    feed --> engine.generate --> to score --> teacher.score --> ready --> batch --> update
+     ^                                                                                |
+     +------ a step's rollouts are settled, so as many may start <------- publish ----+
 
-One asyncio controller. What is under way is bounded by rollouts for ``max_steps_ahead + 1``
-steps, so queues need no bounds of their own. With staleness 0 the rollouts of a step begin when
-the step before is done: the sequential loop, rollout for rollout.
+One asyncio event loop runs it; `flow` has the tasks. At most the rollouts of
+``max_steps_ahead + 1`` steps are in progress, so no queue needs a bound of its own. With staleness
+0 a step's rollouts start when the step before is done: the same rollouts as the sequential loop.
 """
 
 from qwen3_distill.pipeline.flow import Ready, RolloutFlow
@@ -32,25 +32,25 @@ async def run_streaming(parts: Parts, recorder: Recorder, cursor: RunCursor) -> 
         NonFiniteError: a step had no finite loss or gradient; its batch is in the run folder.
         StallError: nothing moved for ``stall_timeout_s``.
     """
-    await traced_push(parts, recorder.trace)  # before the first rollout: there are no weights yet
+    await traced_push(parts, recorder.trace)  # the engine has no weights yet
     await recorder.evaluate_if_due(cursor)
     recorder.trace.begin_steps()
     async with TaskScope() as scope:
         flow = RolloutFlow(parts, recorder.trace, cursor, scope)
         while cursor.step < parts.config.steps:
             batch: list[Ready] | None = []
-            if needs_rollouts(parts.config, cursor.step):
+            if needs_rollouts(parts.config.replay, cursor.step):
                 batch = await flow.next_batch(lambda: recorder.stop_requested)
             if batch is None:
                 break
             async with flow.paused_when_ahead():
                 with recorder.trace.span("train", rollouts=len(batch)):
                     step = take_step(parts, recorder, [item.scored for item in batch])
-                    update = await flow.in_time(step, "the learner's step")
-            done = await flow.trained(batch, update)
+                    update = await flow.within_stall_timeout(step, "the learner's step")
+            done = await flow.publish_and_settle(batch, update)
             cursor = done.cursor
             await recorder.after_step(done)
-            flow.go_on()
+            flow.allow_new_rollouts()
             if recorder.stop_requested:
                 break
     return cursor

@@ -1,4 +1,4 @@
-"""A run's summary and its report, from its records."""
+"""Builds a run's summary and its report from the run folder alone."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ from qwen3_distill.types import (
 
 
 def summarize(folder: RunFolder, total_wall_s: float) -> dict[str, Any]:
-    """The content of ``summary.json``, from the run's own records."""
+    """Compute the content of ``summary.json`` from the run's records."""
     steps = read_jsonl(folder.metrics)
     evaluations = read_jsonl(folder.evaluations)
     students = [record for record in evaluations if record["model"] == "student"]
@@ -36,7 +36,7 @@ def summarize(folder: RunFolder, total_wall_s: float) -> dict[str, Any]:
     wall_s["evaluate"] = sum(
         record.get("time/evaluate_s", record["wall_s"]) for record in evaluations
     )
-    # What ran side by side took its time once.
+    # Time in which several stages ran counts once.
     busy_s = sum(wall_s.values()) - sum(_overlap_s(record) for record in steps)
     wall_s["other"] = max(0.0, total_wall_s - busy_s)
     wall_s["total"] = total_wall_s
@@ -55,7 +55,7 @@ def summarize(folder: RunFolder, total_wall_s: float) -> dict[str, Any]:
 
 
 def _overlap_s(record: Mapping[str, Any]) -> float:
-    """Seconds of a step by which its stages' times exceed the time in which any was at work."""
+    """Seconds by which the sum of a step's stage times exceeds the time in which any ran."""
     if "time/step_s" not in record:
         return 0.0
     stages = (*STEP_STAGES, *OCCASIONAL_STAGES)
@@ -64,7 +64,7 @@ def _overlap_s(record: Mapping[str, Any]) -> float:
 
 
 def _accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The only record's accuracy; None when nothing was measured."""
+    """The accuracy of the first record; None if there is none."""
     for record in records:
         keys = ("ci_low", "ci_high", "num_problems", "samples_per_problem")
         return {"value": record["accuracy"], **{key: record[key] for key in keys}}
@@ -72,7 +72,7 @@ def _accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def render_report(path: Path, config: RunConfig, out: Path | None = None) -> Path:
-    """Write ``report.html`` from what lies in a run folder."""
+    """Write ``report.html`` from a run folder's files; return its path."""
     text = TextTools(config.student.model)
     is_correct = build_checker(config.verifier, text) if config.verifier else None
     views = [

@@ -1,4 +1,4 @@
-"""From a config to its prompts, checkers and problems."""
+"""Builds prompts, checkers and held-out problems."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ from qwen3_distill.config import (
     EvaluationConfig,
     RunConfig,
     SamplingConfig,
+    StudentConfig,
     VerifierConfig,
 )
 from qwen3_distill.data.prompts import PromptStream
@@ -17,10 +18,13 @@ from qwen3_distill.types import Prompt, Rollout
 
 
 def build_prompts(config: RunConfig, text: TextTools) -> PromptStream:
-    """The training prompts in their order, each checked to fit the student's context, and to have
-    an answer that the verifier can use."""
+    """Open the training prompts, in the order of the run.
+
+    Raises:
+        DataError: one does not fit the student's context, or has no usable reference answer.
+    """
     source = build_source(config.prompts)
-    prompts = _stream(config, source, text, config.sampling, seed=config.seed)
+    prompts = _stream(config.student, source, text, config.sampling, seed=config.seed)
     prompts.check()
     if config.verifier is not None:
         check_references(config.verifier, source)
@@ -28,7 +32,7 @@ def build_prompts(config: RunConfig, text: TextTools) -> PromptStream:
 
 
 def build_checker(verifier: VerifierConfig, text: TextTools) -> Callable[[Rollout], bool]:
-    """A rollout's correctness, by its text."""
+    """Build the check of a rollout's text."""
     check = build_verifier(verifier)
 
     def is_correct(rollout: Rollout) -> bool:
@@ -37,23 +41,23 @@ def build_checker(verifier: VerifierConfig, text: TextTools) -> Callable[[Rollou
     return is_correct
 
 
-def check_problems(config: RunConfig, evaluation: EvaluationConfig, text: TextTools) -> None:
-    """Held-out problems are met in the middle of a run, so they are checked before it.
+def check_problems(student: StudentConfig, evaluation: EvaluationConfig, text: TextTools) -> None:
+    """Check all held-out problems before a run, which would meet a bad one only in its middle.
 
     Raises:
         DataError: one does not fit the student's context, or has no usable reference answer.
     """
     source = build_source(evaluation.prompts)
-    _stream(config, source, text, evaluation.sampling, seed=0).check()
+    _stream(student, source, text, evaluation.sampling, seed=0).check()
     check_references(evaluation.verifier, source)
 
 
 def build_problems(
-    config: RunConfig, evaluation: EvaluationConfig, text: TextTools
+    student: StudentConfig, evaluation: EvaluationConfig, text: TextTools
 ) -> Callable[[int], list[Prompt]]:
-    """The first ``n`` held-out problems, always the same ones."""
+    """Open the held-out problems. The result gives the first ``n``, always the same ones."""
     source = build_source(evaluation.prompts)
-    stream = _stream(config, source, text, evaluation.sampling, seed=0)
+    stream = _stream(student, source, text, evaluation.sampling, seed=0)
     available = source.num_prompts
 
     def problems(count: int) -> list[Prompt]:
@@ -63,7 +67,7 @@ def build_problems(
 
 
 def _stream(
-    config: RunConfig,
+    student: StudentConfig,
     source: PromptSource,
     text: TextTools,
     sampling: SamplingConfig,
@@ -74,7 +78,7 @@ def _stream(
         source,
         text.tokenizer,
         seed=seed,
-        context_length=load_identity(config.student.model).context_length,
+        context_length=load_identity(student.model).context_length,
         max_new_tokens=sampling.max_new_tokens,
-        template_arguments=config.student.template_arguments,
+        template_arguments=student.template_arguments,
     )

@@ -1,16 +1,20 @@
-"""From a config to the parts of a run."""
+"""Builds the parts of a run, its rollout engine and its learner."""
 
 import shutil
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import torch
 
 from qwen3_distill.config import (
     EmbeddedGeneration,
     EmbeddedTraining,
+    GenerationConfig,
     LoraTuning,
     RunConfig,
+    TuningConfig,
     UnslothTraining,
     VllmGeneration,
 )
@@ -23,10 +27,18 @@ from qwen3_distill.pipeline.assembly.channel import (
     build_channel,
     channel_folder,
     run_channel_folder,
+    samples_elsewhere,
+    switched_transport,
 )
 from qwen3_distill.pipeline.assembly.data import build_checker, build_prompts, check_problems
 from qwen3_distill.pipeline.assembly.plan import engine_log, plan_memory, require_plan
-from qwen3_distill.pipeline.assembly.teachers import build_teacher
+from qwen3_distill.pipeline.assembly.teachers import (
+    build_teacher,
+    max_dropped_fraction,
+    starts_first,
+    teacher_sampler,
+)
+from qwen3_distill.pipeline.manifest import EngineInterpreter
 from qwen3_distill.pipeline.parts import Parts, TextTools
 from qwen3_distill.planning.plan import MemoryPlan
 from qwen3_distill.ports import (
@@ -43,23 +55,32 @@ from qwen3_distill.weights.directory import publish_directory
 
 
 def build_parts(config: RunConfig) -> Parts:
-    """Open data, plan the memory and load the embedded engines; real ones wait for `start`."""
+    """Open the data, plan the memory and build the engines.
+
+    An embedded engine loads its model now, all others at `Parts.start`.
+    """
     text = TextTools(config.student.model)
     prompts = build_prompts(config, text)
     if config.evaluation is not None:
-        check_problems(config, config.evaluation, text)
+        check_problems(config.student, config.evaluation, text)
     plan = plan_memory(config)
     teacher = build_teacher(config, plan)
     scratch = run_channel_folder(config)
+    channel = build_channel(config, scratch)
     return Parts(
         config=config,
         prompts=prompts,
         engine=build_engine(config, plan),
         teacher=teacher,
         learner=build_learner(config, teacher, plan),
-        channel=build_channel(config, scratch),
+        channel=channel,
         text=text,
         is_correct=build_checker(config.verifier, text) if config.verifier else None,
+        teacher_sampler=partial(teacher_sampler, config, teacher),
+        teacher_starts_first=starts_first(config.scoring),
+        max_dropped_fraction=max_dropped_fraction(config.scoring),
+        switched_transport=partial(switched_transport, channel, config.generation),
+        samples_elsewhere=samples_elsewhere(config.generation),
         scratch=scratch,
     )
 
@@ -67,10 +88,10 @@ def build_parts(config: RunConfig) -> Parts:
 def build_engine(
     config: RunConfig, plan: MemoryPlan | None, model_dir: str | None = None
 ) -> StreamingRolloutEngine:
-    """The rollout engine, without weights: load a version before the first rollout.
+    """Build the rollout engine. It has no weights: load a version before the first rollout.
 
     Args:
-        model_dir: a model that is served as it is; default: the config's student.
+        model_dir: a model that is served without adapters; default: the config's student.
     """
     generation = config.generation
     match generation:
@@ -88,34 +109,35 @@ def build_engine(
         case VllmGeneration():
             return VllmRolloutEngine(
                 model_dir or config.student.model,
-                _yielding(generation) if config.pipeline.mps else generation,
-                lora=_served_adapter(config) if model_dir is None else None,
+                with_low_gpu_priority(generation) if config.pipeline.mps else generation,
+                lora=_served_adapter(generation, config.training.tuning)
+                if model_dir is None
+                else None,
                 kv_cache_bytes=require_plan(plan).vllm_kv_cache_bytes,
                 log=engine_log(config, "vllm"),
             )
 
 
-def _yielding(generation: VllmGeneration) -> VllmGeneration:
-    """Decoding lets scoring and training go first, unless its environment says otherwise.
+def with_low_gpu_priority(generation: VllmGeneration) -> VllmGeneration:
+    """Copy the section with a low GPU priority, unless its environment sets one.
 
-    So rollouts run ahead of the learner less and wait there less, and a decoding step serves more
-    of them (docs/streaming.md has what was measured).
+    Scoring and training then go first. Rollouts run less far ahead of the learner, and a decode
+    step serves more of them (measured in docs/streaming.md).
     """
     environment = {PRIORITY_VARIABLE: BELOW_NORMAL} | generation.environment
     return generation.model_copy(update={"environment": environment})
 
 
-def _served_adapter(config: RunConfig) -> LoraTuning | None:
-    """The tuning whose adapters travel by themselves; None where whole weights are pushed."""
-    tuning, generation = config.training.tuning, config.generation
-    swaps = generation.kind == "vllm" and generation.adapters == "swap"
+def _served_adapter(generation: GenerationConfig, tuning: TuningConfig) -> LoraTuning | None:
+    """The tuning whose adapters are pushed alone; None where whole weights are pushed."""
+    swaps = isinstance(generation, VllmGeneration) and generation.adapters == "swap"
     return tuning if swaps and isinstance(tuning, LoraTuning) else None
 
 
 @asynccontextmanager
 async def static_engine(config: RunConfig, model_dir: str) -> AsyncIterator[StreamingRolloutEngine]:
-    """An engine that serves a directory's own weights as step 0."""
-    scratch = channel_folder(config)
+    """Start an engine that serves the weights in a directory as step 0."""
+    scratch = channel_folder(config.generation)
     channel = build_channel(config, scratch)
     engine = build_engine(config, plan_memory(config), model_dir)
     try:
@@ -133,9 +155,9 @@ async def static_engine(config: RunConfig, model_dir: str) -> AsyncIterator[Stre
 def build_learner(
     config: RunConfig, teacher: TeacherScorer, plan: MemoryPlan | None
 ) -> ReplayingLearner:
-    """The learner, with the teacher's output head where the objective needs one."""
+    """Build the learner, with the teacher's output head where the objective needs it."""
     training = config.training
-    publish_adapter = _served_adapter(config) is not None
+    publish_adapter = _served_adapter(config.generation, training.tuning) is not None
     match training:
         case EmbeddedTraining(own_process=True):
             return EmbeddedLearnerProcess(
@@ -176,3 +198,14 @@ def build_learner(
 
 def _output_head(teacher: TeacherScorer) -> torch.Tensor | None:
     return teacher.output_head if isinstance(teacher, EmbeddedTeacher) else None
+
+
+def engine_interpreters(config: RunConfig) -> dict[str, EngineInterpreter]:
+    """List the engines that have an interpreter of their own on this machine, by kind."""
+    found: dict[str, EngineInterpreter] = {}
+    for section in (config.generation, config.scoring, config.training):
+        if section.kind == "embedded" or (section.kind == "sglang" and section.urls):
+            continue
+        python = section.python or sys.executable
+        found[section.kind] = EngineInterpreter(python, section.environment)
+    return found

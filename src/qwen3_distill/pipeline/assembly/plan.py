@@ -1,15 +1,13 @@
-"""A run's memory plan, and where its engines' output goes."""
+"""What every engine of a run is given: its share of the memory, and its log."""
 
 from pathlib import Path
 
-from qwen3_distill.config import (
-    RunConfig,
-)
+from qwen3_distill.config import RunConfig
 from qwen3_distill.planning.plan import MemoryPlan, make_plan
 
 
 def plan_memory(config: RunConfig) -> MemoryPlan | None:
-    """What each real engine may take; None where all are embedded and share one allocator.
+    """Plan the memory of each real engine; None where all are embedded and share one allocator.
 
     Raises:
         ConfigError: it does not fit.
@@ -19,10 +17,11 @@ def plan_memory(config: RunConfig) -> MemoryPlan | None:
 
 
 def require_plan(plan: MemoryPlan | None) -> MemoryPlan:
+    """The plan, which exists wherever an engine is real."""
     assert plan is not None, "real engines have a plan"
     return plan
 
 
 def engine_log(config: RunConfig, name: str) -> Path:
-    """Where an engine's process writes its output."""
+    """The file that an engine's process writes its output to."""
     return config.output_path / "logs" / f"{name}.log"

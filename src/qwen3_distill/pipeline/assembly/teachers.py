@@ -1,4 +1,4 @@
-"""From a config to its teacher."""
+"""Builds teachers, and samplers that answer as one."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -8,30 +8,32 @@ import torch
 from qwen3_distill.config import (
     EmbeddedGeneration,
     EmbeddedScoring,
+    PlanningConfig,
     RunConfig,
+    ScoringConfig,
     SglangScoring,
 )
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
 from qwen3_distill.modeling.loading import resolve_dtype
 from qwen3_distill.pipeline.assembly.channel import learns_elsewhere, samples_elsewhere
-from qwen3_distill.pipeline.assembly.plan import engine_log, require_plan
+from qwen3_distill.pipeline.assembly.plan import engine_log, plan_memory, require_plan
 from qwen3_distill.planning.device import detect_memory
 from qwen3_distill.planning.plan import MemoryPlan
-from qwen3_distill.ports import (
-    Sampler,
-    TeacherScorer,
-)
+from qwen3_distill.ports import Sampler, TeacherScorer
 from qwen3_distill.scoring.cache import CachedTeacher
 from qwen3_distill.scoring.embedded.hosted import EmbeddedTeacherProcess
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
-from qwen3_distill.scoring.score_request import request_for
+from qwen3_distill.scoring.score_request import TopKRequest, request_for
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.weights.directory import publish_directory
 from qwen3_distill.weights.memory import MemoryChannel
 
+_AUDIT_BATCH_TOKENS = 16384
+_AUDIT_CHUNK_TOKENS = 1024
+
 
 def build_teacher(config: RunConfig, plan: MemoryPlan | None) -> TeacherScorer:
-    """The scorer, asked for what the objective needs."""
+    """Build the teacher, with the score request that the objective needs."""
     scoring = config.scoring
     request = request_for(config.objective)
     match scoring:
@@ -52,26 +54,52 @@ def build_teacher(config: RunConfig, plan: MemoryPlan | None) -> TeacherScorer:
             teacher = SglangTeacher(
                 scoring,
                 request=request,
-                memory_fraction=_teacher_share(config, require_plan(plan)),
+                memory_fraction=_memory_fraction(scoring, config.planning, require_plan(plan)),
                 max_total_tokens=require_plan(plan).sglang_max_total_tokens,
                 log=engine_log(config, "sglang"),
             )
             return CachedTeacher(teacher, request, scoring.cache) if scoring.cache else teacher
 
 
-def _teacher_share(config: RunConfig, plan: MemoryPlan) -> float | Callable[[], float]:
-    """The server's share of what is free, asked at every start: started again, it is not alone."""
-    if config.scoring.kind == "sglang" and config.scoring.memory_fraction is not None:
-        return config.scoring.memory_fraction
-    stated = config.planning.device_memory_gib is not None
-    if stated:  # of no use beside engines that are there
+def _memory_fraction(
+    scoring: SglangScoring, planning: PlanningConfig, plan: MemoryPlan
+) -> float | Callable[[], float]:
+    """The server's share of the free memory.
+
+    A planned share is computed at every start: at a restart the other engines hold memory too.
+    """
+    if scoring.memory_fraction is not None:
+        return scoring.memory_fraction
+    if planning.device_memory_gib is not None:  # a stated size says nothing of what is free
         return plan.sglang_memory_fraction
     return lambda: plan.teacher_memory_fraction(detect_memory().free_bytes)
 
 
+def max_dropped_fraction(scoring: ScoringConfig) -> float:
+    """The share of a step's rollouts that may stay unscored: none with an embedded teacher."""
+    return scoring.max_dropped_fraction if isinstance(scoring, SglangScoring) else 0.0
+
+
+def starts_first(scoring: ScoringConfig) -> bool:
+    """Whether the teacher's memory share is a fraction of what is free when it starts."""
+    return isinstance(scoring, SglangScoring)
+
+
+def with_embedded_teacher_here(config: RunConfig) -> RunConfig:
+    """Copy the config with its embedded teacher, if any, in this process.
+
+    Its `teacher_id` and output head are then known without starting it.
+    """
+    scoring = config.scoring
+    if not isinstance(scoring, EmbeddedScoring):
+        return config
+    here = scoring.model_copy(update={"own_process": False, "threads": None})
+    return config.model_copy(update={"scoring": here})
+
+
 @asynccontextmanager
 async def teacher_sampler(config: RunConfig, teacher: TeacherScorer) -> AsyncIterator[Sampler]:
-    """Something that answers as the teacher: the server that scores, or an embedded engine."""
+    """Open a sampler that answers as the teacher: the scoring server, or an embedded engine."""
     server = teacher.inner if isinstance(teacher, CachedTeacher) else teacher
     if isinstance(server, SglangTeacher):
         yield server.sampler()
@@ -90,18 +118,48 @@ async def teacher_sampler(config: RunConfig, teacher: TeacherScorer) -> AsyncIte
     version = publish_directory(scoring.model, channel, dtype=resolve_dtype(scoring.dtype))
     await engine.load(version, channel)
     threads = torch.get_num_threads()
-    if scoring.threads is not None and samples_elsewhere(config) and learns_elsewhere(config):
-        torch.set_num_threads(scoring.threads)  # nothing else here computes meanwhile
+    is_alone = samples_elsewhere(generation) and learns_elsewhere(config.training)
+    if scoring.threads is not None and is_alone:
+        torch.set_num_threads(scoring.threads)
     try:
         yield engine
     finally:
         torch.set_num_threads(threads)
 
 
-def in_this_process(config: RunConfig) -> RunConfig:
-    """The config with an embedded teacher that is there when it is built, for its id."""
+def build_audited_teacher(config: RunConfig, request: TopKRequest) -> TeacherScorer:
+    """Build the configured teacher for a precision audit: without its cache, with ``request``."""
     scoring = config.scoring
-    if not isinstance(scoring, EmbeddedScoring):
-        return config
-    here = scoring.model_copy(update={"own_process": False, "threads": None})
-    return config.model_copy(update={"scoring": here})
+    if isinstance(scoring, EmbeddedScoring):
+        return _embedded(scoring.model, request, device=scoring.device, dtype=scoring.dtype)
+    plan = require_plan(plan_memory(config))
+    return SglangTeacher(
+        scoring,
+        request=request,
+        memory_fraction=plan.sglang_memory_fraction,
+        max_total_tokens=plan.sglang_max_total_tokens,
+        log=engine_log(config, "sglang"),
+    )
+
+
+def build_unquantized_teacher(
+    scoring: ScoringConfig, model_dir: str, request: TopKRequest
+) -> TeacherScorer:
+    """Build the embedded teacher that a precision audit compares the configured one with.
+
+    An embedded teacher already has the precision that its config asks for, so it is compared with
+    the same weights in float32.
+    """
+    dtype = "float32" if isinstance(scoring, EmbeddedScoring) else scoring.dtype
+    return _embedded(model_dir, request, device=scoring.device, dtype=dtype)
+
+
+def _embedded(model_dir: str, request: TopKRequest, *, device: str, dtype: str) -> EmbeddedTeacher:
+    return EmbeddedTeacher(
+        model_dir,
+        request=request,
+        device=device,
+        dtype=dtype,
+        batch_tokens=_AUDIT_BATCH_TOKENS,
+        chunk_tokens=_AUDIT_CHUNK_TOKENS,
+    )
