@@ -1,4 +1,4 @@
-"""The offline stages, through files, do exactly what one pipeline step does."""
+"""The offline stages, through files, equal one pipeline step bit for bit."""
 
 import asyncio
 import os
@@ -263,7 +263,7 @@ def send(*numbers: int) -> None:
 def disturb(
     monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, action: Callable[[], None]
 ) -> None:
-    """Have something happen at the beginning of a coroutine's n-th call."""
+    """Call a function at the beginning of a coroutine's n-th call."""
     real, calls = getattr(owner, name), 0
 
     async def disturbed(*arguments: Any, **settings: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Runs of the lab pair with the embedded engines in processes of their own, and those struck."""
+"""Runs of the lab pair with embedded engines in their own processes, which are killed or hang."""
 
 import asyncio
 import os
@@ -58,7 +58,7 @@ def lab_config(output: Path, *overrides: str, short: Sequence[str] = SHORT) -> R
 def lab_run(
     output: Path, *overrides: str, adapt: Callable[[Parts], Parts] = lambda parts: parts
 ) -> list[str]:
-    """A short run of the lab pair; its warnings."""
+    """Run the lab pair for a few steps; return the warnings."""
     config = lab_config(output, *overrides)
     warnings: list[str] = []
     assert run(config, SilentReporter(), warnings.append, adapt) is not None
@@ -67,7 +67,7 @@ def lab_run(
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in one process that nothing happened to."""
+    """The folder of an undisturbed run in one process."""
     output = tmp_path_factory.mktemp("calm") / "run"
     assert lab_run(output) == []
     return output
@@ -84,7 +84,7 @@ def test_processes_change_nothing_bit_for_bit(tmp_path: Path, calm: Path) -> Non
 
 
 class Starting:
-    """A part whose start another one waits for."""
+    """A part whose start waits for that of another one."""
 
     def __init__(self, *, after: asyncio.Event | None = None, seen: list[str], name: str) -> None:
         self.begun = asyncio.Event()
@@ -187,7 +187,7 @@ def kill(worker: WorkerProcess) -> None:
 
 
 def stop(worker: WorkerProcess) -> None:
-    """It is there and does nothing more."""
+    """Stops the process without ending it."""
     assert worker.pid is not None
     os.killpg(worker.pid, signal.SIGSTOP)
 
@@ -221,7 +221,7 @@ def assert_each_came_back(output: Path, warnings: list[str]) -> None:
 
 
 def trained(output: Path) -> list[tuple[Any, ...]]:
-    """What each step trained on and what came of it."""
+    """Each step's tokens, loss and gradient norm."""
     keys = ("step", "tokens/trained", "loss/objective", "optim/grad_norm")
     return [tuple(row[key] for key in keys) for row in read_jsonl(output / "metrics.jsonl")]
 
@@ -307,7 +307,7 @@ def test_weights_that_a_killed_run_left_in_memory_go_when_it_is_started_again(
 def test_evaluating_the_teacher_leaves_this_process_its_threads(
     tmp_path: Path, alone: bool
 ) -> None:
-    """Fewer meanwhile only where nothing else is computed here."""
+    """The teacher's threads apply only where nothing else computes in this process."""
     learner = ("training.own_process=true",) if alone else ()
     scoring = ("scoring.own_process=true", "scoring.threads=1")
     config = lab_config(tmp_path, "generation.own_process=true", *scoring, *learner)

@@ -1,4 +1,4 @@
-"""What a run promises: its folder, its repeatability, its order of events."""
+"""A run's folder, its repeatability and its order of events."""
 
 import platform
 from collections.abc import Callable, Mapping
@@ -100,7 +100,7 @@ EVALUATION_KEYS = {
 
 @pytest.fixture(scope="module")
 def finished(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A complete run of six steps with everything switched on; its folder is not to be changed."""
+    """A complete run of six steps with everything on. Do not change its folder."""
     changes = {
         "steps": 6,
         "evaluation": EVALUATION | {"every_steps": 4},
@@ -328,7 +328,7 @@ def test_evaluations_leave_the_training_stream_undisturbed(
 
 
 def parity_check(task: ChainTask, problem: object, response_text: str) -> bool:
-    """A verdict that random answers meet about half of the time."""
+    """A check that about half of random answers pass."""
     return len(response_text) % 2 == 0
 
 

@@ -1,4 +1,4 @@
-"""Streaming: the sequential loop where it must be, and what its freedom may not cost."""
+"""The streaming loop: equal to the sequential one at staleness 0; no rollout is lost or reused."""
 
 import asyncio
 import itertools
@@ -56,7 +56,7 @@ def streaming(**settings: Any) -> Values:
 
 @dataclass
 class Ledger:
-    """What a run folder says became of its rollouts."""
+    """The rollouts that a run folder's ledger lists as trained on and dropped."""
 
     trained: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The trace that a run writes, and the MPS daemon that it may ask for."""
+"""A run's trace, and its MPS daemon."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""The commands that look at a config or a run folder and run no engine."""
+"""Commands that read a config or a run folder and start no engine."""
 
 import math
 import sys
@@ -15,7 +15,7 @@ from qwen3_distill.errors import RunFolderError
 
 
 def _refuse_nan(value: float | None) -> float | None:
-    """A range lets NaN through: no comparison with it holds."""
+    """Refuse NaN, which passes an option's range because no comparison with it holds."""
     if value is not None and math.isnan(value):
         raise typer.BadParameter("nan is not a number of GiB")
     return value
@@ -36,11 +36,11 @@ def plan(
             min=0.001,
             max=1_000_000,
             callback=_refuse_nan,
-            help="Plan for so much instead of what is free now.",
+            help="Memory to plan for; default: what is free now.",
         ),
     ] = None,
 ) -> None:
-    """Who gets how much memory. Exit status 2, and what would help, where it does not fit."""
+    """Show how the engines share the memory. Exit status 2, with advice, if it does not fit."""
     settings = load_config(config, overrides or ())
     from qwen3_distill.modeling.shapes import named_shape
     from qwen3_distill.planning.plan import make_plan
@@ -77,7 +77,7 @@ def config_show(config: ConfigOption, overrides: Overrides = None) -> None:
 
 
 def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
-    """Check a config, and that its models, prompts and interpreters are there.
+    """Check a config, and that its models, prompts and interpreters exist.
 
     Nothing is loaded or started. Exit status 2 when something is missing.
     """

@@ -1,4 +1,4 @@
-"""The command line. Thin: read the config, build, run, and turn errors into one line."""
+"""The command line: registers the commands, turns errors into one line and an exit status."""
 
 import os
 
@@ -54,14 +54,16 @@ def _print_version(asked: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     pass
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: errors of this package become one line and their exit status.
+    """Run a command; an error of this package becomes one line and its exit status.
 
     Args:
         arguments: the command line without the program's name; default: the process's.
@@ -78,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             advice = (
                 "; free space or choose another place. Nothing that was saved is lost: the same "
-                "command goes on from there"
+                "command continues from there"
             )
         fail(f"{error.strerror}{where}{advice}", 2)
 

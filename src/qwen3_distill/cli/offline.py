@@ -1,4 +1,4 @@
-"""The commands of the offline stages, of the evaluation and of the teacher's audit."""
+"""Commands that run one engine without a run folder: offline stages, evaluation, audit."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +9,7 @@ from qwen3_distill.cli.terminal import ConfigOption, Overrides, quiet_libraries,
 from qwen3_distill.config.load import load_config
 
 _MAX_STEPS = 2**31 - 1
-"""Of the options that count steps: their numbers have to fit in a rollout file."""
+"""Limit of options that count steps: step numbers must fit in a rollout file."""
 
 
 def generate(
@@ -18,11 +18,9 @@ def generate(
     out: Annotated[
         Path | None, typer.Option(help="Default: offline/rollouts.parquet in output_dir.")
     ] = None,
-    step: Annotated[
-        int, typer.Option(min=0, max=_MAX_STEPS, help="Whose prompts and seeds to use.")
-    ] = 0,
+    step: Annotated[int, typer.Option(min=0, max=_MAX_STEPS, help="The first step to sample.")] = 0,
     num_steps: Annotated[
-        int, typer.Option(min=1, max=_MAX_STEPS, help="How many steps' rollouts.")
+        int, typer.Option(min=1, max=_MAX_STEPS, help="Number of steps to sample.")
     ] = 1,
 ) -> None:
     """Offline stage 1: sample rollouts from the student's directory into a Parquet file."""
@@ -88,7 +86,7 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the result as JSON.")] = None,
 ) -> None:
-    """Held-out accuracy of a model directory, by the config's evaluation section."""
+    """Measure a model directory's held-out accuracy, as the config's evaluation section says."""
     settings = load_config(config, overrides or ())
     from qwen3_distill.pipeline import offline as stages
 
@@ -110,7 +108,7 @@ def audit_teacher(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
 ) -> None:
-    """What the teacher's quantization does to its scores, on a fixed sample of rollouts."""
+    """Measure how quantization changes the teacher's scores, on a fixed sample of rollouts."""
     settings = load_config(config, overrides or ())
     from qwen3_distill.doctor.precision import audit_teacher as audit
 

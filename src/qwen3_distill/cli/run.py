@@ -9,8 +9,8 @@ from qwen3_distill.config.load import load_config
 def run(config: ConfigOption, overrides: Overrides = None) -> None:
     """Distil: generate, score and train for all steps, then evaluate and report.
 
-    Started again, a run goes on from its newest checkpoint. The first Ctrl-C finishes the step
-    and saves; exit status 130.
+    The same command continues a run from its newest checkpoint. The first Ctrl-C finishes the
+    step and saves; exit status 130.
     """
     settings = load_config(config, overrides or ())
     from qwen3_distill.pipeline.run import INTERRUPTED_EXIT_CODE
@@ -21,7 +21,7 @@ def run(config: ConfigOption, overrides: Overrides = None) -> None:
     try:
         if run_pipeline(settings, make_reporter(settings.steps), warn) is not None:
             return
-        warn("stopped and saved; start the same command again to go on")
+        warn("stopped and saved; start the same command again to continue")
     except KeyboardInterrupt:
-        warn("stopped at once; the same command goes on from the newest checkpoint, if any")
+        warn("stopped at once; the same command continues from the newest checkpoint, if any")
     raise typer.Exit(INTERRUPTED_EXIT_CODE)

@@ -1,4 +1,4 @@
-"""What the commands share: their common options, and how they speak."""
+"""Options and output that the commands share."""
 
 import json
 import sys
@@ -22,24 +22,28 @@ Overrides = Annotated[
 
 
 def fail(message: str, exit_code: int) -> NoReturn:
+    """Print an error to stderr and exit."""
     Console(stderr=True).print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
     sys.exit(exit_code)
 
 
 def warn(message: str) -> None:
+    """Print a note to stderr."""
     Console(stderr=True).print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
 
 
 def say(message: str) -> None:
+    """Print a line to stdout."""
     Console().print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
+    """Print a value as JSON to stdout."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 def quiet_libraries() -> None:
-    """No bars and advice of transformers between our own lines; its errors are still raised."""
+    """Silence progress bars and advice of transformers; its errors are still raised."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

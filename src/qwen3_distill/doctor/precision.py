@@ -1,4 +1,4 @@
-"""The precision audit: the configured teacher against the unquantized one, on the same tokens."""
+"""The precision audit: compares the configured teacher with the unquantized one, token by token."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ from qwen3_distill.utils.signals import signals_as_ctrl_c
 Say = Callable[[str], None]
 
 CANDIDATES = 20
-"""Of each teacher at every position, for the KL estimate."""
+"""Each teacher's most likely tokens per position that the KL estimate uses."""
 
 
 def audit_teacher(
@@ -46,14 +46,14 @@ def audit_teacher(
     """Score a fixed sample with the configured teacher, then with the unquantized one.
 
     Args:
-        rollouts: file whose first rollouts are taken; None: the config's first steps are sampled.
+        rollouts: file whose first rollouts are scored; None: those of the config's first steps.
         unquantized: directory of the unquantized teacher; None: the config's teacher.
 
     Returns:
-        A line with the main result.
+        A line for the user with the main result.
 
     Raises:
-        ConfigError: the teacher's directory is itself quantized and no other one is given.
+        ConfigError: the teacher's directory is itself quantized and ``unquantized`` is None.
     """
     scoring = config.scoring
     exact_dir = unquantized or _unquantized_directory(scoring)
@@ -66,7 +66,7 @@ def audit_teacher(
     async def measure() -> tuple[PrecisionReport, str, str]:
         sample = await _sample(config, rollouts, num_rollouts, say)
         served, served_id = await _scores(build_audited_teacher(config, request), sample, say)
-        # Built only now: until it was closed, the other teacher held the memory.
+        # Built only now: the other teacher held the memory until it was closed.
         exact = build_unquantized_teacher(scoring, exact_dir, request)
         exact_scores, exact_id = await _scores(exact, sample, say)
         return compare_scores(sample, served, exact_scores), served_id, exact_id
@@ -85,7 +85,7 @@ def audit_teacher(
 
 
 def table(report: PrecisionReport) -> list[str]:
-    """The report's figures, one a line."""
+    """Format the report's figures, one per line."""
     rows = [
         ("rollouts, tokens", f"{report.num_rollouts}, {report.num_tokens}"),
         ("mean |difference|", f"{report.mean_abs_nats:.5f} nats"),
@@ -112,7 +112,7 @@ def _unquantized_directory(scoring: ScoringConfig) -> str:
 async def _sample(
     config: RunConfig, rollouts: Path | None, num_rollouts: int, say: Say
 ) -> list[Rollout]:
-    """The first rollouts of a file, or of the config's first steps."""
+    """Read the first rollouts of a file, or sample those of the config's first steps."""
     if rollouts is not None:
         found = [rollout for _, rollout in read_rollouts(rollouts)][:num_rollouts]
         if not found:
@@ -134,7 +134,7 @@ async def _sample(
 async def _scores(
     teacher: TeacherScorer, sample: Sequence[Rollout], say: Say
 ) -> tuple[list[TopKScore], str]:
-    """Every rollout's score and the teacher's name; the teacher is closed afterwards."""
+    """Score all rollouts, then close the teacher; return the scores and the teacher's id."""
     say(f"scoring {len(sample)} rollouts with {teacher.teacher_id}")
     try:
         await teacher.start()
