@@ -24,7 +24,7 @@ import torch
 from benchmarks.lib.common import write_result
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import load_config
-from qwen3_distill.pipeline.assembly.engines import Parts
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.ports import TeacherScorer
 from qwen3_distill.recording.console import make_reporter

@@ -47,7 +47,8 @@ from benchmarks.lib.sweep import Record, Sweep
 from qwen3_distill.config import EvaluationConfig, RunConfig
 from qwen3_distill.config.load import load_config
 from qwen3_distill.evaluation.accuracy import evaluate
-from qwen3_distill.pipeline.assembly.engines import Parts, build_checker, build_problems
+from qwen3_distill.pipeline.assembly.data import build_checker, build_problems
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.recording.console import SilentReporter
 from qwen3_distill.recording.jsonl import read_jsonl
@@ -201,7 +202,7 @@ async def accuracy_of(parts: Parts, evaluation: EvaluationConfig, problems: int)
     await engine.load(parts.learner.version, parts.channel)
     result = await evaluate(
         engine,
-        build_problems(parts.config, evaluation, parts.text)(problems),
+        build_problems(parts.config.student, evaluation, parts.text)(problems),
         build_checker(evaluation.verifier, parts.text),
         sampling=evaluation.sampling,
         samples_per_problem=evaluation.samples_per_problem,

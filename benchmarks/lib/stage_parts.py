@@ -14,7 +14,7 @@ from benchmarks.lib.device_memory import PeakMemory
 from benchmarks.lib.random_work import Work, total_tokens
 from qwen3_distill.config import EmbeddedTraining, LoraTuning, RunConfig, UnslothTraining
 from qwen3_distill.pipeline.assembly.engines import Parts, build_learner, build_teacher, plan_memory
-from qwen3_distill.pipeline.sequential import generate, push_weights, score
+from qwen3_distill.pipeline.step import generate, push_weights, score
 from qwen3_distill.ports import Learner, RolloutEngine, TeacherScorer
 from qwen3_distill.recording.jsonl import STEP_STAGES
 from qwen3_distill.recording.trace import Trace

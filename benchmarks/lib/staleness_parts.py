@@ -16,7 +16,7 @@ from torch import Tensor
 from qwen3_distill.config import EmbeddedTraining, SampledReverseKL
 from qwen3_distill.errors import WeightVersionError
 from qwen3_distill.modeling.head import token_stats
-from qwen3_distill.pipeline.assembly.engines import Parts
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.ports import (
     Reach,
     RolloutEngine,

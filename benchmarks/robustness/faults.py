@@ -31,7 +31,7 @@ from typing import Any
 from benchmarks.lib.common import RESULTS, write_result
 from qwen3_distill.config.load import load_config
 from qwen3_distill.pipeline import run as run_module
-from qwen3_distill.pipeline.assembly.engines import Parts
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.recording.console import SilentReporter
 from qwen3_distill.recording.jsonl import read_jsonl
 

@@ -29,7 +29,8 @@ from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import load_config
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
 from qwen3_distill.modeling.loading import resolve_dtype
-from qwen3_distill.pipeline.assembly.engines import TextTools, build_prompts
+from qwen3_distill.pipeline.assembly.data import build_prompts
+from qwen3_distill.pipeline.parts import TextTools
 from qwen3_distill.pipeline.requests import requests_for_step
 from qwen3_distill.types import Rollout, RolloutRequest
 from qwen3_distill.weights.directory import publish_directory

@@ -63,11 +63,13 @@ from qwen3_distill.config import (
 )
 from qwen3_distill.config.load import load_config
 from qwen3_distill.hosts.mps import MpsDaemon, private_mps
-from qwen3_distill.pipeline.assembly.engines import Parts, build_parts
+from qwen3_distill.pipeline.assembly.engines import build_parts
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.recorder import Recorder
 from qwen3_distill.pipeline.requests import requests_for_step
 from qwen3_distill.pipeline.run_folder import RunFolder
-from qwen3_distill.pipeline.sequential import generate, push_weights, run_sequential, score
+from qwen3_distill.pipeline.sequential import run_sequential
+from qwen3_distill.pipeline.step import generate, push_weights, score
 from qwen3_distill.pipeline.streaming import run_streaming
 from qwen3_distill.recording.console import SilentReporter
 from qwen3_distill.recording.jsonl import read_jsonl

@@ -51,14 +51,11 @@ from benchmarks.lib.stage_parts import (
 from qwen3_distill.config import TaskPrompts
 from qwen3_distill.config.load import load_config
 from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.pipeline.assembly.engines import (
-    Parts,
-    build_parts,
-    build_teacher,
-    plan_memory,
-    static_engine,
-)
-from qwen3_distill.pipeline.sequential import push_weights
+from qwen3_distill.pipeline.assembly.engines import build_parts, static_engine
+from qwen3_distill.pipeline.assembly.plan import plan_memory
+from qwen3_distill.pipeline.assembly.teachers import build_teacher
+from qwen3_distill.pipeline.parts import Parts
+from qwen3_distill.pipeline.step import push_weights
 
 PARTS = ("generate", "score", "train", "opd", "resident", "trl")
 STAGGER_S = 20.0

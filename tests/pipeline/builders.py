@@ -1,4 +1,4 @@
-"""Configs over the tiny models, runs of them, and what they leave behind."""
+"""Builds configs over the tiny models, runs them and reads their files."""
 
 import asyncio
 import io
@@ -16,7 +16,7 @@ import yaml
 from qwen3_distill.cli import main as cli
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import check_config
-from qwen3_distill.pipeline.assembly.engines import Parts
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.recording.console import SilentReporter
 from qwen3_distill.recording.jsonl import read_jsonl
@@ -88,14 +88,14 @@ def tiny_config(
 
 
 def write_config(path: Path, values: Values) -> Path:
-    """A config file."""
+    """Write a config file; return its path."""
     path.write_text(yaml.safe_dump(values))
     return path
 
 
 @dataclass
 class RecordingReporter(SilentReporter):
-    """Keeps what a run tells its user."""
+    """Records what a run reports to its user."""
 
     stages: list[str] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
@@ -108,7 +108,7 @@ class RecordingReporter(SilentReporter):
 
 
 def raise_warning(message: str) -> None:
-    """The ``warn`` of a run that has nothing to warn about."""
+    """A ``warn`` for runs that must not warn."""
     raise AssertionError(f"unexpected warning: {message}")
 
 
@@ -129,7 +129,7 @@ def read_json(path: Path) -> Any:
 
 
 def timeless(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON Lines file without what a clock had a part in."""
+    """Read a JSON Lines file without the fields that depend on a clock."""
     return [
         {key: value for key, value in record.items() if not _is_time(key)}
         for record in read_jsonl(path)
@@ -150,7 +150,7 @@ def same_result(left: Path, right: Path) -> bool:
 
 @dataclass(frozen=True)
 class CliResult:
-    """What a command left on the terminal."""
+    """A command's exit status and output."""
 
     code: int
     out: str
@@ -158,7 +158,7 @@ class CliResult:
 
 
 def call_cli(*arguments: str | Path) -> CliResult:
-    """The command line in this process. What would be a traceback is raised."""
+    """Call the command line in this process; an exception that would be a traceback is raised."""
     out, err = io.StringIO(), io.StringIO()
     code: Any = 0
     with (
@@ -174,7 +174,7 @@ def call_cli(*arguments: str | Path) -> CliResult:
 
 
 def refused(*arguments: str | Path, words: Iterable[str], code: int = 2) -> str:
-    """Call the command line and assert that it refuses with a message that has these words."""
+    """Call the command line, assert that it refuses with all these words; return the message."""
     result = call_cli(*arguments)
     assert result.code == code, result
     assert result.err.startswith("error: "), result.err
@@ -184,7 +184,7 @@ def refused(*arguments: str | Path, words: Iterable[str], code: int = 2) -> str:
 
 
 def slowed(method: str) -> Callable[[Parts], Parts]:
-    """For `run`: the learner waits a tenth of a second before ``method``, and others go on."""
+    """An ``adapt`` for `run`: the learner waits 0.1 s before ``method``; other tasks continue."""
 
     def adapt(parts: Parts) -> Parts:
         learner: Any = parts.learner

@@ -1,11 +1,11 @@
-"""Engines that are struck once, in the middle of their work; all else is the real one's."""
+"""Wrappers of engines that fail once, in the middle of a call."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from qwen3_distill.pipeline.assembly.engines import Parts
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.types import (
     Batch,
     Rollout,
@@ -20,7 +20,7 @@ _INTO_THE_CALL_S = 0.02
 
 
 class _Struck:
-    """Passes everything on, and strikes when the countdown is over."""
+    """Passes every call on to the engine, and strikes in the call that the countdown ends at."""
 
     def __init__(self, part: Any, calls_before: int, strike: Strike) -> None:
         self._part = part
@@ -35,7 +35,7 @@ class _Struck:
         return self._calls_left == 0
 
     async def _under_way(self, method: str, argument: Any) -> Any:
-        """A call, struck soon after its beginning where it is due."""
+        """Make a call; if it is due, strike soon after it began."""
         working = asyncio.create_task(getattr(self._part, method)(argument))
         if self._is_due():
             await asyncio.sleep(_INTO_THE_CALL_S)
@@ -44,7 +44,7 @@ class _Struck:
 
 
 class StruckEngine(_Struck):
-    """Struck when some of a call's rollouts are there and others are not."""
+    """Struck after the first rollout of a call."""
 
     async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
         due = self._is_due()
@@ -56,14 +56,14 @@ class StruckEngine(_Struck):
 
 
 class StruckTeacher(_Struck):
-    """Struck under a request."""
+    """Struck during a call of `score`."""
 
     async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
         return await self._under_way("score", jobs)
 
 
 class StruckLearner(_Struck):
-    """Struck in a step."""
+    """Struck during an optimizer step."""
 
     async def update(self, batch: Batch) -> Update:
         return await self._under_way("update", batch)

@@ -1,4 +1,4 @@
-"""Everything a user can get wrong ends in one message: what, where, and what was expected."""
+"""A user's mistake ends in one message: what is wrong, where, and what was expected."""
 
 import errno
 import fcntl
@@ -16,7 +16,7 @@ import torch
 
 from qwen3_distill.data.rollout_files import read_scored
 from qwen3_distill.errors import ConfigError
-from qwen3_distill.pipeline.assembly.engines import Parts
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from tests.pipeline.builders import (
@@ -49,7 +49,7 @@ MATH = {"kind": "math"}
 def refused_run(
     models: TinyModels, tmp_path: Path, changes: dict[str, Any], words: list[str], code: int = 2
 ) -> str:
-    """Run a config with changes and assert that it is refused; the message."""
+    """Run a config with changes, assert that it is refused, and return the message."""
     config = write_config(tmp_path / "c.yaml", tiny_values(models, tmp_path / "run", changes))
     return refused("run", "--config", config, words=words, code=code)
 

@@ -1,4 +1,4 @@
-"""The offline stages, through files, do exactly what one pipeline step does."""
+"""The offline stages, through files, equal one pipeline step bit for bit."""
 
 import asyncio
 import os
@@ -24,7 +24,7 @@ from qwen3_distill.doctor import precision
 from qwen3_distill.errors import EngineError, NonFiniteError, RunFolderError
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
 from qwen3_distill.pipeline import offline as module
-from qwen3_distill.pipeline import sequential
+from qwen3_distill.pipeline import step as pipeline_step
 from qwen3_distill.training.embedded.student import EmbeddedLearner
 from qwen3_distill.training.hosted import HostedLearner
 from qwen3_distill.types import Rollout
@@ -218,7 +218,7 @@ def test_finished_steps_of_a_stage_that_is_broken_off_are_kept(
     whole = {"generate": files.rollouts, "score": files.scored}[stage]
     expected = {"generate": read_rollouts, "score": read_scored}[stage](whole)
     whole.unlink()
-    real, calls = getattr(sequential, stage), 0
+    real, calls = getattr(pipeline_step, stage), 0
 
     async def breaks_in_the_third(*arguments: Any, **settings: Any) -> Any:
         nonlocal calls
@@ -227,7 +227,7 @@ def test_finished_steps_of_a_stage_that_is_broken_off_are_kept(
             raise EngineError("broken off by hand")
         return await real(*arguments, **settings)
 
-    monkeypatch.setattr(sequential, stage, breaks_in_the_third)
+    monkeypatch.setattr(pipeline_step, stage, breaks_in_the_third)
     options = ("--num-steps", "3") if stage == "generate" else ("--rollouts", files.rollouts)
     command = (stage, "--config", files.config_file, "--out", whole, *options)
     result = call_cli(*command)
@@ -263,7 +263,7 @@ def send(*numbers: int) -> None:
 def disturb(
     monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, action: Callable[[], None]
 ) -> None:
-    """Have something happen at the beginning of a coroutine's n-th call."""
+    """Call a function at the beginning of a coroutine's n-th call."""
     real, calls = getattr(owner, name), 0
 
     async def disturbed(*arguments: Any, **settings: Any) -> Any:
@@ -373,7 +373,7 @@ def test_signal_leaves_the_finished_steps_of_a_stage(
         real(*arguments)
 
     monkeypatch.setattr(module, name, write)
-    disturb(monkeypatch, sequential, stage, 3, lambda: send(number))
+    disturb(monkeypatch, pipeline_step, stage, 3, lambda: send(number))
     result = call_cli(*stage_of(stage, three_steps, tmp_path / "out.parquet"))
     assert result.code == 130, result
     assert [path.name for path in tmp_path.iterdir()] == ["out-partial.parquet"]
@@ -396,7 +396,7 @@ def test_closed_terminal_means_nothing_under_nohup(
     three_steps: Offline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    disturb(monkeypatch, sequential, "generate", 2, lambda: send(signal.SIGHUP))
+    disturb(monkeypatch, pipeline_step, "generate", 2, lambda: send(signal.SIGHUP))
     assert call_cli(*stage_of("generate", three_steps, tmp_path / "out.parquet")).code == 0
     disturb(monkeypatch, EmbeddedLearner, "update", 2, lambda: send(signal.SIGHUP))
     assert train_into(tmp_path / "student", three_steps).code == 0
@@ -420,7 +420,7 @@ def test_signal_closes_the_engine(
 
     monkeypatch.setattr(EmbeddedRolloutEngine, "close", note)
     monkeypatch.setattr(module, "evaluate", endless)
-    monkeypatch.setattr(precision.sequential, "generate", endless)
+    monkeypatch.setattr(precision.pipeline_step, "generate", endless)
     settings = (EVALUATION,) if stage == "eval" else ()
     assert call_cli(stage, "--config", ready.config_file, *settings).code == 130
     assert closed == [True]

@@ -1,4 +1,4 @@
-"""Runs of the lab pair with the embedded engines in processes of their own, and those struck."""
+"""Runs of the lab pair with embedded engines in their own processes, which are killed or hang."""
 
 import asyncio
 import os
@@ -16,7 +16,9 @@ from qwen3_distill.config.load import load_config
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.generation.hosted import HostedRolloutEngine
 from qwen3_distill.hosts.process import LocalProcess
-from qwen3_distill.pipeline.assembly.engines import Parts, run_channel_folder, teacher_sampler
+from qwen3_distill.pipeline.assembly.channel import run_channel_folder
+from qwen3_distill.pipeline.assembly.teachers import teacher_sampler
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.recording.console import SilentReporter
 from qwen3_distill.recording.jsonl import read_jsonl
@@ -57,7 +59,7 @@ def lab_config(output: Path, *overrides: str, short: Sequence[str] = SHORT) -> R
 def lab_run(
     output: Path, *overrides: str, adapt: Callable[[Parts], Parts] = lambda parts: parts
 ) -> list[str]:
-    """A short run of the lab pair; its warnings."""
+    """Run the lab pair for a few steps; return the warnings."""
     config = lab_config(output, *overrides)
     warnings: list[str] = []
     assert run(config, SilentReporter(), warnings.append, adapt) is not None
@@ -66,7 +68,7 @@ def lab_run(
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in one process that nothing happened to."""
+    """The folder of an undisturbed run in one process."""
     output = tmp_path_factory.mktemp("calm") / "run"
     assert lab_run(output) == []
     return output
@@ -83,7 +85,7 @@ def test_processes_change_nothing_bit_for_bit(tmp_path: Path, calm: Path) -> Non
 
 
 class Starting:
-    """A part whose start another one waits for."""
+    """A part whose start waits for that of another one."""
 
     def __init__(self, *, after: asyncio.Event | None = None, seen: list[str], name: str) -> None:
         self.begun = asyncio.Event()
@@ -109,16 +111,20 @@ def test_engines_start_side_by_side_after_a_teacher_that_takes_a_share_of_what_i
         learner = Starting(seen=seen, name="learner")
         engine = Starting(after=learner.begun, seen=seen, name="engine")
         teacher = Starting(after=None if shares else engine.begun, seen=seen, name="teacher")
+        teacher.starts_first = shares
         nothing: Any = None
         await Parts(
             config=config,
             prompts=nothing,
             engine=cast(Any, engine),
             teacher=cast(Any, teacher),
+            view=nothing,
             learner=cast(Any, learner),
             channel=nothing,
             text=nothing,
             is_correct=None,
+            teacher_sampler=nothing,
+            samples_elsewhere=False,
         ).start()
 
     asyncio.run(start())
@@ -186,7 +192,7 @@ def kill(worker: LocalProcess) -> None:
 
 
 def stop(worker: LocalProcess) -> None:
-    """It is there and does nothing more."""
+    """Stop the process without ending it."""
     assert worker.pid is not None
     os.killpg(worker.pid, signal.SIGSTOP)
 
@@ -219,7 +225,7 @@ def assert_each_came_back(output: Path, warnings: list[str]) -> None:
 
 
 def trained(output: Path) -> list[tuple[Any, ...]]:
-    """What each step trained on and what came of it."""
+    """Each step's tokens, loss and gradient norm."""
     keys = ("step", "tokens/trained", "loss/objective", "optim/grad_norm")
     return [tuple(row[key] for key in keys) for row in read_jsonl(output / "metrics.jsonl")]
 
@@ -304,7 +310,7 @@ def test_weights_that_a_killed_run_left_in_memory_go_when_it_is_started_again(
 def test_evaluating_the_teacher_leaves_this_process_its_threads(
     tmp_path: Path, alone: bool
 ) -> None:
-    """Fewer meanwhile only where nothing else is computed here."""
+    """The teacher's threads apply only where nothing else computes in this process."""
     learner = ("training.own_process=true",) if alone else ()
     scoring = ("scoring.own_process=true", "scoring.threads=1")
     config = lab_config(tmp_path, "generation.own_process=true", *scoring, *learner)

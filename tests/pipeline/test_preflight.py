@@ -1,4 +1,4 @@
-"""Every prompt that a run may come to is looked at before the run: not in the middle of it."""
+"""Every prompt that a run may use is checked before the run starts."""
 
 import json
 from pathlib import Path

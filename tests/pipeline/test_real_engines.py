@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from qwen3_distill.config.load import load_config
 from qwen3_distill.generation.hosted import HostedRolloutEngine
-from qwen3_distill.pipeline.assembly.engines import Parts
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.recording.console import SilentReporter
 from qwen3_distill.recording.jsonl import read_jsonl
@@ -44,7 +44,7 @@ def engine_settings() -> list[str]:
 def lab_run(
     output: Path, *overrides: str, adapt: Any = lambda parts: parts
 ) -> tuple[dict[str, Any], list[str]]:
-    """A run of the lab pair with all three engines: its summary and its warnings."""
+    """Run the lab pair with all three engines; return the summary and the warnings."""
     config = load_config(CONFIG, [f"output_dir={output}", *engine_settings(), *overrides])
     config = config.model_copy(
         update={
@@ -83,7 +83,7 @@ def killing(parts: Parts) -> Parts:
 
 
 def trained(output: Path) -> list[tuple[Any, ...]]:
-    """What each step trained on and what came of it."""
+    """Each step's tokens, loss and gradient norm."""
     keys = ("step", "tokens/trained", "loss/objective", "optim/grad_norm")
     return [tuple(row[key] for key in keys) for row in read_jsonl(output / "metrics.jsonl")]
 

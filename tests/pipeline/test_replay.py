@@ -1,4 +1,4 @@
-"""Runs that train on kept rollouts: what they draw, and that they go on bit for bit."""
+"""Runs with replay: what they draw, and that they resume bit for bit."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A run that was killed, stopped or damaged ends with the same bits as one that was not."""
+"""A run that was killed, stopped or damaged ends with the same bits as an undisturbed one."""
 
 import os
 import shutil
@@ -26,8 +26,8 @@ from qwen3_distill.config import (
     VllmGeneration,
 )
 from qwen3_distill.errors import CheckpointError, EngineStartError, RunFolderError
-from qwen3_distill.pipeline.assembly.engines import Parts
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.pipeline.run_folder import MAY_CHANGE
 from qwen3_distill.recording.console import SilentReporter
@@ -62,14 +62,14 @@ TIMEOUT_S = 60.0
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a long run that nothing happened to."""
+    """The folder of a long undisturbed run."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     run_to_end(tiny_config(tiny_models, folder, LONG))
     return folder
 
 
 class RunProcess:
-    """The command in a process of its own."""
+    """The `run` command in its own process."""
 
     def __init__(self, models: TinyModels, directory: Path) -> None:
         self.folder = directory / "run"
@@ -96,7 +96,7 @@ class RunProcess:
         return (self.folder / "checkpoints" / f"step-{step:06d}").exists()
 
     def signal_when(self, condition: Callable[["RunProcess"], bool], number: int) -> int:
-        """Send a signal as soon as the condition holds; the exit status."""
+        """Send a signal as soon as the condition holds; return the exit status."""
         deadline = time.monotonic() + TIMEOUT_S
         while not condition(self):
             assert self.process.poll() is None, f"ended early: {self._stderr.read_text()}"
@@ -157,12 +157,12 @@ SHORT = {"steps": 6, "checkpoint.every_steps": 2, "evaluation": EVALUATION}
 
 
 class Crash(BaseException):
-    """Ends a run like a kill does: nobody handles it."""
+    """Ends a run like a kill: no handler catches it."""
 
 
 @pytest.fixture(scope="module")
 def reference(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a short run that nothing happened to."""
+    """The folder of a short undisturbed run."""
     folder = tmp_path_factory.mktemp("reference") / "run"
     run_to_end(tiny_config(tiny_models, folder, SHORT))
     return folder
@@ -175,7 +175,7 @@ def short(tiny_models: TinyModels, run_dir: Path) -> RunConfig:
 
 @contextmanager
 def before_step(step: int, action: Callable[[], None]) -> Iterator[None]:
-    """Have something happen at the beginning of a step's update."""
+    """Call a function at the beginning of a step's update."""
     update = EmbeddedLearner.update
 
     async def disturbed(self: EmbeddedLearner, batch: Batch) -> Any:

@@ -1,4 +1,4 @@
-"""What a run promises: its folder, its repeatability, its order of events."""
+"""A run's folder, its repeatability and its order of events."""
 
 import platform
 from collections.abc import Callable, Mapping
@@ -17,6 +17,7 @@ from qwen3_distill.data.chain_task import ChainTask
 from qwen3_distill.data.rollout_files import read_scored
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
 from qwen3_distill.pipeline import run as run_module
+from qwen3_distill.pipeline.assembly.engines import engine_interpreters
 from qwen3_distill.pipeline.manifest import engine_versions
 from qwen3_distill.pipeline.requests import make_batch
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
@@ -100,7 +101,7 @@ EVALUATION_KEYS = {
 
 @pytest.fixture(scope="module")
 def finished(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A complete run of six steps with everything switched on; its folder is not to be changed."""
+    """A complete run of six steps with everything on. Do not change its folder."""
     changes = {
         "steps": 6,
         "evaluation": EVALUATION | {"every_steps": 4},
@@ -160,7 +161,7 @@ def test_versions_of_an_engine_are_those_of_its_own_interpreter(
         "training": {"kind": "unsloth", "python": str(tmp_path / "no-python")},
     }
     config = tiny_config(tiny_models, tmp_path / "run", changes)
-    found = engine_versions(config)
+    found = engine_versions(engine_interpreters(config))
     assert found["vllm"]["vllm"] == "0.1.2"
     assert found["vllm"]["python"] == platform.python_version()
     assert found.keys() == {"vllm"}
@@ -328,7 +329,7 @@ def test_evaluations_leave_the_training_stream_undisturbed(
 
 
 def parity_check(task: ChainTask, problem: object, response_text: str) -> bool:
-    """A verdict that random answers meet about half of the time."""
+    """A check that about half of random answers pass."""
     return len(response_text) % 2 == 0
 
 

@@ -1,4 +1,4 @@
-"""Streaming: the sequential loop where it must be, and what its freedom may not cost."""
+"""The streaming loop: equal to the sequential one at staleness 0; no rollout is lost or reused."""
 
 import asyncio
 import itertools
@@ -16,9 +16,10 @@ import pytest
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import ConfigError, EngineError, StallError
-from qwen3_distill.pipeline.assembly.engines import Parts
+from qwen3_distill.pipeline.parts import Parts
+from qwen3_distill.pipeline.ready import whole_prompts
+from qwen3_distill.pipeline.requests import is_full_length
 from qwen3_distill.pipeline.run import run
-from qwen3_distill.pipeline.streaming import is_full_length, whole_prompts
 from qwen3_distill.recording.jsonl import read_jsonl
 from qwen3_distill.recording.trace import read_trace
 from qwen3_distill.types import (
@@ -56,7 +57,7 @@ def streaming(**settings: Any) -> Values:
 
 @dataclass
 class Ledger:
-    """What a run folder says became of its rollouts."""
+    """The rollouts that a run folder's ledger lists as trained on and dropped."""
 
     trained: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
@@ -404,7 +405,7 @@ def test_harvested_pieces_and_remainders_hold_every_token_once(
             assert ids.tolist() == tap.finished[rollout_id].response_ids.tolist()
             whole_and_in_parts += len(parts) > 1
     assert whole_and_in_parts
-    kept_whole = {number for number in range(400) if is_full_length(config, number, 0.25)}
+    kept_whole = {number for number in range(400) if is_full_length(config.seed, number, 0.25)}
     in_pieces = {int(e.partition("@")[0]) for e in Ledger.of(config).trained if "@" in e}
     assert in_pieces
     assert not in_pieces & kept_whole
@@ -469,7 +470,7 @@ def test_a_prefix_budget_shortens_all_but_some(tiny_models: TinyModels, tmp_path
         item.rollout.sampling.max_new_tokens for batch in seen.batches for item in batch.scored
     )
     assert set(limits) == {5, 12}
-    full = sum(is_full_length(config, number, 0.3) for number in range(40))
+    full = sum(is_full_length(config.seed, number, 0.3) for number in range(40))
     assert limits[12] == full
     assert 4 < full < 20
 

@@ -1,4 +1,4 @@
-"""The trace that a run writes, and the MPS daemon that it may ask for."""
+"""A run's trace, and its MPS daemon."""
 
 import asyncio
 import os
@@ -13,10 +13,12 @@ from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.hosts.mps import PIPE_VARIABLE, PRIORITY_VARIABLE, MpsDaemon
 from qwen3_distill.pipeline import run as run_module
-from qwen3_distill.pipeline.assembly.engines import Parts, build_engine, plan_memory
-from qwen3_distill.pipeline.recorder import summarize
+from qwen3_distill.pipeline.assembly.engines import build_engine
+from qwen3_distill.pipeline.assembly.plan import plan_memory
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.pipeline.run_folder import RunFolder
+from qwen3_distill.pipeline.summary import summarize
 from qwen3_distill.recording.jsonl import OCCASIONAL_STAGES, STEP_STAGES, JsonlLog, read_jsonl
 from qwen3_distill.recording.trace import Event, read_trace
 from tests.pipeline.builders import (

@@ -1,4 +1,4 @@
-"""The command line's own words; what the commands do is tested with the pipeline."""
+"""Help, versions and messages of the command line; the pipeline's tests run the commands."""
 
 import json
 import re
@@ -45,7 +45,7 @@ COMMANDS = {
 
 
 def plain(text: str) -> str:
-    """Without colours, which a terminal or a CI variable may switch on."""
+    """Strip colours, which a terminal or a CI variable may switch on."""
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
@@ -115,7 +115,7 @@ def test_an_interrupt_that_ends_a_run_at_once_says_what_is_left(
     monkeypatch.setattr("qwen3_distill.pipeline.run.run", interrupted)
     result = call_cli("run", "--config", config_file)
     assert result.code == 130
-    assert "goes on from the newest checkpoint" in result.err
+    assert "continues from the newest checkpoint" in result.err
 
 
 def test_the_version_is_told() -> None:

@@ -113,8 +113,8 @@ def test_a_response_without_spans_was_sampled_as_a_whole() -> None:
 
 @given(st.lists(st.booleans(), min_size=1, max_size=20).filter(any))
 def test_any_choice_of_tokens_can_be_told(was_sampled: list[bool]) -> None:
-    edges = np.flatnonzero(np.diff([False, *was_sampled, False])).reshape(-1, 2).tolist()
-    rollout = synthetic_rollout(2, len(was_sampled), sampled=edges)
+    edges = np.flatnonzero(np.diff([False, *was_sampled, False])).reshape(-1, 2)
+    rollout = synthetic_rollout(2, len(was_sampled), sampled=[(int(a), int(b)) for a, b in edges])
     assert rollout.sampled_indices.tolist() == np.flatnonzero(was_sampled).tolist()
     assert rollout.num_tokens == len(was_sampled)
     assert rollout.num_loss_tokens == sum(was_sampled)

@@ -1,4 +1,4 @@
-"""The precision audit: the configured teacher against the unquantized one, on the same tokens."""
+"""The precision audit: compares the configured teacher with the unquantized one, token by token."""
 
 import asyncio
 import json
@@ -11,21 +11,19 @@ from qwen3_distill.config import RunConfig, ScoringConfig
 from qwen3_distill.data.rollout_files import read_rollouts
 from qwen3_distill.errors import ConfigError, DataError, EngineError
 from qwen3_distill.modeling.loading import check_model_dir, load_identity
-from qwen3_distill.pipeline import sequential
-from qwen3_distill.pipeline.assembly.engines import (
-    TextTools,
-    build_prompts,
-    engine_log,
-    plan_memory,
-    static_engine,
+from qwen3_distill.pipeline import step as pipeline_step
+from qwen3_distill.pipeline.assembly.data import build_prompts
+from qwen3_distill.pipeline.assembly.engines import static_engine
+from qwen3_distill.pipeline.assembly.teachers import (
+    build_audited_teacher,
+    build_unquantized_teacher,
 )
+from qwen3_distill.pipeline.parts import TextTools
 from qwen3_distill.pipeline.requests import requests_for_step
 from qwen3_distill.ports import TeacherScorer
-from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.scoring.precision import METHOD, PrecisionReport, compare_scores
 from qwen3_distill.scoring.score_request import TopKRequest
-from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.scoring.views import SameView
 from qwen3_distill.types import Rollout, ScoreFailure, TopKScore
 from qwen3_distill.utils.files import check_writable, write_json_atomic
@@ -34,9 +32,7 @@ from qwen3_distill.utils.signals import signals_as_ctrl_c
 Say = Callable[[str], None]
 
 CANDIDATES = 20
-"""Of each teacher at every position, for the KL estimate."""
-_BATCH_TOKENS = 16384
-_CHUNK_TOKENS = 1024
+"""Each teacher's most likely tokens per position that the KL estimate uses."""
 
 
 def audit_teacher(
@@ -51,14 +47,14 @@ def audit_teacher(
     """Score a fixed sample with the configured teacher, then with the unquantized one.
 
     Args:
-        rollouts: file whose first rollouts are taken; None: the config's first steps are sampled.
+        rollouts: file whose first rollouts are scored; None: those of the config's first steps.
         unquantized: directory of the unquantized teacher; None: the config's teacher.
 
     Returns:
-        A line with the main result.
+        A line for the user with the main result.
 
     Raises:
-        ConfigError: the teacher's directory is itself quantized and no other one is given.
+        ConfigError: the teacher's directory is itself quantized and ``unquantized`` is None.
     """
     scoring = config.scoring
     exact_dir = unquantized or _unquantized_directory(scoring)
@@ -67,15 +63,12 @@ def audit_teacher(
     if out is not None:
         check_writable(out)
     request = TopKRequest(k=min(CANDIDATES, load_identity(scoring.model).vocab_size))
-    # Embedded teachers come in the precision they are asked for; that one is compared with the
-    # same weights in float32.
-    exact_dtype = "float32" if scoring.kind == "embedded" else scoring.dtype
 
     async def measure() -> tuple[PrecisionReport, str, str]:
         sample = await _sample(config, rollouts, num_rollouts, say)
-        served, served_id = await _scores(_served_teacher(config, request), sample, say)
-        # Built only now: until it was closed, the other teacher held the memory.
-        exact = _embedded(exact_dir, request, device=scoring.device, dtype=exact_dtype)
+        served, served_id = await _scores(build_audited_teacher(config, request), sample, say)
+        # Built only now: the other teacher held the memory until it was closed.
+        exact = build_unquantized_teacher(scoring, exact_dir, request)
         exact_scores, exact_id = await _scores(exact, sample, say)
         return compare_scores(sample, served, exact_scores), served_id, exact_id
 
@@ -93,7 +86,7 @@ def audit_teacher(
 
 
 def table(report: PrecisionReport) -> list[str]:
-    """The report's figures, one a line."""
+    """Format the report's figures, one per line."""
     rows = [
         ("rollouts, tokens", f"{report.num_rollouts}, {report.num_tokens}"),
         ("mean |difference|", f"{report.mean_abs_nats:.5f} nats"),
@@ -120,7 +113,7 @@ def _unquantized_directory(scoring: ScoringConfig) -> str:
 async def _sample(
     config: RunConfig, rollouts: Path | None, num_rollouts: int, say: Say
 ) -> list[Rollout]:
-    """The first rollouts of a file, or of the config's first steps."""
+    """Read the first rollouts of a file, or sample those of the config's first steps."""
     if rollouts is not None:
         found = [rollout for _, rollout in read_rollouts(rollouts)][:num_rollouts]
         if not found:
@@ -133,42 +126,16 @@ async def _sample(
         for step in count():
             taken = prompts.take(step * config.prompts_per_step, config.prompts_per_step)
             requests = requests_for_step(config, taken, step)[: num_rollouts - len(sampled)]
-            sampled += await sequential.generate(engine, requests)
+            sampled += await pipeline_step.generate(engine, requests)
             if len(sampled) >= num_rollouts:
                 return sampled
     raise AssertionError("unreachable: the steps are endless")
 
 
-def _served_teacher(config: RunConfig, request: TopKRequest) -> TeacherScorer:
-    scoring = config.scoring
-    if scoring.kind == "embedded":
-        return _embedded(scoring.model, request, device=scoring.device, dtype=scoring.dtype)
-    plan = plan_memory(config)
-    assert plan is not None, "real engines have a plan"
-    return SglangTeacher(
-        scoring,
-        request=request,
-        memory_fraction=plan.sglang_memory_fraction,
-        max_total_tokens=plan.sglang_max_total_tokens,
-        log=engine_log(config, "sglang"),
-    )
-
-
-def _embedded(model_dir: str, request: TopKRequest, *, device: str, dtype: str) -> EmbeddedTeacher:
-    return EmbeddedTeacher(
-        model_dir,
-        request=request,
-        device=device,
-        dtype=dtype,
-        batch_tokens=_BATCH_TOKENS,
-        chunk_tokens=_CHUNK_TOKENS,
-    )
-
-
 async def _scores(
     teacher: TeacherScorer, sample: Sequence[Rollout], say: Say
 ) -> tuple[list[TopKScore], str]:
-    """Every rollout's score and the teacher's name; the teacher is closed afterwards."""
+    """Score all rollouts, then close the teacher; return the scores and the teacher's id."""
     say(f"scoring {len(sample)} rollouts with {teacher.teacher_id}")
     try:
         await teacher.start()

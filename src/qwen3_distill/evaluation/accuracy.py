@@ -1,4 +1,4 @@
-"""Held-out accuracy of whatever an engine serves."""
+"""Measures a sampler's accuracy on held-out problems."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ Z_95 = 1.959964
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """Accuracy with its 95% interval, over problems."""
+    """Mean accuracy over problems, with its 95% interval."""
 
     accuracy: float
     ci_low: float
@@ -40,8 +40,8 @@ async def evaluate(
 ) -> EvaluationResult:
     """Sample every problem and check the answers.
 
-    Seeds derive from ``seed`` and the problem, so two evaluations with one seed use the same
-    random numbers (their difference is less noisy), and no state of a training run is touched.
+    Seeds derive from ``seed`` and the problem. So two evaluations with one seed use the same
+    random numbers, which makes their difference less noisy, and a training run is not affected.
 
     Args:
         on_rollout: called with (finished, all) after each answer.
@@ -77,11 +77,11 @@ async def evaluate(
 
 
 def accuracy_interval(rates: np.ndarray, samples_per_problem: int) -> tuple[float, float]:
-    """95% Wilson interval of the mean of per-problem accuracies.
+    """The 95% Wilson interval of the mean of per-problem accuracies.
 
     Samples of one problem are not independent. The effective number of trials is the one whose
-    binomial variance equals the variance seen between problems, at least the number of problems
-    and at most the number of samples. With one sample per problem it is the plain Wilson interval.
+    binomial variance equals the variance between problems, clipped to lie between the numbers of
+    problems and of samples. With one sample per problem it is the plain Wilson interval.
     """
     num_problems = len(rates)
     mean = float(rates.mean())

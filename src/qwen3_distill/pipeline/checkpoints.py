@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all, and the newest one that can be read.
+"""Writes checkpoints whole or not at all, and reads the newest intact one.
 
 A checkpoint is a directory ``step-000025`` with the learner's files, ``cursor.json`` and
 ``files.json`` (SHA-256 of every other file). It is written under another name, flushed to disk
@@ -35,33 +35,33 @@ class CheckpointStore:
         return sorted(int(name) for name in names if name.isdecimal())
 
     async def save(self, learner: Learner, cursor: RunCursor) -> None:
-        """Write a checkpoint and drop the oldest beyond ``keep_last``."""
+        """Write a checkpoint and remove the oldest ones beyond ``keep_last``."""
         self._directory.mkdir(parents=True, exist_ok=True)
         for leftover in self._directory.glob(".unfinished-*"):  # of a crash
             shutil.rmtree(leftover)
         temporary = self._directory / f".unfinished-{cursor.step:06d}"
         try:
             await _write(temporary, learner, cursor)
-        except Exception:  # half a checkpoint is of no use, and the disk may be full
+        except Exception:  # half a checkpoint is useless, and the disk may be full
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         final = self._path(cursor.step)
-        shutil.rmtree(final, ignore_errors=True)  # a corrupt one that was passed over
+        shutil.rmtree(final, ignore_errors=True)  # a corrupt one that was skipped
         temporary.rename(final)
         sync(self._directory)
-        # Later ones were corrupt and passed over: counted, they would push out those that are not.
+        # Later ones were corrupt and skipped. Counted, they would push out intact ones.
         up_to_here = [step for step in self.steps() if step <= cursor.step]
         for step in up_to_here[: -self._keep_last]:
             shutil.rmtree(self._path(step))
 
     async def restore(self, learner: Learner, warn: Callable[[str], None]) -> RunCursor | None:
-        """Load the newest readable checkpoint; None if there is none at all.
+        """Load the newest intact checkpoint into the learner; None if there is no checkpoint.
 
         Args:
-            warn: told about every checkpoint that had to be passed over, and why.
+            warn: told which checkpoints were skipped, and why.
 
         Raises:
-            CheckpointError: there are checkpoints, and none of them can be read.
+            CheckpointError: there are checkpoints, but none can be read.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -83,7 +83,7 @@ class CheckpointStore:
         return self._directory / f"step-{step:06d}"
 
     def _read_cursor(self, step: int) -> RunCursor:
-        """The cursor, after every file of the checkpoint was compared with its digest."""
+        """Compare every file of a checkpoint with its digest, then return its cursor."""
         directory = self._path(step)
         try:
             digests = json.loads((directory / _DIGESTS).read_text())
@@ -102,7 +102,7 @@ class CheckpointStore:
 
 
 async def _write(directory: Path, learner: Learner, cursor: RunCursor) -> None:
-    """All files of a checkpoint, flushed to disk."""
+    """Write all files of a checkpoint and flush them to disk."""
     directory.mkdir()
     with full_disk_named(directory):
         await learner.save_state(directory)

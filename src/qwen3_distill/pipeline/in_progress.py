@@ -1,8 +1,8 @@
-"""Which rollouts of a run are asked for, and which are done with. Bookkeeping only.
+"""Numbers of the rollouts that a run has drawn and not settled. Bookkeeping only.
 
-Rollout n of a run is sample n % G of prompt n // G. It is *asked for* once, and *settled* once: by
-the step that trained on it, or by being dropped. What is asked for and not settled is outstanding;
-a checkpoint keeps the numbers, and a resumed run asks for them again.
+Rollout n of a run is sample n % G of prompt n // G. It is *drawn* once, and *settled* once: by the
+step that trained on it, or by being dropped. Between the two it is in progress. A checkpoint keeps
+these numbers, and a resumed run samples them again.
 """
 
 from collections.abc import Iterable, Set
@@ -10,18 +10,18 @@ from collections.abc import Iterable, Set
 from qwen3_distill.types import RunCursor
 
 
-class Outstanding:
-    """The rollouts that a run has under way.
+class RolloutsInProgress:
+    """The rollouts that a run has drawn and neither trained on nor dropped.
 
     Args:
-        samples_per_prompt: G; a prompt's samples are asked for together.
+        cursor: where the run starts; its outstanding rollouts are to be sampled again.
+        samples_per_prompt: G; a prompt's samples are drawn together.
     """
 
     def __init__(self, cursor: RunCursor, *, samples_per_prompt: int) -> None:
         self._samples = samples_per_prompt
         self._prompts_drawn = cursor.prompts_drawn
-        self._again = list(cursor.outstanding)
-        """Of the process before: to be asked for first."""
+        self._to_resample = list(cursor.outstanding)
         self._numbers: set[int] = set(cursor.outstanding)
         self._in_pieces: set[int] = set()
 
@@ -29,46 +29,46 @@ class Outstanding:
         return len(self._numbers)
 
     def numbers(self) -> Set[int]:
-        """All that is asked for, or left to be, and not settled."""
+        """Numbers of all rollouts that were drawn and neither trained on nor dropped."""
         return self._numbers
 
     @property
-    def num_waiting(self) -> int:
-        """Outstanding rollouts that this process has not asked for yet."""
-        return len(self._again)
+    def num_to_resample(self) -> int:
+        """How many rollouts an earlier process left that this one has not started yet."""
+        return len(self._to_resample)
 
-    def ask(self, room: int) -> list[int]:
-        """Numbers of up to ``room`` more rollouts, in order; those left by a process before first.
+    def draw(self, limit: int) -> list[int]:
+        """Draw up to ``limit`` rollouts in order: those of an earlier process, then new ones.
 
-        New prompts are taken whole: fewer than ``room`` where the samples of one do not fit.
+        New prompts are drawn whole, so fewer come where the samples of one prompt do not fit.
         """
-        again, self._again = self._again[:room], self._again[room:]
-        if self._again:
+        again, self._to_resample = self._to_resample[:limit], self._to_resample[limit:]
+        if self._to_resample:
             return again
-        prompts = (room - len(again)) // self._samples
+        prompts = (limit - len(again)) // self._samples
         first = self._prompts_drawn * self._samples
         new = list(range(first, first + prompts * self._samples))
         self._prompts_drawn += prompts
         self._numbers.update(new)
         return again + new
 
-    def harvest(self, number: int) -> None:
+    def mark_harvested(self, number: int) -> None:
         """Note that a piece of a running rollout was trained on.
 
-        From here on a resume does not ask for it again: its first tokens would count twice.
+        A resumed run does not sample it again: its first tokens would be trained on twice.
         """
         if number in self._numbers:
             self._in_pieces.add(number)
 
     def settle(self, numbers: Iterable[int]) -> None:
-        """These are trained on or dropped, for good.
+        """Note that rollouts were trained on or dropped, for good.
 
         Raises:
-            ValueError: one of them is not outstanding.
+            ValueError: one of them is not in progress.
         """
         for number in numbers:
             if number not in self._numbers:
-                raise ValueError(f"rollout {number} is settled a second time, or was never begun")
+                raise ValueError(f"rollout {number} is settled a second time, or was never drawn")
             self._numbers.discard(number)
             self._in_pieces.discard(number)
 
@@ -77,5 +77,5 @@ class Outstanding:
         return self._prompts_drawn
 
     def to_resume(self) -> tuple[int, ...]:
-        """For `RunCursor.outstanding`."""
+        """Numbers for `RunCursor.outstanding`: all but those with a piece trained on."""
         return tuple(sorted(self._numbers - self._in_pieces))

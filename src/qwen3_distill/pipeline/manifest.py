@@ -1,4 +1,4 @@
-"""What a run was made with: versions, digests, revision, machine."""
+"""Collects what a run was made with: versions, digests, revision, machine."""
 
 import contextlib
 import importlib.metadata
@@ -6,14 +6,14 @@ import json
 import os
 import platform
 import subprocess
-import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import qwen3_distill
-from qwen3_distill.config import RunConfig
 from qwen3_distill.hosts.child import engine_environment
 from qwen3_distill.types import ModelIdentity
 
@@ -36,7 +36,7 @@ print(json.dumps(found))
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that can change a number."""
+    """The versions of everything here that can change a number."""
     found = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {
         "qwen3_distill": qwen3_distill.__version__,
@@ -45,28 +45,37 @@ def versions() -> dict[str, str]:
     }
 
 
-def engine_versions(config: RunConfig) -> dict[str, dict[str, str]]:
-    """By engine with an interpreter of its own: what is installed there, without importing it.
+@dataclass(frozen=True)
+class EngineInterpreter:
+    """The Python interpreter that an engine's process runs on."""
 
-    A server elsewhere keeps its versions to itself and is left out, like an interpreter that does
-    not answer: by then its engine runs, or has failed with an error of its own.
+    python: str
+    environment: Mapping[str, str]
+    """Variables that are set in addition to the inherited ones."""
+
+
+def engine_versions(
+    interpreters: Mapping[str, EngineInterpreter],
+) -> dict[str, dict[str, str]]:
+    """List the packages that are installed for each engine, without importing them.
+
+    An interpreter that does not answer is left out: by then its engine runs, or has failed with
+    an error of its own.
     """
     found: dict[str, dict[str, str]] = {}
-    for section in (config.generation, config.scoring, config.training):
-        if section.kind == "embedded" or (section.kind == "sglang" and section.urls):
-            continue
-        command = [section.python or sys.executable, "-c", _LIST_PACKAGES, *_ENGINE_PACKAGES]
-        environment = engine_environment(section.environment)
+    for kind, interpreter in interpreters.items():
+        command = [interpreter.python, "-c", _LIST_PACKAGES, *_ENGINE_PACKAGES]
+        environment = engine_environment(interpreter.environment)
         with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
             listed = subprocess.run(
                 command, env=environment, capture_output=True, check=True, timeout=30
             )
-            found[section.kind] = json.loads(listed.stdout)
+            found[kind] = json.loads(listed.stdout)
     return found
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads, memory and GPU."""
+    """This machine's processor, threads, memory and GPU."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "platform": platform.platform(),
@@ -79,7 +88,7 @@ def machine() -> dict[str, Any]:
 
 
 def git_revision(directory: Path) -> dict[str, Any] | None:
-    """Commit of the code and whether it had changes; None outside a repository."""
+    """The commit of the code and whether there are changes to it; None outside a repository."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(directory), *arguments]

@@ -1,7 +1,7 @@
-"""The stages offline, through Parquet files. Together they do exactly what pipeline steps do.
+"""The stages one by one, through Parquet files. Together they equal the pipeline's steps exactly.
 
-`generate` writes what a step samples, `score` adds what the teacher says, `train` takes the
-optimizer steps. Each uses the same functions as the pipeline.
+`generate` writes the rollouts of some steps, `score` adds the teacher's scores, `train` takes the
+optimizer steps. Each uses the pipeline's own functions.
 """
 
 import asyncio
@@ -25,20 +25,20 @@ from qwen3_distill.data.rollout_files import (
 from qwen3_distill.errors import ConfigError, DataError
 from qwen3_distill.evaluation.accuracy import EvaluationResult, evaluate
 from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.pipeline import sequential
-from qwen3_distill.pipeline.assembly.engines import (
-    TextTools,
+from qwen3_distill.pipeline import step as pipeline_step
+from qwen3_distill.pipeline.assembly.data import (
     build_checker,
-    build_learner,
     build_problems,
     build_prompts,
-    build_teacher,
     check_problems,
-    in_this_process,
-    plan_memory,
-    static_engine,
-    task_reward_weight,
 )
+from qwen3_distill.pipeline.assembly.engines import build_learner, static_engine
+from qwen3_distill.pipeline.assembly.plan import plan_memory
+from qwen3_distill.pipeline.assembly.teachers import (
+    build_teacher,
+    with_embedded_teacher_here,
+)
+from qwen3_distill.pipeline.parts import TextTools
 from qwen3_distill.pipeline.requests import make_batch, requests_for_step
 from qwen3_distill.pipeline.run_folder import full_disk_named
 from qwen3_distill.ports import Learner
@@ -55,18 +55,19 @@ Record = TypeVar("Record")
 
 
 def offline_file(config: RunConfig, name: str) -> Path:
-    """Where a stage's file lies unless told otherwise."""
+    """The default path of a stage's file."""
     return config.output_path / "offline" / name
 
 
 @contextmanager
-def _written(
+def keep_partial_results(
     write: Callable[[Path], None], rows: Sequence[object], out: Path, say: Say
 ) -> Iterator[None]:
-    """Write what the block collects; where it is broken off, the finished steps beside ``out``.
+    """Write the rows that the block collects to ``out``.
 
-    SIGTERM and SIGHUP break it off like Ctrl-C. Where the file cannot be written, its rows are
-    put in the system's folder for temporary files.
+    If the block fails or a signal ends it (SIGTERM and SIGHUP act like Ctrl-C), the rows so far
+    are written to ``<out>-partial``. A file that cannot be written goes to the system's folder
+    for temporary files instead.
     """
     part = out.with_name(f"{out.stem}-partial{out.suffix}")
 
@@ -94,7 +95,7 @@ def _written(
 
 
 def _unused(folder: Path, stem: str, suffix: str = "") -> Path:
-    """A new path there: with the first free number where the plain name is taken."""
+    """The first path in ``folder`` that is not taken: the plain name, or one with a number."""
     names = chain([stem], (f"{stem}-{number}" for number in count(2)))
     paths = (folder / f"{name}{suffix}" for name in names)
     return next(path for path in paths if not path.exists())
@@ -104,7 +105,7 @@ def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, s
     """Sample the rollouts of some steps from the student's directory.
 
     Returns:
-        A line about what was written.
+        A line for the user: how much was written, and where.
     """
     text = TextTools(config.student.model)
     prompts = build_prompts(config, text)
@@ -116,11 +117,11 @@ def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, s
             for step in range(first_step, first_step + num_steps):
                 taken = prompts.take(step * config.prompts_per_step, config.prompts_per_step)
                 requests = requests_for_step(config, taken, step)
-                rollouts = await sequential.generate(engine, requests)
+                rollouts = await pipeline_step.generate(engine, requests)
                 rows.extend((step, rollout) for rollout in rollouts)
                 say(f"step {step}: {len(rollouts)} rollouts")
 
-    with _written(lambda path: write_rollouts(path, rows, text.decode), rows, out, say):
+    with keep_partial_results(lambda path: write_rollouts(path, rows, text.decode), rows, out, say):
         asyncio.run(sample())
     return f"{len(rows)} rollouts, {sum(r.num_tokens for _, r in rows):,} tokens: {out}"
 
@@ -129,7 +130,7 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
     """Score every rollout of a file, step by step.
 
     Returns:
-        A line about what was written.
+        A line for the user: how much was written, and where.
     """
     rows = read_rollouts(rollouts)
     if not rows:
@@ -145,13 +146,13 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
         try:
             await teacher.start()
             for step, group in _steps(rows):
-                items = await sequential.score(teacher, view, group)
+                items = await pipeline_step.score(teacher, view, group)
                 scored.extend((step, item) for item in items)
                 say(f"step {step}: {len(items)} of {len(group)} rollouts scored")
         finally:
             await teacher.close()
 
-    with _written(lambda path: write_scored(path, scored, decode), scored, out, say):
+    with keep_partial_results(lambda path: write_scored(path, scored, decode), scored, out, say):
         asyncio.run(score_steps())
     return f"{len(scored)} rollouts scored by {teacher.teacher_id}: {out}"
 
@@ -159,11 +160,11 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
 def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
     """Take one optimizer step per step in a file of scored rollouts; write the student.
 
-    The first Ctrl-C, SIGTERM or SIGHUP finishes the step; the student so far is written beside
-    ``out``, as it is when a later step fails. A second one stops at once.
+    The first Ctrl-C, SIGTERM or SIGHUP finishes the step, a second one stops at once. After the
+    first, or when a step fails, the student so far is written to ``<out>-partial``.
 
     Returns:
-        A line about what was written.
+        A line for the user: the number of steps, and where the student is.
     """
     if config.replay is not None:
         raise ConfigError(
@@ -174,7 +175,9 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
     if not rows:
         raise DataError(f"{scored} has no rollouts to train on")
     plan = plan_memory(config)
-    teacher = build_teacher(in_this_process(config), plan)  # not started: who it is, and its head
+    teacher = build_teacher(
+        with_embedded_teacher_here(config), plan
+    )  # not started: for its id and head
     strangers = {item.score.teacher_id for _, item in rows} - {teacher.teacher_id}
     if strangers:
         raise DataError(
@@ -184,7 +187,7 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
     _require_empty(out)
     text = TextTools(config.student.model)
     is_correct = build_checker(config.verifier, text) if config.verifier else None
-    weight = task_reward_weight(config)
+    weight = config.objective.reward_weight
     learner = build_learner(config, teacher, plan)
     batches = (
         (step, make_batch(group, task_reward_weight=weight, is_correct=is_correct))
@@ -194,7 +197,9 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
     async def update_steps() -> int:
         try:
             await learner.start()
-            await asyncio.sleep(0)  # a Ctrl-C so far ends it here: an embedded learner never waits
+            await asyncio.sleep(
+                0
+            )  # lets an earlier Ctrl-C end it: an embedded learner never yields
             await _train_and_save(learner, batches, out, say)
             return learner.version.step
         finally:
@@ -206,16 +211,17 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
 
 
 class _Stopped(KeyboardInterrupt):
-    """Between two steps, as a signal asked: the weights are those of whole steps."""
+    """Stopped by a signal between two steps: the weights are those of a finished step."""
 
 
 async def _train_and_save(
     learner: Learner, batches: Iterable[tuple[int, Batch]], out: Path, say: Say
 ) -> None:
-    """An update with each batch. When only some are made, their student is saved beside ``out``.
+    """Update with each batch and save the student.
 
     Raises:
-        KeyboardInterrupt: a signal asked to stop.
+        KeyboardInterrupt: a signal asked to stop. Then, as after a failed step, the student so
+            far is in ``<out>-partial``.
     """
     stopping, finished = False, 0
 
@@ -240,22 +246,22 @@ async def _train_and_save(
 
 
 async def _save_part(learner: Learner, num_steps: int, out: Path, say: Say) -> None:
-    """The student after the finished steps, in a new folder beside ``out``."""
+    """Save the student after the finished steps in a new folder ``<out>-partial``."""
     if num_steps == 0:
         return
-    whole = Path(os.path.abspath(out))  # with a name also where it is "."
+    whole = Path(os.path.abspath(out))  # so that "." has a name too
     part = _unused(whole.parent, f"{whole.name}-partial")
     with ctrl_c_ignored():
         try:
             with full_disk_named(part):
                 await learner.save_student(part)
             say(f"broken off: the student after {num_steps} finished steps is in {part}")
-        except (OSError, RuntimeError) as error:  # not to hide why it was broken off
+        except (OSError, RuntimeError) as error:  # must not hide the first error
             say(f"broken off: the student after {num_steps} finished steps is lost: {error}")
 
 
 def _require_empty(folder: Path) -> None:
-    """That a student can be written there, and nothing is replaced by it."""
+    """Check that a student can be written to ``folder`` without replacing anything."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; choose a new directory for the trained student")
     if folder.exists() and any(folder.iterdir()):
@@ -264,7 +270,7 @@ def _require_empty(folder: Path) -> None:
 
 
 def evaluate_directory(config: RunConfig, model: str, out: Path | None, *, say: Say) -> None:
-    """Measure and say the held-out accuracy of a model directory; write it to ``out``, if any."""
+    """Measure a model directory's held-out accuracy; report it, and write it to ``out``, if any."""
     settings = config.evaluation
     if settings is None:
         raise ConfigError("this config has no `evaluation` section")
@@ -272,9 +278,9 @@ def evaluate_directory(config: RunConfig, model: str, out: Path | None, *, say: 
     if out is not None:
         check_writable(out)
     text = TextTools(config.student.model)
-    check_problems(config, settings, text)
+    check_problems(config.student, settings, text)
     count = settings.final_num_problems or settings.num_problems
-    problems = build_problems(config, settings, text)(count)
+    problems = build_problems(config.student, settings, text)(count)
 
     async def measure() -> EvaluationResult:
         async with static_engine(config, model) as engine:
@@ -291,7 +297,7 @@ def evaluate_directory(config: RunConfig, model: str, out: Path | None, *, say: 
     say(f"evaluating {model} on {len(problems)} problems")
     with signals_as_ctrl_c():
         result = asyncio.run(measure())
-    say(  # first: what was measured is not lost when the file cannot be written
+    say(  # before the file, which may fail to be written
         f"{model}: {result.accuracy:.1%} [{result.ci_low:.1%}, {result.ci_high:.1%}] on "
         f"{result.num_problems} problems, {result.mean_tokens:.1f} tokens on average, "
         f"{result.truncated_fraction:.1%} truncated"
@@ -301,7 +307,7 @@ def evaluate_directory(config: RunConfig, model: str, out: Path | None, *, say: 
 
 
 def _every_tenth(say: Say) -> Callable[[int, int], None]:
-    """Say after every tenth of the answers how many there are, and when the others will be."""
+    """After every tenth of the answers, report how many there are and the time left."""
     started = time.monotonic()
 
     def count_answer(done: int, total: int) -> None:
@@ -315,6 +321,6 @@ def _every_tenth(say: Say) -> Callable[[int, int], None]:
 
 
 def _steps(rows: Sequence[tuple[int, Record]]) -> Iterator[tuple[int, list[Record]]]:
-    """Consecutive rows of one step."""
+    """Group consecutive rows by step."""
     for step, group in groupby(rows, key=lambda row: row[0]):
         yield step, [record for _, record in group]

@@ -1,4 +1,4 @@
-"""What can be seen to be missing before anything is loaded or started."""
+"""Checks a config's models, prompts and interpreters before anything is loaded or started."""
 
 import os
 from collections.abc import Callable
@@ -18,12 +18,12 @@ from qwen3_distill.modeling.loading import check_model_dir
 
 
 def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
-    """Models, prompts and interpreters of a config that are not there, each with what to change.
+    """List a config's missing models, prompts and interpreters, each with what to change.
 
     Args:
-        reads_prompts: whether the training prompts are read, which takes a while if there are
-            millions, or only looked for, and reference answers are checked: what builds a run's
-            parts does both. Held-out problems are always read.
+        reads_prompts: also read the training prompts, which takes a while for millions, and check
+            reference answers. False where `build_parts` will do both; training prompts need only
+            exist then. Held-out problems are always read.
     """
     checks: list[Callable[[], object]] = [
         lambda: check_model_dir(config.student.model),
@@ -48,7 +48,7 @@ def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
 
 
 def check_before_start(config: RunConfig, *, reads_prompts: bool = True) -> None:
-    """Raise for all of `problems_of` at once: engines take minutes to start.
+    """Raise one error with all of `problems_of`, before engines take minutes to start.
 
     Raises:
         ConfigError: something is missing.

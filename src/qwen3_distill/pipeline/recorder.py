@@ -1,39 +1,26 @@
-"""What happens around a step: metrics, rollouts, checkpoints, evaluations, the report."""
+"""Records a run around its steps: metrics, ledger, rollouts, checkpoints, evaluations."""
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from qwen3_distill.config import EvaluationConfig, RunConfig
+from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import dump_config
-from qwen3_distill.data.rollout_files import read_scored, write_scored
-from qwen3_distill.evaluation.accuracy import evaluate
-from qwen3_distill.pipeline.assembly.engines import (
-    Parts,
-    TextTools,
-    build_checker,
-    build_problems,
-    samples_elsewhere,
-    teacher_sampler,
-)
+from qwen3_distill.data.rollout_files import write_scored
+from qwen3_distill.evaluation.evaluator import Evaluator
+from qwen3_distill.pipeline.assembly.data import build_checker, build_problems
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.run_folder import RunFolder
-from qwen3_distill.ports import Sampler
 from qwen3_distill.recording.console import ProgressReporter
 from qwen3_distill.recording.jsonl import (
-    OCCASIONAL_STAGES,
-    STEP_STAGES,
     JsonlLog,
     combine,
     read_jsonl,
 )
 from qwen3_distill.recording.trace import Trace
 from qwen3_distill.recording.trackers import open_trackers
-from qwen3_distill.report.report import RolloutView, write_report
 from qwen3_distill.types import (
     Batch,
     FinishReason,
@@ -44,21 +31,20 @@ from qwen3_distill.types import (
     Update,
 )
 from qwen3_distill.utils.concurrency import together
-from qwen3_distill.utils.seeds import derive_seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """What became of a step's rollouts, by their numbers, separated by spaces."""
+    """A step's rollouts by number, separated by spaces: those trained on and those dropped."""
 
     trained: str
-    """``12`` is all of rollout 12, ``12@128+64`` are 64 of its tokens from token 128 on."""
+    """``12``: all of rollout 12. ``12@128+64``: 64 of its tokens, from token 128 on."""
     dropped: str
     """The same with a cause: ``12:stale``."""
 
 
 def ledger_entry(number: int, rollout: Rollout) -> str:
-    """A rollout, or a piece of one, as the `Ledger` names it."""
+    """The `Ledger`'s name of a rollout, or of a piece of one."""
     if rollout.is_whole:
         return str(number)
     return f"{number}@{rollout.continues_at}+{rollout.num_tokens}"
@@ -73,16 +59,15 @@ class StepRecord:
     scored: Sequence[ScoredRollout]
     update: Update
     metrics: Sequence[Metric]
-    """What the pipeline has to say beyond batch and update."""
+    """Metrics of the loop, in addition to those of batch and update."""
     ledger: Ledger
 
 
 class Recorder:
-    """Writes the run folder. It is told what happened and decides nothing about training.
+    """Writes the run folder, and saves and evaluates when the config says so.
 
-    Everything it writes is bound to a step. Records later than ``start_step``, left by a process
-    that got further than its last checkpoint, are taken back, so that a resumed run's files read
-    as if it had never stopped.
+    Every record belongs to a step. Those after ``start_step``, left by a process that got further
+    than its last checkpoint, are removed: a resumed run's files read as if it had never stopped.
     """
 
     def __init__(
@@ -111,28 +96,24 @@ class Recorder:
             folder.trace if self._config.logging.trace else None,
             title=f"{folder.path.name} from step {start_step}",
         )
-        """The pipeline's clock, for its stages, queues and weight versions."""
+        """Clock and trace of the pipeline's stages, queues and weight versions."""
         earlier = read_jsonl(folder.metrics)
         spent_s = float(earlier[-1]["wall_s"]) if earlier else 0.0
         self._clock_started = time.perf_counter() - spent_s
         self._last_checkpoint_step = start_step if start_step else None
-        self._evaluator = (
-            _Evaluator(parts, self._config.evaluation, progress)
-            if self._config.evaluation
-            else None
-        )
+        self._evaluator = _build_evaluator(parts, progress)
         self._evaluated_s = 0.0
-        """Of the evaluations that have ended; what two did side by side counts once."""
+        """Seconds of the evaluations that have ended; time in which two ran counts once."""
         self.stop_requested = False
         """Set by the signal handler: finish the step, save, leave."""
 
     @property
     def wall_s(self) -> float:
-        """Seconds since the run began; those of killed processes' lost steps are not in it."""
+        """Seconds since the run began, without steps that killed processes lost."""
         return time.perf_counter() - self._clock_started
 
     async def after_step(self, done: StepRecord) -> None:
-        """Log a finished step; save and evaluate when the config says so."""
+        """Log a finished step; save and evaluate if due."""
         cursor, scored, ledger = done.cursor, done.scored, done.ledger
         times = self.trace.end_step(cursor.step)
         values = self._step_values(scored, done.update, [*times.metrics(), *done.metrics])
@@ -148,7 +129,7 @@ class Recorder:
         await self.evaluate_if_due(cursor)
 
     async def checkpoint(self, cursor: RunCursor) -> None:
-        """Save a checkpoint of the learner at this cursor, unless there is one already."""
+        """Save a checkpoint at this cursor, unless there is one."""
         if cursor.step == self._last_checkpoint_step:
             return
         with self.trace.span("checkpoint", f"checkpoint {cursor.step}"):
@@ -156,19 +137,19 @@ class Recorder:
         self._last_checkpoint_step = cursor.step
 
     async def evaluate_if_due(self, cursor: RunCursor) -> None:
-        """Measure the student (and before the run the teacher), unless that is on record."""
+        """Run the evaluations due after this step that are not on record."""
         if self._evaluator is None or self.stop_requested:
             return
         done = {(r["step"], r["model"]) for r in read_jsonl(self._folder.evaluations)}
         due = [m for m in self._evaluator.due(cursor.step) if (cursor.step, m) not in done]
-        if samples_elsewhere(self._config):
+        if self._parts.samples_elsewhere:
             await together(*(self._evaluate(self._evaluator, m, cursor.step) for m in due))
             return
         for model in due:
             if not self.stop_requested:
                 await self._evaluate(self._evaluator, model, cursor.step)
 
-    async def _evaluate(self, evaluator: "_Evaluator", model: str, step: int) -> None:
+    async def _evaluate(self, evaluator: Evaluator, model: str, step: int) -> None:
         started = time.perf_counter()
         with self.trace.span("evaluate", model, step=step):
             result = await evaluator.run(model, step)
@@ -177,7 +158,7 @@ class Recorder:
             "model": model,
             **result,
             "wall_s": time.perf_counter() - started,
-            # Without what was beside another evaluation.
+            # Without the time of an evaluation that ran concurrently.
             "time/evaluate_s": busy_s - self._evaluated_s,
         }
         self._evaluated_s = busy_s
@@ -187,7 +168,7 @@ class Recorder:
             self._trackers.log(step, {"evaluation/accuracy": result["accuracy"]})
 
     def save_failed_batch(self, step: int, batch: Batch) -> Path:
-        """Write a batch that could not be trained on, for inspection."""
+        """Write a batch that the learner refused; return the file."""
         path = self._folder.path / f"failed-step-{step:06d}.parquet"
         write_scored(path, [(step, item) for item in batch.scored], self._parts.text.decode)
         return path
@@ -233,131 +214,17 @@ class Recorder:
         write_scored(path, kept, self._parts.text.decode)
 
 
-@dataclass
-class _Evaluator:
-    """Which evaluation is due when, and how it is done."""
-
-    parts: Parts
-    evaluation: EvaluationConfig
-    progress: ProgressReporter
-
-    def __post_init__(self) -> None:
-        text = self.parts.text
-        self._problems = build_problems(self.parts.config, self.evaluation, text)
-        self._answers: dict[str, str] = {}
-        """By model that is being evaluated: how many of how many."""
-        self._is_correct = build_checker(self.evaluation.verifier, text)
-
-    def due(self, step: int) -> list[str]:
-        models = ["teacher"] if step == 0 and self.evaluation.teacher else []
-        regular = step % self.evaluation.every_steps == 0 or step == self.parts.config.steps
-        return [*models, "student"] if regular else models
-
-    async def run(self, model: str, step: int) -> dict[str, Any]:
-        evaluation = self.evaluation
-        count = evaluation.num_problems
-        if step in (0, self.parts.config.steps) and evaluation.final_num_problems is not None:
-            count = evaluation.final_num_problems
-        if model == "student":
-            return await self._measure(model, count, self.parts.engine)
-        async with teacher_sampler(self.parts.config, self.parts.teacher) as teacher:
-            return await self._measure(model, count, teacher)
-
-    async def _measure(self, model: str, count: int, engine: Sampler) -> dict[str, Any]:
-        evaluation = self.evaluation
-
-        def count_answer(done: int, total: int) -> None:
-            self._answers[model] = f"the {model} {done}/{total}"
-            self.progress.stage(f"evaluating {', '.join(self._answers.values())}")
-
-        try:
-            result = await evaluate(
-                engine,
-                self._problems(count),
-                self._is_correct,
-                sampling=evaluation.sampling,
-                samples_per_problem=evaluation.samples_per_problem,
-                seed=derive_seed(self.parts.config.seed, "evaluation"),
-                on_rollout=count_answer,
-            )
-        finally:
-            self._answers.pop(model, None)
-        return asdict(result)
-
-
-def summarize(folder: RunFolder, total_wall_s: float) -> dict[str, Any]:
-    """The content of ``summary.json``, from the run's own records."""
-    steps = read_jsonl(folder.metrics)
-    evaluations = read_jsonl(folder.evaluations)
-    students = [record for record in evaluations if record["model"] == "student"]
-    teachers = [record for record in evaluations if record["model"] == "teacher"]
-    wall_s: dict[str, float] = {
-        stage: sum(record.get(f"time/{stage}_s", 0.0) for record in steps)
-        for stage in (*STEP_STAGES, "checkpoint")
-    }
-    wall_s["evaluate"] = sum(
-        record.get("time/evaluate_s", record["wall_s"]) for record in evaluations
-    )
-    # What ran side by side took its time once.
-    busy_s = sum(wall_s.values()) - sum(_overlap_s(record) for record in steps)
-    wall_s["other"] = max(0.0, total_wall_s - busy_s)
-    wall_s["total"] = total_wall_s
-    generated = sum(int(record["tokens/generated"]) for record in steps)
-    trained = sum(int(record["tokens/trained"]) for record in steps)
-    return {
-        "accuracy": {
-            "before": _accuracy(students[:1]),
-            "after": _accuracy(students[-1:]),
-            "teacher": _accuracy(teachers[:1]),
-        },
-        "steps": len(steps),
-        "tokens": {"generated": generated, "scored": generated, "trained": trained},
-        "wall_s": wall_s,
-    }
-
-
-def _overlap_s(record: Mapping[str, Any]) -> float:
-    """Seconds of a step by which its stages' times exceed the time in which any was at work."""
-    if "time/step_s" not in record:
-        return 0.0
-    stages = (*STEP_STAGES, *OCCASIONAL_STAGES)
-    busy_s = record["time/step_s"] * (1.0 - record["idle/all_fraction"])
-    return sum(record[f"time/{stage}_s"] for stage in stages) - busy_s
-
-
-def _accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The only record's accuracy; None when nothing was measured."""
-    for record in records:
-        keys = ("ci_low", "ci_high", "num_problems", "samples_per_problem")
-        return {"value": record["accuracy"], **{key: record[key] for key in keys}}
-    return None
-
-
-def render_report(path: Path, config: RunConfig, out: Path | None = None) -> Path:
-    """Write ``report.html`` from what lies in a run folder."""
-    text = TextTools(config.student.model)
-    is_correct = build_checker(config.verifier, text) if config.verifier else None
-    views = [
-        _rollout_view(
-            step, scored, text, None if is_correct is None else is_correct(scored.rollout)
-        )
-        for file in sorted((path / "rollouts").glob("step-*.parquet"))
-        for step, scored in read_scored(file)
-    ]
-    return write_report(path, views, out)
-
-
-def _rollout_view(
-    step: int, scored: ScoredRollout, text: TextTools, correct: bool | None
-) -> RolloutView:
-    rollout: Rollout = scored.rollout
-    return RolloutView(
-        step=step,
-        rollout_id=rollout.rollout_id,
-        prompt_text=text.decode(rollout.prompt.token_ids.tolist()),
-        tokens=text.decode_each(rollout.response_ids.tolist()),
-        behavior_logprobs=np.asarray(rollout.behavior_logprobs).tolist(),
-        teacher_logprobs=np.asarray(scored.score.logprobs).tolist(),
-        finish_reason=rollout.finish_reason.value,
-        correct=correct,
+def _build_evaluator(parts: Parts, progress: ProgressReporter) -> Evaluator | None:
+    config, evaluation = parts.config, parts.config.evaluation
+    if evaluation is None:
+        return None
+    return Evaluator(
+        evaluation,
+        student=parts.engine,
+        teacher_sampler=parts.teacher_sampler,
+        problems=build_problems(config.student, evaluation, parts.text),
+        is_correct=build_checker(evaluation.verifier, parts.text),
+        total_steps=config.steps,
+        seed=config.seed,
+        say=progress.stage,
     )

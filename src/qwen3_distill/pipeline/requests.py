@@ -1,11 +1,12 @@
-"""What one step samples, and the batch that comes of it. Pure functions of config and step."""
+"""Builds rollout requests and batches. Pure functions of config and rollout number."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from qwen3_distill.config import RunConfig
+from qwen3_distill.config import PrefixBudget, RunConfig
 from qwen3_distill.types import (
     Batch,
     Prompt,
@@ -19,7 +20,7 @@ from qwen3_distill.utils.seeds import derive_seed
 def requests_for_step(
     config: RunConfig, prompts: Sequence[Prompt], step: int
 ) -> list[RolloutRequest]:
-    """The step's rollout requests, samples of one prompt adjacent, one seed each."""
+    """Build a step's requests: samples of one prompt adjacent, each with a seed of its own."""
     first = step * config.rollouts_per_step
     return [
         request_number(config, prompts[index // config.samples_per_prompt], first + index)
@@ -28,9 +29,9 @@ def requests_for_step(
 
 
 def request_number(config: RunConfig, prompt: Prompt, number: int) -> RolloutRequest:
-    """Request of rollout ``number`` of the run: sample n % G of prompt n // G.
+    """Build the request of rollout n = ``number`` of the run: sample n % G of prompt n // G.
 
-    Named after the step that takes it when every step takes the next `rollouts_per_step` of them.
+    Its id names the step that trains on it if every step takes the next `rollouts_per_step`.
     """
     step, index = divmod(number, config.rollouts_per_step)
     p, g = divmod(index, config.samples_per_prompt)
@@ -44,7 +45,7 @@ def request_number(config: RunConfig, prompt: Prompt, number: int) -> RolloutReq
 def in_request_order(
     requests: Sequence[RolloutRequest], rollouts: Sequence[Rollout]
 ) -> list[Rollout]:
-    """Rollouts in the order asked for, whatever order they finished in."""
+    """Sort rollouts into the order of their requests."""
     by_id = {rollout.rollout_id: rollout for rollout in rollouts}
     return [by_id[request.rollout_id] for request in requests]
 
@@ -55,10 +56,10 @@ def make_batch(
     task_reward_weight: float = 0.0,
     is_correct: Callable[[Rollout], bool] | None = None,
 ) -> Batch:
-    """A uniformly weighted batch; with a task reward, each prompt's samples share a baseline.
+    """Build a uniformly weighted batch, with task advantages where there is a task reward.
 
-    The reward of a rollout is 1 if it is correct, minus the mean over the samples of its prompt,
-    times the weight.
+    A rollout's advantage is ``weight * (reward - mean reward of its prompt's samples)``, where
+    the reward is 1 for a correct answer and else 0.
     """
     if task_reward_weight == 0:
         return Batch.uniform(scored)
@@ -76,3 +77,20 @@ def make_batch(
         importance_weights=np.ones(len(scored), dtype=np.float32),
         task_advantages=task_reward_weight * rewards,
     )
+
+
+def is_full_length(run_seed: int, number: int, fraction: float) -> bool:
+    """Whether a rollout belongs to the fraction that is never cut; drawn from its number alone."""
+    seed = derive_seed(run_seed, "full-length", number)
+    return bool(np.random.Generator(np.random.PCG64(seed)).random() < fraction)
+
+
+def with_prefix_budget(
+    request: RolloutRequest, budget: PrefixBudget, *, run_seed: int, number: int
+) -> RolloutRequest:
+    """Copy a request with the budget's token limit, unless its rollout is never cut."""
+    if is_full_length(run_seed, number, budget.full_length_fraction):
+        return request
+    sampling = request.sampling
+    limit = min(budget.tokens, sampling.max_new_tokens)
+    return replace(request, sampling=replace(sampling, max_new_tokens=limit))

@@ -1,4 +1,4 @@
-"""One run from start (or where it stopped) to its report."""
+"""Runs a config from its start, or from its newest checkpoint, to the report."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,7 +11,9 @@ from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import EngineStartError, LearnerLost
 from qwen3_distill.hosts.mps import MpsDaemon, private_mps
 from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.pipeline.assembly.engines import Parts, build_parts, engine_log, learns_elsewhere
+from qwen3_distill.pipeline.assembly.channel import learns_elsewhere
+from qwen3_distill.pipeline.assembly.engines import build_parts, engine_interpreters
+from qwen3_distill.pipeline.assembly.plan import engine_log
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.manifest import (
     engine_versions,
@@ -20,11 +22,13 @@ from qwen3_distill.pipeline.manifest import (
     machine,
     versions,
 )
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.preflight import check_before_start
-from qwen3_distill.pipeline.recorder import Recorder, render_report, summarize
+from qwen3_distill.pipeline.recorder import Recorder
 from qwen3_distill.pipeline.run_folder import RunFolder, full_disk_named
 from qwen3_distill.pipeline.sequential import run_sequential
 from qwen3_distill.pipeline.streaming import run_streaming
+from qwen3_distill.pipeline.summary import render_report, summarize
 from qwen3_distill.ports import Learner
 from qwen3_distill.recording.console import ProgressReporter
 from qwen3_distill.scoring.views import SameView
@@ -43,10 +47,10 @@ def run(
     warn: Callable[[str], None],
     adapt: Callable[[Parts], Parts] = lambda parts: parts,
 ) -> dict[str, Any] | None:
-    """Distil as configured, going on from the newest checkpoint of the run folder.
+    """Distil as configured, from the run folder's newest checkpoint on.
 
     Args:
-        warn: told about what does not stop the run, e.g. a corrupt checkpoint.
+        warn: told of problems that do not stop the run, e.g. a corrupt checkpoint.
         adapt: may replace parts before the run, e.g. the teacher of a control experiment.
 
     Returns:
@@ -71,11 +75,11 @@ async def _run(
 ) -> bool:
     if folder.changes:
         warn("going on with other settings than before:\n  " + "\n  ".join(folder.changes))
-    check_before_start(config, reads_prompts=False)  # they are read with the other parts
+    check_before_start(config, reads_prompts=False)  # `build_parts` reads them
     progress.stage("checking that student and teacher match")
     SameView().check(load_identity(config.student.model), load_identity(config.scoring.model))
     async with AsyncExitStack() as stack:
-        if config.pipeline.mps:  # before anything here uses CUDA, and until after the last engine
+        if config.pipeline.mps:  # before anything here uses CUDA; ends after the last engine
             progress.stage("starting MPS")
             daemon = MpsDaemon(engine_log(config, "mps"))
             await stack.enter_async_context(private_mps(daemon, warn))
@@ -89,7 +93,7 @@ async def _run(
 async def _train_with_restarts(
     parts: Parts, folder: RunFolder, progress: ProgressReporter, warn: Callable[[str], None]
 ) -> bool:
-    """`_train`, again from the last checkpoint when the learner's process is lost."""
+    """`_train`, and again from the last checkpoint each time the learner's process is lost."""
     lost: LearnerLost | None = None
     for restarts_left in reversed(range(_max_learner_restarts(parts.config) + 1)):
         try:
@@ -108,17 +112,17 @@ async def _start_again(learner: Learner) -> None:
     await learner.close()
     try:
         await learner.start()
-    except EngineStartError as error:  # it has started before, so it may again
+    except EngineStartError as error:  # it started before, so another try may succeed
         raise LearnerLost(str(error)) from error
 
 
 async def _train(
     parts: Parts, folder: RunFolder, progress: ProgressReporter, warn: Callable[[str], None]
 ) -> bool:
-    """Go on from the newest checkpoint to the end; whether it was reached.
+    """Train from the newest checkpoint on; return whether the last step was reached.
 
     Raises:
-        LearnerLost: the learner's process died; what it did since the checkpoint is gone.
+        LearnerLost: the learner's process died; its steps since the checkpoint are lost.
     """
     config = parts.config
     cursor = await _restore(parts, folder, progress, warn)
@@ -128,7 +132,7 @@ async def _train(
     try:
         with _stop_on_interrupt(recorder, progress):
             cursor = await _PIPELINES[config.pipeline.kind](parts, recorder, cursor)
-        # Asked to stop in the last step, the final evaluation was left out: not complete.
+        # A stop in the last step skips the final evaluation: the run is not complete.
         if recorder.stop_requested or cursor.step < config.steps:
             await recorder.checkpoint(cursor)
             return False
@@ -146,13 +150,13 @@ async def _train(
 
 
 def _max_learner_restarts(config: RunConfig) -> int:
-    return config.training.max_restarts if learns_elsewhere(config) else 0
+    return config.training.max_restarts if learns_elsewhere(config.training) else 0
 
 
 async def _restore(
     parts: Parts, folder: RunFolder, progress: ProgressReporter, warn: Callable[[str], None]
 ) -> RunCursor:
-    """The newest checkpoint's cursor with the learner there too, or the run's beginning."""
+    """Load the newest checkpoint into the learner; return its cursor, or that of the start."""
     store = CheckpointStore(folder.checkpoints, keep_last=parts.config.checkpoint.keep_last)
     cursor = await store.restore(parts.learner, warn)
     if cursor is None:
@@ -162,13 +166,13 @@ async def _restore(
 
 
 def _write_manifest(parts: Parts, folder: RunFolder, step: int) -> None:
-    """Record what this process runs with; one entry per start, since a resume may differ."""
+    """Write the manifest, with one entry per start: a resumed run may have other versions."""
     start = {
         "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "step": step,
         "changed": folder.changes,
         "versions": versions(),
-        "engines": engine_versions(parts.config),
+        "engines": engine_versions(engine_interpreters(parts.config)),
         "machine": machine(),
         "code": git_revision(Path(__file__).parent),
     }
@@ -185,7 +189,7 @@ def _write_manifest(parts: Parts, folder: RunFolder, step: int) -> None:
 def _stop_on_interrupt(
     recorder: Recorder, progress: ProgressReporter
 ) -> AbstractContextManager[None]:
-    """First Ctrl-C, SIGTERM or SIGHUP: finish the step and save. Second: leave at once."""
+    """At the first Ctrl-C, SIGTERM or SIGHUP finish the step and save; at the second leave."""
 
     def request_stop() -> None:
         recorder.stop_requested = True

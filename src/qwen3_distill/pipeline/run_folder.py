@@ -1,4 +1,4 @@
-"""The run folder: where everything of a run lies, and who may write there."""
+"""The run folder: paths of a run's files, its lock, and its config across restarts."""
 
 import errno
 import fcntl
@@ -41,19 +41,19 @@ MAY_CHANGE = (
     *("scoring.request_tokens", "scoring.request_timeout_s"),
     *("scoring.max_in_flight", "scoring.max_attempts"),
 )
-"""Settings, and sections of them, that may differ when a run goes on.
+"""Settings and sections that may change when a run is resumed.
 
-They are about how it is operated, and what an error message says to change lies among them. What
-is sampled, scored, trained or evaluated, and in which order, is not changed by any of them beyond
-the rounding that another batch size or number of threads brings.
+They say how it is operated, and include every setting that an error message says to change. None
+changes what is sampled, scored, trained or evaluated, or in which order, beyond the rounding of
+another batch size or number of threads.
 """
 _TORCH_WRITER = re.compile("inline_container|PytorchStreamWriter")
-"""`torch.save` reports a failed write as a RuntimeError that only its text tells from others."""
+"""Text of the RuntimeError that `torch.save` raises when a write fails."""
 
 
 @contextmanager
 def full_disk_named(path: Path) -> Iterator[None]:
-    """Writing models under ``path``: one error for the ways in which libraries say "disk full".
+    """Raise one error for the several that libraries raise when they cannot write a model.
 
     Raises:
         RunFolderError: safetensors or PyTorch could not write.
@@ -81,7 +81,7 @@ class RunFolder:
         self._lock: IO[str] | None = None
         self._values = dump_config(config)
         self.changes: list[str] = []
-        """``key: old -> new`` for what `MAY_CHANGE` and is not as in the start before."""
+        """``key: old -> new`` for each `MAY_CHANGE` setting that differs from the last start."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a")
@@ -116,7 +116,7 @@ class RunFolder:
 
     @property
     def ledger(self) -> Path:
-        """Which rollouts each step trained on: none is trained on twice, none lost uncounted."""
+        """The rollouts that each step trained on or dropped: each appears once."""
         return self.path / "ledger.jsonl"
 
     @property
@@ -141,14 +141,14 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """The summary is the last file a run writes, the report aside."""
+        """Whether the summary exists: the last file of a run, except for the report."""
         return self.summary.exists()
 
     def read_summary(self) -> dict[str, Any]:
         return json.loads(self.summary.read_text())
 
     def read_starts(self) -> list[Any]:
-        """What the manifest has of earlier starts.
+        """Read the manifest's entries of earlier starts.
 
         Raises:
             RunFolderError: the manifest is damaged.
@@ -171,7 +171,7 @@ class RunFolder:
         return starts
 
     def accept_changes(self) -> None:
-        """The `changes` become the folder's config: the start got as far as a run that goes on."""
+        """Write the changed config into the folder, once a resumed run has started."""
         if self.changes:
             write_json_atomic(self.config, self._values)
             self.changes = []
@@ -201,7 +201,7 @@ class RunFolder:
                 raise  # the file system has no locks: go on without one
 
     def _has_records(self) -> bool:
-        """Whether a step, an evaluation or a checkpoint was made; else any config may start here.
+        """Whether the folder has a step, an evaluation or a checkpoint; else any config may start.
 
         A start that failed, say on a misspelt path, must not hold the folder for that config.
         """

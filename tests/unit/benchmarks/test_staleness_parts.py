@@ -24,7 +24,7 @@ from qwen3_distill.config import SampledReverseKL
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_model
-from qwen3_distill.pipeline.assembly.engines import Parts
+from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.ports import FullWeights
 from qwen3_distill.recording.console import SilentReporter

@@ -248,15 +248,21 @@ def test_it_trains_a_step_also_from_replay(tiny_models: TinyModels) -> None:
     config = SkewedReverseKL(kind="skewed_reverse_kl")
     assert config.score_request == SampledRequest()
     replay = ReplayConfig(capacity_tokens=1000)
-    learner = EmbeddedLearner(
-        tiny_models.student,
-        config=EmbeddedTraining(
-            kind="embedded", device="cpu", optimizer=OptimizerConfig(learning_rate=1e-3)
-        ),
-        objective=build_objective(config, teacher_head_VD=None, chunk_tokens=64),
+    training = EmbeddedTraining(
+        kind="embedded", device="cpu", optimizer=OptimizerConfig(learning_rate=1e-3)
+    )
+    # A config that was parsed has this objective only once it is a member of the union.
+    settings = LearnerSettings(
+        model_dir=tiny_models.student,
+        training=training,
+        objective=cast(Any, config),
         total_steps=9,
         seed=0,
-        replay=build_replay(replay, config, device=torch.device("cpu"), seed=0),
+    )
+    learner = EmbeddedLearner(
+        settings,
+        build_objective(config, teacher_head_VD=None, chunk_tokens=64),
+        build_replay(replay, config, device=torch.device("cpu"), seed=0),
     )
     score = TeacherScore(teacher_id="t", logprobs=np.full(9, -1.0))
     scored = [ScoredRollout(rollout=synthetic_rollout(3, 9, n), score=score) for n in range(3)]

@@ -26,7 +26,7 @@ from qwen3_distill.config import (
 )
 from qwen3_distill.replay.buffer import ReplayBuffer
 from qwen3_distill.training.batching import MicroBatch, flat_micro_batches, micro_batches
-from qwen3_distill.training.objectives.base import build_objective
+from qwen3_distill.training.objectives.build import build_objective
 from qwen3_distill.types import (
     Batch,
     HiddenScore,

@@ -42,6 +42,3 @@ def hosted_embedded_engine(
         max_model_tokens=load_identity(model_dir).context_length,
         max_restarts=config.max_restarts,
     )
-
-
-EmbeddedRolloutProcess = hosted_embedded_engine

@@ -130,6 +130,3 @@ class VllmOpening(Opening):
         scratch, self._scratch = self._scratch, None
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
-
-
-VllmRolloutEngine = vllm_engine

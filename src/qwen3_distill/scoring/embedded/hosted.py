@@ -44,6 +44,3 @@ def hosted_embedded_teacher(
         identity=load_identity(model_dir),
         max_restarts=config.max_restarts,
     )
-
-
-EmbeddedTeacherProcess = hosted_embedded_teacher

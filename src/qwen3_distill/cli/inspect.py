@@ -1,0 +1,103 @@
+"""Commands that read a config or a run folder and start no engine."""
+
+import math
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from qwen3_distill.cli.terminal import ConfigOption, Overrides, print_json, quiet_libraries, say
+from qwen3_distill.config import RunConfig
+from qwen3_distill.config.load import dump_config, load_config
+from qwen3_distill.errors import RunFolderError
+
+
+def _refuse_nan(value: float | None) -> float | None:
+    """Refuse NaN, which passes an option's range because no comparison with it holds."""
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("nan is not a number of GiB")
+    return value
+
+
+def plan(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    shape_student: Annotated[
+        str | None, typer.Option(help="Plan with this Qwen3, e.g. 4B, instead of the directory.")
+    ] = None,
+    shape_teacher: Annotated[
+        str | None, typer.Option(help="The same for the teacher, e.g. 32B or 32B-FP8.")
+    ] = None,
+    device_memory_gib: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            max=1_000_000,
+            callback=_refuse_nan,
+            help="Memory to plan for; default: what is free now.",
+        ),
+    ] = None,
+) -> None:
+    """Show how the engines share the memory. Exit status 2, with advice, if it does not fit."""
+    settings = load_config(config, overrides or ())
+    from qwen3_distill.modeling.shapes import named_shape
+    from qwen3_distill.planning.plan import make_plan
+    from qwen3_distill.planning.table import plan_settings, plan_table
+
+    planned = make_plan(
+        settings,
+        device_memory_bytes=None if device_memory_gib is None else int(device_memory_gib * 2**30),
+        student_shape=None if shape_student is None else named_shape(shape_student),
+        teacher_shape=None if shape_teacher is None else named_shape(shape_teacher),
+    )
+    Console().print(plan_table(planned))
+    say(f"planned settings: {plan_settings(settings, planned)}")
+
+
+def report(
+    run_folder: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
+    out: Annotated[Path | None, typer.Option(help="Default: report.html in the folder.")] = None,
+) -> None:
+    """Write a run's report.html again from its records."""
+    config_file = run_folder / "config.json"
+    if not config_file.is_file():
+        raise RunFolderError(f"{run_folder} is not a run folder: it has no config.json")
+    settings = load_config(config_file)
+    from qwen3_distill.pipeline.summary import render_report
+
+    quiet_libraries()
+    say(f"report: {render_report(run_folder, settings, out)}")
+
+
+def config_show(config: ConfigOption, overrides: Overrides = None) -> None:
+    """Print the resolved config, defaults included, as JSON."""
+    print_json(dump_config(load_config(config, overrides or ())))
+
+
+def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
+    """Check a config, and that its models, prompts and interpreters exist.
+
+    Nothing is loaded or started. Exit status 2 when something is missing.
+    """
+    settings = load_config(config, overrides or ())
+    say(
+        f"{config} is valid: {settings.steps} steps of {settings.prompts_per_step} prompts x "
+        f"{settings.samples_per_prompt} samples, objective {settings.objective.kind}"
+    )
+    from qwen3_distill.pipeline.preflight import check_before_start
+
+    check_before_start(settings)
+
+
+def config_schema() -> None:
+    """Print the JSON schema of a config, for editors and tools."""
+    print_json(RunConfig.model_json_schema())
+
+
+def config_reference() -> None:
+    """Print the configuration reference (docs/configuration.md)."""
+    from qwen3_distill.config.reference import config_reference
+
+    sys.stdout.write(config_reference(RunConfig))

@@ -1,0 +1,81 @@
+"""Builds the channel that carries weights from the learner to the rollout engine."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from qwen3_distill.config import (
+    EmbeddedGeneration,
+    EmbeddedTraining,
+    GenerationConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from qwen3_distill.ports import WeightChannel
+from qwen3_distill.weights.directory import DirectoryChannel
+from qwen3_distill.weights.ipc import IpcChannel
+from qwen3_distill.weights.memory import MemoryChannel
+
+_PREFIX = "qwen3-distill-weights-"
+
+
+def samples_elsewhere(generation: GenerationConfig) -> bool:
+    """Whether the rollout engine has a process of its own."""
+    return not isinstance(generation, EmbeddedGeneration) or generation.own_process
+
+
+def learns_elsewhere(training: TrainingConfig) -> bool:
+    """Whether the learner has a process of its own."""
+    return not isinstance(training, EmbeddedTraining) or training.own_process
+
+
+def channel_folder(generation: GenerationConfig) -> Path | None:
+    """Make a new folder in memory for a channel between processes; None within a process."""
+    if not samples_elsewhere(generation):
+        return None
+    return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=shared_memory_dir()))
+
+
+def run_channel_folder(config: RunConfig) -> Path | None:
+    """Make the `channel_folder` of a run whose run folder this process holds.
+
+    Its name follows from the run folder's. So it replaces what a killed process of the same run
+    left: up to two versions of a model, in memory.
+    """
+    if not samples_elsewhere(config.generation):
+        return None
+    name = hashlib.sha256(str(config.output_path.resolve()).encode()).hexdigest()[:16]
+    folder = shared_memory_dir() / f"{_PREFIX}{name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:  # another user's
+        return channel_folder(config.generation)
+    return folder
+
+
+def shared_memory_dir() -> Path:
+    """The directory whose files are held in memory; that of temporary files where there is none."""
+    memory = Path("/dev/shm")
+    return memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def build_channel(config: RunConfig, folder: Path | None) -> WeightChannel:
+    """Build the channel between this run's learner and its engine.
+
+    Args:
+        folder: where the channel keeps its files; None: both are in this process.
+    """
+    generation = config.generation
+    if folder is None:
+        return MemoryChannel()
+    if isinstance(generation, EmbeddedGeneration):
+        return DirectoryChannel(folder)
+    # IPC hands out the very weights that are trained. An engine that is restarted while a step is
+    # taken could not load the version that it served.
+    trains_meanwhile = config.pipeline.kind == "streaming" and config.training.tuning.kind == "full"
+    if generation.full_weights == "directory" or trains_meanwhile:
+        return DirectoryChannel(folder)
+    return IpcChannel(folder, strict=generation.full_weights == "ipc")

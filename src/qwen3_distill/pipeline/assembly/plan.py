@@ -1,0 +1,27 @@
+"""What every engine of a run is given: its share of the memory, and its log."""
+
+from pathlib import Path
+
+from qwen3_distill.config import RunConfig
+from qwen3_distill.planning.plan import MemoryPlan, make_plan
+
+
+def plan_memory(config: RunConfig) -> MemoryPlan | None:
+    """Plan the memory of each real engine; None where all are embedded and share one allocator.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    kinds = {config.generation.kind, config.scoring.kind, config.training.kind}
+    return None if kinds == {"embedded"} else make_plan(config)
+
+
+def require_plan(plan: MemoryPlan | None) -> MemoryPlan:
+    """The plan, which exists wherever an engine is real."""
+    assert plan is not None, "real engines have a plan"
+    return plan
+
+
+def engine_log(config: RunConfig, name: str) -> Path:
+    """The file that an engine's process writes its output to."""
+    return config.output_path / "logs" / f"{name}.log"

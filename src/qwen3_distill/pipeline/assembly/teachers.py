@@ -1,0 +1,155 @@
+"""Builds teachers, and samplers that answer as one."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import torch
+
+from qwen3_distill.config import (
+    EmbeddedGeneration,
+    EmbeddedScoring,
+    PlanningConfig,
+    RunConfig,
+    ScoringConfig,
+    SglangScoring,
+)
+from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
+from qwen3_distill.modeling.loading import resolve_dtype
+from qwen3_distill.pipeline.assembly.channel import learns_elsewhere, samples_elsewhere
+from qwen3_distill.pipeline.assembly.plan import engine_log, plan_memory, require_plan
+from qwen3_distill.planning.device import detect_memory
+from qwen3_distill.planning.plan import MemoryPlan
+from qwen3_distill.ports import Sampler, TeacherScorer
+from qwen3_distill.scoring.cache import CachedTeacher
+from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
+from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
+from qwen3_distill.scoring.score_request import TopKRequest, request_for
+from qwen3_distill.scoring.sglang.teacher import SglangTeacher
+from qwen3_distill.weights.directory import publish_directory
+from qwen3_distill.weights.memory import MemoryChannel
+
+_AUDIT_BATCH_TOKENS = 16384
+_AUDIT_CHUNK_TOKENS = 1024
+
+
+def build_teacher(config: RunConfig, plan: MemoryPlan | None) -> TeacherScorer:
+    """Build the teacher, with the score request that the objective needs."""
+    scoring = config.scoring
+    request = request_for(config.objective)
+    match scoring:
+        case EmbeddedScoring(own_process=True):
+            return hosted_embedded_teacher(
+                scoring, request=request, log=engine_log(config, "teacher")
+            )
+        case EmbeddedScoring():
+            return EmbeddedTeacher(
+                scoring.model,
+                request=request,
+                device=scoring.device,
+                dtype=scoring.dtype,
+                batch_tokens=scoring.batch_tokens,
+                chunk_tokens=scoring.chunk_tokens,
+            )
+        case SglangScoring():
+            teacher = SglangTeacher(
+                scoring,
+                request=request,
+                memory_fraction=_memory_fraction(scoring, config.planning, require_plan(plan)),
+                max_total_tokens=require_plan(plan).sglang_max_total_tokens,
+                log=engine_log(config, "sglang"),
+            )
+            return CachedTeacher(teacher, request, scoring.cache) if scoring.cache else teacher
+
+
+def _memory_fraction(
+    scoring: SglangScoring, planning: PlanningConfig, plan: MemoryPlan
+) -> float | Callable[[], float]:
+    """The server's share of the free memory.
+
+    A planned share is computed at every start: at a restart the other engines hold memory too.
+    """
+    if scoring.memory_fraction is not None:
+        return scoring.memory_fraction
+    if planning.device_memory_gib is not None:  # a stated size says nothing of what is free
+        return plan.sglang_memory_fraction
+    return lambda: plan.teacher_memory_fraction(detect_memory().free_bytes)
+
+
+def with_embedded_teacher_here(config: RunConfig) -> RunConfig:
+    """Copy the config with its embedded teacher, if any, in this process.
+
+    Its `teacher_id` and output head are then known without starting it.
+    """
+    scoring = config.scoring
+    if not isinstance(scoring, EmbeddedScoring):
+        return config
+    here = scoring.model_copy(update={"own_process": False, "threads": None})
+    return config.model_copy(update={"scoring": here})
+
+
+@asynccontextmanager
+async def teacher_sampler(config: RunConfig, teacher: TeacherScorer) -> AsyncIterator[Sampler]:
+    """Open a sampler that answers as the teacher: the scoring server, or an embedded engine."""
+    server = teacher.inner if isinstance(teacher, CachedTeacher) else teacher
+    if isinstance(server, SglangTeacher):
+        yield server.sampler()
+        return
+    scoring = config.scoring
+    assert isinstance(scoring, EmbeddedScoring)
+    generation = config.generation
+    embedded = generation if isinstance(generation, EmbeddedGeneration) else None
+    engine = EmbeddedRolloutEngine(
+        scoring.model,
+        device=embedded.device if embedded else scoring.device,
+        dtype=embedded.dtype if embedded else scoring.dtype,
+        max_sequences=generation.max_sequences,
+    )
+    channel = MemoryChannel()
+    version = publish_directory(scoring.model, channel, dtype=resolve_dtype(scoring.dtype))
+    await engine.load(version, channel)
+    threads = torch.get_num_threads()
+    is_alone = samples_elsewhere(generation) and learns_elsewhere(config.training)
+    if scoring.threads is not None and is_alone:
+        torch.set_num_threads(scoring.threads)
+    try:
+        yield engine
+    finally:
+        torch.set_num_threads(threads)
+
+
+def build_audited_teacher(config: RunConfig, request: TopKRequest) -> TeacherScorer:
+    """Build the configured teacher for a precision audit: without its cache, with ``request``."""
+    scoring = config.scoring
+    if isinstance(scoring, EmbeddedScoring):
+        return _embedded(scoring.model, request, device=scoring.device, dtype=scoring.dtype)
+    plan = require_plan(plan_memory(config))
+    return SglangTeacher(
+        scoring,
+        request=request,
+        memory_fraction=plan.sglang_memory_fraction,
+        max_total_tokens=plan.sglang_max_total_tokens,
+        log=engine_log(config, "sglang"),
+    )
+
+
+def build_unquantized_teacher(
+    scoring: ScoringConfig, model_dir: str, request: TopKRequest
+) -> TeacherScorer:
+    """Build the embedded teacher that a precision audit compares the configured one with.
+
+    An embedded teacher already has the precision that its config asks for, so it is compared with
+    the same weights in float32.
+    """
+    dtype = "float32" if isinstance(scoring, EmbeddedScoring) else scoring.dtype
+    return _embedded(model_dir, request, device=scoring.device, dtype=dtype)
+
+
+def _embedded(model_dir: str, request: TopKRequest, *, device: str, dtype: str) -> EmbeddedTeacher:
+    return EmbeddedTeacher(
+        model_dir,
+        request=request,
+        device=device,
+        dtype=dtype,
+        batch_tokens=_AUDIT_BATCH_TOKENS,
+        chunk_tokens=_AUDIT_CHUNK_TOKENS,
+    )

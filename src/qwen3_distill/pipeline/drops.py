@@ -1,0 +1,38 @@
+"""Counts the rollouts that a step dropped."""
+
+from typing import Literal, TypeAlias
+
+from qwen3_distill.pipeline.recorder import ledger_entry
+from qwen3_distill.types import (
+    Metric,
+    Rollout,
+)
+
+Cause: TypeAlias = Literal["stale", "no score"]
+"""Why a rollout was dropped."""
+
+
+class Drops:
+    """Rollouts, and pieces of them, that were dropped since the last step, by cause."""
+
+    def __init__(self) -> None:
+        self.entries: list[str] = []
+        self.last_reason = ""
+        self._rollouts: dict[Cause, int] = {"stale": 0, "no score": 0}
+        self._tokens = 0
+
+    def add(self, number: int, rollout: Rollout, cause: Cause, reason: str) -> None:
+        self.entries.append(f"{ledger_entry(number, rollout)}:{cause.replace(' ', '-')}")
+        self.last_reason = f"{rollout.rollout_id}: {reason}"
+        self._rollouts[cause] += 1
+        self._tokens += rollout.num_tokens
+
+    def count(self, cause: Cause) -> int:
+        return self._rollouts[cause]
+
+    def metrics(self) -> list[Metric]:
+        return [
+            Metric.sum("score/dropped_rollouts", self._rollouts["no score"]),
+            Metric.sum("staleness/dropped_rollouts", self._rollouts["stale"]),
+            Metric.sum("tokens/dropped", self._tokens),
+        ]

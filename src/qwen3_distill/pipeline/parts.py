@@ -1,0 +1,101 @@
+"""The parts of a run, and how they start and end together."""
+
+import asyncio
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qwen3_distill.config import RunConfig
+from qwen3_distill.data.prompts import PromptStream
+from qwen3_distill.modeling.loading import load_tokenizer
+from qwen3_distill.pipeline.requests import make_batch
+from qwen3_distill.ports import (
+    ReplayingLearner,
+    Sampler,
+    StreamingRolloutEngine,
+    TeacherScorer,
+    WeightChannel,
+)
+from qwen3_distill.scoring.views import TeacherView
+from qwen3_distill.types import Batch, Rollout, ScoredRollout
+from qwen3_distill.utils.concurrency import together
+
+
+@dataclass(frozen=True)
+class TextTools:
+    """Decodes token ids for verifiers and people. Text is never encoded again."""
+
+    student_dir: str
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The student's tokenizer."""
+        return load_tokenizer(self.student_dir)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Decode all tokens, without special ones."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def decode_each(self, token_ids: Sequence[int]) -> tuple[str, ...]:
+        """Decode each token by itself; special tokens by their names."""
+        return tuple(self.tokenizer.decode([token_id]) for token_id in token_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Everything that a pipeline connects."""
+
+    config: RunConfig
+    prompts: PromptStream
+    engine: StreamingRolloutEngine
+    teacher: TeacherScorer
+    view: TeacherView
+    """Turns a rollout into a scoring job, and the teacher's answer into its score."""
+    learner: ReplayingLearner
+    channel: WeightChannel
+    text: TextTools
+    is_correct: Callable[[Rollout], bool] | None
+    """Checks training rollouts; None without a verifier."""
+    teacher_sampler: Callable[[], AbstractAsyncContextManager[Sampler]]
+    """Opens a sampler that answers as the teacher."""
+    samples_elsewhere: bool
+    """Whether the rollout engine has a process of its own."""
+    scratch: Path | None = None
+    """Folder of the weight channel's files, removed at the end."""
+
+    def make_batch(self, scored: Sequence[ScoredRollout]) -> Batch:
+        """Build a step's batch, with the config's task reward."""
+        weight = self.config.objective.reward_weight
+        return make_batch(scored, task_reward_weight=weight, is_correct=self.is_correct)
+
+    async def start(self, say: Callable[[str], None] = lambda message: None) -> None:
+        """Start the engines concurrently, but first a teacher that needs to see what is free.
+
+        Raises:
+            EngineStartError: one does not start; the starts of the others were cancelled.
+        """
+        config = self.config
+        teacher = f"the teacher ({config.scoring.kind})"
+        others = f"rollout engine ({config.generation.kind}) and learner ({config.training.kind})"
+        if self.teacher.starts_first:
+            say(f"starting {teacher}")
+            await self.teacher.start()
+            say(f"starting {others}")
+            await together(self.engine.start(), self.learner.start())
+        else:
+            say(f"starting {teacher}, {others}")
+            await together(self.teacher.start(), self.engine.start(), self.learner.start())
+
+    async def close(self) -> None:
+        """Close every engine, also when one of them fails to close."""
+        parts = (self.engine, self.teacher, self.learner)
+        results = await asyncio.gather(*(part.close() for part in parts), return_exceptions=True)
+        if self.scratch is not None:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result

@@ -1,0 +1,43 @@
+"""Scored rollouts that wait for a batch, and which of them a batch takes."""
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+
+from qwen3_distill.types import FinishReason, Rollout, ScoredRollout
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A scored rollout, or a piece of one, and the rollout's number."""
+
+    number: int
+    scored: ScoredRollout
+
+    @property
+    def rollout(self) -> Rollout:
+        return self.scored.rollout
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the rollout has ended, so that no piece follows."""
+        return self.rollout.finish_reason is not FinishReason.HARVESTED
+
+
+def whole_groups(ready: Sequence[Ready], unsettled: Set[int], samples: int) -> list[Ready]:
+    """Those of prompts whose samples are all ready or dropped, as a reward baseline needs them.
+
+    Args:
+        unsettled: numbers of all rollouts in progress, ready ones included.
+    """
+    numbers = {item.number for item in ready}
+    incomplete = {number // samples for number in unsettled - numbers}
+    return [item for item in ready if item.number // samples not in incomplete]
+
+
+def whole_prompts(ready: Sequence[Ready], size: int, samples: int) -> list[Ready]:
+    """The first ``size``, without those of a prompt that has more of them after the cut.
+
+    The cut falls within a prompt only where samples were dropped.
+    """
+    behind = {item.number // samples for item in ready[size:]}
+    return [item for item in ready[:size] if item.number // samples not in behind]

@@ -1,0 +1,100 @@
+"""One step's actions, shared by both loops: generate, score, train, push weights."""
+
+from collections.abc import Sequence
+
+from qwen3_distill.config import ReplayConfig
+from qwen3_distill.errors import EngineError, NonFiniteError, WeightVersionError
+from qwen3_distill.pipeline.parts import Parts
+from qwen3_distill.pipeline.recorder import Recorder
+from qwen3_distill.pipeline.requests import in_request_order
+from qwen3_distill.ports import Sampler, TeacherScorer
+from qwen3_distill.recording.trace import WEIGHTS, Trace
+from qwen3_distill.scoring.views import TeacherView
+from qwen3_distill.types import (
+    Rollout,
+    RolloutRequest,
+    ScoredRollout,
+    ScoreFailure,
+    Update,
+)
+
+
+async def traced_push(parts: Parts, trace: Trace) -> None:
+    """`push_weights`, and note in the trace which version the engine serves from now on."""
+    with trace.span("publish"):
+        await push_weights(parts)
+    version = parts.learner.version
+    trace.instant(WEIGHTS, f"version {version.step}", step=version.step, digest=version.digest[:12])
+
+
+async def push_weights(parts: Parts) -> None:
+    """Publish the learner's weights and load them into the engine, which compares their digest.
+
+    Both happen twice where the channel had to switch to another transport.
+    """
+    version = await parts.learner.publish(parts.channel)
+    try:
+        await parts.engine.load(version, parts.channel)
+    except WeightVersionError:
+        if not parts.channel.switched_transport(version):
+            raise
+        version = await parts.learner.publish(parts.channel)
+        await parts.engine.load(version, parts.channel)
+
+
+async def generate(engine: Sampler, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+    """Sample all requests; return the rollouts in the order of the requests."""
+    finished = [rollout async for rollout in engine.generate(requests)]
+    return in_request_order(requests, finished)
+
+
+async def score_each(
+    teacher: TeacherScorer, view: TeacherView, rollouts: Sequence[Rollout]
+) -> list[ScoredRollout | ScoreFailure]:
+    """Score rollouts; return each one scored, or why it is not, in the order given."""
+    results = await teacher.score([view.job(rollout) for rollout in rollouts])
+    return [view.scored(rollout, result) for rollout, result in zip(rollouts, results, strict=True)]
+
+
+async def score(
+    teacher: TeacherScorer, view: TeacherView, rollouts: Sequence[Rollout]
+) -> list[ScoredRollout]:
+    """Score rollouts; leave out those without a score.
+
+    Raises:
+        EngineError: more than the teacher's ``max_dropped_fraction`` of them have none.
+    """
+    results = await score_each(teacher, view, rollouts)
+    dropped = [result for result in results if isinstance(result, ScoreFailure)]
+    if len(dropped) > teacher.max_dropped_fraction * len(rollouts):
+        raise EngineError(
+            f"{len(dropped)} of {len(rollouts)} rollouts got no score from {teacher.teacher_id}, "
+            f"more than the {teacher.max_dropped_fraction:.0%} that may be dropped "
+            f"(scoring.max_dropped_fraction); the first: {dropped[0].rollout_id}: "
+            f"{dropped[0].reason}"
+        )
+    return [result for result in results if not isinstance(result, ScoreFailure)]
+
+
+def needs_rollouts(replay: ReplayConfig | None, step: int) -> bool:
+    """Whether a step needs new rollouts: with replay, some steps train on kept ones alone."""
+    return replay is None or step % replay.updates_per_batch == 0
+
+
+async def take_step(parts: Parts, recorder: Recorder, scored: Sequence[ScoredRollout]) -> Update:
+    """Take one optimizer step: on ``scored``, or with replay on a draw from all kept rollouts.
+
+    Raises:
+        NonFiniteError: the loss or gradient is not finite. A batch that was not drawn from kept
+            rollouts is in the run folder.
+    """
+    if parts.config.replay is not None:
+        if scored:
+            await parts.learner.admit(scored)
+        return await parts.learner.update_replayed(parts.config.rollouts_per_step)
+    batch = parts.make_batch(scored)
+    try:
+        return await parts.learner.update(batch)
+    except NonFiniteError as error:
+        path = recorder.save_failed_batch(parts.learner.version.step, batch)
+        raise NonFiniteError(f"{error}. The batch is saved in {path}") from error

@@ -1,0 +1,101 @@
+"""Builds a run's summary and its report from the run folder alone."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen3_distill.config import RunConfig
+from qwen3_distill.data.rollout_files import read_scored
+from qwen3_distill.pipeline.assembly.data import build_checker
+from qwen3_distill.pipeline.parts import TextTools
+from qwen3_distill.pipeline.run_folder import RunFolder
+from qwen3_distill.recording.jsonl import (
+    OCCASIONAL_STAGES,
+    STEP_STAGES,
+    read_jsonl,
+)
+from qwen3_distill.report.report import RolloutView, write_report
+from qwen3_distill.types import (
+    Rollout,
+    ScoredRollout,
+)
+
+
+def summarize(folder: RunFolder, total_wall_s: float) -> dict[str, Any]:
+    """Compute the content of ``summary.json`` from the run's records."""
+    steps = read_jsonl(folder.metrics)
+    evaluations = read_jsonl(folder.evaluations)
+    students = [record for record in evaluations if record["model"] == "student"]
+    teachers = [record for record in evaluations if record["model"] == "teacher"]
+    wall_s: dict[str, float] = {
+        stage: sum(record.get(f"time/{stage}_s", 0.0) for record in steps)
+        for stage in (*STEP_STAGES, "checkpoint")
+    }
+    wall_s["evaluate"] = sum(
+        record.get("time/evaluate_s", record["wall_s"]) for record in evaluations
+    )
+    # Time in which several stages ran counts once.
+    busy_s = sum(wall_s.values()) - sum(_overlap_s(record) for record in steps)
+    wall_s["other"] = max(0.0, total_wall_s - busy_s)
+    wall_s["total"] = total_wall_s
+    generated = sum(int(record["tokens/generated"]) for record in steps)
+    trained = sum(int(record["tokens/trained"]) for record in steps)
+    return {
+        "accuracy": {
+            "before": _accuracy(students[:1]),
+            "after": _accuracy(students[-1:]),
+            "teacher": _accuracy(teachers[:1]),
+        },
+        "steps": len(steps),
+        "tokens": {"generated": generated, "scored": generated, "trained": trained},
+        "wall_s": wall_s,
+    }
+
+
+def _overlap_s(record: Mapping[str, Any]) -> float:
+    """Seconds by which the sum of a step's stage times exceeds the time in which any ran."""
+    if "time/step_s" not in record:
+        return 0.0
+    stages = (*STEP_STAGES, *OCCASIONAL_STAGES)
+    busy_s = record["time/step_s"] * (1.0 - record["idle/all_fraction"])
+    return sum(record[f"time/{stage}_s"] for stage in stages) - busy_s
+
+
+def _accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The accuracy of the first record; None if there is none."""
+    for record in records:
+        keys = ("ci_low", "ci_high", "num_problems", "samples_per_problem")
+        return {"value": record["accuracy"], **{key: record[key] for key in keys}}
+    return None
+
+
+def render_report(path: Path, config: RunConfig, out: Path | None = None) -> Path:
+    """Write ``report.html`` from a run folder's files; return its path."""
+    text = TextTools(config.student.model)
+    is_correct = build_checker(config.verifier, text) if config.verifier else None
+    views = [
+        _rollout_view(
+            step, scored, text, None if is_correct is None else is_correct(scored.rollout)
+        )
+        for file in sorted((path / "rollouts").glob("step-*.parquet"))
+        for step, scored in read_scored(file)
+    ]
+    return write_report(path, views, out)
+
+
+def _rollout_view(
+    step: int, scored: ScoredRollout, text: TextTools, correct: bool | None
+) -> RolloutView:
+    rollout: Rollout = scored.rollout
+    return RolloutView(
+        step=step,
+        rollout_id=rollout.rollout_id,
+        prompt_text=text.decode(rollout.prompt.token_ids.tolist()),
+        tokens=text.decode_each(rollout.response_ids.tolist()),
+        behavior_logprobs=np.asarray(rollout.behavior_logprobs).tolist(),
+        teacher_logprobs=np.asarray(scored.score.logprobs).tolist(),
+        finish_reason=rollout.finish_reason.value,
+        correct=correct,
+    )
