@@ -49,20 +49,28 @@ class LackingObjective:
         return self._objective.terms(micro, hidden_BTD, head_VD, denominator)
 
 
+def settings_of(
+    models: TinyModels, device: Literal["cpu", "cuda"] = "cpu"
+) -> LearnerSettings[EmbeddedTraining]:
+    optimizer = OptimizerConfig(learning_rate=1e-3)
+    return LearnerSettings(
+        model_dir=models.student,
+        training=EmbeddedTraining(
+            kind="embedded", device=device, micro_batch_tokens=20, optimizer=optimizer
+        ),
+        objective=SampledReverseKL(kind="sampled_reverse_kl"),
+        total_steps=9,
+        seed=0,
+    )
+
+
 def learner_of(
     models: TinyModels, device: Literal["cpu", "cuda"] = "cpu"
 ) -> tuple[EmbeddedLearner, LackingObjective]:
-    config = SampledReverseKL(kind="sampled_reverse_kl")
-    objective = LackingObjective(build_objective(config, teacher_head_VD=None, chunk_tokens=64))
-    optimizer = OptimizerConfig(learning_rate=1e-3)
-    training = EmbeddedTraining(
-        kind="embedded", device=device, micro_batch_tokens=20, optimizer=optimizer
-    )
-    settings = LearnerSettings(
-        model_dir=models.student, training=training, objective=config, total_steps=9, seed=0
-    )
-    learner = EmbeddedLearner(settings, objective)
-    return learner, objective
+    settings = settings_of(models, device)
+    built = build_objective(settings.objective, teacher_head_VD=None, chunk_tokens=64)
+    objective = LackingObjective(built)
+    return EmbeddedLearner(settings, objective), objective
 
 
 def test_several_ranks_may_combine_their_gradients_between_the_last_backward_pass_and_the_clipping(
@@ -78,7 +86,7 @@ def test_several_ranks_may_combine_their_gradients_between_the_last_backward_pas
                 parameter.grad.mul_(2)
 
     alone, objective = learner_of(tiny_models)
-    ranks = TwoEqualRanks(alone._settings, objective)
+    ranks = TwoEqualRanks(settings_of(tiny_models), objective)
     batch = batch_of(5)  # several micro-batches
     one, two = asyncio.run(alone.update(batch)), asyncio.run(ranks.update(batch))
     assert ranks.num_reductions == 1

