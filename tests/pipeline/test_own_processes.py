@@ -87,6 +87,8 @@ def test_processes_change_nothing_bit_for_bit(tmp_path: Path, calm: Path) -> Non
 class Starting:
     """A part whose start waits for that of another one."""
 
+    starts_first = False
+
     def __init__(self, *, after: asyncio.Event | None = None, seen: list[str], name: str) -> None:
         self.begun = asyncio.Event()
         self._after, self._seen, self._name = after, seen, name

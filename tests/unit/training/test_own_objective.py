@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import numpy as np
 import pytest
@@ -43,6 +43,7 @@ from qwen3_distill.training.objectives.base import (
     weighted_mean,
 )
 from qwen3_distill.training.objectives.build import build_objective
+from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.types import Batch, SampledRequest, ScoredRollout, TeacherScore
 from tests.contract.builders import synthetic_rollout
 from tests.tiny_models import TinyModels
@@ -251,11 +252,10 @@ def test_it_trains_a_step_also_from_replay(tiny_models: TinyModels) -> None:
     training = EmbeddedTraining(
         kind="embedded", device="cpu", optimizer=OptimizerConfig(learning_rate=1e-3)
     )
-    # A config that was parsed has this objective only once it is a member of the union.
     settings = LearnerSettings(
         model_dir=tiny_models.student,
         training=training,
-        objective=cast(Any, config),
+        objective=cast(Any, config),  # no member of the union
         total_steps=9,
         seed=0,
     )
