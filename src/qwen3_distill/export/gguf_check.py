@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qwen3_distill.errors import ModelError
-from qwen3_distill.export.gguf_file import Quant, require_gguf
+from qwen3_distill.export.gguf_file import Quant, as_stored, require_gguf
 from qwen3_distill.export.logits import (
     largest_difference,
     probe_ids,
@@ -21,6 +22,9 @@ from qwen3_distill.modeling.loading import load_model, load_tokenizer
 
 F16_TOLERANCE = 1e-2
 """Largest absolute difference of logits to which rounding to float16 is accepted."""
+
+_SAME = 1e-3
+"""Largest difference of logits between the file and the student with weights rounded alike."""
 
 _TEXTS = (
     "What is 12 * 345.6? I'll say: it's 4147.2!",
@@ -43,36 +47,48 @@ def check_gguf(
 ) -> GgufCheck:
     """Compare logits and tokens of the file with those of the directory.
 
-    Both models run in float32 on the CPU, one after the other.
+    The file must give the logits that the directory's weights give once they are rounded as the
+    file stores them, and what the rounding changes is measured. All models run in float32 on the
+    CPU, one after the other.
 
     Args:
         max_logit_diff: what float16 may change; ``q8_0`` is measured without a limit.
 
     Raises:
-        ModelError: a weight is missing, text becomes other tokens, or float16 changes logits by
-            more than ``max_logit_diff``.
+        ModelError: a weight is missing or another, text becomes other tokens, or float16 changes
+            logits by more than ``max_logit_diff``.
     """
     _check_tokenizer(model_dir, file)
-    reference = load_model(model_dir, device=torch.device("cpu"), dtype=torch.float32)
-    ids = probe_ids(reference.config)
-    expected = probe_logits(reference, ids)
-    del reference
-    found = probe_logits(_read_back(file), ids)
-    if found.shape != expected.shape:
-        raise ModelError(f"{file.name} has logits {tuple(found.shape)}, not {tuple(expected.shape)}")
+    found, ids = _logits_of(file, model_dir)
+    student = load_model(model_dir, device=torch.device("cpu"), dtype=torch.float32)
+    exact = probe_logits(student, ids)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.copy_(as_stored(parameter, quant))
+    fault = largest_difference(found, probe_logits(student, ids))
+    if not fault <= _SAME:
+        raise ModelError(
+            f"{file.name} read back is another model than {model_dir} rounded to {quant}: their "
+            f"logits differ by {fault:.3g}, expected at most {_SAME:g}; it was not kept"
+        )
     check = GgufCheck(
-        max_abs_logit_diff=largest_difference(found, expected),
-        same_top_fraction=same_top_fraction(found, expected),
+        max_abs_logit_diff=largest_difference(found, exact),
+        same_top_fraction=same_top_fraction(found, exact),
         num_positions=ids.numel(),
     )
     if quant == "f16" and not check.max_abs_logit_diff <= max_logit_diff:
         raise ModelError(
-            f"the GGUF file read back differs from {model_dir} by {check.max_abs_logit_diff:.3g} "
-            f"in its logits, expected at most {max_logit_diff:g}; it was not kept. Rounding "
-            "large float32 models to float16 can do that: accept it with --max-logit-diff, or "
-            "use --to hf"
+            f"rounding to float16 changes the logits of {model_dir} by "
+            f"{check.max_abs_logit_diff:.3g}, expected at most {max_logit_diff:g}; the file was "
+            "not kept. Accept it with --max-logit-diff, or use --to hf"
         )
     return check
+
+
+def _logits_of(file: Path, model_dir: Path) -> tuple[Tensor, Tensor]:
+    """Logits of the file's model, and the ids that they are of."""
+    ids = probe_ids(AutoConfig.from_pretrained(model_dir))
+    return probe_logits(_read_back(file), ids), ids
 
 
 def _read_back(file: Path) -> Any:

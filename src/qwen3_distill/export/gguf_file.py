@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
+import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
@@ -103,6 +104,15 @@ def write_gguf(
                 writer.write_tensor_data(_encoded(gguf, handle.get_tensor(key), kind, key))
     finally:
         writer.close()
+
+
+def as_stored(tensor: Tensor, quant: Quant) -> Tensor:
+    """The values that a reader of the file gets for a weight, in float32."""
+    gguf = require_gguf()
+    values = tensor.detach().float().numpy()
+    kind = _tensor_type(gguf, values.shape, quant)
+    stored = gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind)
+    return torch.from_numpy(np.ascontiguousarray(stored, dtype=np.float32))
 
 
 def _writer(gguf: Any, target: Path) -> "GGUFWriter":

@@ -68,13 +68,14 @@ def gguf_tokenizer(
     """
     description: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model: dict[str, Any] = description["model"]
-    merges = _merges(model)
+    is_bpe = model.get("type") == "BPE"
+    merges = _merges(model) if is_bpe else []
     reasons = [
         *_model_reasons(model),
         *_step_reasons(description, has_merges=bool(merges)),
         *_added_token_reasons(description["added_tokens"]),
     ]
-    tokens, types = _tokens(model.get("vocab") or {}, description["added_tokens"], vocab_size)
+    tokens, types = _tokens(model["vocab"] if is_bpe else {}, description["added_tokens"], vocab_size)
     if len(tokens) > vocab_size:
         reasons.append(f"it has ids up to {len(tokens) - 1}, the model only {vocab_size} rows")
     template = _chat_template(tokenizer.chat_template)
