@@ -191,6 +191,8 @@ def _prepare_gguf(run: FinishedRun, request: ExportRequest, say: Callable[[str],
     return write
 
 
-_WRITERS: dict[
-    Kind, Callable[[FinishedRun, ExportRequest, Callable[[str], None]], _Writer]
-] = {"hf": _prepare_hf, "adapter": _prepare_adapter, "gguf": _prepare_gguf}
+_WRITERS: dict[Kind, Callable[[FinishedRun, ExportRequest, Callable[[str], None]], _Writer]] = {
+    "hf": _prepare_hf,
+    "adapter": _prepare_adapter,
+    "gguf": _prepare_gguf,
+}

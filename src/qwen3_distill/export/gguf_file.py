@@ -7,7 +7,7 @@ head left out. The ``gguf`` package is an optional extra and imported here only 
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from transformers import AutoConfig
 from qwen3_distill.errors import EngineStartError, ModelError
 from qwen3_distill.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from qwen3_distill.modeling.loading import check_model_dir, load_identity, load_tokenizer
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
 
 Quant: TypeAlias = Literal["f16", "q8_0"]
 
@@ -34,7 +31,7 @@ def require_gguf() -> Any:
         EngineStartError: it is not installed.
     """
     try:
-        import gguf  # noqa: PLC0415
+        import gguf  # noqa: PLC0415 # pyright: ignore[reportMissingImports] - an extra
     except ImportError:
         raise EngineStartError(
             "--to gguf needs the package gguf, which is not installed; install it with "
@@ -115,7 +112,7 @@ def as_stored(tensor: Tensor, quant: Quant) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(stored, dtype=np.float32))
 
 
-def _writer(gguf: Any, target: Path) -> "GGUFWriter":
+def _writer(gguf: Any, target: Path) -> Any:
     class Writer(gguf.GGUFWriter):
         """Writes empty arrays too: a vocabulary of bytes has no merges, and readers want the key.
 
@@ -130,7 +127,7 @@ def _writer(gguf: Any, target: Path) -> "GGUFWriter":
     return Writer(target, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.QWEN3])
 
 
-def _add_model(gguf: Any, writer: "GGUFWriter", config: Any, *, quant: Quant, name: str) -> None:
+def _add_model(gguf: Any, writer: Any, config: Any, *, quant: Quant, name: str) -> None:
     files = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
@@ -149,7 +146,7 @@ def _add_model(gguf: Any, writer: "GGUFWriter", config: Any, *, quant: Quant, na
     writer.add_vocab_size(config.vocab_size)
 
 
-def _add_tokenizer(writer: "GGUFWriter", tokenizer: GgufTokenizer) -> None:
+def _add_tokenizer(writer: Any, tokenizer: GgufTokenizer) -> None:
     writer.add_tokenizer_model("gpt2")  # llama.cpp's name for byte-level BPE
     writer.add_tokenizer_pre(tokenizer.pre)
     writer.add_token_list(tokenizer.tokens)
@@ -172,7 +169,7 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: GgufTokenizer) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _add_empty_merges(writer: "GGUFWriter") -> None:
+def _add_empty_merges(writer: Any) -> None:
     gguf = require_gguf()
     writer.add_key_value(gguf.Keys.Tokenizer.MERGES, [], gguf.GGUFValueType.ARRAY)
 

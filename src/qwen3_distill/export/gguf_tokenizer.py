@@ -75,7 +75,8 @@ def gguf_tokenizer(
         *_step_reasons(description, has_merges=bool(merges)),
         *_added_token_reasons(description["added_tokens"]),
     ]
-    tokens, types = _tokens(model["vocab"] if is_bpe else {}, description["added_tokens"], vocab_size)
+    vocab: dict[str, int] = model["vocab"] if is_bpe else {}
+    tokens, types = _tokens(vocab, description["added_tokens"], vocab_size)
     if len(tokens) > vocab_size:
         reasons.append(f"it has ids up to {len(tokens) - 1}, the model only {vocab_size} rows")
     template = _chat_template(tokenizer.chat_template)

@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, errors, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from qwen3_distill.errors import ConfigError, EngineError
+
+_TRANSPORT_ERRORS = (errors.HTTPError, OSError)
+"""Of the hub's HTTP client, which is another library from version to version."""
 
 
 def check_push(repo: str) -> None:
@@ -62,7 +64,7 @@ def _hub_errors(repo: str, outcome: str) -> Iterator[None]:
         ) from None
     except HfHubHTTPError as error:
         raise EngineError(f"--push {repo}: {_refusal(error)}. {outcome}") from None
-    except (httpx.HTTPError, OSError) as error:
+    except _TRANSPORT_ERRORS as error:
         raise EngineError(
             f"--push {repo}: the hub was not reached ({_line(error)}); check the network, or "
             f"HF_ENDPOINT. {outcome}"

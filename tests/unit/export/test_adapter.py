@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ TOLERANCE = 1e-3
 """Of logits, merged in the training dtype."""
 
 
-def _load(model: Path) -> AutoModelForCausalLM:
+def _load(model: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
 
@@ -40,12 +41,12 @@ def test_peft_reads_the_adapter_onto_the_base_and_gets_the_student(
     assert config["base_model_name_or_path"] == str(tiny_models.student)
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (2, 4.0, "LORA")
 
-    base = AutoModelForCausalLM.from_pretrained(
+    base: Any = AutoModelForCausalLM.from_pretrained(
         config["base_model_name_or_path"], dtype=getattr(torch, dtype)
     )
     ids = probe_ids(base.config)
     untrained = probe_logits(_load(tiny_models.student), ids)
-    merged = PeftModel.from_pretrained(base, str(out)).merge_and_unload(safe_merge=True)
+    merged: Any = PeftModel.from_pretrained(base, str(out)).merge_and_unload(safe_merge=True)
     student = probe_logits(_load(run / "student"), ids)
     assert float((student - untrained).abs().max()) > 10 * TOLERANCE  # there is something to see
     assert float((probe_logits(merged.float(), ids) - student).abs().max()) <= TOLERANCE
@@ -57,7 +58,8 @@ def test_unmerged_it_gives_the_students_logits_too(lora_run: Path, tmp_path: Pat
     call_export(lora_run, "--to", "adapter", "--out", out)
     base = _load(json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"])
     ids = probe_ids(base.config)
-    adapted = probe_logits(PeftModel.from_pretrained(base, str(out)).eval(), ids)
+    with_adapter: Any = PeftModel.from_pretrained(base, str(out)).eval()
+    adapted = probe_logits(with_adapter, ids)
     assert float((adapted - probe_logits(_load(lora_run / "student"), ids)).abs().max()) <= 1e-3
 
 

@@ -70,11 +70,13 @@ def test_a_qwen_like_model_survives_float16(tmp_path: Path, tied: bool, head_dim
 def test_the_files_tokenizer_and_template_are_the_directorys(tmp_path: Path) -> None:
     model = write_bpe_model(tmp_path / "model")
     file = _write(model)
-    own = AutoTokenizer.from_pretrained(model)
-    read = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    own: Any = AutoTokenizer.from_pretrained(model)
+    read: Any = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     messages = [{"role": "user", "content": text} for text in CORPUS]
     rendered = own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert read.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == rendered
+    assert (
+        read.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == rendered
+    )
     for text in (*CORPUS, rendered, "<think>\n\n</think>a <think> b<|im_end|>"):
         assert read.encode(text) == own.encode(text)
         assert read.decode(read.encode(text)) == text
@@ -104,7 +106,7 @@ def test_q8_0_keeps_rows_that_its_blocks_do_not_divide_in_float16(tmp_path: Path
 
 def test_bfloat16_and_several_files_are_read(tmp_path: Path) -> None:
     model = write_bpe_model(tmp_path / "model")
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     (model / "model.safetensors").unlink()
     loaded.save_pretrained(model, max_shard_size="20KB")
     assert len(list(model.glob("*.safetensors"))) > 1
@@ -155,11 +157,11 @@ def test_values_beyond_float16_and_unknown_tensors_are_refused(tmp_path: Path) -
 def test_a_file_of_other_weights_is_found_out(tmp_path: Path) -> None:
     model = write_bpe_model(tmp_path / "model")
     file = _write(model)
-    loaded = AutoModelForCausalLM.from_pretrained(model)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model)
     with torch.no_grad():
         loaded.model.layers[0].mlp.up_proj.weight[0] += 0.5
     save_model(loaded, str(model / "model.safetensors"), metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="another model than .* differ by"):
+    with pytest.raises(ModelError, match=r"another model than .* differ by"):
         check_gguf(model, file, "f16")
 
 

@@ -15,11 +15,13 @@ from tests.tiny_models import EOS_ID, byte_tokenizer
 from tests.unit.export.bpe_models import PLAIN, SPECIAL, VOCAB_SIZE, qwen_like_tokenizer
 
 
+def _id(tokenizer: Any, token: str) -> int:
+    return tokenizer.convert_tokens_to_ids(token)
+
+
 def _express(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> GgufTokenizer:
-    return gguf_tokenizer(
-        tokenizer,
-        **{"vocab_size": VOCAB_SIZE, "eos_ids": {tokenizer.eos_token_id}, **settings},
-    )
+    end: Any = tokenizer.eos_token_id
+    return gguf_tokenizer(tokenizer, **{"vocab_size": VOCAB_SIZE, "eos_ids": {end}, **settings})
 
 
 def test_a_qwen_like_tokenizer_has_merges_types_and_padding() -> None:
@@ -37,9 +39,7 @@ def test_a_qwen_like_tokenizer_has_merges_types_and_padding() -> None:
     used = len(tokenizer)
     assert found.tokens[used:] == [f"[PAD{index}]" for index in range(used, VOCAB_SIZE)]
     assert set(found.types[used:]) == {TokenType.UNUSED}
-    assert [tokenizer.convert_tokens_to_ids(token) for token in found.tokens[:used]] == list(
-        range(used)
-    )
+    assert [_id(tokenizer, token) for token in found.tokens[:used]] == list(range(used))
 
 
 def test_a_vocabulary_of_bytes_needs_no_merges_and_may_be_split_in_any_way() -> None:
@@ -55,7 +55,7 @@ def test_the_lab_pairs_tokenizer_is_one_of_those() -> None:
 
 def test_every_end_of_a_response_has_a_key() -> None:
     tokenizer = qwen_like_tokenizer()
-    text_end, turn_end, user = (tokenizer.convert_tokens_to_ids(token) for token in SPECIAL[:3])
+    text_end, turn_end, user = (_id(tokenizer, token) for token in SPECIAL[:3])
     both = _express(tokenizer, eos_ids={text_end, turn_end})
     assert (both.eos_id, both.eot_id, both.eom_id) == (turn_end, turn_end, text_end)
     tokenizer.eos_token = SPECIAL[0]  # a base model's: text ends so, turns do not
