@@ -88,6 +88,8 @@ def gguf_tokenizer(
             f"the student's tokenizer cannot be written as GGUF: {'; '.join(reasons)}. llama.cpp "
             "would read text as other tokens. Use --to hf"
         )
+    bos_id: Any = tokenizer.bos_token_id
+    pad_id: Any = tokenizer.pad_token_id
     return GgufTokenizer(
         pre=QWEN2,
         tokens=tokens,
@@ -96,8 +98,8 @@ def gguf_tokenizer(
         eos_id=eos_id,
         eot_id=eot_id,
         eom_id=others[0] if others else None,
-        bos_id=tokenizer.bos_token_id,
-        pad_id=tokenizer.pad_token_id,
+        bos_id=bos_id,
+        pad_id=pad_id,
         chat_template=template,
     )
 

@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from qwen3_distill.errors import ConfigError, EngineError
 
-_TRANSPORT_ERRORS = (errors.HTTPError, OSError)
+_TRANSPORT_ERRORS = (errors.HTTPError, OSError)  # pyright: ignore[reportPrivateImportUsage]
 """Of the hub's HTTP client, which is another library from version to version."""
 
 
