@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qwen3_distill.config import RunConfig
-from qwen3_distill.scoring.score_request import TopKRequest, request_for
 from qwen3_distill.types import (
     Batch,
     FinishReason,
@@ -15,6 +14,7 @@ from qwen3_distill.types import (
     RolloutRequest,
     ScoredRollout,
     TeacherScore,
+    TopKRequest,
     TopKScore,
     VersionSpan,
     WeightVersion,
@@ -76,7 +76,7 @@ class Work:
 
     def batch(self, count: int) -> Batch:
         """Random rollouts with scores of the kind that the objective needs."""
-        request = request_for(self.config.objective)
+        request = self.config.objective.score_request
         scored = []
         for rollout in self.rollouts(count):
             tokens = rollout.num_tokens

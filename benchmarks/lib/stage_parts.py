@@ -18,7 +18,6 @@ from qwen3_distill.pipeline.step import generate, push_weights, score
 from qwen3_distill.ports import Learner, RolloutEngine, TeacherScorer
 from qwen3_distill.recording.jsonl import STEP_STAGES
 from qwen3_distill.recording.trace import Trace
-from qwen3_distill.scoring.score_request import request_for
 from qwen3_distill.scoring.sglang.groups import request_groups
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.scoring.sglang.wire import score_body
@@ -95,7 +94,7 @@ def bare_requests(
     scoring = config.scoring
     assert scoring.kind == "sglang"
     assert teacher.server is not None
-    request = request_for(config.objective)
+    request = config.objective.score_request
     jobs = jobs_of(rollouts)
     bodies = [
         score_body([jobs[index] for index in group], request)

@@ -164,11 +164,10 @@ def measure(arguments: argparse.Namespace, micro_batch: int) -> dict[str, Any]:
     logs = [entry for entry in trainer.state.log_history if "completions/mean_length" in entry]
     tokens = [entry["completions/mean_length"] * arguments.prompts for entry in logs]
     measured = slice(1, None)
-    step_s = sum(clock.seconds[measured]) / arguments.steps
     return {
         "micro_batch": micro_batch,
         "opd_tok_s": sum(tokens[measured]) / sum(clock.seconds[measured]),
-        "step_s": step_s,
+        "step_s": sum(clock.seconds[measured]) / arguments.steps,
         "warm_up_step_s": clock.seconds[0],
         "tokens_per_step": sum(tokens[measured]) / arguments.steps,
         "peak_gib": memory.peak_gib,

@@ -28,11 +28,10 @@ from qwen3_distill.hosts.process import LocalProcess
 from qwen3_distill.ports import ReplayingLearner, StreamingRolloutEngine, TeacherScorer
 from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
-from qwen3_distill.scoring.score_request import SampledRequest, ScoreRequest
 from qwen3_distill.training.embedded.hosted import hosted_embedded_learner
 from qwen3_distill.training.embedded.student import build_embedded_learner
 from qwen3_distill.training.settings import LearnerSettings, Training
-from qwen3_distill.types import WeightVersion
+from qwen3_distill.types import SampledRequest, ScoreRequest, WeightVersion
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.contract.builders import run, with_module
 from tests.contract.pooled_host import PooledHost

@@ -21,18 +21,16 @@ from qwen3_distill.config import (
     SampledReverseKL,
     TopKDivergence,
 )
-from qwen3_distill.scoring.score_request import (
-    HiddenRequest,
-    SampledRequest,
-    ScoreRequest,
-    TopKRequest,
-)
 from qwen3_distill.types import (
     Batch,
+    HiddenRequest,
     HiddenScore,
     Rollout,
+    SampledRequest,
     ScoredRollout,
+    ScoreRequest,
     TeacherScore,
+    TopKRequest,
     TopKScore,
 )
 

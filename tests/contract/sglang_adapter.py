@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from qwen3_distill.config import SglangScoring
-from qwen3_distill.scoring.score_request import SampledRequest, ScoreRequest
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
-from qwen3_distill.types import ModelIdentity, ScoreResult, ScoringJob
+from qwen3_distill.types import ModelIdentity, SampledRequest, ScoreRequest, ScoreResult, ScoringJob
 from tests.contract.builders import run
 from tests.engines import INSTALLED
 from tests.sglang_stand_in import write_interpreter

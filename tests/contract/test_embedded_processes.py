@@ -32,11 +32,10 @@ from qwen3_distill.generation.hosted import HostedRolloutEngine
 from qwen3_distill.ports import FullWeights
 from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
-from qwen3_distill.scoring.score_request import SampledRequest
 from qwen3_distill.training.embedded.hosted import hosted_embedded_learner
 from qwen3_distill.training.embedded.student import build_embedded_learner
 from qwen3_distill.training.settings import LearnerSettings
-from qwen3_distill.types import Batch, Rollout, ScoredRollout
+from qwen3_distill.types import Batch, Rollout, SampledRequest, ScoredRollout
 from qwen3_distill.weights.directory import DirectoryChannel
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.contract.adapters import build_embedded_process

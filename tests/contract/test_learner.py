@@ -38,7 +38,6 @@ from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.ports import Learner, LoraWeights, ReplayingLearner
 from qwen3_distill.scoring.handshake import check_compatible
-from qwen3_distill.scoring.score_request import request_for
 from qwen3_distill.types import (
     Batch,
     Rollout,
@@ -147,7 +146,7 @@ class Bench:
 
     def batch(self, objective: ObjectiveConfig, rollouts: Sequence[Rollout], **parts: Any) -> Batch:
         """Rollouts under the reference teacher's scores."""
-        request = request_for(objective)
+        request = objective.score_request
         scored = tuple(
             ScoredRollout(rollout=r, score=reference_score(self.teacher, r, request))
             for r in rollouts

@@ -23,10 +23,18 @@ from qwen3_distill.errors import (
     EngineStartError,
     HandshakeError,
 )
-from qwen3_distill.scoring.score_request import SampledRequest, ScoreRequest, TopKRequest
 from qwen3_distill.scoring.sglang import client, readiness
 from qwen3_distill.scoring.sglang.teacher import DROPPED, SglangTeacher
-from qwen3_distill.types import Rollout, ScoreFailure, ScoreResult, TeacherScore, TopKScore
+from qwen3_distill.types import (
+    Rollout,
+    SampledRequest,
+    ScoreFailure,
+    ScoreRequest,
+    ScoreResult,
+    TeacherScore,
+    TopKRequest,
+    TopKScore,
+)
 from tests.contract.builders import jobs_of, make_prompt, run, scores_of, synthetic_rollout
 from tests.contract.reference import largest_gap, reference_model, token_logprobs
 from tests.contract.sglang_adapter import POOL, Kind, SglangTeacherAdapter, sglang_config

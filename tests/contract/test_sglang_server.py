@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 
 from qwen3_distill.errors import ConfigError, EngineLost, EngineStartError
-from qwen3_distill.scoring.score_request import SampledRequest
 from qwen3_distill.scoring.sglang.endpoint import RESTARTS
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
-from qwen3_distill.types import TeacherScore
+from qwen3_distill.types import SampledRequest, TeacherScore
 from tests.contract.builders import jobs_of, run, scores_of, synthetic_rollout
 from tests.contract.reference import largest_gap, reference_model, token_logprobs
 from tests.contract.sglang_adapter import Kind, SglangTeacherAdapter, sglang_config
@@ -206,7 +205,7 @@ def test_nothing_is_left_when_the_controller_is_killed(
 import asyncio, time
 from pathlib import Path
 from qwen3_distill.config import SglangScoring
-from qwen3_distill.scoring.score_request import SampledRequest
+from qwen3_distill.types import SampledRequest
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 
 async def main():

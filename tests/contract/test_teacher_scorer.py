@@ -17,21 +17,19 @@ from qwen3_distill.errors import ConfigError, DataError, HandshakeError
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.ports import TeacherScorer
 from qwen3_distill.scoring.handshake import check_compatible, check_repeatable
-from qwen3_distill.scoring.score_request import (
-    HiddenRequest,
-    SampledRequest,
-    ScoreRequest,
-    TopKRequest,
-)
 from qwen3_distill.types import (
+    HiddenRequest,
     HiddenScore,
     IntArray,
     ModelIdentity,
     Rollout,
+    SampledRequest,
+    ScoreRequest,
     ScoreResult,
     ScoringJob,
     TeacherScore,
     TokenSpan,
+    TopKRequest,
     TopKScore,
 )
 from tests.contract.adapters import TEACHERS, TeacherAdapter

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.guards import debts
-
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "qwen3_distill"
 MAX_FUNCTION_LINES = 60
@@ -20,11 +18,8 @@ OPENING = re.compile(r"(?:Of|What|Those|Whoever|How it|As)\b")
 """Openings that hide the subject of a docstring's first line."""
 
 
-def _cases(files: list[Path], still_to_mend: set[str]) -> list[object]:
-    """Make one test case per file; the files still to mend are expected to fail."""
-    names = [file.relative_to(ROOT).as_posix() for file in files]
-    mend = pytest.mark.xfail(reason="still to mend")
-    return [pytest.param(name, marks=mend if name in still_to_mend else ()) for name in names]
+def _names(files: list[Path]) -> list[str]:
+    return [file.relative_to(ROOT).as_posix() for file in files]
 
 
 def _python_files(*folders: str) -> list[Path]:
@@ -57,9 +52,7 @@ def oversized(name: str, text: str) -> Iterator[str]:
                 yield f"{place} has {lines} lines, at most {MAX_FUNCTION_LINES}"
 
 
-@pytest.mark.parametrize(
-    "name", _cases(_python_files("src", "scripts", "benchmarks"), debts.TOO_LONG)
-)
+@pytest.mark.parametrize("name", _names(_python_files("src", "scripts", "benchmarks")))
 def test_no_file_and_no_function_is_too_long(name: str) -> None:
     assert list(oversized(name, (ROOT / name).read_text(encoding="utf-8"))) == []
 
@@ -105,7 +98,7 @@ def riddles(name: str, text: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", _cases(_python_files("src"), debts.WORDING))
+@pytest.mark.parametrize("name", _names(_python_files("src")))
 def test_docstrings_begin_with_their_subject(name: str) -> None:
     assert riddles(name, (ROOT / name).read_text(encoding="utf-8")) == []
 
@@ -150,7 +143,7 @@ def describes_itself(room: Path) -> bool:
     return file.is_file() and bool(ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))))
 
 
-@pytest.mark.parametrize("name", _cases(_rooms(), debts.ROOMS))
+@pytest.mark.parametrize("name", _names(_rooms()))
 def test_a_room_says_what_it_is_for(name: str) -> None:
     assert describes_itself(ROOT / name)
 

@@ -15,6 +15,7 @@ import typer
 
 import qwen3_distill
 from qwen3_distill.cli import inspect, offline, run
+from qwen3_distill.cli.export import export
 from qwen3_distill.cli.terminal import fail, say
 from qwen3_distill.errors import DistillError
 
@@ -38,6 +39,7 @@ app.command("eval")(offline.evaluate)
 app.command("audit-teacher")(offline.audit_teacher)
 app.command()(inspect.plan)
 app.command()(inspect.report)
+app.command()(export)
 config_app.command("show")(inspect.config_show)
 config_app.command("check")(inspect.config_check)
 config_app.command("schema")(inspect.config_schema)

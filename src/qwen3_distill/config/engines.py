@@ -93,7 +93,7 @@ class VllmGeneration(_EngineProcess, _Watched):
     """How whole weights reach the engine. ``auto``: CUDA IPC if the first load shows that it
     works, else files. Adapters always travel as files."""
     kv_cache_at_update: Literal["keep", "recompute"] = "keep"
-    """What happens to the KV cache of running rollouts when weights are updated in flight.
+    """The fate of the KV cache of running rollouts when weights are updated in flight.
     ``keep``: it stays as older weights computed it (PipelineRL, arXiv 2509.19128). ``recompute``:
     the new weights recompute it at every update. Either way a token's logprob is that of the
     distribution it was sampled from."""

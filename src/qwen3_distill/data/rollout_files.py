@@ -33,7 +33,9 @@ from qwen3_distill.utils.files import atomic_path
 Decode: TypeAlias = Callable[[Sequence[int]], str]
 
 SCHEMA_VERSION = 3
-"""Of the files that are written. Files of version 2, without the column ``sampled``, are read too:
+"""Schema number of the files that are written.
+
+Files of version 2, without the column ``sampled``, are read too:
 their responses were sampled as a whole."""
 OLDEST_READABLE = 2
 VERSION_KEY = b"qwen3_distill.rollouts.schema_version"

@@ -23,9 +23,8 @@ from qwen3_distill.pipeline.requests import requests_for_step
 from qwen3_distill.ports import TeacherScorer
 from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.scoring.precision import METHOD, PrecisionReport, compare_scores
-from qwen3_distill.scoring.score_request import TopKRequest
 from qwen3_distill.scoring.views import SameView
-from qwen3_distill.types import Rollout, ScoreFailure, TopKScore
+from qwen3_distill.types import Rollout, ScoreFailure, TopKRequest, TopKScore
 from qwen3_distill.utils.files import check_writable, write_json_atomic
 from qwen3_distill.utils.signals import signals_as_ctrl_c
 

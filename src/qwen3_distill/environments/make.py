@@ -31,7 +31,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an environment needs in addition to its requirements."""
+    """One environment's needs in addition to its requirements."""
 
     check: str
     """Statements that must run in the environment before it counts as made."""

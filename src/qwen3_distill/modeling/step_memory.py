@@ -71,7 +71,7 @@ _FUSED_LOGIT_ROWS = 512
 _LOGIT_COPIES = 3
 """Logits, their log-softmax and its gradient, each of ``chunk_tokens`` rows, in plain PyTorch."""
 _ADAM_BYTES = 16
-"""Of an adapter's parameter: weight, gradient and two moments in float32."""
+"""Bytes of an adapter's parameter: weight, gradient and two moments in float32."""
 _FULL_COPIES = 4
 """The same four of a model's own parameter, in its dtype."""
 

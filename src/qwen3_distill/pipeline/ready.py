@@ -24,7 +24,7 @@ class Ready:
 
 
 def whole_groups(ready: Sequence[Ready], unsettled: Set[int], samples: int) -> list[Ready]:
-    """Those of prompts whose samples are all ready or dropped, as a reward baseline needs them.
+    """Return the rollouts of prompts whose samples are all ready or dropped: reward baselines.
 
     Args:
         unsettled: numbers of all rollouts in progress, ready ones included.

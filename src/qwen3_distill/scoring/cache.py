@@ -17,19 +17,17 @@ import numpy as np
 
 from qwen3_distill.errors import RunFolderError
 from qwen3_distill.ports import TeacherScorer
-from qwen3_distill.scoring.score_request import (
-    HiddenRequest,
-    SampledRequest,
-    ScoreRequest,
-    TopKRequest,
-)
 from qwen3_distill.types import (
+    HiddenRequest,
     HiddenScore,
     ModelIdentity,
+    SampledRequest,
     ScoreFailure,
+    ScoreRequest,
     ScoreResult,
     ScoringJob,
     TeacherScore,
+    TopKRequest,
     TopKScore,
 )
 

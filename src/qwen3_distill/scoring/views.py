@@ -21,7 +21,7 @@ from qwen3_distill.types import (
 
 
 class TeacherView(Protocol):
-    """What a teacher reads of a rollout, and what its scores mean for the student."""
+    """Decides what a teacher reads of a rollout, and what its scores mean for the student."""
 
     def check(self, student: ModelIdentity, teacher: ModelIdentity) -> None:
         """Raise unless the teacher can score the student's tokens in this view.

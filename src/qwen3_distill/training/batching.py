@@ -177,6 +177,11 @@ def _lay_out(
         "importance_weight_N": weights_S[row_N],
         "task_advantage_N": rewards_S[row_N],
     }
+    return _of_score_kind(flat, target_N, common)
+
+
+def _of_score_kind(flat: FlatRollouts, target_N: Tensor, common: dict[str, Any]) -> MicroBatch:
+    """Build the micro-batch class that holds all of the teacher's values in ``flat``."""
     if flat.candidate_id_FK is not None and flat.candidate_logprob_FK is not None:
         return TopKMicroBatch(
             **common,

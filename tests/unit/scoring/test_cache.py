@@ -14,19 +14,17 @@ from qwen3_distill.errors import RunFolderError
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.scoring import cache
 from qwen3_distill.scoring.cache import CachedTeacher, score_key
-from qwen3_distill.scoring.score_request import (
-    HiddenRequest,
-    SampledRequest,
-    ScoreRequest,
-    TopKRequest,
-)
 from qwen3_distill.types import (
+    HiddenRequest,
     HiddenScore,
+    SampledRequest,
     ScoreFailure,
+    ScoreRequest,
     ScoreResult,
     ScoringJob,
     TeacherScore,
     TokenSpan,
+    TopKRequest,
     TopKScore,
 )
 from tests.contract.builders import jobs_of, synthetic_rollout

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3_distill.scoring.score_request import SampledRequest, TopKRequest
 from qwen3_distill.scoring.sglang.wire import (
     Fault,
     FaultKind,
@@ -19,7 +18,15 @@ from qwen3_distill.scoring.sglang.wire import (
     read_scores,
     score_body,
 )
-from qwen3_distill.types import ScoringJob, TeacherScore, TokenSpan, TopKScore, WeightVersion
+from qwen3_distill.types import (
+    SampledRequest,
+    ScoringJob,
+    TeacherScore,
+    TokenSpan,
+    TopKRequest,
+    TopKScore,
+    WeightVersion,
+)
 from tests.contract.builders import (
     jobs_of,
     make_prompt,

@@ -19,7 +19,6 @@ from qwen3_distill.config import (
 )
 from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
 from qwen3_distill.replay.flat import flatten
-from qwen3_distill.scoring.score_request import request_for
 from qwen3_distill.training.batching import MicroBatch, flat_micro_batches, micro_batches
 from qwen3_distill.training.embedded.student import EmbeddedLearner
 from qwen3_distill.training.objectives.build import build_objective
@@ -84,7 +83,7 @@ def test_each_used_rollout_gets_its_own_mean_magnitude(
     tiny_models: TinyModels, name: str, tokens: int, sampled: list[list[tuple[int, int]]]
 ) -> None:
     objective = OBJECTIVES[name]
-    scored = scored_by(tiny_models, request_for(objective), sampled)
+    scored = scored_by(tiny_models, objective.score_request, sampled)
     learner, buffer = replaying(tiny_models, objective, scored, tokens)
     first = buffer._mass[:5].tolist()
     student = reference_model(tiny_models.student)
@@ -110,7 +109,7 @@ def test_a_replayed_step_divides_by_the_sampled_tokens(
     tiny_models: TinyModels, name: str, tokens: int
 ) -> None:
     objective = OBJECTIVES[name]
-    scored = scored_by(tiny_models, request_for(objective), SAMPLED)
+    scored = scored_by(tiny_models, objective.score_request, SAMPLED)
     learner, _ = replaying(tiny_models, objective, scored, tokens)
     direct, _ = replaying(tiny_models, objective, scored, tokens)
     # Every rollout is drawn, with weights of 1: the batch of them all.
@@ -133,7 +132,7 @@ def loss_alone(models: TinyModels, objective: ObjectiveConfig, entry: ScoredRoll
 def test_flat_rollouts_are_laid_out_as_their_records(
     tiny_models: TinyModels, packed: bool, max_tokens: int, sampled: list[list[tuple[int, int]]]
 ) -> None:
-    scored = scored_by(tiny_models, request_for(OBJECTIVES["top_k"]), sampled)
+    scored = scored_by(tiny_models, OBJECTIVES["top_k"].score_request, sampled)
     weights = np.arange(1, 6, dtype=np.float32)
     batch = Batch(
         scored=tuple(scored), importance_weights=weights, task_advantages=np.zeros(5, np.float32)

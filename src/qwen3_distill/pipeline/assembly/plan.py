@@ -1,4 +1,4 @@
-"""What every engine of a run is given: its share of the memory, and its log."""
+"""Gives every engine of a run its share of the memory and its log file."""
 
 from pathlib import Path
 

@@ -23,8 +23,8 @@ from qwen3_distill.ports import Sampler, TeacherScorer
 from qwen3_distill.scoring.cache import CachedTeacher
 from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
-from qwen3_distill.scoring.score_request import TopKRequest, request_for
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
+from qwen3_distill.types import TopKRequest
 from qwen3_distill.weights.directory import publish_directory
 from qwen3_distill.weights.memory import MemoryChannel
 
@@ -35,7 +35,7 @@ _AUDIT_CHUNK_TOKENS = 1024
 def build_teacher(config: RunConfig, plan: MemoryPlan | None) -> TeacherScorer:
     """Build the teacher, with the score request that the objective needs."""
     scoring = config.scoring
-    request = request_for(config.objective)
+    request = config.objective.score_request
     match scoring:
         case EmbeddedScoring(own_process=True):
             return hosted_embedded_teacher(

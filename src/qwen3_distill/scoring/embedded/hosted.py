@@ -8,7 +8,7 @@ from qwen3_distill.hosts.opening import Opening
 from qwen3_distill.hosts.process import LocalProcess
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.scoring.hosted import HostedTeacher
-from qwen3_distill.scoring.score_request import ScoreRequest
+from qwen3_distill.types import ScoreRequest
 
 _MODULE = "qwen3_distill.scoring.embedded.worker"
 

@@ -23,18 +23,16 @@ from qwen3_distill.modeling.loading import (
     resolve_dtype,
 )
 from qwen3_distill.scoring.handshake import check_lengths
-from qwen3_distill.scoring.score_request import (
-    HiddenRequest,
-    SampledRequest,
-    ScoreRequest,
-    TopKRequest,
-)
 from qwen3_distill.types import (
+    HiddenRequest,
     HiddenScore,
     ModelIdentity,
+    SampledRequest,
+    ScoreRequest,
     ScoreResult,
     ScoringJob,
     TeacherScore,
+    TopKRequest,
     TopKScore,
 )
 from qwen3_distill.utils.batches import padded_batches

@@ -8,8 +8,7 @@ from qwen3_distill.config import EmbeddedScoring
 from qwen3_distill.errors import EngineError
 from qwen3_distill.hosts.serve import serve_worker
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
-from qwen3_distill.scoring.score_request import ScoreRequest
-from qwen3_distill.types import ScoreResult, ScoringJob
+from qwen3_distill.types import ScoreRequest, ScoreResult, ScoringJob
 
 
 class EmbeddedTeacherWorker:

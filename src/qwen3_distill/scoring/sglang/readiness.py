@@ -8,7 +8,6 @@ import numpy as np
 from qwen3_distill.config import SglangScoring
 from qwen3_distill.errors import EngineStartError, HandshakeError
 from qwen3_distill.modeling.known_answer import KnownAnswer
-from qwen3_distill.scoring.score_request import SampledRequest
 from qwen3_distill.scoring.sglang.client import Link, Refused, SglangClient, Unanswered, backoff_s
 from qwen3_distill.scoring.sglang.server import SglangServer
 from qwen3_distill.scoring.sglang.wire import (
@@ -18,7 +17,7 @@ from qwen3_distill.scoring.sglang.wire import (
     read_scores,
     score_body,
 )
-from qwen3_distill.types import IntArray, ScoringJob, TeacherScore, TokenSpan
+from qwen3_distill.types import IntArray, SampledRequest, ScoringJob, TeacherScore, TokenSpan
 
 REMOTE_GRACE_S = 10.0
 """How long a server elsewhere may refuse connections at the start."""

@@ -14,7 +14,6 @@ from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.modeling.known_answer import KnownAnswer, known_answer
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.scoring.handshake import check_lengths
-from qwen3_distill.scoring.score_request import HiddenRequest, ScoreRequest, TopKRequest
 from qwen3_distill.scoring.sglang.client import Refused, Unanswered, backoff_s
 from qwen3_distill.scoring.sglang.endpoint import SglangEndpoint
 from qwen3_distill.scoring.sglang.groups import request_groups
@@ -28,10 +27,13 @@ from qwen3_distill.scoring.sglang.wire import (
     score_body,
 )
 from qwen3_distill.types import (
+    HiddenRequest,
     ModelIdentity,
     ScoreFailure,
+    ScoreRequest,
     ScoreResult,
     ScoringJob,
+    TopKRequest,
     WeightVersion,
 )
 from qwen3_distill.utils.concurrency import together

@@ -24,15 +24,16 @@ try:
 except ImportError:  # slower: 20 us per token with candidates instead of 5
     _fast_loads = json.loads
 
-from qwen3_distill.scoring.score_request import ScoreRequest, TopKRequest
 from qwen3_distill.types import (
     LOGPROB_SLACK_NATS,
     FinishReason,
     IntArray,
     Rollout,
     RolloutRequest,
+    ScoreRequest,
     ScoringJob,
     TeacherScore,
+    TopKRequest,
     TopKScore,
     VersionSpan,
     WeightVersion,
