@@ -14,11 +14,10 @@ VERSION = WeightVersion(step=3, digest="abc")
 
 
 class FakeParts:
-    """Learner and engine in one; the engine refuses the first ``refusals`` loads."""
+    """Learner, engine and channel in one; the engine refuses the first ``refusals`` loads."""
 
     def __init__(self, *, refusals: int, switches: bool) -> None:
-        self.learner = self.engine = self
-        self.channel = object()
+        self.learner = self.engine = self.channel = self
         self.calls: list[str] = []
         self._refusals, self._switches = refusals, switches
 
