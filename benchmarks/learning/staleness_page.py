@@ -1,4 +1,4 @@
-"""The tables and the plot of docs/staleness.md, from the result of `staleness.py`.
+"""The tables and the plot of docs/measured/staleness.md, from the result of `staleness.py`.
 
 python -m benchmarks.learning.staleness_page                 # tables on stdout
 python -m benchmarks.learning.staleness_page --plot docs/images/staleness.svg

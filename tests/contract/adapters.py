@@ -34,6 +34,7 @@ from qwen3_distill.training.settings import LearnerSettings, Training
 from qwen3_distill.types import SampledRequest, ScoreRequest, WeightVersion
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.contract.builders import run, with_module
+from tests.contract.plain_teacher import PlainTeacherAdapter
 from tests.contract.pooled_host import PooledHost
 from tests.contract.sglang_adapter import SglangTeacherAdapter
 from tests.contract.socket_host import SocketHost
@@ -256,14 +257,19 @@ def embedded_training(wanted: LearnerCase, **changes: Any) -> EmbeddedTraining:
 # --- On the far side of a TCP socket ------------------------------------------------------------
 
 
-def pooled_over_socket(module: str) -> MakeHost:
-    """A worker that shares a process on the far side with others of its kind."""
+def pooled(module: str, make_host: MakeHost) -> MakeHost:
+    """A worker that shares a process with others of its kind."""
 
     def make(spec: WorkerSpec) -> Host:
         pool = replace(spec, name=f"{spec.name} pool", module=module)
-        return PooledHost(spec.name, SocketHost, pool)
+        return PooledHost(spec.name, make_host, pool)
 
     return make
+
+
+def pooled_over_socket(module: str) -> MakeHost:
+    """A worker that shares a process on the far side with others of its kind."""
+    return pooled(module, SocketHost)
 
 
 @dataclass(frozen=True)
@@ -335,6 +341,10 @@ ENGINES = [
 TEACHERS = [
     pytest.param(EmbeddedTeacherAdapter("cpu"), id="embedded"),
     pytest.param(SocketTeacherAdapter(), id="embedded_over_socket"),
+    pytest.param(
+        PlainTeacherAdapter(pooled("tests.contract.plain_teacher_pool_worker", LocalProcess)),
+        id="plain",
+    ),
     pytest.param(EmbeddedTeacherAdapter("cuda"), id="embedded_cuda", marks=pytest.mark.gpu),
     pytest.param(SglangTeacherAdapter("stand_in"), id="sglang_stand_in"),
     pytest.param(SglangTeacherAdapter("real"), id="sglang", marks=pytest.mark.sglang),

@@ -1,5 +1,6 @@
-"""Links and paths in the documentation lead somewhere."""
+"""Links and paths in the documentation lead somewhere; messages that it quotes exist."""
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,24 @@ def _leads_somewhere(path: str, root: Path) -> bool:
     return any(root.glob(_NUMBER.sub("*", path)))
 
 
+NAMED_PAGE = re.compile(r"docs/[\w./-]*\.md")
+CODE = sorted(
+    path
+    for pattern in ("src/**/*.py", "benchmarks/**/*.py", "scripts/**/*.py", "configs/*.yaml")
+    for path in ROOT.glob(pattern)
+)
+
+
+def test_pages_that_code_and_configs_name_exist() -> None:
+    named = {
+        (str(path.relative_to(ROOT)), page)
+        for path in (*CODE, ROOT / "Makefile")
+        for page in NAMED_PAGE.findall(path.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 10
+    assert [name for name in sorted(named) if not (ROOT / name[1]).is_file()] == []
+
+
 def test_there_is_a_readme() -> None:
     assert README.is_file(), "README.md is missing"
 
@@ -88,3 +107,62 @@ def site(tmp_path: Path) -> Path:
 )
 def test_guard_tells_good_from_bad(text: str, expected: list[str], site: Path) -> None:
     assert list(problems(site / "docs" / "page.md", text, site)) == expected
+
+
+# --- Messages -----------------------------------------------------------------------------------
+
+TROUBLESHOOTING = ROOT / "docs" / "start" / "troubleshooting.md"
+
+
+def quoted_messages(text: str) -> list[str]:
+    """The messages in the first column of tables that have a column ``message``."""
+    found: list[str] = []
+    quotes = False
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            quotes = False
+        elif line.startswith("| message |"):
+            quotes = True
+        elif quotes:
+            found += _INLINE_CODE.findall(line.split(" | ")[0])
+    return found
+
+
+def texts_of(source: str) -> list[str]:
+    """The strings of a module. Whatever an f-string inserts is a line break here."""
+    tree = ast.parse(source)
+    texts: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = (p.value if isinstance(p, ast.Constant) else "\n" for p in node.values)
+            texts.append("".join(str(part) for part in parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(node.value)
+    return texts
+
+
+def is_said(message: str, texts: list[str]) -> bool:
+    """Whether one text has the message's parts in order; ``...`` stands for anything."""
+    pattern = ".*".join(re.escape(part.strip()) for part in message.split("..."))
+    return any(re.search(pattern, text, re.DOTALL) for text in texts)
+
+
+def test_every_message_of_the_troubleshooting_page_is_said_by_the_code() -> None:
+    texts = [
+        text
+        for path in ROOT.glob("src/**/*.py")
+        for text in texts_of(path.read_text(encoding="utf-8"))
+    ]
+    messages = quoted_messages(TROUBLESHOOTING.read_text(encoding="utf-8"))
+    assert len(messages) > 40
+    assert [message for message in messages if not is_said(message, texts)] == []
+
+
+def test_guard_tells_said_messages_from_others() -> None:
+    page = "`x`\n| message | cause |\n|---|---|\n| `no ... in it`, `gone` | `why` |\n\n| `y` | |"
+    assert quoted_messages(page) == ["no ... in it", "gone"]
+    texts = texts_of("a = f'no {b} ' f'in it'\nc = 'go' 'ne'\nd = 'no'")
+    assert is_said("no ... in it", texts)
+    assert is_said("gone", texts)
+    assert not is_said("in it ... no", texts)
+    assert not is_said("no in it", texts)

@@ -143,6 +143,15 @@ def test_reference_explains_every_key() -> None:
         assert [key for key in section["properties"] if f"| `{key}` |" not in text] == []
 
 
+def test_index_of_the_reference_leads_to_every_section() -> None:
+    text = call_cli("config", "reference").out
+    index, *sections = text.partition("## Index")[2].split("\n## ")
+    names = [section.partition("\n")[0] for section in sections]
+    assert len(names) > 30
+    assert [name for name in names if f"[{name}](#{name.lower()})" not in index] == []
+    assert "| `objective` | [SampledReverseKL](#sampledreversekl)," in index
+
+
 def test_reference_in_the_docs_is_up_to_date() -> None:
     text = REFERENCE.read_text(encoding="utf-8") if REFERENCE.is_file() else ""
     assert text == call_cli("config", "reference").out, (

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 
 def config_reference(root: type[BaseModel]) -> str:
-    """Return one section per class of the schema, each with a table of its keys."""
+    """Return an index, and one section per class of the schema with a table of its keys."""
     schema = root.model_json_schema()
     definitions: dict[str, Any] = schema.get("$defs", {})
     lines = [
@@ -19,11 +19,23 @@ def config_reference(root: type[BaseModel]) -> str:
         "Unknown keys, wrong types and impossible combinations are refused.",
         "`qwen3-distill config show --config FILE` prints a config with all defaults.",
         "",
+        *_index(root.__name__, schema, definitions),
         *_section(root.__name__, schema, definitions),
     ]
     for name in _reachable(schema, definitions):
         lines += _section(name, definitions[name], definitions)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _index(name: str, schema: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
+    """Return a table of the top-level keys with the sections that each leads to."""
+    rows: list[str] = []
+    for key, value in schema.get("properties", {}).items():
+        if sections := _reachable({"properties": {key: value}}, definitions):
+            links = ", ".join(f"[{section}](#{section.lower()})" for section in sections)
+            rows.append(f"| `{key}` | {links} |")
+    top = f"| all others | [{name}](#{name.lower()}) |"
+    return ["## Index", "", "| top-level key | sections |", "|---|---|", *rows, top, ""]
 
 
 def _reachable(node: Any, definitions: dict[str, Any]) -> list[str]:

@@ -56,9 +56,10 @@ class RunConfig(Schema):
     training: TrainingConfig
     """The learner."""
     objective: ObjectiveConfig
-    """The loss; see concepts.md."""
+    """The loss; see docs/concepts/objective.md."""
     replay: ReplayConfig | None = None
-    """Trains on scored rollouts again; see replay.md. Null: the run trains on each once."""
+    """Trains on scored rollouts again; see docs/guide/replay.md. Null: the run trains on each
+    once."""
     verifier: VerifierConfig | None = None
     """Checks training rollouts: for the task reward, and for the metric ``rollout/accuracy``."""
     evaluation: EvaluationConfig | None = None

@@ -37,7 +37,7 @@ def how_to_install(engine: str, section: str) -> str:
     return (
         f"make an environment with `python3 src/qwen3_distill/environments/make.py {engine}-cuda` "
         f"({engine}-cpu without a GPU) and set {section}.python to the interpreter that it prints "
-        "(docs/engines.md)"
+        "(docs/engines/install.md)"
     )
 
 
@@ -74,7 +74,7 @@ class ChildProcess:
         if is_absent(program):
             raise EngineStartError(
                 f"{self.name}: {program} does not exist or cannot be run; set `python` to the "
-                "interpreter of an environment that has the engine (docs/engines.md)"
+                "interpreter of an environment that has the engine (docs/engines/install.md)"
             )
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:

@@ -3,7 +3,7 @@
 A piece is a rollout whose prompt ends with the response tokens before it. Scoring, batching and the
 denominator therefore treat it like any rollout, and no token belongs to two pieces. At discount 0
 a token's loss does not depend on later tokens, so any prefix is as good a sample as a whole answer
-(docs/streaming.md).
+(docs/guide/streaming.md).
 """
 
 from dataclasses import dataclass

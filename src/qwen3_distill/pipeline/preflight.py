@@ -42,7 +42,7 @@ def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
         if python is not None and is_absent(python):
             found.append(
                 f"{name}.python={python} does not exist or cannot be run; give the interpreter of "
-                "an environment that has the engine (docs/engines.md)"
+                "an environment that has the engine (docs/engines/install.md)"
             )
     return list(dict.fromkeys(found))
 

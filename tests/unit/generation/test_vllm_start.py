@@ -23,7 +23,8 @@ from tests.tiny_models import TinyModels
         ),
         (
             "ImportError: cannot import name 'TokensPrompt' from 'vllm' (/x/vllm/__init__.py)",
-            r"version that this does not work with \(cannot import name 'TokensPrompt'.*engines.md",
+            r"version that this does not work with \(cannot import name 'TokensPrompt'"
+            r".*docs/engines/install\.md",
         ),
         (
             "ModuleNotFoundError: No module named 'vllm.v1.engine'",

@@ -44,7 +44,7 @@ each_law = pytest.mark.parametrize("law", LAWS.values(), ids=LAWS.keys())
 
 
 def expected_probabilities(law: ReplayLaw) -> np.ndarray:
-    """The formulas of docs/replay.md, one rollout at a time."""
+    """The formulas of docs/guide/replay.md, one rollout at a time."""
     if isinstance(law, UniformLaw):
         return np.full(8, 1 / 8)
     tau = law.age_decay_steps or math.inf

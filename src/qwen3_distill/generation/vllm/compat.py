@@ -60,7 +60,7 @@ def check_methods(engine: type) -> None:
     if absent:
         raise EngineStartError(
             f"vLLM {version()} is a version that this does not work with: its engine has no "
-            f"{', '.join(absent)}; use one of docs/engines.md"
+            f"{', '.join(absent)}; use one of docs/engines/install.md"
         )
 
 
@@ -112,7 +112,7 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
     else:
         # The model runs in another process than the scheduler. In one process they wait for each
         # other, and the GPU for both: 256 sequences are 256 records to read and pass on in every
-        # step (docs/streaming.md, where a decode step goes).
+        # step (docs/measured/decode.md).
         values["distributed_executor_backend"] = "mp"
     values |= settings.engine_arguments
     known = {field.name for field in dataclasses.fields(vllm.AsyncEngineArgs)}
@@ -121,7 +121,7 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
     if unknown:
         raise EngineStartError(
             f"generation.engine_arguments: vLLM {version()} has no {', '.join(unknown)}; see the "
-            "fields of its AsyncEngineArgs, or use a version of docs/engines.md"
+            "fields of its AsyncEngineArgs, or use a version of docs/engines/install.md"
         )
     return values
 

@@ -111,7 +111,7 @@ class VllmOpening(Opening):
         if causes and (unknown := _OTHER_VERSION.match(causes[-1])):
             return EngineStartError(
                 f"the vLLM of {config.python or sys.executable} is a version that this does not "
-                f"work with ({unknown[1]}); use one of docs/engines.md"
+                f"work with ({unknown[1]}); use one of docs/engines/install.md"
             )
         cause = f"; vLLM says: {causes[-1]}" if causes else ""
         if _OUT_OF_MEMORY.search(cause):

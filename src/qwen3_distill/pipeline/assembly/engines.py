@@ -120,7 +120,7 @@ def with_low_gpu_priority(generation: VllmGeneration) -> VllmGeneration:
     """Copy the section with a low GPU priority, unless its environment sets one.
 
     Scoring and training then go first. Rollouts run less far ahead of the learner, and a decode
-    step serves more of them (measured in docs/streaming.md).
+    step serves more of them (measured in docs/measured/overlap.md).
     """
     environment = {PRIORITY_VARIABLE: BELOW_NORMAL} | generation.environment
     return generation.model_copy(update={"environment": environment})

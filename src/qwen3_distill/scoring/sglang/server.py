@@ -158,7 +158,7 @@ class SglangServer:
             )
         return (
             f"the SGLang of {self._config.python or sys.executable} is a version that this does "
-            f"not work with ({what}); use one of docs/engines.md"
+            f"not work with ({what}); use one of docs/engines/install.md"
         )
 
     def _memory_message(self, text: str) -> str:

@@ -1,4 +1,4 @@
-"""Losses as functions of tensors; no function knows a config. Sources: docs/concepts.md.
+"""Losses as functions of tensors; no function knows a config. Sources: docs/concepts/objective.md.
 
 Tensors hold loss tokens only. Padding never enters the arithmetic: 0 * nan is nan, and a mask
 applied afterwards would keep it.

@@ -213,7 +213,7 @@ class UnslothStudent:
             where = f"{self._config.tuning.kind} tuning on {self.device.type}"
             return False, f"off: unsloth has no attention kernel for it with {where}"
         if wanted == "auto" and not _has_varlen_kernel():
-            # Then it has only PyTorch's attention for packed rows (docs/engines.md, measurements).
+            # Then it has only PyTorch's attention for packed rows (docs/measured).
             return False, "off: neither flash-attn nor xformers is installed"
         with self.autocast():
             gap = packing_gap(self.core, self._packed_hidden)
