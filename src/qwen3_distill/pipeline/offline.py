@@ -46,7 +46,7 @@ from qwen3_distill.recording.text import clock
 from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.scoring.views import SameView
 from qwen3_distill.types import Batch, Rollout, ScoredRollout
-from qwen3_distill.utils.files import check_writable, write_json_atomic
+from qwen3_distill.utils.files import check_writable, content_of, is_replaceable, write_json_atomic
 from qwen3_distill.utils.seeds import derive_seed
 from qwen3_distill.utils.signals import ctrl_c_ignored, signals_as_ctrl_c, stop_on_ctrl_c
 
@@ -66,10 +66,13 @@ def keep_partial_results(
     """Write the rows that the block collects to ``out``.
 
     If the block fails or a signal ends it (SIGTERM and SIGHUP act like Ctrl-C), the rows so far
-    are written to ``<out>-partial``. A file that cannot be written goes to the system's folder
+    are written to ``<out>-partial``, or ``-partial-2`` if that exists. A file that cannot be written goes to the system's folder
     for temporary files instead.
     """
     part = out.with_name(f"{out.stem}-partial{out.suffix}")
+    if not is_replaceable(out):  # beside a device or a pipe is no place for files
+        part = Path(tempfile.gettempdir()) / f"{part.stem}.parquet"
+    part = _unused(part.parent, part.stem, part.suffix)
 
     def keep(path: Path) -> None:
         try:
