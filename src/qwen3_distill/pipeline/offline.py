@@ -38,6 +38,11 @@ from qwen3_distill.pipeline.assembly.teachers import (
     build_teacher,
     with_embedded_teacher_here,
 )
+from qwen3_distill.pipeline.own_folder import (
+    input_paths,
+    refuse_inputs_as_output,
+    require_own_folder,
+)
 from qwen3_distill.pipeline.parts import TextTools
 from qwen3_distill.pipeline.requests import make_batch, requests_for_step
 from qwen3_distill.pipeline.run_folder import full_disk_named
@@ -55,7 +60,12 @@ Record = TypeVar("Record")
 
 
 def offline_file(config: RunConfig, name: str) -> Path:
-    """The default path of a stage's file."""
+    """The default path of a stage's file.
+
+    Raises:
+        RunFolderError: ``output_dir`` holds files of something else.
+    """
+    require_own_folder(config.output_path)
     return config.output_path / "offline" / name
 
 
@@ -110,6 +120,7 @@ def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, s
     Returns:
         A line for the user: how much was written, and where.
     """
+    refuse_inputs_as_output(out, input_paths(config))
     text = TextTools(config.student.model)
     prompts = build_prompts(config, text)
     check_writable(out)
@@ -135,6 +146,7 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
     Returns:
         A line for the user: how much was written, and where.
     """
+    refuse_inputs_as_output(out, {**input_paths(config), "--rollouts": rollouts})
     rows = read_rollouts(rollouts)
     if not rows:
         raise DataError(f"{rollouts} has no rollouts to score")
@@ -267,7 +279,9 @@ def _require_empty(folder: Path) -> None:
     """Check that a student can be written to ``folder`` without replacing anything."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; choose a new directory for the trained student")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.is_symlink() and not folder.exists():
+        raise ConfigError(f"{folder} is a link to nowhere; choose a new directory for the student")
+    if content_of(folder):
         raise ConfigError(f"{folder} is not empty; choose a new directory for the trained student")
     check_writable(folder / "config.json" if folder.exists() else folder)
 
@@ -279,6 +293,7 @@ def evaluate_directory(config: RunConfig, model: str, out: Path | None, *, say: 
         raise ConfigError("this config has no `evaluation` section")
     check_compatible(load_identity(config.student.model), load_identity(model))
     if out is not None:
+        refuse_inputs_as_output(out, {**input_paths(config), "--model": model})
         check_writable(out)
     text = TextTools(config.student.model)
     check_problems(config.student, settings, text)

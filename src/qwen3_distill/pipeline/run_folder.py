@@ -16,6 +16,7 @@ from typing_extensions import Self
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import config_differences, dump_config
 from qwen3_distill.errors import RunFolderError
+from qwen3_distill.pipeline.own_folder import refuse_inputs_as_student, require_own_folder
 from qwen3_distill.recording.trace import TRACE_FILE
 from qwen3_distill.utils.files import write_json_atomic
 
@@ -72,8 +73,9 @@ class RunFolder:
     """Paths of one run, held by one process at a time.
 
     Raises:
-        RunFolderError: not writable, held by another process, made by another config, or with a
-            damaged config or manifest.
+        RunFolderError: not writable, held by another process, with files of something else, made
+            by another config, or with a damaged config or manifest.
+        ConfigError: an input of the run lies where the run writes its student.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -82,6 +84,8 @@ class RunFolder:
         self._values = dump_config(config)
         self.changes: list[str] = []
         """``key: old -> new`` for each `MAY_CHANGE` setting that differs from the last start."""
+        require_own_folder(self.path)
+        refuse_inputs_as_student(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a")
