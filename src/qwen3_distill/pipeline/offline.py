@@ -46,6 +46,10 @@ from qwen3_distill.pipeline.own_folder import (
 from qwen3_distill.pipeline.parts import TextTools
 from qwen3_distill.pipeline.requests import make_batch, requests_for_step
 from qwen3_distill.pipeline.run_folder import full_disk_named
+from qwen3_distill.pipeline.sampler_check import (
+    check_sampled_by_student,
+    require_ratio_off_policy,
+)
 from qwen3_distill.ports import Learner
 from qwen3_distill.recording.text import clock
 from qwen3_distill.scoring.handshake import check_compatible
@@ -76,8 +80,8 @@ def keep_partial_results(
     """Write the rows that the block collects to ``out``.
 
     If the block fails or a signal ends it (SIGTERM and SIGHUP act like Ctrl-C), the rows so far
-    are written to ``<out>-partial``, or ``-partial-2`` if that exists. A file that cannot be written goes to the system's folder
-    for temporary files instead.
+    are written to ``<out>-partial``, or ``-partial-2`` if that exists. A file that cannot be
+    written goes to the system's folder for temporary files instead.
     """
     part = out.with_name(f"{out.stem}-partial{out.suffix}")
     if not is_replaceable(out):  # beside a device or a pipe is no place for files
@@ -172,11 +176,14 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
     return f"{len(scored)} rollouts scored by {teacher.teacher_id}: {out}"
 
 
-def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
+def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: bool = False) -> str:
     """Take one optimizer step per step in a file of scored rollouts; write the student.
 
     The first Ctrl-C, SIGTERM or SIGHUP finishes the step, a second one stops at once. After the
     first, or when a step fails, the student so far is written to ``<out>-partial``.
+
+    Args:
+        off_policy: the rollouts may have been sampled by other weights than the student's.
 
     Returns:
         A line for the user: the number of steps, and where the student is.
@@ -186,6 +193,8 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
             "this config has a `replay` section, but the offline stage trains once on each "
             "rollout; set replay=null"
         )
+    if off_policy:
+        require_ratio_off_policy(config)
     rows = read_scored(scored)
     if not rows:
         raise DataError(f"{scored} has no rollouts to train on")
@@ -215,6 +224,9 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
             await asyncio.sleep(
                 0
             )  # lets an earlier Ctrl-C end it: an embedded learner never yields
+            if not off_policy:
+                rollouts = [item.rollout for _, item in rows]
+                check_sampled_by_student(rollouts, scored, config, learner.version)
             await _train_and_save(learner, batches, out, say)
             return learner.version.step
         finally:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_distill.config import RunConfig
-from qwen3_distill.errors import EngineStartError, LearnerLost
+from qwen3_distill.errors import EngineStartError, LearnerLost, RunFolderError
 from qwen3_distill.hosts.mps import MpsDaemon, private_mps
+from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.pipeline.assembly.channel import learns_elsewhere
 from qwen3_distill.pipeline.assembly.engines import build_parts, engine_interpreters
@@ -125,6 +126,7 @@ async def _train(
         LearnerLost: the learner's process died; its steps since the checkpoint are lost.
     """
     config = parts.config
+    _check_same_models(parts, folder)
     cursor = await _restore(parts, folder, progress, warn)
     _write_manifest(parts, folder, cursor.step)
     folder.accept_changes()
@@ -165,6 +167,39 @@ async def _restore(
     return cursor
 
 
+def _models(parts: Parts) -> dict[str, dict[str, Any]]:
+    """What the manifest says of student and teacher."""
+    weights = directory_digest(parts.config.student.model)
+    student = {**identity_record(parts.learner.identity), "weights_digest": weights}
+    teacher = {"id": parts.teacher.teacher_id, **identity_record(parts.teacher.identity)}
+    return {"student": student, "teacher": teacher}
+
+
+def _check_same_models(parts: Parts, folder: RunFolder) -> None:
+    """Check that a resumed run has the models that it began with, in files and not only by path.
+
+    Raises:
+        RunFolderError: names every difference.
+    """
+    if not folder.has_records:
+        return
+    recorded, found = folder.read_models(), _models(parts)
+    differences = [
+        f"{role}.{key}: {recorded[role][key]} -> {value}"
+        for role, values in found.items()
+        for key, value in values.items()
+        if key != "name" and recorded.get(role, {}).get(key, value) != value
+    ]
+    if differences:
+        raise RunFolderError(
+            f"run folder {folder.path} was begun with other models than those that "
+            f"student.model={parts.config.student.model} and "
+            f"scoring.model={parts.config.scoring.model} hold now:\n  "
+            + "\n  ".join(differences)
+            + "\nrestore their files, or choose another output_dir"
+        )
+
+
 def _write_manifest(parts: Parts, folder: RunFolder, step: int) -> None:
     """Write the manifest, with one entry per start: a resumed run may have other versions."""
     start = {
@@ -178,11 +213,7 @@ def _write_manifest(parts: Parts, folder: RunFolder, step: int) -> None:
     }
     write_json_atomic(
         folder.manifest,
-        {
-            "student": identity_record(parts.learner.identity),
-            "teacher": {"id": parts.teacher.teacher_id, **identity_record(parts.teacher.identity)},
-            "starts": [*folder.read_starts(), start],
-        },
+        {**_models(parts), "starts": [*folder.read_starts(), start]},
     )
 
 

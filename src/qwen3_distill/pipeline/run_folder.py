@@ -144,6 +144,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def console_log(self) -> Path:
+        """Notes on the run's console: an output that was closed."""
+        return self.path / "logs" / "console.log"
+
+    @property
     def is_finished(self) -> bool:
         """Whether the summary exists: the last file of a run, except for the report."""
         return self.summary.exists()
@@ -157,8 +162,17 @@ class RunFolder:
         Raises:
             RunFolderError: the manifest is damaged.
         """
+        return self._read_manifest().get("starts", [])
+
+    def read_models(self) -> dict[str, dict[str, Any]]:
+        """Read what the manifest says of student and teacher; empty without a manifest."""
+        content = self._read_manifest()
+        records = {role: content.get(role) for role in ("student", "teacher")}
+        return {role: record for role, record in records.items() if isinstance(record, dict)}
+
+    def _read_manifest(self) -> dict[str, Any]:
         if not self.manifest.exists():
-            return []
+            return {}
         remedy = (
             "restore the file, or remove it: the run then goes on without the record of its "
             "earlier starts"
@@ -172,7 +186,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.manifest} is no manifest: expected an object with a list `starts`; {remedy}"
             )
-        return starts
+        return content
 
     def accept_changes(self) -> None:
         """Write the changed config into the folder, once a resumed run has started."""
@@ -204,7 +218,8 @@ class RunFolder:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, os.EX_OSERR):
                 raise  # the file system has no locks: go on without one
 
-    def _has_records(self) -> bool:
+    @property
+    def has_records(self) -> bool:
         """Whether the folder has a step, an evaluation or a checkpoint; else any config may start.
 
         A start that failed, say on a misspelt path, must not hold the folder for that config.
@@ -230,7 +245,7 @@ class RunFolder:
         return values
 
     def _check_config(self) -> None:
-        if not self.config.exists() or not self._has_records():
+        if not self.config.exists() or not self.has_records:
             write_json_atomic(self.config, self._values)
             return
         differences = [

@@ -114,7 +114,7 @@ def _written_directly(target: Path) -> Iterator[Path]:
 
 
 def _opened(target: Path) -> IO[bytes]:
-    """Open a device or pipe; of ``/dev/stdout`` and its like, the position in the file is shared."""
+    """Open a device or pipe; ``/dev/stdout`` and its like go on where the descriptor stands."""
     if found := _DESCRIPTOR.fullmatch(str(target)):
         stdout, stderr, *numbers = found.groups()
         number = 1 if stdout else 2 if stderr else int(next(n for n in numbers if n))
@@ -126,13 +126,13 @@ def _opened(target: Path) -> IO[bytes]:
 
 
 def content_of(folder: Path) -> list[str]:
-    """List the names in a folder, sorted; none if it does not exist.
+    """List the names in a folder, sorted; none if there is no such folder.
 
     Names that operating systems leave everywhere (``.DS_Store``, ``lost+found``) do not count.
     """
     try:
         return sorted(name for name in os.listdir(folder) if not _LITTER.fullmatch(name))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

@@ -168,7 +168,8 @@ def test_standard_output_is_written_to_where_it_stands(tmp_path: Path) -> None:
         with file.open("wb") as sink:
             subprocess.run([sys.executable, "-c", program, name], stdout=sink, check=True)
         assert file.read_text().split() == ["before", "{", '"a":', "1", "}", "after"]
-        done = subprocess.run([sys.executable, "-c", program, name], capture_output=True, check=True)
+        command = [sys.executable, "-c", program, name]
+        done = subprocess.run(command, capture_output=True, check=True)
         assert done.stdout == file.read_bytes()
 
 
