@@ -16,6 +16,7 @@ from qwen3_distill.cli.terminal import (
     path_option,
     print_json,
     say,
+    warn,
 )
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import dump_config, load_config
@@ -79,7 +80,7 @@ def report(
     from qwen3_distill.pipeline.summary import render_report
 
     begin_work()
-    say(f"report: {render_report(run_folder, settings, out)}")
+    say(f"report: {render_report(run_folder, settings, out, warn)}")
 
 
 def config_show(config: ConfigOption, overrides: Overrides = None) -> None:

@@ -93,7 +93,9 @@ def evaluate(
     from qwen3_distill.pipeline import offline as stages
 
     begin_work()
-    stages.evaluate_directory(settings, str(model or settings.student.model), out, say=say)
+    evaluated = str(model or settings.student.model)
+    run_folder = config.parent if config.name == "config.json" else None
+    stages.evaluate_directory(settings, evaluated, out, say=say, run_folder=run_folder)
 
 
 def audit_teacher(

@@ -112,6 +112,16 @@ def identity_record(identity: ModelIdentity) -> dict[str, Any]:
     }
 
 
+def recorded_identity(run_folder: Path) -> ModelIdentity | None:
+    """Read the student's identity from a run folder's manifest; None if there is none."""
+    try:
+        record = json.loads((run_folder / "manifest.json").read_text(encoding="utf-8"))["student"]
+        values = {name: record[name] for name in ModelIdentity.__dataclass_fields__}
+        return ModelIdentity(**{**values, "eos_ids": frozenset(record["eos_ids"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -38,6 +38,7 @@ from qwen3_distill.pipeline.assembly.teachers import (
     build_teacher,
     with_embedded_teacher_here,
 )
+from qwen3_distill.pipeline.manifest import recorded_identity
 from qwen3_distill.pipeline.own_folder import (
     input_paths,
     refuse_inputs_as_output,
@@ -298,12 +299,26 @@ def _require_empty(folder: Path) -> None:
     check_writable(folder / "config.json" if folder.exists() else folder)
 
 
-def evaluate_directory(config: RunConfig, model: str, out: Path | None, *, say: Say) -> None:
-    """Measure a model directory's held-out accuracy; report it, and write it to ``out``, if any."""
+def evaluate_directory(
+    config: RunConfig, model: str, out: Path | None, *, say: Say, run_folder: Path | None = None
+) -> None:
+    """Measure a model directory's held-out accuracy; report it, and write it to ``out``, if any.
+
+    Args:
+        run_folder: the folder whose config this is. Where the config's student is gone, ``model``
+            is compared with the student that the manifest records.
+    """
     settings = config.evaluation
     if settings is None:
         raise ConfigError("this config has no `evaluation` section")
-    check_compatible(load_identity(config.student.model), load_identity(model))
+    recorded = None if run_folder is None else recorded_identity(run_folder)
+    if recorded is not None and not Path(config.student.model).is_dir():
+        check_compatible(recorded, load_identity(model))
+        say(f"student.model={config.student.model} is gone; the tokenizer is that of {model}")
+        student = config.student.model_copy(update={"model": model})
+        config = config.model_copy(update={"student": student})
+    else:
+        check_compatible(load_identity(config.student.model), load_identity(model))
     if out is not None:
         refuse_inputs_as_output(out, {**input_paths(config), "--model": model})
         check_writable(out)

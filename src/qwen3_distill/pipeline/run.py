@@ -204,6 +204,7 @@ def _write_manifest(parts: Parts, folder: RunFolder, step: int) -> None:
     """Write the manifest, with one entry per start: a resumed run may have other versions."""
     start = {
         "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "working_directory": str(Path.cwd()),
         "step": step,
         "changed": folder.changes,
         "versions": versions(),

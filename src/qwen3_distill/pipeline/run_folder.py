@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import config_differences, dump_config
+from qwen3_distill.config.moved import PATH_SETTINGS, run_directory
 from qwen3_distill.errors import RunFolderError
 from qwen3_distill.pipeline.own_folder import refuse_inputs_as_student, require_own_folder
 from qwen3_distill.recording.trace import TRACE_FILE
@@ -244,14 +245,26 @@ class RunFolder:
             )
         return values
 
+    def _is_same_path(self, key: str, old: dict[str, Any]) -> bool:
+        """Whether a path setting names the same file as before, from another working directory."""
+        before, now = _setting(old, key), _setting(self._values, key)
+        directory = run_directory(self.config)
+        if key not in PATH_SETTINGS or directory is None or not isinstance(before, str):
+            return False
+        return isinstance(now, str) and os.path.realpath(now) == os.path.realpath(
+            directory / before
+        )
+
     def _check_config(self) -> None:
         if not self.config.exists() or not self.has_records:
             write_json_atomic(self.config, self._values)
             return
+        old = self._read_config()
         differences = [
             line
-            for line in config_differences(self._read_config(), self._values)
+            for line in config_differences(old, self._values)
             if not line.startswith("output_dir:")  # a folder may be moved
+            and not self._is_same_path(line.partition(":")[0], old)
         ]
         self.changes = [line for line in differences if _may_change(line.partition(":")[0])]
         refused = [line for line in differences if line not in self.changes]
@@ -263,6 +276,13 @@ class RunFolder:
                 f"run folder {self.path} was made by another config:\n  {shown}\n"
                 "choose another output_dir, or remove the folder to start again"
             )
+
+
+def _setting(values: dict[str, Any], key: str) -> Any:
+    node: Any = values
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, dict) else None
+    return node
 
 
 def _may_change(key: str) -> bool:
