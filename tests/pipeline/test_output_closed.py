@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,9 +19,9 @@ from tests.tiny_models import TinyModels
 PROGRAM = "import sys; from qwen3_distill.cli.main import main; main(sys.argv[1:])"
 
 
-def start(*arguments: str | Path, **streams: Any) -> "subprocess.Popen[bytes]":
+def start(*arguments: str | Path, stdout: int, stderr: int) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
-    return subprocess.Popen(command, **streams)
+    return subprocess.Popen(command, stdout=stdout, stderr=stderr)
 
 
 def closed_pipe() -> int:
@@ -47,7 +46,7 @@ def test_run_goes_on_without_its_output(
     changes = {"steps": 2, "evaluation": EVALUATION}
     config = write_config(tmp_path / "c.yaml", tiny_values(tiny_models, run_dir, changes))
     closed = end()
-    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    streams: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     streams |= {"stdout": closed, "stderr": closed} if name == "both" else {name: closed}
     process = start("run", "--config", config, **streams)
     os.close(closed)

@@ -581,7 +581,7 @@ def test_model_that_was_replaced_under_a_run_is_refused(
     kept = shutil.copytree(getattr(models, role), tmp_path / "kept")
     change(getattr(models, role))
     before = timeless(run_dir / "metrics.jsonl")
-    with pytest.raises(RunFolderError, match="begun with other models") as refusal:
+    with pytest.raises(RunFolderError, match="begun with other files") as refusal:
         run_to_end(config, lambda message: None)
     assert [word for word in words if word not in str(refusal.value)] == []
     assert timeless(run_dir / "metrics.jsonl") == before
@@ -590,11 +590,34 @@ def test_model_that_was_replaced_under_a_run_is_refused(
     run_to_end(config, lambda message: None)
 
 
+@pytest.mark.parametrize("which", ["prompts.path", "evaluation.prompts.path"])
+def test_prompt_file_that_was_replaced_under_a_run_is_refused(
+    which: str, tiny_models: TinyModels, run_dir: Path, tmp_path: Path
+) -> None:
+    files = {"prompts.path": tmp_path / "a.jsonl", "evaluation.prompts.path": tmp_path / "b.jsonl"}
+    for file in files.values():
+        file.write_text("".join(f'{{"prompt": "{n}?", "answer": "{n}"}}\n' for n in range(5)))
+    prompts = [
+        {"kind": "jsonl", "path": str(file), "answer_field": "answer"} for file in files.values()
+    ]
+    evaluation = EVALUATION | {"prompts": prompts[1], "verifier": {"kind": "math"}}
+    config = tiny_config(
+        tiny_models, run_dir, SHORT | {"prompts": prompts[0], "evaluation": evaluation}
+    )
+    crash_at(config, 3)
+    kept = files[which].read_text()
+    files[which].write_text(kept + '{"prompt": "5?", "answer": "5"}\n')
+    with pytest.raises(RunFolderError, match=rf"other files.*\n  data\.{which}: \w+ -> \w+"):
+        run_to_end(config)
+    files[which].write_text(kept)
+    run_to_end(config)
+
+
 def test_manifest_of_an_older_version_is_no_hindrance(short: RunConfig, reference: Path) -> None:
     crash_at(short, 3)
     manifest = short.output_path / "manifest.json"
     content = read_json(manifest)
-    del content["student"]["weights_digest"]
+    del content["student"]["weights_digest"], content["data"]
     manifest.write_text(json.dumps(content))
     run_to_end(short)
     assert same_result(short.output_path, reference)

@@ -70,13 +70,18 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
+def _name_loss(loss: str) -> None:
+    """Name a lost output on the other one."""
+    (say if loss.startswith("standard error") else warn)(f"{loss}; the work goes on")
+
+
 def begin_work() -> None:
     """Prepare a command whose result is files, not what it prints.
 
     Progress bars and advice of transformers are silenced; its errors are still raised. A closed
     output is named on the other one, and the work goes on.
     """
-    announce_loss(lambda loss: warn(f"{loss}; the work goes on"))
+    announce_loss(_name_loss)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

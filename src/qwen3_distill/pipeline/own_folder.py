@@ -19,8 +19,7 @@ _BEFORE_THE_CONFIG = {
     "logs": re.compile(r".*\.log"),
     "offline": re.compile(r"(rollouts|scored|student)\b.*"),
 }
-"""What a start that was killed and the offline stages leave without a config, with the names that
-such a folder may hold."""
+"""Names left by a killed start or the offline stages, which write no config; what each may hold."""
 _OF_A_MODEL = re.compile(
     r".*\.(safetensors|safetensors\.index\.json|jinja)|(generation_|tokenizer_)?config\.json"
     r"|tokenizer.*|vocab\.json|merges\.txt|special_tokens_map\.json|added_tokens\.json"

@@ -17,6 +17,7 @@ from qwen3_distill.pipeline.assembly.engines import build_parts, engine_interpre
 from qwen3_distill.pipeline.assembly.plan import engine_log
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.manifest import (
+    data_digests,
     engine_versions,
     git_revision,
     identity_record,
@@ -126,7 +127,7 @@ async def _train(
         LearnerLost: the learner's process died; its steps since the checkpoint are lost.
     """
     config = parts.config
-    _check_same_models(parts, folder)
+    _check_same_inputs(parts, folder)
     cursor = await _restore(parts, folder, progress, warn)
     _write_manifest(parts, folder, cursor.step)
     folder.accept_changes()
@@ -167,23 +168,23 @@ async def _restore(
     return cursor
 
 
-def _models(parts: Parts) -> dict[str, dict[str, Any]]:
-    """What the manifest says of student and teacher."""
+def _inputs(parts: Parts) -> dict[str, dict[str, Any]]:
+    """Return the manifest's records of student, teacher and prompt files."""
     weights = directory_digest(parts.config.student.model)
     student = {**identity_record(parts.learner.identity), "weights_digest": weights}
     teacher = {"id": parts.teacher.teacher_id, **identity_record(parts.teacher.identity)}
-    return {"student": student, "teacher": teacher}
+    return {"student": student, "teacher": teacher, "data": data_digests(parts.config)}
 
 
-def _check_same_models(parts: Parts, folder: RunFolder) -> None:
-    """Check that a resumed run has the models that it began with, in files and not only by path.
+def _check_same_inputs(parts: Parts, folder: RunFolder) -> None:
+    """Check that the models and prompts of a resumed run have the content that it began with.
 
     Raises:
         RunFolderError: names every difference.
     """
     if not folder.has_records:
         return
-    recorded, found = folder.read_models(), _models(parts)
+    recorded, found = folder.read_inputs(), _inputs(parts)
     differences = [
         f"{role}.{key}: {recorded[role][key]} -> {value}"
         for role, values in found.items()
@@ -192,9 +193,8 @@ def _check_same_models(parts: Parts, folder: RunFolder) -> None:
     ]
     if differences:
         raise RunFolderError(
-            f"run folder {folder.path} was begun with other models than those that "
-            f"student.model={parts.config.student.model} and "
-            f"scoring.model={parts.config.scoring.model} hold now:\n  "
+            f"run folder {folder.path} was begun with other files than the config's paths hold "
+            "now:\n  "
             + "\n  ".join(differences)
             + "\nrestore their files, or choose another output_dir"
         )
@@ -214,7 +214,7 @@ def _write_manifest(parts: Parts, folder: RunFolder, step: int) -> None:
     }
     write_json_atomic(
         folder.manifest,
-        {**_models(parts), "starts": [*folder.read_starts(), start]},
+        {**_inputs(parts), "starts": [*folder.read_starts(), start]},
     )
 
 

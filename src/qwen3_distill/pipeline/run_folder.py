@@ -165,10 +165,10 @@ class RunFolder:
         """
         return self._read_manifest().get("starts", [])
 
-    def read_models(self) -> dict[str, dict[str, Any]]:
-        """Read what the manifest says of student and teacher; empty without a manifest."""
+    def read_inputs(self) -> dict[str, dict[str, Any]]:
+        """Read the manifest's records of student, teacher and data; empty without a manifest."""
         content = self._read_manifest()
-        records = {role: content.get(role) for role in ("student", "teacher")}
+        records = {role: content.get(role) for role in ("student", "teacher", "data")}
         return {role: record for role, record in records.items() if isinstance(record, dict)}
 
     def _read_manifest(self) -> dict[str, Any]:

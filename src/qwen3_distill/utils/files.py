@@ -1,6 +1,7 @@
 """Files that exist whole or not at all, and what may be replaced."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -168,6 +169,15 @@ def write_json_atomic(path: str | Path, obj: Any) -> None:
     text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:
