@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import qwen3_distill
-from qwen3_distill.config import RunConfig
+from qwen3_distill.config import JsonlPrompts, ParquetPrompts, RunConfig
 from qwen3_distill.hosts.child import engine_environment
 from qwen3_distill.types import ModelIdentity
 from qwen3_distill.utils.files import file_sha256
@@ -122,7 +122,7 @@ def data_digests(config: RunConfig) -> dict[str, str]:
     return {
         f"{name}.path": file_sha256(Path(prompts.path))
         for name, prompts in sections.items()
-        if prompts.kind in ("jsonl", "parquet")
+        if isinstance(prompts, JsonlPrompts | ParquetPrompts)
     }
 
 

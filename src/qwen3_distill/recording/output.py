@@ -73,11 +73,11 @@ class _Surviving:
     def _attempt(self, action: Callable[[], object]) -> None:
         if self._is_lost:
             return
+        with suppress(OSError, io.UnsupportedOperation, ValueError):
+            # Another user of the terminal may have made it non-blocking: text would be lost.
+            os.set_blocking(self._stream.fileno(), True)
         try:
             action()
-        except BlockingIOError:  # another user of the terminal has set it so
-            os.set_blocking(self._stream.fileno(), True)
-            self._stream.flush()
         except OSError as error:
             if error.errno not in _CLOSED:
                 raise
