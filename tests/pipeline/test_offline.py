@@ -159,6 +159,48 @@ def test_scores_of_another_teacher_are_refused(ready: Offline, tmp_path: Path) -
     assert not ready.student.exists()
 
 
+def test_rollouts_of_other_weights_are_refused_unless_asked_for(
+    ready: Offline, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    other = write_model(tmp_path / "other-student", seed=7)
+    config = (f"student.model={other}",)
+    ((_, item), *_) = read_scored(ready.scored)
+    digest = item.rollout.versions[0].version.digest
+    words = ["4 of 4 rollouts", "other weights", digest, str(other), "--off-policy"]
+    message = refused(*ready.train_command, *config, words=words)
+    assert "the student has" in message
+    no_ratio = "objective={kind: sampled_reverse_kl, ratio_cap: null}"
+    message = refused(*ready.train_command, *config, no_ratio, words=["other weights", digest])
+    assert "--off-policy" not in message
+    refused(*ready.train_command, "--off-policy", no_ratio, words=["--off-policy", "ratio_cap"])
+    assert not ready.student.exists()
+    out = ("--out", tmp_path / "student")
+    command = ("train", "--config", ready.config_file, "--scored", ready.scored, *out)
+    assert call_cli(*command, *config, "--off-policy").code == 0
+
+
+@pytest.mark.parametrize(
+    "change", ["training.dtype=bfloat16", "training.tuning={kind: lora, rank: 2, alpha: 4.0}"]
+)
+def test_the_same_student_trained_in_another_way_is_accepted(
+    change: str, ready: Offline, tmp_path: Path
+) -> None:
+    command = ("train", "--config", ready.config_file, "--scored", ready.scored)
+    assert call_cli(*command, "--out", tmp_path / "out", change).code == 0
+
+
+def test_rollouts_of_a_runs_later_steps_are_refused(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    config = tiny_config(tiny_models, tmp_path / "run", {"steps": 3})
+    run_to_end(config)
+    stages = Offline(config, tmp_path / "offline")
+    rollouts = tmp_path / "run" / "rollouts"
+    command = ("train", "--config", stages.config_file, "--out", stages.student, "--scored")
+    refused(*command, rollouts / "step-000002.parquet", words=["other weights", "3 of 3"])
+    assert call_cli(*command, rollouts / "step-000000.parquet").code == 0
+
+
 def test_scores_without_what_the_objective_needs_are_refused(ready: Offline) -> None:
     refused(*ready.train_command, "objective={kind: top_k, k: 4}", words=["top"])
     assert not ready.student.exists()

@@ -1,5 +1,6 @@
 """A run that was killed, stopped or damaged ends with the same bits as an undisturbed one."""
 
+import json
 import os
 import shutil
 import signal
@@ -45,7 +46,7 @@ from tests.pipeline.builders import (
     tiny_values,
     write_config,
 )
-from tests.tiny_models import TinyModels
+from tests.tiny_models import TinyModels, write_model
 
 # --- Processes that are killed ------------------------------------------------------------------
 
@@ -541,3 +542,82 @@ def test_settings_that_may_change_are_settings() -> None:
         section, _, key = place.partition(".")
         models = SECTIONS[section] if key else (RunConfig,)
         assert any((key or section) in model.model_fields for model in models), place
+
+
+# --- Changed models -------------------------------------------------------------------------------
+
+
+def other_weights(model: Path) -> None:
+    write_model(model, seed=99)
+
+
+def other_limits(model: Path) -> None:
+    values = read_json(model / "config.json")
+    values["max_position_embeddings"] -= 1
+    (model / "config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("role", "change", "words"),
+    [
+        ("student", other_weights, ["student.weights_digest: "]),
+        ("student", other_limits, ["student.weights_digest: ", "student.context_length: "]),
+        ("teacher", other_weights, ["teacher.id: teacher#"]),
+    ],
+)
+def test_model_that_was_replaced_under_a_run_is_refused(
+    role: str,
+    change: Callable[[Path], None],
+    words: list[str],
+    tiny_models: TinyModels,
+    run_dir: Path,
+    tmp_path: Path,
+) -> None:
+    models = TinyModels(tmp_path / "m" / "student", tmp_path / "m" / "teacher")
+    shutil.copytree(tiny_models.student, models.student)
+    shutil.copytree(tiny_models.teacher, models.teacher)
+    config = tiny_config(models, run_dir, SHORT)
+    crash_at(config, 3)
+    kept = shutil.copytree(getattr(models, role), tmp_path / "kept")
+    change(getattr(models, role))
+    before = timeless(run_dir / "metrics.jsonl")
+    with pytest.raises(RunFolderError, match="begun with other files") as refusal:
+        run_to_end(config, lambda message: None)
+    assert [word for word in words if word not in str(refusal.value)] == []
+    assert timeless(run_dir / "metrics.jsonl") == before
+    shutil.rmtree(getattr(models, role))
+    kept.rename(getattr(models, role))
+    run_to_end(config, lambda message: None)
+
+
+@pytest.mark.parametrize("which", ["prompts.path", "evaluation.prompts.path"])
+def test_prompt_file_that_was_replaced_under_a_run_is_refused(
+    which: str, tiny_models: TinyModels, run_dir: Path, tmp_path: Path
+) -> None:
+    files = {"prompts.path": tmp_path / "a.jsonl", "evaluation.prompts.path": tmp_path / "b.jsonl"}
+    for file in files.values():
+        file.write_text("".join(f'{{"prompt": "{n}?", "answer": "{n}"}}\n' for n in range(5)))
+    prompts = [
+        {"kind": "jsonl", "path": str(file), "answer_field": "answer"} for file in files.values()
+    ]
+    evaluation = EVALUATION | {"prompts": prompts[1], "verifier": {"kind": "math"}}
+    config = tiny_config(
+        tiny_models, run_dir, SHORT | {"prompts": prompts[0], "evaluation": evaluation}
+    )
+    crash_at(config, 3)
+    kept = files[which].read_text()
+    files[which].write_text(kept + '{"prompt": "5?", "answer": "5"}\n')
+    with pytest.raises(RunFolderError, match=rf"other files.*\n  data\.{which}: \w+ -> \w+"):
+        run_to_end(config)
+    files[which].write_text(kept)
+    run_to_end(config)
+
+
+def test_manifest_of_an_older_version_is_no_hindrance(short: RunConfig, reference: Path) -> None:
+    crash_at(short, 3)
+    manifest = short.output_path / "manifest.json"
+    content = read_json(manifest)
+    del content["student"]["weights_digest"], content["data"]
+    manifest.write_text(json.dumps(content))
+    run_to_end(short)
+    assert same_result(short.output_path, reference)

@@ -19,7 +19,7 @@ COMMANDS = {
     "run": ["--config", "-c", "KEY.SUB=VALUE"],
     "generate": ["--config", "--out", "--step", "--num-steps", "KEY.SUB=VALUE"],
     "score": ["--config", "--rollouts", "--out", "KEY.SUB=VALUE"],
-    "train": ["--config", "--scored", "--out", "KEY.SUB=VALUE"],
+    "train": ["--config", "--scored", "--out", "--off-policy", "KEY.SUB=VALUE"],
     "eval": ["--config", "--model", "--out", "KEY.SUB=VALUE"],
     "plan": [
         "--config",

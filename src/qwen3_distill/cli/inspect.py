@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from qwen3_distill.cli.terminal import ConfigOption, Overrides, print_json, quiet_libraries, say
+from qwen3_distill.cli.terminal import (
+    ConfigOption,
+    Overrides,
+    begin_work,
+    path_of,
+    path_option,
+    print_json,
+    say,
+    warn,
+)
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import dump_config, load_config
 from qwen3_distill.errors import RunFolderError
@@ -57,8 +66,11 @@ def plan(
 
 
 def report(
-    run_folder: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
-    out: Annotated[Path | None, typer.Option(help="Default: report.html in the folder.")] = None,
+    run_folder: Annotated[
+        Path,
+        typer.Argument(parser=path_of, metavar="RUN_FOLDER", help="A run folder, finished or not."),
+    ],
+    out: Annotated[Path | None, path_option("Default: report.html in the folder.")] = None,
 ) -> None:
     """Write a run's report.html again from its records."""
     config_file = run_folder / "config.json"
@@ -67,8 +79,8 @@ def report(
     settings = load_config(config_file)
     from qwen3_distill.pipeline.summary import render_report
 
-    quiet_libraries()
-    say(f"report: {render_report(run_folder, settings, out)}")
+    begin_work()
+    say(f"report: {render_report(run_folder, settings, out, warn)}")
 
 
 def config_show(config: ConfigOption, overrides: Overrides = None) -> None:

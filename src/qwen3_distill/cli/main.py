@@ -18,6 +18,7 @@ from qwen3_distill.cli import inspect, offline, run
 from qwen3_distill.cli.export import export
 from qwen3_distill.cli.terminal import fail, say
 from qwen3_distill.errors import DistillError
+from qwen3_distill.recording.output import surviving_output
 
 app = typer.Typer(
     name="qwen3-distill",
@@ -67,9 +68,16 @@ def _options(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; an error of this package becomes one line and its exit status.
 
+    A closed terminal or pipe ends no command.
+
     Args:
         arguments: the command line without the program's name; default: the process's.
     """
+    with surviving_output():
+        _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> None:
     try:
         app(None if arguments is None else list(arguments))
     except DistillError as error:

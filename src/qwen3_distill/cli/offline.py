@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qwen3_distill.cli.terminal import ConfigOption, Overrides, quiet_libraries, say
+from qwen3_distill.cli.terminal import ConfigOption, Overrides, begin_work, path_option, say
 from qwen3_distill.config.load import load_config
 
 _MAX_STEPS = 2**31 - 1
@@ -16,7 +16,7 @@ def generate(
     config: ConfigOption,
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(help="Default: offline/rollouts.parquet in output_dir.")
+        Path | None, path_option("Default: offline/rollouts.parquet in output_dir.")
     ] = None,
     step: Annotated[int, typer.Option(min=0, max=_MAX_STEPS, help="The first step to sample.")] = 0,
     num_steps: Annotated[
@@ -27,7 +27,7 @@ def generate(
     settings = load_config(config, overrides or ())
     from qwen3_distill.pipeline import offline as stages
 
-    quiet_libraries()
+    begin_work()
     target = out or stages.offline_file(settings, "rollouts.parquet")
     say(stages.generate(settings, target, first_step=step, num_steps=num_steps, say=say))
 
@@ -37,17 +37,17 @@ def score(
     overrides: Overrides = None,
     rollouts: Annotated[
         Path | None,
-        typer.Option(help="File of `generate`; default: offline/rollouts.parquet in output_dir."),
+        path_option("File of `generate`; default: offline/rollouts.parquet in output_dir."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Default: offline/scored.parquet in output_dir.")
+        Path | None, path_option("Default: offline/scored.parquet in output_dir.")
     ] = None,
 ) -> None:
     """Offline stage 2: add the teacher's scores to a file of rollouts."""
     settings = load_config(config, overrides or ())
     from qwen3_distill.pipeline import offline as stages
 
-    quiet_libraries()
+    begin_work()
     source = rollouts or stages.offline_file(settings, "rollouts.parquet")
     target = out or stages.offline_file(settings, "scored.parquet")
     say(stages.score(settings, source, target, say=say))
@@ -57,13 +57,15 @@ def train(
     config: ConfigOption,
     overrides: Overrides = None,
     scored: Annotated[
-        Path | None,
-        typer.Option(help="File of `score`; default: offline/scored.parquet in output_dir."),
+        Path | None, path_option("File of `score`; default: offline/scored.parquet in output_dir.")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Directory for the student; default: offline/student in output_dir."),
+        path_option("Directory for the student; default: offline/student in output_dir."),
     ] = None,
+    off_policy: Annotated[
+        bool, typer.Option("--off-policy", help="Accept rollouts that other weights sampled.")
+    ] = False,
 ) -> None:
     """Offline stage 3: one optimizer step per step in a file of scored rollouts.
 
@@ -72,26 +74,28 @@ def train(
     settings = load_config(config, overrides or ())
     from qwen3_distill.pipeline import offline as stages
 
-    quiet_libraries()
+    begin_work()
     source = scored or stages.offline_file(settings, "scored.parquet")
     target = out or stages.offline_file(settings, "student")
-    say(stages.train(settings, source, target, say=say))
+    say(stages.train(settings, source, target, say=say, off_policy=off_policy))
 
 
 def evaluate(
     config: ConfigOption,
     overrides: Overrides = None,
     model: Annotated[
-        str | None, typer.Option(help="Model directory; default: the config's student.")
+        Path | None, path_option("Model directory; default: the config's student.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the result as JSON.")] = None,
+    out: Annotated[Path | None, path_option("Also write the result as JSON.")] = None,
 ) -> None:
     """Measure a model directory's held-out accuracy, as the config's evaluation section says."""
     settings = load_config(config, overrides or ())
     from qwen3_distill.pipeline import offline as stages
 
-    quiet_libraries()
-    stages.evaluate_directory(settings, model or settings.student.model, out, say=say)
+    begin_work()
+    evaluated = str(model or settings.student.model)
+    run_folder = config.parent if config.name == "config.json" else None
+    stages.evaluate_directory(settings, evaluated, out, say=say, run_folder=run_folder)
 
 
 def audit_teacher(
@@ -99,18 +103,18 @@ def audit_teacher(
     overrides: Overrides = None,
     rollouts: Annotated[
         Path | None,
-        typer.Option(help="File of `generate`; default: rollouts of the config's first steps."),
+        path_option("File of `generate`; default: rollouts of the config's first steps."),
     ] = None,
     num: Annotated[int, typer.Option(min=1, help="How many rollouts to score.")] = 64,
     unquantized: Annotated[
-        str | None,
-        typer.Option(help="Directory to compare with; default: the config's teacher."),
+        Path | None, path_option("Directory to compare with; default: the config's teacher.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
+    out: Annotated[Path | None, path_option("Also write the figures as JSON.")] = None,
 ) -> None:
     """Measure how quantization changes the teacher's scores, on a fixed sample of rollouts."""
     settings = load_config(config, overrides or ())
     from qwen3_distill.doctor.precision import audit_teacher as audit
 
-    quiet_libraries()
-    say(audit(settings, rollouts, out, num_rollouts=num, unquantized=unquantized, say=say))
+    begin_work()
+    exact = None if unquantized is None else str(unquantized)
+    say(audit(settings, rollouts, out, num_rollouts=num, unquantized=exact, say=say))

@@ -2,7 +2,7 @@
 
 import typer
 
-from qwen3_distill.cli.terminal import ConfigOption, Overrides, quiet_libraries, warn
+from qwen3_distill.cli.terminal import ConfigOption, Overrides, begin_work, warn
 from qwen3_distill.config.load import load_config
 
 
@@ -17,7 +17,7 @@ def run(config: ConfigOption, overrides: Overrides = None) -> None:
     from qwen3_distill.pipeline.run import run as run_pipeline
     from qwen3_distill.recording.console import make_reporter
 
-    quiet_libraries()
+    begin_work()
     try:
         if run_pipeline(settings, make_reporter(settings.steps), warn) is not None:
             return

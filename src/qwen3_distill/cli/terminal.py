@@ -8,8 +8,36 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from qwen3_distill.recording.output import announce_loss
+from qwen3_distill.utils.paths import plain_path
+
+
+def path_of(text: str) -> Path:
+    """Read a path of the command line as those of a config are read; for ``parser`` of an option.
+
+    Raises:
+        typer.BadParameter: a URL or a variable, with what to write.
+    """
+    try:
+        return Path(plain_path(text))
+    except ValueError as error:  # click would drop its text
+        raise typer.BadParameter(str(error)) from None
+
+
+def path_option(help_text: str) -> Any:
+    """Declare an option that takes a path."""
+    return typer.Option(parser=path_of, metavar="PATH", help=help_text)
+
+
 ConfigOption = Annotated[
-    Path, typer.Option("--config", "-c", help="YAML file, or a run folder's config.json.")
+    Path,
+    typer.Option(
+        "--config",
+        "-c",
+        parser=path_of,
+        metavar="PATH",
+        help="YAML file, or a run folder's config.json.",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -42,8 +70,18 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
-def quiet_libraries() -> None:
-    """Silence progress bars and advice of transformers; its errors are still raised."""
+def _name_loss(loss: str) -> None:
+    """Name a lost output on the other one."""
+    (say if loss.startswith("standard error") else warn)(f"{loss}; the work goes on")
+
+
+def begin_work() -> None:
+    """Prepare a command whose result is files, not what it prints.
+
+    Progress bars and advice of transformers are silenced; its errors are still raised. A closed
+    output is named on the other one, and the work goes on.
+    """
+    announce_loss(_name_loss)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

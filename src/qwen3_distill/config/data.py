@@ -4,7 +4,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, field_validator
 
-from qwen3_distill.config.base import PositiveInt, Schema
+from qwen3_distill.config.base import PathText, PositiveInt, Schema
 from qwen3_distill.types import SamplingSpec
 
 
@@ -25,21 +25,21 @@ class JsonlPrompts(_FilePrompts):
     """Prompts from a JSON Lines file."""
 
     kind: Literal["jsonl"]
-    path: str
+    path: PathText
 
 
 class ParquetPrompts(_FilePrompts):
     """Prompts from a Parquet file."""
 
     kind: Literal["parquet"]
-    path: str
+    path: PathText
 
 
 class HuggingFacePrompts(_FilePrompts):
     """Prompts from a Hugging Face dataset: a hub id or a directory."""
 
     kind: Literal["hf"]
-    path: str
+    path: PathText
     """Hub id (``openai/gsm8k``) or local directory."""
     name: str | None = None
     """Configuration of the dataset, e.g. ``main``."""
@@ -136,7 +136,7 @@ _TEMPLATE_CALL = {
 class StudentConfig(Schema):
     """The model that is trained."""
 
-    model: str
+    model: PathText
     """Directory of the student (Hugging Face layout)."""
     template_arguments: dict[str, bool | int | str] = Field(default_factory=dict)
     """Passed to the chat template, e.g. ``{enable_thinking: false}`` for Qwen3."""

@@ -5,7 +5,15 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, JsonValue, model_validator
 from typing_extensions import Self
 
-from qwen3_distill.config.base import Device, Dtype, Gib, PositiveFloat, PositiveInt, Schema
+from qwen3_distill.config.base import (
+    Device,
+    Dtype,
+    Gib,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Schema,
+)
 from qwen3_distill.config.learning import FullTuning, LoraTuning, OptimizerConfig, TuningConfig
 
 VLLM_MAX_RANK = 512
@@ -52,7 +60,7 @@ class _Embedded(_Watched):
 class _EngineProcess(_Supervised):
     """Settings of an engine that always runs in its own process."""
 
-    python: str | None = None
+    python: PathText | None = None
     """Python interpreter of the engine's environment; null: the controller's."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables of the engine's process, added to the inherited ones, e.g.
@@ -117,7 +125,7 @@ class EmbeddedScoring(_Embedded):
     """The teacher on PyTorch."""
 
     kind: Literal["embedded"]
-    model: str
+    model: PathText
     """Directory of the teacher (Hugging Face layout)."""
     device: Device = "auto"
     dtype: Dtype = "float32"
@@ -150,13 +158,13 @@ class SglangScoring(_EngineProcess):
     """The teacher in SGLang servers: one that the run starts, or existing ones."""
 
     kind: Literal["sglang"]
-    model: str
+    model: PathText
     """Directory of the teacher (Hugging Face layout). Tokenizer, vocabulary and the known answer
     are read from it, also for the servers in `urls`."""
     urls: tuple[str, ...] = ()
     """Existing servers, e.g. ``http://10.0.0.2:30000``; requests are balanced over them. Empty:
     the run starts one on loopback."""
-    api_key_file: str | None = None
+    api_key_file: PathText | None = None
     """File with the API key of the servers in `urls`; a server that the run starts gets a random
     key."""
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
@@ -198,7 +206,7 @@ class SglangScoring(_EngineProcess):
     readiness_tolerance_nats: PositiveFloat = 0.5
     """Maximum mean difference from the known answer at which a server is accepted as the
     teacher."""
-    cache: str | None = None
+    cache: PathText | None = None
     """Folder of a score cache that is kept between runs; null: no cache."""
 
     @model_validator(mode="after")

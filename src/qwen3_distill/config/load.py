@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from yaml.composer import ComposerError
 
 from qwen3_distill.config import RunConfig
+from qwen3_distill.config.moved import find_paths
 from qwen3_distill.errors import ConfigError
 
 
@@ -89,6 +90,7 @@ def load_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     values = _parse_yaml(text, str(file))
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected a mapping of settings, got {type(values).__name__}")
+    find_paths(values, file)
     for override in overrides:
         _apply_override(values, override)
     return values

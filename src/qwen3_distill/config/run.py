@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from qwen3_distill.config.base import PositiveInt, Schema
+from qwen3_distill.config.base import PathText, PositiveInt, Schema
 from qwen3_distill.config.data import (
     EvaluationConfig,
     PromptsConfig,
@@ -34,7 +34,7 @@ from qwen3_distill.config.rules import check_rules
 class RunConfig(Schema):
     """One distillation run."""
 
-    output_dir: Annotated[str, Field(min_length=1)]
+    output_dir: Annotated[PathText, Field(min_length=1)]
     """Run folder; the run creates it. To continue a run, start it again."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Everything random derives from it: rollouts, the order of prompts from a file or dataset,

@@ -362,7 +362,7 @@ def _checked_columns(
         state = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"rollout file {path} {state}; check the path")
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(path.absolute(), page_checksum_verification=True) as file:
             version = _schema_version(path, file.schema_arrow)
             expected = {column.name: column for column in columns if column.since <= version}
             _check_types(path, file.schema_arrow, expected)

@@ -6,6 +6,7 @@ checked completely when the source is built, so a bad row fails before a run sta
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -196,7 +197,7 @@ def _parquet_rows(path: Path, config: ParquetPrompts) -> Iterator[_Row]:
 
     _require_file(path)
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path.absolute()) as file:
             names = file.schema_arrow.names
             _check_columns(names, config, str(path))
             for number, row in enumerate(_batched_rows(file, config)):
@@ -238,7 +239,7 @@ def _load_dataset(config: HuggingFacePrompts, where: str) -> Any:
         ) from error
     try:
         if _is_saved_to_disk(Path(config.path)):
-            return _saved_split(datasets.load_from_disk(config.path), config)
+            return _saved_split(datasets.load_from_disk(os.path.abspath(config.path)), config)
         return datasets.load_dataset(
             config.path, config.name, split=config.split, revision=config.revision
         )

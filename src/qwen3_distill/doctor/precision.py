@@ -18,6 +18,7 @@ from qwen3_distill.pipeline.assembly.teachers import (
     build_audited_teacher,
     build_unquantized_teacher,
 )
+from qwen3_distill.pipeline.own_folder import input_paths, refuse_inputs_as_output
 from qwen3_distill.pipeline.parts import TextTools
 from qwen3_distill.pipeline.requests import requests_for_step
 from qwen3_distill.ports import TeacherScorer
@@ -60,6 +61,8 @@ def audit_teacher(
     SameView().check(load_identity(config.student.model), load_identity(scoring.model))
     check_compatible(load_identity(scoring.model), load_identity(exact_dir))
     if out is not None:
+        inputs = {**input_paths(config), "--unquantized": exact_dir}
+        refuse_inputs_as_output(out, inputs | ({"--rollouts": rollouts} if rollouts else {}))
         check_writable(out)
     request = TopKRequest(k=min(CANDIDATES, load_identity(scoring.model).vocab_size))
 

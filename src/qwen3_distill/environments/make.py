@@ -73,7 +73,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
 
 def default_cache() -> Path:
     """``qwen3-distill/environments`` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # to be ignored, says its specification; may be a literal "~/x"
+        base = Path.home() / ".cache"
     return Path(base) / "qwen3-distill" / "environments"
 
 

@@ -9,7 +9,6 @@ Shape letters: T tokens, D hidden size, V vocabulary, C rows of a chunk of the o
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.modeling.loading import check_model_dir, load_tokenizer
 from qwen3_distill.types import FloatArray, IntArray
 from qwen3_distill.utils.files import write_json_atomic
+from qwen3_distill.utils.paths import cache_home
 
 FORMAT = 1
 """Part of a cached answer's file name; increase it when tokens or computation change."""
@@ -87,8 +87,7 @@ def known_tokens(directory: Path) -> IntArray:
 
 
 def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "qwen3-distill" / "known-answers"
+    return cache_home() / "qwen3-distill" / "known-answers"
 
 
 @torch.inference_mode()

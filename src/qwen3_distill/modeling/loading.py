@@ -130,7 +130,7 @@ def load_identity(path: str | Path) -> ModelIdentity:
     tokenizer = load_tokenizer(directory)
     return ModelIdentity(
         name=str(directory),
-        tokenizer_digest=_tokenizer_digest(tokenizer),
+        tokenizer_digest=tokenizer_digest(tokenizer),
         vocab_size=int(config.vocab_size),
         eos_ids=_eos_ids(directory, config, tokenizer),
         chat_template_digest=_sha256(str(tokenizer.chat_template)),
@@ -138,7 +138,8 @@ def load_identity(path: str | Path) -> ModelIdentity:
     )
 
 
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return a digest of the mapping between text and token ids."""
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     for transient in ("padding", "truncation"):  # changed by use; not part of the mapping
         description.pop(transient, None)

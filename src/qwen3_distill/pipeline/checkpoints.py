@@ -5,7 +5,6 @@ A checkpoint is a directory ``step-000025`` with the learner's files, ``cursor.j
 and renamed.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from qwen3_distill.errors import CheckpointError
 from qwen3_distill.pipeline.run_folder import full_disk_named
 from qwen3_distill.ports import Learner
 from qwen3_distill.types import RunCursor, WeightVersion
-from qwen3_distill.utils.files import sync
+from qwen3_distill.utils.files import file_sha256, sync
 
 _DIGESTS = "files.json"
 _CURSOR = "cursor.json"
@@ -91,7 +90,7 @@ class CheckpointStore:
             if unlisted:
                 raise CheckpointError(f"{directory / _DIGESTS} does not list {sorted(unlisted)}")
             for name, digest in digests.items():
-                if _sha256(directory / name) != digest:
+                if file_sha256(directory / name) != digest:
                     raise CheckpointError(f"{directory / name} does not match its digest")
             raw = json.loads((directory / _CURSOR).read_text())
             raw["weight_version"] = WeightVersion(**raw["weight_version"])
@@ -107,7 +106,7 @@ async def _write(directory: Path, learner: Learner, cursor: RunCursor) -> None:
     with full_disk_named(directory):
         await learner.save_state(directory)
     _write_json(directory / _CURSOR, asdict(cursor))
-    digests = {path.name: _sha256(path) for path in sorted(directory.iterdir())}
+    digests = {path.name: file_sha256(path) for path in sorted(directory.iterdir())}
     _write_json(directory / _DIGESTS, digests)
     for path in (*directory.iterdir(), directory):
         sync(path)
@@ -115,11 +114,3 @@ async def _write(directory: Path, learner: Learner, cursor: RunCursor) -> None:
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

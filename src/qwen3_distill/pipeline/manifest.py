@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 import qwen3_distill
+from qwen3_distill.config import JsonlPrompts, ParquetPrompts, RunConfig
 from qwen3_distill.hosts.child import engine_environment
 from qwen3_distill.types import ModelIdentity
+from qwen3_distill.utils.files import file_sha256
 
 _PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "pyarrow", "pydantic")
 _ENGINE_PACKAGES = (
@@ -110,6 +112,28 @@ def identity_record(identity: ModelIdentity) -> dict[str, Any]:
         "chat_template_digest": identity.chat_template_digest,
         "context_length": identity.context_length,
     }
+
+
+def data_digests(config: RunConfig) -> dict[str, str]:
+    """Return the SHA-256 of each prompt file by its setting; datasets and tasks have none."""
+    sections = {"prompts": config.prompts}
+    if config.evaluation is not None:
+        sections["evaluation.prompts"] = config.evaluation.prompts
+    return {
+        f"{name}.path": file_sha256(Path(prompts.path))
+        for name, prompts in sections.items()
+        if isinstance(prompts, JsonlPrompts | ParquetPrompts)
+    }
+
+
+def recorded_identity(run_folder: Path) -> ModelIdentity | None:
+    """Read the student's identity from a run folder's manifest; None if there is none."""
+    try:
+        record = json.loads((run_folder / "manifest.json").read_text(encoding="utf-8"))["student"]
+        values = {name: record[name] for name in ModelIdentity.__dataclass_fields__}
+        return ModelIdentity(**{**values, "eos_ids": frozenset(record["eos_ids"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _cpu_name() -> str:

@@ -38,15 +38,25 @@ from qwen3_distill.pipeline.assembly.teachers import (
     build_teacher,
     with_embedded_teacher_here,
 )
+from qwen3_distill.pipeline.manifest import recorded_identity
+from qwen3_distill.pipeline.own_folder import (
+    input_paths,
+    refuse_inputs_as_output,
+    require_own_folder,
+)
 from qwen3_distill.pipeline.parts import TextTools
 from qwen3_distill.pipeline.requests import make_batch, requests_for_step
 from qwen3_distill.pipeline.run_folder import full_disk_named
+from qwen3_distill.pipeline.sampler_check import (
+    check_sampled_by_student,
+    require_ratio_off_policy,
+)
 from qwen3_distill.ports import Learner
 from qwen3_distill.recording.text import clock
 from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.scoring.views import SameView
 from qwen3_distill.types import Batch, Rollout, ScoredRollout
-from qwen3_distill.utils.files import check_writable, write_json_atomic
+from qwen3_distill.utils.files import check_writable, content_of, is_replaceable, write_json_atomic
 from qwen3_distill.utils.seeds import derive_seed
 from qwen3_distill.utils.signals import ctrl_c_ignored, signals_as_ctrl_c, stop_on_ctrl_c
 
@@ -55,7 +65,12 @@ Record = TypeVar("Record")
 
 
 def offline_file(config: RunConfig, name: str) -> Path:
-    """The default path of a stage's file."""
+    """The default path of a stage's file.
+
+    Raises:
+        RunFolderError: ``output_dir`` holds files of something else.
+    """
+    require_own_folder(config.output_path)
     return config.output_path / "offline" / name
 
 
@@ -66,10 +81,13 @@ def keep_partial_results(
     """Write the rows that the block collects to ``out``.
 
     If the block fails or a signal ends it (SIGTERM and SIGHUP act like Ctrl-C), the rows so far
-    are written to ``<out>-partial``. A file that cannot be written goes to the system's folder
-    for temporary files instead.
+    are written to ``<out>-partial``, or ``-partial-2`` if that exists. A file that cannot be
+    written goes to the system's folder for temporary files instead.
     """
     part = out.with_name(f"{out.stem}-partial{out.suffix}")
+    if not is_replaceable(out):  # beside a device or a pipe is no place for files
+        part = Path(tempfile.gettempdir()) / f"{part.stem}.parquet"
+    part = _unused(part.parent, part.stem, part.suffix)
 
     def keep(path: Path) -> None:
         try:
@@ -107,6 +125,7 @@ def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, s
     Returns:
         A line for the user: how much was written, and where.
     """
+    refuse_inputs_as_output(out, input_paths(config))
     text = TextTools(config.student.model)
     prompts = build_prompts(config, text)
     check_writable(out)
@@ -132,6 +151,7 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
     Returns:
         A line for the user: how much was written, and where.
     """
+    refuse_inputs_as_output(out, {**input_paths(config), "--rollouts": rollouts})
     rows = read_rollouts(rollouts)
     if not rows:
         raise DataError(f"{rollouts} has no rollouts to score")
@@ -157,11 +177,14 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
     return f"{len(scored)} rollouts scored by {teacher.teacher_id}: {out}"
 
 
-def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
+def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: bool = False) -> str:
     """Take one optimizer step per step in a file of scored rollouts; write the student.
 
     The first Ctrl-C, SIGTERM or SIGHUP finishes the step, a second one stops at once. After the
     first, or when a step fails, the student so far is written to ``<out>-partial``.
+
+    Args:
+        off_policy: the rollouts may have been sampled by other weights than the student's.
 
     Returns:
         A line for the user: the number of steps, and where the student is.
@@ -171,6 +194,8 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
             "this config has a `replay` section, but the offline stage trains once on each "
             "rollout; set replay=null"
         )
+    if off_policy:
+        require_ratio_off_policy(config)
     rows = read_scored(scored)
     if not rows:
         raise DataError(f"{scored} has no rollouts to train on")
@@ -200,6 +225,9 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
             await asyncio.sleep(
                 0
             )  # lets an earlier Ctrl-C end it: an embedded learner never yields
+            if not off_policy:
+                rollouts = [item.rollout for _, item in rows]
+                check_sampled_by_student(rollouts, scored, config, learner.version)
             await _train_and_save(learner, batches, out, say)
             return learner.version.step
         finally:
@@ -264,18 +292,35 @@ def _require_empty(folder: Path) -> None:
     """Check that a student can be written to ``folder`` without replacing anything."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; choose a new directory for the trained student")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.is_symlink() and not folder.exists():
+        raise ConfigError(f"{folder} is a link to nowhere; choose a new directory for the student")
+    if content_of(folder):
         raise ConfigError(f"{folder} is not empty; choose a new directory for the trained student")
     check_writable(folder / "config.json" if folder.exists() else folder)
 
 
-def evaluate_directory(config: RunConfig, model: str, out: Path | None, *, say: Say) -> None:
-    """Measure a model directory's held-out accuracy; report it, and write it to ``out``, if any."""
+def evaluate_directory(
+    config: RunConfig, model: str, out: Path | None, *, say: Say, run_folder: Path | None = None
+) -> None:
+    """Measure a model directory's held-out accuracy; report it, and write it to ``out``, if any.
+
+    Args:
+        run_folder: the folder whose config this is. Where the config's student is gone, ``model``
+            is compared with the student that the manifest records.
+    """
     settings = config.evaluation
     if settings is None:
         raise ConfigError("this config has no `evaluation` section")
-    check_compatible(load_identity(config.student.model), load_identity(model))
+    recorded = None if run_folder is None else recorded_identity(run_folder)
+    if recorded is not None and not Path(config.student.model).is_dir():
+        check_compatible(recorded, load_identity(model))
+        say(f"student.model={config.student.model} is gone; the tokenizer is that of {model}")
+        student = config.student.model_copy(update={"model": model})
+        config = config.model_copy(update={"student": student})
+    else:
+        check_compatible(load_identity(config.student.model), load_identity(model))
     if out is not None:
+        refuse_inputs_as_output(out, {**input_paths(config), "--model": model})
         check_writable(out)
     text = TextTools(config.student.model)
     check_problems(config.student, settings, text)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from qwen3_distill.config import (
     JsonlPrompts,
@@ -12,13 +13,15 @@ from qwen3_distill.config import (
 )
 from qwen3_distill.data.sources import build_source
 from qwen3_distill.data.verifiers import check_references
-from qwen3_distill.errors import ConfigError, DataError, ModelError
+from qwen3_distill.errors import ConfigError, DataError, ModelError, RunFolderError
 from qwen3_distill.hosts.child import is_absent
 from qwen3_distill.modeling.loading import check_model_dir
+from qwen3_distill.pipeline.own_folder import require_own_folder
+from qwen3_distill.scoring.cache import check_cache_folder
 
 
 def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
-    """List a config's missing models, prompts and interpreters, each with what to change.
+    """List a config's missing models, prompts and interpreters, and folders of something else.
 
     Args:
         reads_prompts: also read the training prompts, which takes a while for millions, and check
@@ -28,7 +31,10 @@ def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
     checks: list[Callable[[], object]] = [
         lambda: check_model_dir(config.student.model),
         lambda: check_model_dir(config.scoring.model),
+        lambda: require_own_folder(config.output_path),
     ]
+    if (cache := getattr(config.scoring, "cache", None)) is not None:
+        checks.append(lambda: check_cache_folder(Path(cache)))
     prompts = config.prompts
     is_file = isinstance(prompts, JsonlPrompts | ParquetPrompts)
     if reads_prompts or (is_file and not os.path.exists(prompts.path)):
@@ -69,6 +75,6 @@ def _read(prompts: PromptsConfig, verifier: VerifierConfig | None) -> None:
 def _problem(check: Callable[[], object]) -> str | None:
     try:
         check()
-    except (ModelError, DataError) as error:
+    except (ModelError, DataError, RunFolderError) as error:
         return str(error)
     return None

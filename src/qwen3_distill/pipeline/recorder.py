@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 from qwen3_distill.config import RunConfig
@@ -19,6 +21,7 @@ from qwen3_distill.recording.jsonl import (
     combine,
     read_jsonl,
 )
+from qwen3_distill.recording.output import output_losses
 from qwen3_distill.recording.trace import Trace
 from qwen3_distill.recording.trackers import open_trackers
 from qwen3_distill.types import (
@@ -106,6 +109,7 @@ class Recorder:
         """Seconds of the evaluations that have ended; time in which two ran counts once."""
         self.stop_requested = False
         """Set by the signal handler: finish the step, save, leave."""
+        self._losses_noted = 0
 
     @property
     def wall_s(self) -> float:
@@ -122,6 +126,7 @@ class Recorder:
         self._metrics.log(cursor.step, values)
         self._trackers.log(cursor.step, values)
         self._progress.step(cursor.step, values)
+        self._note_lost_output()
         self._save_rollouts(cursor.step - 1, scored)
         last = cursor.step == self._config.steps
         if last or self.stop_requested or cursor.step % self._config.checkpoint.every_steps == 0:
@@ -174,11 +179,24 @@ class Recorder:
         return path
 
     def close(self) -> None:
+        self._note_lost_output()
         self._metrics.close()
         self._evaluations.close()
         self._ledger.close()
         self.trace.close()
         self._trackers.close()
+
+    def _note_lost_output(self) -> None:
+        """Record in trace and ``logs/console.log`` that a terminal or pipe was closed."""
+        for loss in output_losses()[self._losses_noted :]:
+            self._losses_noted += 1
+            self.trace.instant("console", loss)
+            log = self._folder.console_log
+            at = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            with suppress(OSError):  # the trace has it, and a note must not end a run
+                log.parent.mkdir(exist_ok=True)
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(f"{at} {loss}\n")
 
     def _step_values(
         self, scored: Sequence[ScoredRollout], update: Update, more: Sequence[Metric]

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_distill.config import RunConfig
-from qwen3_distill.errors import EngineStartError, LearnerLost
+from qwen3_distill.errors import EngineStartError, LearnerLost, RunFolderError
 from qwen3_distill.hosts.mps import MpsDaemon, private_mps
+from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.pipeline.assembly.channel import learns_elsewhere
 from qwen3_distill.pipeline.assembly.engines import build_parts, engine_interpreters
 from qwen3_distill.pipeline.assembly.plan import engine_log
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.manifest import (
+    data_digests,
     engine_versions,
     git_revision,
     identity_record,
@@ -125,6 +127,7 @@ async def _train(
         LearnerLost: the learner's process died; its steps since the checkpoint are lost.
     """
     config = parts.config
+    _check_same_inputs(parts, folder)
     cursor = await _restore(parts, folder, progress, warn)
     _write_manifest(parts, folder, cursor.step)
     folder.accept_changes()
@@ -165,10 +168,43 @@ async def _restore(
     return cursor
 
 
+def _inputs(parts: Parts) -> dict[str, dict[str, Any]]:
+    """Return the manifest's records of student, teacher and prompt files."""
+    weights = directory_digest(parts.config.student.model)
+    student = {**identity_record(parts.learner.identity), "weights_digest": weights}
+    teacher = {"id": parts.teacher.teacher_id, **identity_record(parts.teacher.identity)}
+    return {"student": student, "teacher": teacher, "data": data_digests(parts.config)}
+
+
+def _check_same_inputs(parts: Parts, folder: RunFolder) -> None:
+    """Check that the models and prompts of a resumed run have the content that it began with.
+
+    Raises:
+        RunFolderError: names every difference.
+    """
+    if not folder.has_records:
+        return
+    recorded, found = folder.read_inputs(), _inputs(parts)
+    differences = [
+        f"{role}.{key}: {recorded[role][key]} -> {value}"
+        for role, values in found.items()
+        for key, value in values.items()
+        if key != "name" and recorded.get(role, {}).get(key, value) != value
+    ]
+    if differences:
+        raise RunFolderError(
+            f"run folder {folder.path} was begun with other files than the config's paths hold "
+            "now:\n  "
+            + "\n  ".join(differences)
+            + "\nrestore their files, or choose another output_dir"
+        )
+
+
 def _write_manifest(parts: Parts, folder: RunFolder, step: int) -> None:
     """Write the manifest, with one entry per start: a resumed run may have other versions."""
     start = {
         "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "working_directory": str(Path.cwd()),
         "step": step,
         "changed": folder.changes,
         "versions": versions(),
@@ -178,11 +214,7 @@ def _write_manifest(parts: Parts, folder: RunFolder, step: int) -> None:
     }
     write_json_atomic(
         folder.manifest,
-        {
-            "student": identity_record(parts.learner.identity),
-            "teacher": {"id": parts.teacher.teacher_id, **identity_record(parts.teacher.identity)},
-            "starts": [*folder.read_starts(), start],
-        },
+        {**_inputs(parts), "starts": [*folder.read_starts(), start]},
     )
 
 

@@ -15,7 +15,9 @@ from typing_extensions import Self
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import config_differences, dump_config
+from qwen3_distill.config.moved import PATH_SETTINGS, run_directory
 from qwen3_distill.errors import RunFolderError
+from qwen3_distill.pipeline.own_folder import refuse_inputs_as_student, require_own_folder
 from qwen3_distill.recording.trace import TRACE_FILE
 from qwen3_distill.utils.files import write_json_atomic
 
@@ -72,8 +74,9 @@ class RunFolder:
     """Paths of one run, held by one process at a time.
 
     Raises:
-        RunFolderError: not writable, held by another process, made by another config, or with a
-            damaged config or manifest.
+        RunFolderError: not writable, held by another process, with files of something else, made
+            by another config, or with a damaged config or manifest.
+        ConfigError: an input of the run lies where the run writes its student.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -82,6 +85,8 @@ class RunFolder:
         self._values = dump_config(config)
         self.changes: list[str] = []
         """``key: old -> new`` for each `MAY_CHANGE` setting that differs from the last start."""
+        require_own_folder(self.path)
+        refuse_inputs_as_student(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a")
@@ -140,6 +145,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def console_log(self) -> Path:
+        """Notes on the run's console: an output that was closed."""
+        return self.path / "logs" / "console.log"
+
+    @property
     def is_finished(self) -> bool:
         """Whether the summary exists: the last file of a run, except for the report."""
         return self.summary.exists()
@@ -153,8 +163,17 @@ class RunFolder:
         Raises:
             RunFolderError: the manifest is damaged.
         """
+        return self._read_manifest().get("starts", [])
+
+    def read_inputs(self) -> dict[str, dict[str, Any]]:
+        """Read the manifest's records of student, teacher and data; empty without a manifest."""
+        content = self._read_manifest()
+        records = {role: content.get(role) for role in ("student", "teacher", "data")}
+        return {role: record for role, record in records.items() if isinstance(record, dict)}
+
+    def _read_manifest(self) -> dict[str, Any]:
         if not self.manifest.exists():
-            return []
+            return {}
         remedy = (
             "restore the file, or remove it: the run then goes on without the record of its "
             "earlier starts"
@@ -168,7 +187,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.manifest} is no manifest: expected an object with a list `starts`; {remedy}"
             )
-        return starts
+        return content
 
     def accept_changes(self) -> None:
         """Write the changed config into the folder, once a resumed run has started."""
@@ -200,7 +219,8 @@ class RunFolder:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, os.EX_OSERR):
                 raise  # the file system has no locks: go on without one
 
-    def _has_records(self) -> bool:
+    @property
+    def has_records(self) -> bool:
         """Whether the folder has a step, an evaluation or a checkpoint; else any config may start.
 
         A start that failed, say on a misspelt path, must not hold the folder for that config.
@@ -225,14 +245,26 @@ class RunFolder:
             )
         return values
 
+    def _is_same_path(self, key: str, old: dict[str, Any]) -> bool:
+        """Whether a path setting names the same file as before, from another working directory."""
+        before, now = _setting(old, key), _setting(self._values, key)
+        directory = run_directory(self.config)
+        if key not in PATH_SETTINGS or directory is None or not isinstance(before, str):
+            return False
+        return isinstance(now, str) and os.path.realpath(now) == os.path.realpath(
+            directory / before
+        )
+
     def _check_config(self) -> None:
-        if not self.config.exists() or not self._has_records():
+        if not self.config.exists() or not self.has_records:
             write_json_atomic(self.config, self._values)
             return
+        old = self._read_config()
         differences = [
             line
-            for line in config_differences(self._read_config(), self._values)
+            for line in config_differences(old, self._values)
             if not line.startswith("output_dir:")  # a folder may be moved
+            and not self._is_same_path(line.partition(":")[0], old)
         ]
         self.changes = [line for line in differences if _may_change(line.partition(":")[0])]
         refused = [line for line in differences if line not in self.changes]
@@ -244,6 +276,13 @@ class RunFolder:
                 f"run folder {self.path} was made by another config:\n  {shown}\n"
                 "choose another output_dir, or remove the folder to start again"
             )
+
+
+def _setting(values: dict[str, Any], key: str) -> Any:
+    node: Any = values
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, dict) else None
+    return node
 
 
 def _may_change(key: str) -> bool:

@@ -1,6 +1,6 @@
 """Builds a run's summary and its report from the run folder alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,10 @@ import numpy as np
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.data.rollout_files import read_scored
+from qwen3_distill.errors import ModelError
+from qwen3_distill.modeling.loading import tokenizer_digest
 from qwen3_distill.pipeline.assembly.data import build_checker
+from qwen3_distill.pipeline.manifest import recorded_identity
 from qwen3_distill.pipeline.parts import TextTools
 from qwen3_distill.pipeline.run_folder import RunFolder
 from qwen3_distill.recording.jsonl import (
@@ -71,10 +74,24 @@ def _accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return None
 
 
-def render_report(path: Path, config: RunConfig, out: Path | None = None) -> Path:
-    """Write ``report.html`` from a run folder's files; return its path."""
-    text = TextTools(config.student.model)
-    is_correct = build_checker(config.verifier, text) if config.verifier else None
+def render_report(
+    path: Path,
+    config: RunConfig,
+    out: Path | None = None,
+    say: Callable[[str], None] = lambda message: None,
+) -> Path:
+    """Write ``report.html`` from a run folder's files; return its path.
+
+    Args:
+        say: told when no tokenizer of the run is left, so that tokens appear as their ids.
+    """
+    text = find_text_tools(path, config)
+    if text is None:
+        say(
+            f"tokens are shown as their ids: neither {path / 'student'} nor "
+            f"student.model={config.student.model} has the run's tokenizer"
+        )
+    is_correct = build_checker(config.verifier, text) if config.verifier and text else None
     views = [
         _rollout_view(
             step, scored, text, None if is_correct is None else is_correct(scored.rollout)
@@ -85,17 +102,40 @@ def render_report(path: Path, config: RunConfig, out: Path | None = None) -> Pat
     return write_report(path, views, out)
 
 
+def find_text_tools(path: Path, config: RunConfig) -> TextTools | None:
+    """Return a run's tokenizer: its trained student's, else that of the config's student.
+
+    The second one counts only if it is the one that the manifest records; the directory may have
+    been replaced since, or be another one under the same relative path. None if there is neither.
+    """
+    recorded = recorded_identity(path)
+    for directory in (path / "student", Path(config.student.model)):
+        text = TextTools(str(directory))
+        try:
+            digest = tokenizer_digest(text.tokenizer)
+        except ModelError:
+            continue
+        if directory.parent == path or recorded is None or digest == recorded.tokenizer_digest:
+            return text
+    return None
+
+
 def _rollout_view(
-    step: int, scored: ScoredRollout, text: TextTools, correct: bool | None
+    step: int, scored: ScoredRollout, text: TextTools | None, correct: bool | None
 ) -> RolloutView:
     rollout: Rollout = scored.rollout
+    prompt, response = rollout.prompt.token_ids.tolist(), rollout.response_ids.tolist()
     return RolloutView(
         step=step,
         rollout_id=rollout.rollout_id,
-        prompt_text=text.decode(rollout.prompt.token_ids.tolist()),
-        tokens=text.decode_each(rollout.response_ids.tolist()),
+        prompt_text=text.decode(prompt) if text else _as_ids(prompt),
+        tokens=text.decode_each(response) if text else tuple(f"{token} " for token in response),
         behavior_logprobs=np.asarray(rollout.behavior_logprobs).tolist(),
         teacher_logprobs=np.asarray(scored.score.logprobs).tolist(),
         finish_reason=rollout.finish_reason.value,
         correct=correct,
     )
+
+
+def _as_ids(token_ids: Sequence[int]) -> str:
+    return "token ids, without a tokenizer: " + " ".join(map(str, token_ids))

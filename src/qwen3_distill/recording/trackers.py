@@ -51,7 +51,7 @@ def open_trackers(
         ConfigError: the package of a tracker is not installed, or its service refuses to start.
         RunFolderError: ``run_folder`` cannot be written.
     """
-    folder = Path(run_folder)
+    folder = Path(run_folder).absolute()  # libraries expand ~ and URLs each in their way
     opened: list[Tracker] = []
     try:
         if config.tensorboard:

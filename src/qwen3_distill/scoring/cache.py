@@ -30,6 +30,7 @@ from qwen3_distill.types import (
     TopKRequest,
     TopKScore,
 )
+from qwen3_distill.utils.files import content_of
 
 FILE_NAME = "scores.sqlite"
 HITS = "score/cache_hits"
@@ -81,9 +82,11 @@ class CachedTeacher:
         """Start the teacher and open the file.
 
         Raises:
-            RunFolderError: the file cannot be opened or made.
+            RunFolderError: the file cannot be opened or made, or the folder holds files of
+                something else.
         """
         self._counters = dict.fromkeys(self._counters, 0.0)
+        check_cache_folder(self._file.parent)
         with self._named_errors():
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._open()
@@ -170,6 +173,35 @@ class CachedTeacher:
                 f"the score cache {self._file} cannot be used: {error}; free space, remove the "
                 "file, choose another folder for scoring.cache, or set it to null"
             ) from error
+
+
+def check_cache_folder(folder: Path) -> None:
+    """Check that scores may be kept in ``folder``: a new or empty one, or one that has them.
+
+    Raises:
+        RunFolderError: it is no folder, or it holds files of something else.
+    """
+    file = folder / FILE_NAME
+    remedy = "choose another folder for scoring.cache, or set it to null"
+    try:
+        names = content_of(folder)
+        if file.exists() and file.stat().st_size:
+            with contextlib.closing(
+                sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)
+            ) as database:
+                tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master")}
+            names = sorted(tables) if tables and "scores" not in tables else []
+        elif file.exists():
+            names = []
+    except (sqlite3.Error, OSError) as error:
+        raise RunFolderError(
+            f"the score cache {file} cannot be used: {error}; remove the file, {remedy}"
+        ) from error
+    if names:
+        raise RunFolderError(
+            f"scoring.cache={folder} holds files of something else ({', '.join(names[:4])}), "
+            f"expected a new or empty folder, or a score cache; {remedy}"
+        )
 
 
 def score_key(teacher_id: str, request: ScoreRequest, job: ScoringJob) -> bytes:

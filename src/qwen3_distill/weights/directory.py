@@ -101,3 +101,9 @@ def publish_directory(
     version = WeightVersion(step=0, digest=weights_digest(weights))
     channel.publish(version, FullWeights(tensors=weights))
     return version
+
+
+def published_digest(model_dir: str | Path, *, dtype: torch.dtype) -> str:
+    """Return the digest under which `publish_directory` would publish a directory's weights."""
+    model = load_model(model_dir, device=torch.device("cpu"), dtype=dtype)
+    return weights_digest(dict(model.named_parameters()))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from qwen3_distill.config import RunConfig
+from qwen3_distill.pipeline.own_folder import require_own_folder
 from qwen3_distill.planning.plan import MemoryPlan, make_plan
 
 
@@ -23,5 +24,10 @@ def require_plan(plan: MemoryPlan | None) -> MemoryPlan:
 
 
 def engine_log(config: RunConfig, name: str) -> Path:
-    """The file that an engine's process writes its output to."""
+    """The file that an engine's process writes its output to.
+
+    Raises:
+        RunFolderError: ``output_dir`` holds files of something else.
+    """
+    require_own_folder(config.output_path)
     return config.output_path / "logs" / f"{name}.log"

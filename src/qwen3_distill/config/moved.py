@@ -1,0 +1,59 @@
+"""Finds the files of a run folder's config from another working directory, or after a move."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PATH_SETTINGS = (
+    "student.model",
+    "scoring.model",
+    "prompts.path",
+    "evaluation.prompts.path",
+    "generation.python",
+    "scoring.python",
+    "training.python",
+    "scoring.cache",
+    "scoring.api_key_file",
+)
+"""Settings that hold a path, ``output_dir`` aside."""
+
+
+def find_paths(values: dict[str, Any], file: Path) -> None:
+    """Replace, in place, relative paths of a run folder's config that lead nowhere from here.
+
+    They count from the working directory of the run, which the manifest records. An ``output_dir``
+    that is gone is the folder that the file lies in. Other configs are not changed.
+    """
+    directory = run_directory(file)
+    if directory is None:
+        return
+    for section, key in _places(values):
+        found = directory / section[key]
+        if not os.path.exists(section[key]) and found.exists():
+            section[key] = str(found)
+    output_dir = values.get("output_dir")
+    if isinstance(output_dir, str) and not os.path.isdir(output_dir):
+        values["output_dir"] = str(file.parent)
+
+
+def run_directory(config_file: Path) -> Path | None:
+    """Return the working directory of a run's last start; None if the file is no run's config."""
+    if config_file.name != "config.json":
+        return None
+    try:
+        manifest = json.loads(config_file.with_name("manifest.json").read_text(encoding="utf-8"))
+        return Path(manifest["starts"][-1]["working_directory"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return None
+
+
+def _places(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    for setting in PATH_SETTINGS:
+        *sections, key = setting.split(".")
+        node: Any = values
+        for section in sections:
+            node = node.get(section) if isinstance(node, dict) else None
+        if isinstance(node, dict) and isinstance(node.get(key), str):
+            yield node, key
