@@ -86,7 +86,7 @@ def render_report(path: Path, config: RunConfig, out: Path | None = None) -> Pat
 
 
 def _rollout_view(
-    step: int, scored: ScoredRollout, text: TextTools, correct: bool | None
+    step: int, scored: ScoredRollout, text: TextTools, correct: float | None
 ) -> RolloutView:
     rollout: Rollout = scored.rollout
     return RolloutView(

@@ -272,7 +272,7 @@ REFERENCES: list[Callable[[int], str]] = [
     lambda n: f"Some steps, 2 + 2 = 4.\n#### {n:,}",
     lambda n: f"${n}$",
     lambda n: rf"\boxed{{{n}}}",
-    lambda n: f"{n} metres",
+    lambda n: f"{n} widgets",
 ]
 
 

@@ -151,7 +151,7 @@ def test_endless_computation_is_not_correct_and_the_next_answer_is_judged(
 
 
 def test_works_in_other_threads(math_verifier: Verifier) -> None:
-    verdicts: dict[int, bool] = {}
+    verdicts: dict[int, float] = {}
 
     def judge(value: int) -> None:
         verdicts[value] = math_verifier.correct(prompt("3"), f"#### {value}")
@@ -215,9 +215,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list["subprocess.Popen[str]"]:
     processes: list[subprocess.Popen[str]] = []
     real_start = line_process._started
 
-    def start(command: Sequence[str], cannot_start: str) -> "subprocess.Popen[str]":
-        processes.append(real_start(command, cannot_start))
-        return processes[-1]
+    def start(command: Sequence[str], text: str) -> "tuple[subprocess.Popen[str], object]":
+        process, greeting = real_start(command, text)
+        processes.append(process)
+        return process, greeting
 
     monkeypatch.setattr(line_process, "_started", start)
     return processes

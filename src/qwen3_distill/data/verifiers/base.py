@@ -18,11 +18,14 @@ class Verifier(Protocol):
         """
         ...
 
-    def correct(self, prompt: Prompt, response_text: str) -> bool:
-        """Return whether the response's final answer is right. No response makes it raise.
+    def correct(self, prompt: Prompt, response_text: str) -> bool | float:
+        """Return whether the response is right, or its reward in [0, 1].
+
+        No response makes it raise, except where a user's function or pattern fails on one.
 
         Raises:
-            DataError: the prompt has no usable reference answer.
+            DataError: the prompt has no usable reference answer; a user's function gave no reward.
+            EngineError: a user's pattern took too long.
         """
         ...
 

@@ -29,6 +29,7 @@ class LineProcess:
         self._cannot_start = cannot_start
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
+        self._greeting: Any = None
 
     def ask(self, question: object) -> Any:
         """Return the answer; None if the process died over the question."""
@@ -37,16 +38,17 @@ class LineProcess:
         return json.loads(line) if line else None
 
     def start(self) -> Any:
-        """Start the process if none runs."""
+        """Start the process if none runs; return what it said first, if it ended after that."""
         with self._lock:
             self._running()
+            return self._greeting
 
     def _running(self) -> "subprocess.Popen[str]":
         if self._process is not None and self._process.poll() is None:
             return self._process
         if self._process is not None:
             self._finalizer()
-        self._process = _started(self._command, self._cannot_start)
+        self._process, self._greeting = _started(self._command, self._cannot_start)
         # Ends the process when this object is deleted or the interpreter exits.
         self._finalizer = weakref.finalize(self, _end, self._process)
         return self._process
@@ -66,7 +68,7 @@ def _exchange(process: "subprocess.Popen[str]", line: str) -> str:
     return answer
 
 
-def _started(command: Sequence[str], cannot_start: str) -> "subprocess.Popen[str]":
+def _started(command: Sequence[str], cannot_start: str) -> "tuple[subprocess.Popen[str], Any]":
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -75,10 +77,11 @@ def _started(command: Sequence[str], cannot_start: str) -> "subprocess.Popen[str
         encoding="utf-8",
     )
     assert process.stdout is not None
-    if not process.stdout.readline():
+    greeting = process.stdout.readline()
+    if not greeting:
         _end(process)
         raise EngineError(cannot_start.format(status=process.returncode))
-    return process
+    return process, json.loads(greeting)
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
