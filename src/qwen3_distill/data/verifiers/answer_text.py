@@ -63,7 +63,6 @@ _OR = re.compile(
     r"\d[^.\n\d]{0,30}?[\s(,]or\s+(?:(?:maybe|perhaps|possibly|even)\s+)?[^\d.\n=]{0,12}$",
     re.IGNORECASE,
 )
-_CHARACTER_BEFORE = re.compile(r"[\w)}\]%.,:/^]$")
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,9 @@ class Answer:
 def final_answer(response_text: str) -> Answer:
     """Find and read the final answer of a response."""
     tail = response_text[-MAX_RESPONSE_CHARS:]
-    text = cleaned(tail.rpartition("</think>")[2])
+    text = cleaned(tail.rpartition("</think>")[2]).replace("\\fbox", BOXED)
+    text = re.sub(r"<answer>", "\nAnswer: ", text, flags=re.IGNORECASE)
+    text = re.sub(r"</?[A-Za-z][\w-]*>", "\n", text)
     bare = unemphasised(text)
     statements = [*_boxes(bare), *_marks(bare), *_phrases(bare)]
     if statements:
@@ -113,6 +114,8 @@ def box_answer(boxes: str, *, strict: bool) -> Answer:
         return Answer(None, boxes)
     short = plain(last)
     values = read(short, strict=strict) if last.strip() else []
+    if values and last.rstrip().endswith("!"):  # a factorial
+        values = None
     if values is None and not strict and re.search(r"(?<!\\)\b[A-Za-z]{2,} ", short):
         return _from_running_text(last)
     return Answer(values, boxes)
@@ -203,6 +206,7 @@ def _words_after(after: str) -> str:
 def unemphasised(text: str) -> str:
     """Return a text without Markdown's bold, and without its code marks."""
     text = _BOLD.sub(r"\2", text)
+    text = re.sub(r"(?<![\w*])\*(?=[^\s*])([^*\n]+)\*(?=[.,;:!?]*\s*$)", r"\1", text, flags=re.M)
     return re.sub(r"\*\*(?=[^\w\s]*\d|$)|(?<=[\d.%)])\*\*", "", text).replace("`", "")
 
 
@@ -253,6 +257,9 @@ def _list_at_the_end(sentence: str) -> list[Value] | None:
 
 def _last_number(sentence: str) -> Answer:
     short = re.sub(r"^\s*[-*+]\s+", "", plain(sentence))
+    # "160 minutes (2 hours and 40 minutes)" is 160.
+    bare = re.sub(r"(?<=\S)\s\((?=[^()]*[A-Za-z])[^()]*\)(?=[\s.!]*$)", "", short)
+    short = bare if re.search(r"\d", bare) else short
     equals = short.rfind("=")
     found: list[tuple[int, list[Value] | None]] = []
     position = 0
@@ -281,7 +288,8 @@ def _last_number(sentence: str) -> Answer:
 
 
 _START = re.compile(
-    r"(?<![\w.,:/^\\])(?:(?<![\d)\]}%])(?<![\d)\]}%]\s)[-+]\s?|\b(?:minus|negative) )?"
+    r"(?<![A-Za-z\u00c0-\u024f\d_.,:/^\\])"
+    r"(?:(?<![\d)\]}%])(?<![\d)\]}%]\s)[-+]\s?|\b(?:minus|negative) )?"
     r"(?:US\$|[$€£¥₹])?-?(?=\.?\d|\\frac)"
 )
 

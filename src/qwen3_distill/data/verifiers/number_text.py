@@ -22,6 +22,7 @@ _CHARACTERS = str.maketrans(
         **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
         **dict.fromkeys(_SPACES, " "),
         **{chr(0xFF10 + digit): str(digit) for digit in range(10)},
+        "。": ". ", "！": "!", "？": "?", "；": ";",
         "％": "%", "：": ":", "．": ".", "，": ",", "（": "(", "）": ")", "＋": "+", "＝": "=",
         "＄": "$", "∕": "/", "⁄": "/", "⋅": "·", "∙": "·", "´": "'", "’": "'", "˚": "°", "º": "°",
     }
@@ -267,7 +268,7 @@ def read(text: str, *, strict: bool = False) -> list[Value] | None:
     if found is None:
         return None
     values, rest = found
-    rest = rest.strip().rstrip(".,;:!")
+    rest = rest.strip().rstrip(".,;:" if strict else ".,;:!")
     if re.match(r"\d", rest):
         return []
     if rest and not (_NOUN.fullmatch(rest) and not _NO_NOUN.search(rest)):
@@ -280,7 +281,8 @@ def unwrapped(text: str, *, strict: bool) -> str:
     before = None
     while before != text:
         before = text
-        text = text.strip().rstrip(".;!?,:" if not text.endswith("..") else ";").strip()
+        ends = ";" if text.endswith("..") else ".;?,:" if strict else ".;?,:!"
+        text = text.strip().rstrip(ends).strip()
         match = _WRAPPED.fullmatch(text)
         if (match and not re.fullmatch(r"\{[^{}]*\}", text.replace("\\", ""))) or (
             match and match[5]
@@ -319,6 +321,9 @@ def _bare_list(text: str, *, strict: bool) -> list[Value] | None:
     parts = re.split(r"\s*,\s+(?:and|or)\s+|\s+(?:and|or)\s+|\s*,\s+|\s*;\s*", text)
     if len(parts) > 1:
         items = _items(parts, strict=strict)
+        units = {item.unit for item in items or () if isinstance(item, Number)}
+        if strict and len(units) > 1:  # 10 dollars and 50 cents
+            return []
         return None if items is None else [Listing("", "", items)]
     if re.fullmatch(r"-?\d+(?:,-?\d+)+", text) and not decimals(text.lstrip("-"), strict=True):
         if strict:
