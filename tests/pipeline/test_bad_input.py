@@ -159,6 +159,26 @@ def test_missing_key_is_named(tiny_models: TinyModels, tmp_path: Path) -> None:
             id="no-references",
         ),
         pytest.param(
+            {"prompts": FILE_PROMPTS, "verifier": {"kind": "exact"}},
+            ["verifier: ", "the exact verifier", "set answer_field"],
+            id="exact-without-references",
+        ),
+        pytest.param(
+            {"verifier": {"kind": "choice"}},
+            ["verifier: ", "a choice verifier", "answer_field"],
+            id="choice-verifier",
+        ),
+        pytest.param(
+            {"verifier": {"kind": "regex", "pattern": "a("}},
+            ["verifier", "no regular expression", "correct it"],
+            id="regex",
+        ),
+        pytest.param(
+            {"verifier": {"kind": "python", "function": "f"}},
+            ["verifier", "path/to/file.py:name"],
+            id="python-function",
+        ),
+        pytest.param(
             {"evaluation": EVALUATION | {"verifier": MATH}},
             ["evaluation: ", "answer_field"],
             id="evaluation-math-verifier",
@@ -402,6 +422,18 @@ def test_unusable_prompts_are_named_by_file_and_line(
 def test_missing_prompt_file_is_named(tiny_models: TinyModels, tmp_path: Path) -> None:
     words = ["none.jsonl", "does not exist", "prompts.path"]
     refused_run(tiny_models, tmp_path, {"prompts": FILE_PROMPTS}, words)
+
+
+@pytest.mark.parametrize("where", ["verifier", "evaluation"])
+def test_a_function_that_cannot_be_used_is_named_before_anything_starts(
+    tiny_models: TinyModels, tmp_path: Path, where: str
+) -> None:
+    (tmp_path / "rewards.py").write_text("def reward(row): return 1")
+    verifier = {"kind": "python", "function": f"{tmp_path}/rewards.py:reward"}
+    evaluation = EVALUATION | {"verifier": verifier}
+    changes = {"verifier": verifier} if where == "verifier" else {"evaluation": evaluation}
+    words = ["rewards.py:reward cannot be used", "a row and a response", "correct the file"]
+    refused_run(tiny_models, tmp_path, changes, words)
 
 
 def test_missing_held_out_problems_are_named_before_anything_starts(

@@ -434,7 +434,7 @@ def scored(rollout_id: str, prompt_id: str = "p") -> ScoredRollout:
     return ScoredRollout(rollout=rollout, score=score)
 
 
-def rewarded(correct_by_id: Mapping[str, bool], weight: float) -> list[float]:
+def rewarded(correct_by_id: Mapping[str, float], weight: float) -> list[float]:
     batch = make_batch(
         [scored(rollout_id) for rollout_id in correct_by_id],
         task_reward_weight=weight,
@@ -452,6 +452,11 @@ def test_rewards_are_centred_within_a_prompt_s_samples_and_weighted() -> None:
     correct = {"s/0/a": True, "s/0/b": False, "s/0/c": False, "s/0/d": False, "s/1/a": True}
     expected = [0.75, -0.25, -0.25, -0.25, 0.0]
     assert rewarded(correct, weight=2.0) == [2 * value for value in expected]
+
+
+def test_rewards_between_0_and_1_are_centred_too() -> None:
+    rewards = {"s/0/a": 0.25, "s/0/b": 0.75, "s/1/a": True, "s/1/b": 0.5}
+    assert rewarded(rewards, weight=2.0) == [-0.5, 0.5, 0.5, -0.5]
 
 
 def test_one_prompt_drawn_twice_makes_two_groups() -> None:

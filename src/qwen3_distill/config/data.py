@@ -1,10 +1,11 @@
 """The student, its prompts, how answers are sampled, checked and evaluated."""
 
+import re
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, field_validator
 
-from qwen3_distill.config.base import PathText, PositiveInt, Schema
+from qwen3_distill.config.base import PathText, PositiveFloat, PositiveInt, Schema
 from qwen3_distill.types import SamplingSpec
 
 
@@ -76,7 +77,76 @@ class MathVerifier(Schema):
     kind: Literal["math"]
 
 
-VerifierConfig: TypeAlias = Annotated[TaskVerifier | MathVerifier, Field(discriminator="kind")]
+class ExactVerifier(Schema):
+    """Checks that the response, as text, equals the reference answer."""
+
+    kind: Literal["exact"]
+    strip: bool = True
+    """Compare without white space at both ends."""
+    case_sensitive: bool = True
+    """false: upper and lower case are equal."""
+
+
+class ChoiceVerifier(Schema):
+    """Checks the letter of a multiple choice: ``B``, ``(B)``, ``Answer: B``, boxed."""
+
+    kind: Literal["choice"]
+    options: Annotated[int, Field(ge=2, le=26)] = 4
+    """Number of options; the letters are the first ones, from A on."""
+
+
+class RegexVerifier(Schema):
+    """Checks what the one group of a pattern finds last in the response against the reference."""
+
+    kind: Literal["regex"]
+    pattern: str
+    """Python regular expression with one group; the last match in the response counts."""
+    case_sensitive: bool = True
+    """false: upper and lower case are equal, in the pattern and in the comparison."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_has_one_group(cls, pattern: str) -> str:
+        try:
+            compiled = re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"{pattern!r} is no regular expression ({error}), expected one of Python's re; "
+                "correct it"
+            ) from None
+        if compiled.groups != 1:
+            raise ValueError(
+                f"{pattern!r} has {compiled.groups} groups, expected one: the answer, as in "
+                "'answer: (.*)'; write the others as (?:...)"
+            )
+        return pattern
+
+
+class PythonVerifier(Schema):
+    """Asks a function of yours, in a process of its own, for true, false or a reward in [0, 1]."""
+
+    kind: Literal["python"]
+    function: str
+    """``path/to/file.py:name``; called with the prompt's row (a dict) and the response's text."""
+    timeout_s: PositiveFloat = 10.0
+    """Seconds that one call may take; a longer one is an error."""
+
+    @field_validator("function")
+    @classmethod
+    def _function_is_file_and_name(cls, function: str) -> str:
+        path, _, name = function.rpartition(":")
+        if not path.endswith(".py") or not name.isidentifier():
+            raise ValueError(
+                f"{function!r} is not a function of a file, expected path/to/file.py:name; "
+                "correct it"
+            )
+        return function
+
+
+VerifierConfig: TypeAlias = Annotated[
+    TaskVerifier | MathVerifier | ExactVerifier | ChoiceVerifier | RegexVerifier | PythonVerifier,
+    Field(discriminator="kind"),
+]
 
 
 class SamplingConfig(Schema):
@@ -105,7 +175,7 @@ class EvaluationConfig(Schema):
     prompts: PromptsConfig
     """Held-out problems; every evaluation takes the same first ones."""
     verifier: VerifierConfig
-    """Decides whether an answer is correct."""
+    """Decides whether an answer is correct, or how good it is."""
     every_steps: PositiveInt = 25
     num_problems: PositiveInt = 500
     """Maximum number of problems; every result states how many there were."""

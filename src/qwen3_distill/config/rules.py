@@ -250,14 +250,20 @@ def verifier_fits_prompts(config: "RunConfig") -> None:
         if verifier is None:
             continue
         if prompts.kind == "task":
-            if verifier.kind == "math":
-                raise ValueError(f"{where}: a math verifier needs prompts with an answer_field")
+            if verifier.kind not in ("task", "python"):
+                raise ValueError(
+                    f"{where}: {_A[verifier.kind]} verifier needs prompts with an answer_field"
+                )
         elif verifier.kind == "task":
             raise ValueError(f"{where}: a task verifier needs prompts of kind `task`")
-        elif prompts.answer_field is None:
+        elif prompts.answer_field is None and verifier.kind != "python":
             raise ValueError(
-                f"{where}: the math verifier compares with a reference answer; set answer_field"
+                f"{where}: the {verifier.kind} verifier compares with a reference answer; set "
+                "answer_field"
             )
+
+
+_A = {"math": "a math", "exact": "an exact", "choice": "a choice", "regex": "a regex"}
 
 
 RULES: tuple[Callable[["RunConfig"], None], ...] = (

@@ -15,9 +15,12 @@ Z_95 = 1.959964
 """Two-sided 95% quantile of the normal distribution."""
 
 
+_RESAMPLES = 10_000
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """Mean accuracy over problems, with its 95% interval."""
+    """Mean accuracy, or mean reward, over problems, with its 95% interval."""
 
     accuracy: float
     ci_low: float
@@ -31,7 +34,7 @@ class EvaluationResult:
 async def evaluate(
     engine: Sampler,
     problems: Sequence[Prompt],
-    is_correct: Callable[[Rollout], bool],
+    is_correct: Callable[[Rollout], float],
     *,
     sampling: SamplingConfig,
     samples_per_problem: int,
@@ -55,7 +58,7 @@ async def evaluate(
         for prompt in problems
         for sample in range(samples_per_problem)
     ]
-    correct_by_prompt: dict[str, list[bool]] = {prompt.prompt_id: [] for prompt in problems}
+    correct_by_prompt: dict[str, list[float]] = {prompt.prompt_id: [] for prompt in problems}
     lengths: list[int] = []
     truncated = 0
     async for rollout in engine.generate(requests):
@@ -64,7 +67,8 @@ async def evaluate(
         truncated += rollout.finish_reason is FinishReason.LENGTH
         on_rollout(len(lengths), len(requests))
     rates = np.array([np.mean(correct) for correct in correct_by_prompt.values()])
-    low, high = accuracy_interval(rates, samples_per_problem)
+    binary = all(value in (0, 1) for values in correct_by_prompt.values() for value in values)
+    low, high = accuracy_interval(rates, samples_per_problem) if binary else reward_interval(rates)
     return EvaluationResult(
         accuracy=float(rates.mean()),
         ci_low=low,
@@ -74,6 +78,25 @@ async def evaluate(
         mean_tokens=float(np.mean(lengths)),
         truncated_fraction=truncated / len(lengths),
     )
+
+
+def reward_interval(means: np.ndarray) -> tuple[float, float]:
+    """Return the 95% interval of the mean of per-problem rewards in [0, 1], by bootstrap.
+
+    Problems are drawn again with replacement, 10,000 times; the 2.5% and 97.5% quantiles of the
+    means count. Samples of one problem stay together. With one problem, or equal rewards, there is
+    no spread to draw from: then it is Wilson's interval for the mean, the widest that rewards in
+    [0, 1] can need.
+    """
+    if len(means) < 2 or float(np.ptp(means)) == 0:
+        return accuracy_interval(means, 1)
+    generator = np.random.Generator(np.random.PCG64(0))
+    drawn = [  # one at a time: all at once would take gigabytes
+        means[generator.integers(0, len(means), len(means))].mean() for _ in range(_RESAMPLES)
+    ]
+    low, high = (float(bound) for bound in np.quantile(drawn, [0.025, 0.975]))
+    mean = float(means.mean())
+    return min(low, mean), max(high, mean)
 
 
 def accuracy_interval(rates: np.ndarray, samples_per_problem: int) -> tuple[float, float]:

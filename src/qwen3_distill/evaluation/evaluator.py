@@ -19,7 +19,7 @@ class Evaluator:
         student: samples from the student.
         teacher_sampler: opens a sampler that answers as the teacher.
         problems: returns the first n held-out problems, always the same ones.
-        is_correct: checks an answer.
+        is_correct: checks an answer; gives a bool, or a reward in [0, 1].
         total_steps: the run's number of steps; after the last one the student is measured too.
         seed: the run's seed.
         say: told how many answers there are, after each one.
@@ -32,7 +32,7 @@ class Evaluator:
         student: Sampler,
         teacher_sampler: Callable[[], AbstractAsyncContextManager[Sampler]],
         problems: Callable[[int], Sequence[Prompt]],
-        is_correct: Callable[[Rollout], bool],
+        is_correct: Callable[[Rollout], float],
         total_steps: int,
         seed: int,
         say: Callable[[str], None],

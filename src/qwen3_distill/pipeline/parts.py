@@ -58,8 +58,8 @@ class Parts:
     learner: ReplayingLearner
     channel: WeightChannel
     text: TextTools
-    is_correct: Callable[[Rollout], bool] | None
-    """Checks training rollouts; None without a verifier."""
+    is_correct: Callable[[Rollout], float] | None
+    """Gives a training rollout a bool or a reward in [0, 1]; None without a verifier."""
     teacher_sampler: Callable[[], AbstractAsyncContextManager[Sampler]]
     """Opens a sampler that answers as the teacher."""
     samples_elsewhere: bool

@@ -54,12 +54,12 @@ def make_batch(
     scored: Sequence[ScoredRollout],
     *,
     task_reward_weight: float = 0.0,
-    is_correct: Callable[[Rollout], bool] | None = None,
+    is_correct: Callable[[Rollout], float] | None = None,
 ) -> Batch:
     """Build a uniformly weighted batch, with task advantages where there is a task reward.
 
     A rollout's advantage is ``weight * (reward - mean reward of its prompt's samples)``, where
-    the reward is 1 for a correct answer and else 0.
+    the reward is the verifier's: 1 for a correct answer, 0 for a wrong one, or a number between.
     """
     if task_reward_weight == 0:
         return Batch.uniform(scored)

@@ -121,7 +121,7 @@ def find_text_tools(path: Path, config: RunConfig) -> TextTools | None:
 
 
 def _rollout_view(
-    step: int, scored: ScoredRollout, text: TextTools | None, correct: bool | None
+    step: int, scored: ScoredRollout, text: TextTools | None, correct: float | None
 ) -> RolloutView:
     rollout: Rollout = scored.rollout
     prompt, response = rollout.prompt.token_ids.tolist(), rollout.response_ids.tolist()

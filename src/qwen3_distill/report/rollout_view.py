@@ -35,8 +35,8 @@ class RolloutView:
     teacher_logprobs: Sequence[float]
     """Nats."""
     finish_reason: str
-    correct: bool | None
-    """The verifier's result; None without a verifier."""
+    correct: float | None
+    """The verifier's result, a bool or a reward in [0, 1]; None without a verifier."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.tokens), len(self.behavior_logprobs), len(self.teacher_logprobs)}
@@ -74,7 +74,8 @@ class RolloutCard:
     num_tokens: int
     mean_gap: str
     finish_reason: str
-    verdict: Literal["correct", "wrong", "unchecked"]
+    verdict: Literal["correct", "wrong", "partly", "unchecked"]
+    verdict_text: str
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,17 @@ def _rollout_group(step: int, label: str, rollouts: Sequence[RolloutView]) -> Ro
         label=label,
         total=len(rollouts),
         mean_gap=_signed(fmean(gaps)) if gaps else "",
-        solved=f"{sum(checked)} of {len(checked)} correct" if checked else "",
+        solved=_solved(checked),
         cards=[_card(rollout) for rollout in rollouts[:ROLLOUTS_PER_STEP]],
     )
+
+
+def _solved(checked: Sequence[float]) -> str:
+    if not checked:
+        return ""
+    if all(reward in (0, 1) for reward in checked):
+        return f"{int(sum(checked))} of {len(checked)} correct"
+    return f"mean reward {fmean(checked):.2f}"
 
 
 def _card(rollout: RolloutView) -> RolloutCard:
@@ -159,11 +168,7 @@ def _card(rollout: RolloutView) -> RolloutCard:
         gaps[shown],
         strict=True,
     )
-    verdicts: dict[bool | None, Literal["correct", "wrong", "unchecked"]] = {
-        True: "correct",
-        False: "wrong",
-        None: "unchecked",
-    }
+    verdict, verdict_text = _verdict(rollout.correct)
     return RolloutCard(
         rollout_id=rollout.rollout_id,
         prompt=_readable(rollout.prompt_text),
@@ -172,8 +177,19 @@ def _card(rollout: RolloutView) -> RolloutCard:
         num_tokens=len(rollout.tokens),
         mean_gap=_signed(fmean(gaps)) if gaps else "",
         finish_reason=rollout.finish_reason,
-        verdict=verdicts[rollout.correct],
+        verdict=verdict,
+        verdict_text=verdict_text,
     )
+
+
+def _verdict(
+    reward: float | None,
+) -> tuple[Literal["correct", "wrong", "partly", "unchecked"], str]:
+    if reward is None:
+        return "unchecked", "not checked"
+    if reward in (0, 1):
+        return ("correct", "✓ correct") if reward else ("wrong", "✗ wrong")
+    return "partly", f"reward {reward:.2f}"
 
 
 def _token(token: str, behavior: float, teacher: float, gap: float) -> _Token:

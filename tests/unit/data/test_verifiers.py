@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_distill.config import JsonlPrompts, MathVerifier, TaskPrompts, TaskVerifier
-from qwen3_distill.data import verifiers
 from qwen3_distill.data.chain_task import ChainTask
 from qwen3_distill.data.sources import RawPrompt, build_source
-from qwen3_distill.data.verifiers import MathEqualityVerifier, Verifier, build_verifier
+from qwen3_distill.data.verifiers import (
+    MathEqualityVerifier,
+    Verifier,
+    build_verifier,
+    line_process,
+)
 from qwen3_distill.errors import DataError, EngineError
 from qwen3_distill.types import Prompt
 
@@ -146,7 +151,7 @@ def test_endless_computation_is_not_correct_and_the_next_answer_is_judged(
 
 
 def test_works_in_other_threads(math_verifier: Verifier) -> None:
-    verdicts: dict[int, bool] = {}
+    verdicts: dict[int, float] = {}
 
     def judge(value: int) -> None:
         verdicts[value] = math_verifier.correct(prompt("3"), f"#### {value}")
@@ -159,7 +164,7 @@ def test_works_in_other_threads(math_verifier: Verifier) -> None:
     assert verdicts == {value: value == 3 for value in range(6)}
 
 
-IN_WORDS = ["Paris", "yes", "10 dollars", "Monday", "#### blue"]
+IN_WORDS = ["Paris", "yes", "dollars", "Monday", "#### blue"]
 """math-verify takes them for products of letters, which nothing that is answered would equal."""
 
 
@@ -173,6 +178,7 @@ def test_unusable_reference_is_a_data_error(math_verifier: Verifier, answer: str
     ("answer", "response"),
     [
         ("5 apples", r"\boxed{5}"),
+        ("10 dollars", r"\boxed{10}"),
         ("a*b*c", r"\boxed{cab}"),
         (r"\frac{xy}{2}", r"$\frac{1}{2}xy$"),
         (r"\text{Evelyn}", r"\boxed{\text{Evelyn}}"),
@@ -198,31 +204,32 @@ def test_worker_that_cannot_start_is_an_engine_error(
     without_library = tmp_path / "python"
     without_library.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     without_library.chmod(0o755)
-    monkeypatch.setattr(verifiers.sys, "executable", str(without_library))
+    monkeypatch.setattr(line_process.sys, "executable", str(without_library))
     with pytest.raises(EngineError, match=r"ended with status .* install math-verify"):
-        build_verifier(MathVerifier(kind="math")).correct(prompt("42"), "42")
+        build_verifier(MathVerifier(kind="math")).correct(prompt("x"), "$x$")
 
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list["subprocess.Popen[str]"]:
     """The processes that verifiers start during the test."""
     processes: list[subprocess.Popen[str]] = []
-    real_start = verifiers._started
+    real_start = line_process._started
 
-    def start(timeout_s: float) -> "subprocess.Popen[str]":
-        processes.append(real_start(timeout_s))
-        return processes[-1]
+    def start(command: Sequence[str], text: str) -> "tuple[subprocess.Popen[str], object]":
+        process, greeting = real_start(command, text)
+        processes.append(process)
+        return process, greeting
 
-    monkeypatch.setattr(verifiers, "_started", start)
+    monkeypatch.setattr(line_process, "_started", start)
     return processes
 
 
 def test_process_ends_with_the_verifier(started: list["subprocess.Popen[str]"]) -> None:
     verifier = MathEqualityVerifier()
-    assert verifier.correct(prompt("1"), "1")
+    assert verifier.correct(prompt("x"), "$x$")
     started[0].kill()
     started[0].wait()
-    assert verifier.correct(prompt("1"), "1"), "a process killed from outside is replaced"
+    assert verifier.correct(prompt("x"), "$x$"), "a process killed from outside is replaced"
     assert started[0].stdin is not None
     assert started[0].stdin.closed, "every replaced process would cost two file descriptors"
     del verifier
@@ -232,17 +239,17 @@ def test_process_ends_with_the_verifier(started: list["subprocess.Popen[str]"]) 
 
 def test_time_between_questions_does_not_count(started: list["subprocess.Popen[str]"]) -> None:
     verifier = MathEqualityVerifier(timeout_s=0.5)
-    assert verifier.correct(prompt("1"), "1")
+    assert verifier.correct(prompt("x"), "$x$")
     time.sleep(0.8)
-    assert verifier.correct(prompt("1"), "1")
+    assert verifier.correct(prompt("x"), "$x$")
     assert len(started) == 1
 
 
 def test_endless_question_ends_also_when_the_process_that_asked_was_killed() -> None:
     code = """if True:
         import os, threading, time
-        from qwen3_distill.data.verifiers import _Worker
-        worker = _Worker(timeout_s=1.0)
+        from qwen3_distill.data.verifiers.line_process import LineProcess
+        worker = LineProcess("math_process.py", ["1.0", "4000000000"], "status {status}")
         assert worker.ask({"reference": "$1$"}) is True
         question = {"reference": "$1$", "response": r"\\boxed{9^{9^{9}}}"}
         threading.Thread(target=worker.ask, args=(question,), daemon=True).start()
@@ -273,7 +280,7 @@ def _is_running(pid: int) -> bool:
 
 
 def test_worker_script_needs_neither_numpy_nor_this_package() -> None:
-    script = Path(verifiers.__file__).with_name("verifier_process.py")
+    script = Path(line_process.__file__).with_name("math_process.py")
     code = (
         "import json, runpy, sys; runpy.run_path(sys.argv[1]); "
         "print(json.dumps([n for n in ('numpy', 'torch', 'qwen3_distill') if n in sys.modules]))"

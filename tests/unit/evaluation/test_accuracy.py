@@ -4,11 +4,17 @@ from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_distill.config import SamplingConfig
-from qwen3_distill.evaluation.accuracy import Z_95, EvaluationResult, accuracy_interval, evaluate
+from qwen3_distill.evaluation.accuracy import (
+    Z_95,
+    EvaluationResult,
+    accuracy_interval,
+    evaluate,
+    reward_interval,
+)
 from qwen3_distill.ports import WeightChannel
 from qwen3_distill.types import (
     FinishReason,
@@ -94,6 +100,30 @@ def test_the_interval_holds_the_mean_and_lies_between_its_bounds(counts: list[in
         assert len(rates) * 0.999 <= trials <= 4 * len(rates) * 1.001
 
 
+@given(
+    rewards=st.lists(st.floats(0, 1), min_size=1, max_size=30),
+)
+@settings(max_examples=15, deadline=None)
+def test_the_interval_of_rewards_holds_their_mean(rewards: list[float]) -> None:
+    means = np.array(rewards)
+    low, high = reward_interval(means)
+    assert 0 <= low <= means.mean() + 1e-12
+    assert means.mean() - 1e-12 <= high <= 1
+    assert reward_interval(means) == (low, high), "the same numbers every time"
+
+
+def test_the_interval_of_rewards_is_that_of_their_mean_s_spread() -> None:
+    means = np.random.default_rng(0).uniform(0.2, 0.8, size=2000)
+    low, high = reward_interval(means)
+    half = Z_95 * means.std(ddof=1) / math.sqrt(2000)
+    assert (low, high) == pytest.approx((means.mean() - half, means.mean() + half), abs=1e-3)
+
+
+@pytest.mark.parametrize("means", [np.array([0.5]), np.full(40, 0.25)])
+def test_equal_rewards_have_the_widest_interval(means: np.ndarray) -> None:
+    assert reward_interval(means) == accuracy_interval(means, 1)
+
+
 # --- evaluate() ---------------------------------------------------------------------------------
 
 VERSION = WeightVersion(step=0, digest="fake")
@@ -167,6 +197,23 @@ def test_the_result_counts_problems_lengths_and_cuts() -> None:
     assert result.truncated_fraction == pytest.approx(1 / 3)
     expected = accuracy_interval(np.array([0, 1 / 3, 2 / 3, 1]), 3)
     assert (result.ci_low, result.ci_high) == pytest.approx(expected)
+
+
+def test_rewards_between_0_and_1_are_averaged_with_an_interval_of_their_own() -> None:
+    result = asyncio.run(
+        evaluate(
+            FakeScriptedEngine(),
+            problems(4),
+            lambda rollout: int(rollout.prompt.task_data["right"]) / 4,
+            sampling=SamplingConfig(),
+            samples_per_problem=2,
+            seed=0,
+        )
+    )
+    assert result.accuracy == pytest.approx((0 + 1 + 2 + 3) / 16)
+    expected = reward_interval(np.array([0, 0.25, 0.5, 0.75]))
+    assert (result.ci_low, result.ci_high) == pytest.approx(expected)
+    assert expected != pytest.approx(accuracy_interval(np.array([0, 0.25, 0.5, 0.75]), 2))
 
 
 def test_every_sample_is_requested_once_with_the_given_sampling() -> None:

@@ -300,6 +300,13 @@ def test_verdict_finish_reason_and_prompt_are_shown(run):
     assert "1 of 2 correct" in page.shown  # the third was not checked
 
 
+def test_rewards_between_0_and_1_are_shown_as_numbers(run):
+    page = _page(run, [_rollout(name="r0", correct=0.25), _rollout(name="r1", correct=True)])
+    for text in ("reward 0.25", "✓ correct", "mean reward 0.62"):
+        assert text in page.shown
+    assert "of 2 correct" not in page.shown
+
+
 def test_what_is_not_shown_of_the_rollouts_is_counted(run):
     long = TOKENS_PER_ROLLOUT + 7
     zeros = (-0.5,) * long

@@ -31,11 +31,11 @@ def build_prompts(config: RunConfig, text: TextTools) -> PromptStream:
     return prompts
 
 
-def build_checker(verifier: VerifierConfig, text: TextTools) -> Callable[[Rollout], bool]:
-    """Build the check of a rollout's text."""
+def build_checker(verifier: VerifierConfig, text: TextTools) -> Callable[[Rollout], float]:
+    """Build the check of a rollout's text: it gives a bool, or a reward in [0, 1]."""
     check = build_verifier(verifier)
 
-    def is_correct(rollout: Rollout) -> bool:
+    def is_correct(rollout: Rollout) -> float:
         return check.correct(rollout.prompt, text.decode(rollout.response_ids.tolist()))
 
     return is_correct
