@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from qwen3_distill.cli.terminal import ConfigOption, Overrides, print_json, quiet_libraries, say
+from qwen3_distill.cli.terminal import (
+    ConfigOption,
+    Overrides,
+    print_json,
+    quiet_libraries,
+    say,
+    warn,
+)
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import dump_config, load_config
 from qwen3_distill.errors import RunFolderError
@@ -79,7 +86,8 @@ def config_show(config: ConfigOption, overrides: Overrides = None) -> None:
 def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
     """Check a config, and that its models, prompts and interpreters exist.
 
-    Nothing is loaded or started. Exit status 2 when something is missing.
+    It shows the first prompt as the chat template renders it. No model is loaded, nothing is
+    started. Exit status 2 when something is missing.
     """
     settings = load_config(config, overrides or ())
     say(
@@ -89,6 +97,15 @@ def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
     from qwen3_distill.pipeline.preflight import check_before_start
 
     check_before_start(settings)
+    from qwen3_distill.pipeline.first_prompt import first_prompt, template_notes
+    from qwen3_distill.pipeline.parts import TextTools
+
+    quiet_libraries()
+    text = TextTools(settings.student.model)
+    for line in first_prompt(settings, text).lines():
+        say(line)
+    for note in template_notes(settings, text):
+        warn(note)
 
 
 def config_schema() -> None:

@@ -15,6 +15,7 @@ from qwen3_distill.pipeline.assembly.channel import learns_elsewhere
 from qwen3_distill.pipeline.assembly.engines import build_parts, engine_interpreters
 from qwen3_distill.pipeline.assembly.plan import engine_log
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
+from qwen3_distill.pipeline.first_prompt import first_prompt, prompt_record, template_notes
 from qwen3_distill.pipeline.manifest import (
     engine_versions,
     git_revision,
@@ -22,7 +23,7 @@ from qwen3_distill.pipeline.manifest import (
     machine,
     versions,
 )
-from qwen3_distill.pipeline.parts import Parts
+from qwen3_distill.pipeline.parts import Parts, TextTools
 from qwen3_distill.pipeline.preflight import check_before_start
 from qwen3_distill.pipeline.recorder import Recorder
 from qwen3_distill.pipeline.run_folder import RunFolder, full_disk_named
@@ -78,6 +79,7 @@ async def _run(
     check_before_start(config, reads_prompts=False)  # `build_parts` reads them
     progress.stage("checking that student and teacher match")
     SameView().check(load_identity(config.student.model), load_identity(config.scoring.model))
+    _show_template(config, folder, warn)
     async with AsyncExitStack() as stack:
         if config.pipeline.mps:  # before anything here uses CUDA; ends after the last engine
             progress.stage("starting MPS")
@@ -88,6 +90,14 @@ async def _run(
         stack.push_async_callback(parts.close)
         await parts.start(progress.stage)
         return await _train_with_restarts(parts, folder, progress, warn)
+
+
+def _show_template(config: RunConfig, folder: RunFolder, warn: Callable[[str], None]) -> None:
+    """Write the first prompt into the run folder; warn of what its chat template does."""
+    text = TextTools(config.student.model)
+    write_json_atomic(folder.prompt, prompt_record(first_prompt(config, text)))
+    for note in template_notes(config, text):
+        warn(note)
 
 
 async def _train_with_restarts(
