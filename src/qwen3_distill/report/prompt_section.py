@@ -35,7 +35,7 @@ def prompt_section(run: RunFiles) -> PromptSection | None:
         return None
     try:
         return PromptSection(
-            prompt_id=str(run.prompt["prompt_id"]),
+            prompt_id=readable(str(run.prompt["prompt_id"])),
             pieces=[PromptPiece(readable(text), token) for text, token in run.prompt["pieces"]],
             facts=[(str(name), readable(value)) for name, value in run.prompt["facts"]],
         )
