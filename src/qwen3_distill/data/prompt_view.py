@@ -28,7 +28,7 @@ class NamedToken:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EndOfTurn:
-    """What a chat template writes after an assistant's message."""
+    """The tokens that a chat template writes after an assistant's message."""
 
     token_ids: tuple[int, ...]
     token: NamedToken | None

@@ -7,7 +7,7 @@ expect. So the template is parsed: which names does it read, and as what?
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -33,7 +33,7 @@ _TRUE_WORDS = ("yes", "on", "true", "y", "1")
 class _Generation(Extension):
     """Parses ``{% generation %}``, transformers' mark of what an assistant wrote."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

@@ -116,6 +116,17 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
         # step (docs/streaming.md, where a decode step goes).
         values["distributed_executor_backend"] = "mp"
     values |= settings.engine_arguments
+    _check_names(values)
+    _check_flags(settings.engine_arguments)
+    return values
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+    """Refuse arguments that this vLLM does not have.
+
+    Raises:
+        EngineStartError: names them.
+    """
     known = {field.name for field in dataclasses.fields(vllm.AsyncEngineArgs)}
     # Ours too: without `logprobs_mode`, say, an engine would start and give other logprobs.
     unknown = sorted(values.keys() - known)
@@ -124,8 +135,6 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
             f"generation.engine_arguments: vLLM {version()} has no {', '.join(unknown)}; see the "
             "fields of its AsyncEngineArgs, or use a version of docs/engines.md"
         )
-    _check_flags(settings.engine_arguments)
-    return values
 
 
 def _check_flags(arguments: Mapping[str, Any]) -> None:
@@ -136,7 +145,7 @@ def _check_flags(arguments: Mapping[str, Any]) -> None:
     """
     kinds = {field.name: str(field.type) for field in dataclasses.fields(vllm.AsyncEngineArgs)}
     for name, value in arguments.items():
-        is_flag = kinds[name] in ("bool", "<class 'bool'>", "bool | None", "Optional[bool]")
+        is_flag = kinds[name] in ("bool", "<class 'bool'>", "bool | None", "typing.Optional[bool]")
         if is_flag and value is not None and not isinstance(value, bool):
             raise EngineStartError(
                 f"generation.engine_arguments: {name} is {value!r} ({type(value).__name__}), and "
