@@ -100,8 +100,29 @@ def arguments_read(template: str) -> dict[str, _Uses] | None:
 
 
 def _undeclared(tree: nodes.Template, environment: Environment) -> set[str]:
-    names = meta.find_undeclared_variables(tree)
-    return names - set(environment.globals)
+    """Return the names that the template reads before it sets them itself.
+
+    Jinja counts a variable that is set in each branch of an ``if`` as undeclared.
+    """
+    names = meta.find_undeclared_variables(tree) - set(environment.globals)
+    first: dict[str, str] = {}
+    for name in _names_in_order(tree):
+        first.setdefault(name.name, name.ctx)
+    return {name for name in names if first.get(name, "load") == "load"}
+
+
+def _names_in_order(node: nodes.Node) -> Iterator[nodes.Name]:
+    """Yield every name in the order of evaluation: a value comes before what it is set to."""
+    if isinstance(node, nodes.Name):
+        yield node
+    if isinstance(node, nodes.Assign):
+        yield from _names_in_order(node.node)
+    elif isinstance(node, nodes.For):
+        yield from _names_in_order(node.iter)
+    for child in node.iter_child_nodes(
+        exclude=("node",) if isinstance(node, nodes.Assign) else ("iter",)
+    ):
+        yield from _names_in_order(child)
 
 
 def _problem(argument: str, value: Any, known: Mapping[str, _Uses]) -> str | None:

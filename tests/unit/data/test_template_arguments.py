@@ -109,6 +109,25 @@ def test_a_template_without_arguments_says_so() -> None:
         check_template_arguments(BODY, {"enable_thinking": True})
 
 
+@pytest.mark.parametrize(
+    ("template", "names"),
+    [
+        ("{% if tools %}{% set c = 1 %}{% else %}{% set c = 2 %}{% endif %}{{ c }}", set()),
+        ("{% for m in messages %}{% if m %}{% set c = m %}{% endif %}{{ c }}{% endfor %}", set()),
+        ("{% if not c is defined %}{% set c = 1 %}{% endif %}{{ c }}", {"c"}),
+        ("{% set c = c | default(1) %}{{ c }}", {"c"}),
+        ("{% set d = c %}{% set c = 1 %}{{ c }}{{ d }}", {"c"}),
+        ("{% for c in c %}{{ c }}{% endfor %}", {"c"}),
+        ("{% for c in tools %}{{ c }}{% endfor %}{{ d }}", {"d"}),
+        ("{% macro f(c) %}{{ c }}{{ e }}{% endmacro %}{{ f(d) }}", {"d", "e"}),
+    ],
+)
+def test_a_variable_that_the_template_sets_itself_is_no_argument(
+    template: str, names: set[str]
+) -> None:
+    assert set(arguments_read(template) or {}) == names
+
+
 def test_what_the_renderer_gives_is_no_argument() -> None:
     template = "{{ bos_token }}{% for t in tools %}{{ strftime_now('%d') }}{% endfor %}"
     assert arguments_read(template) == {}
