@@ -165,6 +165,15 @@ def test_steps_of_cut_rollouts_are_said_once_and_then_rarely(
     ]
 
 
+def test_an_evaluation_of_cut_answers_says_so(tiny_models: TinyModels, tmp_path: Path) -> None:
+    models = models_with(tiny_models, tmp_path, eos=PAD_ID)
+    sampling = {"max_new_tokens": 1}
+    changes = {"steps": 1, "evaluation": EVALUATION | {"sampling": sampling, "teacher": True}}
+    notes = "\n".join(notes_of(models, tmp_path / "run", changes))
+    assert "all answers of this evaluation (teacher) were cut" in notes
+    assert notes.count("all answers of this evaluation (student)") == 2
+
+
 def test_steps_in_which_a_rollout_ended_are_not(tiny_models: TinyModels, tmp_path: Path) -> None:
     models = models_with(tiny_models, tmp_path, eos=list(range(257)))  # any token may end it
     changes = {"steps": 2, "sampling.max_new_tokens": 8}

@@ -167,6 +167,11 @@ class Recorder:
         self._evaluated_s = busy_s
         self._evaluations.log(step, record)
         self._progress.evaluation({"step": step, **record})
+        if result["truncated_fraction"] == 1:
+            self._progress.note(
+                f"all answers of this evaluation ({model}) were cut at "
+                "evaluation.sampling.max_new_tokens: none ended by itself"
+            )
         if model == "student":
             self._trackers.log(step, {"evaluation/accuracy": result["accuracy"]})
 

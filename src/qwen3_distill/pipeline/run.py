@@ -79,7 +79,10 @@ async def _run(
     check_before_start(config, reads_prompts=False)  # `build_parts` reads them
     progress.stage("checking that student and teacher match")
     SameView().check(load_identity(config.student.model), load_identity(config.scoring.model))
-    _show_template(config, folder, warn)
+    text = TextTools(config.student.model)
+    prompt = first_prompt(config, text)
+    for note in template_notes(config, text):
+        warn(note)
     async with AsyncExitStack() as stack:
         if config.pipeline.mps:  # before anything here uses CUDA; ends after the last engine
             progress.stage("starting MPS")
@@ -89,15 +92,8 @@ async def _run(
         parts = adapt(build_parts(config))
         stack.push_async_callback(parts.close)
         await parts.start(progress.stage)
+        write_json_atomic(folder.prompt, prompt_record(prompt))
         return await _train_with_restarts(parts, folder, progress, warn)
-
-
-def _show_template(config: RunConfig, folder: RunFolder, warn: Callable[[str], None]) -> None:
-    """Write the first prompt into the run folder; warn of what its chat template does."""
-    text = TextTools(config.student.model)
-    write_json_atomic(folder.prompt, prompt_record(first_prompt(config, text)))
-    for note in template_notes(config, text):
-        warn(note)
 
 
 async def _train_with_restarts(
