@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from qwen3_distill.scoring.score_request import HiddenRequest, ScoreRequest, TopKRequest
 from transformers import PreTrainedModel
 
 from qwen3_distill.errors import ConfigError, EngineError
@@ -11,7 +12,6 @@ from qwen3_distill.hosts.serve import serve_worker
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_identity, load_model
 from qwen3_distill.scoring.handshake import check_lengths
-from qwen3_distill.scoring.score_request import HiddenRequest, ScoreRequest, TopKRequest
 from qwen3_distill.types import ScoreResult, ScoringJob, TeacherScore, TopKScore
 
 

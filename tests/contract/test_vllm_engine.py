@@ -492,6 +492,15 @@ def test_an_unknown_engine_argument_is_named(tiny_models: TinyModels) -> None:
         build_vllm(tiny_models.student, engine_arguments={"max_seqs": 3})
 
 
+@pytest.mark.parametrize("value", ["no", "false", 0])
+def test_a_flag_that_is_neither_true_nor_false_is_named(
+    tiny_models: TinyModels, value: object
+) -> None:
+    words = f"disable_log_stats is {value!r} .* true or false"
+    with pytest.raises(EngineStartError, match=words):
+        build_vllm(tiny_models.student, engine_arguments={"disable_log_stats": value})
+
+
 @pytest.mark.skipif(not ON_GPU, reason="vLLM rounds weights to FP8 on a GPU only")
 def test_fp8_weights_are_those_that_came_and_new_ones_must_change_them(
     tiny_models: TinyModels, base: dict[str, Tensor]

@@ -123,6 +123,7 @@ def test_folder_holds_exactly_what_is_promised(finished: RunConfig) -> None:
         "ledger.jsonl",
         "manifest.json",
         "metrics.jsonl",
+        "prompt.json",
         "report.html",
         "rollouts",
         "student",

@@ -91,7 +91,8 @@ def config_show(config: ConfigOption, overrides: Overrides = None) -> None:
 def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
     """Check a config, and that its models, prompts and interpreters exist.
 
-    Nothing is loaded or started. Exit status 2 when something is missing.
+    It shows the first prompt as the chat template renders it. No model is loaded, nothing is
+    started. Exit status 2 when something is missing.
     """
     settings = load_config(config, overrides or ())
     say(
@@ -101,6 +102,15 @@ def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
     from qwen3_distill.pipeline.preflight import check_before_start
 
     check_before_start(settings)
+    from qwen3_distill.pipeline.first_prompt import first_prompt, template_notes
+    from qwen3_distill.pipeline.parts import TextTools
+
+    quiet_libraries()
+    text = TextTools(settings.student.model)
+    for line in first_prompt(settings, text).lines():
+        say(line)
+    for note in template_notes(settings, text):
+        warn(note)
 
 
 def config_schema() -> None:

@@ -190,17 +190,22 @@ class EvaluationConfig(Schema):
 
 _TEMPLATE_CALL = {
     "add_generation_prompt",
+    "chat_template",
     "continue_final_message",
     "conversation",
+    "documents",
+    "max_length",
+    "messages",
     "padding",
     "return_assistant_tokens_mask",
     "return_dict",
     "return_tensors",
     "tokenize",
     "tokenizer_kwargs",
+    "tools",
     "truncation",
 }
-"""Arguments that `apply_chat_template` keeps for itself and does not pass to the template."""
+"""Arguments of `apply_chat_template` that do not reach the template, or that rendering sets."""
 
 
 class StudentConfig(Schema):
@@ -209,7 +214,8 @@ class StudentConfig(Schema):
     model: PathText
     """Directory of the student (Hugging Face layout)."""
     template_arguments: dict[str, bool | int | str] = Field(default_factory=dict)
-    """Passed to the chat template, e.g. ``{enable_thinking: false}`` for Qwen3."""
+    """Passed to the chat template, e.g. ``{enable_thinking: false}`` for Qwen3. A name that the
+    template does not read is refused, and text where the template asks for true or false."""
 
     @field_validator("template_arguments")
     @classmethod

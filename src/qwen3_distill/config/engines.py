@@ -1,8 +1,9 @@
 """The engines of the three stages (generation, scoring, training) and their memory plan."""
 
+import json
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 from typing_extensions import Self
 
 from qwen3_distill.config.base import (
@@ -18,6 +19,32 @@ from qwen3_distill.config.learning import FullTuning, LoraTuning, OptimizerConfi
 
 VLLM_MAX_RANK = 512
 """The highest LoRA rank that vLLM has kernels for."""
+
+
+VLLM_OPTIONS = {
+    "model": "student.model",
+    "dtype": "generation.dtype",
+    "max_model_len": "generation.max_model_tokens",
+    "max_num_seqs": "generation.max_sequences",
+    "max_num_batched_tokens": "generation.max_batched_tokens",
+    "kv_cache_memory_bytes": "generation.kv_cache_gib",
+    "quantization": "generation.quantization",
+    "stream_interval": "generation.stream_interval",
+    "enforce_eager": "generation.enforce_eager",
+    "seed": "seed",
+    "enable_lora": "training.tuning and generation.adapters",
+    "max_loras": "this package: one adapter is served",
+    "logprobs_mode": "this package: logprobs are those of the sampled distribution",
+    "generation_config": "this package: a model's file changes no sampling",
+    "skip_tokenizer_init": "this package: only token ids travel",
+    "worker_extension_cls": "this package: it loads the weights",
+}
+"""Arguments of vLLM that may not be in ``engine_arguments``, and what sets them."""
+
+
+def _as_yaml(value: object) -> str:
+    """Return a value as a YAML file has it."""
+    return json.dumps(value)
 
 
 class _Supervised(Schema):
@@ -66,6 +93,23 @@ class _EngineProcess(_Supervised):
     """Environment variables of the engine's process, added to the inherited ones, e.g.
     ``PYTHONPATH``."""
 
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _variables_are_names_and_texts(cls, environment: object) -> object:
+        if not isinstance(environment, dict):
+            return environment  # its type is refused next
+        for name, value in environment.items():
+            if not name or "=" in name or "\0" in name:
+                raise ValueError(f"{name!r} is no name of a variable: it is empty or has a `=`")
+            if not isinstance(value, str):
+                raise ValueError(
+                    f"{name} is {value!r} ({type(value).__name__}), and variables are text; write "
+                    f'{name}: "{_as_yaml(value)}"'
+                )
+            if "\0" in value:
+                raise ValueError(f"{name} holds a NUL character, which no variable may")
+        return environment
+
 
 class EmbeddedGeneration(_Embedded):
     """Batched KV-cache sampling on PyTorch."""
@@ -113,7 +157,26 @@ class VllmGeneration(_EngineProcess, _Watched):
     """The engine reports a running rollout's prefix every this many tokens."""
     engine_arguments: dict[str, JsonValue] = Field(default_factory=dict)
     """Further arguments of vLLM's ``AsyncEngineArgs``, under vLLM's names; lists and objects are
-    allowed, e.g. ``{compilation_config: {cudagraph_capture_sizes: [64, 128, 256]}}``."""
+    allowed, e.g. ``{compilation_config: {cudagraph_capture_sizes: [64, 128, 256]}}``. Names are
+    checked when vLLM starts."""
+
+    @model_validator(mode="after")
+    def _engine_arguments_have_no_setting(self) -> Self:
+        options = VLLM_OPTIONS
+        if self.float32_head:
+            options = options | {"hf_overrides": "generation.float32_head"}
+        for name in self.engine_arguments:
+            if (plain := name.replace("-", "_")) in options:
+                raise ValueError(
+                    f"engine_arguments has {name!r}, which is set by {options[plain]}; write it "
+                    "there"
+                )
+            if not name.isidentifier():
+                raise ValueError(
+                    f"engine_arguments has {name!r}, and vLLM's names have letters, digits and _ "
+                    f"only; write {plain.strip('_')!r}"
+                )
+        return self
 
 
 GenerationConfig: TypeAlias = Annotated[
@@ -211,12 +274,32 @@ class SglangScoring(_EngineProcess):
 
     @model_validator(mode="after")
     def _server_arguments_have_no_setting(self) -> Self:
-        twice = sorted(SGLANG_OPTIONS.keys() & self.server_arguments.keys())
-        if twice:
-            raise ValueError(
-                f"server_arguments has {twice[0]!r}, which is set by "
-                f"{SGLANG_OPTIONS[twice[0]]}; write it there"
-            )
+        for name in self.server_arguments:
+            plain = name.lstrip("-").replace("_", "-")
+            # SGLang takes the beginning of an option's name for the option.
+            option = next((known for known in SGLANG_OPTIONS if known.startswith(plain)), None)
+            if option is not None:
+                raise ValueError(
+                    f"server_arguments has {name!r}, which is set by {SGLANG_OPTIONS[option]}; "
+                    "write it there"
+                )
+            if name.startswith("-") or "=" in name or not name.isprintable() or " " in name:
+                raise ValueError(
+                    f"server_arguments has {name!r}; write the option's name alone, without "
+                    f"leading dashes, e.g. {{{plain.partition('=')[0].strip()}: value}}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _server_flags_are_true_or_false(self) -> Self:
+        words = {"no": "false", "off": "false", "false": "false"}
+        words |= {"yes": "true", "on": "true", "true": "true"}
+        for name, value in self.server_arguments.items():
+            if isinstance(value, str) and (meant := words.get(value.lower())):
+                raise ValueError(
+                    f"server_arguments has {name}: {value!r}, which is text; write {name}: "
+                    f"{meant}, without quotes (in YAML 1.2 yes, no, on and off are text)"
+                )
         return self
 
     @model_validator(mode="after")

@@ -11,58 +11,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
-from yaml.composer import ComposerError
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.moved import find_paths
+from qwen3_distill.config.overrides import apply_override
+from qwen3_distill.config.schema import option_schemas
+from qwen3_distill.config.yaml12 import parse_yaml
 from qwen3_distill.errors import ConfigError
-
-
-class _Yaml12Loader(yaml.SafeLoader):
-    """Reads YAML 1.2 and refuses a key that is set twice.
-
-    PyYAML itself reads YAML 1.1: ``1e-5`` is a string, ``off`` and ``no`` are booleans, ``010`` is
-    eight, ``1:30`` is ninety, ``2024-11-25`` is a date, and the last of two equal keys counts.
-    """
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        seen: set[str] = set()
-        for key in keys:
-            if key.value in seen:
-                raise ComposerError(None, None, f"{key.value!r} is set twice", key.start_mark)
-            seen.add(key.value)
-        return node
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        digits = node.value.replace("_", "")
-        bases = {"0b": 2, "0o": 8, "0x": 16}
-        return int(digits, bases.get(digits.lstrip("+-")[:2], 10))
-
-
-_YAML_12 = {
-    "bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
-    "int": (r"[-+]?(?:0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)", "-+0123456789"),
-    "float": (
-        r"[-+]?(?:(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
-        r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)",
-        "-+0123456789.",
-    ),
-}
-"""Pattern and first characters of each type that YAML 1.2 reads otherwise than 1.1."""
-_REPLACED = {f"tag:yaml.org,2002:{name}" for name in (*_YAML_12, "timestamp")}
-_Yaml12Loader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
-    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _name, (_pattern, _letters) in _YAML_12.items():
-    _Yaml12Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list(_letters)
-    )
-_Yaml12Loader.add_constructor("tag:yaml.org,2002:int", _Yaml12Loader.construct_yaml_int)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -70,7 +26,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: YAML or JSON; a run folder's ``config.json`` works as well.
-        overrides: ``key.sub=value`` each; the value is YAML.
+        overrides: ``key.sub=value`` each; see `overrides.apply_override`.
 
     Raises:
         ConfigError: names every wrong key with what was expected.
@@ -87,12 +43,12 @@ def load_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         raise ConfigError(f"config file {file} does not exist (working directory {Path.cwd()})")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {file} cannot be read: {error}") from error
-    values = _parse_yaml(text, str(file))
+    values = parse_yaml(text, str(file))
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected a mapping of settings, got {type(values).__name__}")
     find_paths(values, file)
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return values
 
 
@@ -132,32 +88,6 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, values
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Yaml12Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a malformed number such as 0x_
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(
-            f"override {override!r}: expected key.sub=value, e.g. sampling.max_new_tokens=64"
-        )
-    *parents, last = key.strip().split(".")
-    node = values
-    for depth, parent in enumerate(parents):
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ConfigError(
-                f"override {override!r}: {'.'.join(parents[: depth + 1])} is {child!r}, "
-                "not a section; there is nothing below it to set"
-            )
-        node = child
-    node[last] = _parse_yaml(text, f"override {override!r}")
 
 
 _FRIENDLY = {
@@ -225,7 +155,7 @@ def _known_keys(location: Sequence[str]) -> set[str]:
     for part in location:
         reached: list[dict[str, Any]] = []
         for node in nodes:
-            for option in _options(node, definitions):
+            for option in option_schemas(node, definitions):
                 properties = option.get("properties", {})
                 if part in properties:
                     reached.append(properties[part])
@@ -237,16 +167,6 @@ def _known_keys(location: Sequence[str]) -> set[str]:
     return {
         key
         for node in nodes
-        for option in _options(node, definitions)
+        for option in option_schemas(node, definitions)
         for key in option.get("properties", {})
     }
-
-
-def _options(node: dict[str, Any], definitions: dict[str, Any]) -> list[dict[str, Any]]:
-    """Resolve references and unions: return the object schemas a schema node stands for."""
-    if "$ref" in node:
-        return _options(definitions[node["$ref"].rsplit("/", 1)[-1]], definitions)
-    branches = node.get("oneOf") or node.get("anyOf")
-    if branches:
-        return [option for branch in branches for option in _options(branch, definitions)]
-    return [node]

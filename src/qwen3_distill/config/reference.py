@@ -16,6 +16,8 @@ def config_reference(root: type[BaseModel]) -> str:
         "",
         "Generated from the schema by `make docs`; do not edit. A config is a YAML file; every key",
         "can be replaced on the command line: `qwen3-distill run --config FILE key.sub=value`.",
+        "There a text is taken as it is written, or without one pair of quotes around the whole;",
+        "`null` and `~` stand for null. Values of other types are YAML 1.2, as in a file.",
         "Unknown keys, wrong types and impossible combinations are refused.",
         "`qwen3-distill config show --config FILE` prints a config with all defaults.",
         "",

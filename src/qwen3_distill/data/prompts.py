@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_distill.data.sources import PromptSource, RawPrompt
+from qwen3_distill.data.template_arguments import check_template_arguments, template_of
 from qwen3_distill.errors import DataError
 from qwen3_distill.types import Prompt
 from qwen3_distill.utils.seeds import derive_seed
@@ -96,6 +97,10 @@ class PromptStream:
     once, in an order that depends on ``seed`` and e only. An endless source keeps its own order.
     Taking prompts changes nothing but a cache, so a resumed run needs only the number of prompts
     drawn so far.
+
+    Raises:
+        ConfigError: the chat template does not read one of ``template_arguments``, or reads it as
+            another type.
     """
 
     def __init__(
@@ -108,6 +113,7 @@ class PromptStream:
         max_new_tokens: int,
         template_arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
+        check_template_arguments(template_of(tokenizer), template_arguments)
         self._source = source
         self._tokenizer = tokenizer
         self._seed = seed

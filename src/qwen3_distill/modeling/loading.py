@@ -161,7 +161,14 @@ def _eos_ids(directory: Path, config: Any, tokenizer: PreTrainedTokenizerFast) -
             f"{directory}: no eos_token_id in generation_config.json, config.json or the "
             "tokenizer; without one a rollout could never end"
         )
-    return frozenset([eos] if isinstance(eos, int) else eos)
+    ids = frozenset([eos] if isinstance(eos, int) else eos)
+    if not any(0 <= token_id < config.vocab_size for token_id in ids):
+        raise ModelError(
+            f"{directory}: eos_token_id is {sorted(ids)}, and no such token is among the "
+            f"{config.vocab_size} of the output head, so a rollout could never end; correct it in "
+            "generation_config.json"
+        )
+    return ids
 
 
 def _sha256(text: str) -> str:

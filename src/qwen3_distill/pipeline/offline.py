@@ -38,6 +38,7 @@ from qwen3_distill.pipeline.assembly.teachers import (
     build_teacher,
     with_embedded_teacher_here,
 )
+from qwen3_distill.pipeline.first_prompt import template_notes
 from qwen3_distill.pipeline.manifest import recorded_identity
 from qwen3_distill.pipeline.own_folder import (
     input_paths,
@@ -129,6 +130,8 @@ def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, s
     text = TextTools(config.student.model)
     prompts = build_prompts(config, text)
     check_writable(out)
+    for note in template_notes(config, text):
+        say(f"note: {note}")
     rows: list[tuple[int, Rollout]] = []
 
     async def sample() -> None:

@@ -107,6 +107,8 @@ class Recorder:
         self._evaluator = _build_evaluator(parts, progress)
         self._evaluated_s = 0.0
         """Seconds of the evaluations that have ended; time in which two ran counts once."""
+        self._steps_cut = 0
+        """Steps of which every rollout was cut at `sampling.max_new_tokens`."""
         self.stop_requested = False
         """Set by the signal handler: finish the step, save, leave."""
         self._losses_noted = 0
@@ -127,6 +129,7 @@ class Recorder:
         self._trackers.log(cursor.step, values)
         self._progress.step(cursor.step, values)
         self._note_lost_output()
+        self._note_if_all_cut(cursor.step, [item.rollout for item in scored])
         self._save_rollouts(cursor.step - 1, scored)
         last = cursor.step == self._config.steps
         if last or self.stop_requested or cursor.step % self._config.checkpoint.every_steps == 0:
@@ -169,6 +172,11 @@ class Recorder:
         self._evaluated_s = busy_s
         self._evaluations.log(step, record)
         self._progress.evaluation({"step": step, **record})
+        if result["truncated_fraction"] == 1:
+            self._progress.note(
+                f"all answers of this evaluation ({model}) were cut at "
+                "evaluation.sampling.max_new_tokens: none ended by itself"
+            )
         if model == "student":
             self._trackers.log(step, {"evaluation/accuracy": result["accuracy"]})
 
@@ -222,6 +230,22 @@ class Recorder:
             metrics.append(Metric.mean("rollout/accuracy", correct, len(whole)))
         return {"wall_s": self.wall_s, **combine(metrics)}
 
+    def _note_if_all_cut(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        """Say that no rollout of a step ended by itself, at the 1st, 10th, 100th ... such step."""
+        limit = self._config.sampling.max_new_tokens
+        if not rollouts or not all(_is_cut(rollout, limit) for rollout in rollouts):
+            return
+        self._steps_cut += 1
+        if self._steps_cut not in (1, 10, 100, 1_000, 10_000):
+            return
+        times = f" ({self._steps_cut} steps so far)" if self._steps_cut > 1 else ""
+        self._progress.note(
+            f"all {len(rollouts)} rollouts of step {step} were cut at sampling.max_new_tokens="
+            f"{limit}{times}: the student ended none of them. Raise it, or see with `qwen3-distill "
+            "config check` whether the template's end of turn is among the tokens that end a "
+            "rollout"
+        )
+
     def _save_rollouts(self, step: int, scored: Sequence[ScoredRollout]) -> None:
         logging = self._config.logging
         if step % logging.rollouts_every_steps and step != self._config.steps - 1:
@@ -230,6 +254,12 @@ class Recorder:
         kept = [(step, item) for item in scored[: logging.rollouts_per_save]]
         path = self._folder.rollouts / f"step-{step:06d}.parquet"
         write_scored(path, kept, self._parts.text.decode)
+
+
+def _is_cut(rollout: Rollout, limit: int) -> bool:
+    """Whether a rollout reached the limit. A prefix budget's shorter limit does not count."""
+    is_full = rollout.continues_at + rollout.num_tokens >= limit
+    return is_full and rollout.finish_reason is FinishReason.LENGTH
 
 
 def _build_evaluator(parts: Parts, progress: ProgressReporter) -> Evaluator | None:

@@ -16,6 +16,7 @@ from qwen3_distill.pipeline.assembly.channel import learns_elsewhere
 from qwen3_distill.pipeline.assembly.engines import build_parts, engine_interpreters
 from qwen3_distill.pipeline.assembly.plan import engine_log
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
+from qwen3_distill.pipeline.first_prompt import first_prompt, prompt_record, template_notes
 from qwen3_distill.pipeline.manifest import (
     data_digests,
     engine_versions,
@@ -24,7 +25,7 @@ from qwen3_distill.pipeline.manifest import (
     machine,
     versions,
 )
-from qwen3_distill.pipeline.parts import Parts
+from qwen3_distill.pipeline.parts import Parts, TextTools
 from qwen3_distill.pipeline.preflight import check_before_start
 from qwen3_distill.pipeline.recorder import Recorder
 from qwen3_distill.pipeline.run_folder import RunFolder, full_disk_named
@@ -80,6 +81,10 @@ async def _run(
     check_before_start(config, reads_prompts=False)  # `build_parts` reads them
     progress.stage("checking that student and teacher match")
     SameView().check(load_identity(config.student.model), load_identity(config.scoring.model))
+    text = TextTools(config.student.model)
+    prompt = first_prompt(config, text)
+    for note in template_notes(config, text):
+        warn(note)
     async with AsyncExitStack() as stack:
         if config.pipeline.mps:  # before anything here uses CUDA; ends after the last engine
             progress.stage("starting MPS")
@@ -89,6 +94,7 @@ async def _run(
         parts = adapt(build_parts(config))
         stack.push_async_callback(parts.close)
         await parts.start(progress.stage)
+        write_json_atomic(folder.prompt, prompt_record(prompt))
         return await _train_with_restarts(parts, folder, progress, warn)
 
 

@@ -112,6 +112,11 @@ class RunFolder:
         return self.path / "manifest.json"
 
     @property
+    def prompt(self) -> Path:
+        """The first prompt as the chat template renders it, for the report."""
+        return self.path / "prompt.json"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

@@ -34,6 +34,10 @@ class ProgressReporter(Protocol):
         """Show that ``step`` is done; ``values`` are its line in ``metrics.jsonl``."""
         ...
 
+    def note(self, text: str) -> None:
+        """Show a line that stays: something that the user may want to change."""
+        ...
+
     def evaluation(self, result: Mapping[str, Any]) -> None:
         """Show an evaluation; ``result`` is its line in ``evaluations.jsonl``."""
         ...
@@ -80,6 +84,8 @@ class SilentReporter(_Closing):
     def stage(self, text: str) -> None: ...
 
     def step(self, step: int, values: Mapping[str, float | None]) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
     def evaluation(self, result: Mapping[str, Any]) -> None: ...
 
@@ -136,6 +142,9 @@ class PlainReporter(_Closing):
             self._last_step_line = self._now()
             self._line("  ".join(_step_parts(self._pace)))
 
+    def note(self, text: str) -> None:
+        self._line(f"note: {text}")
+
     def evaluation(self, result: Mapping[str, Any]) -> None:
         self._pace.add_evaluation(result)
         self._last_stage = None
@@ -182,6 +191,9 @@ class LiveReporter(_Closing):
         self._pace.add(step, values)
         # No description: on 80 columns the numbers leave room for little more than the bar.
         self._show("", "  ".join(_step_parts(self._pace)), total=self._pace.total)
+
+    def note(self, text: str) -> None:
+        self._console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def evaluation(self, result: Mapping[str, Any]) -> None:
         self._pace.add_evaluation(result)

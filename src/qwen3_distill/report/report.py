@@ -17,6 +17,7 @@ from qwen3_distill.report.figures import (
     learning_figures,
     response_figures,
 )
+from qwen3_distill.report.prompt_section import prompt_section
 from qwen3_distill.report.result_section import result_section, tiles
 from qwen3_distill.report.rollout_view import (
     ROLLOUTS_PER_STEP,
@@ -41,7 +42,7 @@ def write_report(
     middle and the last step given, the first few of each.
 
     Args:
-        run_folder: Reads ``config.json``, ``manifest.json``, ``metrics.jsonl``,
+        run_folder: Reads ``config.json``, ``manifest.json``, ``prompt.json``, ``metrics.jsonl``,
             ``evaluations.jsonl``, ``summary.json`` and traces where they exist.
         rollouts: Saved rollouts of the run, in any order of steps.
         out: File to write; default ``report.html`` in the run folder.
@@ -85,6 +86,7 @@ def _render(run: RunFiles, rollouts: Sequence[RolloutView]) -> str:
         idle_table=idle_table(run.steps),
         health=health_figures(run),
         health_table=health_table(run),
+        prompt=prompt_section(run),
         legend=gap_legend(),
         rollout_groups=rollout_groups(rollouts),
         rollouts_per_step=ROLLOUTS_PER_STEP,

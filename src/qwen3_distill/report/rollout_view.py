@@ -117,7 +117,7 @@ def _visible_character(character: str) -> str:
     return character
 
 
-def _readable(prompt: str) -> str:
+def readable(prompt: str) -> str:
     """A prompt with line breaks and tabs unchanged, and all other characters as `visible`."""
     return "".join(c if c in "\n\t" else _visible_character(c) for c in prompt)
 
@@ -171,7 +171,7 @@ def _card(rollout: RolloutView) -> RolloutCard:
     verdict, verdict_text = _verdict(rollout.correct)
     return RolloutCard(
         rollout_id=rollout.rollout_id,
-        prompt=_readable(rollout.prompt_text),
+        prompt=readable(rollout.prompt_text),
         tokens=[_token(*part) for part in parts],
         hidden_tokens=max(0, len(rollout.tokens) - TOKENS_PER_ROLLOUT),
         num_tokens=len(rollout.tokens),

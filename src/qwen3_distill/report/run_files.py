@@ -20,6 +20,7 @@ class RunFiles:
     name: str
     config: Mapping[str, Any] | None
     manifest: Mapping[str, Any] | None
+    prompt: Mapping[str, Any] | None
     summary: Mapping[str, Any] | None
     steps: Sequence[Mapping[str, Any]]
     evaluations: Sequence[Mapping[str, Any]]
@@ -31,6 +32,7 @@ class RunFiles:
             name=folder.resolve().name,
             config=_json_if_there(folder / "config.json"),
             manifest=_json_if_there(folder / "manifest.json"),
+            prompt=_json_if_there(folder / "prompt.json"),
             summary=_json_if_there(folder / "summary.json"),
             steps=_jsonl_if_there(folder / "metrics.jsonl"),
             evaluations=_jsonl_if_there(folder / "evaluations.jsonl"),

@@ -119,7 +119,6 @@ def test_shipped_config_is_valid(file: Path) -> None:
         "sampling.temperature='1.0'",
         "logging.tensorboard=1",
         "logging.tensorboard='yes'",
-        "output_dir=3",
         "seed=null",
         "sampling.temperature=.inf",
         "sampling.temperature=.nan",
@@ -131,10 +130,14 @@ def test_shipped_config_is_valid(file: Path) -> None:
         "sampling.top_k=5000000000",
         "planning.device_memory_gib=1e308",
         "output_dir=''",
-        "output_dir=[2024-11-25]",
         "training.tuning={kind: lora, target_modules: []}",
         "student.template_arguments={tokenize: false}",
         "student.template_arguments={add_generation_prompt: false}",
+        "student.template_arguments={messages: a}",
+        "student.template_arguments={tools: a}",
+        "student.template_arguments={chat_template: a}",
+        "student.template_arguments={enable_thinking: null}",
+        "student.template_arguments={enable_thinking: [a]}",
     ],
 )
 def test_nothing_is_coerced(override: str, minimal: Path) -> None:
@@ -234,12 +237,37 @@ def test_a_word_is_a_word_and_not_a_boolean(tmp_path: Path, word: str) -> None:
     [
         *(("010", 10), ("08", 8), ("0o10", 8), ("0b11", 3), ("-0x1F", -31), ("1_000", 1000)),
         *(("1:30", "1:30"), ("1:30.5", "1:30.5"), ("-.inf", -math.inf), ("1_0.5", 10.5)),
+        *(("+5", 5), ("-010", -10), ("0o", "0o"), ("0o8", "0o8"), ("0b2", "0b2"), ("0xg", "0xg")),
+        *(("1:2:3", "1:2:3"), ("-1:30", "-1:30"), ("190:20:30.15", "190:20:30.15"), ("_1", "_1")),
+        *(("1.", 1.0), (".5", 0.5), ("-.5", -0.5), ("+.5e-1", 0.05), ("1e5", 1e5), ("1E+5", 1e5)),
+        *(("09.5", 9.5), ("1.5.2", "1.5.2"), ("1e", "1e"), (".", "."), ("e5", "e5")),
+        *((".inf", math.inf), ("+.INF", math.inf), (".Inf", math.inf), ("inf", "inf")),
+        *(("nan", "nan"), ("Infinity", "Infinity"), ("-.nan", "-.nan")),
+        *(("true", True), ("True", True), ("FALSE", False), ("tRUE", "tRUE"), ("y", "y")),
+        *(("Yes", "Yes"), ("NO", "NO"), ("On", "On"), ("OFF", "OFF"), ("n", "n")),
+        *(("null", None), ("Null", None), ("NULL", None), ("~", None), ("", None)),
+        *(("nULL", "nULL"), ("none", "none"), ("None", "None"), ("nil", "nil")),
+        *(
+            ("2001-12-14t21:59:43.10-05:00", "2001-12-14t21:59:43.10-05:00"),
+            ("=", "="),
+            ("<<", "<<"),
+        ),
     ],
 )
 def test_numbers_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: object) -> None:
     file = tmp_path / "numbers.yaml"
     file.write_text(f"a: {text}\n")
     assert load_values(file) == {"a": value}
+
+
+@pytest.mark.parametrize("key", ["1", "010", "true", "null", "1.5", "~"])
+def test_a_key_that_is_no_text_is_refused(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(f"a: {{{key}: x}}\n")
+    with pytest.raises(ConfigError, match=r"is no text; quote it .*line"):
+        load_values(file)
+    file.write_text(f"a: {{'{key}': x, on: y, 1:30: z}}\n")
+    assert load_values(file) == {"a": {key: "x", "on": "y", "1:30": "z"}}
 
 
 @pytest.mark.parametrize("text", ["a: 1\nb: 2\na: 1\n", "c:\n  a: 1\n  a: 2\n", '{"a": 1, "a": 1}'])

@@ -391,6 +391,13 @@ def test_without_a_generation_config_the_models_eos_counts(tmp_path: Path) -> No
     assert load_identity(model_dir).eos_ids == {EOS_ID, 3}
 
 
+@pytest.mark.parametrize("eos", [[], 100_000, [100_000, -1]])
+def test_an_eos_that_no_model_can_sample_is_refused(model_dir: Path, eos: object) -> None:
+    edit_json(model_dir / "generation_config.json", eos_token_id=eos)
+    with pytest.raises(ModelError, match=r"no such token is among the 260 .* could never end"):
+        load_identity(model_dir)
+
+
 def test_the_tokenizers_eos_is_the_last_resort(model_dir: Path) -> None:
     (model_dir / "generation_config.json").unlink()
     edit_json(model_dir / "config.json", eos_token_id=None)

@@ -111,6 +111,17 @@ def test_training_accuracy_stands_in_until_there_is_a_held_out_one(out, clock_):
     assert "rollout acc" not in last
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_a_note_stays(out, clock_, live):
+    console = Console(file=out, force_terminal=live, width=80)
+    reporter = (LiveReporter if live else PlainReporter)(120, 0, console, clock_)
+    reporter.step(1, _values())
+    reporter.note("all [4] rollouts were cut")
+    reporter.close()
+    assert "note: all [4] rollouts were cut" in out.getvalue()
+    SilentReporter().note("nothing")
+
+
 def test_missing_numbers_are_left_out(out, clock_):
     _plain(out, clock_).step(1, {"loss/reverse_kl_nats": None})
     assert out.getvalue().rstrip() == "step   1/120  ETA 0:00"

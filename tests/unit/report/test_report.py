@@ -124,6 +124,13 @@ def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
+PROMPT = {
+    "prompt_id": "train:0",
+    "pieces": [["<|im_start|>", 151644], ["user\n2+2=", None], ["<|im_end|>", 151645]],
+    "facts": [["tokens", "9"], ["thinking", "off: it ends with an empty <think> block"]],
+}
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "my-run"
@@ -138,6 +145,7 @@ def run(tmp_path: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     manifest = {"git": {"revision": "abc123"}, "versions": {"torch": "2.0"}, "extras": []}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "prompt.json").write_text(json.dumps(PROMPT))
     _write_lines(folder / "metrics.jsonl", [_step(step) for step in range(1, 41)])
     evaluations = [
         _evaluation(0, 0.93, "teacher"),
@@ -179,7 +187,7 @@ def _page(folder: Path, rollouts: list[RolloutView] | None = None) -> _Page:
     return _Page(write_report(folder, rollouts or []).read_text(encoding="utf-8"))
 
 
-SECTIONS = ("result", "learning", "responses", "rollouts", "time", "health", "setup")
+SECTIONS = ("result", "learning", "responses", "prompt", "rollouts", "time", "health", "setup")
 
 
 def test_a_whole_run_shows_every_section(run):
@@ -206,6 +214,9 @@ def test_a_whole_run_shows_every_section(run):
         "Weight lag",
         "Gradient norm",
         '"model": "models/small"',
+        "Prompt train:0 as the chat template renders it",
+        "<|im_start|> user 2+2= <|im_end|>",
+        "thinking off: it ends with an empty <think> block",
         "git.revision abc123",
         "versions.torch 2.0",
         "Step 10 (early)",
@@ -244,6 +255,8 @@ def test_everything_hostile_is_escaped(run):
         finish_reason=evil,
         tokens=(evil, "\n<b>", "\x00\x1b\u202e\x9b"),
     )
+    pieces = [[evil, 1], [f"{evil}\x00\x1b\u202e", None]]
+    (run / "prompt.json").write_text(json.dumps(PROMPT | {"prompt_id": evil, "pieces": pieces}))
     config = json.loads((run / "config.json").read_text())
     config["student"]["model"] = "x/<img src=x onerror=alert(1)>"
     (run / "config.json").write_text(json.dumps(config))
@@ -412,6 +425,21 @@ def test_errors_are_named(tmp_path, run):
     (run / "manifest.json").write_text("{")
     with pytest.raises(DataError, match=r"manifest\.json"):
         write_report(run, [])
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{}", '{"prompt_id": 1, "pieces": [1], "facts": []}', "[]", '{"pieces'],
+)
+def test_a_damaged_prompt_is_named(run, content):
+    (run / "prompt.json").write_text(content)
+    with pytest.raises(DataError, match=r"prompt\.json"):
+        write_report(run, [])
+
+
+def test_a_run_from_before_prompts_were_kept_says_so(run):
+    (run / "prompt.json").unlink()
+    assert "No prompt: prompt.json is not in the run folder" in _page(run).shown
 
 
 def test_long_runs_stay_drawable(run):

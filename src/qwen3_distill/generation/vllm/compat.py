@@ -7,7 +7,7 @@ not promise to keep; nothing else in this package does.
 
 import asyncio
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,8 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
     """``AsyncEngineArgs`` for the settings.
 
     Raises:
-        EngineStartError: this vLLM does not know one of the further arguments.
+        EngineStartError: this vLLM does not know one of the further arguments, or a flag is
+            neither true nor false.
     """
     values: dict[str, Any] = {
         "model": settings.model_dir,
@@ -115,6 +116,17 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
         # step (docs/measured/decode.md).
         values["distributed_executor_backend"] = "mp"
     values |= settings.engine_arguments
+    _check_names(values)
+    _check_flags(settings.engine_arguments)
+    return values
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+    """Refuse arguments that this vLLM does not have.
+
+    Raises:
+        EngineStartError: names them.
+    """
     known = {field.name for field in dataclasses.fields(vllm.AsyncEngineArgs)}
     # Ours too: without `logprobs_mode`, say, an engine would start and give other logprobs.
     unknown = sorted(values.keys() - known)
@@ -123,7 +135,23 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
             f"generation.engine_arguments: vLLM {version()} has no {', '.join(unknown)}; see the "
             "fields of its AsyncEngineArgs, or use a version of docs/engines/install.md"
         )
-    return values
+
+
+def _check_flags(arguments: Mapping[str, Any]) -> None:
+    """Refuse text or a number for a flag: vLLM takes any text for true, ``no`` as well.
+
+    Raises:
+        EngineStartError: names the flag.
+    """
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(vllm.AsyncEngineArgs)}
+    for name, value in arguments.items():
+        is_flag = kinds[name] in ("bool", "<class 'bool'>", "bool | None", "typing.Optional[bool]")
+        if is_flag and value is not None and not isinstance(value, bool):
+            raise EngineStartError(
+                f"generation.engine_arguments: {name} is {value!r} ({type(value).__name__}), and "
+                "vLLM's is true or false; write it without quotes (in YAML 1.2 yes, no, on and off "
+                "are text)"
+            )
 
 
 def sampling_params(spec: SamplingSpec, eos_ids: Sequence[int]) -> SamplingParams:
