@@ -105,7 +105,7 @@ def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
     from qwen3_distill.pipeline.first_prompt import first_prompt, template_notes
     from qwen3_distill.pipeline.parts import TextTools
 
-    quiet_libraries()
+    begin_work()
     text = TextTools(settings.student.model)
     for line in first_prompt(settings, text).lines():
         say(line)
