@@ -77,9 +77,9 @@ def config_show(config: ConfigOption, overrides: Overrides = None) -> None:
 
 
 def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
-    """Check a config, and that its models, prompts and interpreters exist.
+    """Check a config, its models' files, prompts and interpreters, and the space on its disk.
 
-    Nothing is loaded or started. Exit status 2 when something is missing.
+    No weights are loaded and nothing is started. Exit status 2 when something is wrong.
     """
     settings = load_config(config, overrides or ())
     say(
