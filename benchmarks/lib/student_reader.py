@@ -24,7 +24,8 @@ def main() -> None:
     for number, directory in enumerate(directories):
         tokenizer = AutoTokenizer.from_pretrained(directory)
         ids = tokenizer(text)["input_ids"]
-        model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+        model, info = loaded
         with torch.no_grad():
             logits[str(number)] = model.eval()(torch.tensor([ids])).logits[0].float().contiguous()
         chat = [{"role": "user", "content": text}]
@@ -43,10 +44,9 @@ def main() -> None:
 
 
 def _rope_theta(config: Any) -> float:
-    parameters = getattr(config, "rope_parameters", None)
-    if transformers.__version__.startswith("4."):
-        return config.rope_theta
-    return parameters["rope_theta"]
+    """The name by which this generation of transformers computes."""
+    is_old = transformers.__version__.startswith("4.")
+    return config.rope_theta if is_old else config.rope_parameters["rope_theta"]
 
 
 if __name__ == "__main__":

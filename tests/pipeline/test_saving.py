@@ -166,11 +166,8 @@ def test_a_trained_student_keeps_its_sources_files(tiny_models: TinyModels, tmp_
         model
     )
     (model / "LICENSE").write_text("as is")
-    config = tiny_config(
-        tiny_models, tmp_path / "run", {"student": {"model": str(model)}, "steps": 1}
-    )
-    written = write_config(tmp_path / "c.yaml", json.loads(config.model_dump_json()))
-    assert call_cli("run", "--config", written).code == 0
+    values = tiny_values(tiny_models, tmp_path / "run", {"student.model": str(model), "steps": 1})
+    assert call_cli("run", "--config", write_config(tmp_path / "c.yaml", values)).code == 0
     student = tmp_path / "run" / "student"
     same = {path.name for path in model.iterdir()} - {"config.json", "model.safetensors"}
     assert "LICENSE" in same

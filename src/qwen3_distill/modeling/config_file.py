@@ -13,7 +13,7 @@ from qwen3_distill.errors import ModelError
 
 CONFIG = "config.json"
 _DEFAULT_THETA = 10_000.0
-"""What both generations of transformers take for a Qwen3 without a base."""
+"""Both generations of transformers take it for a Qwen3 without a base."""
 _OUTSIDE_SCALING = ("rope_theta", "partial_rotary_factor")
 """Parts of ``rope_parameters`` that transformers 4 reads from the top level."""
 

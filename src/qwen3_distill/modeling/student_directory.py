@@ -63,7 +63,7 @@ class StudentFiles:
 
     config_file: Path
     config: Mapping[str, Any]
-    """Of ``config.json``."""
+    """The content of ``config.json``."""
     unchanged: Mapping[str, bytes]
     """Contents by name: what `write_student` copies byte for byte."""
 

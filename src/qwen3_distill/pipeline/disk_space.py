@@ -12,7 +12,7 @@ from qwen3_distill.modeling.student_directory import stored_shapes
 
 _GIB = 1 << 30
 _ADAPTER_BYTES = 4
-"""Of an adapter's parameter: adapters are float32, whatever the model is."""
+"""Adapters are float32, whatever the model's precision."""
 _WITH_MOMENTS = 3
 """A checkpoint holds each trained parameter and two moments of AdamW."""
 
