@@ -10,7 +10,7 @@ LOCK ?=
 ENGINE_PYTHON ?= $(PYTHON)
 ENVIRONMENT := $(ENGINE_PYTHON) src/qwen3_distill/environments/make.py
 
-.PHONY: help demo test test-engines test-vllm test-sglang test-unsloth test-engines-together test-gpu gpu-check check format hooks docs clean
+.PHONY: help demo test test-engines test-vllm test-sglang test-unsloth test-engines-together test-transformers4 test-gpu gpu-check check format hooks docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -24,7 +24,8 @@ test: $(VENV)/installed-dev ## the test suite a laptop can run
 # One pytest for each engine. vLLM's tests observe what runs concurrently, which a second suite on two
 # cores would hide, so they run alone. The other two mostly wait for starts.
 test-engines: $(VENV)/installed-dev ## the tests of the real engines on a CPU, in environments it makes
-	@set -e; for engine in vllm sglang unsloth; do $(ENVIRONMENT) $$engine-cpu > /dev/null; done
+	@set -e; for engine in transformers4 vllm sglang unsloth; do $(ENVIRONMENT) $$engine-cpu > /dev/null; done
+	@$(MAKE) --no-print-directory test-transformers4
 	@$(MAKE) --no-print-directory test-vllm
 	@echo "sglang and unsloth concurrently; each is shown when it is done (some minutes)"
 	@$(MAKE) --no-print-directory --output-sync=target -j2 test-sglang test-unsloth
@@ -37,6 +38,10 @@ test-engines-together: MARKERS := (vllm and sglang) or (vllm and unsloth) or (sg
 test-vllm test-sglang test-unsloth test-engines-together: $(VENV)/installed-dev
 	$(BIN)/pytest tests -m "$(MARKERS)" --engine vllm=$$($(ENVIRONMENT) vllm-cpu) \
 	  --engine sglang=$$($(ENVIRONMENT) sglang-cpu) --engine unsloth=$$($(ENVIRONMENT) unsloth-cpu)
+
+# Trained students read by the older generation of transformers.
+test-transformers4: $(VENV)/installed-dev
+	$(BIN)/pytest tests/contract -m transformers4 --engine transformers4=$$($(ENVIRONMENT) transformers4-cpu)
 
 test-gpu: $(VENV)/installed-dev ## the same suite with the tests that need a CUDA device
 	$(BIN)/pytest tests -m "gpu or not gpu" --require-gpu

@@ -14,7 +14,8 @@ from typing import Literal
 
 import pytest
 
-ENGINE_NAMES = ("vllm", "sglang", "unsloth")
+ENGINE_NAMES = ("vllm", "sglang", "unsloth", "transformers4")
+"""The last is no engine, but the older generation of the library that reads models."""
 Device = Literal["cpu", "cuda"]
 LOGS = Path(tempfile.gettempdir()) / "qwen3-distill-tests" / str(os.getpid())
 """Of this process alone: an engine that fails is explained by what its log says."""

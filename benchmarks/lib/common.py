@@ -45,6 +45,18 @@ def write_result(
     return path
 
 
+def merge_result(
+    name: str, figures: dict[str, float], *, folder: Path = RESULTS, **details: Any
+) -> Path:
+    """Add figures and details to a result that may exist; what others wrote stays."""
+    file = folder / f"{name}.json"
+    earlier: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    written = ("name", "command", "commit", "machine", "versions", "figures", *details)
+    others = {key: value for key, value in earlier.items() if key not in written}
+    merged = {**earlier.get("figures", {}), **figures}
+    return write_result(name, merged, folder=folder, **others, **details)
+
+
 @dataclass
 class Report:
     """A result that grows: the file is written again with every part that is added."""

@@ -35,7 +35,7 @@ def pins(text: str) -> dict[str, str]:
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.parent.name)
 def test_lock_pins_everything_exactly(lock: Path) -> None:
     found = pins(lock.read_text())
-    assert len(found) > 50
+    assert len(found) > (20 if lock.parent.name == "transformers4-cpu" else 50)
     assert "torch" in found
 
 

@@ -89,10 +89,10 @@ def config_show(config: ConfigOption, overrides: Overrides = None) -> None:
 
 
 def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
-    """Check a config, and that its models, prompts and interpreters exist.
+    """Check a config, its models' files, prompts and interpreters, and the space on its disk.
 
-    It shows the first prompt as the chat template renders it. No model is loaded, nothing is
-    started. Exit status 2 when something is missing.
+    It shows the first prompt as the chat template renders it. No weights are loaded and nothing is
+    started. Exit status 2 when something is wrong.
     """
     settings = load_config(config, overrides or ())
     say(

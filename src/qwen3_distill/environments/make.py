@@ -45,6 +45,7 @@ RECIPES = {
     "vllm-cpu": Recipe("import vllm"),
     "sglang-cpu": Recipe(_ON_CPU + _SGLANG_SERVER, ("sgl_kernel", "sitecustomize.py")),
     "unsloth-cpu": Recipe("import unsloth", ("sitecustomize.py",)),
+    "transformers4-cpu": Recipe("from transformers import Qwen3ForCausalLM"),
     "vllm-cuda": Recipe("import vllm"),
     "sglang-cuda": Recipe(_SGLANG_SERVER),
     "unsloth-cuda": Recipe("import unsloth"),

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from qwen3_distill.errors import ConfigError, ModelError
+from qwen3_distill.modeling.config_file import CONFIG, read_json_object, rope_parameters
 from qwen3_distill.types import ModelIdentity
 
 SUPPORTED_MODEL_TYPES = ("qwen3",)
@@ -52,7 +53,8 @@ def check_model_dir(path: str | Path) -> Path:
     """Return the directory if it holds a dense Qwen3 model.
 
     Raises:
-        ModelError: it is missing, has no config or weights, or has another architecture.
+        ModelError: it is missing, has no config or weights, or has another architecture; or its
+            config can be read in two ways.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -60,13 +62,11 @@ def check_model_dir(path: str | Path) -> Path:
             f"model directory {directory} does not exist (working directory {Path.cwd()}); give "
             "the path of a Hugging Face model directory"
         )
-    config_file = directory / "config.json"
+    config_file = directory / CONFIG
     if not config_file.is_file():
         raise ModelError(f"{directory} has no config.json: not a Hugging Face model directory")
-    try:
-        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{config_file} is not a JSON object: {error}") from error
+    config = read_json_object(config_file)
+    model_type = config.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ModelError(
             f"{directory}: model_type is {model_type!r}, expected one of "
@@ -74,6 +74,12 @@ def check_model_dir(path: str | Path) -> Path:
         )
     if not any(directory.glob("*.safetensors")):
         raise ModelError(f"{directory} has no *.safetensors file: the weights are missing")
+    if (directory / "adapter_config.json").exists():
+        raise ModelError(
+            f"{directory} has an adapter_config.json: transformers would load the adapter's base "
+            "model in place of this one; merge the adapter, or move its files elsewhere"
+        )
+    rope_parameters(config, config_file)
     return directory
 
 
@@ -124,9 +130,16 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
 
 def load_identity(path: str | Path) -> ModelIdentity:
-    """Read from a model directory what another model must share with it."""
+    """Read from a model directory what another model must share with it.
+
+    Raises:
+        ModelError: config, tokenizer or generation config are missing or damaged.
+    """
     directory = check_model_dir(path)
-    config = AutoConfig.from_pretrained(directory)
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except Exception as error:  # transformers raises many kinds, by what is wrong
+        raise ModelError(f"{directory / CONFIG} cannot be read: {error}") from error
     tokenizer = load_tokenizer(directory)
     return ModelIdentity(
         name=str(directory),
@@ -150,8 +163,13 @@ def _eos_ids(directory: Path, config: Any, tokenizer: PreTrainedTokenizerFast) -
     """All ids that end a response: generation_config's, else the model config's, else the
     tokenizer's."""
     eos: Any = None
-    if (directory / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(directory).eos_token_id
+    file = directory / "generation_config.json"
+    if file.is_file():
+        eos = read_json_object(file).get("eos_token_id")
+        try:
+            GenerationConfig.from_pretrained(directory)  # as every engine does later
+        except Exception as error:  # transformers raises many kinds, by what is wrong
+            raise ModelError(f"{file} cannot be read: {error}; correct it or remove it") from error
     if eos is None:
         eos = config.eos_token_id
     if eos is None:
@@ -161,14 +179,18 @@ def _eos_ids(directory: Path, config: Any, tokenizer: PreTrainedTokenizerFast) -
             f"{directory}: no eos_token_id in generation_config.json, config.json or the "
             "tokenizer; without one a rollout could never end"
         )
-    ids = frozenset([eos] if isinstance(eos, int) else eos)
+    ids = eos if isinstance(eos, list) else [eos]
+    if not ids or not all(type(token_id) is int for token_id in ids):
+        raise ModelError(
+            f"{directory}: eos_token_id is {eos!r}, expected a token id or some of them"
+        )
     if not any(0 <= token_id < config.vocab_size for token_id in ids):
         raise ModelError(
             f"{directory}: eos_token_id is {sorted(ids)}, and no such token is among the "
             f"{config.vocab_size} of the output head, so a rollout could never end; correct it in "
             "generation_config.json"
         )
-    return ids
+    return frozenset(ids)
 
 
 def _sha256(text: str) -> str:

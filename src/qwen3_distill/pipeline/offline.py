@@ -25,6 +25,7 @@ from qwen3_distill.data.rollout_files import (
 from qwen3_distill.errors import ConfigError, DataError
 from qwen3_distill.evaluation.accuracy import EvaluationResult, evaluate
 from qwen3_distill.modeling.loading import load_identity
+from qwen3_distill.modeling.student_directory import check_student
 from qwen3_distill.pipeline import step as pipeline_step
 from qwen3_distill.pipeline.assembly.data import (
     build_checker,
@@ -38,6 +39,7 @@ from qwen3_distill.pipeline.assembly.teachers import (
     build_teacher,
     with_embedded_teacher_here,
 )
+from qwen3_distill.pipeline.disk_space import check_student_space
 from qwen3_distill.pipeline.first_prompt import template_notes
 from qwen3_distill.pipeline.manifest import recorded_identity
 from qwen3_distill.pipeline.own_folder import (
@@ -213,6 +215,8 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
             f"{teacher.teacher_id}"
         )
     _require_empty(out)
+    check_student(config.student.model)
+    check_student_space(config, out)
     text = TextTools(config.student.model)
     is_correct = build_checker(config.verifier, text) if config.verifier else None
     weight = config.objective.reward_weight
@@ -272,8 +276,20 @@ async def _train_and_save(
         except (Exception, _Stopped):
             await _save_part(learner, finished, out, say)
             raise
+        await _save_whole(learner, finished, out, say)
+
+
+async def _save_whole(learner: Learner, num_steps: int, out: Path, say: Say) -> None:
+    """Save the student; where ``out`` cannot be written, in the folder for temporary files."""
+    try:
         with full_disk_named(out):
             await learner.save_student(out)
+    except OSError:
+        spare = _unused(Path(tempfile.gettempdir()), Path(os.path.abspath(out)).name)
+        with suppress(OSError, RuntimeError):  # must not hide the first error
+            await learner.save_student(spare)
+            say(f"{out} could not be written: the student after {num_steps} steps is in {spare}")
+        raise
 
 
 async def _save_part(learner: Learner, num_steps: int, out: Path, say: Say) -> None:

@@ -1,4 +1,4 @@
-"""Checks a config's models, prompts and interpreters before anything is loaded or started."""
+"""Checks a config's models, prompts, interpreters and disk before anything is loaded or started."""
 
 import os
 from collections.abc import Callable
@@ -15,13 +15,15 @@ from qwen3_distill.data.sources import build_source
 from qwen3_distill.data.verifiers import check_references
 from qwen3_distill.errors import ConfigError, DataError, ModelError, RunFolderError
 from qwen3_distill.hosts.child import is_absent
-from qwen3_distill.modeling.loading import check_model_dir
+from qwen3_distill.modeling.loading import load_identity
+from qwen3_distill.modeling.student_directory import check_student
+from qwen3_distill.pipeline.disk_space import check_run_space
 from qwen3_distill.pipeline.own_folder import require_own_folder
 from qwen3_distill.scoring.cache import check_cache_folder
 
 
 def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
-    """List a config's missing models, prompts and interpreters, and folders of something else.
+    """List a config's unusable models, prompts, interpreters, folders and disk, with remedies.
 
     Args:
         reads_prompts: also read the training prompts, which takes a while for millions, and check
@@ -29,8 +31,8 @@ def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
             exist then. Held-out problems are always read.
     """
     checks: list[Callable[[], object]] = [
-        lambda: check_model_dir(config.student.model),
-        lambda: check_model_dir(config.scoring.model),
+        lambda: check_student(config.student.model),
+        lambda: load_identity(config.scoring.model),
         lambda: require_own_folder(config.output_path),
     ]
     if (cache := getattr(config.scoring, "cache", None)) is not None:
@@ -43,6 +45,8 @@ def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
         verifier = evaluation.verifier if reads_prompts else None
         checks.append(lambda: _read(evaluation.prompts, verifier))
     found = [problem for check in checks if (problem := _problem(check))]
+    if not found:  # the space depends on the student's weights
+        found += [problem] if (problem := _problem(lambda: check_run_space(config))) else []
     for name in ("generation", "scoring", "training"):
         python = getattr(getattr(config, name), "python", None)
         if python is not None and is_absent(python):

@@ -16,11 +16,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qwen3_distill.errors import (
     AlignmentError,
@@ -32,7 +31,8 @@ from qwen3_distill.errors import (
 )
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.host_to_device import to_device
-from qwen3_distill.modeling.loading import load_identity, load_tokenizer, output_head
+from qwen3_distill.modeling.loading import load_identity, output_head
+from qwen3_distill.modeling.student_directory import read_student_files, write_student
 from qwen3_distill.ports import FullWeights, WeightChannel, WeightPayload
 from qwen3_distill.replay.buffer import ReplayBuffer
 from qwen3_distill.training.batching import MicroBatch, flat_micro_batches, micro_batches
@@ -145,6 +145,9 @@ class TorchLearner:
         self._objective = objective
         self._replay = replay
         self._identity = load_identity(settings.model_dir)
+        self._files = read_student_files(settings.model_dir)
+        embedding: Any = student.core.get_input_embeddings()
+        self._files.check_tied(output_head(student.core) is embedding.weight)
         self._trained = {
             name: parameter
             for name, parameter in student.core.named_parameters()
@@ -301,14 +304,7 @@ class TorchLearner:
     async def save_student(self, directory: Path) -> None:
         # No second model is made: an engine may have patched the model's class in this process.
         weights = {name: tensor.cpu() for name, tensor in merged_parameters(self.student.core)}
-        directory.mkdir(parents=True, exist_ok=True)
-        save_torch_state_dict(weights, directory, metadata={"format": "pt"})
-        config = AutoConfig.from_pretrained(self._settings.model_dir)
-        config.dtype = next(iter(weights.values())).dtype
-        config.save_pretrained(directory)
-        if (self._settings.model_dir / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(self._settings.model_dir).save_pretrained(directory)
-        load_tokenizer(self._settings.model_dir).save_pretrained(directory)
+        write_student(self._files, weights, directory)
 
     async def close(self) -> None:
         return None

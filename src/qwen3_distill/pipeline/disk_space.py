@@ -1,0 +1,94 @@
+"""Checks before a run that its disk can hold what the run will write."""
+
+import math
+import shutil
+from pathlib import Path
+
+from qwen3_distill.config import LoraTuning, RunConfig
+from qwen3_distill.errors import RunFolderError
+from qwen3_distill.modeling.config_file import CONFIG, read_json_object
+from qwen3_distill.modeling.loading import resolve_dtype
+from qwen3_distill.modeling.student_directory import stored_shapes
+
+_GIB = 1 << 30
+_ADAPTER_BYTES = 4
+"""Adapters are float32, whatever the model's precision."""
+_WITH_MOMENTS = 3
+"""A checkpoint holds each trained parameter and two moments of AdamW."""
+
+
+def check_run_space(config: RunConfig) -> None:
+    """Check that checkpoints and ``student/`` fit, counting what an earlier start wrote as free.
+
+    Raises:
+        RunFolderError: they do not, or a file has the name of one of their folders.
+    """
+    folder = config.output_path
+    for place in (folder / "student", folder / "checkpoints"):
+        if place.exists() and not place.is_dir():
+            raise RunFolderError(f"{place} is a file; choose another output_dir, or move the file")
+    student = student_bytes(config)
+    one, kept = _checkpoint_bytes(config), config.checkpoint.keep_last
+    saved = math.ceil(config.steps / config.checkpoint.every_steps)
+    # A checkpoint is written before the oldest one goes; the student when all are there.
+    needed = max(min(saved, kept + 1) * one, min(saved, kept) * one + student)
+    written = _bytes_below(folder / "checkpoints") + _bytes_below(folder / "student")
+    _require(
+        folder,
+        needed - written,
+        f"the student needs {_gib(student)} and each of its {min(saved, kept)} checkpoints "
+        f"{_gib(one)}",
+        "free space, choose another output_dir, or keep fewer checkpoints (checkpoint.keep_last)",
+    )
+
+
+def check_student_space(config: RunConfig, out: Path) -> None:
+    """Check that a student alone fits where ``out`` will be.
+
+    Raises:
+        RunFolderError: it does not.
+    """
+    needed = student_bytes(config)
+    advice = "free space or choose another directory"
+    _require(out, needed, f"the student needs {_gib(needed)}", advice)
+
+
+def student_bytes(config: RunConfig) -> int:
+    """Bytes of the trained student's weights."""
+    sizes = map(math.prod, _trained_shapes(config).values())
+    return resolve_dtype(config.training.dtype).itemsize * sum(sizes)
+
+
+def _checkpoint_bytes(config: RunConfig) -> int:
+    tuning = config.training.tuning
+    if not isinstance(tuning, LoraTuning):
+        return _WITH_MOMENTS * student_bytes(config)
+    parameters = sum(
+        tuning.rank * sum(shape)
+        for name, shape in _trained_shapes(config).items()
+        if name.split(".")[-2] in tuning.target_modules
+    )
+    return _WITH_MOMENTS * _ADAPTER_BYTES * parameters
+
+
+def _trained_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the model's parameters; a tied output head counts once, also where it is stored."""
+    tied = read_json_object(Path(config.student.model) / CONFIG).get("tie_word_embeddings", False)
+    prefixes = ("model.",) if tied else ("model.", "lm_head.")
+    shapes = stored_shapes(config.student.model)
+    return {name: shape for name, shape in shapes.items() if name.startswith(prefixes)}
+
+
+def _require(path: Path, needed: int, what: str, advice: str) -> None:
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise RunFolderError(f"{path}: {what}, but its disk has {_gib(free)} free; {advice}")
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.2f} GiB"
