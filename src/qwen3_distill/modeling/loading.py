@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from qwen3_distill.errors import ConfigError, ModelError
+from qwen3_distill.modeling.cpu_warmup import settle_vector_math
 from qwen3_distill.types import ModelIdentity
 
 SUPPORTED_MODEL_TYPES = ("qwen3",)
@@ -84,6 +85,7 @@ def load_model(path: str | Path, *, device: torch.device, dtype: torch.dtype) ->
         ModelError: the directory does not hold a complete Qwen3 model.
     """
     directory = check_model_dir(path)
+    settle_vector_math()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, output_loading_info=True
