@@ -48,9 +48,7 @@ class FirstCalls(TorchDispatchMode):
         super().__init__()
         self.sizes: dict[str, int] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__.strip("_")
         if name in VECTOR_MATH:
             sizes = [part.numel() for part in args if isinstance(part, torch.Tensor)]

@@ -16,7 +16,14 @@ from rich.table import Table
 from typing_extensions import Self
 
 from qwen3_distill.recording.jsonl import STEP_STAGES
-from qwen3_distill.recording.text import clock, duration, percent, points, quantity
+from qwen3_distill.recording.text import (
+    clock,
+    duration,
+    percent,
+    points,
+    quantity,
+    temperature_text,
+)
 
 _RECENT_STEPS = 20
 _FIRST_INTERVAL_S = 5.0
@@ -282,7 +289,10 @@ def _step_parts(pace: _Pace) -> list[str]:
 
 def _evaluation_text(result: Mapping[str, Any]) -> str:
     interval = f"[{points(result['ci_low'])}, {points(result['ci_high'])}]"
-    who = "teacher" if result["model"] == "teacher" else f"student at step {result['step']}"
+    is_teacher = result["model"].startswith("teacher")
+    who = "teacher" if is_teacher else f"student at step {result['step']}"
+    if "temperature" in result:
+        who += f", {temperature_text(result['temperature'])}"
     samples = result.get("samples_per_problem", 1)
     each = f" x {samples} samples" if samples != 1 else ""
     return (
@@ -295,7 +305,7 @@ def _print_summary(console: Console, summary: Mapping[str, Any], report: Path | 
     console.print()
     accuracy = summary.get("accuracy") or {}
     if any(accuracy.values()):
-        console.print(_accuracy_table(accuracy))
+        console.print(_accuracy_table(accuracy, summary.get("second_accuracy")))
     wall_s = summary["wall_s"]
     console.print(_time_table(wall_s))
     if sum(wall_s.values()) > 2.05 * wall_s["total"]:
@@ -308,15 +318,17 @@ def _print_summary(console: Console, summary: Mapping[str, Any], report: Path | 
         console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _accuracy_table(accuracy: Mapping[str, Any]) -> Table:
+def _accuracy_table(accuracy: Mapping[str, Any], second: Mapping[str, Any] | None) -> Table:
     table = Table("held-out", box=box.SIMPLE_HEAD)
     table.add_column("accuracy", justify="right")
     table.add_column("95% interval", justify="right")
     rows = (("student before", "before"), ("student after", "after"), ("teacher", "teacher"))
-    for name, key in rows:
-        if value := accuracy.get(key):
-            interval = f"{points(value['ci_low'])} to {percent(value['ci_high'])}"
-            table.add_row(name, percent(value["value"]), interval)
+    for values in (accuracy, second or {}):
+        at = f", {temperature_text(values['temperature'])}" if "temperature" in values else ""
+        for name, key in rows:
+            if value := values.get(key):
+                interval = f"{points(value['ci_low'])} to {percent(value['ci_high'])}"
+                table.add_row(name + at, percent(value["value"]), interval)
     return table
 
 
