@@ -113,4 +113,4 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
 if __name__ == "__main__":
     with FirstCalls() as calls:
         KINDS[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
-    print(json.dumps(calls.sizes))
+    sys.stdout.write(json.dumps(calls.sizes) + "\n")

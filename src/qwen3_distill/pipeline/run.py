@@ -32,6 +32,7 @@ from qwen3_distill.pipeline.summary import render_report, summarize
 from qwen3_distill.ports import Learner
 from qwen3_distill.recording.console import ProgressReporter
 from qwen3_distill.scoring.views import SameView
+from qwen3_distill.training.schedule import learning_rate_factor
 from qwen3_distill.types import RunCursor
 from qwen3_distill.utils.files import write_json_atomic
 from qwen3_distill.utils.signals import signals_as_ctrl_c, stop_on_ctrl_c
@@ -58,7 +59,10 @@ def run(
     """
     with RunFolder(config) as folder, progress, signals_as_ctrl_c():
         if folder.is_finished:
-            progress.stage(f"the run in {folder.path} is complete; remove the folder to run again")
+            progress.stage(
+                f"the run in {folder.path} is complete; raise steps to go on, or remove the folder "
+                "to run again"
+            )
         elif not asyncio.run(_run(config, folder, progress, warn, adapt)):
             return None
         summary = folder.read_summary()
@@ -126,6 +130,8 @@ async def _train(
     """
     config = parts.config
     cursor = await _restore(parts, folder, progress, warn)
+    if folder.extended_from is not None:
+        warn(_extension(config, folder.extended_from, cursor.step))
     _write_manifest(parts, folder, cursor.step)
     folder.accept_changes()
     recorder = Recorder(parts, folder, progress, start_step=cursor.step)
@@ -163,6 +169,24 @@ async def _restore(
         return RunCursor(step=0, prompts_drawn=0, weight_version=parts.learner.version)
     progress.stage(f"continuing from the checkpoint of step {cursor.step}")
     return cursor
+
+
+def _extension(config: RunConfig, earlier_steps: int, step: int) -> str:
+    """State what more steps mean for a run that stands at ``step``."""
+    text = f"the run is extended from {earlier_steps} to {config.steps} steps, from step {step} on"
+    optimizer = config.training.optimizer
+    if optimizer.schedule.kind == "constant":
+        return f"{text}; the learning rate stays constant"
+    before, now = (
+        optimizer.learning_rate * learning_rate_factor(optimizer.schedule, step, total)
+        for total in (earlier_steps, config.steps)
+    )
+    return (
+        f"{text}; the learning rate goes on along the warm-up and cosine of {config.steps} steps: "
+        f"{now:.3g} at the next step (that of {earlier_steps} steps: {before:.3g}). The steps "
+        "before were trained with the shorter one, so the result is not that of a run of "
+        f"{config.steps} steps from the start"
+    )
 
 
 def _write_manifest(parts: Parts, folder: RunFolder, step: int) -> None:

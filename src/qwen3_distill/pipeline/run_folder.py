@@ -45,8 +45,12 @@ MAY_CHANGE = (
 
 They say how it is operated, and include every setting that an error message says to change. None
 changes what is sampled, scored, trained or evaluated, or in which order, beyond the rounding of
-another batch size or number of threads.
+another batch size or number of threads. `steps` may be raised as well, not lowered.
 """
+_STEPS_LOWERED = (
+    "steps may be raised, not lowered: the learning rate of earlier steps may depend on them, and "
+    "what was trained is not taken back; Ctrl-C ends a run early and saves it"
+)
 _TORCH_WRITER = re.compile("inline_container|PytorchStreamWriter")
 """Text of the RuntimeError that `torch.save` raises when a write fails."""
 
@@ -81,7 +85,10 @@ class RunFolder:
         self._lock: IO[str] | None = None
         self._values = dump_config(config)
         self.changes: list[str] = []
-        """``key: old -> new`` for each `MAY_CHANGE` setting that differs from the last start."""
+        """``key: old -> new`` for each `MAY_CHANGE` setting that differs from the last start, and
+        for raised `steps`."""
+        self.extended_from: int | None = None
+        """The `steps` of the last start, where this start raises them."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a")
@@ -141,8 +148,9 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the summary exists: the last file of a run, except for the report."""
-        return self.summary.exists()
+        """Whether the summary exists, the last file of a run except for the report, and this start
+        does not raise `steps`."""
+        return self.summary.exists() and self.extended_from is None
 
     def read_summary(self) -> dict[str, Any]:
         return json.loads(self.summary.read_text())
@@ -173,6 +181,10 @@ class RunFolder:
     def accept_changes(self) -> None:
         """Write the changed config into the folder, once a resumed run has started."""
         if self.changes:
+            if self.extended_from is not None:
+                # First: without it, any start goes on from the newest checkpoint.
+                self.summary.unlink(missing_ok=True)
+                self.extended_from = None
             write_json_atomic(self.config, self._values)
             self.changes = []
 
@@ -229,13 +241,21 @@ class RunFolder:
         if not self.config.exists() or not self._has_records():
             write_json_atomic(self.config, self._values)
             return
+        saved = self._read_config()
         differences = [
             line
-            for line in config_differences(self._read_config(), self._values)
+            for line in config_differences(saved, self._values)
             if not line.startswith("output_dir:")  # a folder may be moved
         ]
-        self.changes = [line for line in differences if _may_change(line.partition(":")[0])]
-        refused = [line for line in differences if line not in self.changes]
+        steps = saved.get("steps")
+        if isinstance(steps, int) and self._values["steps"] > steps:
+            self.extended_from = steps
+        self.changes = [line for line in differences if self._may_change(line.partition(":")[0])]
+        refused = [
+            f"{line} ({_STEPS_LOWERED})" if line.startswith("steps:") else line
+            for line in differences
+            if line not in self.changes
+        ]
         if refused:
             shown = "\n  ".join(refused[:8])
             if len(refused) > 8:
@@ -244,7 +264,20 @@ class RunFolder:
                 f"run folder {self.path} was made by another config:\n  {shown}\n"
                 "choose another output_dir, or remove the folder to start again"
             )
+        self._check_can_extend()
 
+    def _check_can_extend(self) -> None:
+        """Raise if a complete run is to go on and has no checkpoint: it would begin anew."""
+        if self.extended_from is None or not self.summary.exists():
+            return
+        if not any(self.checkpoints.glob("step-*")):
+            raise RunFolderError(
+                f"steps is raised, but {self.checkpoints} has no checkpoint to go on from; restore "
+                "the checkpoints, or choose another output_dir with student.model="
+                f"{self.student} to train that student further as a new run"
+            )
 
-def _may_change(key: str) -> bool:
-    return any(key == place or key.startswith(f"{place}.") for place in MAY_CHANGE)
+    def _may_change(self, key: str) -> bool:
+        if key == "steps":
+            return self.extended_from is not None
+        return any(key == place or key.startswith(f"{place}.") for place in MAY_CHANGE)
