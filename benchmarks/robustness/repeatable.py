@@ -109,6 +109,13 @@ def run_command(folder: Path) -> list[str]:
     return [*command, f"output_dir={folder}", *MODELS, *RUN]
 
 
+def run_quietly(folder: Path, timeout_s: float | None = None) -> None:
+    """Run the command to its end, or kill it (SIGKILL) after a time and raise TimeoutExpired."""
+    quiet = subprocess.DEVNULL
+    command = run_command(folder)
+    subprocess.run(command, stdout=quiet, stderr=quiet, timeout=timeout_s, check=True)
+
+
 def result_of(folder: Path) -> str:
     """Return the digest of a finished run's ledger and student."""
     files = (folder / "ledger.jsonl", *sorted((folder / "student").glob("*.safetensors")))
@@ -120,13 +127,12 @@ def one_run(kill_after_s: float | None) -> tuple[str, bool, float]:
     began, killed = time.perf_counter(), False
     with tempfile.TemporaryDirectory(prefix="qwen3-distill-repeatable-") as name:
         folder = Path(name) / "run"
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         if kill_after_s is not None:
             try:
-                subprocess.run(run_command(folder), timeout=kill_after_s, check=True, **quiet)
+                run_quietly(folder, kill_after_s)
             except subprocess.TimeoutExpired:  # it was killed with SIGKILL
                 killed = True
-        subprocess.run(run_command(folder), check=True, **quiet)
+        run_quietly(folder)
         return result_of(folder), killed, time.perf_counter() - began
 
 

@@ -125,6 +125,7 @@ def test_folder_holds_exactly_what_is_promised(finished: RunConfig) -> None:
         "metrics.jsonl",
         "report.html",
         "rollouts",
+        "status.json",
         "student",
         "summary.json",
         "tensorboard",

@@ -31,8 +31,9 @@ from qwen3_distill.pipeline.streaming import run_streaming
 from qwen3_distill.pipeline.summary import render_report, summarize
 from qwen3_distill.ports import Learner
 from qwen3_distill.recording.console import ProgressReporter
+from qwen3_distill.recording.heartbeat import HeartbeatReporter
 from qwen3_distill.scoring.views import SameView
-from qwen3_distill.training.schedule import learning_rate_factor
+from qwen3_distill.training.schedule import extended_rate
 from qwen3_distill.types import RunCursor
 from qwen3_distill.utils.files import write_json_atomic
 from qwen3_distill.utils.signals import signals_as_ctrl_c, stop_on_ctrl_c
@@ -63,8 +64,13 @@ def run(
                 f"the run in {folder.path} is complete; raise steps to go on, or remove the folder "
                 "to run again"
             )
-        elif not asyncio.run(_run(config, folder, progress, warn, adapt)):
-            return None
+        else:
+            beating = HeartbeatReporter(progress, folder.status, total_steps=config.steps)
+            with beating:
+                done = asyncio.run(_run(config, folder, beating, warn, adapt))
+                beating.end("finished" if done else "stopped")
+            if not done:
+                return None
         summary = folder.read_summary()
         progress.finish(summary, render_report(folder.path, config))
         return summary
@@ -73,7 +79,7 @@ def run(
 async def _run(
     config: RunConfig,
     folder: RunFolder,
-    progress: ProgressReporter,
+    progress: HeartbeatReporter,
     warn: Callable[[str], None],
     adapt: Callable[[Parts], Parts],
 ) -> bool:
@@ -95,7 +101,7 @@ async def _run(
 
 
 async def _train_with_restarts(
-    parts: Parts, folder: RunFolder, progress: ProgressReporter, warn: Callable[[str], None]
+    parts: Parts, folder: RunFolder, progress: HeartbeatReporter, warn: Callable[[str], None]
 ) -> bool:
     """`_train`, and again from the last checkpoint each time the learner's process is lost."""
     lost: LearnerLost | None = None
@@ -121,7 +127,7 @@ async def _start_again(learner: Learner) -> None:
 
 
 async def _train(
-    parts: Parts, folder: RunFolder, progress: ProgressReporter, warn: Callable[[str], None]
+    parts: Parts, folder: RunFolder, progress: HeartbeatReporter, warn: Callable[[str], None]
 ) -> bool:
     """Train from the newest checkpoint on; return whether the last step was reached.
 
@@ -135,6 +141,7 @@ async def _train(
     _write_manifest(parts, folder, cursor.step)
     folder.accept_changes()
     recorder = Recorder(parts, folder, progress, start_step=cursor.step)
+    progress.watch(recorder.trace)
     try:
         with _stop_on_interrupt(recorder, progress):
             cursor = await _PIPELINES[config.pipeline.kind](parts, recorder, cursor)
@@ -160,7 +167,7 @@ def _max_learner_restarts(config: RunConfig) -> int:
 
 
 async def _restore(
-    parts: Parts, folder: RunFolder, progress: ProgressReporter, warn: Callable[[str], None]
+    parts: Parts, folder: RunFolder, progress: HeartbeatReporter, warn: Callable[[str], None]
 ) -> RunCursor:
     """Load the newest checkpoint into the learner; return its cursor, or that of the start."""
     store = CheckpointStore(folder.checkpoints, keep_last=parts.config.checkpoint.keep_last)
@@ -173,19 +180,10 @@ async def _restore(
 
 def _extension(config: RunConfig, earlier_steps: int, step: int) -> str:
     """State what more steps mean for a run that stands at ``step``."""
-    text = f"the run is extended from {earlier_steps} to {config.steps} steps, from step {step} on"
-    optimizer = config.training.optimizer
-    if optimizer.schedule.kind == "constant":
-        return f"{text}; the learning rate stays constant"
-    before, now = (
-        optimizer.learning_rate * learning_rate_factor(optimizer.schedule, step, total)
-        for total in (earlier_steps, config.steps)
-    )
+    rate = extended_rate(config.training.optimizer, step, earlier_steps, config.steps)
     return (
-        f"{text}; the learning rate goes on along the warm-up and cosine of {config.steps} steps: "
-        f"{now:.3g} at the next step (that of {earlier_steps} steps: {before:.3g}). The steps "
-        "before were trained with the shorter one, so the result is not that of a run of "
-        f"{config.steps} steps from the start"
+        f"the run is extended from {earlier_steps} to {config.steps} steps, from step {step} on; "
+        f"{rate}"
     )
 
 
@@ -211,7 +209,7 @@ def _write_manifest(parts: Parts, folder: RunFolder, step: int) -> None:
 
 
 def _stop_on_interrupt(
-    recorder: Recorder, progress: ProgressReporter
+    recorder: Recorder, progress: HeartbeatReporter
 ) -> AbstractContextManager[None]:
     """At the first Ctrl-C, SIGTERM or SIGHUP finish the step and save; at the second leave."""
 

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from typing_extensions import Self
 
 from qwen3_distill.config import RunConfig
-from qwen3_distill.config.load import config_differences, dump_config
-from qwen3_distill.errors import RunFolderError
+from qwen3_distill.config.load import check_config, config_differences, dump_config
+from qwen3_distill.errors import ConfigError, RunFolderError
+from qwen3_distill.recording.heartbeat import STATUS_FILE
 from qwen3_distill.recording.trace import TRACE_FILE
 from qwen3_distill.utils.files import write_json_atomic
 
@@ -47,6 +48,16 @@ They say how it is operated, and include every setting that an error message say
 changes what is sampled, scored, trained or evaluated, or in which order, beyond the rounding of
 another batch size or number of threads. `steps` may be raised as well, not lowered.
 """
+
+
+def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """Add settings that are newer than the run, at their defaults; keep what is not a config."""
+    try:
+        return dump_config(check_config(saved))
+    except ConfigError:
+        return saved
+
+
 _STEPS_LOWERED = (
     "steps may be raised, not lowered: the learning rate of earlier steps may depend on them, and "
     "what was trained is not taken back; Ctrl-C ends a run early and saves it"
@@ -129,6 +140,11 @@ class RunFolder:
     @property
     def trace(self) -> Path:
         return self.path / TRACE_FILE
+
+    @property
+    def status(self) -> Path:
+        """Where the run is now; another process may read it."""
+        return self.path / STATUS_FILE
 
     @property
     def checkpoints(self) -> Path:
@@ -241,7 +257,7 @@ class RunFolder:
         if not self.config.exists() or not self._has_records():
             write_json_atomic(self.config, self._values)
             return
-        saved = self._read_config()
+        saved = _with_defaults(self._read_config())
         differences = [
             line
             for line in config_differences(saved, self._values)

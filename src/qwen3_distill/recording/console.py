@@ -123,7 +123,7 @@ class PlainReporter(_Closing):
     ) -> None:
         self._console = console
         self._now = now
-        self._pace = _Pace(total_steps, start_step, now)
+        self._pace = Pace(total_steps, start_step, now)
         self._started = now()
         self._last_step_line: float | None = None
         self._last_stage: tuple[str, float] | None = None
@@ -146,7 +146,7 @@ class PlainReporter(_Closing):
     def evaluation(self, result: Mapping[str, Any]) -> None:
         self._pace.add_evaluation(result)
         self._last_stage = None
-        self._line(_evaluation_text(result))
+        self._line(evaluation_text(result))
 
     def finish(self, summary: Mapping[str, Any], report_path: Path | None) -> None:
         self.close()
@@ -171,7 +171,7 @@ class LiveReporter(_Closing):
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console
-        self._pace = _Pace(total_steps, start_step, now)
+        self._pace = Pace(total_steps, start_step, now)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
@@ -192,7 +192,7 @@ class LiveReporter(_Closing):
 
     def evaluation(self, result: Mapping[str, Any]) -> None:
         self._pace.add_evaluation(result)
-        self._console.print(_evaluation_text(result), markup=False, highlight=False)
+        self._console.print(evaluation_text(result), markup=False, highlight=False)
 
     def finish(self, summary: Mapping[str, Any], report_path: Path | None) -> None:
         self.close()
@@ -211,7 +211,7 @@ class LiveReporter(_Closing):
         )
 
 
-class _Pace:
+class Pace:
     """Progress and speed of the run, and the latest numbers worth showing."""
 
     def __init__(self, total: int, start_step: int, now: Callable[[], float]) -> None:
@@ -271,7 +271,7 @@ def _known(value: float | None, otherwise: float | None) -> float | None:
     return otherwise if value is None or not math.isfinite(value) else value
 
 
-def _step_parts(pace: _Pace) -> list[str]:
+def _step_parts(pace: Pace) -> list[str]:
     width = len(str(pace.total))
     parts = [f"step {pace.step or 0:>{width}}/{pace.total}"]
     if pace.reverse_kl is not None:
@@ -287,7 +287,7 @@ def _step_parts(pace: _Pace) -> list[str]:
     return parts
 
 
-def _evaluation_text(result: Mapping[str, Any]) -> str:
+def evaluation_text(result: Mapping[str, Any]) -> str:
     interval = f"[{points(result['ci_low'])}, {points(result['ci_high'])}]"
     is_teacher = result["model"].startswith("teacher")
     who = "teacher" if is_teacher else f"student at step {result['step']}"
