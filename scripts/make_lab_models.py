@@ -32,6 +32,7 @@ from lab.settings import (
 from lab.tokenizer import check_tokenizer, prompt_tokens, write_tokenizer
 from lab.training import report, train
 from qwen3_distill.data.chain_task import ChainTask
+from qwen3_distill.modeling.cpu_warmup import settle_vector_math
 
 STAGES = ("tokenizer", "teacher", "student", "evaluate")
 
@@ -109,6 +110,7 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)
+    settle_vector_math()
     task = ChainTask()
     teacher, student = arguments.output / "teacher", arguments.output / "student"
     if "tokenizer" in arguments.stages:

@@ -120,6 +120,7 @@ class SamplingSpec:
     """Sampling settings of one rollout. With the weights they determine it."""
 
     temperature: float
+    """0: greedy, always the most likely token. Only evaluations may be greedy."""
     top_p: float
     top_k: int
     """0: no limit."""
@@ -127,8 +128,10 @@ class SamplingSpec:
     seed: int
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise DataError(f"temperature={self.temperature}: expected a positive number")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise DataError(
+                f"temperature={self.temperature}: expected a positive number, or 0 for greedy"
+            )
         if not 0 < self.top_p <= 1:
             raise DataError(f"top_p={self.top_p}: expected 0 < top_p <= 1")
         if self.top_k < 0 or self.max_new_tokens < 1 or self.seed < 0:
@@ -136,6 +139,11 @@ class SamplingSpec:
                 f"top_k={self.top_k}, max_new_tokens={self.max_new_tokens}, seed={self.seed}: "
                 "expected top_k >= 0, max_new_tokens >= 1, seed >= 0"
             )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every token is the most likely one; its behavior logprob is then 0 nats."""
+        return self.temperature == 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
@@ -209,7 +217,8 @@ class Rollout:
     response_ids: IntArray
     """[R], R >= 1."""
     behavior_logprobs: FloatArray
-    """[S] nats, under the distribution sampled from (after temperature, top-k and top-p)."""
+    """[S] nats, under the distribution sampled from (after temperature, top-k and top-p). 0 where
+    the sampling is greedy: that distribution has one token."""
     versions: tuple[VersionSpan, ...]
     """Spans that tile ``[0, S)`` in order; more than one after an in-flight weight update."""
     finish_reason: FinishReason
@@ -424,12 +433,18 @@ class ScoredRollout:
 
     Raises:
         AlignmentError: the score has another number of tokens.
+        DataError: the rollout is greedy, so that no loss over samples may use it.
     """
 
     rollout: Rollout
     score: TeacherScore
 
     def __post_init__(self) -> None:
+        if self.rollout.sampling.is_greedy:
+            raise DataError(
+                f"rollout {self.rollout.rollout_id} was sampled at temperature 0: greedy answers "
+                "are for evaluation and cannot be trained on; sample with a positive temperature"
+            )
         if self.score.logprobs.size != self.rollout.num_loss_tokens:
             raise AlignmentError(
                 f"rollout {self.rollout.rollout_id}: {self.rollout.num_loss_tokens} sampled "

@@ -51,6 +51,8 @@ from tests.contract.reference import (
     head_of,
     largest_gap,
     reference_model,
+    response_positions,
+    sampled_ids,
     swapped_logprobs,
 )
 from tests.engines import INSTALLED
@@ -133,6 +135,22 @@ def test_every_row_of_a_batch_has_its_own_sampling_spec(
         make_request(f"r{i}", make_prompt(3 + i, seed=i), spec) for i, spec in enumerate(specs)
     ]
     assert parity_gap(generate(engine, requests), reference) < PARITY_NATS
+
+
+def test_greedy_tokens_are_the_most_likely_ones_at_logprob_zero(
+    engine: RolloutEngine, reference: PreTrainedModel
+) -> None:
+    greedy = generate(engine, ragged_requests(temperature=0.0))
+    for rollout in greedy:
+        with torch.no_grad():
+            logits = response_positions(reference, rollout)[1]
+        assert logits.argmax(dim=-1).tolist() == sampled_ids(rollout)
+        assert not rollout.behavior_logprobs.any()
+    sampled = generate(engine, ragged_requests())
+    assert any(
+        a.response_ids.tolist() != b.response_ids.tolist()
+        for a, b in zip(greedy, sampled, strict=True)
+    )
 
 
 def test_a_wrong_temperature_would_fail_the_parity_check(

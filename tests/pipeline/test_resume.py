@@ -38,9 +38,11 @@ from tests.pipeline.builders import (
     EVALUATION,
     LORA,
     call_cli,
+    raise_warning,
     read_json,
     run_to_end,
     same_result,
+    student_bytes,
     timeless,
     tiny_config,
     tiny_values,
@@ -197,10 +199,10 @@ def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def crash_at(config: RunConfig, step: int) -> Path:
+def crash_at(config: RunConfig, step: int, warn: Callable[[str], None] = raise_warning) -> Path:
     """Run until a crash in the given step; the folder with its checkpoints."""
     with before_step(step, raise_crash), pytest.raises(Crash):
-        run_to_end(config)
+        run_to_end(config, warn)
     return config.output_path / "checkpoints"
 
 
@@ -455,7 +457,7 @@ OPERATION = {
 }
 FIXED = {
     "seed": 1,
-    "steps": 7,
+    "steps": 5,
     "prompts_per_step": 3,
     "samples_per_prompt": 3,
     "prompts": {"kind": "task", "limit": 6},
@@ -621,3 +623,74 @@ def test_manifest_of_an_older_version_is_no_hindrance(short: RunConfig, referenc
     manifest.write_text(json.dumps(content))
     run_to_end(short)
     assert same_result(short.output_path, reference)
+
+
+# --- More steps -----------------------------------------------------------------------------------
+
+
+def test_a_finished_run_goes_on_when_steps_are_raised(
+    tiny_models: TinyModels, run_dir: Path, reference: Path
+) -> None:
+    """With a constant learning rate: to the bits of a run that was that long from the start."""
+    run_to_end(tiny_config(tiny_models, run_dir, SHORT | {"steps": 3}))
+    assert read_json(run_dir / "summary.json")["steps"] == 3
+    warnings: list[str] = []
+    reporter = run_to_end(tiny_config(tiny_models, run_dir, SHORT), warnings.append)
+    assert f"steps: 3 -> {SHORT['steps']}" in warnings[0]
+    assert "from step 3 on; the learning rate stays constant" in warnings[1]
+    assert reporter.steps[0] == 4
+    assert student_bytes(run_dir) == student_bytes(reference)
+    assert timeless(run_dir / "ledger.jsonl") == timeless(reference / "ledger.jsonl")
+    assert read_json(run_dir / "summary.json")["steps"] == SHORT["steps"]
+    assert read_json(run_dir / "config.json")["steps"] == SHORT["steps"]
+    again = run_to_end(tiny_config(tiny_models, run_dir, SHORT))
+    assert again.steps == []
+
+
+def test_the_meaning_of_a_cosine_is_said_when_steps_are_raised(
+    tiny_models: TinyModels, run_dir: Path
+) -> None:
+    schedule = {"kind": "warmup_cosine", "final_fraction": 0.0}
+    cosine = {"training.optimizer": {"learning_rate": 1e-3, "schedule": schedule}, "steps": 3}
+    run_to_end(tiny_config(tiny_models, run_dir, cosine))
+    warnings: list[str] = []
+    run_to_end(tiny_config(tiny_models, run_dir, cosine | {"steps": 7}), warnings.append)
+    assert "warm-up and cosine of 7 steps: 0.0005 at the next step" in warnings[1]
+    assert "not that of a run of 7 steps from the start" in warnings[1]
+    rates = [record["optim/learning_rate"] for record in timeless(run_dir / "metrics.jsonl")]
+    assert rates[2:4] == pytest.approx([0.0, 0.0005])
+
+
+def test_a_killed_extension_goes_on(
+    tiny_models: TinyModels, run_dir: Path, reference: Path
+) -> None:
+    run_to_end(tiny_config(tiny_models, run_dir, SHORT | {"steps": 3}))
+    longer = tiny_config(tiny_models, run_dir, SHORT)
+    crash_at(longer, 5, lambda message: None)
+    assert not (run_dir / "summary.json").exists()
+    run_to_end(longer)
+    assert student_bytes(run_dir) == student_bytes(reference)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_steps_may_not_be_lowered(finished: bool, tiny_models: TinyModels, run_dir: Path) -> None:
+    config = tiny_config(tiny_models, run_dir, SHORT)
+    if finished:
+        run_to_end(config)
+    else:
+        crash_at(config, 3)
+    with pytest.raises(RunFolderError, match="steps may be raised, not lowered"):
+        run_to_end(tiny_config(tiny_models, run_dir, SHORT | {"steps": 2}))
+    assert read_json(run_dir / "config.json")["steps"] == SHORT["steps"]
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_anew(
+    tiny_models: TinyModels, run_dir: Path
+) -> None:
+    run_to_end(tiny_config(tiny_models, run_dir, SHORT | {"steps": 2}))
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run_dir / "checkpoints")
+    with pytest.raises(RunFolderError, match="no checkpoint to go on from"):
+        run_to_end(tiny_config(tiny_models, run_dir, SHORT))
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+    assert (run_dir / "summary.json").exists()

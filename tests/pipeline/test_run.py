@@ -126,6 +126,7 @@ def test_folder_holds_exactly_what_is_promised(finished: RunConfig) -> None:
         "prompt.json",
         "report.html",
         "rollouts",
+        "status.json",
         "student",
         "summary.json",
         "tensorboard",
@@ -523,3 +524,38 @@ def test_eval_measures_a_directory_like_the_run_did(finished: RunConfig, tmp_pat
 def test_reporter_hears_of_every_step(tiny_models: TinyModels, run_dir: Path) -> None:
     reporter: RecordingReporter = run_to_end(tiny_config(tiny_models, run_dir))
     assert reporter.steps == [1, 2, 3, 4]
+
+
+# --- A second temperature -----------------------------------------------------------------------
+
+
+def test_a_second_temperature_adds_records_and_changes_none(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    def run_with(name: str, **more: Any) -> tuple[list[Any], dict[str, Any], str]:
+        changes = {"steps": 2, "evaluation": EVALUATION | more}
+        config = tiny_config(tiny_models, tmp_path / name, changes)
+        run_to_end(config)
+        folder = config.output_path
+        page = (folder / "report.html").read_text()
+        return timeless(folder / "evaluations.jsonl"), read_json(folder / "summary.json"), page
+
+    plain, plain_summary, plain_page = run_with("plain")
+    both, summary, page = run_with("both", second_temperature=0.0)
+    names = [(record["step"], record["model"]) for record in both]
+    assert names == [
+        (0, "teacher"),
+        (0, "teacher@0"),
+        (0, "student"),
+        (0, "student@0"),
+        (2, "student"),
+        (2, "student@0"),
+    ]
+    assert [record for record in both if "@" not in record["model"]] == plain
+    assert summary["accuracy"] == plain_summary["accuracy"]
+    second = summary["second_accuracy"]
+    assert second["temperature"] == 0
+    assert second["after"]["samples_per_problem"] == 1
+    assert "second_accuracy" not in plain_summary
+    assert "greedy" in page
+    assert "With greedy answers it" not in plain_page

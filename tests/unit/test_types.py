@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3_distill.errors import AlignmentError
+from qwen3_distill.errors import AlignmentError, DataError
 from qwen3_distill.types import (
     Batch,
     Rollout,
@@ -18,7 +18,7 @@ from qwen3_distill.types import (
     TokenSpan,
     VersionSpan,
 )
-from tests.contract.builders import VERSION, synthetic_rollout
+from tests.contract.builders import VERSION, make_spec, synthetic_rollout
 
 SPANS = [(0, 2), (3, 6), (9, 10)]
 """Of a response of 10 tokens: 6 of them."""
@@ -133,3 +133,23 @@ def test_a_scored_token_has_one_before_it() -> None:
     for start, stop in [(0, 2), (4, 6), (3, 3)]:
         with pytest.raises(AlignmentError, match=r"scoring job of r: scored: .*within \[1, 5\)"):
             ScoringJob(rollout_id="r", token_ids=ids, scored=(TokenSpan(start=start, stop=stop),))
+
+
+# --- Greedy sampling ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [-1.0, -1e-9, float("nan"), float("inf")])
+def test_a_temperature_is_positive_or_zero(temperature: float) -> None:
+    with pytest.raises(DataError, match="positive number, or 0 for greedy"):
+        make_spec(temperature=temperature)
+
+
+def test_a_greedy_rollout_cannot_be_trained_on() -> None:
+    rollout = synthetic_rollout(3, 10)
+    score = TeacherScore(teacher_id="t", logprobs=-np.ones(10))
+    assert not rollout.sampling.is_greedy
+    ScoredRollout(rollout=rollout, score=score)
+    greedy = replace(rollout, sampling=make_spec(temperature=0.0))
+    assert greedy.sampling.is_greedy
+    with pytest.raises(DataError, match="cannot be trained on"):
+        ScoredRollout(rollout=greedy, score=score)

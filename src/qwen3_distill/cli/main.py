@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import qwen3_distill
-from qwen3_distill.cli import inspect, offline, run
+from qwen3_distill.cli import inspect, offline, run, status
 from qwen3_distill.cli.export import export
 from qwen3_distill.cli.terminal import fail, say
 from qwen3_distill.errors import DistillError
@@ -41,6 +41,7 @@ app.command("audit-teacher")(offline.audit_teacher)
 app.command()(inspect.plan)
 app.command()(inspect.report)
 app.command()(export)
+app.command()(status.status)
 config_app.command("show")(inspect.config_show)
 config_app.command("check")(inspect.config_check)
 config_app.command("schema")(inspect.config_schema)

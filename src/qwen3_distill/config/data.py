@@ -3,7 +3,8 @@
 import re
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
+from typing_extensions import Self
 
 from qwen3_distill.config.base import PathText, PositiveFloat, PositiveInt, Schema
 from qwen3_distill.types import SamplingSpec
@@ -169,6 +170,25 @@ class SamplingConfig(Schema):
         )
 
 
+def _greedy_or_positive(temperature: float) -> float:
+    if 0 < temperature < 1e-3:
+        raise ValueError("expected 0 for greedy answers, or at least 0.001")
+    return temperature
+
+
+EvaluationTemperature: TypeAlias = Annotated[
+    float, Field(ge=0, le=1e3), AfterValidator(_greedy_or_positive)
+]
+
+
+class EvaluationSamplingConfig(SamplingConfig):
+    """How answers are sampled in an evaluation, which may be greedy."""
+
+    temperature: EvaluationTemperature = 1.0
+    """0: greedy, always the most likely token. A problem then has one answer, whatever
+    `samples_per_problem` says."""
+
+
 class EvaluationConfig(Schema):
     """Held-out accuracy before, during and after the run."""
 
@@ -183,9 +203,34 @@ class EvaluationConfig(Schema):
     """Number of problems in the evaluations before and after the run and of the teacher; null:
     `num_problems`."""
     samples_per_problem: PositiveInt = 1
-    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    sampling: EvaluationSamplingConfig = Field(default_factory=EvaluationSamplingConfig)
+    second_temperature: EvaluationTemperature | None = None
+    """Measure every model at this temperature as well, on the same problems; 0 is greedy. A student
+    that only sharpened is better at `sampling.temperature` and no better here. Null: not measured.
+    """
     teacher: bool = True
     """Also evaluate the teacher, once, before the run."""
+
+    @model_validator(mode="after")
+    def _second_temperature_is_another(self) -> Self:
+        if self.second_temperature == self.sampling.temperature:
+            raise ValueError(
+                f"second_temperature={self.second_temperature:g} is sampling.temperature: the same "
+                "would be measured twice; choose another, e.g. 0, or null"
+            )
+        return self
+
+    def at_temperature(self, temperature: float) -> "EvaluationConfig":
+        """Return the same evaluation at one temperature, with one answer per problem if greedy."""
+        sampling = self.sampling.model_copy(update={"temperature": temperature})
+        samples = 1 if temperature == 0 else self.samples_per_problem
+        return self.model_copy(
+            update={
+                "sampling": sampling,
+                "samples_per_problem": samples,
+                "second_temperature": None,
+            }
+        )
 
 
 _TEMPLATE_CALL = {

@@ -40,7 +40,7 @@ class RunConfig(Schema):
     """Everything random derives from it: rollouts, the order of prompts from a file or dataset,
     adapters. The problems of an endless task have their own order, independent of the seed."""
     steps: PositiveInt
-    """Optimizer steps."""
+    """Optimizer steps. Raise it to go on with a run, also with a finished one."""
     prompts_per_step: PositiveInt
     """Prompts per optimizer step."""
     samples_per_prompt: PositiveInt = 1

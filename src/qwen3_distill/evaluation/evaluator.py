@@ -12,6 +12,11 @@ from qwen3_distill.types import Prompt, Rollout
 from qwen3_distill.utils.seeds import derive_seed
 
 
+def measured_at(model: str, temperature: float) -> str:
+    """Return the name of a model's evaluation at the second temperature, e.g. ``student@0``."""
+    return f"{model}@{temperature:g}"
+
+
 class Evaluator:
     """Measures the student's accuracy regularly, and the teacher's once before the first step.
 
@@ -44,26 +49,44 @@ class Evaluator:
         self._progress: dict[str, str] = {}
         """Answers so far of each model that is being evaluated."""
 
+    def measurements(self, model: str) -> list[str]:
+        """Names of a model's evaluations: ``student``, and ``student@0`` at the second
+        temperature 0."""
+        second = self._evaluation.second_temperature
+        return [model] if second is None else [model, measured_at(model, second)]
+
     def due(self, step: int) -> list[str]:
         """The models to evaluate after this step: ``teacher``, ``student``, both or none."""
         models = ["teacher"] if step == 0 and self._evaluation.teacher else []
         regular = step % self._evaluation.every_steps == 0 or step == self._total_steps
         return [*models, "student"] if regular else models
 
-    async def run(self, model: str, step: int) -> dict[str, Any]:
-        """Evaluate one model; return the fields of its `EvaluationResult`."""
+    async def run(self, name: str, step: int) -> dict[str, Any]:
+        """Make one of the `measurements`; return the fields of its `EvaluationResult`.
+
+        At the second temperature there is the field ``temperature`` as well.
+        """
         evaluation = self._evaluation
+        model, _, second = name.partition("@")
+        temperature = float(second) if second else evaluation.sampling.temperature
+        settings = evaluation.at_temperature(temperature)
         count = evaluation.num_problems
         if step in (0, self._total_steps) and evaluation.final_num_problems is not None:
             count = evaluation.final_num_problems
         if model == "student":
-            return await self._measure(model, count, self._student)
-        async with self._teacher_sampler() as teacher:
-            return await self._measure(model, count, teacher)
+            result = await self._measure(name, count, settings, self._student)
+        else:
+            async with self._teacher_sampler() as teacher:
+                result = await self._measure(name, count, settings, teacher)
+        return result | ({"temperature": temperature} if second else {})
 
-    async def _measure(self, model: str, count: int, sampler: Sampler) -> dict[str, Any]:
+    async def _measure(
+        self, name: str, count: int, settings: EvaluationConfig, sampler: Sampler
+    ) -> dict[str, Any]:
+        who = "the " + name.replace("@", " at temperature ")
+
         def count_answer(done: int, total: int) -> None:
-            self._progress[model] = f"the {model} {done}/{total}"
+            self._progress[name] = f"{who} {done}/{total}"
             self._say(f"evaluating {', '.join(self._progress.values())}")
 
         try:
@@ -71,11 +94,11 @@ class Evaluator:
                 sampler,
                 self._problems(count),
                 self._is_correct,
-                sampling=self._evaluation.sampling,
-                samples_per_problem=self._evaluation.samples_per_problem,
+                sampling=settings.sampling,
+                samples_per_problem=settings.samples_per_problem,
                 seed=derive_seed(self._seed, "evaluation"),
                 on_rollout=count_answer,
             )
         finally:
-            self._progress.pop(model, None)
+            self._progress.pop(name, None)
         return asdict(result)

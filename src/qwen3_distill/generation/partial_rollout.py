@@ -30,9 +30,13 @@ class PartialRollout:
         return len(self.token_ids)
 
     def add(self, token_ids: Iterable[int], logprobs: Iterable[float]) -> None:
-        """Append sampled tokens and their behavior logprobs in nats."""
+        """Append sampled tokens and their behavior logprobs in nats; those of greedy tokens are 0.
+
+        An engine's own value for a greedy token may be the one at temperature 1.
+        """
+        greedy = self.request.sampling.is_greedy
         self.token_ids.extend(token_ids)
-        self.logprobs.extend(logprobs)
+        self.logprobs.extend(0.0 if greedy else logprob for logprob in logprobs)
 
     def begin(self, version: WeightVersion, at: int | None = None) -> None:
         """Note that ``version`` samples from token ``at`` on; default: from the next token on."""

@@ -27,6 +27,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from qwen3_distill.errors import ModelError
+from qwen3_distill.modeling.cpu_warmup import settle_vector_math
 from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.modeling.loading import check_model_dir, load_tokenizer
 from qwen3_distill.types import FloatArray, IntArray
@@ -98,6 +99,7 @@ def layerwise_logprobs(model_dir: str | Path, token_ids: IntArray) -> NDArray[np
         ModelError: a weight is missing, unreadable, or quantized in an unknown way.
     """
     directory = check_model_dir(model_dir)
+    settle_vector_math()
     # Eager attention: only the mask below decides which tokens a token attends to.
     config: Any = AutoConfig.from_pretrained(directory, attn_implementation="eager")
     ids_T = torch.from_numpy(token_ids.astype(np.int64))

@@ -18,6 +18,7 @@ from transformers import (
 
 from qwen3_distill.errors import ConfigError, ModelError
 from qwen3_distill.modeling.config_file import CONFIG, read_json_object, rope_parameters
+from qwen3_distill.modeling.cpu_warmup import settle_vector_math
 from qwen3_distill.types import ModelIdentity
 
 SUPPORTED_MODEL_TYPES = ("qwen3",)
@@ -90,6 +91,7 @@ def load_model(path: str | Path, *, device: torch.device, dtype: torch.dtype) ->
         ModelError: the directory does not hold a complete Qwen3 model.
     """
     directory = check_model_dir(path)
+    settle_vector_math()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, output_loading_info=True

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import chain, count, groupby
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.data.rollout_files import (
@@ -54,8 +54,8 @@ from qwen3_distill.pipeline.sampler_check import (
     check_sampled_by_student,
     require_ratio_off_policy,
 )
-from qwen3_distill.ports import Learner
-from qwen3_distill.recording.text import clock
+from qwen3_distill.ports import Learner, Sampler
+from qwen3_distill.recording.text import clock, temperature_text
 from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.scoring.views import SameView
 from qwen3_distill.types import Batch, Rollout, ScoredRollout
@@ -346,28 +346,44 @@ def evaluate_directory(
     count = settings.final_num_problems or settings.num_problems
     problems = build_problems(config.student, settings, text)(count)
 
-    async def measure() -> EvaluationResult:
+    first, second = settings.sampling.temperature, settings.second_temperature
+
+    async def measure(engine: Sampler, temperature: float) -> EvaluationResult:
+        at = settings.at_temperature(temperature)
+        return await evaluate(
+            engine,
+            problems,
+            build_checker(settings.verifier, text),
+            sampling=at.sampling,
+            samples_per_problem=at.samples_per_problem,
+            seed=derive_seed(config.seed, "evaluation"),
+            on_rollout=_every_tenth(say),
+        )
+
+    async def measure_all() -> dict[str, Any]:
         async with static_engine(config, model) as engine:
-            return await evaluate(
-                engine,
-                problems,
-                build_checker(settings.verifier, text),
-                sampling=settings.sampling,
-                samples_per_problem=settings.samples_per_problem,
-                seed=derive_seed(config.seed, "evaluation"),
-                on_rollout=_every_tenth(say),
-            )
+            result = await measure(engine, first)
+            say(_accuracy_line(model, result))  # before the file, which may fail to be written
+            record: dict[str, Any] = {"model": model, **asdict(result)}
+            if second is not None:
+                again = await measure(engine, second)
+                say(_accuracy_line(f"{model}, {temperature_text(second)}", again))
+                record["second"] = {"temperature": second, **asdict(again)}
+            return record
 
     say(f"evaluating {model} on {len(problems)} problems")
     with signals_as_ctrl_c():
-        result = asyncio.run(measure())
-    say(  # before the file, which may fail to be written
-        f"{model}: {result.accuracy:.1%} [{result.ci_low:.1%}, {result.ci_high:.1%}] on "
+        record = asyncio.run(measure_all())
+    if out is not None:
+        write_json_atomic(out, record)
+
+
+def _accuracy_line(name: str, result: EvaluationResult) -> str:
+    return (
+        f"{name}: {result.accuracy:.1%} [{result.ci_low:.1%}, {result.ci_high:.1%}] on "
         f"{result.num_problems} problems, {result.mean_tokens:.1f} tokens on average, "
         f"{result.truncated_fraction:.1%} truncated"
     )
-    if out is not None:
-        write_json_atomic(out, {"model": model, **asdict(result)})
 
 
 def _every_tenth(say: Say) -> Callable[[int, int], None]:

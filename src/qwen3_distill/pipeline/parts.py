@@ -13,6 +13,7 @@ from qwen3_distill.config import RunConfig
 from qwen3_distill.data.prompts import PromptStream
 from qwen3_distill.modeling.loading import load_tokenizer
 from qwen3_distill.pipeline.requests import make_batch
+from qwen3_distill.pipeline.starting import start_engines
 from qwen3_distill.ports import (
     ReplayingLearner,
     Sampler,
@@ -22,7 +23,6 @@ from qwen3_distill.ports import (
 )
 from qwen3_distill.scoring.views import TeacherView
 from qwen3_distill.types import Batch, Rollout, ScoredRollout
-from qwen3_distill.utils.concurrency import together
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,20 @@ class Parts:
         """
         config = self.config
         teacher = f"the teacher ({config.scoring.kind})"
-        others = f"rollout engine ({config.generation.kind}) and learner ({config.training.kind})"
+        engine = f"the rollout engine ({config.generation.kind})"
+        learner = f"the learner ({config.training.kind})"
         if self.teacher.starts_first:
-            say(f"starting {teacher}")
-            await self.teacher.start()
-            say(f"starting {others}")
-            await together(self.engine.start(), self.learner.start())
+            await start_engines({teacher: self.teacher.start()}, say)
+            await start_engines({engine: self.engine.start(), learner: self.learner.start()}, say)
         else:
-            say(f"starting {teacher}, {others}")
-            await together(self.teacher.start(), self.engine.start(), self.learner.start())
+            await start_engines(
+                {
+                    teacher: self.teacher.start(),
+                    engine: self.engine.start(),
+                    learner: self.learner.start(),
+                },
+                say,
+            )
 
     async def close(self) -> None:
         """Close every engine, also when one of them fails to close."""

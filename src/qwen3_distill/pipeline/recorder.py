@@ -149,15 +149,23 @@ class Recorder:
         if self._evaluator is None or self.stop_requested:
             return
         done = {(r["step"], r["model"]) for r in read_jsonl(self._folder.evaluations)}
-        due = [m for m in self._evaluator.due(cursor.step) if (cursor.step, m) not in done]
+        due = [
+            [m for m in self._evaluator.measurements(model) if (cursor.step, m) not in done]
+            for model in self._evaluator.due(cursor.step)
+        ]
         if self._parts.samples_elsewhere:
             await together(*(self._evaluate(self._evaluator, m, cursor.step) for m in due))
             return
-        for model in due:
-            if not self.stop_requested:
-                await self._evaluate(self._evaluator, model, cursor.step)
+        for names in due:
+            await self._evaluate(self._evaluator, names, cursor.step)
 
-    async def _evaluate(self, evaluator: Evaluator, model: str, step: int) -> None:
+    async def _evaluate(self, evaluator: Evaluator, names: Sequence[str], step: int) -> None:
+        """Make the evaluations of one model, one after another."""
+        for name in names:
+            if not self.stop_requested:
+                await self._measure(evaluator, name, step)
+
+    async def _measure(self, evaluator: Evaluator, model: str, step: int) -> None:
         started = time.perf_counter()
         with self.trace.span("evaluate", model, step=step):
             result = await evaluator.run(model, step)
@@ -177,8 +185,9 @@ class Recorder:
                 f"all answers of this evaluation ({model}) were cut at "
                 "evaluation.sampling.max_new_tokens: none ended by itself"
             )
-        if model == "student":
-            self._trackers.log(step, {"evaluation/accuracy": result["accuracy"]})
+        if model.startswith("student"):
+            key = model.replace("student", "evaluation/accuracy", 1).replace("@", "_at_")
+            self._trackers.log(step, {key: result["accuracy"]})
 
     def save_failed_batch(self, step: int, batch: Batch) -> Path:
         """Write a batch that the learner refused; return the file."""

@@ -34,7 +34,9 @@ from qwen3_distill.pipeline.streaming import run_streaming
 from qwen3_distill.pipeline.summary import render_report, summarize
 from qwen3_distill.ports import Learner
 from qwen3_distill.recording.console import ProgressReporter
+from qwen3_distill.recording.heartbeat import HeartbeatReporter
 from qwen3_distill.scoring.views import SameView
+from qwen3_distill.training.schedule import extended_rate
 from qwen3_distill.types import RunCursor
 from qwen3_distill.utils.files import write_json_atomic
 from qwen3_distill.utils.signals import signals_as_ctrl_c, stop_on_ctrl_c
@@ -61,9 +63,17 @@ def run(
     """
     with RunFolder(config) as folder, progress, signals_as_ctrl_c():
         if folder.is_finished:
-            progress.stage(f"the run in {folder.path} is complete; remove the folder to run again")
-        elif not asyncio.run(_run(config, folder, progress, warn, adapt)):
-            return None
+            progress.stage(
+                f"the run in {folder.path} is complete; raise steps to go on, or remove the folder "
+                "to run again"
+            )
+        else:
+            beating = HeartbeatReporter(progress, folder.status, total_steps=config.steps)
+            with beating:
+                done = asyncio.run(_run(config, folder, beating, warn, adapt))
+                beating.end("finished" if done else "stopped")
+            if not done:
+                return None
         summary = folder.read_summary()
         progress.finish(summary, render_report(folder.path, config))
         return summary
@@ -72,7 +82,7 @@ def run(
 async def _run(
     config: RunConfig,
     folder: RunFolder,
-    progress: ProgressReporter,
+    progress: HeartbeatReporter,
     warn: Callable[[str], None],
     adapt: Callable[[Parts], Parts],
 ) -> bool:
@@ -99,7 +109,7 @@ async def _run(
 
 
 async def _train_with_restarts(
-    parts: Parts, folder: RunFolder, progress: ProgressReporter, warn: Callable[[str], None]
+    parts: Parts, folder: RunFolder, progress: HeartbeatReporter, warn: Callable[[str], None]
 ) -> bool:
     """`_train`, and again from the last checkpoint each time the learner's process is lost."""
     lost: LearnerLost | None = None
@@ -125,7 +135,7 @@ async def _start_again(learner: Learner) -> None:
 
 
 async def _train(
-    parts: Parts, folder: RunFolder, progress: ProgressReporter, warn: Callable[[str], None]
+    parts: Parts, folder: RunFolder, progress: HeartbeatReporter, warn: Callable[[str], None]
 ) -> bool:
     """Train from the newest checkpoint on; return whether the last step was reached.
 
@@ -135,9 +145,12 @@ async def _train(
     config = parts.config
     _check_same_inputs(parts, folder)
     cursor = await _restore(parts, folder, progress, warn)
+    if folder.extended_from is not None:
+        warn(_extension(config, folder.extended_from, cursor.step))
     _write_manifest(parts, folder, cursor.step)
     folder.accept_changes()
     recorder = Recorder(parts, folder, progress, start_step=cursor.step)
+    progress.watch(recorder.trace)
     try:
         with _stop_on_interrupt(recorder, progress):
             cursor = await _PIPELINES[config.pipeline.kind](parts, recorder, cursor)
@@ -163,7 +176,7 @@ def _max_learner_restarts(config: RunConfig) -> int:
 
 
 async def _restore(
-    parts: Parts, folder: RunFolder, progress: ProgressReporter, warn: Callable[[str], None]
+    parts: Parts, folder: RunFolder, progress: HeartbeatReporter, warn: Callable[[str], None]
 ) -> RunCursor:
     """Load the newest checkpoint into the learner; return its cursor, or that of the start."""
     store = CheckpointStore(folder.checkpoints, keep_last=parts.config.checkpoint.keep_last)
@@ -206,6 +219,15 @@ def _check_same_inputs(parts: Parts, folder: RunFolder) -> None:
         )
 
 
+def _extension(config: RunConfig, earlier_steps: int, step: int) -> str:
+    """State what more steps mean for a run that stands at ``step``."""
+    rate = extended_rate(config.training.optimizer, step, earlier_steps, config.steps)
+    return (
+        f"the run is extended from {earlier_steps} to {config.steps} steps, from step {step} on; "
+        f"{rate}"
+    )
+
+
 def _write_manifest(parts: Parts, folder: RunFolder, step: int) -> None:
     """Write the manifest, with one entry per start: a resumed run may have other versions."""
     start = {
@@ -225,7 +247,7 @@ def _write_manifest(parts: Parts, folder: RunFolder, step: int) -> None:
 
 
 def _stop_on_interrupt(
-    recorder: Recorder, progress: ProgressReporter
+    recorder: Recorder, progress: HeartbeatReporter
 ) -> AbstractContextManager[None]:
     """At the first Ctrl-C, SIGTERM or SIGHUP finish the step and save; at the second leave."""
 

@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 from typing_extensions import Self
 
 from qwen3_distill.config import RunConfig
-from qwen3_distill.config.load import config_differences, dump_config
+from qwen3_distill.config.load import check_config, config_differences, dump_config
 from qwen3_distill.config.moved import PATH_SETTINGS, run_directory
-from qwen3_distill.errors import RunFolderError
+from qwen3_distill.errors import ConfigError, RunFolderError
 from qwen3_distill.pipeline.own_folder import refuse_inputs_as_student, require_own_folder
+from qwen3_distill.recording.heartbeat import STATUS_FILE
 from qwen3_distill.recording.trace import TRACE_FILE
 from qwen3_distill.utils.files import write_json_atomic
 
@@ -47,8 +48,22 @@ MAY_CHANGE = (
 
 They say how it is operated, and include every setting that an error message says to change. None
 changes what is sampled, scored, trained or evaluated, or in which order, beyond the rounding of
-another batch size or number of threads.
+another batch size or number of threads. `steps` may be raised as well, not lowered.
 """
+
+
+def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """Add settings that are newer than the run, at their defaults; keep what is not a config."""
+    try:
+        return dump_config(check_config(saved))
+    except ConfigError:
+        return saved
+
+
+_STEPS_LOWERED = (
+    "steps may be raised, not lowered: the learning rate of earlier steps may depend on them, and "
+    "what was trained is not taken back; Ctrl-C ends a run early and saves it"
+)
 _TORCH_WRITER = re.compile("inline_container|PytorchStreamWriter")
 """Text of the RuntimeError that `torch.save` raises when a write fails."""
 
@@ -84,7 +99,10 @@ class RunFolder:
         self._lock: IO[str] | None = None
         self._values = dump_config(config)
         self.changes: list[str] = []
-        """``key: old -> new`` for each `MAY_CHANGE` setting that differs from the last start."""
+        """``key: old -> new`` for each `MAY_CHANGE` setting that differs from the last start, and
+        for raised `steps`."""
+        self.extended_from: int | None = None
+        """The `steps` of the last start, where this start raises them."""
         require_own_folder(self.path)
         refuse_inputs_as_student(config)
         try:
@@ -134,6 +152,11 @@ class RunFolder:
         return self.path / TRACE_FILE
 
     @property
+    def status(self) -> Path:
+        """Where the run is now; another process may read it."""
+        return self.path / STATUS_FILE
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -156,8 +179,9 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the summary exists: the last file of a run, except for the report."""
-        return self.summary.exists()
+        """Whether the summary exists, the last file of a run except for the report, and this start
+        does not raise `steps`."""
+        return self.summary.exists() and self.extended_from is None
 
     def read_summary(self) -> dict[str, Any]:
         return json.loads(self.summary.read_text())
@@ -197,6 +221,10 @@ class RunFolder:
     def accept_changes(self) -> None:
         """Write the changed config into the folder, once a resumed run has started."""
         if self.changes:
+            if self.extended_from is not None:
+                # First: without it, any start goes on from the newest checkpoint.
+                self.summary.unlink(missing_ok=True)
+                self.extended_from = None
             write_json_atomic(self.config, self._values)
             self.changes = []
 
@@ -265,14 +293,22 @@ class RunFolder:
             write_json_atomic(self.config, self._values)
             return
         old = self._read_config()
+        saved = _with_defaults(old)
         differences = [
             line
-            for line in config_differences(old, self._values)
+            for line in config_differences(saved, self._values)
             if not line.startswith("output_dir:")  # a folder may be moved
             and not self._is_same_path(line.partition(":")[0], old)
         ]
-        self.changes = [line for line in differences if _may_change(line.partition(":")[0])]
-        refused = [line for line in differences if line not in self.changes]
+        steps = saved.get("steps")
+        if isinstance(steps, int) and self._values["steps"] > steps:
+            self.extended_from = steps
+        self.changes = [line for line in differences if self._may_change(line.partition(":")[0])]
+        refused = [
+            f"{line} ({_STEPS_LOWERED})" if line.startswith("steps:") else line
+            for line in differences
+            if line not in self.changes
+        ]
         if refused:
             shown = "\n  ".join(refused[:8])
             if len(refused) > 8:
@@ -281,6 +317,23 @@ class RunFolder:
                 f"run folder {self.path} was made by another config:\n  {shown}\n"
                 "choose another output_dir, or remove the folder to start again"
             )
+        self._check_can_extend()
+
+    def _check_can_extend(self) -> None:
+        """Raise if a complete run is to go on and has no checkpoint: it would begin anew."""
+        if self.extended_from is None or not self.summary.exists():
+            return
+        if not any(self.checkpoints.glob("step-*")):
+            raise RunFolderError(
+                f"steps is raised, but {self.checkpoints} has no checkpoint to go on from; restore "
+                "the checkpoints, or choose another output_dir with student.model="
+                f"{self.student} to train that student further as a new run"
+            )
+
+    def _may_change(self, key: str) -> bool:
+        if key == "steps":
+            return self.extended_from is not None
+        return any(key == place or key.startswith(f"{place}.") for place in MAY_CHANGE)
 
 
 def _setting(values: dict[str, Any], key: str) -> Any:
@@ -288,7 +341,3 @@ def _setting(values: dict[str, Any], key: str) -> Any:
     for name in key.split("."):
         node = node.get(name) if isinstance(node, dict) else None
     return node
-
-
-def _may_change(key: str) -> bool:
-    return any(key == place or key.startswith(f"{place}.") for place in MAY_CHANGE)

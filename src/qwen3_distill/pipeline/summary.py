@@ -30,8 +30,8 @@ def summarize(folder: RunFolder, total_wall_s: float) -> dict[str, Any]:
     """Compute the content of ``summary.json`` from the run's records."""
     steps = read_jsonl(folder.metrics)
     evaluations = read_jsonl(folder.evaluations)
-    students = [record for record in evaluations if record["model"] == "student"]
-    teachers = [record for record in evaluations if record["model"] == "teacher"]
+    first = [record for record in evaluations if "temperature" not in record]
+    second = [record for record in evaluations if "temperature" in record]
     wall_s: dict[str, float] = {
         stage: sum(record.get(f"time/{stage}_s", 0.0) for record in steps)
         for stage in (*STEP_STAGES, "checkpoint")
@@ -46,11 +46,8 @@ def summarize(folder: RunFolder, total_wall_s: float) -> dict[str, Any]:
     generated = sum(int(record["tokens/generated"]) for record in steps)
     trained = sum(int(record["tokens/trained"]) for record in steps)
     return {
-        "accuracy": {
-            "before": _accuracy(students[:1]),
-            "after": _accuracy(students[-1:]),
-            "teacher": _accuracy(teachers[:1]),
-        },
+        "accuracy": _accuracies(first),
+        **({"second_accuracy": _second_accuracy(second)} if second else {}),
         "steps": len(steps),
         "tokens": {"generated": generated, "scored": generated, "trained": trained},
         "wall_s": wall_s,
@@ -64,6 +61,21 @@ def _overlap_s(record: Mapping[str, Any]) -> float:
     stages = (*STEP_STAGES, *OCCASIONAL_STAGES)
     busy_s = record["time/step_s"] * (1.0 - record["idle/all_fraction"])
     return sum(record[f"time/{stage}_s"] for stage in stages) - busy_s
+
+
+def _accuracies(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The student's first and last accuracy, and the teacher's."""
+    students = [record for record in evaluations if record["model"].startswith("student")]
+    teachers = [record for record in evaluations if record["model"].startswith("teacher")]
+    return {
+        "before": _accuracy(students[:1]),
+        "after": _accuracy(students[-1:]),
+        "teacher": _accuracy(teachers[:1]),
+    }
+
+
+def _second_accuracy(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {"temperature": evaluations[0]["temperature"], **_accuracies(evaluations)}
 
 
 def _accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -16,7 +16,14 @@ from rich.table import Table
 from typing_extensions import Self
 
 from qwen3_distill.recording.jsonl import STEP_STAGES
-from qwen3_distill.recording.text import clock, duration, percent, points, quantity
+from qwen3_distill.recording.text import (
+    clock,
+    duration,
+    percent,
+    points,
+    quantity,
+    temperature_text,
+)
 
 _RECENT_STEPS = 20
 _FIRST_INTERVAL_S = 5.0
@@ -122,7 +129,7 @@ class PlainReporter(_Closing):
     ) -> None:
         self._console = console
         self._now = now
-        self._pace = _Pace(total_steps, start_step, now)
+        self._pace = Pace(total_steps, start_step, now)
         self._started = now()
         self._last_step_line: float | None = None
         self._last_stage: tuple[str, float] | None = None
@@ -148,7 +155,7 @@ class PlainReporter(_Closing):
     def evaluation(self, result: Mapping[str, Any]) -> None:
         self._pace.add_evaluation(result)
         self._last_stage = None
-        self._line(_evaluation_text(result))
+        self._line(evaluation_text(result))
 
     def finish(self, summary: Mapping[str, Any], report_path: Path | None) -> None:
         self.close()
@@ -173,7 +180,7 @@ class LiveReporter(_Closing):
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console
-        self._pace = _Pace(total_steps, start_step, now)
+        self._pace = Pace(total_steps, start_step, now)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
@@ -197,7 +204,7 @@ class LiveReporter(_Closing):
 
     def evaluation(self, result: Mapping[str, Any]) -> None:
         self._pace.add_evaluation(result)
-        self._console.print(_evaluation_text(result), markup=False, highlight=False)
+        self._console.print(evaluation_text(result), markup=False, highlight=False)
 
     def finish(self, summary: Mapping[str, Any], report_path: Path | None) -> None:
         self.close()
@@ -216,7 +223,7 @@ class LiveReporter(_Closing):
         )
 
 
-class _Pace:
+class Pace:
     """Progress and speed of the run, and the latest numbers worth showing."""
 
     def __init__(self, total: int, start_step: int, now: Callable[[], float]) -> None:
@@ -276,7 +283,7 @@ def _known(value: float | None, otherwise: float | None) -> float | None:
     return otherwise if value is None or not math.isfinite(value) else value
 
 
-def _step_parts(pace: _Pace) -> list[str]:
+def _step_parts(pace: Pace) -> list[str]:
     width = len(str(pace.total))
     parts = [f"step {pace.step or 0:>{width}}/{pace.total}"]
     if pace.reverse_kl is not None:
@@ -292,9 +299,12 @@ def _step_parts(pace: _Pace) -> list[str]:
     return parts
 
 
-def _evaluation_text(result: Mapping[str, Any]) -> str:
+def evaluation_text(result: Mapping[str, Any]) -> str:
     interval = f"[{points(result['ci_low'])}, {points(result['ci_high'])}]"
-    who = "teacher" if result["model"] == "teacher" else f"student at step {result['step']}"
+    is_teacher = result["model"].startswith("teacher")
+    who = "teacher" if is_teacher else f"student at step {result['step']}"
+    if "temperature" in result:
+        who += f", {temperature_text(result['temperature'])}"
     samples = result.get("samples_per_problem", 1)
     each = f" x {samples} samples" if samples != 1 else ""
     return (
@@ -307,7 +317,7 @@ def _print_summary(console: Console, summary: Mapping[str, Any], report: Path | 
     console.print()
     accuracy = summary.get("accuracy") or {}
     if any(accuracy.values()):
-        console.print(_accuracy_table(accuracy))
+        console.print(_accuracy_table(accuracy, summary.get("second_accuracy")))
     wall_s = summary["wall_s"]
     console.print(_time_table(wall_s))
     if sum(wall_s.values()) > 2.05 * wall_s["total"]:
@@ -320,15 +330,17 @@ def _print_summary(console: Console, summary: Mapping[str, Any], report: Path | 
         console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _accuracy_table(accuracy: Mapping[str, Any]) -> Table:
+def _accuracy_table(accuracy: Mapping[str, Any], second: Mapping[str, Any] | None) -> Table:
     table = Table("held-out", box=box.SIMPLE_HEAD)
     table.add_column("accuracy", justify="right")
     table.add_column("95% interval", justify="right")
     rows = (("student before", "before"), ("student after", "after"), ("teacher", "teacher"))
-    for name, key in rows:
-        if value := accuracy.get(key):
-            interval = f"{points(value['ci_low'])} to {percent(value['ci_high'])}"
-            table.add_row(name, percent(value["value"]), interval)
+    for values in (accuracy, second or {}):
+        at = f", {temperature_text(values['temperature'])}" if "temperature" in values else ""
+        for name, key in rows:
+            if value := values.get(key):
+                interval = f"{points(value['ci_low'])} to {percent(value['ci_high'])}"
+                table.add_row(name + at, percent(value["value"]), interval)
     return table
 
 

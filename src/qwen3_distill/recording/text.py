@@ -48,3 +48,8 @@ def number(value: float) -> str:
     if 1e-4 <= abs(value) < 1e6:
         return f"{value:,.5g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return f"{value:.3g}"
+
+
+def temperature_text(temperature: float) -> str:
+    """``temperature 0.3``; ``greedy`` for 0."""
+    return "greedy" if temperature == 0 else f"temperature {temperature:g}"

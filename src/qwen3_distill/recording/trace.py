@@ -132,6 +132,15 @@ class Trace:
         """Seconds so far in which the stage had at least one span open."""
         return self._clock.busy_seconds(stage, self._now())
 
+    def open_stages(self) -> dict[str, float]:
+        """Map each stage that is at work to the Unix time since when. Any thread may ask."""
+        now, wall = self._now(), time.time()
+        began: dict[str, float] = {}
+        for event in list(self._open_spans.values()):
+            at = wall - (now - self._began) + event["ts"] / 1e6
+            began[event["cat"]] = min(at, began.get(event["cat"], at))
+        return began
+
     def begin_steps(self) -> None:
         """Begin the first step; the time before it belongs to no step."""
         self._clock.take_step(self._now())

@@ -49,17 +49,45 @@ def result_section(run: RunFiles) -> Result:
     names = {who: name for who, name, _ in _WHO}
     if run.summary is None and (latest := measured["after"]) is not None:
         names["after"] = f"student at step {latest['step']:,}"
+    second = {who: run.evaluation(who, at_second=True) for who, _, _ in _WHO}
+    at = next((f", {text.temperature_text(r['temperature'])}" for r in second.values() if r), "")
     rows = [_result_row(names[who], measured[who]) for who, _, _ in _WHO]
+    rows += [_result_row(names[who] + at, record) for who, record in second.items() if record]
     intervals = [
-        Interval(names[who], record["accuracy"], record["ci_low"], record["ci_high"], colour)
+        Interval(name, record["accuracy"], record["ci_low"], record["ci_high"], colour)
         for who, _, colour in _WHO
-        if (record := measured[who]) is not None
+        for name, record in ((names[who], measured[who]), (names[who] + at, second[who]))
+        if record is not None
     ]
     return Result(
         rows=rows,
         chart=draw_intervals(intervals) if intervals else None,
-        sentence=_result_sentence(measured),
+        sentence=_result_sentence(measured) + _second_sentence(measured, second, at),
     )
+
+
+def _second_sentence(
+    measured: Mapping[str, Mapping[str, Any] | None],
+    second: Mapping[str, Mapping[str, Any] | None],
+    at: str,
+) -> str:
+    """State the change at the second temperature, where a student that only sharpened has none."""
+    before, after = second["before"], second["after"]
+    if before is None or after is None:
+        return ""
+    change = after["accuracy"] - before["accuracy"]
+    verb = "rose" if change >= 0 else "fell"
+    where = "With greedy answers" if at == ", greedy" else f"At{at.removeprefix(',')}"
+    sentence = f" {where} it {verb} by "
+    sentence += f"{100 * abs(change):.1f} points."
+    first_before, first_after = measured["before"], measured["after"]
+    gained = first_before and first_after and first_after["ci_low"] > first_before["ci_high"]
+    if gained and after["ci_low"] <= before["ci_high"]:
+        sentence += (
+            " There the intervals overlap: the student may have sharpened what it could do before,"
+            " and not learned more."
+        )
+    return sentence
 
 
 def _measured(run: RunFiles, who: str) -> Mapping[str, Any] | None:

@@ -56,20 +56,29 @@ class RunFiles:
     @property
     def student_evaluations(self) -> list[Mapping[str, Any]]:
         """The student's evaluations by step: one per step, that of the most problems."""
+        return self._student_by_step(at_second=False)
+
+    def _student_by_step(self, *, at_second: bool) -> list[Mapping[str, Any]]:
         by_step: dict[int, Mapping[str, Any]] = {}
         for record in self.evaluations:
-            if record["model"] == "student":
+            is_student = record["model"].startswith("student")
+            if is_student and ("temperature" in record) == at_second:
                 earlier = by_step.get(record["step"])
                 if earlier is None or record["num_problems"] >= earlier["num_problems"]:
                     by_step[record["step"]] = record
         return [by_step[step] for step in sorted(by_step)]
 
-    def evaluation(self, who: str) -> Mapping[str, Any] | None:
+    def evaluation(self, who: str, *, at_second: bool = False) -> Mapping[str, Any] | None:
         """The record in ``evaluations.jsonl`` of the ``teacher``, or of the student ``before`` or
-        ``after`` training; None without one."""
+        ``after`` training; None without one.
+
+        Args:
+            at_second: the one at the second temperature.
+        """
         if who == "teacher":
-            return next((e for e in self.evaluations if e["model"] == "teacher"), None)
-        student = self.student_evaluations
+            teacher = (e for e in self.evaluations if e["model"].startswith("teacher"))
+            return next((e for e in teacher if ("temperature" in e) == at_second), None)
+        student = self._student_by_step(at_second=at_second)
         if who == "before":
             return student[0] if student and student[0]["step"] == 0 else None
         return student[-1] if student and student[-1]["step"] > 0 else None

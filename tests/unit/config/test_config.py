@@ -282,3 +282,26 @@ def test_a_key_may_stand_beside_what_is_merged_in(tmp_path: Path) -> None:
     file = tmp_path / "merged.yaml"
     file.write_text("x: &x {a: 1, b: 1}\ny: &y {<<: *x, a: 2}\nz: {<<: *y, a: 3}\n")
     assert load_values(file)["z"] == {"a": 3, "b": 1}
+
+
+EVALUATION = "evaluation={prompts: {kind: task, split: eval}, verifier: {kind: task}}"
+
+
+def test_an_evaluation_may_be_greedy_and_training_may_not(minimal: Path) -> None:
+    greedy = load_config(minimal, [EVALUATION, "evaluation.sampling.temperature=0"])
+    assert greedy.evaluation is not None
+    assert greedy.evaluation.sampling.spec(3).is_greedy
+    with pytest.raises(ConfigError, match=r"sampling\.temperature"):
+        load_config(minimal, ["sampling.temperature=0"])
+
+
+@pytest.mark.parametrize("temperature", ["0.0005", "-1", "cold"])
+def test_an_evaluation_has_a_real_temperature(minimal: Path, temperature: str) -> None:
+    for key in ("sampling.temperature", "second_temperature"):
+        with pytest.raises(ConfigError, match=f"evaluation.{key}"):
+            load_config(minimal, [EVALUATION, f"evaluation.{key}={temperature}"])
+
+
+def test_the_second_temperature_is_another(minimal: Path) -> None:
+    with pytest.raises(ConfigError, match="measured twice"):
+        load_config(minimal, [EVALUATION, "evaluation.second_temperature=1.0"])

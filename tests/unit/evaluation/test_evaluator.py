@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from qwen3_distill.config import EvaluationConfig
 from qwen3_distill.evaluation.evaluator import Evaluator
@@ -29,10 +30,12 @@ class Answering:
     def __init__(self, token: int) -> None:
         self._token = token
         self.seeds: list[int] = []
+        self.temperatures: list[float] = []
 
     async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
         for request in requests:
             self.seeds.append(request.sampling.seed)
+            self.temperatures.append(request.sampling.temperature)
             yield Rollout(
                 rollout_id=request.rollout_id,
                 prompt=request.prompt,
@@ -121,3 +124,47 @@ def test_progress_names_the_models_that_are_being_evaluated() -> None:
         "evaluating the teacher 1/2",
         "evaluating the teacher 2/2",
     ]
+
+
+# --- A second temperature -----------------------------------------------------------------------
+
+
+def test_a_second_temperature_is_a_measurement_of_its_own() -> None:
+    plain, second = Evaluation(), Evaluation(second_temperature=0.0, samples_per_problem=3)
+    assert plain.evaluator.measurements("student") == ["student"]
+    assert second.evaluator.measurements("student") == ["student", "student@0"]
+    first = second.run("student", 0)
+    assert "temperature" not in first
+    assert first["samples_per_problem"] == 3
+    greedy = second.run("student@0", 0)
+    assert greedy["temperature"] == 0.0
+    assert greedy["samples_per_problem"] == 1
+    assert second.student.temperatures == [1.0] * 6 + [0.0] * 2
+
+
+def test_the_first_measurement_is_the_same_with_a_second() -> None:
+    plain, second = Evaluation(), Evaluation(second_temperature=0.3)
+    assert plain.run("student", 0) == second.run("student", 0)
+    assert plain.student.seeds == second.student.seeds
+
+
+def test_the_teacher_is_measured_by_its_own_sampler_at_the_second_temperature() -> None:
+    evaluation = Evaluation(second_temperature=0.3)
+    assert evaluation.run("teacher@0.3", 0)["accuracy"] == 1.0
+    assert evaluation.teacher.temperatures == [0.3, 0.3]
+    assert evaluation.said[-1] == "evaluating the teacher at temperature 0.3 2/2"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"second_temperature": 1.0},
+        {"second_temperature": 0.0, "sampling": {"temperature": 0.0}},
+        {"second_temperature": -0.5},
+        {"second_temperature": 0.0005},
+        {"sampling": {"temperature": 0.0005}},
+    ],
+)
+def test_a_temperature_that_measures_nothing_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Evaluation(**changes)

@@ -246,3 +246,20 @@ def test_the_silent_reporter_has_the_same_methods():
 )
 def test_numbers_read_well(shown, expected):
     assert shown == expected
+
+
+def test_an_evaluation_at_the_second_temperature_says_so(out, clock_):
+    reporter = _plain(out, clock_)
+    reporter.evaluation(_evaluation("student@0", 0.5) | {"temperature": 0.0})
+    reporter.evaluation(_evaluation("teacher@0.3", 0.9) | {"temperature": 0.3})
+    shown = out.getvalue()
+    assert "evaluation: student at step 0, greedy  50.0%" in shown
+    assert "evaluation: teacher, temperature 0.3  90.0%" in shown
+
+
+def test_the_summary_has_a_row_per_temperature(out, clock_):
+    second = {"temperature": 0.0, **SUMMARY["accuracy"]}
+    _plain(out, clock_).finish({**SUMMARY, "second_accuracy": second}, None)
+    shown = out.getvalue()
+    assert "student before " in shown
+    assert "student before, greedy" in shown

@@ -410,6 +410,25 @@ def test_the_table_knows_the_rest_of_the_evaluation_behind_the_summary(run):
     assert "student after 81.0% 77.0 to 84.0% 500 30.5 1.2%" in page.shown
 
 
+def _second(step: int, accuracy: float, model: str = "student") -> dict[str, Any]:
+    return _evaluation(step, accuracy, f"{model}@0") | {"temperature": 0.0}
+
+
+@pytest.mark.parametrize(("after", "is_sharper_only"), [(0.61, True), (0.80, False)])
+def test_a_second_temperature_tells_sharpening_from_learning(run, after, is_sharper_only):
+    plain = _page(run).shown
+    with (run / "evaluations.jsonl").open("a") as log:
+        for record in (_second(0, 0.60), _second(40, after), _second(0, 0.95, "teacher")):
+            log.write(json.dumps(record) + "\n")
+    shown = _page(run).shown
+    assert "greedy" not in plain
+    assert "student after 81.0% 77.0 to 84.0% 500 30.5 1.2%" in shown
+    assert "student before, greedy 60.0%" in shown
+    assert "teacher, greedy 95.0%" in shown
+    assert f"With greedy answers it rose by {100 * (after - 0.6):.1f} points." in shown
+    assert ("may have sharpened" in shown) is is_sharper_only
+
+
 def test_report_goes_where_it_is_told(run, tmp_path):
     out = tmp_path / "elsewhere.html"
     assert write_report(run, [], out) == out

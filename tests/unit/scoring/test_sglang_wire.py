@@ -127,6 +127,14 @@ def test_the_top_k_is_no_larger_than_the_vocabulary() -> None:
     assert sampling["top_k"] == 260
 
 
+def test_greedy_sampling_is_not_truncated() -> None:
+    request = make_request("r", make_prompt(3), make_spec(temperature=0.0, top_p=0.5, top_k=7))
+    body = json.loads(answer_body(request, frozenset([2]), 260))
+    (sampling,) = body["sampling_params"]
+    assert (sampling["temperature"], sampling["top_p"], sampling["top_k"]) == (0.0, 1.0, -1)
+    assert "return_sampling_mask" not in body
+
+
 # --- Scores -------------------------------------------------------------------------------------
 
 
@@ -407,3 +415,8 @@ def test_an_incomplete_answer_is_refused(raw: bytes, kind: FaultKind) -> None:
     with pytest.raises(ReplyError) as error:
         read_three(raw)
     assert error.value.fault.kind is kind
+
+
+def test_greedy_tokens_have_logprob_zero() -> None:
+    assert read_three(answer([1, 2, 3]), temperature=0.0).behavior_logprobs.tolist() == [0, 0, 0]
+    assert read_three(answer([1, 2, 3])).behavior_logprobs.tolist() == [-1, -1, -1]

@@ -25,8 +25,9 @@ class RowSampler:
         self._uniform_BR = torch.from_numpy(_uniforms(specs)).to(device)
         self._position_B1 = torch.zeros(len(specs), 1, dtype=torch.long, device=device)
         self._temperature_B1 = torch.tensor(
-            [[spec.temperature] for spec in specs], dtype=torch.float32, device=device
+            [[spec.temperature or 1.0] for spec in specs], dtype=torch.float32, device=device
         )
+        self._greedy = [spec.is_greedy for spec in specs]
         self._top_k = [spec.top_k for spec in specs]
         self._top_p = [spec.top_p for spec in specs]
 
@@ -37,6 +38,7 @@ class RowSampler:
         chosen._uniform_BR = self._uniform_BR[index]
         chosen._position_B1 = self._position_B1[index]
         chosen._temperature_B1 = self._temperature_B1[index]
+        chosen._greedy = [self._greedy[row] for row in rows]
         chosen._top_k = [self._top_k[row] for row in rows]
         chosen._top_p = [self._top_p[row] for row in rows]
         return chosen
@@ -53,6 +55,7 @@ class RowSampler:
         )
         both._position_B1 = torch.cat([self._position_B1, other._position_B1])
         both._temperature_B1 = torch.cat([self._temperature_B1, other._temperature_B1])
+        both._greedy = [*self._greedy, *other._greedy]
         both._top_k = [*self._top_k, *other._top_k]
         both._top_p = [*self._top_p, *other._top_p]
         return both
@@ -70,7 +73,12 @@ class RowSampler:
         total_B1 = cdf_BV[:, -1:] * (1 - 1e-12)
         threshold_B1 = self._next_uniform_B1() * total_B1
         ids_B1 = torch.searchsorted(cdf_BV, threshold_B1, right=True)
-        return ids_B1.squeeze(1), logprobs_BV.gather(1, ids_B1).squeeze(1)
+        logprobs_B1 = logprobs_BV.gather(1, ids_B1)
+        if any(self._greedy):
+            greedy_B1 = torch.tensor(self._greedy, device=ids_B1.device).unsqueeze(1)
+            ids_B1 = torch.where(greedy_B1, logits_BV.argmax(dim=-1, keepdim=True), ids_B1)
+            logprobs_B1 = logprobs_B1.masked_fill(greedy_B1, 0.0)
+        return ids_B1.squeeze(1), logprobs_B1.squeeze(1)
 
     def _next_uniform_B1(self) -> Tensor:
         last = self._uniform_BR.shape[1] - 1

@@ -301,7 +301,7 @@ def answer_body(request: RolloutRequest, eos_ids: frozenset[int], vocab_size: in
             {
                 "max_new_tokens": spec.max_new_tokens,
                 "temperature": spec.temperature,
-                "top_p": spec.top_p,
+                "top_p": 1.0 if spec.is_greedy else spec.top_p,
                 "top_k": _top_k(request, vocab_size),
                 "stop_token_ids": sorted(eos_ids),
                 # Used only by servers with deterministic inference.
@@ -344,6 +344,8 @@ def read_answer(
         if not stopped and len(ids) < request.sampling.max_new_tokens:
             raise ReplyError(FaultKind.LENGTH, f"cut after {len(ids)} tokens")
         logprobs_R = _finite(np.array(values, dtype=np.float64), "sampled tokens")
+        if request.sampling.is_greedy:  # SGLang's are those at temperature 1
+            logprobs_R = np.zeros_like(logprobs_R)
         return Rollout(
             rollout_id=request.rollout_id,
             prompt=request.prompt,
@@ -366,4 +368,6 @@ def _top_k(request: RolloutRequest, vocab_size: int) -> int:
 
 
 def _is_truncated(request: RolloutRequest) -> bool:
+    if request.sampling.is_greedy:
+        return False  # the most likely token is never cut off
     return request.sampling.top_p < 1 or request.sampling.top_k > 0

@@ -29,6 +29,7 @@ from unsloth_zoo.fused_losses.fused_linear import (  # pyright: ignore[reportMis
 
 from qwen3_distill.config import LoraTuning, ObjectiveConfig, ReplayConfig, UnslothTraining
 from qwen3_distill.errors import EngineStartError, ModelError
+from qwen3_distill.modeling.cpu_warmup import settle_vector_math
 from qwen3_distill.modeling.head import TokenStats
 from qwen3_distill.modeling.loading import load_identity, resolve_device, resolve_dtype
 from qwen3_distill.modeling.shapes import read_shape
@@ -242,6 +243,7 @@ def _load(
 ) -> PreTrainedModel:
     """Load with unsloth and return the plain model inside, in training mode."""
     mode: Any = "unsloth" if choice.offload else choice.recomputed_layers > 0
+    settle_vector_math()
     tuning = config.tuning
     full = not isinstance(tuning, LoraTuning)
     # unsloth keeps what kind of training the last load was for in this variable.
