@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen3_distill.scoring.score_request import SampledRequest, ScoreRequest
-
 from qwen3_distill.hosts.host import MakeHost, WorkerSpec
 from qwen3_distill.hosts.opening import Opening
 from qwen3_distill.hosts.process import LocalProcess
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.ports import TeacherScorer
 from qwen3_distill.scoring.hosted import HostedTeacher
+from qwen3_distill.types import SampledRequest, ScoreRequest
 from tests.contract.builders import run
 from tests.engines import LOGS
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from qwen3_distill.scoring.score_request import HiddenRequest, ScoreRequest, TopKRequest
 from transformers import PreTrainedModel
 
 from qwen3_distill.errors import ConfigError, EngineError
@@ -12,7 +11,15 @@ from qwen3_distill.hosts.serve import serve_worker
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_identity, load_model
 from qwen3_distill.scoring.handshake import check_lengths
-from qwen3_distill.types import ScoreResult, ScoringJob, TeacherScore, TopKScore
+from qwen3_distill.types import (
+    HiddenRequest,
+    ScoreRequest,
+    ScoreResult,
+    ScoringJob,
+    TeacherScore,
+    TopKRequest,
+    TopKScore,
+)
 
 
 class PlainTeacherWorker:

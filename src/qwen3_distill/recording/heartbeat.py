@@ -64,6 +64,9 @@ class HeartbeatReporter:
         self._fields |= {"step": step, "stage": None, "stage_since": None}
         self._inner.step(step, values)
 
+    def note(self, text: str) -> None:
+        self._inner.note(text)
+
     def evaluation(self, result: Mapping[str, Any]) -> None:
         self._fields |= {"stage": None, "stage_since": None}
         self._inner.evaluation(result)

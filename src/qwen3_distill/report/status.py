@@ -44,7 +44,7 @@ def run_status(folder: Path, now: float | None = None) -> dict[str, Any]:
     steps, evaluations = _records(folder / "metrics.jsonl"), _records(folder / "evaluations.jsonl")
     state, error = _state(beat, finished=(folder / "summary.json").exists(), now=now)
     runs = state == "running"
-    total = beat.get("steps") or config.get("steps")
+    total: int = beat.get("steps") or config.get("steps") or 0
     done = steps[-1]["step"] if steps else 0
     return {
         "folder": str(folder),
