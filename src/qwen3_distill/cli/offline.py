@@ -67,7 +67,7 @@ def train(
         bool, typer.Option("--off-policy", help="Accept rollouts that other weights sampled.")
     ] = False,
 ) -> None:
-    """Offline stage 3: one optimizer step per step in a file of scored rollouts.
+    """Offline stage 3: train on a file of scored rollouts, one optimizer step for each step in it.
 
     The first Ctrl-C finishes the step and saves the student so far; exit status 130.
     """

@@ -200,8 +200,8 @@ class EvaluationConfig(Schema):
     num_problems: PositiveInt = 500
     """Maximum number of problems; every result states how many there were."""
     final_num_problems: PositiveInt | None = None
-    """Number of problems in the evaluations before and after the run and of the teacher; null:
-    `num_problems`."""
+    """Number of problems when the student is evaluated before and after training, and the teacher;
+    null: `num_problems`."""
     samples_per_problem: PositiveInt = 1
     sampling: EvaluationSamplingConfig = Field(default_factory=EvaluationSamplingConfig)
     second_temperature: EvaluationTemperature | None = None

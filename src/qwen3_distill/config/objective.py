@@ -38,8 +38,8 @@ class ObjectiveSchema(Schema):
 
     @property
     def credits_later_tokens(self) -> bool:
-        """Whether a token's loss depends on tokens sampled after it. A token's own ratio does not
-        correct those, and a piece of an answer does not have them."""
+        """Whether a token's loss depends on later tokens. Its own ratio does not correct for them,
+        and a harvested piece lacks them."""
         return False
 
     @property

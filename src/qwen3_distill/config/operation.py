@@ -33,7 +33,7 @@ TrackerConfig: TypeAlias = Annotated[WandbTracker | TrackioTracker, Field(discri
 
 
 class LoggingConfig(Schema):
-    """Everything that a run writes in addition to ``metrics.jsonl``."""
+    """Settings of the files that a run writes in addition to ``metrics.jsonl``."""
 
     tensorboard: bool = True
     rollouts_every_steps: PositiveInt = 10

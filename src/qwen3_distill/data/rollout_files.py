@@ -121,9 +121,9 @@ class _Column(NamedTuple):
     path: str
     """The field of `_Item`, e.g. ``rollout.prompt.token_ids``."""
     write: Callable[[Any], Any] = _unchanged
-    """From the field to the column's value."""
+    """Converts the field's value to the column's."""
     read: Callable[[pa.Scalar], Any] = _scalar
-    """From the column's value to the field."""
+    """Converts the column's value to the field's."""
     since: int = OLDEST_READABLE
     """Schema version that introduced the column."""
     nullable: bool = False

@@ -26,7 +26,7 @@ ENVIRONMENTS = Path(__file__).resolve().parent
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OLDEST_PYTHON = (3, 11)
 FORMAT = 2
-"""To be raised when this script makes another environment from the same files."""
+"""Raise this number when the script would make another environment from the same files."""
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,7 @@ def _template_arguments(run: FinishedRun) -> str:
 
 
 def _model(name: str) -> str:
-    """A relative path as it is; of an absolute one the last part, which names no home folder."""
+    """Show a relative path in full, an absolute one by its last part, without the home folder."""
     shown = Path(name).name if Path(name).is_absolute() else name
     return f"`{shown}`"
 
@@ -205,7 +205,7 @@ def _data(prompts: Any) -> str:
 
 
 def _settings(section: Any) -> str:
-    """``kind`` and the other settings."""
+    """Format a section: its `kind`, then its other settings."""
     values = section.model_dump(mode="json", exclude_none=True)
     rest = {key: value for key, value in values.items() if key != "kind"}
     return f"`{section.kind}`" + (f" ({_pairs(rest)})" if rest else "")

@@ -46,7 +46,7 @@ class GgufTokenizer:
     """By rank, the two sides separated by a space. May be empty: then every byte is a token."""
     eos_id: int
     eot_id: int
-    """The end of a turn; `eos_id` where the template ends turns with that."""
+    """Id of the token that ends a turn; `eos_id` if the template ends turns with it."""
     eom_id: int | None
     """A third token that ends a response: llama.cpp stops there too."""
     bos_id: int | None
@@ -201,7 +201,7 @@ def _tokens(
 
 
 def _chat_template(template: Any) -> str | None:
-    """The default one where a tokenizer has several."""
+    """Return the chat template, the default one if there are several."""
     if isinstance(template, Mapping):
         return template.get("default")
     return template

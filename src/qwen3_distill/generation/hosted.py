@@ -159,7 +159,7 @@ class HostedRolloutEngine:
             self._missing = [other for other in self._missing if other is not missing]
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
-        """Call the worker; once more if it is lost before it answers."""
+        """Call the worker; repeat the call once if the worker dies before it answers."""
         start = await self._restarts.current()
         try:
             return await self._host.call(method, *arguments, timeout_s=_CALL_TIMEOUT_S)

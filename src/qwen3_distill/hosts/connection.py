@@ -195,7 +195,7 @@ class Connection:
 async def _first_answer(
     answers: "asyncio.Queue[ToController | EngineLost]", timeout_s: float | None
 ) -> ToController | EngineLost:
-    """The first answer, within a time that is counted in ticks (see `Connection.watch`)."""
+    """Wait for the first answer; the limit is counted in ticks (see `Connection.watch`)."""
     if timeout_s is None:
         return await answers.get()
     answer = asyncio.ensure_future(answers.get())

@@ -11,7 +11,8 @@ Action = Callable[[], Awaitable[None]]
 class Restarts:
     """Counts the starts of one engine and starts it again when it was lost.
 
-    The only restart machine: for engines behind a `Host` and for servers that answer over HTTP. A
+    Restarts every engine but a learner: engines behind a `Host`, and servers that answer over
+    HTTP. A
     caller reads `current` before it asks the engine. When it sees the engine die, it passes that
     number to `recover`, which starts the engine once, however many callers saw the death. Whether a
     request without an answer is a death is for the caller to find out.

@@ -1,4 +1,4 @@
-"""Waiting until something that should move has stopped."""
+"""Waits until a progress counter stops moving."""
 
 import asyncio
 from collections.abc import Callable

@@ -51,7 +51,7 @@ class _WordSums(NamedTuple):
     """
 
     of_row_R: Tensor
-    """int64, modulo 2^64."""
+    """[R] int64 sums of rows, modulo 2^64."""
     of_column_C: Tensor
     """int64, of the whole rows."""
     rest: Tensor

@@ -73,7 +73,7 @@ _LOGIT_COPIES = 3
 _ADAM_BYTES = 16
 """Bytes of an adapter's parameter: weight, gradient and two moments in float32."""
 _FULL_COPIES = 4
-"""The same four of a model's own parameter, in its dtype."""
+"""Copies that full tuning keeps of a parameter, in its dtype: weight, gradient, two moments."""
 
 
 def activation_bytes(shape: ModelShape, tuning: TuningConfig, arithmetic: Arithmetic) -> int:

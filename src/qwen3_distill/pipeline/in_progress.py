@@ -34,7 +34,7 @@ class RolloutsInProgress:
 
     @property
     def num_to_resample(self) -> int:
-        """How many rollouts an earlier process left that this one has not started yet."""
+        """Number of rollouts that an earlier process left and this one has not started again."""
         return len(self._to_resample)
 
     def draw(self, limit: int) -> list[int]:

@@ -183,7 +183,7 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
 
 
 def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: bool = False) -> str:
-    """Take one optimizer step per step in a file of scored rollouts; write the student.
+    """Train on a file of scored rollouts, one optimizer step for each step in it.
 
     The first Ctrl-C, SIGTERM or SIGHUP finishes the step, a second one stops at once. After the
     first, or when a step fails, the student so far is written to ``<out>-partial``.
@@ -205,9 +205,8 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
     if not rows:
         raise DataError(f"{scored} has no rollouts to train on")
     plan = plan_memory(config)
-    teacher = build_teacher(
-        with_embedded_teacher_here(config), plan
-    )  # not started: for its id and head
+    # Not started: for its id and head.
+    teacher = build_teacher(with_embedded_teacher_here(config), plan)
     strangers = {item.score.teacher_id for _, item in rows} - {teacher.teacher_id}
     if strangers:
         raise DataError(
@@ -229,9 +228,7 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
     async def update_steps() -> int:
         try:
             await learner.start()
-            await asyncio.sleep(
-                0
-            )  # lets an earlier Ctrl-C end it: an embedded learner never yields
+            await asyncio.sleep(0)  # an earlier Ctrl-C ends it here
             if not off_policy:
                 rollouts = [item.rollout for _, item in rows]
                 check_sampled_by_student(rollouts, scored, config, learner.version)

@@ -35,7 +35,7 @@ def whole_groups(ready: Sequence[Ready], unsettled: Set[int], samples: int) -> l
 
 
 def whole_prompts(ready: Sequence[Ready], size: int, samples: int) -> list[Ready]:
-    """The first ``size``, without those of a prompt that has more of them after the cut.
+    """Return the first ``size``, without prompts whose samples the cut would split.
 
     The cut falls within a prompt only where samples were dropped.
     """

@@ -32,7 +32,7 @@ _RUNTIME_GIB: dict[str, dict[Engine, float]] = {
 }
 _CUDA_GRAPH_BYTES = 1.25 * GIB
 _VLLM_BATCHED_TOKENS = 8192
-"""vLLM's default on large GPUs."""
+"""Tokens that vLLM schedules per step, its default on large GPUs."""
 _DECODE_GRAPH_BYTES = 1.0 * GIB
 _CACHE_BLOCK_TOKENS = 16
 

@@ -1,4 +1,4 @@
-"""Rollouts as flat tensors: the form that the replay buffer keeps and that batches are laid from.
+"""Rollouts as flat tensors: the form that the replay buffer keeps, and batches start from.
 
 A rollout's prompt and response stand in consecutive token slots. A per-token value stands in the
 slot of the sampled token that it describes. In the slots of all other tokens (of the prompt, and

@@ -149,7 +149,7 @@ class _Canvas(Drawing):
         self.text("tick axis", self.width - _RIGHT, self.height - 3, "step", "end")
 
     def chart(self, title: str, hover: object) -> Markup:
-        """Everything, and the crosshair that the page's script moves."""
+        """Return the whole SVG, with the crosshair that the page's script moves."""
         template = '<line class="cross" y1="{top}" y2="{bottom}"/>'
         self.add(template, top=_TOP, bottom=self.height - _BOTTOM)
         return self.svg(self.height, title, hover)

@@ -164,7 +164,7 @@ def _counters(events: Iterable[Event], began_s: float, ended_s: float) -> dict[s
 
 
 def _since(values: Sequence[Point], began_s: float) -> list[Point]:
-    """The values that hold at a moment or later."""
+    """Return the value at ``began_s`` and all later ones."""
     earlier = sum(at_s <= began_s for at_s, _ in values)
     return list(values[max(0, earlier - 1) :])
 

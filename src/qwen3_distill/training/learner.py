@@ -408,7 +408,7 @@ class TorchLearner:
 
 
 def _mean_per_rollout(values_N: Tensor, tokens: Sequence[int]) -> Tensor:
-    """[rollouts of the micro-batch] means over each one's tokens."""
+    """Return per-rollout means over tokens, [rollouts of the micro-batch]."""
     if sum(tokens) != values_N.numel():
         raise AlignmentError(f"{values_N.numel()} values for rollouts of {list(tokens)} tokens")
     lengths = to_device(torch.tensor(tokens), values_N.device)

@@ -21,7 +21,7 @@ class Verifier(Protocol):
     def correct(self, prompt: Prompt, response_text: str) -> bool | float:
         """Return whether the response is right, or its reward in [0, 1].
 
-        No response makes it raise, except where a user's function or pattern fails on one.
+        A response never raises an error, unless a user's function or pattern fails on it.
 
         Raises:
             DataError: the prompt has no usable reference answer; a user's function gave no reward.

@@ -106,7 +106,7 @@ class DecodeBatch:
             self._drop_finished()
 
     def _next_logits(self, state: "_State") -> Tensor:
-        """[B, V] after each row's last token, which enters the cache."""
+        """Return [B, V] logits after each row's last token; that token enters the cache."""
         state.mask_BT = pad(state.mask_BT, (0, 1), value=1)
         groups = group_rows([_cached_tokens(row) for row in self._rows]) if self._is_mixed else None
         return self._forward(state.last_B.unsqueeze(1), state.mask_BT, state.cache, groups)
@@ -120,7 +120,7 @@ class DecodeBatch:
             self._state.select(alive)
 
     def _join(self, joining: Sequence[DecodeRow]) -> Tensor:
-        """[B, V] logits for the first tokens of the rows that join."""
+        """Prefill joining rows; return [B, V] logits of their first tokens."""
         logits_BV, cache, mask_BT = self._prefill([row.request.prompt for row in joining])
         sampler = RowSampler([row.request.sampling for row in joining], self._device)
         last_B = torch.zeros(len(joining), dtype=torch.long, device=self._device)
@@ -251,7 +251,7 @@ def _held(tensor: Tensor | None) -> Tensor:
 
 
 def _stacked(upper: Tensor, lower: Tensor) -> Tensor:
-    """Rows of both, [B, ..., T, D], the shorter padded with zeros at the front of T."""
+    """Concatenate the rows of both, [B, ..., T, D]; zeros pad the shorter at the front of T."""
     longest = max(upper.shape[-2], lower.shape[-2])
     return torch.cat([pad(part, (0, 0, longest - part.shape[-2], 0)) for part in (upper, lower)])
 

@@ -79,7 +79,9 @@ class VllmWorker:
         self._watching = asyncio.create_task(self._end_if_it_hangs(settings.hang_timeout_s))
 
     async def load(self, version: WeightVersion, channel: WeightChannel) -> None:
-        """Serve ``version``. Running rollouts continue with it: their next tokens are its tokens.
+        """Serve ``version``. Running rollouts continue; their next tokens are sampled with it.
+
+        `extension.WeightAccess`, in vLLM's own process, fetches it and reads it back.
 
         Their cache of older weights is kept or computed anew (`VllmSettings.keeps_cache`). A paused
         engine stays paused.

@@ -38,7 +38,7 @@ class SglangEndpoint:
         self.config = config
         self.server = server
         self.num_answered = 0
-        """Scoring requests that a server answered, and all that it refused."""
+        """Scoring requests answered, and requests of both kinds refused."""
         self._identity = identity
         self._scores: SglangClient | None = None
         self._answers: SglangClient | None = None

@@ -230,7 +230,7 @@ class SglangTeacher:
         jobs: Sequence[ScoringJob],
         results: dict[int, ScoreResult],
     ) -> dict[int, Fault]:
-        """Ask for each job alone: one refused sequence has its whole request refused."""
+        """Ask for each job alone: the server refuses a whole request for one bad sequence."""
         if len(group) == 1:
             self._give_up(group[0], Fault(FaultKind.REFUSED, reason), jobs, results)
             return {}

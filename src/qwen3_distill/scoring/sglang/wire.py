@@ -279,7 +279,7 @@ def _check_same_places(
     sent_E: IntArray,
     logprobs_E: NDArray[np.float32],
 ) -> None:
-    """Raise where a token has another logprob among its candidates, or should be one of them."""
+    """Raise if a token differs from its candidate, or is likely enough to be one and is none."""
     is_token_EK = ids_EK == sent_E[:, None]
     among_E = is_token_EK.any(axis=1)
     as_candidate_E = np.where(is_token_EK, logprobs_EK, 0).sum(axis=1)

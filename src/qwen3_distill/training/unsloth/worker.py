@@ -57,13 +57,13 @@ def check_installation() -> None:
             found = "is not installed" if version is None else f"has version {version}"
             raise EngineStartError(
                 f"unsloth learner: {package} {found} for {sys.executable}, "
-                f"needed is {UNSLOTH_VERSION}; {_INSTALL}"
+                f"expected {UNSLOTH_VERSION}; {_INSTALL}"
             )
     version = _version("transformers")
     lowest, highest = TRANSFORMERS_VERSIONS
     if version is None or not lowest <= _major_minor(version) <= highest:
         raise EngineStartError(
-            f"unsloth learner: transformers has version {version}, needed is "
+            f"unsloth learner: transformers has version {version}, expected "
             f"{lowest[0]}.{lowest[1]} to {highest[0]}.{highest[1]}; {_INSTALL}"
         )
 
