@@ -225,9 +225,8 @@ def test_decoding_lets_the_other_clients_of_mps_go_first(
     priority: str,
 ) -> None:
     monkeypatch.delenv(PRIORITY_VARIABLE, raising=False)
-    run_dir.mkdir(parents=True)
-    told = run_dir / "priority"
-    python = run_dir / "python"
+    told = run_dir.parent / "priority"
+    python = run_dir.parent / "python"
     python.write_text(f"#!/bin/sh\nprintf %s ${{{PRIORITY_VARIABLE}-unset}} > '{told}'\nexit 1\n")
     python.chmod(0o755)
     vllm = {"generation": {"kind": "vllm", "python": str(python), "kv_cache_gib": 0.1}}

@@ -18,6 +18,7 @@ from qwen3_distill.export.logits import (
     probe_logits,
     same_top_fraction,
 )
+from qwen3_distill.modeling.cpu_warmup import settle_vector_math
 from qwen3_distill.modeling.loading import load_model, load_tokenizer
 
 F16_TOLERANCE = 1e-2
@@ -93,6 +94,7 @@ def _logits_of(file: Path, model_dir: Path) -> tuple[Tensor, Tensor]:
 
 def _read_back(file: Path) -> Any:
     gguf = require_gguf()
+    settle_vector_math()
     folder, name = str(file.parent), file.name
     config: Any = AutoConfig.from_pretrained(folder, gguf_file=name)
     # transformers' reader of qwen3 leaves this key out and takes Qwen3Config's default.

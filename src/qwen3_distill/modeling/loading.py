@@ -182,7 +182,7 @@ def _eos_ids(directory: Path, config: Any, tokenizer: PreTrainedTokenizerFast) -
             "tokenizer; without one a rollout could never end"
         )
     ids = eos if isinstance(eos, list) else [eos]
-    if not ids or not all(type(token_id) is int for token_id in ids):
+    if not all(type(token_id) is int for token_id in ids):
         raise ModelError(
             f"{directory}: eos_token_id is {eos!r}, expected a token id or some of them"
         )
