@@ -10,7 +10,15 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from qwen3_distill.config import RunConfig
+from qwen3_distill.config import (
+    EmbeddedGeneration,
+    EmbeddedScoring,
+    EmbeddedTraining,
+    RunConfig,
+    SglangScoring,
+    UnslothTraining,
+    VllmGeneration,
+)
 from qwen3_distill.config.load import (
     check_config,
     config_differences,
@@ -22,6 +30,30 @@ from qwen3_distill.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+INTERPRETERS = [
+    (EmbeddedGeneration, {"kind": "embedded"}, None),
+    (VllmGeneration, {"kind": "vllm"}, None),
+    (VllmGeneration, {"kind": "vllm", "python": "p"}, "p"),
+    (EmbeddedScoring, {"kind": "embedded", "model": "m"}, None),
+    (SglangScoring, {"kind": "sglang", "model": "m", "python": "p"}, "p"),
+    (EmbeddedTraining, {"kind": "embedded"}, None),
+    (UnslothTraining, {"kind": "unsloth", "python": "p"}, "p"),
+]
+
+
+@pytest.mark.parametrize(("section", "values", "expected"), INTERPRETERS)
+def test_every_engine_states_its_interpreter(
+    section: type[Any], values: dict[str, str], expected: str | None
+) -> None:
+    assert section(**values).interpreter == expected
+
+
+def test_every_teacher_states_its_cache_folder() -> None:
+    assert EmbeddedScoring(kind="embedded", model="m").cache_folder is None
+    assert SglangScoring(kind="sglang", model="m").cache_folder is None
+    assert SglangScoring(kind="sglang", model="m", cache="c").cache_folder == Path("c")
+
 
 MINIMAL = """
 output_dir: runs/x
