@@ -254,8 +254,10 @@ def verifier_fits_prompts(config: "RunConfig") -> None:
             continue
         if prompts.kind == "task":
             if verifier.kind not in ("task", "python"):
+                article = "an" if verifier.kind[0] in "aeiou" else "a"
                 raise ValueError(
-                    f"{where}: {_A[verifier.kind]} verifier needs prompts with an answer_field"
+                    f"{where}: {article} {verifier.kind} verifier needs prompts with an "
+                    "answer_field"
                 )
         elif verifier.kind == "task":
             raise ValueError(f"{where}: a task verifier needs prompts of kind `task`")
@@ -264,9 +266,6 @@ def verifier_fits_prompts(config: "RunConfig") -> None:
                 f"{where}: the {verifier.kind} verifier compares with a reference answer; set "
                 "answer_field"
             )
-
-
-_A = {"math": "a math", "exact": "an exact", "choice": "a choice", "regex": "a regex"}
 
 
 RULES: tuple[Callable[["RunConfig"], None], ...] = (
