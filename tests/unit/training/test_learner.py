@@ -107,12 +107,18 @@ def test_a_learner_here_is_not_started_again_and_a_hosted_one_as_often_as_its_se
 ) -> None:
     settings = settings_of(tiny_models)
     training = settings.training.model_copy(update={"max_restarts": 7})
-    unsloth = UnslothTraining(kind="unsloth", max_restarts=5)
+    unsloth = LearnerSettings(
+        model_dir=tiny_models.student,
+        training=UnslothTraining(kind="unsloth", max_restarts=5),
+        objective=settings.objective,
+        total_steps=9,
+        seed=0,
+    )
     log = tmp_path / "log"
     assert learner_of(tiny_models)[0].max_restarts == 0
     hosted = hosted_embedded_learner(replace(settings, training=training), log=log)
     assert hosted.max_restarts == 7
-    assert unsloth_learner(replace(settings, training=unsloth), log=log).max_restarts == 5
+    assert unsloth_learner(unsloth, log=log).max_restarts == 5
 
 
 def parameters_of(learner: EmbeddedLearner) -> list[torch.nn.Parameter]:
