@@ -30,6 +30,7 @@ from typing import Any
 
 from benchmarks.lib.common import RESULTS, write_result
 from qwen3_distill.config.load import load_config
+from qwen3_distill.hosts.process import LocalProcess
 from qwen3_distill.pipeline import run as run_module
 from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.recording.console import SilentReporter
@@ -92,10 +93,11 @@ class Striker:
             await asyncio.sleep(0.01)
         await asyncio.sleep(self.delay_s)
         worker = part.host
-        if not worker.is_running:
+        assert isinstance(worker, LocalProcess), "only a local process has a pid to strike"
+        pid = worker.pid
+        if pid is None or not worker.is_running:
             return  # between two starts: there is nothing to strike
         self.struck_at_step = parts.learner.version.step
-        pid = worker.pid
         os.killpg(pid, signal.SIGKILL if self.fault == "kill" else signal.SIGSTOP)
         if self.fault == "slow":
             await asyncio.sleep(self.pause_s)

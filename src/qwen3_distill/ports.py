@@ -224,6 +224,11 @@ class Learner(Protocol):
     @property
     def version(self) -> WeightVersion: ...
 
+    @property
+    def max_restarts(self) -> int:
+        """How often per run a lost learner may be started again; 0 in the controller's process."""
+        ...
+
     async def update(self, batch: Batch) -> Update:
         """Take one optimizer step.
 

@@ -36,6 +36,7 @@ from qwen3_distill.training.embedded.hosted import hosted_embedded_learner
 from qwen3_distill.training.embedded.student import build_embedded_learner
 from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.types import Batch, Rollout, SampledRequest, ScoredRollout
+from qwen3_distill.weights.adapter_files import version_name
 from qwen3_distill.weights.directory import DirectoryChannel
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.contract.adapters import build_embedded_process
@@ -195,7 +196,7 @@ def test_rollouts_wait_for_the_version_that_has_taken_the_place_of_theirs(
     async def publish_before(method: str, *arguments: Any, **settings: Any) -> Any:
         if method == "load" and not loading:
             channel.publish(second, FullWeights(tensors=new))
-            shutil.rmtree(channel.locate(first))
+            shutil.rmtree(tmp_path / version_name(first))
             loading.append(asyncio.create_task(engine.load(second, channel)))
             await asyncio.sleep(0)
         return await ask_worker(method, *arguments, **settings)
@@ -228,7 +229,7 @@ def test_a_version_that_cannot_be_loaded_by_the_process_that_came_back_is_an_err
         os.killpg(pid_of(engine), signal.SIGSTOP)
         loading = asyncio.create_task(engine.load(version, channel))
         await asyncio.sleep(0.1)
-        shutil.rmtree(channel.locate(version))
+        shutil.rmtree(tmp_path / version_name(version))
         engine.host.kill()
         await loading
 

@@ -511,7 +511,8 @@ def test_adapters_may_be_published_by_themselves(
     assert {tensor.dtype for tensor in payload.tensors.values()} == {torch.float32}
     # peft reads the directory, and the base with these adapters is the merged student.
     base = reference_model(bench.student_dir)
-    adapted = PeftModel.from_pretrained(base, str(channel.locate(versions[-1])))
+    directory = channel.adapter_directory(versions[-1], tmp_path)
+    adapted = PeftModel.from_pretrained(base, str(directory))
     expected = weights_of(merged)
     got = dict(adapted.merge_and_unload().named_parameters())
     own = dict(bench.student.named_parameters())

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from qwen3_distill.errors import ConfigError, DataError, HandshakeError
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.ports import TeacherScorer
-from qwen3_distill.scoring.handshake import check_compatible, check_repeatable
+from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.types import (
     HiddenRequest,
     HiddenScore,
@@ -50,6 +50,7 @@ from tests.contract.reference import (
     response_logprobs,
     token_logprobs,
 )
+from tests.contract.repeatability import check_repeatable
 from tests.tiny_models import CONTEXT_LENGTH, TinyModels, byte_tokenizer, write_model
 
 FAR_NATS = 0.5

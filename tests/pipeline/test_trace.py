@@ -90,7 +90,9 @@ def test_the_trace_has_every_weight_version_after_its_publishing(finished: RunCo
 
 
 def test_stages_of_a_sequential_step_add_up_to_it(finished: RunConfig) -> None:
-    for record in read_jsonl(finished.output_path / "metrics.jsonl"):
+    records = read_jsonl(finished.output_path / "metrics.jsonl")
+    assert len(records) == finished.steps
+    for record in records:
         stages = [record[f"time/{stage}_s"] for stage in (*STEP_STAGES, *OCCASIONAL_STAGES)]
         busy_s = record["time/step_s"] * (1 - record["idle/all_fraction"])
         assert sum(stages) == pytest.approx(busy_s)

@@ -25,11 +25,11 @@ def generate(
 ) -> None:
     """Offline stage 1: sample rollouts from the student's directory into a Parquet file."""
     settings = load_config(config, overrides or ())
-    from qwen3_distill.pipeline import offline as stages
+    from qwen3_distill.pipeline import offline
 
     begin_work()
-    target = out or stages.offline_file(settings, "rollouts.parquet")
-    say(stages.generate(settings, target, first_step=step, num_steps=num_steps, say=say))
+    target = out or offline.offline_file(settings, "rollouts.parquet")
+    say(offline.generate(settings, target, first_step=step, num_steps=num_steps, say=say))
 
 
 def score(
@@ -45,12 +45,12 @@ def score(
 ) -> None:
     """Offline stage 2: add the teacher's scores to a file of rollouts."""
     settings = load_config(config, overrides or ())
-    from qwen3_distill.pipeline import offline as stages
+    from qwen3_distill.pipeline import offline
 
     begin_work()
-    source = rollouts or stages.offline_file(settings, "rollouts.parquet")
-    target = out or stages.offline_file(settings, "scored.parquet")
-    say(stages.score(settings, source, target, say=say))
+    source = rollouts or offline.offline_file(settings, "rollouts.parquet")
+    target = out or offline.offline_file(settings, "scored.parquet")
+    say(offline.score(settings, source, target, say=say))
 
 
 def train(
@@ -72,12 +72,12 @@ def train(
     The first Ctrl-C finishes the step and saves the student so far; exit status 130.
     """
     settings = load_config(config, overrides or ())
-    from qwen3_distill.pipeline import offline as stages
+    from qwen3_distill.pipeline import offline
 
     begin_work()
-    source = scored or stages.offline_file(settings, "scored.parquet")
-    target = out or stages.offline_file(settings, "student")
-    say(stages.train(settings, source, target, say=say, off_policy=off_policy))
+    source = scored or offline.offline_file(settings, "scored.parquet")
+    target = out or offline.offline_file(settings, "student")
+    say(offline.train(settings, source, target, say=say, off_policy=off_policy))
 
 
 def evaluate(
@@ -90,12 +90,12 @@ def evaluate(
 ) -> None:
     """Measure a model directory's held-out accuracy, as the config's evaluation section says."""
     settings = load_config(config, overrides or ())
-    from qwen3_distill.pipeline import offline as stages
+    from qwen3_distill.pipeline import offline
 
     begin_work()
     evaluated = str(model or settings.student.model)
     run_folder = config.parent if config.name == "config.json" else None
-    stages.evaluate_directory(settings, evaluated, out, say=say, run_folder=run_folder)
+    offline.evaluate_directory(settings, evaluated, out, say=say, run_folder=run_folder)
 
 
 def audit_teacher(

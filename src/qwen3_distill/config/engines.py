@@ -1,6 +1,7 @@
 """The engines of the three stages (generation, scoring, training) and their memory plan."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, JsonValue, field_validator, model_validator
@@ -74,6 +75,11 @@ class _Embedded(_Watched):
     threads: PositiveInt | None = None
     """PyTorch threads in that process; null: PyTorch's default, one per core."""
 
+    @property
+    def interpreter(self) -> str | None:
+        """Interpreter of an environment of the engine's own: the embedded engines have none."""
+        return None
+
     @model_validator(mode="after")
     def _threads_need_own_process(self) -> Self:
         if self.threads is not None and not self.own_process:
@@ -92,6 +98,11 @@ class _EngineProcess(_Supervised):
     environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables of the engine's process, added to the inherited ones, e.g.
     ``PYTHONPATH``."""
+
+    @property
+    def interpreter(self) -> str | None:
+        """Interpreter of the engine's own environment; None: the controller's."""
+        return self.python
 
     @field_validator("environment", mode="before")
     @classmethod
@@ -197,6 +208,11 @@ class EmbeddedScoring(_Embedded):
     chunk_tokens: PositiveInt = 1024
     """Rows of logits held in memory at a time."""
 
+    @property
+    def cache_folder(self) -> Path | None:
+        """Folder of the score cache: the embedded teacher has none."""
+        return None
+
 
 SGLANG_OPTIONS = {
     "model-path": "scoring.model",
@@ -271,6 +287,11 @@ class SglangScoring(_EngineProcess):
     teacher."""
     cache: PathText | None = None
     """Folder of a score cache that is kept between runs; null: no cache."""
+
+    @property
+    def cache_folder(self) -> Path | None:
+        """Folder of the score cache; None: no cache."""
+        return None if self.cache is None else Path(self.cache)
 
     @model_validator(mode="after")
     def _server_arguments_have_no_setting(self) -> Self:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.moved import find_paths
 from qwen3_distill.config.overrides import apply_override
-from qwen3_distill.config.schema import option_schemas
+from qwen3_distill.config.schema import locate, option_schemas
 from qwen3_distill.config.yaml12 import parse_yaml
 from qwen3_distill.errors import ConfigError
 
@@ -61,7 +61,7 @@ def check_config(values: dict[str, Any], source: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        lines = [_explain(problem, values) for problem in error.errors()]
+        lines = [_explain(problem) for problem in error.errors()]
         raise ConfigError(f"{source}: " + "\n  ".join(["", *lines]).strip()) from None
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{source}: not representable as JSON: {error}") from error
@@ -96,10 +96,11 @@ _FRIENDLY = {
 }
 
 
-def _explain(problem: Any, values: dict[str, Any]) -> str:
+def _explain(problem: Any) -> str:
     """Describe one pydantic error in a line: where, what was found, what was expected."""
     location = [str(part) for part in problem["loc"]]
-    path = ".".join(_without_union_tags(location, values))
+    keys, _ = locate(RunConfig.model_json_schema(), location)
+    path = ".".join(keys)
     kind, message = problem["type"], problem["msg"]
     if kind == "extra_forbidden":
         return f"{path}: unknown key{_nearest(location, problem)}"
@@ -121,24 +122,6 @@ def _tags(context: dict[str, Any]) -> list[str]:
     return re.findall(r"'([^']+)'", str(context["expected_tags"]))
 
 
-def _without_union_tags(location: Sequence[str], values: dict[str, Any]) -> list[str]:
-    """Drop the union tags that pydantic puts into locations: they are not keys of the file."""
-    path: list[str] = []
-    node: Any = values
-    for position, part in enumerate(location):
-        is_last = position == len(location) - 1
-        if isinstance(node, dict) and part not in node and node.get("kind") == part and not is_last:
-            continue
-        path.append(part)
-        if isinstance(node, dict):
-            node = node.get(part)
-        elif isinstance(node, list) and part.isdigit() and int(part) < len(node):
-            node = node[int(part)]
-        else:
-            node = None
-    return path
-
-
 def _nearest(location: Sequence[str], problem: Any) -> str:
     known = sorted(_known_keys(location[:-1]))
     close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
@@ -150,23 +133,9 @@ def _nearest(location: Sequence[str], problem: Any) -> str:
 def _known_keys(location: Sequence[str]) -> set[str]:
     """Return the schema's keys at a pydantic error location, which includes union tags."""
     schema = RunConfig.model_json_schema()
-    definitions = schema["$defs"]
-    nodes = [schema]
-    for part in location:
-        reached: list[dict[str, Any]] = []
-        for node in nodes:
-            for option in option_schemas(node, definitions):
-                properties = option.get("properties", {})
-                if part in properties:
-                    reached.append(properties[part])
-                elif properties.get("kind", {}).get("const") == part:
-                    reached.append(option)
-                elif part.isdigit() and "items" in option:
-                    reached.append(option["items"])
-        nodes = reached
+    _, node = locate(schema, location)
     return {
         key
-        for node in nodes
-        for option in option_schemas(node, definitions)
-        for key in option.get("properties", {})
+        for option in option_schemas(node, schema["$defs"])
+        for key in option.get("properties", ())
     }

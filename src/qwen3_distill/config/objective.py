@@ -19,8 +19,6 @@ class ObjectiveSchema(Schema):
 
     implementation: ClassVar[str]
     """``module:Class`` that computes the loss; `build_objective` imports it."""
-    needs_teacher: ClassVar[bool] = True
-    """Whether rollouts must be scored by a teacher."""
     needs_ratio: ClassVar[bool] = False
     """Whether the gradient is an expectation over the sampled tokens. It is then biased when they
     were sampled from another distribution than the current student's, unless the loss weighs them
@@ -30,6 +28,16 @@ class ObjectiveSchema(Schema):
     def uses_ratio(self) -> bool:
         """Whether the loss weighs sampled tokens by the importance ratio pi / mu."""
         return False
+
+    @property
+    def ratio_setting(self) -> str:
+        """The setting that leaves the ratio out, as ``key=value`` for errors."""
+        return self._own_kind
+
+    @property
+    def ratio_key(self) -> str:
+        """The key of `ratio_setting`."""
+        return self.ratio_setting.partition("=")[0]
 
     @property
     def lacks_ratio(self) -> bool:
@@ -45,7 +53,12 @@ class ObjectiveSchema(Schema):
     @property
     def credit_settings(self) -> str:
         """The settings behind `credits_later_tokens`, as ``key=value, key=value`` for errors."""
-        return ""
+        return self._own_kind
+
+    @property
+    def credit_remedy(self) -> str:
+        """What to use to credit no later tokens, for errors that say "use ..."."""
+        return "another objective.kind"
 
     @property
     def reward_weight(self) -> float:
@@ -53,9 +66,18 @@ class ObjectiveSchema(Schema):
         return 0.0
 
     @property
+    def reward_setting(self) -> str:
+        """The setting behind `reward_weight`, as ``key > 0`` or ``key=value`` for errors."""
+        return self._own_kind
+
+    @property
     def score_request(self) -> ScoreRequest:
         """The least that the teacher must return for this objective."""
         return SampledRequest()
+
+    @property
+    def _own_kind(self) -> str:
+        return f"kind={vars(self)['kind']}"  # every objective has the field
 
 
 class NoBaseline(Schema):
@@ -118,6 +140,10 @@ class SampledReverseKL(ObjectiveSchema):
         return self.ratio_cap is not None
 
     @property
+    def ratio_setting(self) -> str:
+        return "ratio_cap=null"
+
+    @property
     def credits_later_tokens(self) -> bool:
         return self.discount > 0 or self.task_reward_weight > 0
 
@@ -126,8 +152,16 @@ class SampledReverseKL(ObjectiveSchema):
         return f"discount={self.discount}, task_reward_weight={self.task_reward_weight}"
 
     @property
+    def credit_remedy(self) -> str:
+        return "discount=0 and no task reward"
+
+    @property
     def reward_weight(self) -> float:
         return self.task_reward_weight
+
+    @property
+    def reward_setting(self) -> str:
+        return "task_reward_weight > 0"
 
     @property
     def score_request(self) -> ScoreRequest:

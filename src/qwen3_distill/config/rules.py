@@ -40,9 +40,11 @@ def temperature_needs_ratio(config: "RunConfig") -> None:
     objective = config.objective
     if objective.lacks_ratio and config.sampling.temperature != 1:
         raise ValueError(
-            f"objective.ratio_cap=null with sampling.temperature={config.sampling.temperature}: "
+            f"objective.{objective.ratio_setting} with "
+            f"sampling.temperature={config.sampling.temperature}: "
             "tokens are sampled from another distribution than the one whose KL is minimised, "
-            "and without the ratio the gradient is biased; set ratio_cap or temperature=1"
+            "and without the ratio the gradient is biased; set "
+            f"{objective.ratio_key} or temperature=1"
         )
 
 
@@ -52,8 +54,8 @@ def temperature_excludes_credit_of_later_tokens(config: "RunConfig") -> None:
         raise ValueError(
             f"sampling.temperature={config.sampling.temperature} with "
             f"{objective.credit_settings}: a token's ratio does not correct the tokens after it, "
-            "so their share of its advantage is biased; use temperature=1, or discount=0 and no "
-            "task reward"
+            "so their share of its advantage is biased; use temperature=1, or "
+            f"{objective.credit_remedy}"
         )
 
 
@@ -62,11 +64,11 @@ def task_reward_needs_verifier_and_samples(config: "RunConfig") -> None:
     if objective.reward_weight == 0:
         return
     if config.verifier is None:
-        raise ValueError("objective.task_reward_weight > 0 needs a `verifier` section")
+        raise ValueError(f"objective.{objective.reward_setting} needs a `verifier` section")
     if config.samples_per_prompt < 2:
         raise ValueError(
-            "objective.task_reward_weight > 0 with samples_per_prompt=1: the reward is centred "
-            "within a prompt's samples, so with one sample it is always 0; use 2 or more"
+            f"objective.{objective.reward_setting} with samples_per_prompt=1: the reward is "
+            "centred within a prompt's samples, so with one sample it is always 0; use 2 or more"
         )
 
 
@@ -95,8 +97,9 @@ def quantization_needs_ratio(config: "RunConfig") -> None:
     if generation.kind == "vllm" and generation.quantization is not None and objective.lacks_ratio:
         raise ValueError(
             f"generation.quantization={generation.quantization} with "
-            "objective.ratio_cap=null: tokens are sampled from a quantized student, and "
-            "without the ratio the gradient is biased; set ratio_cap or quantization=null"
+            f"objective.{objective.ratio_setting}: tokens are sampled from a quantized student, "
+            "and without the ratio the gradient is biased; set "
+            f"{objective.ratio_key} or quantization=null"
         )
 
 
@@ -159,8 +162,7 @@ def harvest_and_prefix_exclude_credit_of_later_tokens(config: "RunConfig") -> No
     if cut:
         raise ValueError(
             f"pipeline.{cut} with objective.{objective.credit_settings}: a piece of an answer "
-            "does not know what comes after it; use discount=0 and no task reward, or whole "
-            "rollouts"
+            f"does not know what comes after it; use {objective.credit_remedy}, or whole rollouts"
         )
 
 
@@ -183,8 +185,9 @@ def replay_needs_ratio(config: "RunConfig") -> None:
     objective = config.objective
     if config.replay is not None and objective.lacks_ratio:
         raise ValueError(
-            "replay with objective.ratio_cap=null: replayed tokens were sampled from older "
-            "weights, and without the ratio the gradient is biased; set ratio_cap"
+            f"replay with objective.{objective.ratio_setting}: replayed tokens were sampled from "
+            "older weights, and without the ratio the gradient is biased; set "
+            f"{objective.ratio_key}"
         )
 
 
@@ -194,7 +197,7 @@ def replay_excludes_credit_of_later_tokens(config: "RunConfig") -> None:
         raise ValueError(
             f"replay with objective.{objective.credit_settings}: a token's ratio does not correct "
             "the tokens after it, which older weights sampled, so their share of its advantage is "
-            "biased; use discount=0 and no task reward, or no replay"
+            f"biased; use {objective.credit_remedy}, or no replay"
         )
 
 
@@ -251,8 +254,10 @@ def verifier_fits_prompts(config: "RunConfig") -> None:
             continue
         if prompts.kind == "task":
             if verifier.kind not in ("task", "python"):
+                article = "an" if verifier.kind[0] in "aeiou" else "a"
                 raise ValueError(
-                    f"{where}: {_A[verifier.kind]} verifier needs prompts with an answer_field"
+                    f"{where}: {article} {verifier.kind} verifier needs prompts with an "
+                    "answer_field"
                 )
         elif verifier.kind == "task":
             raise ValueError(f"{where}: a task verifier needs prompts of kind `task`")
@@ -261,9 +266,6 @@ def verifier_fits_prompts(config: "RunConfig") -> None:
                 f"{where}: the {verifier.kind} verifier compares with a reference answer; set "
                 "answer_field"
             )
-
-
-_A = {"math": "a math", "exact": "an exact", "choice": "a choice", "regex": "a regex"}
 
 
 RULES: tuple[Callable[["RunConfig"], None], ...] = (

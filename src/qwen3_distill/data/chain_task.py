@@ -118,18 +118,12 @@ class ChainTask:
         share = int.from_bytes(digest[:8], "big") / 2**64
         return "eval" if share < self.eval_share else "train"
 
-    def worked_solution(self, problem: Problem, rng: random.Random | None = None) -> str:
-        """Return a correct solution text; with `rng`, one with errors that are then repaired.
-
-        Raises:
-            ValueError: If the problem's text is not an expression of this task.
-        """
-        return "".join(segment.text for segment in self.solution_segments(problem, rng))
-
     def solution_segments(
         self, problem: Problem, rng: random.Random | None = None
     ) -> list[Segment]:
-        """Return `worked_solution` in pieces, with the wrong values marked as errors.
+        """Return a correct solution in pieces; with `rng`, one with errors that are then repaired.
+
+        The wrong values are marked as errors.
 
         Raises:
             ValueError: If the problem's text is not an expression of this task.

@@ -43,7 +43,8 @@ class Host(Protocol):
 
     @property
     def is_running(self) -> bool:
-        """Whether the worker is connected and was not lost."""
+        """Whether the worker is connected and was not lost. For tests and benchmarks that watch a
+        worker; engines learn of a loss from `call`."""
         ...
 
     async def start(self, environment: Mapping[str, str] | None = None) -> None:
@@ -87,7 +88,10 @@ class Host(Protocol):
         ...
 
     def kill(self) -> None:
-        """Kill the worker and everything it started, without waiting."""
+        """Kill the worker and everything it started, without waiting.
+
+        For tests and benchmarks that strike a worker; engines use `close`.
+        """
         ...
 
     def output(self) -> str:

@@ -28,7 +28,8 @@ from qwen3_distill.hosts.frames import (
 def serve_worker(target: object) -> None:
     """Serve ``target`` over the Unix socket that is this program's first argument; see `serve`.
 
-    The guard kills this process when the controller dies.
+    When the controller closes the connection, the target's ``shutdown``, if it has one, is called
+    (and awaited), and this returns. The guard kills this process when the controller dies.
     """
     asyncio.run(_connect_and_serve(target, sys.argv[1]))
 

@@ -8,6 +8,10 @@ from qwen3_distill.errors import EngineLost, EngineStartError
 Action = Callable[[], Awaitable[None]]
 
 
+async def _nothing() -> None:
+    """An engine without a state has nothing to restore."""
+
+
 class Restarts:
     """Counts the starts of one engine and starts it again when it was lost.
 
@@ -20,11 +24,13 @@ class Restarts:
     Args:
         start: starts the engine.
         end: ends what is left of it; may be called more than once.
-        restore: gives an engine that was started again the state of the lost one.
+        restore: gives an engine that was started again the state of the lost one; default: none.
         limit: how often the engine may be started again.
     """
 
-    def __init__(self, *, start: Action, end: Action, restore: Action, limit: int) -> None:
+    def __init__(
+        self, *, start: Action, end: Action, restore: Action = _nothing, limit: int
+    ) -> None:
         self._start, self._end, self._restore = start, end, restore
         self._limit = limit
         self._num_starts = 0

@@ -9,8 +9,8 @@ from qwen3_distill.errors import RunFolderError
 from qwen3_distill.modeling.config_file import CONFIG, read_json_object
 from qwen3_distill.modeling.loading import resolve_dtype
 from qwen3_distill.modeling.student_directory import stored_shapes
+from qwen3_distill.recording.text import gibibytes
 
-_GIB = 1 << 30
 _ADAPTER_BYTES = 4
 """Adapters are float32, whatever the model's precision."""
 _WITH_MOMENTS = 3
@@ -36,8 +36,8 @@ def check_run_space(config: RunConfig) -> None:
     _require(
         folder,
         needed - written,
-        f"the student needs {_gib(student)} and each of its {min(saved, kept)} checkpoints "
-        f"{_gib(one)}",
+        f"the student needs {gibibytes(student, 2)} and each of its {min(saved, kept)} checkpoints "
+        f"{gibibytes(one, 2)}",
         "free space, choose another output_dir, or keep fewer checkpoints (checkpoint.keep_last)",
     )
 
@@ -50,7 +50,7 @@ def check_student_space(config: RunConfig, out: Path) -> None:
     """
     needed = student_bytes(config)
     advice = "free space or choose another directory"
-    _require(out, needed, f"the student needs {_gib(needed)}", advice)
+    _require(out, needed, f"the student needs {gibibytes(needed, 2)}", advice)
 
 
 def student_bytes(config: RunConfig) -> int:
@@ -83,12 +83,10 @@ def _require(path: Path, needed: int, what: str, advice: str) -> None:
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(there).free
     if needed > free:
-        raise RunFolderError(f"{path}: {what}, but its disk has {_gib(free)} free; {advice}")
+        raise RunFolderError(
+            f"{path}: {what}, but its disk has {gibibytes(free, 2)} free; {advice}"
+        )
 
 
 def _bytes_below(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / _GIB:.2f} GiB"

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 from qwen3_distill.config import (
     JsonlPrompts,
@@ -35,8 +34,8 @@ def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
         lambda: load_identity(config.scoring.model),
         lambda: require_own_folder(config.output_path),
     ]
-    if (cache := getattr(config.scoring, "cache", None)) is not None:
-        checks.append(lambda: check_cache_folder(Path(cache)))
+    if (cache := config.scoring.cache_folder) is not None:
+        checks.append(lambda: check_cache_folder(cache))
     prompts = config.prompts
     is_file = isinstance(prompts, JsonlPrompts | ParquetPrompts)
     if reads_prompts or (is_file and not os.path.exists(prompts.path)):
@@ -47,8 +46,12 @@ def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
     found = [problem for check in checks if (problem := _problem(check))]
     if not found:  # the space depends on the student's weights
         found += [problem] if (problem := _problem(lambda: check_run_space(config))) else []
-    for name in ("generation", "scoring", "training"):
-        python = getattr(getattr(config, name), "python", None)
+    interpreters = {
+        "generation": config.generation.interpreter,
+        "scoring": config.scoring.interpreter,
+        "training": config.training.interpreter,
+    }
+    for name, python in interpreters.items():
         if python is not None and is_absent(python):
             found.append(
                 f"{name}.python={python} does not exist or cannot be run; give the interpreter of "

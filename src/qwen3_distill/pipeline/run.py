@@ -12,7 +12,6 @@ from qwen3_distill.errors import EngineStartError, LearnerLost, RunFolderError
 from qwen3_distill.hosts.mps import MpsDaemon, private_mps
 from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.pipeline.assembly.channel import learns_elsewhere
 from qwen3_distill.pipeline.assembly.engines import build_parts, engine_interpreters
 from qwen3_distill.pipeline.assembly.plan import engine_log
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
@@ -113,7 +112,7 @@ async def _train_with_restarts(
 ) -> bool:
     """`_train`, and again from the last checkpoint each time the learner's process is lost."""
     lost: LearnerLost | None = None
-    for restarts_left in reversed(range(_max_learner_restarts(parts.config) + 1)):
+    for restarts_left in reversed(range(parts.learner.max_restarts + 1)):
         try:
             if lost is not None:
                 warn(f"the learner is started again from the last checkpoint: {lost}")
@@ -169,10 +168,6 @@ async def _train(
         return False
     finally:
         recorder.close()
-
-
-def _max_learner_restarts(config: RunConfig) -> int:
-    return config.training.max_restarts if learns_elsewhere(config.training) else 0
 
 
 async def _restore(

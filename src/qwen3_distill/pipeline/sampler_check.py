@@ -18,10 +18,12 @@ def require_ratio_off_policy(config: RunConfig) -> None:
     Raises:
         ConfigError: it does not.
     """
-    if config.objective.lacks_ratio:
+    objective = config.objective
+    if objective.lacks_ratio:
         raise ConfigError(
-            "--off-policy with objective.ratio_cap=null: tokens that another model sampled give a "
-            "biased gradient without the importance ratio; set objective.ratio_cap"
+            f"--off-policy with objective.{objective.ratio_setting}: tokens that another model "
+            "sampled give a biased gradient without the importance ratio; set "
+            f"objective.{objective.ratio_key}"
         )
 
 

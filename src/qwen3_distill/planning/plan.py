@@ -15,6 +15,7 @@ from qwen3_distill.modeling.step_memory import GIB
 from qwen3_distill.planning import memory
 from qwen3_distill.planning.device import DeviceMemory, detect_memory, stated_memory
 from qwen3_distill.planning.memory import Engine, Models, PlanRow
+from qwen3_distill.recording.text import gibibytes
 
 _DEFAULT_RESERVE_BYTES = 8 * GIB
 _DEFAULT_RESERVE_FRACTION = 1 / 8
@@ -195,7 +196,7 @@ def _check_what_is_stated(config: RunConfig, models: Models, plan: MemoryPlan) -
             raise ConfigError(
                 f"generation.kv_cache_gib={generation.kv_cache_gib} holds "
                 f"{plan.vllm_kv_cache_bytes // per_token} tokens, but one sequence may have "
-                f"{longest}; raise it to {_gib(longest * per_token)} or lower "
+                f"{longest}; raise it to {gibibytes(longest * per_token)} or lower "
                 "generation.max_model_tokens"
             )
     if scoring.kind == "sglang" and not scoring.urls and scoring.memory_fraction is not None:
@@ -203,9 +204,9 @@ def _check_what_is_stated(config: RunConfig, models: Models, plan: MemoryPlan) -
         if plan.teacher_static_bytes <= weights:
             raise ConfigError(
                 f"scoring.memory_fraction={scoring.memory_fraction} of the "
-                f"{_gib(plan.device.free_bytes)} that are free is "
-                f"{_gib(plan.teacher_static_bytes)}, and the teacher's weights alone need "
-                f"{_gib(weights)}; raise it, or leave it out to have it planned"
+                f"{gibibytes(plan.device.free_bytes)} that are free is "
+                f"{gibibytes(plan.teacher_static_bytes)}, and the teacher's weights alone need "
+                f"{gibibytes(weights)}; raise it, or leave it out to have it planned"
             )
     longest = memory.longest_sequence_tokens(config, models)
     if scoring.kind == "sglang" and plan.sglang_max_total_tokens <= longest:
@@ -220,7 +221,7 @@ def _check_what_is_stated(config: RunConfig, models: Models, plan: MemoryPlan) -
             raise ConfigError(
                 f"training.memory_gib={training.memory_gib}, but weights, optimizer and a "
                 f"micro-batch of {memory.micro_batch_tokens(config, models)} tokens with "
-                f"{choice.describe(models.student)} need {_gib(needed)}; raise it, or lower "
+                f"{choice.describe(models.student)} need {gibibytes(needed)}; raise it, or lower "
                 "training.micro_batch_tokens"
             )
 
@@ -235,31 +236,28 @@ def _check_loading(config: RunConfig, models: Models, plan: MemoryPlan) -> None:
     if loading > room:
         raise ConfigError(
             f"scoring.quantization={scoring.quantization} quantizes after loading: the teacher's "
-            f"{_gib(loading)} of weights do not fit into {_gib(room)} at its start, though the "
-            "quantized ones would; use an FP8 checkpoint of the teacher"
+            f"{gibibytes(loading)} of weights do not fit into {gibibytes(room)} at its start, "
+            "though the quantized ones would; use an FP8 checkpoint of the teacher"
         )
 
 
 def _does_not_fit(config: RunConfig, models: Models, plan: MemoryPlan) -> str:
     lines = [
-        f"the engines need {_gib(plan.required_bytes)}, but there are "
-        f"{_gib(plan.device.free_bytes)} ({plan.device.name}). Planned:"
+        f"the engines need {gibibytes(plan.required_bytes)}, but there are "
+        f"{gibibytes(plan.device.free_bytes)} ({plan.device.name}). Planned:"
     ]
     lines += [
-        f"  {row.engine:8} {row.what:24} {_gib(row.num_bytes):>10}  {row.how}" for row in plan.rows
+        f"  {row.engine:8} {row.what:24} {gibibytes(row.num_bytes):>10}  {row.how}"
+        for row in plan.rows
     ]
-    lines.append(f"  {'reserve':8} {'left free':24} {_gib(plan.reserve_bytes):>10}")
+    lines.append(f"  {'reserve':8} {'left free':24} {gibibytes(plan.reserve_bytes):>10}")
     missing = plan.required_bytes - plan.device.free_bytes
-    lines.append(f"{_gib(missing)} are missing. What would free memory:")
+    lines.append(f"{gibibytes(missing)} are missing. What would free memory:")
     found = _savings(config, models, plan.device)
-    lines += [f"  {saving.change}: {_gib(saving.frees_bytes)}" for saving in found]
+    lines += [f"  {saving.change}: {gibibytes(saving.frees_bytes)}" for saving in found]
     if not found:
         lines.append("  nothing in the config: use smaller models or a larger device")
     return "\n".join(lines)
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.1f} GiB"
 
 
 # --- Savings ------------------------------------------------------------------------------------

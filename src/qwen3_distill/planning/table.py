@@ -5,6 +5,7 @@ from rich.table import Table
 from qwen3_distill.config import RunConfig
 from qwen3_distill.modeling.step_memory import GIB
 from qwen3_distill.planning.plan import ENGINES, MemoryPlan
+from qwen3_distill.recording.text import gib
 
 
 def plan_table(plan: MemoryPlan) -> Table:
@@ -15,13 +16,13 @@ def plan_table(plan: MemoryPlan) -> Table:
     for engine in ENGINES:
         own = [row for row in plan.rows if row.engine == engine]
         if not own:
-            table.add_row(engine, "runs elsewhere", _gib(0))
+            table.add_row(engine, "runs elsewhere", gib(0))
         for row in own:
-            table.add_row(engine, row.what, _gib(row.num_bytes), row.how)
-        table.add_row("", "", f"[bold]{_gib(plan.engine_bytes(engine))}", end_section=True)
-    table.add_row("reserve", "left free", _gib(plan.reserve_bytes))
-    table.add_row("all", "required", f"[bold]{_gib(plan.required_bytes)}")
-    table.add_row("", "available", _gib(plan.device.free_bytes), plan.device.name)
+            table.add_row(engine, row.what, gib(row.num_bytes), row.how)
+        table.add_row("", "", f"[bold]{gib(plan.engine_bytes(engine))}", end_section=True)
+    table.add_row("reserve", "left free", gib(plan.reserve_bytes))
+    table.add_row("all", "required", f"[bold]{gib(plan.required_bytes)}")
+    table.add_row("", "available", gib(plan.device.free_bytes), plan.device.name)
     return table
 
 
@@ -36,7 +37,3 @@ def plan_settings(config: RunConfig, plan: MemoryPlan) -> str:
     if config.training.kind == "unsloth":
         settings.append(f"training.memory_gib={plan.learner_memory_bytes / GIB:.2f}")
     return " ".join(settings) or "none; the embedded engines allocate as they go"
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.1f}"

@@ -1,5 +1,7 @@
 """Formats numbers for people, the same way in the console and the report."""
 
+_GIB = 1 << 30
+
 
 def percent(fraction: float) -> str:
     """``0.8104`` as ``81.0%``."""
@@ -9,6 +11,16 @@ def percent(fraction: float) -> str:
 def points(fraction: float) -> str:
     """``0.8104`` as ``81.0``: a percentage without its sign, as in ``81.0 to 82.3%``."""
     return f"{100 * fraction:.1f}"
+
+
+def gibibytes(num_bytes: int, digits: int = 1) -> str:
+    """``7945689498`` as ``7.4 GiB``."""
+    return f"{gib(num_bytes, digits)} GiB"
+
+
+def gib(num_bytes: int, digits: int = 1) -> str:
+    """``7945689498`` as ``7.4``: a size without its unit, as in a column of GiB."""
+    return f"{num_bytes / _GIB:.{digits}f}"
 
 
 def clock(seconds: float) -> str:

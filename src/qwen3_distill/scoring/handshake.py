@@ -1,12 +1,9 @@
-"""Checks before the first score: models that match, jobs that fit, scores that repeat."""
+"""Checks before the first score: models that match, jobs that fit."""
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from qwen3_distill.errors import DataError, HandshakeError
-from qwen3_distill.ports import TeacherScorer
-from qwen3_distill.types import ModelIdentity, ScoreFailure, ScoringJob
+from qwen3_distill.types import ModelIdentity, ScoringJob
 
 _REMEDY = {
     "tokenizer_digest": "use a teacher with the student's tokenizer (same tokenizer.json)",
@@ -48,30 +45,6 @@ def check_lengths(jobs: Sequence[ScoringJob], teacher: ModelIdentity) -> None:
                 f"rollout {job.rollout_id} has {job.token_ids.size} tokens, more than the "
                 f"teacher's context of {teacher.context_length}; lower sampling.max_new_tokens"
             )
-
-
-async def check_repeatable(
-    teacher: TeacherScorer, jobs: Sequence[ScoringJob], *, tolerance_nats: float
-) -> float:
-    """Score jobs together and alone; return the largest difference in nats.
-
-    Raises:
-        HandshakeError: scores of the same tokens differ by more than the tolerance: they depend on
-            the batch.
-    """
-    together = await teacher.score(jobs)
-    worst = 0.0
-    for job, score in zip(jobs, together, strict=True):
-        (alone,) = await teacher.score([job])
-        if isinstance(score, ScoreFailure) or isinstance(alone, ScoreFailure):
-            raise HandshakeError(f"teacher {teacher.teacher_id} gives no score: {score}, {alone}")
-        worst = max(worst, float(np.abs(alone.logprobs - score.logprobs).max()))
-    if worst > tolerance_nats:
-        raise HandshakeError(
-            f"teacher {teacher.teacher_id}: the same tokens scored twice differ by {worst:.4f} "
-            f"nats, more than {tolerance_nats}"
-        )
-    return worst
 
 
 def _short(value: object) -> str:

@@ -29,9 +29,7 @@ class HostedTeacher:
         self._opening = opening
         self._identity = identity
         self._teacher_id: str | None = None
-        self._restarts = Restarts(
-            start=self._start, end=host.close, restore=_nothing, limit=max_restarts
-        )
+        self._restarts = Restarts(start=self._start, end=host.close, limit=max_restarts)
 
     @property
     def identity(self) -> ModelIdentity:
@@ -86,7 +84,3 @@ class HostedTeacher:
             self._teacher_id = await self._opening.open(self._host)
         except EngineStartError as error:
             raise self._opening.explained(error, self._host) from None
-
-
-async def _nothing() -> None:
-    """A teacher has no state to restore."""

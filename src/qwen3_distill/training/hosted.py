@@ -24,12 +24,16 @@ class HostedLearner:
         host: runs the worker.
         opening: opens the learner in it; its result is the first version, and a description.
         model_dir: the student.
+        max_restarts: how often per run the worker may be started again.
     """
 
-    def __init__(self, host: Host, opening: Opening, model_dir: str | Path) -> None:
+    def __init__(
+        self, host: Host, opening: Opening, model_dir: str | Path, *, max_restarts: int
+    ) -> None:
         self._host = host
         self._opening = opening
         self._identity = load_identity(model_dir)
+        self._max_restarts = max_restarts
         self._version: WeightVersion | None = None
         self._description: Mapping[str, str] = {}
 
@@ -42,6 +46,10 @@ class HostedLearner:
         if self._version is None:
             raise EngineError(f"the {self._host.name} has no weights yet: start it first")
         return self._version
+
+    @property
+    def max_restarts(self) -> int:
+        return self._max_restarts
 
     @property
     def host(self) -> Host:

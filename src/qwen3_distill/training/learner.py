@@ -176,6 +176,10 @@ class TorchLearner:
     def version(self) -> WeightVersion:
         return self._version
 
+    @property
+    def max_restarts(self) -> int:
+        return 0
+
     async def update(self, batch: Batch) -> Update:
         self._check_lengths(batch.scored)
         return self._step(

@@ -48,7 +48,7 @@ class DirectoryChannel:
             ) from error
 
     def fetch(self, version: WeightVersion) -> WeightPayload:
-        directory = self.locate(version)
+        directory = self._locate(version)
         try:
             if has_adapter(directory):
                 return load_adapter(directory)
@@ -60,7 +60,7 @@ class DirectoryChannel:
 
     def adapter_directory(self, version: WeightVersion, folder: Path) -> Path:
         """The channel's own directory of ``version``; nothing is copied."""
-        directory = self.locate(version)
+        directory = self._locate(version)
         if not has_adapter(directory):
             raise WeightVersionError(f"the channel {self._root} has no adapters of {version}")
         return directory
@@ -68,12 +68,12 @@ class DirectoryChannel:
     def switched_transport(self, version: WeightVersion) -> bool:
         return False
 
-    def locate(self, version: WeightVersion) -> Path:
+    def _locate(self, version: WeightVersion) -> Path:
         """The directory of a version, whether it exists or not."""
         return self._root / version_name(version)
 
     def _write(self, version: WeightVersion, payload: WeightPayload) -> None:
-        final = self.locate(version)
+        final = self._locate(version)
         temporary = self._root / f".unfinished-{final.name}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

@@ -10,7 +10,15 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from qwen3_distill.config import RunConfig
+from qwen3_distill.config import (
+    EmbeddedGeneration,
+    EmbeddedScoring,
+    EmbeddedTraining,
+    RunConfig,
+    SglangScoring,
+    UnslothTraining,
+    VllmGeneration,
+)
 from qwen3_distill.config.load import (
     check_config,
     config_differences,
@@ -22,6 +30,78 @@ from qwen3_distill.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+SCORING = {"kind": "sglang", "model": "m"}
+UNION_ERRORS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"objective": {"kind": "top_k", "k": 1, "tail": "renormalize"}}, ["objective: k=1 with"]),
+    ({"objective": {"kind": "top_k", "k": "x"}}, ["objective.k: input should"]),
+    ({"objective": {"kind": "top_k", "top_k": 3}}, ["objective.top_k: unknown key; known keys"]),
+    ({"objective": {"kind": "jsd"}}, ["objective.kind: 'jsd' is not one of"]),
+    ({"objective": {"k": 3}}, ["objective: needs a `kind`"]),
+    (
+        {"objective": {"kind": "sampled_reverse_kl", "kl_baseline": {"kind": "top_k", "top_k": 1}}},
+        ["objective.kl_baseline.top_k: unknown key; known keys here: k, kind"],
+    ),
+    (
+        {"logging": {"trackers": [{"kind": "wandb", "wandb": 1}]}},
+        ["logging.trackers.0.project: missing", "logging.trackers.0.wandb: unknown key"],
+    ),
+    (
+        {"training": {"kind": "embedded", "tuning": {"kind": "lora", "lora": 1}}},
+        ["training.tuning.lora: unknown key"],
+    ),
+    ({"prompts": {"kind": "task", "task": "x"}}, ["prompts.task: input should be 'chain'"]),
+    ({"generation": {"kind": "vllm", "engine_arguments": {"seed": 1}}}, ["generation: engine_arg"]),
+    ({"generation": {"kind": "vllm", "environment": {"kind": 1}}}, ["generation.environment: "]),
+    ({"scoring": SCORING | {"urls": ["x"]}}, ["scoring: urls: 'x' is no address"]),
+    ({"scoring": SCORING | {"urls": [1]}}, ["scoring.urls.0: input should be a valid string"]),
+    (
+        {"scoring": SCORING | {"server_arguments": {"sglang": [1]}}},
+        [f"scoring.server_arguments.sglang: input should be a valid {t}; got [1] (list)"
+         for t in ("boolean", "integer", "number", "string")],
+    ),
+    (
+        {"training": {"kind": "unsloth", "packing": "x"}},
+        ["training.packing: input should be a valid boolean", "training.packing: input should be"],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "expected"), UNION_ERRORS)
+def test_an_error_names_keys_of_the_file_and_no_tag_of_a_union(
+    change: dict[str, Any], expected: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_config(yaml.safe_load(MINIMAL) | change)
+    lines = str(caught.value).removeprefix("config: ").splitlines()
+    assert len(lines) == len(expected)
+    for line, start in zip(lines, expected, strict=True):
+        assert line.strip().startswith(start)
+
+
+INTERPRETERS = [
+    (EmbeddedGeneration, {"kind": "embedded"}, None),
+    (VllmGeneration, {"kind": "vllm"}, None),
+    (VllmGeneration, {"kind": "vllm", "python": "p"}, "p"),
+    (EmbeddedScoring, {"kind": "embedded", "model": "m"}, None),
+    (SglangScoring, {"kind": "sglang", "model": "m", "python": "p"}, "p"),
+    (EmbeddedTraining, {"kind": "embedded"}, None),
+    (UnslothTraining, {"kind": "unsloth", "python": "p"}, "p"),
+]
+
+
+@pytest.mark.parametrize(("section", "values", "expected"), INTERPRETERS)
+def test_every_engine_states_its_interpreter(
+    section: type[Any], values: dict[str, str], expected: str | None
+) -> None:
+    assert section(**values).interpreter == expected
+
+
+def test_every_teacher_states_its_cache_folder() -> None:
+    assert EmbeddedScoring(kind="embedded", model="m").cache_folder is None
+    assert SglangScoring(kind="sglang", model="m").cache_folder is None
+    assert SglangScoring(kind="sglang", model="m", cache="c").cache_folder == Path("c")
+
 
 MINIMAL = """
 output_dir: runs/x

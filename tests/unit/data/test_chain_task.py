@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from qwen3_distill.data.chain_task import ChainTask, Problem, Split
+from tests.unit.data.chain_solutions import worked_solution
 
 TASK = ChainTask()
 PROBLEM = Problem(problem_id="hand-made", text="17+5*3*6=", answer="16")
 
 
 def test_known_solution() -> None:
-    assert TASK.worked_solution(PROBLEM) == "17+5=3;3*3=9;9*6=16;#16"
+    assert worked_solution(TASK, PROBLEM) == "17+5=3;3*3=9;9*6=16;#16"
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
@@ -89,12 +90,12 @@ def test_every_worked_solution_is_accepted() -> None:
     rng = random.Random(0)
     for index in range(300):
         problem = TASK.problem("train", index)
-        assert TASK.check(problem, TASK.worked_solution(problem))
-        assert TASK.check(problem, TASK.worked_solution(problem, rng))
+        assert TASK.check(problem, worked_solution(TASK, problem))
+        assert TASK.check(problem, worked_solution(TASK, problem, rng))
 
 
 def test_every_equation_of_a_solution_is_true() -> None:
-    solution = TASK.worked_solution(TASK.problem("train", 3))
+    solution = worked_solution(TASK, TASK.problem("train", 3))
     previous = None
     for left, operator, right, result in re.findall(r"(\d+)([-+*])(\d+)=(\d+);", solution):
         value = {"+": int(left) + int(right), "-": int(left) - int(right)}.get(
@@ -125,13 +126,13 @@ def test_errors_are_wrong_marked_and_redone() -> None:
 
 def test_errors_in_a_row_are_bounded() -> None:
     task = replace(TASK, error_rate=1.0, max_errors_per_step=2)
-    assert task.worked_solution(PROBLEM, random.Random(0)).count("!") == 2 * 3
+    assert worked_solution(task, PROBLEM, random.Random(0)).count("!") == 2 * 3
 
 
 def test_error_rate_is_respected() -> None:
     rng = random.Random(0)
     task = replace(TASK, error_rate=0.2, max_errors_per_step=1)
-    solutions = [task.worked_solution(task.problem("train", i), rng) for i in range(1_000)]
+    solutions = [worked_solution(task, task.problem("train", i), rng) for i in range(1_000)]
     rate = sum(s.count("!") for s in solutions) / sum(s.count(";") for s in solutions)
     assert rate == pytest.approx(0.2, abs=0.03)
 
@@ -181,7 +182,7 @@ def test_check_rejects(response: str) -> None:
 @pytest.mark.parametrize("text", ["", "5=", "17+5", "17+5=22", "17/5=", "017+5=", "17+=", " 17+5="])
 def test_worked_solution_rejects_other_texts(text: str) -> None:
     with pytest.raises(ValueError, match="not a chain expression"):
-        TASK.worked_solution(Problem(problem_id="x", text=text, answer="0"))
+        worked_solution(TASK, Problem(problem_id="x", text=text, answer="0"))
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,26 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from qwen3_distill.config import JsonlPrompts, MathVerifier, TaskPrompts, TaskVerifier
+from qwen3_distill.config import (
+    ChoiceVerifier,
+    ExactVerifier,
+    JsonlPrompts,
+    MathVerifier,
+    PythonVerifier,
+    RegexVerifier,
+    RunConfig,
+    TaskPrompts,
+    TaskVerifier,
+    VerifierConfig,
+)
 from qwen3_distill.data.chain_task import ChainTask
 from qwen3_distill.data.sources import RawPrompt, build_source
 from qwen3_distill.data.verifiers import (
@@ -26,6 +39,8 @@ from qwen3_distill.data.verifiers import (
 )
 from qwen3_distill.errors import DataError, EngineError
 from qwen3_distill.types import Prompt
+from tests.unit.config.test_rules import GOOD
+from tests.unit.data.chain_solutions import worked_solution
 
 TOKENS = np.array([1], dtype=np.int32)
 
@@ -36,6 +51,32 @@ def prompt_of(raw: RawPrompt) -> Prompt:
 
 def prompt(answer: str) -> Prompt:
     return Prompt(prompt_id="p:0", token_ids=TOKENS, task_data={"answer": answer})
+
+
+CONFIGS = [
+    (TaskVerifier(kind="task"), "ChainVerifier", None),
+    (MathVerifier(kind="math"), "MathEqualityVerifier", "a math"),
+    (ExactVerifier(kind="exact"), "ExactTextVerifier", "an exact"),
+    (ChoiceVerifier(kind="choice"), "ChoiceLetterVerifier", "a choice"),
+    (RegexVerifier(kind="regex", pattern="(.)"), "RegexGroupVerifier", "a regex"),
+    (PythonVerifier(kind="python", function="f.py:f"), "PythonFunctionVerifier", None),
+]
+"""Every verifier, what is built for it, and its name where it needs reference answers."""
+
+
+@pytest.mark.parametrize(("config", "built", "name"), CONFIGS)
+def test_every_verifier_of_the_config_is_built_and_fits_its_prompts(
+    config: VerifierConfig, built: str, name: str | None
+) -> None:
+    assert {type(c) for c, _, _ in CONFIGS} == set(get_args(get_args(VerifierConfig)[0]))
+    assert type(build_verifier(config)).__name__ == built
+    values = GOOD | {"verifier": config.model_dump()}
+    if name is None:
+        RunConfig.model_validate(values)
+    else:
+        expected = f"verifier: {name} verifier needs prompts with an answer_field"
+        with pytest.raises(ValidationError, match=expected):
+            RunConfig.model_validate(values)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +97,7 @@ def test_task_verifier_uses_the_tasks_check() -> None:
     source, task = build_source(TaskPrompts(kind="task")), ChainTask()
     for index in range(20):
         given_prompt = prompt_of(source.get(index))
-        solution = task.worked_solution(task.problem("train", index))
+        solution = worked_solution(task, task.problem("train", index))
         assert verifier.correct(given_prompt, solution) is True
         assert verifier.correct(given_prompt, solution + "0") is False
         assert verifier.correct(given_prompt, "") is False

@@ -72,3 +72,18 @@ def test_what_was_closed_is_not_started_again() -> None:
         assert engine.events == ["start", "end"]
 
     asyncio.run(run())
+
+
+def test_an_engine_without_a_state_is_only_started_again() -> None:
+    async def run() -> None:
+        events: list[str] = []
+
+        async def note() -> None:
+            events.append("called")
+
+        restarts = Restarts(start=note, end=note, limit=1)
+        await restarts.start()
+        await restarts.recover(1, DIED)
+        assert (events, restarts.count) == (["called"] * 3, 1)
+
+    asyncio.run(run())

@@ -11,7 +11,7 @@ from qwen3_distill.recording.console import (
     SilentReporter,
     make_reporter,
 )
-from qwen3_distill.recording.text import clock, duration, number, quantity
+from qwen3_distill.recording.text import clock, duration, gib, gibibytes, number, quantity
 
 
 class _Clock:
@@ -72,6 +72,11 @@ SUMMARY: dict[str, Any] = {
     "tokens": {"generated": 216_000, "scored": 216_000, "trained": 216_000},
     "wall_s": {"generate": 40.0, "train": 60.0, "total": 100.0},
 }
+
+
+def test_sizes_are_in_gib() -> None:
+    assert (gib(7945689498), gibibytes(7945689498)) == ("7.4", "7.4 GiB")
+    assert gibibytes(3 << 28, digits=2) == "0.75 GiB"
 
 
 def test_a_step_line_says_where_the_run_stands(out, clock_):

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,12 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen3_distill.config import EmbeddedTraining, OptimizerConfig, SampledReverseKL
+from qwen3_distill.config import (
+    EmbeddedTraining,
+    OptimizerConfig,
+    SampledReverseKL,
+    UnslothTraining,
+)
 from qwen3_distill.errors import AlignmentError, EngineError, EngineStartError
 from qwen3_distill.modeling.loading import load_model
 from qwen3_distill.modeling.step_memory import GIB, allocator_bytes, usable_bytes
 from qwen3_distill.training import learner as learner_module
 from qwen3_distill.training.batching import MicroBatch
+from qwen3_distill.training.embedded.hosted import hosted_embedded_learner
 from qwen3_distill.training.embedded.student import EmbeddedLearner
 from qwen3_distill.training.objectives.base import (
     LossTerms,
@@ -24,6 +31,7 @@ from qwen3_distill.training.objectives.base import (
 )
 from qwen3_distill.training.objectives.build import build_objective
 from qwen3_distill.training.settings import LearnerSettings
+from qwen3_distill.training.unsloth.learner import unsloth_learner
 from qwen3_distill.training.unsloth.packing_probe import packing_gap, recompute_first_layers
 from qwen3_distill.types import Batch, ScoredRollout, TeacherScore
 from qwen3_distill.weights.memory import MemoryChannel
@@ -92,6 +100,25 @@ def test_several_ranks_may_combine_their_gradients_between_the_last_backward_pas
     assert ranks.num_reductions == 1
     assert two.grad_norm == pytest.approx(2 * one.grad_norm, rel=1e-5)
     assert two.loss == one.loss
+
+
+def test_a_learner_here_is_not_started_again_and_a_hosted_one_as_often_as_its_section_says(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    settings = settings_of(tiny_models)
+    training = settings.training.model_copy(update={"max_restarts": 7})
+    unsloth = LearnerSettings(
+        model_dir=tiny_models.student,
+        training=UnslothTraining(kind="unsloth", max_restarts=5),
+        objective=settings.objective,
+        total_steps=9,
+        seed=0,
+    )
+    log = tmp_path / "log"
+    assert learner_of(tiny_models)[0].max_restarts == 0
+    hosted = hosted_embedded_learner(replace(settings, training=training), log=log)
+    assert hosted.max_restarts == 7
+    assert unsloth_learner(unsloth, log=log).max_restarts == 5
 
 
 def parameters_of(learner: EmbeddedLearner) -> list[torch.nn.Parameter]:

@@ -335,7 +335,6 @@ NEEDS: list[tuple[dict[str, Any], ScoreRequest, bool, bool]] = [
 def test_an_objective_states_what_it_needs(values, request_, lacks_ratio, credits_later) -> None:
     config = objective_config(values)
     assert config.score_request == request_
-    assert config.needs_teacher
     assert config.lacks_ratio == lacks_ratio
     assert config.credits_later_tokens == credits_later
     assert config.reward_weight == values.get("task_reward_weight", 0)

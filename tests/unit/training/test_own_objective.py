@@ -70,6 +70,10 @@ class SkewedReverseKL(ObjectiveSchema):
     def uses_ratio(self) -> bool:
         return self.ratio_cap is not None
 
+    @property
+    def ratio_setting(self) -> str:
+        return "ratio_cap=null"
+
 
 def skewed_advantage(learner_logprob_N: Tensor, teacher_logprob_N: Tensor, skew: float) -> Tensor:
     """Return A_t = log m - log pi + skew (pi / m - 1) with m = (1 - skew) q + skew pi, at a_t.

@@ -3,6 +3,7 @@
 from qwen3_distill.config import (
     ChoiceVerifier,
     ExactVerifier,
+    MathVerifier,
     PythonVerifier,
     RegexVerifier,
     TaskVerifier,
@@ -23,17 +24,19 @@ from qwen3_distill.data.verifiers.text_match import (
 
 def build_verifier(config: VerifierConfig) -> Verifier:
     """Build the verifier that ``config`` describes."""
-    if isinstance(config, TaskVerifier):
-        return ChainVerifier(ChainTask())
-    if isinstance(config, ExactVerifier):
-        return ExactTextVerifier(config)
-    if isinstance(config, ChoiceVerifier):
-        return ChoiceLetterVerifier(config)
-    if isinstance(config, RegexVerifier):
-        return RegexGroupVerifier(config)
-    if isinstance(config, PythonVerifier):
-        return PythonFunctionVerifier(config)
-    return MathEqualityVerifier()
+    match config:
+        case TaskVerifier():
+            return ChainVerifier(ChainTask())
+        case MathVerifier():
+            return MathEqualityVerifier()
+        case ExactVerifier():
+            return ExactTextVerifier(config)
+        case ChoiceVerifier():
+            return ChoiceLetterVerifier(config)
+        case RegexVerifier():
+            return RegexGroupVerifier(config)
+        case PythonVerifier():
+            return PythonFunctionVerifier(config)
 
 
 def check_references(config: VerifierConfig, source: PromptSource) -> None:

@@ -179,8 +179,8 @@ class _RoomyLayer(DynamicLayer):
 
     _ROOM = 64
     """Columns allocated beyond those in use."""
-    _key_room: Tensor | None = None
-    _value_room: Tensor | None = None
+    _key_buffer: Tensor | None = None
+    _value_buffer: Tensor | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -189,22 +189,24 @@ class _RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self._key_room = self._with_room(_held(self.keys), key_states, self._key_room)
-        self._value_room = self._with_room(_held(self.values), value_states, self._value_room)
+        self._key_buffer = self._with_capacity(_held(self.keys), key_states, self._key_buffer)
+        self._value_buffer = self._with_capacity(
+            _held(self.values), value_states, self._value_buffer
+        )
         length = _held(self.keys).shape[2] + key_states.shape[2]
-        self.keys, self.values = self._key_room[:, :, :length], self._value_room[:, :, :length]
+        self.keys, self.values = self._key_buffer[:, :, :length], self._value_buffer[:, :, :length]
         return self.keys, self.values
 
-    def _with_room(self, held: Tensor, new: Tensor, room: Tensor | None) -> Tensor:
+    def _with_capacity(self, held: Tensor, new: Tensor, buffer: Tensor | None) -> Tensor:
         """Return a tensor that begins with the held columns, followed by the new ones."""
         old, length = held.shape[2], held.shape[2] + new.shape[2]
         # What was selected, trimmed or joined in between is another tensor.
-        is_same = room is not None and held.data_ptr() == room.data_ptr()
-        if room is None or not is_same or len(room) != len(held) or room.shape[2] < length:
-            room = new.new_empty(*new.shape[:2], length + self._ROOM, new.shape[3])
-            room[:, :, :old] = held
-        room[:, :, old:length] = new
-        return room
+        is_same = buffer is not None and held.data_ptr() == buffer.data_ptr()
+        if buffer is None or not is_same or len(buffer) != len(held) or buffer.shape[2] < length:
+            buffer = new.new_empty(*new.shape[:2], length + self._ROOM, new.shape[3])
+            buffer[:, :, :old] = held
+        buffer[:, :, old:length] = new
+        return buffer
 
 
 class _State:

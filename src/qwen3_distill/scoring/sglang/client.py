@@ -32,7 +32,7 @@ class Refused(Exception):
 
 
 @dataclass(eq=False)
-class Link:
+class ServerConnection:
     """One server and its load: requests and tokens in flight."""
 
     url: str
@@ -51,7 +51,7 @@ class SglangClient:
     def __init__(
         self, urls: Sequence[str], *, api_key: str | None, max_in_flight: int, timeout_s: float
     ) -> None:
-        self.links = [Link(url.rstrip("/")) for url in urls]
+        self.connections = [ServerConnection(url.rstrip("/")) for url in urls]
         self._max_in_flight = max_in_flight
         self._changed = asyncio.Condition()
         self._http = httpx.AsyncClient(
@@ -65,21 +65,26 @@ class SglangClient:
         )
 
     async def post(
-        self, body: bytes, *, tokens: int, timeout_s: float | None = None, link: Link | None = None
+        self,
+        body: bytes,
+        *,
+        tokens: int,
+        timeout_s: float | None = None,
+        connection: ServerConnection | None = None,
     ) -> bytes:
         """Return a server's reply to a ``/generate`` request.
 
         Args:
             tokens: of the request; servers are balanced by it.
             timeout_s: seconds to wait for the reply; None: the client's default.
-            link: the server to ask; None: the least busy one.
+            connection: the server to ask; None: the least busy one.
 
         Raises:
             Unanswered: no answer; a later attempt may succeed.
             Refused: the server rejects the request itself.
             EngineError: the key is wrong.
         """
-        chosen = await self._take(tokens, link)
+        chosen = await self._take(tokens, connection)
         try:
             reply = await self._post(chosen, body, timeout_s)
         except Unanswered:
@@ -92,29 +97,31 @@ class SglangClient:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def _take(self, tokens: int, link: Link | None) -> Link:
+    async def _take(self, tokens: int, connection: ServerConnection | None) -> ServerConnection:
         async with self._changed:
-            while link is None:
-                link = self._least_busy()
-                if link is None:
+            while connection is None:
+                connection = self._least_busy()
+                if connection is None:
                     await self._changed.wait()
-            link.requests += 1
-            link.tokens += tokens
-            return link
+            connection.requests += 1
+            connection.tokens += tokens
+            return connection
 
-    def _least_busy(self) -> Link | None:
+    def _least_busy(self) -> ServerConnection | None:
         now = asyncio.get_running_loop().time()
-        free = [link for link in self.links if link.requests < self._max_in_flight]
-        return min(free, key=lambda link: (link.rests_until > now, link.tokens), default=None)
+        free = [each for each in self.connections if each.requests < self._max_in_flight]
+        return min(free, key=lambda each: (each.rests_until > now, each.tokens), default=None)
 
-    async def _give_back(self, link: Link, tokens: int) -> None:
+    async def _give_back(self, connection: ServerConnection, tokens: int) -> None:
         async with self._changed:
-            link.requests -= 1
-            link.tokens -= tokens
+            connection.requests -= 1
+            connection.tokens -= tokens
             self._changed.notify()
 
-    async def _post(self, link: Link, body: bytes, timeout_s: float | None) -> bytes:
-        address = f"{link.url}/generate"
+    async def _post(
+        self, connection: ServerConnection, body: bytes, timeout_s: float | None
+    ) -> bytes:
+        address = f"{connection.url}/generate"
         timeout = (
             httpx.USE_CLIENT_DEFAULT
             if timeout_s is None
@@ -124,18 +131,18 @@ class SglangClient:
             response = await self._http.post(address, content=body, timeout=timeout)
         except httpx.TimeoutException as error:
             raise Unanswered(
-                FaultKind.TIMEOUT, f"{link.url}: no answer in time ({type(error).__name__})"
+                FaultKind.TIMEOUT, f"{connection.url}: no answer in time ({type(error).__name__})"
             ) from error
         except (httpx.TransportError, httpx.InvalidURL) as error:
             detail = str(error) or type(error).__name__
-            raise Unanswered(FaultKind.CONNECTION, f"{link.url}: {detail}") from error
+            raise Unanswered(FaultKind.CONNECTION, f"{connection.url}: {detail}") from error
         except RuntimeError as error:
             if not self._http.is_closed:
                 raise
-            raise Unanswered(FaultKind.CONNECTION, f"{link.url}: closed from here") from error
+            raise Unanswered(FaultKind.CONNECTION, f"{connection.url}: closed from here") from error
         if response.status_code == httpx.codes.OK:
             return response.content
-        detail = f"{link.url}: status {response.status_code}: {response.text[:300]}"
+        detail = f"{connection.url}: status {response.status_code}: {response.text[:300]}"
         if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
             raise EngineError(
                 f"{detail}; the server wants another key: set scoring.api_key_file to a file "

@@ -9,7 +9,7 @@ from qwen3_distill.config import SglangScoring
 from qwen3_distill.errors import ConfigError, DataError, EngineError, EngineLost
 from qwen3_distill.hosts.supervision import Restarts
 from qwen3_distill.modeling.known_answer import KnownAnswer
-from qwen3_distill.scoring.sglang.client import Link, Refused, SglangClient, Unanswered
+from qwen3_distill.scoring.sglang.client import Refused, ServerConnection, SglangClient, Unanswered
 from qwen3_distill.scoring.sglang.readiness import check_known_answer, wait_for_answer
 from qwen3_distill.scoring.sglang.server import SglangServer, unless_it_ends
 from qwen3_distill.scoring.sglang.wire import FaultKind
@@ -128,16 +128,16 @@ class SglangEndpoint:
             raise ConfigError(f"scoring.api_key_file {file} cannot be read: {error}") from error
 
     def _new_restarts(self) -> Restarts:
-        return Restarts(
-            start=self._start, end=self._end, restore=_nothing, limit=self.config.max_restarts
-        )
+        return Restarts(start=self._start, end=self._end, limit=self.config.max_restarts)
 
     async def _start(self) -> None:
         """Start or connect to the servers, and wait until each one's answer is checked."""
         server = self.server
         if server is None:
             self._connect(self.config.urls, self._remote_key())
-            await together(*(self._find(link) for link in self._score_client.links))
+            await together(
+                *(self._check_server(connection) for connection in self._score_client.connections)
+            )
             return
         if server.on_cpu and self.config.quantization is not None:
             raise ConfigError(
@@ -146,7 +146,7 @@ class SglangEndpoint:
             )
         await server.start()
         self._connect([server.url], server.api_key)
-        await unless_it_ends(server, self._find(self._score_client.links[0]))
+        await unless_it_ends(server, self._check_server(self._score_client.connections[0]))
 
     async def _end(self) -> None:
         for client in (self._scores, self._answers):
@@ -155,13 +155,13 @@ class SglangEndpoint:
         if self.server is not None:
             await self.server.close()
 
-    async def _find(self, link: Link) -> None:
+    async def _check_server(self, connection: ServerConnection) -> None:
         client, config = self._score_client, self.config
-        await wait_for_answer(client, link, config, self.server)
+        await wait_for_answer(client, connection, config, self.server)
         assert self._expected is not None, "set by start"
         await check_known_answer(
             client,
-            link,
+            connection,
             config,
             await self._expected,
             vocab_size=self._identity.vocab_size,
@@ -203,7 +203,3 @@ class SglangEndpoint:
         )
         await self._restarts.recover(start, lost)
         return True
-
-
-async def _nothing() -> None:
-    """A restarted teacher has no state to restore."""

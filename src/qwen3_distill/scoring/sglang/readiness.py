@@ -8,7 +8,13 @@ import numpy as np
 from qwen3_distill.config import SglangScoring
 from qwen3_distill.errors import EngineStartError, HandshakeError
 from qwen3_distill.modeling.known_answer import KnownAnswer
-from qwen3_distill.scoring.sglang.client import Link, Refused, SglangClient, Unanswered, backoff_s
+from qwen3_distill.scoring.sglang.client import (
+    Refused,
+    ServerConnection,
+    SglangClient,
+    Unanswered,
+    backoff_s,
+)
 from qwen3_distill.scoring.sglang.server import SglangServer
 from qwen3_distill.scoring.sglang.wire import (
     Fault,
@@ -27,12 +33,15 @@ PROBE_TIMEOUT_S = 120.0
 
 
 async def wait_for_answer(
-    client: SglangClient, link: Link, config: SglangScoring, server: SglangServer | None
+    client: SglangClient,
+    connection: ServerConnection,
+    config: SglangScoring,
+    server: SglangServer | None,
 ) -> None:
     """Wait for a server's first answer of any kind.
 
     Args:
-        server: the process behind the link; None if it runs elsewhere.
+        server: the process behind the connection; None if it runs elsewhere.
 
     Raises:
         EngineStartError: no answer in time, or what answers is no SGLang server.
@@ -42,7 +51,7 @@ async def wait_for_answer(
     body = score_body([_job(np.zeros(2, dtype=np.int32))], SampledRequest())
     while True:
         try:
-            await client.post(body, tokens=2, timeout_s=PROBE_TIMEOUT_S, link=link)
+            await client.post(body, tokens=2, timeout_s=PROBE_TIMEOUT_S, connection=connection)
         except Unanswered as error:
             waited_s, limit_s = clock.time() - began, config.start_timeout_s
             fault = error.fault
@@ -68,7 +77,7 @@ async def wait_for_answer(
 
 async def check_known_answer(
     client: SglangClient,
-    link: Link,
+    connection: ServerConnection,
     config: SglangScoring,
     expected: KnownAnswer,
     *,
@@ -89,12 +98,12 @@ async def check_known_answer(
     for attempt in range(config.max_attempts):
         if attempt:
             await asyncio.sleep(backoff_s(attempt))
-        score = await _probe(client, link, job, vocab_size)
+        score = await _probe(client, connection, job, vocab_size)
         if isinstance(score, TeacherScore):
-            return _compare(link, config, score, expected)
+            return _compare(connection, config, score, expected)
         count(f"score/retried_{score.kind.value}")
     raise EngineStartError(
-        f"{link.url} gives no score to a known sequence: {score.kind.value}: {score.detail}"
+        f"{connection.url} gives no score to a known sequence: {score.kind.value}: {score.detail}"
     )
 
 
@@ -106,14 +115,16 @@ def _job(token_ids: IntArray) -> ScoringJob:
 
 
 async def _probe(
-    client: SglangClient, link: Link, job: ScoringJob, vocab_size: int
+    client: SglangClient, connection: ServerConnection, job: ScoringJob, vocab_size: int
 ) -> TeacherScore | Fault:
     body = score_body([job], SampledRequest())
     tokens = int(job.token_ids.size)
     try:
-        reply = await client.post(body, tokens=tokens, timeout_s=PROBE_TIMEOUT_S, link=link)
+        reply = await client.post(
+            body, tokens=tokens, timeout_s=PROBE_TIMEOUT_S, connection=connection
+        )
         (score,) = read_scores(
-            reply, [job], SampledRequest(), vocab_size=vocab_size, teacher_id=link.url
+            reply, [job], SampledRequest(), vocab_size=vocab_size, teacher_id=connection.url
         )
     except (Unanswered, ReplyError) as error:
         return error.fault
@@ -122,7 +133,9 @@ async def _probe(
     return score
 
 
-def _compare(link: Link, config: SglangScoring, score: TeacherScore, expected: KnownAnswer) -> None:
+def _compare(
+    connection: ServerConnection, config: SglangScoring, score: TeacherScore, expected: KnownAnswer
+) -> None:
     tolerance = config.readiness_tolerance_nats
     gap = float(np.abs(score.logprobs - expected.logprobs).mean())
     if gap <= tolerance:
@@ -137,7 +150,7 @@ def _compare(link: Link, config: SglangScoring, score: TeacherScore, expected: K
         else "it serves another model, or in another precision"
     )
     raise HandshakeError(
-        f"{link.url} does not score as {config.model} must: on "
+        f"{connection.url} does not score as {config.model} must: on "
         f"{expected.logprobs.size} known tokens they are {gap:.3f} nats apart on average, more "
         f"than scoring.readiness_tolerance_nats={tolerance:g}. First tokens: server "
         f"{np.round(score.logprobs[:4], 2).tolist()}, directory "

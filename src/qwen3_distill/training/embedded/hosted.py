@@ -33,4 +33,4 @@ def hosted_embedded_learner(
         )
     )
     opening = Opening(settings.resolved(), timeout_s=training.start_timeout_s)
-    return HostedLearner(host, opening, settings.model_dir)
+    return HostedLearner(host, opening, settings.model_dir, max_restarts=training.max_restarts)

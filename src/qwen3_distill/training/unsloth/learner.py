@@ -36,7 +36,9 @@ def unsloth_learner(
             start_timeout_s=training.start_timeout_s,
         )
     )
-    return HostedLearner(host, UnslothOpening(settings), settings.model_dir)
+    return HostedLearner(
+        host, UnslothOpening(settings), settings.model_dir, max_restarts=training.max_restarts
+    )
 
 
 class UnslothOpening(Opening):
