@@ -57,7 +57,7 @@ class ObjectiveSchema(Schema):
 
     @property
     def credit_remedy(self) -> str:
-        """What to use to credit no later tokens, for errors that say "use ..."."""
+        """Settings that credit no later tokens, for errors that say "use ..."."""
         return "another objective.kind"
 
     @property
