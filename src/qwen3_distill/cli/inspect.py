@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from qwen3_distill.cli.terminal import ConfigOption, Overrides, print_json, quiet_libraries, say
+from qwen3_distill.cli.terminal import (
+    ConfigOption,
+    Overrides,
+    print_json,
+    quiet_libraries,
+    say,
+    warn,
+)
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import dump_config, load_config
 from qwen3_distill.errors import RunFolderError
@@ -43,9 +50,13 @@ def plan(
     """Show how the engines share the memory. Exit status 2, with advice, if it does not fit."""
     settings = load_config(config, overrides or ())
     from qwen3_distill.modeling.shapes import named_shape
+    from qwen3_distill.pipeline.models import localize
     from qwen3_distill.planning.plan import make_plan
     from qwen3_distill.planning.table import plan_settings, plan_table
 
+    shapes = {"student": shape_student, "teacher": shape_teacher}
+    read = [role for role, shape in shapes.items() if shape is None]
+    settings = localize(settings, say=say, warn=warn, roles=read, datasets=False).config
     planned = make_plan(
         settings,
         device_memory_bytes=None if device_memory_gib is None else int(device_memory_gib * 2**30),
@@ -65,9 +76,12 @@ def report(
     if not config_file.is_file():
         raise RunFolderError(f"{run_folder} is not a run folder: it has no config.json")
     settings = load_config(config_file)
+    from qwen3_distill.pipeline.models import localize, recorded_hub
     from qwen3_distill.pipeline.summary import render_report
 
     quiet_libraries()
+    recorded = recorded_hub(run_folder / "manifest.json")
+    settings = localize(settings, recorded=recorded, roles=["student"], datasets=False).config
     say(f"report: {render_report(run_folder, settings, out)}")
 
 
@@ -86,9 +100,10 @@ def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
         f"{config} is valid: {settings.steps} steps of {settings.prompts_per_step} prompts x "
         f"{settings.samples_per_prompt} samples, objective {settings.objective.kind}"
     )
+    from qwen3_distill.pipeline.models import localize
     from qwen3_distill.pipeline.preflight import check_before_start
 
-    check_before_start(settings)
+    check_before_start(localize(settings, say=say, warn=warn).config, downloaded=False)
 
 
 def config_schema() -> None:

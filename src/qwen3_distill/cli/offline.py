@@ -82,7 +82,7 @@ def evaluate(
     config: ConfigOption,
     overrides: Overrides = None,
     model: Annotated[
-        str | None, typer.Option(help="Model directory; default: the config's student.")
+        str | None, typer.Option(help="Model directory or hub id; default: the config's student.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the result as JSON.")] = None,
 ) -> None:
@@ -104,7 +104,7 @@ def audit_teacher(
     num: Annotated[int, typer.Option(min=1, help="How many rollouts to score.")] = 64,
     unquantized: Annotated[
         str | None,
-        typer.Option(help="Directory to compare with; default: the config's teacher."),
+        typer.Option(help="Directory or hub id to compare with; default: the config's teacher."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
 ) -> None:

@@ -2,7 +2,8 @@
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, field_validator
+from pydantic import Field, PrivateAttr, field_validator
+from typing_extensions import Self
 
 from qwen3_distill.config.base import PositiveInt, Schema
 from qwen3_distill.types import SamplingSpec
@@ -45,7 +46,20 @@ class HuggingFacePrompts(_FilePrompts):
     """Configuration of the dataset, e.g. ``main``."""
     split: str = "train"
     revision: str | None = None
-    """Commit of the dataset; pin it to make the run reproducible."""
+    """Branch, tag or commit on the hub; null: ``main``. The manifest records the commit, and a
+    resumed run uses it again."""
+    _commit: str | None = PrivateAttr(default=None)
+
+    @property
+    def commit(self) -> str | None:
+        """What to load: the commit that was found on the hub, else `revision`."""
+        return self._commit or self.revision
+
+    def at_commit(self, commit: str) -> Self:
+        """Copy the section for one commit; a dump of it and the prompts' ids stay the same."""
+        pinned = self.model_copy()
+        pinned._commit = commit
+        return pinned
 
 
 class TaskPrompts(Schema):
@@ -137,7 +151,8 @@ class StudentConfig(Schema):
     """The model that is trained."""
 
     model: str
-    """Directory of the student (Hugging Face layout)."""
+    """The student: a directory (Hugging Face layout), or a hub id such as ``Qwen/Qwen3-4B`` or
+    ``Qwen/Qwen3-4B@REVISION``; see guide/hub.md."""
     template_arguments: dict[str, bool | int | str] = Field(default_factory=dict)
     """Passed to the chat template, e.g. ``{enable_thinking: false}`` for Qwen3."""
 

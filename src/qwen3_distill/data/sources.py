@@ -240,7 +240,7 @@ def _load_dataset(config: HuggingFacePrompts, where: str) -> Any:
         if _is_saved_to_disk(Path(config.path)):
             return _saved_split(datasets.load_from_disk(config.path), config)
         return datasets.load_dataset(
-            config.path, config.name, split=config.split, revision=config.revision
+            config.path, config.name, split=config.split, revision=config.commit
         )
     except DataError:
         raise

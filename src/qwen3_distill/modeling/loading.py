@@ -17,9 +17,8 @@ from transformers import (
 )
 
 from qwen3_distill.errors import ConfigError, ModelError
+from qwen3_distill.modeling.directory import check_model_dir
 from qwen3_distill.types import ModelIdentity
-
-SUPPORTED_MODEL_TYPES = ("qwen3",)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -46,35 +45,6 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def check_model_dir(path: str | Path) -> Path:
-    """Return the directory if it holds a dense Qwen3 model.
-
-    Raises:
-        ModelError: it is missing, has no config or weights, or has another architecture.
-    """
-    directory = Path(path)
-    if not directory.is_dir():
-        raise ModelError(
-            f"model directory {directory} does not exist (working directory {Path.cwd()}); give "
-            "the path of a Hugging Face model directory"
-        )
-    config_file = directory / "config.json"
-    if not config_file.is_file():
-        raise ModelError(f"{directory} has no config.json: not a Hugging Face model directory")
-    try:
-        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{config_file} is not a JSON object: {error}") from error
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise ModelError(
-            f"{directory}: model_type is {model_type!r}, expected one of "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)} (a dense Qwen3 causal language model)"
-        )
-    if not any(directory.glob("*.safetensors")):
-        raise ModelError(f"{directory} has no *.safetensors file: the weights are missing")
-    return directory
 
 
 def load_model(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -104,13 +74,16 @@ def output_head(model: PreTrainedModel) -> torch.Tensor:
     return head.weight
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str | Path, *, weights: bool = True) -> PreTrainedTokenizerFast:
     """Load the directory's fast tokenizer.
+
+    Args:
+        weights: False: the directory's weights may be missing.
 
     Raises:
         ModelError: the directory has none.
     """
-    directory = check_model_dir(path)
+    directory = check_model_dir(path, weights=weights)
     if not (directory / "tokenizer.json").is_file():
         # transformers would make up an empty tokenizer from the model type, without a warning.
         raise ModelError(f"{directory} has no tokenizer.json: needs a fast tokenizer")
@@ -123,11 +96,15 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_identity(path: str | Path) -> ModelIdentity:
-    """Read from a model directory what another model must share with it."""
-    directory = check_model_dir(path)
+def load_identity(path: str | Path, *, weights: bool = True) -> ModelIdentity:
+    """Read from a model directory what another model must share with it.
+
+    Args:
+        weights: False: the directory's weights may be missing.
+    """
+    directory = check_model_dir(path, weights=weights)
     config = AutoConfig.from_pretrained(directory)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, weights=weights)
     return ModelIdentity(
         name=str(directory),
         tokenizer_digest=_tokenizer_digest(tokenizer),

@@ -38,6 +38,7 @@ from qwen3_distill.pipeline.assembly.teachers import (
     build_teacher,
     with_embedded_teacher_here,
 )
+from qwen3_distill.pipeline.models import local_model, localize, localize_with_weights
 from qwen3_distill.pipeline.parts import TextTools
 from qwen3_distill.pipeline.requests import make_batch, requests_for_step
 from qwen3_distill.pipeline.run_folder import full_disk_named
@@ -107,6 +108,7 @@ def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, s
     Returns:
         A line for the user: how much was written, and where.
     """
+    config = localize_with_weights(config, say, roles=("student",))
     text = TextTools(config.student.model)
     prompts = build_prompts(config, text)
     check_writable(out)
@@ -135,8 +137,12 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
     rows = read_rollouts(rollouts)
     if not rows:
         raise DataError(f"{rollouts} has no rollouts to score")
+    config = localize_with_weights(config, say, roles=("teacher",))
     view = SameView()
-    view.check(load_identity(config.student.model), load_identity(config.scoring.model))
+    view.check(
+        load_identity(config.student.model, weights=False),
+        load_identity(config.scoring.model),
+    )
     teacher = build_teacher(config, plan_memory(config))
     decode = TextTools(config.student.model).decode
     check_writable(out)
@@ -174,6 +180,7 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say) -> str:
     rows = read_scored(scored)
     if not rows:
         raise DataError(f"{scored} has no rollouts to train on")
+    config = localize_with_weights(config, say)
     plan = plan_memory(config)
     teacher = build_teacher(
         with_embedded_teacher_here(config), plan
@@ -274,7 +281,12 @@ def evaluate_directory(config: RunConfig, model: str, out: Path | None, *, say: 
     settings = config.evaluation
     if settings is None:
         raise ConfigError("this config has no `evaluation` section")
-    check_compatible(load_identity(config.student.model), load_identity(model))
+    directory = local_model(model, "--model", say) if model != config.student.model else None
+    local = localize(config, say=say, warn=say)
+    if directory is None:
+        local.fetch_weights(say, ("student",))
+    config, directory = local.config, directory or local.config.student.model
+    check_compatible(load_identity(config.student.model, weights=False), load_identity(directory))
     if out is not None:
         check_writable(out)
     text = TextTools(config.student.model)
@@ -283,7 +295,7 @@ def evaluate_directory(config: RunConfig, model: str, out: Path | None, *, say: 
     problems = build_problems(config.student, settings, text)(count)
 
     async def measure() -> EvaluationResult:
-        async with static_engine(config, model) as engine:
+        async with static_engine(config, directory) as engine:
             return await evaluate(
                 engine,
                 problems,

@@ -34,7 +34,7 @@ class TextTools:
     @cached_property
     def tokenizer(self) -> Any:
         """The student's tokenizer."""
-        return load_tokenizer(self.student_dir)
+        return load_tokenizer(self.student_dir, weights=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode all tokens, without special ones."""

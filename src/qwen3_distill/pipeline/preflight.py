@@ -14,20 +14,24 @@ from qwen3_distill.data.sources import build_source
 from qwen3_distill.data.verifiers import check_references
 from qwen3_distill.errors import ConfigError, DataError, ModelError
 from qwen3_distill.hosts.child import is_absent
-from qwen3_distill.modeling.loading import check_model_dir
+from qwen3_distill.modeling.directory import check_model_dir
+from qwen3_distill.modeling.hub import is_snapshot
 
 
-def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
+def problems_of(
+    config: RunConfig, *, reads_prompts: bool = True, downloaded: bool = True
+) -> list[str]:
     """List a config's missing models, prompts and interpreters, each with what to change.
 
     Args:
         reads_prompts: also read the training prompts, which takes a while for millions, and check
             reference answers. False where `build_parts` will do both; training prompts need only
             exist then. Held-out problems are always read.
+        downloaded: False: models of the hub may lack their weights.
     """
     checks: list[Callable[[], object]] = [
-        lambda: check_model_dir(config.student.model),
-        lambda: check_model_dir(config.scoring.model),
+        lambda: _check_model(config.student.model, downloaded),
+        lambda: _check_model(config.scoring.model, downloaded),
     ]
     prompts = config.prompts
     is_file = isinstance(prompts, JsonlPrompts | ParquetPrompts)
@@ -47,17 +51,23 @@ def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def check_before_start(config: RunConfig, *, reads_prompts: bool = True) -> None:
+def check_before_start(
+    config: RunConfig, *, reads_prompts: bool = True, downloaded: bool = True
+) -> None:
     """Raise one error with all of `problems_of`, before engines take minutes to start.
 
     Raises:
         ConfigError: something is missing.
     """
-    found = problems_of(config, reads_prompts=reads_prompts)
+    found = problems_of(config, reads_prompts=reads_prompts, downloaded=downloaded)
     if len(found) == 1:
         raise ConfigError(found[0])
     if found:
         raise ConfigError("\n  - ".join(["the config names what is not there:", *found]))
+
+
+def _check_model(directory: str, downloaded: bool) -> None:
+    check_model_dir(directory, weights=downloaded or not is_snapshot(directory))
 
 
 def _read(prompts: PromptsConfig, verifier: VerifierConfig | None) -> None:

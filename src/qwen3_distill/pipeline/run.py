@@ -22,6 +22,7 @@ from qwen3_distill.pipeline.manifest import (
     machine,
     versions,
 )
+from qwen3_distill.pipeline.models import HubRecord, LocalConfig, localize, recorded_hub
 from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.preflight import check_before_start
 from qwen3_distill.pipeline.recorder import Recorder
@@ -57,17 +58,19 @@ def run(
         The run's summary; None after a first Ctrl-C, when the step was finished and saved.
     """
     with RunFolder(config) as folder, progress, signals_as_ctrl_c():
+        recorded = recorded_hub(folder.manifest) if folder.has_records() else {}
+        local = localize(config, recorded=recorded, say=progress.stage, warn=warn)
         if folder.is_finished:
             progress.stage(f"the run in {folder.path} is complete; remove the folder to run again")
-        elif not asyncio.run(_run(config, folder, progress, warn, adapt)):
+        elif not asyncio.run(_run(local, folder, progress, warn, adapt)):
             return None
         summary = folder.read_summary()
-        progress.finish(summary, render_report(folder.path, config))
+        progress.finish(summary, render_report(folder.path, local.config))
         return summary
 
 
 async def _run(
-    config: RunConfig,
+    local: LocalConfig,
     folder: RunFolder,
     progress: ProgressReporter,
     warn: Callable[[str], None],
@@ -75,9 +78,14 @@ async def _run(
 ) -> bool:
     if folder.changes:
         warn("going on with other settings than before:\n  " + "\n  ".join(folder.changes))
-    check_before_start(config, reads_prompts=False)  # `build_parts` reads them
+    config = local.config
+    check_before_start(config, reads_prompts=False, downloaded=False)  # `build_parts` reads them
     progress.stage("checking that student and teacher match")
-    SameView().check(load_identity(config.student.model), load_identity(config.scoring.model))
+    SameView().check(
+        load_identity(config.student.model, weights=False),
+        load_identity(config.scoring.model, weights=False),
+    )
+    local.fetch_weights(progress.stage)
     async with AsyncExitStack() as stack:
         if config.pipeline.mps:  # before anything here uses CUDA; ends after the last engine
             progress.stage("starting MPS")
@@ -87,11 +95,16 @@ async def _run(
         parts = adapt(build_parts(config))
         stack.push_async_callback(parts.close)
         await parts.start(progress.stage)
-        return await _train_with_restarts(parts, folder, progress, warn)
+        return await _train_with_restarts(parts, folder, progress, warn, hub=local.hub)
 
 
 async def _train_with_restarts(
-    parts: Parts, folder: RunFolder, progress: ProgressReporter, warn: Callable[[str], None]
+    parts: Parts,
+    folder: RunFolder,
+    progress: ProgressReporter,
+    warn: Callable[[str], None],
+    *,
+    hub: HubRecord,
 ) -> bool:
     """`_train`, and again from the last checkpoint each time the learner's process is lost."""
     lost: LearnerLost | None = None
@@ -100,7 +113,7 @@ async def _train_with_restarts(
             if lost is not None:
                 warn(f"the learner is started again from the last checkpoint: {lost}")
                 await _start_again(parts.learner)
-            return await _train(parts, folder, progress, warn)
+            return await _train(parts, folder, progress, warn, hub=hub)
         except LearnerLost as error:
             if restarts_left == 0:
                 raise
@@ -117,7 +130,12 @@ async def _start_again(learner: Learner) -> None:
 
 
 async def _train(
-    parts: Parts, folder: RunFolder, progress: ProgressReporter, warn: Callable[[str], None]
+    parts: Parts,
+    folder: RunFolder,
+    progress: ProgressReporter,
+    warn: Callable[[str], None],
+    *,
+    hub: HubRecord,
 ) -> bool:
     """Train from the newest checkpoint on; return whether the last step was reached.
 
@@ -126,7 +144,7 @@ async def _train(
     """
     config = parts.config
     cursor = await _restore(parts, folder, progress, warn)
-    _write_manifest(parts, folder, cursor.step)
+    _write_manifest(parts, folder, cursor.step, hub)
     folder.accept_changes()
     recorder = Recorder(parts, folder, progress, start_step=cursor.step)
     try:
@@ -165,7 +183,7 @@ async def _restore(
     return cursor
 
 
-def _write_manifest(parts: Parts, folder: RunFolder, step: int) -> None:
+def _write_manifest(parts: Parts, folder: RunFolder, step: int, hub: HubRecord) -> None:
     """Write the manifest, with one entry per start: a resumed run may have other versions."""
     start = {
         "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -175,6 +193,7 @@ def _write_manifest(parts: Parts, folder: RunFolder, step: int) -> None:
         "engines": engine_versions(engine_interpreters(parts.config)),
         "machine": machine(),
         "code": git_revision(Path(__file__).parent),
+        "hub": hub,
     }
     write_json_atomic(
         folder.manifest,

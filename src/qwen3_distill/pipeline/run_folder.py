@@ -200,7 +200,7 @@ class RunFolder:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, os.EX_OSERR):
                 raise  # the file system has no locks: go on without one
 
-    def _has_records(self) -> bool:
+    def has_records(self) -> bool:
         """Whether the folder has a step, an evaluation or a checkpoint; else any config may start.
 
         A start that failed, say on a misspelt path, must not hold the folder for that config.
@@ -226,7 +226,7 @@ class RunFolder:
         return values
 
     def _check_config(self) -> None:
-        if not self.config.exists() or not self._has_records():
+        if not self.config.exists() or not self.has_records():
             write_json_atomic(self.config, self._values)
             return
         differences = [

@@ -78,7 +78,7 @@ def _stream(
         source,
         text.tokenizer,
         seed=seed,
-        context_length=load_identity(student.model).context_length,
+        context_length=load_identity(student.model, weights=False).context_length,
         max_new_tokens=sampling.max_new_tokens,
         template_arguments=student.template_arguments,
     )
