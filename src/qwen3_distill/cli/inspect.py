@@ -101,9 +101,12 @@ def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
         f"{settings.samples_per_prompt} samples, objective {settings.objective.kind}"
     )
     from qwen3_distill.pipeline.models import localize
-    from qwen3_distill.pipeline.preflight import check_before_start
+    from qwen3_distill.pipeline.preflight import check_before_start, data_notes
 
-    check_before_start(localize(settings, say=say, warn=warn).config, downloaded=False)
+    settings = localize(settings, say=say, warn=warn).config
+    check_before_start(settings, downloaded=False)
+    for note in data_notes(settings):
+        warn(note)
 
 
 def config_schema() -> None:

@@ -11,19 +11,24 @@ from qwen3_distill.types import SamplingSpec
 
 class _FilePrompts(Schema):
     prompt_field: str = "prompt"
-    """Column with the prompt: a string, or a list of ``{"role", "content"}`` messages."""
+    """Field with the prompt: a string, or a list of messages (guide/data-formats.md). Dots lead
+    into objects and lists: ``data.question``."""
     answer_field: str | None = None
-    """Column with the reference answer that the verifier compares with."""
+    """Field with the reference answer that the verifier compares with, e.g. ``answer``,
+    ``reward_model.ground_truth`` or ``messages.-1.content``."""
     system: str | None = None
     """System message prepended to every prompt."""
     suffix: str = ""
     """Text appended to every last user message, e.g. an instruction about the answer's form."""
     limit: PositiveInt | None = None
     """Use only this many rows, from the first on; null: all."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """A prompt that does not fit the student's context together with ``max_new_tokens``.
+    ``refuse``: it is an error before the run. ``drop``: it is left out and counted."""
 
 
 class JsonlPrompts(_FilePrompts):
-    """Prompts from a JSON Lines file."""
+    """Prompts from a JSON Lines file, which may be compressed (``.jsonl.gz``, ``.jsonl.zst``)."""
 
     kind: Literal["jsonl"]
     path: str

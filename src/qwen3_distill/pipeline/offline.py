@@ -111,6 +111,8 @@ def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, s
     config = localize_with_weights(config, say, roles=("student",))
     text = TextTools(config.student.model)
     prompts = build_prompts(config, text)
+    for note in prompts.notes:
+        say(note)
     check_writable(out)
     rows: list[tuple[int, Rollout]] = []
 
@@ -290,7 +292,8 @@ def evaluate_directory(config: RunConfig, model: str, out: Path | None, *, say: 
     if out is not None:
         check_writable(out)
     text = TextTools(config.student.model)
-    check_problems(config.student, settings, text)
+    for note in check_problems(config.student, settings, text).notes:
+        say(note)
     count = settings.final_num_problems or settings.num_problems
     problems = build_problems(config.student, settings, text)(count)
 

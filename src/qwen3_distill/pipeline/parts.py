@@ -2,9 +2,9 @@
 
 import asyncio
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,16 @@ class TextTools:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataRecord:
+    """What a run trains on and is evaluated on."""
+
+    counts: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict)
+    """By setting (``prompts``, ``evaluation.prompts``): prompts used (null: endless), dropped."""
+    notes: tuple[str, ...] = ()
+    """What the user should know before the run, one sentence each."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Parts:
     """Everything that a pipeline connects."""
 
@@ -64,6 +74,7 @@ class Parts:
     """Opens a sampler that answers as the teacher."""
     samples_elsewhere: bool
     """Whether the rollout engine has a process of its own."""
+    data: DataRecord = field(default_factory=DataRecord)
     scratch: Path | None = None
     """Folder of the weight channel's files, removed at the end."""
 

@@ -16,6 +16,7 @@ from qwen3_distill.errors import ConfigError, DataError, ModelError
 from qwen3_distill.hosts.child import is_absent
 from qwen3_distill.modeling.directory import check_model_dir
 from qwen3_distill.modeling.hub import is_snapshot
+from qwen3_distill.pipeline.assembly.data import overlap_of
 
 
 def problems_of(
@@ -64,6 +65,18 @@ def check_before_start(
         raise ConfigError(found[0])
     if found:
         raise ConfigError("\n  - ".join(["the config names what is not there:", *found]))
+
+
+def data_notes(config: RunConfig) -> list[str]:
+    """List what the user should know about a config's prompts; the prompts are not rendered."""
+    training = build_source(config.prompts)
+    notes: list[str] = [*getattr(training, "notes", ())]
+    if config.evaluation is not None:
+        held_out = build_source(config.evaluation.prompts)
+        notes += [f"evaluation: {note}" for note in getattr(held_out, "notes", ())]
+        overlap = overlap_of(config, training, held_out)
+        notes += [str(overlap)] if overlap else []
+    return notes
 
 
 def _check_model(directory: str, downloaded: bool) -> None:

@@ -94,6 +94,8 @@ async def _run(
         progress.stage("loading models")
         parts = adapt(build_parts(config))
         stack.push_async_callback(parts.close)
+        for note in parts.data.notes:
+            warn(note)
         await parts.start(progress.stage)
         return await _train_with_restarts(parts, folder, progress, warn, hub=local.hub)
 
@@ -194,6 +196,7 @@ def _write_manifest(parts: Parts, folder: RunFolder, step: int, hub: HubRecord) 
         "machine": machine(),
         "code": git_revision(Path(__file__).parent),
         "hub": hub,
+        "data": parts.data.counts,
     }
     write_json_atomic(
         folder.manifest,
