@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 from qwen3_distill.config import HuggingFacePrompts, JsonlPrompts, ParquetPrompts
 from qwen3_distill.data.sources import RawPrompt, build_source
 from qwen3_distill.errors import DataError
+from tests.hub_stand_in import running_hub
 
 USER = {"role": "user", "content": "2+2?"}
 ANSWER = {"role": "assistant", "content": "It is 4."}
@@ -146,6 +150,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
         ([{"from": "function_call", "value": "x"}], r"is from 'function_call'"),
         ([{"from": "human", "value": "q", "loss": 1}], r"keys \['from', 'loss', 'value'\]"),
         ([{"role": "user", "content": [IMAGE]}], r"part 0 is of type 'image_url'.*only text"),
+        ([{"role": "user", "content": [IMAGE | {"text": "a"}]}], r"part 0 is of type 'image_url'"),
         ([{"role": "user", "content": ["a"]}], r"part 0 is of type 'str'"),
         ([{"role": "user", "content": [{"type": "text", "text": 3}]}], r"part 0 whose text is no"),
         ([{"role": "user", "content": []}], r"empty prompt"),
@@ -258,6 +263,35 @@ def test_commit_of_a_dataset_is_loaded_and_not_part_of_its_name(monkeypatch: Any
     assert build_source(pinned).get(0).prompt_id == build_source(config).get(0).prompt_id
     assert asked == ["c" * 40, "v1"]
     assert pinned.model_dump() == config.model_dump()
+
+
+def test_dataset_by_hub_id_from_a_stand_in(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(lines([{"prompt": "a"}, {"prompt": "b"}]))
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files:\n"
+        "  - split: test\n    path: a.jsonl\n---\n"
+    )
+    with running_hub() as hub:
+        commit = hub.add("lab/data", folder, kind="datasets")
+        program = (
+            "from qwen3_distill.config import HuggingFacePrompts\n"
+            "from qwen3_distill.data.sources import build_source\n"
+            "config = HuggingFacePrompts(kind='hf', path='lab/data', name='main', split='test')\n"
+            f"source = build_source(config.at_commit({commit!r}))\n"
+            "print(source.num_prompts, source.get(1).prompt_id)\n"
+        )
+        # In a process of its own: `datasets` reads the hub's address when it is imported.
+        variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | variables,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert done.stdout == "2 lab/data/main/test:1\n"
 
 
 def test_errors_of_a_dataset_are_one_line(monkeypatch: Any) -> None:

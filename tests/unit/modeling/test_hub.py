@@ -298,6 +298,23 @@ def test_disk_that_fills_up(
         fetch_weights(source)
 
 
+def test_download_goes_on_where_it_was_broken_off(
+    stand_in: HubStandIn, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in.add(REPO, model_dir)
+    source = locate_model(REPO, "student.model")
+    stand_in.cuts = 1
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what is kept of a broken one
+    monkeypatch.setattr(hub, "_REPORT_EVERY_S", 0.05)
+    said: list[str] = []
+    fetch_weights(source, say=said.append)
+    size = (model_dir / "model.safetensors").stat().st_size
+    assert stand_in.ranges == [f"bytes={size // 2 // 1000 * 1000}-"]
+    whole = (model_dir / "model.safetensors").read_bytes()
+    assert (Path(source.directory) / "model.safetensors").read_bytes() == whole
+    assert any(" of 0.00 GB" in line for line in said)
+
+
 def test_dataset_is_found_by_its_commit(
     stand_in: HubStandIn, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
