@@ -57,7 +57,7 @@ class HuggingFacePrompts(_FilePrompts):
 
     @property
     def commit(self) -> str | None:
-        """What to load: the commit that was found on the hub, else `revision`."""
+        """The revision to load: the commit that was found on the hub, else `revision`."""
         return self._commit or self.revision
 
     def at_commit(self, commit: str) -> Self:

@@ -147,7 +147,7 @@ class PromptStream:
     ) -> None:
         self.source = source
         self.notes: tuple[str, ...] = getattr(source, "notes", ())
-        """What the user should know about the prompts, one sentence each."""
+        """Facts about the prompts that the user is told, one sentence each."""
         self.num_dropped = 0
         """Prompts that were left out because they are too long."""
         self._tokenizer = tokenizer

@@ -39,7 +39,7 @@ class HubCommit:
 
     repo: str
     revision: str
-    """What the user asked for: a branch, a tag or a commit."""
+    """The branch, tag or commit that the user asked for."""
     commit: str
 
     def record(self) -> dict[str, str]:
@@ -55,7 +55,7 @@ class ModelSource:
     """A model that was named, and the directory to read it from."""
 
     setting: str
-    """Where it was named, e.g. ``student.model``."""
+    """The setting that named it, e.g. ``student.model``."""
     directory: str
     hub: HubCommit | None = None
     """None: a directory of the user's."""

@@ -39,7 +39,7 @@ class LocalConfig:
 
     @property
     def hub(self) -> dict[str, dict[str, str]]:
-        """What came from the hub, as JSON values, by role or setting."""
+        """The commits that came from the hub, as JSON values, by role or setting."""
         models = {role: source.hub for role, source in self.sources.items() if source.hub}
         return {name: commit.record() for name, commit in {**models, **self.datasets}.items()}
 

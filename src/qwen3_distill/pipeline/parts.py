@@ -47,12 +47,12 @@ class TextTools:
 
 @dataclass(frozen=True, kw_only=True)
 class DataRecord:
-    """What a run trains on and is evaluated on."""
+    """Counts of the prompts that a run trains on and is evaluated on."""
 
     counts: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict)
     """By setting (``prompts``, ``evaluation.prompts``): prompts used (null: endless), dropped."""
     notes: tuple[str, ...] = ()
-    """What the user should know before the run, one sentence each."""
+    """Facts that the user is told before the run, one sentence each."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,7 @@ class FixedSource:
             raise DataError("a prompt source has no prompts, expected at least one")
         self._prompts = tuple(prompts)
         self.notes = tuple(notes)
-        """What the user should know about the rows, one sentence each."""
+        """Facts about the rows that the user is told, one sentence each."""
 
     @property
     def num_prompts(self) -> int:
