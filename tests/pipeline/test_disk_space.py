@@ -72,6 +72,29 @@ def test_the_largest_need_is_what_must_be_free(
     check_run_space(config)
 
 
+@pytest.mark.parametrize("tuning", [{"kind": "full"}, LORA], ids=["full", "lora"])
+def test_the_need_is_known_before_weights_are_downloaded(
+    tuning: dict[str, Any],
+    tiny_models: TinyModels,
+    tmp_path: Path,
+    free: Callable[[int], None],
+) -> None:
+    for source in (tiny_models.student, tiny_models.teacher):
+        changes = {"student.model": str(source), "training.tuning": tuning}
+        whole = tiny_config(tiny_models, tmp_path / "run", changes)
+        without = shutil.copytree(source, tmp_path / source.name)
+        (without / "model.safetensors").unlink()
+        changes = changes | {"student.model": str(without)}
+        config = tiny_config(tiny_models, tmp_path / "run", changes)
+        assert student_bytes(config) == student_bytes(whole)
+        free(3 * student_bytes(whole) if tuning is not LORA else student_bytes(whole))
+        with pytest.raises(RunFolderError) as expected:
+            check_run_space(whole)
+        with pytest.raises(RunFolderError) as found:
+            check_run_space(config)
+        assert str(found.value) == str(expected.value)
+
+
 def test_a_tied_head_that_is_stored_counts_once(tiny_models: TinyModels, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", seed=0, tie_word_embeddings=False)
     changes = {"student": {"model": str(model)}}

@@ -42,7 +42,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         "logging": {"tensorboard": False, "rollouts_every_steps": 1},
     }
     config = tiny_config(models, folder / "run", changes)
-    run_to_end(config)
+    warned: list[str] = []
+    run_to_end(config, warned.append)
+    assert len(warned) == 1  # it trains on the problems that it is evaluated on
+    assert "4 of 4 held-out problems are also training prompts" in warned[0]
     return config
 
 

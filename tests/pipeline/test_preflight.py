@@ -75,3 +75,42 @@ def test_good_rows_are_run(tiny_models: TinyModels, tmp_path: Path) -> None:
     config = config_with(tiny_models, tmp_path, trained_on=GOOD[0], held_out=GOOD[0])
     assert call_cli("config", "check", "--config", config).code == 0
     assert call_cli("run", "--config", config).code == 0
+
+
+def test_dropped_and_shared_prompts_are_said_and_recorded(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    config = config_with(tiny_models, tmp_path, trained_on=TOO_LONG, held_out=TOO_LONG)
+    drop = ["prompts.too_long=drop", "evaluation.prompts.too_long=drop"]
+    assert call_cli("run", "--config", config, drop[0]).code == 2
+    result = call_cli("run", "--config", config, *drop)
+    assert result.code == 0, result.err
+    assert "note: 1 of 7 prompts do not fit the context" in result.err
+    assert "note: evaluation: 1 of 7 prompts do not fit the context" in result.err
+    shared = "2 of 2 held-out problems are also training prompts, e.g. held-out.jsonl:0 is "
+    assert shared in result.err
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["starts"][0]["data"] == {
+        "prompts": {"used": 6, "dropped_too_long": 1},
+        "evaluation.prompts": {"used": 6, "dropped_too_long": 1, "also_in_training": 2},
+    }
+    result = call_cli("config", "check", "--config", config)
+    assert result.code == 0
+    assert shared in result.err
+
+
+def test_the_first_prompt_is_the_first_that_is_not_dropped(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(row) for row in (TOO_LONG, *GOOD)))
+    changes = {"prompts": {"kind": "jsonl", "path": str(rows)}}
+    config = write_config(tmp_path / "c.yaml", tiny_values(tiny_models, tmp_path / "run", changes))
+    assert call_cli("config", "check", "--config", config).code == 2
+    drop = "prompts.too_long=drop"
+    result = call_cli("config", "check", "--config", config, drop)
+    assert result.code == 0, result.err
+    assert "rows.jsonl:1" in result.out
+    assert call_cli("run", "--config", config, drop).code == 0
+    record = json.loads((tmp_path / "run" / "prompt.json").read_text())
+    assert record["prompt_id"] == "rows.jsonl:1"

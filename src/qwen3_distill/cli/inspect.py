@@ -52,9 +52,13 @@ def plan(
     """Show how the engines share the memory. Exit status 2, with advice, if it does not fit."""
     settings = load_config(config, overrides or ())
     from qwen3_distill.modeling.shapes import named_shape
+    from qwen3_distill.pipeline.models import localize
     from qwen3_distill.planning.plan import make_plan
     from qwen3_distill.planning.table import plan_settings, plan_table
 
+    shapes = {"student": shape_student, "teacher": shape_teacher}
+    read = [role for role, shape in shapes.items() if shape is None]
+    settings = localize(settings, say=say, warn=warn, roles=read, datasets=False).config
     planned = make_plan(
         settings,
         device_memory_bytes=None if device_memory_gib is None else int(device_memory_gib * 2**30),
@@ -99,9 +103,13 @@ def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
         f"{config} is valid: {settings.steps} steps of {settings.prompts_per_step} prompts x "
         f"{settings.samples_per_prompt} samples, objective {settings.objective.kind}"
     )
-    from qwen3_distill.pipeline.preflight import check_before_start
+    from qwen3_distill.pipeline.models import localize
+    from qwen3_distill.pipeline.preflight import check_before_start, data_notes
 
-    check_before_start(settings)
+    settings = localize(settings, say=say, warn=warn).config
+    check_before_start(settings, downloaded=False)
+    for note in data_notes(settings):
+        warn(note)
     from qwen3_distill.pipeline.first_prompt import first_prompt, template_notes
     from qwen3_distill.pipeline.parts import TextTools
 

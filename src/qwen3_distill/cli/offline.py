@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from qwen3_distill.cli.terminal import ConfigOption, Overrides, begin_work, path_option, say
+from qwen3_distill.cli.terminal import (
+    ConfigOption,
+    Overrides,
+    begin_work,
+    model_option,
+    path_option,
+    say,
+)
 from qwen3_distill.config.load import load_config
 
 _MAX_STEPS = 2**31 - 1
@@ -84,7 +91,7 @@ def evaluate(
     config: ConfigOption,
     overrides: Overrides = None,
     model: Annotated[
-        Path | None, path_option("Model directory; default: the config's student.")
+        str | None, model_option("Model directory or hub id; default: the config's student.")
     ] = None,
     out: Annotated[Path | None, path_option("Also write the result as JSON.")] = None,
 ) -> None:
@@ -93,7 +100,7 @@ def evaluate(
     from qwen3_distill.pipeline import offline as stages
 
     begin_work()
-    evaluated = str(model or settings.student.model)
+    evaluated = model or settings.student.model
     run_folder = config.parent if config.name == "config.json" else None
     stages.evaluate_directory(settings, evaluated, out, say=say, run_folder=run_folder)
 
@@ -107,7 +114,8 @@ def audit_teacher(
     ] = None,
     num: Annotated[int, typer.Option(min=1, help="How many rollouts to score.")] = 64,
     unquantized: Annotated[
-        Path | None, path_option("Directory to compare with; default: the config's teacher.")
+        str | None,
+        model_option("Directory or hub id to compare with; default: the config's teacher."),
     ] = None,
     out: Annotated[Path | None, path_option("Also write the figures as JSON.")] = None,
 ) -> None:
@@ -116,5 +124,4 @@ def audit_teacher(
     from qwen3_distill.doctor.precision import audit_teacher as audit
 
     begin_work()
-    exact = None if unquantized is None else str(unquantized)
-    say(audit(settings, rollouts, out, num_rollouts=num, unquantized=exact, say=say))
+    say(audit(settings, rollouts, out, num_rollouts=num, unquantized=unquantized, say=say))

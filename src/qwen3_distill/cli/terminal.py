@@ -24,6 +24,20 @@ def path_of(text: str) -> Path:
         raise typer.BadParameter(str(error)) from None
 
 
+def model_of(text: str) -> str:
+    """Read a model of the command line, a path or a hub id, as `path_of` reads paths.
+
+    The text is kept: ``./a/b`` is no hub id.
+    """
+    path_of(text)
+    return plain_path(text)
+
+
+def model_option(help_text: str) -> Any:
+    """Declare an option that takes a model."""
+    return typer.Option(parser=model_of, metavar="PATH|ID", help=help_text)
+
+
 def path_option(help_text: str) -> Any:
     """Declare an option that takes a path."""
     return typer.Option(parser=path_of, metavar="PATH", help=help_text)

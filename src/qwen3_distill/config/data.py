@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 from typing_extensions import Self
 
 from qwen3_distill.config.base import PathText, PositiveFloat, PositiveInt, Schema
@@ -12,19 +12,24 @@ from qwen3_distill.types import SamplingSpec
 
 class _FilePrompts(Schema):
     prompt_field: str = "prompt"
-    """Column with the prompt: a string, or a list of ``{"role", "content"}`` messages."""
+    """Field with the prompt: a string, or a list of messages (guide/data-formats.md). Dots lead
+    into objects and lists: ``data.question``."""
     answer_field: str | None = None
-    """Column with the reference answer that the verifier compares with."""
+    """Field with the reference answer that the verifier compares with, e.g. ``answer``,
+    ``reward_model.ground_truth`` or ``messages.-1.content``."""
     system: str | None = None
     """System message prepended to every prompt."""
     suffix: str = ""
     """Text appended to every last user message, e.g. an instruction about the answer's form."""
     limit: PositiveInt | None = None
     """Use only this many rows, from the first on; null: all."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """A prompt that does not fit the student's context together with ``max_new_tokens``.
+    ``refuse``: it is an error before the run. ``drop``: it is left out and counted."""
 
 
 class JsonlPrompts(_FilePrompts):
-    """Prompts from a JSON Lines file."""
+    """Prompts from a JSON Lines file, which may be compressed (``.jsonl.gz``, ``.jsonl.zst``)."""
 
     kind: Literal["jsonl"]
     path: PathText
@@ -47,7 +52,20 @@ class HuggingFacePrompts(_FilePrompts):
     """Configuration of the dataset, e.g. ``main``."""
     split: str = "train"
     revision: str | None = None
-    """Commit of the dataset; pin it to make the run reproducible."""
+    """Branch, tag or commit on the hub; null: ``main``. The manifest records the commit, and a
+    resumed run uses it again."""
+    _commit: str | None = PrivateAttr(default=None)
+
+    @property
+    def commit(self) -> str | None:
+        """The revision to load: the commit that was found on the hub, else `revision`."""
+        return self._commit or self.revision
+
+    def at_commit(self, commit: str) -> Self:
+        """Copy the section for one commit; a dump of it and the prompts' ids stay the same."""
+        pinned = self.model_copy()
+        pinned._commit = commit
+        return pinned
 
 
 class TaskPrompts(Schema):
@@ -257,7 +275,8 @@ class StudentConfig(Schema):
     """The model that is trained."""
 
     model: PathText
-    """Directory of the student (Hugging Face layout)."""
+    """The student: a directory (Hugging Face layout), or a hub id such as ``Qwen/Qwen3-4B`` or
+    ``Qwen/Qwen3-4B@REVISION``; see guide/hub.md."""
     template_arguments: dict[str, bool | int | str] = Field(default_factory=dict)
     """Passed to the chat template, e.g. ``{enable_thinking: false}`` for Qwen3. A name that the
     template does not read is refused, and text where the template asks for true or false."""

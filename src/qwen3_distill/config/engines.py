@@ -189,7 +189,7 @@ class EmbeddedScoring(_Embedded):
 
     kind: Literal["embedded"]
     model: PathText
-    """Directory of the teacher (Hugging Face layout)."""
+    """The teacher: a directory (Hugging Face layout) or a hub id, as ``student.model``."""
     device: Device = "auto"
     dtype: Dtype = "float32"
     batch_tokens: PositiveInt = 16384
@@ -222,8 +222,8 @@ class SglangScoring(_EngineProcess):
 
     kind: Literal["sglang"]
     model: PathText
-    """Directory of the teacher (Hugging Face layout). Tokenizer, vocabulary and the known answer
-    are read from it, also for the servers in `urls`."""
+    """The teacher: a directory (Hugging Face layout) or a hub id, as ``student.model``. Tokenizer,
+    vocabulary and the known answer are read from it, also for the servers in `urls`."""
     urls: tuple[str, ...] = ()
     """Existing servers, e.g. ``http://10.0.0.2:30000``; requests are balanced over them. Empty:
     the run starts one on loopback."""

@@ -18,18 +18,29 @@ PATH_SETTINGS = (
     "scoring.api_key_file",
 )
 """Settings that hold a path, ``output_dir`` aside."""
+_HUB_NAMES = {
+    "student.model": "student",
+    "scoring.model": "teacher",
+    "prompts.path": "prompts",
+    "evaluation.prompts.path": "evaluation.prompts",
+}
+"""Names in the manifest's record of the hub, of the settings that may hold a hub id."""
 
 
 def find_paths(values: dict[str, Any], file: Path) -> None:
     """Replace, in place, relative paths of a run folder's config that lead nowhere from here.
 
     They count from the working directory of the run, which the manifest records. An ``output_dir``
-    that is gone is the folder that the file lies in. Other configs are not changed.
+    that is gone is the folder that the file lies in. Ids that the run found on the hub and other
+    configs are not changed.
     """
     directory = run_directory(file)
     if directory is None:
         return
-    for section, key in _places(values):
+    from_hub = _last_start(file).get("hub") or {}
+    for setting, section, key in _places(values):
+        if _HUB_NAMES.get(setting) in from_hub:
+            continue
         found = directory / section[key]
         if not os.path.exists(section[key]) and found.exists():
             section[key] = str(found)
@@ -42,18 +53,25 @@ def run_directory(config_file: Path) -> Path | None:
     """Return the working directory of a run's last start; None if the file is no run's config."""
     if config_file.name != "config.json":
         return None
+    directory = _last_start(config_file).get("working_directory")
+    return Path(directory) if isinstance(directory, str) else None
+
+
+def _last_start(config_file: Path) -> dict[str, Any]:
+    """Return the manifest's entry of the last start; empty where there is none."""
     try:
         manifest = json.loads(config_file.with_name("manifest.json").read_text(encoding="utf-8"))
-        return Path(manifest["starts"][-1]["working_directory"])
+        start = manifest["starts"][-1]
     except (OSError, ValueError, KeyError, IndexError, TypeError):
-        return None
+        return {}
+    return start if isinstance(start, dict) else {}
 
 
-def _places(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+def _places(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
     for setting in PATH_SETTINGS:
         *sections, key = setting.split(".")
         node: Any = values
         for section in sections:
             node = node.get(section) if isinstance(node, dict) else None
         if isinstance(node, dict) and isinstance(node.get(key), str):
-            yield node, key
+            yield setting, node, key

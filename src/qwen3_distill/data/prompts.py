@@ -1,17 +1,24 @@
 """Renders raw prompts to token ids, and gives the order in which a run draws them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_distill.data.sources import PromptSource, RawPrompt
+from qwen3_distill.data.sources import FixedSource, Message, PromptSource, RawPrompt
 from qwen3_distill.data.template_arguments import check_template_arguments, template_of
 from qwen3_distill.errors import DataError
 from qwen3_distill.types import Prompt
 from qwen3_distill.utils.seeds import derive_seed
+
+_PROBE = "qwen3distillprobe"
+"""Text that no template contains."""
+
+
+class PromptTooLong(DataError):
+    """A prompt and its response do not fit the model's context."""
 
 
 class ChatTokenizer(Protocol):
@@ -38,15 +45,16 @@ def render(
         template_arguments: Passed to the template, e.g. ``{"enable_thinking": False}``.
 
     Raises:
-        DataError: the tokenizer has no chat template, the template refuses the messages, or
-            prompt and response do not fit the context.
+        DataError: the tokenizer has no chat template or the template refuses the messages.
+        PromptTooLong: prompt and response do not fit the context.
     """
     token_ids = _template_ids(raw, tokenizer, template_arguments)
     if len(token_ids) + max_new_tokens > context_length:
-        raise DataError(
+        raise PromptTooLong(
             f"prompt {raw.prompt_id} (numbered from 0) has {len(token_ids)} tokens, and with "
             f"sampling.max_new_tokens={max_new_tokens} it exceeds the model's context of "
-            f"{context_length} tokens; shorten or remove the prompt, or lower max_new_tokens"
+            f"{context_length} tokens; shorten or remove the prompt, lower max_new_tokens, or "
+            "leave such prompts out with prompts.too_long=drop"
         )
     return Prompt(
         prompt_id=raw.prompt_id,
@@ -65,13 +73,10 @@ def _template_ids(
             "the student's tokenizer has no chat template, so prompts cannot be rendered; use an "
             "instruction-tuned student, or put chat_template.jinja into its directory"
         )
-    messages: list[Mapping[str, str]] = [
-        {"role": message.role, "content": message.content} for message in raw.messages
-    ]
     try:
         # transformers 5 returns a BatchEncoding unless told otherwise.
         return tokenizer.apply_chat_template(
-            messages,
+            _as_dicts(raw.messages),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
@@ -88,6 +93,38 @@ def _template_ids(
             f"prompt {raw.prompt_id}: the student's chat template refuses messages of the roles "
             f"{roles} ({error}); change the messages, or unset prompts.system"
         ) from error
+
+
+def check_roles(
+    raw: RawPrompt,
+    tokenizer: ChatTokenizer,
+    template_arguments: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Check that every message of a role other than the assistant's reaches the prompt's text.
+
+    A template skips the messages of a role that it does not know, without an error.
+
+    Raises:
+        DataError: a message is skipped.
+    """
+    for index, message in enumerate(raw.messages):
+        if message.role == "assistant":
+            continue
+        probed = [*raw.messages]
+        probed[index] = Message(role=message.role, content=_PROBE)
+        text = tokenizer.apply_chat_template(
+            _as_dicts(probed), add_generation_prompt=True, tokenize=False, **template_arguments
+        )
+        if isinstance(text, str) and _PROBE not in text:
+            raise DataError(
+                f"prompt {raw.prompt_id} (numbered from 0): the student's chat template leaves out "
+                f"message {index} of role {message.role!r}, expected it to render every message; "
+                "change the message's role, or remove it"
+            )
+
+
+def _as_dicts(messages: Iterable[Message]) -> list[Mapping[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 class PromptStream:
@@ -114,7 +151,11 @@ class PromptStream:
         template_arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         check_template_arguments(template_of(tokenizer), template_arguments)
-        self._source = source
+        self.source = source
+        self.notes: tuple[str, ...] = getattr(source, "notes", ())
+        """Facts about the prompts that the user is told, one sentence each."""
+        self.num_dropped = 0
+        """Prompts that were left out because they are too long."""
         self._tokenizer = tokenizer
         self._seed = seed
         self._context_length = context_length
@@ -140,15 +181,47 @@ class PromptStream:
         Raises:
             DataError: a prompt cannot be rendered, see `render`.
         """
-        for index in range(self._source.num_prompts or 0):
+        seen: set[tuple[str, ...]] = set()
+        for index in range(self.source.num_prompts or 0):
             self._render(index)
+            raw = self.source.get(index)
+            roles = tuple(message.role for message in raw.messages)
+            if roles not in seen:
+                seen.add(roles)
+                check_roles(raw, self._tokenizer, self._template_arguments)
+
+    def drop_too_long(self) -> None:
+        """Leave out the prompts of a finite source that do not fit the context, and count them.
+
+        Raises:
+            DataError: a prompt cannot be rendered, or none is left.
+        """
+        kept: list[RawPrompt] = []
+        dropped: list[str] = []
+        for index in range(self.source.num_prompts or 0):
+            raw = self.source.get(index)
+            try:
+                self._render(index)
+                kept.append(raw)
+            except PromptTooLong:
+                dropped.append(raw.prompt_id)
+        if not dropped:
+            return
+        what = (
+            f"{len(dropped)} of {len(dropped) + len(kept)} prompts do not fit the context of "
+            f"{self._context_length} tokens with max_new_tokens={self._max_new_tokens}"
+        )
+        if not kept:
+            raise DataError(f"{what}: none is left; lower max_new_tokens or shorten the prompts")
+        self.source, self.num_dropped = FixedSource(kept), len(dropped)
+        self.notes = (*self.notes, f"{what} and are left out, e.g. {dropped[0]}")
 
     def _prompt(self, number: int) -> Prompt:
         return self._render(self._index(number))
 
     def _render(self, index: int) -> Prompt:
         return render(
-            self._source.get(index),
+            self.source.get(index),
             self._tokenizer,
             self._context_length,
             self._max_new_tokens,
@@ -156,7 +229,7 @@ class PromptStream:
         )
 
     def _index(self, number: int) -> int:
-        num_prompts = self._source.num_prompts
+        num_prompts = self.source.num_prompts
         if num_prompts is None:
             return number
         epoch, position = divmod(number, num_prompts)

@@ -7,10 +7,12 @@ from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
-from qwen3_distill.config import RunConfig, ScoringConfig
+from qwen3_distill.config import RunConfig
 from qwen3_distill.data.rollout_files import read_rollouts
 from qwen3_distill.errors import ConfigError, DataError, EngineError
-from qwen3_distill.modeling.loading import check_model_dir, load_identity
+from qwen3_distill.modeling.directory import check_model_dir
+from qwen3_distill.modeling.hub import is_snapshot
+from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.pipeline import step as pipeline_step
 from qwen3_distill.pipeline.assembly.data import build_prompts
 from qwen3_distill.pipeline.assembly.engines import static_engine
@@ -18,6 +20,7 @@ from qwen3_distill.pipeline.assembly.teachers import (
     build_audited_teacher,
     build_unquantized_teacher,
 )
+from qwen3_distill.pipeline.models import local_model, localize
 from qwen3_distill.pipeline.own_folder import input_paths, refuse_inputs_as_output
 from qwen3_distill.pipeline.parts import TextTools
 from qwen3_distill.pipeline.requests import requests_for_step
@@ -48,7 +51,7 @@ def audit_teacher(
 
     Args:
         rollouts: file whose first rollouts are scored; None: those of the config's first steps.
-        unquantized: directory of the unquantized teacher; None: the config's teacher.
+        unquantized: directory or hub id of the unquantized teacher; None: the config's teacher.
 
     Returns:
         A line for the user with the main result.
@@ -56,14 +59,24 @@ def audit_teacher(
     Raises:
         ConfigError: the teacher's directory is itself quantized and ``unquantized`` is None.
     """
-    scoring = config.scoring
-    exact_dir = unquantized or _unquantized_directory(scoring)
-    SameView().check(load_identity(config.student.model), load_identity(scoring.model))
-    check_compatible(load_identity(scoring.model), load_identity(exact_dir))
+    named = config.scoring.model
+    local = localize(config, say=say, warn=say)
+    if unquantized is None:
+        _refuse_quantized(local.config.scoring.model, named)
+    config, scoring = local.config, local.config.scoring
     if out is not None:
-        inputs = {**input_paths(config), "--unquantized": exact_dir}
+        inputs = {**input_paths(config), "--unquantized": unquantized or scoring.model}
         refuse_inputs_as_output(out, inputs | ({"--rollouts": rollouts} if rollouts else {}))
         check_writable(out)
+    SameView().check(
+        load_identity(config.student.model, weights=False),
+        load_identity(scoring.model, weights=False),
+    )
+    exact_dir = scoring.model
+    if unquantized is not None:
+        exact_dir = local_model(unquantized, "--unquantized", say)
+    local.fetch_weights(say)
+    check_compatible(load_identity(scoring.model), load_identity(exact_dir))
     request = TopKRequest(k=min(CANDIDATES, load_identity(scoring.model).vocab_size))
 
     async def measure() -> tuple[PrecisionReport, str, str]:
@@ -101,15 +114,14 @@ def table(report: PrecisionReport) -> list[str]:
     return [f"{name:<{width}}  {value}" for name, value in rows]
 
 
-def _unquantized_directory(scoring: ScoringConfig) -> str:
-    config_file = check_model_dir(scoring.model) / "config.json"
+def _refuse_quantized(directory: str, named: str) -> None:
+    config_file = check_model_dir(directory, weights=not is_snapshot(directory)) / "config.json"
     settings = json.loads(config_file.read_text(encoding="utf-8"))
     if "quantization_config" in settings:
         raise ConfigError(
-            f"scoring.model={scoring.model} is itself quantized; give the directory of the "
+            f"scoring.model={named} is itself quantized; give the directory of the "
             "unquantized teacher with --unquantized"
         )
-    return scoring.model
 
 
 async def _sample(

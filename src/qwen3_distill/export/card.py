@@ -62,10 +62,8 @@ def hub_base_model(run: FinishedRun) -> str | None:
     The manifest records the commit of a model from the hub. A path may look like a hub id, so
     the name alone does not tell.
     """
-    student = run.manifest.get("student")
-    if isinstance(student, Mapping) and student.get("commit"):
-        return run.config.student.model
-    return None
+    student = (run.last_start.get("hub") or {}).get("student") or {}
+    return student.get("repo")
 
 
 def _front_matter(to: str, base_model: str | None) -> str:

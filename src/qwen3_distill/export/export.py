@@ -122,7 +122,7 @@ def _prepare_adapter(
 ) -> _Writer:
     tuning = require_lora(run)
     adapter = read_adapter(run)
-    base_model = request.base_model or run.config.student.model
+    base_model = request.base_model or hub_base_model(run) or run.config.student.model
 
     def write(folder: Path) -> _Outcome:
         write_adapter(folder, adapter, tuning, base_model)

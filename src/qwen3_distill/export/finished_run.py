@@ -12,7 +12,7 @@ from typing import Any
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import load_config
 from qwen3_distill.errors import RunFolderError
-from qwen3_distill.modeling.loading import check_model_dir
+from qwen3_distill.modeling.directory import check_model_dir
 from qwen3_distill.recording.jsonl import read_jsonl
 
 

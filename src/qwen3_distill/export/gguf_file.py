@@ -17,7 +17,8 @@ from transformers import AutoConfig
 
 from qwen3_distill.errors import EngineStartError, ModelError
 from qwen3_distill.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
-from qwen3_distill.modeling.loading import check_model_dir, load_identity, load_tokenizer
+from qwen3_distill.modeling.directory import check_model_dir
+from qwen3_distill.modeling.loading import load_identity, load_tokenizer
 
 Quant: TypeAlias = Literal["f16", "q8_0"]
 

@@ -29,7 +29,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from qwen3_distill.errors import ModelError
 from qwen3_distill.modeling.cpu_warmup import settle_vector_math
 from qwen3_distill.modeling.digest import directory_digest
-from qwen3_distill.modeling.loading import check_model_dir, load_tokenizer
+from qwen3_distill.modeling.directory import check_model_dir
+from qwen3_distill.modeling.loading import load_tokenizer
 from qwen3_distill.types import FloatArray, IntArray
 from qwen3_distill.utils.files import write_json_atomic
 from qwen3_distill.utils.paths import cache_home

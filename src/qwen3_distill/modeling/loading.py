@@ -17,11 +17,10 @@ from transformers import (
 )
 
 from qwen3_distill.errors import ConfigError, ModelError
-from qwen3_distill.modeling.config_file import CONFIG, read_json_object, rope_parameters
+from qwen3_distill.modeling.config_file import CONFIG, read_json_object
 from qwen3_distill.modeling.cpu_warmup import settle_vector_math
+from qwen3_distill.modeling.directory import check_model_dir
 from qwen3_distill.types import ModelIdentity
-
-SUPPORTED_MODEL_TYPES = ("qwen3",)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -48,40 +47,6 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def check_model_dir(path: str | Path) -> Path:
-    """Return the directory if it holds a dense Qwen3 model.
-
-    Raises:
-        ModelError: it is missing, has no config or weights, or has another architecture; or its
-            config can be read in two ways.
-    """
-    directory = Path(path)
-    if not directory.is_dir():
-        raise ModelError(
-            f"model directory {directory} does not exist (working directory {Path.cwd()}); give "
-            "the path of a Hugging Face model directory"
-        )
-    config_file = directory / CONFIG
-    if not config_file.is_file():
-        raise ModelError(f"{directory} has no config.json: not a Hugging Face model directory")
-    config = read_json_object(config_file)
-    model_type = config.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise ModelError(
-            f"{directory}: model_type is {model_type!r}, expected one of "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)} (a dense Qwen3 causal language model)"
-        )
-    if not any(directory.glob("*.safetensors")):
-        raise ModelError(f"{directory} has no *.safetensors file: the weights are missing")
-    if (directory / "adapter_config.json").exists():
-        raise ModelError(
-            f"{directory} has an adapter_config.json: transformers would load the adapter's base "
-            "model in place of this one; merge the adapter, or move its files elsewhere"
-        )
-    rope_parameters(config, config_file)
-    return directory
 
 
 def load_model(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -112,13 +77,16 @@ def output_head(model: PreTrainedModel) -> torch.Tensor:
     return head.weight
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str | Path, *, weights: bool = True) -> PreTrainedTokenizerFast:
     """Load the directory's fast tokenizer.
+
+    Args:
+        weights: False: the directory's weights may be missing.
 
     Raises:
         ModelError: the directory has none.
     """
-    directory = check_model_dir(path)
+    directory = check_model_dir(path, weights=weights)
     if not (directory / "tokenizer.json").is_file():
         # transformers would make up an empty tokenizer from the model type, without a warning.
         raise ModelError(f"{directory} has no tokenizer.json: needs a fast tokenizer")
@@ -131,18 +99,21 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_identity(path: str | Path) -> ModelIdentity:
+def load_identity(path: str | Path, *, weights: bool = True) -> ModelIdentity:
     """Read from a model directory what another model must share with it.
+
+    Args:
+        weights: False: the directory's weights may be missing.
 
     Raises:
         ModelError: config, tokenizer or generation config are missing or damaged.
     """
-    directory = check_model_dir(path)
+    directory = check_model_dir(path, weights=weights)
     try:
         config = AutoConfig.from_pretrained(directory)
     except Exception as error:  # transformers raises many kinds, by what is wrong
         raise ModelError(f"{directory / CONFIG} cannot be read: {error}") from error
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, weights=weights)
     return ModelIdentity(
         name=str(directory),
         tokenizer_digest=tokenizer_digest(tokenizer),

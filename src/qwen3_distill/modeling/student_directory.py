@@ -25,7 +25,8 @@ from qwen3_distill.modeling.config_file import (
     rope_parameters,
     spelled_for_both,
 )
-from qwen3_distill.modeling.loading import check_model_dir, load_identity
+from qwen3_distill.modeling.directory import check_model_dir
+from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.utils.files import sync
 
 _WEIGHTS_AND_STATES = frozenset(
@@ -84,16 +85,19 @@ class StudentFiles:
             )
 
 
-def read_student_files(model_dir: str | Path) -> StudentFiles:
+def read_student_files(model_dir: str | Path, *, weights: bool = True) -> StudentFiles:
     """Read everything of a model directory that the trained student takes over.
 
     That is every file but weights, training states, archives, pictures, hidden files and the model
     card, which describes the source. Of folders only additional chat templates.
 
+    Args:
+        weights: False: the weights may be missing.
+
     Raises:
         ModelError: a file cannot be read, or the model cannot be trained.
     """
-    directory = check_model_dir(model_dir)
+    directory = check_model_dir(model_dir, weights=weights)
     file = directory / CONFIG
     config = read_json_object(file)
     rope_parameters(config, file)
@@ -119,14 +123,17 @@ def read_student_files(model_dir: str | Path) -> StudentFiles:
     return StudentFiles(config_file=file, config=config, unchanged=unchanged)
 
 
-def check_student(model_dir: str | Path) -> None:
+def check_student(model_dir: str | Path, *, weights: bool = True) -> None:
     """Read everything that a run reads of its student, except for the weights themselves.
+
+    Args:
+        weights: False: the weights may be missing.
 
     Raises:
         ModelError: something is missing, damaged or contradictory.
     """
-    read_student_files(model_dir)
-    load_identity(model_dir)
+    read_student_files(model_dir, weights=weights)
+    load_identity(model_dir, weights=weights)
     stored_shapes(model_dir)
 
 

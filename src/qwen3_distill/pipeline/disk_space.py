@@ -2,12 +2,15 @@
 
 import math
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from qwen3_distill.config import LoraTuning, RunConfig
-from qwen3_distill.errors import RunFolderError
+from qwen3_distill.errors import ModelError, RunFolderError
 from qwen3_distill.modeling.config_file import CONFIG, read_json_object
+from qwen3_distill.modeling.hub import missing_weights
 from qwen3_distill.modeling.loading import resolve_dtype
+from qwen3_distill.modeling.shapes import ModelShape, read_shape
 from qwen3_distill.modeling.student_directory import stored_shapes
 
 _GIB = 1 << 30
@@ -55,20 +58,36 @@ def check_student_space(config: RunConfig, out: Path) -> None:
 
 def student_bytes(config: RunConfig) -> int:
     """Bytes of the trained student's weights."""
-    sizes = map(math.prod, _trained_shapes(config).values())
-    return resolve_dtype(config.training.dtype).itemsize * sum(sizes)
+    itemsize = resolve_dtype(config.training.dtype).itemsize
+    if (shape := _shape_before_download(config)) is not None:
+        return itemsize * shape.num_parameters
+    return itemsize * sum(map(math.prod, _trained_shapes(config).values()))
 
 
 def _checkpoint_bytes(config: RunConfig) -> int:
     tuning = config.training.tuning
     if not isinstance(tuning, LoraTuning):
         return _WITH_MOMENTS * student_bytes(config)
+    if (shape := _shape_before_download(config)) is not None:
+        adapter = shape.lora_parameters(tuning.rank, tuning.target_modules)
+        return _WITH_MOMENTS * _ADAPTER_BYTES * adapter
     parameters = sum(
         tuning.rank * sum(shape)
         for name, shape in _trained_shapes(config).items()
         if name.split(".")[-2] in tuning.target_modules
     )
     return _WITH_MOMENTS * _ADAPTER_BYTES * parameters
+
+
+def _shape_before_download(config: RunConfig) -> ModelShape | None:
+    """The student's shape where its weights are still to be downloaded, if its config has it all.
+
+    A run checks again when they are there.
+    """
+    with suppress(ModelError):
+        if missing_weights(config.student.model):
+            return read_shape(config.student.model)
+    return None
 
 
 def _trained_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:

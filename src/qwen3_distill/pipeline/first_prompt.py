@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from qwen3_distill.config import RunConfig
+from qwen3_distill.config import RunConfig, TaskPrompts
 from qwen3_distill.data.prompt_view import (
     NamedToken,
     PromptView,
@@ -12,8 +12,8 @@ from qwen3_distill.data.prompt_view import (
     view_prompt,
     without_effect,
 )
-from qwen3_distill.data.prompts import PromptStream
-from qwen3_distill.data.sources import build_source
+from qwen3_distill.data.prompts import PromptStream, PromptTooLong
+from qwen3_distill.data.sources import FixedSource, PromptSource, build_source
 from qwen3_distill.modeling.loading import load_identity, load_tokenizer
 from qwen3_distill.pipeline.parts import TextTools
 
@@ -25,18 +25,27 @@ def first_prompt(config: RunConfig, text: TextTools) -> PromptView:
         ConfigError: the chat template does not take `student.template_arguments`.
         DataError: the prompt cannot be read or rendered, or does not fit the context.
     """
-    source = build_source(config.prompts.model_copy(update={"limit": 1}))
-    identity = load_identity(config.student.model)
+    identity = load_identity(config.student.model, weights=False)
     arguments = config.student.template_arguments
-    stream = PromptStream(
-        source,
-        text.tokenizer,
-        seed=config.seed,
-        context_length=identity.context_length,
-        max_new_tokens=config.sampling.max_new_tokens,
-        template_arguments=arguments,
-    )
-    (prompt,) = stream.take(0, 1)
+
+    def stream(source: PromptSource) -> PromptStream:
+        return PromptStream(
+            source,
+            text.tokenizer,
+            seed=config.seed,
+            context_length=identity.context_length,
+            max_new_tokens=config.sampling.max_new_tokens,
+            template_arguments=arguments,
+        )
+
+    try:
+        (prompt,) = stream(build_source(config.prompts.model_copy(update={"limit": 1}))).take(0, 1)
+    except PromptTooLong:
+        if isinstance(config.prompts, TaskPrompts) or config.prompts.too_long != "drop":
+            raise
+        kept = stream(build_source(config.prompts))
+        kept.drop_too_long()
+        (prompt,) = stream(FixedSource([kept.source.get(0)])).take(0, 1)
     return view_prompt(
         text.tokenizer,
         prompt.prompt_id,
@@ -84,7 +93,8 @@ def _unended_turns(config: RunConfig) -> list[str]:
     models = {"student": config.student.model, "teacher": config.scoring.model}
     found: dict[tuple[NamedToken | None, frozenset[int], str], list[str]] = {}
     for who, model in models.items():
-        tokenizer, eos_ids = load_tokenizer(model), load_identity(model).eos_ids
+        tokenizer = load_tokenizer(model, weights=False)
+        eos_ids = load_identity(model, weights=False).eos_ids
         end = end_of_turn(tokenizer, config.student.template_arguments)
         if end is None or eos_ids & set(end.token_ids):
             continue

@@ -42,6 +42,7 @@ from qwen3_distill.pipeline.assembly.teachers import (
 from qwen3_distill.pipeline.disk_space import check_student_space
 from qwen3_distill.pipeline.first_prompt import template_notes
 from qwen3_distill.pipeline.manifest import recorded_identity
+from qwen3_distill.pipeline.models import local_model, localize, localize_again
 from qwen3_distill.pipeline.own_folder import (
     input_paths,
     refuse_inputs_as_output,
@@ -54,7 +55,7 @@ from qwen3_distill.pipeline.sampler_check import (
     check_sampled_by_student,
     require_ratio_off_policy,
 )
-from qwen3_distill.ports import Learner, Sampler
+from qwen3_distill.ports import Learner, Sampler, TeacherScorer
 from qwen3_distill.recording.text import clock, temperature_text
 from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.scoring.views import SameView
@@ -128,12 +129,17 @@ def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, s
     Returns:
         A line for the user: how much was written, and where.
     """
+    local = localize(config, say=say, warn=say)
+    config = local.config
     refuse_inputs_as_output(out, input_paths(config))
     text = TextTools(config.student.model)
     prompts = build_prompts(config, text)
+    for note in prompts.notes:
+        say(note)
     check_writable(out)
     for note in template_notes(config, text):
         say(f"note: {note}")
+    local.fetch_weights(say, ("student",))
     rows: list[tuple[int, Rollout]] = []
 
     async def sample() -> None:
@@ -156,12 +162,18 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
     Returns:
         A line for the user: how much was written, and where.
     """
+    local = localize(config, say=say, warn=say)
+    config = local.config
     refuse_inputs_as_output(out, {**input_paths(config), "--rollouts": rollouts})
     rows = read_rollouts(rollouts)
     if not rows:
         raise DataError(f"{rollouts} has no rollouts to score")
     view = SameView()
-    view.check(load_identity(config.student.model), load_identity(config.scoring.model))
+    view.check(
+        load_identity(config.student.model, weights=False),
+        load_identity(config.scoring.model, weights=False),
+    )
+    local.fetch_weights(say, ("teacher",))
     teacher = build_teacher(config, plan_memory(config))
     decode = TextTools(config.student.model).decode
     check_writable(out)
@@ -204,18 +216,15 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
     rows = read_scored(scored)
     if not rows:
         raise DataError(f"{scored} has no rollouts to train on")
-    plan = plan_memory(config)
-    teacher = build_teacher(
-        with_embedded_teacher_here(config), plan
-    )  # not started: for its id and head
-    strangers = {item.score.teacher_id for _, item in rows} - {teacher.teacher_id}
-    if strangers:
-        raise DataError(
-            f"{scored} was scored by {', '.join(sorted(strangers))}, but the config's teacher is "
-            f"{teacher.teacher_id}"
-        )
     _require_empty(out)
+    local = localize(config, say=say, warn=say)
+    local.fetch_weights(say)
+    config = local.config
     check_student(config.student.model)
+    plan = plan_memory(config)
+    # Not started: for its id and head.
+    teacher = build_teacher(with_embedded_teacher_here(config), plan)
+    _check_scored_by(teacher, rows, scored)
     check_student_space(config, out)
     text = TextTools(config.student.model)
     is_correct = build_checker(config.verifier, text) if config.verifier else None
@@ -229,9 +238,8 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
     async def update_steps() -> int:
         try:
             await learner.start()
-            await asyncio.sleep(
-                0
-            )  # lets an earlier Ctrl-C end it: an embedded learner never yields
+            # Lets an earlier Ctrl-C end it: an embedded learner never yields.
+            await asyncio.sleep(0)
             if not off_policy:
                 rollouts = [item.rollout for _, item in rows]
                 check_sampled_by_student(rollouts, scored, config, learner.version)
@@ -243,6 +251,17 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
 
     with signals_as_ctrl_c():
         return f"student after {asyncio.run(update_steps())} steps: {out}"
+
+
+def _check_scored_by(
+    teacher: TeacherScorer, rows: Sequence[tuple[int, ScoredRollout]], scored: Path
+) -> None:
+    strangers = {item.score.teacher_id for _, item in rows} - {teacher.teacher_id}
+    if strangers:
+        raise DataError(
+            f"{scored} was scored by {', '.join(sorted(strangers))}, but the config's teacher is "
+            f"{teacher.teacher_id}"
+        )
 
 
 class _Stopped(KeyboardInterrupt):
@@ -318,6 +337,35 @@ def _require_empty(folder: Path) -> None:
     check_writable(folder / "config.json" if folder.exists() else folder)
 
 
+def _find_models(
+    config: RunConfig, model: str, run_folder: Path | None, say: Say
+) -> tuple[RunConfig, str]:
+    """Find the config's models and ``model``, on the hub or here, and check that they match.
+
+    Returns:
+        The config with directories, and the directory of ``model`` with its weights.
+    """
+    recorded = None if run_folder is None else recorded_identity(run_folder)
+    if run_folder is None or recorded is None:
+        local = localize(config, say=say, warn=say)
+    else:
+        local = localize_again(config, run_folder / "manifest.json", say=say)
+    if model == config.student.model:
+        local.fetch_weights(say, ("student",))
+        directory = local.config.student.model
+    else:
+        directory = local_model(model, "--model", say)
+    config = local.config
+    if recorded is not None and not Path(config.student.model).is_dir():
+        check_compatible(recorded, load_identity(directory))
+        say(f"student.model={config.student.model} is gone; the tokenizer is that of {model}")
+        student = config.student.model_copy(update={"model": directory})
+        return config.model_copy(update={"student": student}), directory
+    student_identity = load_identity(config.student.model, weights=False)
+    check_compatible(student_identity, load_identity(directory))
+    return config, directory
+
+
 def evaluate_directory(
     config: RunConfig, model: str, out: Path | None, *, say: Say, run_folder: Path | None = None
 ) -> None:
@@ -330,19 +378,16 @@ def evaluate_directory(
     settings = config.evaluation
     if settings is None:
         raise ConfigError("this config has no `evaluation` section")
-    recorded = None if run_folder is None else recorded_identity(run_folder)
-    if recorded is not None and not Path(config.student.model).is_dir():
-        check_compatible(recorded, load_identity(model))
-        say(f"student.model={config.student.model} is gone; the tokenizer is that of {model}")
-        student = config.student.model_copy(update={"model": model})
-        config = config.model_copy(update={"student": student})
-    else:
-        check_compatible(load_identity(config.student.model), load_identity(model))
     if out is not None:
         refuse_inputs_as_output(out, {**input_paths(config), "--model": model})
         check_writable(out)
+    config, directory = _find_models(config, model, run_folder, say)
+    settings = config.evaluation or settings  # a dataset has its commit now
+    if out is not None:
+        refuse_inputs_as_output(out, {**input_paths(config), "--model": directory})
     text = TextTools(config.student.model)
-    check_problems(config.student, settings, text)
+    for note in check_problems(config.student, settings, text).notes:
+        say(note)
     count = settings.final_num_problems or settings.num_problems
     problems = build_problems(config.student, settings, text)(count)
 
@@ -361,7 +406,7 @@ def evaluate_directory(
         )
 
     async def measure_all() -> dict[str, Any]:
-        async with static_engine(config, model) as engine:
+        async with static_engine(config, directory) as engine:
             result = await measure(engine, first)
             say(_accuracy_line(model, result))  # before the file, which may fail to be written
             record: dict[str, Any] = {"model": model, **asdict(result)}

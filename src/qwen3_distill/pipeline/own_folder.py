@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3_distill.config import RunConfig
+from qwen3_distill.config import RunConfig, TaskPrompts
 from qwen3_distill.errors import ConfigError, RunFolderError
 from qwen3_distill.utils.files import content_of
 
@@ -86,7 +86,7 @@ def input_paths(config: RunConfig) -> dict[str, str]:
     if config.evaluation is not None:
         sections["evaluation.prompts"] = config.evaluation.prompts
     for name, prompts in sections.items():
-        if prompts.kind != "task":
+        if not isinstance(prompts, TaskPrompts):
             found[f"{name}.path"] = prompts.path
     return found
 

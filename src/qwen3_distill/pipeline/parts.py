@@ -2,9 +2,9 @@
 
 import asyncio
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class TextTools:
     @cached_property
     def tokenizer(self) -> Any:
         """The student's tokenizer."""
-        return load_tokenizer(self.student_dir)
+        return load_tokenizer(self.student_dir, weights=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode all tokens, without special ones."""
@@ -43,6 +43,16 @@ class TextTools:
     def decode_each(self, token_ids: Sequence[int]) -> tuple[str, ...]:
         """Decode each token by itself; special tokens by their names."""
         return tuple(self.tokenizer.decode([token_id]) for token_id in token_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecord:
+    """Counts of the prompts that a run trains on and is evaluated on."""
+
+    counts: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict)
+    """By setting (``prompts``, ``evaluation.prompts``): prompts used (null: endless), dropped."""
+    notes: tuple[str, ...] = ()
+    """Facts that the user is told before the run, one sentence each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +74,7 @@ class Parts:
     """Opens a sampler that answers as the teacher."""
     samples_elsewhere: bool
     """Whether the rollout engine has a process of its own."""
+    data: DataRecord = field(default_factory=DataRecord)
     scratch: Path | None = None
     """Folder of the weight channel's files, removed at the end."""
 

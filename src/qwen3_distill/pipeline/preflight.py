@@ -15,24 +15,30 @@ from qwen3_distill.data.sources import build_source
 from qwen3_distill.data.verifiers import check_references
 from qwen3_distill.errors import ConfigError, DataError, ModelError, RunFolderError
 from qwen3_distill.hosts.child import is_absent
+from qwen3_distill.modeling.hub import is_snapshot
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.modeling.student_directory import check_student
+from qwen3_distill.pipeline.assembly.data import overlap_of
 from qwen3_distill.pipeline.disk_space import check_run_space
 from qwen3_distill.pipeline.own_folder import require_own_folder
 from qwen3_distill.scoring.cache import check_cache_folder
 
 
-def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
+def problems_of(
+    config: RunConfig, *, reads_prompts: bool = True, downloaded: bool = True
+) -> list[str]:
     """List a config's unusable models, prompts, interpreters, folders and disk, with remedies.
 
     Args:
         reads_prompts: also read the training prompts, which takes a while for millions, and check
             reference answers. False where `build_parts` will do both; training prompts need only
             exist then. Held-out problems are always read.
+        downloaded: False: models of the hub may lack their weights.
     """
+    student, teacher = config.student.model, config.scoring.model
     checks: list[Callable[[], object]] = [
-        lambda: check_student(config.student.model),
-        lambda: load_identity(config.scoring.model),
+        lambda: check_student(student, weights=downloaded or not is_snapshot(student)),
+        lambda: load_identity(teacher, weights=downloaded or not is_snapshot(teacher)),
         lambda: require_own_folder(config.output_path),
     ]
     if (cache := getattr(config.scoring, "cache", None)) is not None:
@@ -57,17 +63,31 @@ def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def check_before_start(config: RunConfig, *, reads_prompts: bool = True) -> None:
+def check_before_start(
+    config: RunConfig, *, reads_prompts: bool = True, downloaded: bool = True
+) -> None:
     """Raise one error with all of `problems_of`, before engines take minutes to start.
 
     Raises:
         ConfigError: something is missing.
     """
-    found = problems_of(config, reads_prompts=reads_prompts)
+    found = problems_of(config, reads_prompts=reads_prompts, downloaded=downloaded)
     if len(found) == 1:
         raise ConfigError(found[0])
     if found:
         raise ConfigError("\n  - ".join(["the config names what is not there:", *found]))
+
+
+def data_notes(config: RunConfig) -> list[str]:
+    """List what the user should know about a config's prompts; the prompts are not rendered."""
+    training = build_source(config.prompts)
+    notes: list[str] = [*getattr(training, "notes", ())]
+    if config.evaluation is not None:
+        held_out = build_source(config.evaluation.prompts)
+        notes += [f"evaluation: {note}" for note in getattr(held_out, "notes", ())]
+        overlap = overlap_of(config, training, held_out)
+        notes += [str(overlap)] if overlap else []
+    return notes
 
 
 def _read(prompts: PromptsConfig, verifier: VerifierConfig | None) -> None:

@@ -25,6 +25,8 @@ from qwen3_distill.pipeline.manifest import (
     machine,
     versions,
 )
+from qwen3_distill.pipeline.models import HubRecord, LocalConfig, localize, recorded_hub
+from qwen3_distill.pipeline.own_folder import refuse_inputs_as_student
 from qwen3_distill.pipeline.parts import Parts, TextTools
 from qwen3_distill.pipeline.preflight import check_before_start
 from qwen3_distill.pipeline.recorder import Recorder
@@ -68,9 +70,11 @@ def run(
                 "to run again"
             )
         else:
+            recorded = recorded_hub(folder.manifest) if folder.has_records else {}
+            local = localize(config, recorded=recorded, say=progress.stage, warn=warn)
             beating = HeartbeatReporter(progress, folder.status, total_steps=config.steps)
             with beating:
-                done = asyncio.run(_run(config, folder, beating, warn, adapt))
+                done = asyncio.run(_run(local, folder, beating, warn, adapt))
                 beating.end("finished" if done else "stopped")
             if not done:
                 return None
@@ -80,7 +84,7 @@ def run(
 
 
 async def _run(
-    config: RunConfig,
+    local: LocalConfig,
     folder: RunFolder,
     progress: HeartbeatReporter,
     warn: Callable[[str], None],
@@ -88,13 +92,21 @@ async def _run(
 ) -> bool:
     if folder.changes:
         warn("going on with other settings than before:\n  " + "\n  ".join(folder.changes))
-    check_before_start(config, reads_prompts=False)  # `build_parts` reads them
+    config = local.config
+    refuse_inputs_as_student(config)
+    check_before_start(config, reads_prompts=False, downloaded=False)  # `build_parts` reads them
     progress.stage("checking that student and teacher match")
-    SameView().check(load_identity(config.student.model), load_identity(config.scoring.model))
+    SameView().check(
+        load_identity(config.student.model, weights=False),
+        load_identity(config.scoring.model, weights=False),
+    )
     text = TextTools(config.student.model)
     prompt = first_prompt(config, text)
     for note in template_notes(config, text):
         warn(note)
+    local.fetch_weights(progress.stage)
+    if any(source.hub for source in local.sources.values()):
+        check_before_start(config, reads_prompts=False)  # the weights are there now
     async with AsyncExitStack() as stack:
         if config.pipeline.mps:  # before anything here uses CUDA; ends after the last engine
             progress.stage("starting MPS")
@@ -103,13 +115,20 @@ async def _run(
         progress.stage("loading models")
         parts = adapt(build_parts(config))
         stack.push_async_callback(parts.close)
+        for note in parts.data.notes:
+            warn(note)
         await parts.start(progress.stage)
         write_json_atomic(folder.prompt, prompt_record(prompt))
-        return await _train_with_restarts(parts, folder, progress, warn)
+        return await _train_with_restarts(parts, folder, progress, warn, hub=local.hub)
 
 
 async def _train_with_restarts(
-    parts: Parts, folder: RunFolder, progress: HeartbeatReporter, warn: Callable[[str], None]
+    parts: Parts,
+    folder: RunFolder,
+    progress: HeartbeatReporter,
+    warn: Callable[[str], None],
+    *,
+    hub: HubRecord,
 ) -> bool:
     """`_train`, and again from the last checkpoint each time the learner's process is lost."""
     lost: LearnerLost | None = None
@@ -118,7 +137,7 @@ async def _train_with_restarts(
             if lost is not None:
                 warn(f"the learner is started again from the last checkpoint: {lost}")
                 await _start_again(parts.learner)
-            return await _train(parts, folder, progress, warn)
+            return await _train(parts, folder, progress, warn, hub=hub)
         except LearnerLost as error:
             if restarts_left == 0:
                 raise
@@ -135,7 +154,12 @@ async def _start_again(learner: Learner) -> None:
 
 
 async def _train(
-    parts: Parts, folder: RunFolder, progress: HeartbeatReporter, warn: Callable[[str], None]
+    parts: Parts,
+    folder: RunFolder,
+    progress: HeartbeatReporter,
+    warn: Callable[[str], None],
+    *,
+    hub: HubRecord,
 ) -> bool:
     """Train from the newest checkpoint on; return whether the last step was reached.
 
@@ -147,7 +171,7 @@ async def _train(
     cursor = await _restore(parts, folder, progress, warn)
     if folder.extended_from is not None:
         warn(_extension(config, folder.extended_from, cursor.step))
-    _write_manifest(parts, folder, cursor.step)
+    _write_manifest(parts, folder, cursor.step, hub)
     folder.accept_changes()
     recorder = Recorder(parts, folder, progress, start_step=cursor.step)
     progress.watch(recorder.trace)
@@ -228,7 +252,7 @@ def _extension(config: RunConfig, earlier_steps: int, step: int) -> str:
     )
 
 
-def _write_manifest(parts: Parts, folder: RunFolder, step: int) -> None:
+def _write_manifest(parts: Parts, folder: RunFolder, step: int, hub: HubRecord) -> None:
     """Write the manifest, with one entry per start: a resumed run may have other versions."""
     start = {
         "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -239,6 +263,8 @@ def _write_manifest(parts: Parts, folder: RunFolder, step: int) -> None:
         "engines": engine_versions(engine_interpreters(parts.config)),
         "machine": machine(),
         "code": git_revision(Path(__file__).parent),
+        "hub": hub,
+        "data": parts.data.counts,
     }
     write_json_atomic(
         folder.manifest,

@@ -1,6 +1,6 @@
 """Builds a run's summary and its report from the run folder alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from qwen3_distill.errors import ModelError
 from qwen3_distill.modeling.loading import tokenizer_digest
 from qwen3_distill.pipeline.assembly.data import build_checker
 from qwen3_distill.pipeline.manifest import recorded_identity
+from qwen3_distill.pipeline.models import localize_again
 from qwen3_distill.pipeline.parts import TextTools
 from qwen3_distill.pipeline.run_folder import RunFolder
 from qwen3_distill.recording.jsonl import (
@@ -121,7 +122,7 @@ def find_text_tools(path: Path, config: RunConfig) -> TextTools | None:
     been replaced since, or be another one under the same relative path. None if there is neither.
     """
     recorded = recorded_identity(path)
-    for directory in (path / "student", Path(config.student.model)):
+    for directory in _tokenizer_directories(path, config):
         text = TextTools(str(directory))
         try:
             digest = tokenizer_digest(text.tokenizer)
@@ -130,6 +131,13 @@ def find_text_tools(path: Path, config: RunConfig) -> TextTools | None:
         if directory.parent == path or recorded is None or digest == recorded.tokenizer_digest:
             return text
     return None
+
+
+def _tokenizer_directories(path: Path, config: RunConfig) -> Iterator[Path]:
+    yield path / "student"
+    # The hub is asked only where the first one does not do.
+    local = localize_again(config, path / "manifest.json", roles=("student",), datasets=False)
+    yield Path(local.config.student.model)
 
 
 def _rollout_view(

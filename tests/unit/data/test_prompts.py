@@ -142,3 +142,61 @@ def test_endless_task_is_taken_in_its_own_order() -> None:
 def test_negative_positions_are_refused(start: int, count: int) -> None:
     with pytest.raises(ValueError, match="expected both >= 0"):
         stream(source_of(3)).take(start, count)
+
+
+# --- Prompts that are too long, and roles that a template does not know -------------------------
+
+
+def texts(*contents: str) -> FixedSource:
+    return FixedSource([raw_prompt(text, f"p:{i}") for i, text in enumerate(contents)])
+
+
+def test_prompts_that_are_too_long_are_dropped_and_counted(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    size = render(raw_prompt("a"), tokenizer, 1000, 1).token_ids.size
+
+    def stream_of(source: FixedSource) -> PromptStream:
+        return PromptStream(source, tokenizer, seed=0, context_length=size + 8, max_new_tokens=7)
+
+    mixed = stream_of(texts("a", "b" * 9, "c", "d" * 3))
+    with pytest.raises(DataError, match=r"prompt p:1 .*prompts\.too_long=drop"):
+        mixed.check()
+    mixed.drop_too_long()
+    mixed.check()
+    assert sorted(ids(mixed, 0, 2)) == ["p:0", "p:2"]
+    assert mixed.num_dropped == 2
+    assert mixed.notes == (
+        f"2 of 4 prompts do not fit the context of {size + 8} tokens with max_new_tokens=7 and "
+        "are left out, e.g. p:1",
+    )
+    short = stream_of(texts("a", "b"))
+    short.drop_too_long()
+    assert (short.num_dropped, short.notes) == (0, ())
+    with pytest.raises(DataError, match=r"2 of 2 prompts do not fit .*none is left"):
+        stream_of(texts("a" * 9, "b" * 9)).drop_too_long()
+
+
+QWEN_LIKE = (
+    "{% for m in messages %}{% if m.role in ('user', 'system', 'assistant') %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("role", ["developer", "tool", "system", "user"])
+def test_role_that_the_template_leaves_out_is_refused(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, role: Any
+) -> None:
+    messages = (Message(role=role, content="x"), Message(role="user", content="y"))
+    source = FixedSource([RawPrompt(prompt_id="p:0", messages=messages)])
+
+    def check() -> None:
+        PromptStream(source, tokenizer, seed=0, context_length=999, max_new_tokens=1).check()
+
+    check()  # the fixture's template knows every role
+    monkeypatch.setattr(tokenizer, "chat_template", QWEN_LIKE)
+    if role in ("system", "user"):
+        check()
+        return
+    with pytest.raises(DataError, match=rf"p:0 .*leaves out message 0 of role '{role}'"):
+        check()

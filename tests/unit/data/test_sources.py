@@ -145,7 +145,8 @@ def test_jsonl_errors_name_file_and_line(tmp_path: Path, content: bytes, message
     ("row", "message"),
     [
         ({"prompt": "a"}, r"line 1 has no field 'answer'.*Change prompts\.answer_field"),
-        ({"prompt": "a", "answer": 0.5}, r"field 'answer' is of type float"),
+        ({"prompt": "a", "answer": float("nan")}, r"field 'answer' is of type float \(nan\)"),
+        ({"prompt": "a", "answer": float("inf")}, r"field 'answer' is of type float \(inf\)"),
         ({"prompt": "a", "answer": True}, r"field 'answer' is of type bool"),
         ({"prompt": "a", "answer": " "}, r"field 'answer' is empty"),
         ({"prompt": "a", "answer": "\ud800"}, r"field 'answer' holds .* half of a character"),

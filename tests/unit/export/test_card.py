@@ -77,7 +77,8 @@ def test_a_model_that_the_run_had_from_the_hub_is_the_base_model(
     config["student"]["model"] = "Qwen/Qwen3-0.6B"
     (run / "config.json").write_text(json.dumps(config))
     assert "base_model" not in _card(run, tmp_path / "a")[0]  # it may be a relative path
-    manifest["student"]["commit"] = "c1899de289a04d12100db370d81485cdf75e47ca"
+    commit = {"revision": "main", "commit": "c1899de289a04d12100db370d81485cdf75e47ca"}
+    manifest["starts"][-1]["hub"] = {"student": {"repo": "Qwen/Qwen3-0.6B", **commit}}
     (run / "manifest.json").write_text(json.dumps(manifest))
     assert _card(run, tmp_path / "b")[0]["base_model"] == "Qwen/Qwen3-0.6B"
 

@@ -4,16 +4,19 @@ from collections.abc import Callable
 
 from qwen3_distill.config import (
     EvaluationConfig,
+    PromptsConfig,
     RunConfig,
     SamplingConfig,
     StudentConfig,
+    TaskPrompts,
     VerifierConfig,
 )
+from qwen3_distill.data.overlap import Overlap, find_overlap
 from qwen3_distill.data.prompts import PromptStream
 from qwen3_distill.data.sources import PromptSource, build_source
 from qwen3_distill.data.verifiers import build_verifier, check_references
 from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.pipeline.parts import TextTools
+from qwen3_distill.pipeline.parts import DataRecord, TextTools
 from qwen3_distill.types import Prompt, Rollout
 
 
@@ -25,10 +28,49 @@ def build_prompts(config: RunConfig, text: TextTools) -> PromptStream:
     """
     source = build_source(config.prompts)
     prompts = _stream(config.student, source, text, config.sampling, seed=config.seed)
+    _drop(prompts, config.prompts)
     prompts.check()
     if config.verifier is not None:
-        check_references(config.verifier, source)
+        check_references(config.verifier, prompts.source)
     return prompts
+
+
+def data_record(
+    config: RunConfig, prompts: PromptStream, problems: PromptStream | None
+) -> DataRecord:
+    """Count what a run trains on and is evaluated on, with what the user should know."""
+    counts = {"prompts": _counts(prompts)}
+    notes = list(prompts.notes)
+    if problems is not None and config.evaluation is not None:
+        counts["evaluation.prompts"] = _counts(problems)
+        notes += [f"evaluation: {note}" for note in problems.notes]
+        overlap = overlap_of(config, prompts.source, problems.source)
+        counts["evaluation.prompts"]["also_in_training"] = overlap.num_shared if overlap else 0
+        notes += [str(overlap)] if overlap else []
+    return DataRecord(counts=counts, notes=tuple(notes))
+
+
+def overlap_of(config: RunConfig, training: PromptSource, held_out: PromptSource) -> Overlap | None:
+    """Find the problems of a config's evaluation that are training prompts, too."""
+    evaluation = config.evaluation
+    if evaluation is None:
+        return None
+    return find_overlap(
+        training,
+        held_out,
+        num_problems=max(evaluation.num_problems, evaluation.final_num_problems or 0),
+        training_suffix=getattr(config.prompts, "suffix", ""),
+        held_out_suffix=getattr(evaluation.prompts, "suffix", ""),
+    )
+
+
+def _counts(prompts: PromptStream) -> dict[str, int | None]:
+    return {"used": prompts.source.num_prompts, "dropped_too_long": prompts.num_dropped}
+
+
+def _drop(prompts: PromptStream, config: PromptsConfig) -> None:
+    if not isinstance(config, TaskPrompts) and config.too_long == "drop":
+        prompts.drop_too_long()
 
 
 def build_checker(verifier: VerifierConfig, text: TextTools) -> Callable[[Rollout], float]:
@@ -41,15 +83,20 @@ def build_checker(verifier: VerifierConfig, text: TextTools) -> Callable[[Rollou
     return is_correct
 
 
-def check_problems(student: StudentConfig, evaluation: EvaluationConfig, text: TextTools) -> None:
-    """Check all held-out problems before a run, which would meet a bad one only in its middle.
+def check_problems(
+    student: StudentConfig, evaluation: EvaluationConfig, text: TextTools
+) -> PromptStream:
+    """Open and check all held-out problems: a run would meet a bad one only in its middle.
 
     Raises:
         DataError: one does not fit the student's context, or has no usable reference answer.
     """
     source = build_source(evaluation.prompts)
-    _stream(student, source, text, evaluation.sampling, seed=0).check()
-    check_references(evaluation.verifier, source)
+    problems = _stream(student, source, text, evaluation.sampling, seed=0)
+    _drop(problems, evaluation.prompts)
+    problems.check()
+    check_references(evaluation.verifier, problems.source)
+    return problems
 
 
 def build_problems(
@@ -58,7 +105,8 @@ def build_problems(
     """Open the held-out problems. The result gives the first ``n``, always the same ones."""
     source = build_source(evaluation.prompts)
     stream = _stream(student, source, text, evaluation.sampling, seed=0)
-    available = source.num_prompts
+    _drop(stream, evaluation.prompts)
+    available = stream.source.num_prompts
 
     def problems(count: int) -> list[Prompt]:
         return stream.take(0, count if available is None else min(count, available))
@@ -78,7 +126,7 @@ def _stream(
         source,
         text.tokenizer,
         seed=seed,
-        context_length=load_identity(student.model).context_length,
+        context_length=load_identity(student.model, weights=False).context_length,
         max_new_tokens=sampling.max_new_tokens,
         template_arguments=student.template_arguments,
     )

@@ -30,7 +30,12 @@ from qwen3_distill.pipeline.assembly.channel import (
     run_channel_folder,
     samples_elsewhere,
 )
-from qwen3_distill.pipeline.assembly.data import build_checker, build_prompts, check_problems
+from qwen3_distill.pipeline.assembly.data import (
+    build_checker,
+    build_prompts,
+    check_problems,
+    data_record,
+)
 from qwen3_distill.pipeline.assembly.plan import engine_log, plan_memory, require_plan
 from qwen3_distill.pipeline.assembly.teachers import (
     build_teacher,
@@ -61,8 +66,8 @@ def build_parts(config: RunConfig) -> Parts:
     """
     text = TextTools(config.student.model)
     prompts = build_prompts(config, text)
-    if config.evaluation is not None:
-        check_problems(config.student, config.evaluation, text)
+    evaluation = config.evaluation
+    problems = check_problems(config.student, evaluation, text) if evaluation else None
     plan = plan_memory(config)
     teacher = build_teacher(config, plan)
     scratch = run_channel_folder(config)
@@ -79,6 +84,7 @@ def build_parts(config: RunConfig) -> Parts:
         is_correct=build_checker(config.verifier, text) if config.verifier else None,
         teacher_sampler=partial(teacher_sampler, config, teacher),
         samples_elsewhere=samples_elsewhere(config.generation),
+        data=data_record(config, prompts, problems),
         scratch=scratch,
     )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.head import logits_of, map_chunks
+from qwen3_distill.modeling.hub import model_label
 from qwen3_distill.modeling.loading import (
     load_identity,
     load_model,
@@ -64,7 +65,7 @@ class EmbeddedTeacher:
         self._batch_tokens = batch_tokens
         self._chunk_tokens = chunk_tokens
         digest = weights_digest(dict(self._model.named_parameters()))
-        self._teacher_id = f"{Path(model_dir).name}#{digest}@{dtype}"
+        self._teacher_id = f"{model_label(model_dir)}#{digest}@{dtype}"
 
     async def start(self) -> None:
         return None

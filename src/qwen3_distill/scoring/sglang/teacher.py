@@ -11,6 +11,7 @@ from pathlib import Path
 from qwen3_distill.config import SglangScoring
 from qwen3_distill.errors import ConfigError, EngineError
 from qwen3_distill.modeling.digest import directory_digest
+from qwen3_distill.modeling.hub import model_label
 from qwen3_distill.modeling.known_answer import KnownAnswer, known_answer
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.scoring.handshake import check_lengths
@@ -92,7 +93,7 @@ class SglangTeacher:
         config = self._config
         precision = config.quantization or config.dtype
         head = "+float32-head" if config.float32_head else ""
-        return f"{Path(config.model).name}#{self._weights_digest}@sglang-{precision}{head}"
+        return f"{model_label(config.model)}#{self._weights_digest}@sglang-{precision}{head}"
 
     @property
     def counters(self) -> Mapping[str, float]:

@@ -1,0 +1,44 @@
+"""Builds the prompt source that a config describes."""
+
+from itertools import islice
+from pathlib import Path
+
+from qwen3_distill.config import JsonlPrompts, ParquetPrompts, PromptsConfig, TaskPrompts
+from qwen3_distill.data.chain_task import ChainTask
+from qwen3_distill.data.sources.dataset import dataset_name, dataset_rows
+from qwen3_distill.data.sources.fields import read_field
+from qwen3_distill.data.sources.files import jsonl_rows, parquet_rows
+from qwen3_distill.data.sources.records import FixedSource, PromptSource, RawPrompt, TaskSource
+from qwen3_distill.data.sources.row import has_final_answer, raw_prompt
+from qwen3_distill.errors import DataError
+
+
+def build_source(config: PromptsConfig) -> PromptSource:
+    """Build the source that ``config`` describes.
+
+    Raises:
+        DataError: a file or dataset cannot be read, is empty, or has a row that is not a prompt.
+            The message names the file and the line (JSONL, from 1) or row (Parquet and hf, from 0).
+    """
+    if isinstance(config, TaskPrompts):
+        return TaskSource(ChainTask(), config.split, config.limit)
+    if isinstance(config, JsonlPrompts):
+        name, rows = Path(config.path).name, jsonl_rows(Path(config.path))
+    elif isinstance(config, ParquetPrompts):
+        name, rows = Path(config.path).name, parquet_rows(Path(config.path), config)
+    else:
+        name, rows = dataset_name(config), dataset_rows(config)
+    prompts: list[RawPrompt] = []
+    answered = 0
+    for number, (where, row) in enumerate(islice(rows, config.limit)):
+        prompts.append(raw_prompt(row, where, f"{name}:{number}", config))
+        answered += has_final_answer(read_field(row, config.prompt_field, "prompt_field", where))
+    if not prompts:
+        raise DataError(f"{config.path} has no rows, expected at least one prompt; check the path")
+    notes = []
+    if answered:
+        notes.append(
+            f"{name}: {answered} of {len(prompts)} conversations end with an assistant turn, which "
+            "is not part of the prompt"
+        )
+    return FixedSource(prompts, notes)

@@ -1,0 +1,76 @@
+"""Reads a field of a row by its name or, with dots, from the objects and lists inside the row."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, TypeAlias
+
+from qwen3_distill.config import HuggingFacePrompts, JsonlPrompts, ParquetPrompts
+from qwen3_distill.errors import DataError
+
+RowPrompts: TypeAlias = JsonlPrompts | ParquetPrompts | HuggingFacePrompts
+Row: TypeAlias = tuple[str, Mapping[str, Any]]
+"""Where the row is, for error messages, and its fields."""
+
+
+def read_field(row: Mapping[str, Any], path: str, setting: str, where: str) -> Any:
+    """Return the value at ``path``: a key of the row, or keys and list positions with dots between.
+
+    A key that has the dots in its name comes first. Negative positions count from the end.
+
+    Raises:
+        DataError: there is no such field.
+    """
+    if path in row:
+        return row[path]
+    node: Any = row
+    parts = path.split(".")
+    for depth, part in enumerate(parts):
+        place = f"{where}, field {'.'.join(parts[:depth])!r}" if depth else where
+        if isinstance(node, Mapping) and part in node:
+            node = node[part]
+        elif isinstance(node, Mapping):
+            raise DataError(_missing(part if depth else parts[0], node, setting, place))
+        elif isinstance(node, Sequence) and not isinstance(node, str) and _is_position(part, node):
+            node = node[int(part)]
+        else:
+            size = f" of {len(node)}" if isinstance(node, list) else ""
+            raise DataError(
+                f"{place} is of type {type(node).__name__}{size} and has no {part!r}, expected "
+                f"an object or a list that has it; change prompts.{setting} or the data"
+            )
+    return node
+
+
+def wanted_columns(config: RowPrompts, names: Sequence[str]) -> list[str]:
+    """Return the columns that hold the config's fields."""
+    fields = [config.prompt_field, config.answer_field]
+    columns = [name if name in names else name.split(".")[0] for name in fields if name is not None]
+    return list(dict.fromkeys(columns))
+
+
+def check_columns(present: Iterable[str], config: RowPrompts, where: str) -> None:
+    """Check that the columns of the config's fields exist.
+
+    Raises:
+        DataError: one does not; the message names the nearest.
+    """
+    present = list(present)
+    settings = {"prompt_field": config.prompt_field, "answer_field": config.answer_field}
+    for setting, name in settings.items():
+        if name is None or name in present or name.split(".")[0] in present:
+            continue
+        raise DataError(_missing(name.split(".")[0], present, setting, where))
+
+
+def _missing(name: str, present: Iterable[str], setting: str, where: str) -> str:
+    present = list(present)
+    near = get_close_matches(name, present, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return (
+        f"{where} has no field {name!r}{hint}; its fields are {present}. Change prompts."
+        f"{setting} or the data"
+    )
+
+
+def _is_position(part: str, values: Sequence[Any]) -> bool:
+    return part.removeprefix("-").isdecimal() and -len(values) <= int(part) < len(values)

@@ -1,0 +1,124 @@
+"""Reads the rows of JSON Lines files, compressed or not, and of Parquet files."""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from qwen3_distill.config import ParquetPrompts
+from qwen3_distill.data.sources.fields import Row, check_columns, wanted_columns
+from qwen3_distill.errors import DataError
+
+
+def jsonl_rows(path: Path) -> Iterator[Row]:
+    """Yield the objects of a JSON Lines file, which may be compressed (``.gz``, ``.zst``)."""
+    _require_file(path)
+    first_blank: int | None = None  # an error only if a row follows: files may end in blank lines
+    # Lines are split as bytes: text mode would also split at a lone carriage return.
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                first_blank = first_blank or number
+                continue
+            if first_blank is not None:
+                raise DataError(
+                    f"{path}, line {first_blank} is blank, expected one JSON object on every line; "
+                    "remove the line"
+                )
+            yield f"{path}, line {number}", _json_object(line, f"{path}, line {number}")
+
+
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object's fields; by default the last of two equal keys would win."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f"a key stands twice among {[key for key, _ in pairs]}")
+    return fields
+
+
+def _json_object(line: bytes, where: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_refuse_duplicate_keys)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8 ({error}); save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where} is not valid JSON ({error.msg} at column {error.colno}), expected one JSON "
+            "object on every line"
+        ) from error
+    except (ValueError, RecursionError) as error:  # a key twice, a number or a nesting too large
+        raise DataError(f"{where} cannot be read as JSON ({error}); correct the line") from error
+    if not isinstance(value, dict):
+        raise DataError(
+            f"{where} is a JSON {type(value).__name__}, expected an object such as "
+            '{"prompt": "..."}'
+        )
+    return value
+
+
+def parquet_rows(path: Path, config: ParquetPrompts) -> Iterator[Row]:
+    """Yield the rows of a Parquet file; only the columns that the config names are read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    _require_file(path)
+    try:
+        with pq.ParquetFile(path.absolute()) as file:
+            names = file.schema_arrow.names
+            check_columns(names, config, str(path))
+            for number, row in enumerate(_batched_rows(file, wanted_columns(config, names))):
+                yield f"{path}, row {number}", row
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} cannot be read as Parquet ({error}); expected a whole Parquet file, write it "
+            "again"
+        ) from error
+
+
+def _batched_rows(file: Any, columns: list[str]) -> Iterator[Mapping[str, Any]]:
+    for batch in file.iter_batches(columns=columns):
+        yield from batch.to_pylist()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for reading, decompressed where its name says that it is compressed.
+
+    Raises:
+        DataError: it is not whole, or not compressed as its name says.
+    """
+    kind = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    if kind is None:
+        with path.open("rb") as file:
+            yield file
+        return
+    import pyarrow as pa
+
+    try:
+        if kind == "gzip":
+            with gzip.open(path, "rb") as file:
+                yield io.BufferedReader(file)
+        else:
+            if not pa.Codec.is_available(kind):
+                raise DataError(
+                    f"{path} is compressed with zstd, which this pyarrow was built without; "
+                    "decompress the file with `zstd -d`, or install pyarrow from its wheel"
+                )
+            with pa.OSFile(str(path)) as raw, pa.CompressedInputStream(raw, kind) as stream:
+                yield io.BufferedReader(stream)  # pyright: ignore[reportArgumentType]
+    except (pa.ArrowException, EOFError, OSError, zlib.error) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{path} cannot be decompressed ({error}); expected a whole {kind} file, write it again"
+        ) from error
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        state = "is a directory" if path.is_dir() else "does not exist"
+        raise DataError(f"prompt file {path} {state}, expected a file; change prompts.path")

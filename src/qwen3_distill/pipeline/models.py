@@ -1,0 +1,167 @@
+"""Turns the hub ids of a config into local directories, once and before anything else runs."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from qwen3_distill.config import HuggingFacePrompts, PromptsConfig, RunConfig
+from qwen3_distill.errors import ModelError
+from qwen3_distill.modeling.hub import (
+    HubCommit,
+    ModelSource,
+    fetch_weights,
+    locate_dataset,
+    locate_model,
+)
+
+Say = Callable[[str], None]
+
+
+HubRecord: TypeAlias = Mapping[str, Mapping[str, str]]
+"""Repository, revision and commit by role (``student``, ``teacher``) or setting (``prompts``)."""
+
+
+def _silent(message: str) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalConfig:
+    """A config whose models are directories of this machine."""
+
+    config: RunConfig
+    """Models are directories. Datasets of the hub know their commit."""
+    sources: Mapping[str, ModelSource]
+    """By role: ``student``, ``teacher``."""
+    datasets: Mapping[str, HubCommit]
+    """By setting: ``prompts``, ``evaluation.prompts``; without local ones."""
+
+    @property
+    def hub(self) -> dict[str, dict[str, str]]:
+        """The commits that came from the hub, as JSON values, by role or setting."""
+        models = {role: source.hub for role, source in self.sources.items() if source.hub}
+        return {name: commit.record() for name, commit in {**models, **self.datasets}.items()}
+
+    def fetch_weights(self, say: Say, roles: Sequence[str] = ("student", "teacher")) -> None:
+        """Download the weights of models that were found on the hub; others need nothing.
+
+        Raises:
+            ModelError: see `qwen3_distill.modeling.hub.fetch_weights`.
+        """
+        for role in roles:
+            if role in self.sources:
+                fetch_weights(self.sources[role], say)
+
+
+def recorded_hub(manifest: Path) -> HubRecord:
+    """Read the commits of a run's last start from its manifest; empty where it has none."""
+    keys = {"repo", "revision", "commit"}
+    with suppress(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        hub = json.loads(manifest.read_text(encoding="utf-8"))["starts"][-1]["hub"]
+        return {name: record for name, record in hub.items() if set(record) == keys}
+    return {}
+
+
+def localize(
+    config: RunConfig,
+    *,
+    recorded: HubRecord | None = None,
+    say: Say = _silent,
+    warn: Say = _silent,
+    roles: Sequence[str] = ("student", "teacher"),
+    datasets: bool = True,
+) -> LocalConfig:
+    """Find what a config names on the hub. Config and tokenizer are downloaded, weights are not.
+
+    Args:
+        recorded: `LocalConfig.hub` of an earlier start, whose commits are used again.
+        say: told which directory or commit is used.
+        warn: told that a branch has moved, or that the hub was not asked.
+        roles: which models to find; the others stay as they are named.
+        datasets: whether to find datasets, too.
+
+    Raises:
+        ModelError: a model is neither a directory nor an accessible repository.
+        DataError: the same of a dataset.
+    """
+    earlier = {name: HubCommit(**record) for name, record in (recorded or {}).items()}
+    names = {"student": config.student.model, "teacher": config.scoring.model}
+    settings = {"student": "student.model", "teacher": "scoring.model"}
+    sources = {
+        role: locate_model(name, settings[role], recorded=earlier.get(role), say=say, warn=warn)
+        for role, name in names.items()
+        if role in roles
+    }
+    found_datasets: dict[str, HubCommit] = {}
+
+    def pinned(prompts: PromptsConfig, setting: str) -> PromptsConfig:
+        if not datasets or not isinstance(prompts, HuggingFacePrompts):
+            return prompts
+        found = locate_dataset(
+            prompts.path,
+            prompts.revision,
+            f"{setting}.path",
+            recorded=earlier.get(setting),
+            warn=warn,
+        )
+        if found is None:
+            return prompts
+        found_datasets[setting] = found
+        return prompts.at_commit(found.commit)
+
+    changes: dict[str, Any] = {"prompts": pinned(config.prompts, "prompts")}
+    for role, section in {"student": "student", "teacher": "scoring"}.items():
+        if role in sources:
+            update = {"model": sources[role].directory}
+            changes[section] = getattr(config, section).model_copy(update=update)
+    if (evaluation := config.evaluation) is not None:
+        prompts = pinned(evaluation.prompts, "evaluation.prompts")
+        changes["evaluation"] = evaluation.model_copy(update={"prompts": prompts})
+    return LocalConfig(
+        config=config.model_copy(update=changes), sources=sources, datasets=found_datasets
+    )
+
+
+def localize_again(
+    config: RunConfig,
+    manifest: Path,
+    *,
+    say: Say = _silent,
+    roles: Sequence[str] = ("student", "teacher"),
+    datasets: bool = True,
+) -> LocalConfig:
+    """Find what a run had from the hub, at the commits of its manifest.
+
+    A model that was a directory, or that cannot be had any more, stays as it is named.
+
+    Args:
+        say: told which commit is used.
+        roles: which models to find.
+        datasets: whether to find datasets, too.
+    """
+    recorded = recorded_hub(manifest)
+    local = localize(config, recorded=recorded, warn=say, roles=(), datasets=datasets)
+    for role in roles:
+        if role in recorded:
+            with suppress(ModelError):
+                found = localize(
+                    local.config,
+                    recorded=recorded,
+                    say=say,
+                    warn=say,
+                    roles=(role,),
+                    datasets=False,
+                )
+                local = replace(
+                    local, config=found.config, sources={**local.sources, **found.sources}
+                )
+    return local
+
+
+def local_model(name: str, setting: str, say: Say) -> str:
+    """Return the directory, with weights, of a model that an option names."""
+    source = locate_model(name, setting, say=say, warn=say)
+    fetch_weights(source, say)
+    return source.directory
