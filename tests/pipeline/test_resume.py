@@ -598,8 +598,9 @@ def test_prompt_file_that_was_replaced_under_a_run_is_refused(
     which: str, tiny_models: TinyModels, run_dir: Path, tmp_path: Path
 ) -> None:
     files = {"prompts.path": tmp_path / "a.jsonl", "evaluation.prompts.path": tmp_path / "b.jsonl"}
-    for file in files.values():
-        file.write_text("".join(f'{{"prompt": "{n}?", "answer": "{n}"}}\n' for n in range(5)))
+    for first, file in zip((10, 20), files.values(), strict=True):  # the two share no problem
+        numbers = range(first, first + 5)
+        file.write_text("".join(f'{{"prompt": "{n}?", "answer": "{n}"}}\n' for n in numbers))
     prompts = [
         {"kind": "jsonl", "path": str(file), "answer_field": "answer"} for file in files.values()
     ]
