@@ -19,7 +19,7 @@ TEXT = "17+5*3-8= Zwei Wörter, \n\t 漢字."
 
 @dataclass(frozen=True)
 class Reading:
-    """What one program read from one directory."""
+    """The values that one program read from one directory."""
 
     transformers: str
     """Its version."""

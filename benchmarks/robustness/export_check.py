@@ -1,4 +1,4 @@
-"""What a GGUF file of a run's student changes in its logits.
+"""Measures how much the logits of a run's student change in a GGUF file.
 
     python -m benchmarks.robustness.export_check --run runs/demo
 

@@ -19,7 +19,7 @@ from benchmarks.lib.common import RESULTS, merge_result
 from benchmarks.lib.student_readers import logits_here, read_with
 
 TOLERANCE = 1e-4
-"""Of logits in float32: two versions of one library add in other orders."""
+"""Tolerance for logits in float32: two versions of one library add in other orders."""
 
 
 def main() -> None:

@@ -213,7 +213,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient_of_the_loss(
 
 
 SAMPLED_SPANS = {1: [(0, 4), (9, 10), (22, 30)], 3: [(5, 12)], 5: [(2, 3), (30, 54)]}
-"""Of `Bench.ragged_batch`: responses that begin, end or are interrupted with other tokens."""
+"""Cases of `Bench.ragged_batch`: responses that begin, end or are interrupted with other tokens."""
 
 
 @pytest.mark.parametrize("name", [*ONE_OF_EACH, "sampled_discount", "sampled_top_k_baseline"])

@@ -1,4 +1,4 @@
-"""What the chat template does is checked and shown before a run, and kept for the report."""
+"""The work of the chat template is checked and shown before a run, and kept for the report."""
 
 import json
 import shutil

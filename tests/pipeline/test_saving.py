@@ -1,4 +1,4 @@
-"""What can fail on an input fails before the training; after a full disk a run goes on."""
+"""Every failure of an input comes before the training; after a full disk a run goes on."""
 
 import errno
 import json
