@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qwen3_distill.config import RunConfig
-from qwen3_distill.errors import NonFiniteError
+from qwen3_distill.errors import NonFiniteError, RunFolderError
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.recording.console import SilentReporter
 from qwen3_distill.report.status import run_status, status_lines
@@ -122,3 +122,9 @@ def test_a_folder_without_a_run_is_refused(
     shutil.rmtree(run_dir / "checkpoints")
     (run_dir / "summary.json").unlink()
     assert "unknown\nstep 0 of 3" in text_of(run_dir)
+
+
+def test_a_config_without_steps_is_no_run_of_none(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"seed": 0}')
+    with pytest.raises(RunFolderError, match="is not a run folder"):
+        run_status(tmp_path)

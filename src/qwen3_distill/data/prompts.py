@@ -152,7 +152,7 @@ class PromptStream:
     ) -> None:
         check_template_arguments(template_of(tokenizer), template_arguments)
         self.source = source
-        self.notes: tuple[str, ...] = getattr(source, "notes", ())
+        self.notes = source.notes
         """Facts about the prompts that the user is told, one sentence each."""
         self.num_dropped = 0
         """Prompts that were left out because they are too long."""

@@ -84,10 +84,10 @@ def check_before_start(
 def data_notes(config: RunConfig) -> list[str]:
     """List what the user should know about a config's prompts; the prompts are not rendered."""
     trained_on = build_source(config.prompts)
-    notes: list[str] = [*getattr(trained_on, "notes", ())]
+    notes = [*trained_on.notes]
     if config.evaluation is not None:
         held_out = build_source(config.evaluation.prompts)
-        notes += [f"evaluation: {note}" for note in getattr(held_out, "notes", ())]
+        notes += [f"evaluation: {note}" for note in held_out.notes]
         overlap = overlap_of(config, trained_on, held_out)
         notes += [str(overlap)] if overlap else []
     return notes

@@ -35,7 +35,7 @@ def run_status(folder: Path, now: float | None = None) -> dict[str, Any]:
     """
     now = time.time() if now is None else now
     config = _read_json(folder / "config.json")
-    if config is None:
+    if config is None or not isinstance(config.get("steps"), int):
         raise RunFolderError(
             f"{folder} is not a run folder: it has no readable config.json; give the output_dir "
             "of a run"
@@ -44,7 +44,7 @@ def run_status(folder: Path, now: float | None = None) -> dict[str, Any]:
     steps, evaluations = _records(folder / "metrics.jsonl"), _records(folder / "evaluations.jsonl")
     state, error = _state(beat, finished=(folder / "summary.json").exists(), now=now)
     runs = state == "running"
-    total: int = beat.get("steps") or config.get("steps") or 0
+    total: int = beat.get("steps", config["steps"])
     done = steps[-1]["step"] if steps else 0
     return {
         "folder": str(folder),

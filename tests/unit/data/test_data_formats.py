@@ -1,4 +1,4 @@
-"""What rows may look like: nested fields, conversations, compressed files, numbers."""
+"""Rows of many forms are read: nested fields, conversations, compressed files, numbers."""
 
 import gzip
 import json

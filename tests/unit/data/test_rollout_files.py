@@ -52,7 +52,7 @@ def token_ids(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def rollout(rng: np.random.Generator, size: int, index: int = 0) -> Rollout:
-    """Of ``size`` sampled tokens; every third rollout has others before, between and after them."""
+    """Make ``size`` sampled tokens; every third rollout has others before, between and after."""
     cut = int(rng.integers(0, size))
     spans = [(0, cut, 3), (cut, size, 4)] if cut else [(0, size, 3)]
     sampled: tuple[TokenSpan, ...] = ()

@@ -10,7 +10,7 @@ ASKS_FALSE = (
     "{%- if add_generation_prompt %}{%- if enable_thinking is defined and enable_thinking is false "
     "%}{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"
 )
-"""As Qwen3's template does."""
+"""The form of Qwen3's template."""
 
 READS_TRUE_OR_FALSE = {
     "is false": ASKS_FALSE,

@@ -13,7 +13,7 @@ from qwen3_distill.errors import DistillError
 
 
 def call_export(*arguments: str | Path) -> str:
-    """What the command prints. Its errors are raised."""
+    """Return the command's output. Its errors are raised."""
     app = typer.Typer()
     app.command()(export)
     result = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)

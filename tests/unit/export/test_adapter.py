@@ -16,7 +16,7 @@ from tests.tiny_models import TinyModels
 from tests.unit.export.support import call_export, contents, copy_of, refused
 
 TOLERANCE = 1e-3
-"""Of logits, merged in the training dtype."""
+"""Tolerance for logits, merged in the training dtype."""
 
 
 def _load(model: Path) -> Any:

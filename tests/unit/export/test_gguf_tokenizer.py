@@ -1,4 +1,4 @@
-"""What of a tokenizer GGUF can express, and the reason where it cannot."""
+"""GGUF expresses a tokenizer, or the reason is given why it cannot."""
 
 import json
 from collections.abc import Callable

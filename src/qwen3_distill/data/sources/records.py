@@ -45,6 +45,11 @@ class PromptSource(Protocol):
         """Number of prompts; None: endless."""
         ...
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Facts about the rows that the user is told, one sentence each."""
+        ...
+
     def get(self, index: int) -> RawPrompt:
         """Return prompt number ``index``, from 0.
 
@@ -61,12 +66,15 @@ class FixedSource:
         if not prompts:
             raise DataError("a prompt source has no prompts, expected at least one")
         self._prompts = tuple(prompts)
-        self.notes = tuple(notes)
-        """Facts about the rows that the user is told, one sentence each."""
+        self._notes = tuple(notes)
 
     @property
     def num_prompts(self) -> int:
         return len(self._prompts)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._notes
 
     def get(self, index: int) -> RawPrompt:
         _check_index(index, self.num_prompts)
@@ -84,6 +92,10 @@ class TaskSource:
     @property
     def num_prompts(self) -> int | None:
         return self._limit
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ()
 
     def get(self, index: int) -> RawPrompt:
         _check_index(index, self._limit)
