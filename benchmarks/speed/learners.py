@@ -24,9 +24,9 @@ from qwen3_distill.config import (
     TaskPrompts,
     TopKDivergence,
     UnslothTraining,
-    load_config,
 )
 from qwen3_distill.config.engines import EmbeddedTraining
+from qwen3_distill.config.load import load_config
 from qwen3_distill.modeling.loading import load_identity
 
 _EMBEDDED: dict[str, dict[str, Any]] = {

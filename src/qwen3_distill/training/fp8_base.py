@@ -54,7 +54,7 @@ def quantize_rows(matrix: Tensor) -> Rowwise:
 def _product(left: Rowwise, right: Rowwise, dtype: torch.dtype) -> Tensor:
     """[rows of left, rows of right]: left right^T."""
     # The device's rowwise products give bfloat16 only.
-    product: Tensor = torch._scaled_mm(
+    product: Tensor = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         left.values,
         right.values.t(),
         scale_a=left.scales,
@@ -113,7 +113,7 @@ def _input_gradient(ctx: Any, dy_MN: Tensor) -> Tensor:
 
 
 class _FrozenLinear(nn.Module):
-    """What both kinds of frozen layer share: the transposed weight in float8."""
+    """Holds the transposed weight in float8, which both kinds of frozen layer need."""
 
     turned: Tensor
     turned_scales: Tensor

@@ -33,7 +33,7 @@ class StepShare:
     denominator: float
     """`Batch.denominator` of the whole step."""
     num_loss_tokens: int
-    """Of the whole step."""
+    """Sampled tokens of the whole step."""
     lag_steps: int
     """Age in optimizer steps of the whole step's oldest token."""
     longest_id: str

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.training.rank_place import RankPlace
@@ -65,9 +66,11 @@ def _group(place: RankPlace, device: torch.device) -> Any:
     """Form a group of this learner's own: torch's default one exists once per process."""
     host, port = place.address.rsplit(":", 1)
     timeout = timedelta(seconds=place.timeout_s)
-    store = dist.TCPStore(host, int(port), place.count, is_master=place.index == 0, timeout=timeout)
+    store = TCPStore(host, int(port), place.count, is_master=place.index == 0, timeout=timeout)
     if device.type == "cuda":
-        return dist.ProcessGroupNCCL(store, place.index, place.count, timeout)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(store, place.index, place.count, options)
     return dist.ProcessGroupGloo(store, place.index, place.count, timeout)
 
 

@@ -1,4 +1,4 @@
-"""Groups of ranks: how work is dealt, that K ranks take one rank's step, and what a lost rank does."""
+"""Groups of ranks: dealing, K ranks taking the step of one, and the loss of a rank."""
 
 from dataclasses import replace
 from pathlib import Path
