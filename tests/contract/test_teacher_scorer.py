@@ -50,7 +50,7 @@ from tests.contract.reference import (
     response_logprobs,
     token_logprobs,
 )
-from tests.contract.repeatability import check_repeatable
+from qwen3_distill.scoring.repeatability import check_repeatable
 from tests.tiny_models import CONTEXT_LENGTH, TinyModels, byte_tokenizer, write_model
 
 FAR_NATS = 0.5

@@ -107,7 +107,7 @@ def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
     from qwen3_distill.pipeline.preflight import check_before_start, data_notes
 
     settings = localize(settings, say=say, warn=warn).config
-    check_before_start(settings, downloaded=False)
+    check_before_start(settings)
     for note in data_notes(settings):
         warn(note)
     from qwen3_distill.pipeline.first_prompt import first_prompt, template_notes

@@ -15,6 +15,7 @@ import typer
 
 import qwen3_distill
 from qwen3_distill.cli import inspect, offline, run, status
+from qwen3_distill.cli.doctor import doctor
 from qwen3_distill.cli.export import export
 from qwen3_distill.cli.terminal import fail, say
 from qwen3_distill.errors import DistillError
@@ -38,6 +39,7 @@ app.command()(offline.score)
 app.command()(offline.train)
 app.command("eval")(offline.evaluate)
 app.command("audit-teacher")(offline.audit_teacher)
+app.command()(doctor)
 app.command()(inspect.plan)
 app.command()(inspect.report)
 app.command()(export)

@@ -1,4 +1,4 @@
-"""Examines engines outside of a run; `precision.audit_teacher` is the entry point.
+"""Examines a config and its engines outside of a run; `diagnosis.diagnose` is the entry point.
 
-Never trains, and writes no run folder.
+Keeps nothing that it trains, and writes no run folder.
 """

@@ -114,10 +114,40 @@ def table(report: PrecisionReport) -> list[str]:
     return [f"{name:<{width}}  {value}" for name, value in rows]
 
 
-def _refuse_quantized(directory: str, named: str) -> None:
+async def compare_with_unquantized(
+    config: RunConfig,
+    directory: str,
+    request: TopKRequest,
+    sample: Sequence[Rollout],
+    served: Sequence[TopKScore],
+    say: Say,
+) -> PrecisionReport:
+    """Score a sample with the unquantized teacher, and compare with the scores that were served.
+
+    Args:
+        directory: of the unquantized teacher.
+
+    Raises:
+        HandshakeError: it is another model than the config's teacher.
+    """
+    check_compatible(load_identity(config.scoring.model), load_identity(directory))
+    teacher = build_unquantized_teacher(config.scoring, directory, request)
+    exact, _ = await _scores(teacher, sample, say)
+    return compare_scores(sample, served, exact)
+
+
+def quantized_directory(directory: str) -> bool:
+    """Return whether a model directory holds quantized weights.
+
+    Raises:
+        ModelError: there is no such directory.
+    """
     config_file = check_model_dir(directory, weights=not is_snapshot(directory)) / "config.json"
-    settings = json.loads(config_file.read_text(encoding="utf-8"))
-    if "quantization_config" in settings:
+    return "quantization_config" in json.loads(config_file.read_text(encoding="utf-8"))
+
+
+def _refuse_quantized(directory: str, named: str) -> None:
+    if quantized_directory(directory):
         raise ConfigError(
             f"scoring.model={named} is itself quantized; give the directory of the "
             "unquantized teacher with --unquantized"

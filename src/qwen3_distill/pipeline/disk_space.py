@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,8 +21,11 @@ _WITH_MOMENTS = 3
 """A checkpoint holds each trained parameter and two moments of AdamW."""
 
 
-def check_run_space(config: RunConfig) -> None:
+def check_run_space(config: RunConfig) -> tuple[int, int]:
     """Check that checkpoints and ``student/`` fit, counting what an earlier start wrote as free.
+
+    Returns:
+        Bytes that are needed, and those that are free.
 
     Raises:
         RunFolderError: they do not, or a file has the name of one of their folders.
@@ -36,7 +40,7 @@ def check_run_space(config: RunConfig) -> None:
     # A checkpoint is written before the oldest one goes; the student when all are there.
     needed = max(min(saved, kept + 1) * one, min(saved, kept) * one + student)
     written = _bytes_below(folder / "checkpoints") + _bytes_below(folder / "student")
-    _require(
+    return _require(
         folder,
         needed - written,
         f"the student needs {gibibytes(student, 2)} and each of its {min(saved, kept)} checkpoints "
@@ -54,6 +58,29 @@ def check_student_space(config: RunConfig, out: Path) -> None:
     needed = student_bytes(config)
     advice = "free space or choose another directory"
     _require(out, needed, f"the student needs {gibibytes(needed, 2)}", advice)
+
+
+def check_download_space(models: Sequence[str]) -> tuple[int, int]:
+    """Check that the weights of models of the hub fit where their other files are.
+
+    Args:
+        models: directories in the hub's cache, without weights.
+
+    Returns:
+        Bytes that are needed, and those that are free.
+
+    Raises:
+        RunFolderError: they do not.
+    """
+    needed = sum(_download_bytes(read_shape(model)) for model in models)
+    advice = "free space, or let HF_HOME name a folder on another disk"
+    what = f"the weights that are to be downloaded need {gibibytes(needed)}"
+    return _require(Path(models[0]), needed, what, advice)
+
+
+def _download_bytes(shape: ModelShape) -> int:
+    """Bytes of a checkpoint as Qwen publishes it: bfloat16, or FP8 with bfloat16 embeddings."""
+    return shape.fp8_weight_bytes(2) if shape.fp8_checkpoint else shape.weight_bytes(2)
 
 
 def student_bytes(config: RunConfig) -> int:
@@ -98,13 +125,15 @@ def _trained_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in shapes.items() if name.startswith(prefixes)}
 
 
-def _require(path: Path, needed: int, what: str, advice: str) -> None:
+def _require(path: Path, needed: int, what: str, advice: str) -> tuple[int, int]:
+    """Return ``needed`` and the free bytes; raise unless the one fits into the other."""
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(there).free
     if needed > free:
         raise RunFolderError(
             f"{path}: {what}, but its disk has {gibibytes(free, 2)} free; {advice}"
         )
+    return needed, free
 
 
 def _bytes_below(folder: Path) -> int:

@@ -57,7 +57,7 @@ def first_prompt(config: RunConfig, text: TextTools) -> PromptView:
 
 def template_notes(config: RunConfig, text: TextTools) -> list[str]:
     """List what the chat template does that a user may not expect, each with what to change."""
-    return [*_ineffective_arguments(config, text), *_unended_turns(config)]
+    return [*_ineffective_arguments(config, text), *unended_turns(config)]
 
 
 def prompt_record(view: PromptView) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _ineffective_arguments(config: RunConfig, text: TextTools) -> list[str]:
     ]
 
 
-def _unended_turns(config: RunConfig) -> list[str]:
+def unended_turns(config: RunConfig) -> list[str]:
     """Note the models whose template ends a turn with a token that ends no rollout."""
     models = {"student": config.student.model, "teacher": config.scoring.model}
     found: dict[tuple[NamedToken | None, frozenset[int], str], list[str]] = {}

@@ -1,80 +1,62 @@
-"""Checks a config's models, prompts, interpreters and disk before anything is loaded or started."""
+"""Checks a config, its models, prompts, engines' environments and disk before anything starts.
 
-import os
-from collections.abc import Callable
+`CHECKS` is the one list: `qwen3-distill doctor` shows every line of it, `qwen3-distill config
+check` and a run refuse what would stop the run later.
+"""
 
-from qwen3_distill.config import (
-    JsonlPrompts,
-    ParquetPrompts,
-    PromptsConfig,
-    RunConfig,
-    VerifierConfig,
-)
+from collections.abc import Iterator
+
+from qwen3_distill.config import RunConfig
 from qwen3_distill.data.sources import build_source
-from qwen3_distill.data.verifiers import check_references
-from qwen3_distill.errors import ConfigError, DataError, ModelError, RunFolderError
-from qwen3_distill.hosts.child import is_absent
-from qwen3_distill.modeling.hub import is_snapshot
-from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.modeling.student_directory import check_student
+from qwen3_distill.errors import ConfigError
 from qwen3_distill.pipeline.assembly.data import overlap_of
-from qwen3_distill.pipeline.disk_space import check_run_space
-from qwen3_distill.pipeline.own_folder import require_own_folder
-from qwen3_distill.scoring.cache import check_cache_folder
+from qwen3_distill.pipeline.assembly.machine import MACHINE_CHECKS
+from qwen3_distill.pipeline.data_checks import DATA_CHECKS, TRAINING_FILE
+from qwen3_distill.pipeline.finding import Check, Finding, Status, ask
+from qwen3_distill.pipeline.model_checks import DISK_CHECKS, FILE_CHECKS, PAIR_CHECKS
+
+CHECKS: tuple[Check, ...] = (
+    *FILE_CHECKS,
+    *DATA_CHECKS,
+    *DISK_CHECKS,
+    *MACHINE_CHECKS,
+    *PAIR_CHECKS,
+)
+"""Every check that starts no engine, in the order in which they are made."""
 
 
-def problems_of(
-    config: RunConfig, *, reads_prompts: bool = True, downloaded: bool = True
-) -> list[str]:
-    """List a config's unusable models, prompts, interpreters, folders and disk, with remedies.
+def findings(config: RunConfig, checks: tuple[Check, ...] = CHECKS) -> Iterator[Finding]:
+    """Yield one finding per check, as they are made."""
+    statuses: dict[str, Status] = {}
+    for check in checks:
+        finding = ask(check, config, statuses)
+        statuses[check.name] = finding.status
+        yield finding
+
+
+def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
+    """List what keeps a run of a config from starting, with remedies.
 
     Args:
         reads_prompts: also read the training prompts, which takes a while for millions, and check
             reference answers. False where `build_parts` will do both; training prompts need only
             exist then. Held-out problems are always read.
-        downloaded: False: models of the hub may lack their weights.
     """
-    student, teacher = config.student.model, config.scoring.model
-    checks: list[Callable[[], object]] = [
-        lambda: check_student(student, weights=downloaded or not is_snapshot(student)),
-        lambda: load_identity(teacher, weights=downloaded or not is_snapshot(teacher)),
-        lambda: require_own_folder(config.output_path),
-    ]
-    if (cache := config.scoring.cache_folder) is not None:
-        checks.append(lambda: check_cache_folder(cache))
-    prompts = config.prompts
-    is_file = isinstance(prompts, JsonlPrompts | ParquetPrompts)
-    if reads_prompts or (is_file and not os.path.exists(prompts.path)):
-        checks.append(lambda: _read(prompts, config.verifier))
-    if (evaluation := config.evaluation) is not None:
-        verifier = evaluation.verifier if reads_prompts else None
-        checks.append(lambda: _read(evaluation.prompts, verifier))
-    found = [problem for check in checks if (problem := _problem(check))]
-    if not found:  # the space depends on the student's weights
-        found += [problem] if (problem := _problem(lambda: check_run_space(config))) else []
-    interpreters = {
-        "generation": config.generation.interpreter,
-        "scoring": config.scoring.interpreter,
-        "training": config.training.interpreter,
-    }
-    for name, python in interpreters.items():
-        if python is not None and is_absent(python):
-            found.append(
-                f"{name}.python={python} does not exist or cannot be run; give the interpreter of "
-                "an environment that has the engine (docs/engines/install.md)"
-            )
-    return list(dict.fromkeys(found))
+    refusing = tuple(
+        check for check in CHECKS if check.refuses_run and (reads_prompts or not check.reads_prompts)
+    )
+    checks = refusing if reads_prompts else (*refusing, TRAINING_FILE)
+    failed = [found for found in findings(config, checks) if found.status is Status.FAIL]
+    return list(dict.fromkeys(finding.verdict.text for finding in failed))
 
 
-def check_before_start(
-    config: RunConfig, *, reads_prompts: bool = True, downloaded: bool = True
-) -> None:
+def check_before_start(config: RunConfig, *, reads_prompts: bool = True) -> None:
     """Raise one error with all of `problems_of`, before engines take minutes to start.
 
     Raises:
         ConfigError: something is missing.
     """
-    found = problems_of(config, reads_prompts=reads_prompts, downloaded=downloaded)
+    found = problems_of(config, reads_prompts=reads_prompts)
     if len(found) == 1:
         raise ConfigError(found[0])
     if found:
@@ -91,17 +73,3 @@ def data_notes(config: RunConfig) -> list[str]:
         overlap = overlap_of(config, trained_on, held_out)
         notes += [str(overlap)] if overlap else []
     return notes
-
-
-def _read(prompts: PromptsConfig, verifier: VerifierConfig | None) -> None:
-    source = build_source(prompts)
-    if verifier is not None:
-        check_references(verifier, source)
-
-
-def _problem(check: Callable[[], object]) -> str | None:
-    try:
-        check()
-    except (ModelError, DataError, RunFolderError) as error:
-        return str(error)
-    return None

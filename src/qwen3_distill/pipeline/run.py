@@ -93,7 +93,7 @@ async def _run(
         warn("going on with other settings than before:\n  " + "\n  ".join(folder.changes))
     config = local.config
     refuse_inputs_as_student(config)
-    check_before_start(config, reads_prompts=False, downloaded=False)  # `build_parts` reads them
+    check_before_start(config, reads_prompts=False)  # `build_parts` reads them
     progress.stage("checking that student and teacher match")
     SameView().check(
         load_identity(config.student.model, weights=False),

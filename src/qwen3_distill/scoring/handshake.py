@@ -14,6 +14,9 @@ _REMEDY = {
     "prompts in a form it was not trained on",
 }
 
+COMPARED = tuple(_REMEDY)
+"""Fields of `ModelIdentity` that must be equal."""
+
 
 def check_compatible(student: ModelIdentity, teacher: ModelIdentity) -> None:
     """Raise unless tokenizer, vocabulary, end-of-sequence ids and chat template are equal.
@@ -21,16 +24,22 @@ def check_compatible(student: ModelIdentity, teacher: ModelIdentity) -> None:
     Raises:
         HandshakeError: names every difference and its remedy.
     """
-    problems: list[str] = []
-    for name, remedy in _REMEDY.items():
-        ours, theirs = getattr(student, name), getattr(teacher, name)
-        if ours != theirs:
-            problems.append(f"{name}: student {_short(ours)}, teacher {_short(theirs)}; {remedy}")
+    problems = [f"{name}: {text}" for name, text in differences(student, teacher).items()]
     if problems:
         raise HandshakeError(
             f"student {student.name} and teacher {teacher.name} do not match:\n  "
             + "\n  ".join(problems)
         )
+
+
+def differences(student: ModelIdentity, teacher: ModelIdentity) -> dict[str, str]:
+    """Return what differs and must not, by the name of `COMPARED`, each with its remedy."""
+    found: dict[str, str] = {}
+    for name, remedy in _REMEDY.items():
+        ours, theirs = getattr(student, name), getattr(teacher, name)
+        if ours != theirs:
+            found[name] = f"student {_short(ours)}, teacher {_short(theirs)}; {remedy}"
+    return found
 
 
 def check_lengths(jobs: Sequence[ScoringJob], teacher: ModelIdentity) -> None:

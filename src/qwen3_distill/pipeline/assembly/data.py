@@ -26,9 +26,9 @@ def build_prompts(config: RunConfig, text: TextTools) -> PromptStream:
     Raises:
         DataError: one does not fit the student's context, or has no usable reference answer.
     """
-    source = build_source(config.prompts)
-    prompts = _stream(config.student, source, text, config.sampling, seed=config.seed)
-    _drop(prompts, config.prompts)
+    prompts = build_stream(
+        config.student, config.prompts, text, config.sampling, seed=config.seed
+    )
     prompts.check()
     if config.verifier is not None:
         check_references(config.verifier, prompts.source)
@@ -68,11 +68,6 @@ def _counts(prompts: PromptStream) -> dict[str, int | None]:
     return {"used": prompts.source.num_prompts, "dropped_too_long": prompts.num_dropped}
 
 
-def _drop(prompts: PromptStream, config: PromptsConfig) -> None:
-    if not isinstance(config, TaskPrompts) and config.too_long == "drop":
-        prompts.drop_too_long()
-
-
 def build_checker(verifier: VerifierConfig, text: TextTools) -> Callable[[Rollout], float]:
     """Build the check of a rollout's text: it gives a bool, or a reward in [0, 1]."""
     check = build_verifier(verifier)
@@ -91,9 +86,7 @@ def check_problems(
     Raises:
         DataError: one does not fit the student's context, or has no usable reference answer.
     """
-    source = build_source(evaluation.prompts)
-    problems = _stream(student, source, text, evaluation.sampling, seed=0)
-    _drop(problems, evaluation.prompts)
+    problems = build_stream(student, evaluation.prompts, text, evaluation.sampling, seed=0)
     problems.check()
     check_references(evaluation.verifier, problems.source)
     return problems
@@ -103,9 +96,7 @@ def build_problems(
     student: StudentConfig, evaluation: EvaluationConfig, text: TextTools
 ) -> Callable[[int], list[Prompt]]:
     """Open the held-out problems. The result gives the first ``n``, always the same ones."""
-    source = build_source(evaluation.prompts)
-    stream = _stream(student, source, text, evaluation.sampling, seed=0)
-    _drop(stream, evaluation.prompts)
+    stream = build_stream(student, evaluation.prompts, text, evaluation.sampling, seed=0)
     available = stream.source.num_prompts
 
     def problems(count: int) -> list[Prompt]:
@@ -114,19 +105,27 @@ def build_problems(
     return problems
 
 
-def _stream(
+def build_stream(
     student: StudentConfig,
-    source: PromptSource,
+    prompts: PromptsConfig,
     text: TextTools,
     sampling: SamplingConfig,
     *,
     seed: int,
 ) -> PromptStream:
-    return PromptStream(
-        source,
+    """Open prompts in the order of a seed, without those that are too long if they are dropped.
+
+    Raises:
+        DataError: they cannot be read, or none is left.
+    """
+    stream = PromptStream(
+        build_source(prompts),
         text.tokenizer,
         seed=seed,
         context_length=load_identity(student.model, weights=False).context_length,
         max_new_tokens=sampling.max_new_tokens,
         template_arguments=student.template_arguments,
     )
+    if not isinstance(prompts, TaskPrompts) and prompts.too_long == "drop":
+        stream.drop_too_long()
+    return stream

@@ -7,8 +7,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from qwen3_distill.config import (
     EmbeddedGeneration,
     EmbeddedTraining,
@@ -39,6 +37,7 @@ from qwen3_distill.pipeline.assembly.data import (
 from qwen3_distill.pipeline.assembly.plan import engine_log, plan_memory, require_plan
 from qwen3_distill.pipeline.assembly.teachers import (
     build_teacher,
+    output_head,
     teacher_sampler,
 )
 from qwen3_distill.pipeline.manifest import EngineInterpreter
@@ -49,27 +48,29 @@ from qwen3_distill.ports import (
     StreamingRolloutEngine,
     TeacherScorer,
 )
-from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from qwen3_distill.scoring.views import SameView
 from qwen3_distill.training.embedded.hosted import hosted_embedded_learner
 from qwen3_distill.training.embedded.student import build_embedded_learner
 from qwen3_distill.training.settings import LearnerSettings, Training
 from qwen3_distill.training.unsloth.learner import unsloth_learner
-from qwen3_distill.types import HiddenRequest
+from qwen3_distill.types import HiddenRequest, ScoreRequest
 from qwen3_distill.weights.directory import publish_directory
 
 
-def build_parts(config: RunConfig) -> Parts:
+def build_parts(config: RunConfig, score_request: ScoreRequest | None = None) -> Parts:
     """Open the data, plan the memory and build the engines.
 
     An embedded engine loads its model now, all others at `Parts.start`.
+
+    Args:
+        score_request: what the teacher is asked for; default: what the objective needs.
     """
     text = TextTools(config.student.model)
     prompts = build_prompts(config, text)
     evaluation = config.evaluation
     problems = check_problems(config.student, evaluation, text) if evaluation else None
     plan = plan_memory(config)
-    teacher = build_teacher(config, plan)
+    teacher = build_teacher(config, plan, score_request)
     scratch = run_channel_folder(config)
     channel = build_channel(config, scratch)
     return Parts(
@@ -114,7 +115,7 @@ def build_engine(
             return vllm_engine(
                 model_dir or config.student.model,
                 with_low_gpu_priority(generation) if config.pipeline.mps else generation,
-                lora=_served_adapter(generation, config.training.tuning)
+                lora=served_adapter(generation, config.training.tuning)
                 if model_dir is None
                 else None,
                 kv_cache_bytes=require_plan(plan).vllm_kv_cache_bytes,
@@ -132,7 +133,7 @@ def with_low_gpu_priority(generation: VllmGeneration) -> VllmGeneration:
     return generation.model_copy(update={"environment": environment})
 
 
-def _served_adapter(generation: GenerationConfig, tuning: TuningConfig) -> LoraTuning | None:
+def served_adapter(generation: GenerationConfig, tuning: TuningConfig) -> LoraTuning | None:
     """The tuning whose adapters are pushed alone; None where whole weights are pushed."""
     swaps = isinstance(generation, VllmGeneration) and generation.adapters == "swap"
     return tuning if swaps and isinstance(tuning, LoraTuning) else None
@@ -169,7 +170,7 @@ def build_learner(
             needs_head = isinstance(config.objective.score_request, HiddenRequest)
             return build_embedded_learner(
                 _learner_settings(config, training),
-                teacher_head_VD=_output_head(teacher) if needs_head else None,
+                teacher_head_VD=output_head(teacher) if needs_head else None,
             )
         case UnslothTraining():
             memory_bytes = require_plan(plan).learner_memory_bytes
@@ -187,13 +188,9 @@ def _learner_settings(
         replay=config.replay,
         total_steps=config.steps,
         seed=config.seed,
-        publish_adapter=_served_adapter(config.generation, training.tuning) is not None,
+        publish_adapter=served_adapter(config.generation, training.tuning) is not None,
         memory_bytes=memory_bytes,
     )
-
-
-def _output_head(teacher: TeacherScorer) -> torch.Tensor | None:
-    return teacher.output_head if isinstance(teacher, EmbeddedTeacher) else None
 
 
 def engine_interpreters(config: RunConfig) -> dict[str, EngineInterpreter]:

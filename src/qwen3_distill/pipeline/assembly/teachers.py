@@ -24,7 +24,7 @@ from qwen3_distill.scoring.cache import CachedTeacher
 from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
-from qwen3_distill.types import TopKRequest
+from qwen3_distill.types import ScoreRequest, TopKRequest
 from qwen3_distill.weights.directory import publish_directory
 from qwen3_distill.weights.memory import MemoryChannel
 
@@ -32,10 +32,16 @@ _AUDIT_BATCH_TOKENS = 16384
 _AUDIT_CHUNK_TOKENS = 1024
 
 
-def build_teacher(config: RunConfig, plan: MemoryPlan | None) -> TeacherScorer:
-    """Build the teacher, with the score request that the objective needs."""
+def build_teacher(
+    config: RunConfig, plan: MemoryPlan | None, request: ScoreRequest | None = None
+) -> TeacherScorer:
+    """Build the teacher.
+
+    Args:
+        request: what it is asked for; default: what the objective needs.
+    """
     scoring = config.scoring
-    request = config.objective.score_request
+    request = request or config.objective.score_request
     match scoring:
         case EmbeddedScoring(own_process=True):
             return hosted_embedded_teacher(
@@ -115,6 +121,31 @@ async def teacher_sampler(config: RunConfig, teacher: TeacherScorer) -> AsyncIte
         yield engine
     finally:
         torch.set_num_threads(threads)
+
+
+def each_server(config: RunConfig, request: ScoreRequest) -> dict[str, TeacherScorer]:
+    """Build a teacher per existing server, by its URL; none where the run starts its own."""
+    scoring = config.scoring
+    if not isinstance(scoring, SglangScoring):
+        return {}
+    alone = {
+        url: scoring.model_copy(update={"urls": (url,), "cache": None}) for url in scoring.urls
+    }
+    plan = plan_memory(config)
+    return {
+        url: build_teacher(config.model_copy(update={"scoring": section}), plan, request)
+        for url, section in alone.items()
+    }
+
+
+def asked_at(teacher: TeacherScorer, temperature: float) -> TeacherScorer | None:
+    """Return the teacher with another temperature in its requests; None if they have none."""
+    return teacher.asked_at(temperature) if isinstance(teacher, SglangTeacher) else None
+
+
+def output_head(teacher: TeacherScorer) -> torch.Tensor | None:
+    """Return [V, D], the teacher's output head, where it is in this process."""
+    return teacher.output_head if isinstance(teacher, EmbeddedTeacher) else None
 
 
 def build_audited_teacher(config: RunConfig, request: TopKRequest) -> TeacherScorer:

@@ -5,6 +5,7 @@ and a reply only after it was checked token by token (`wire`).
 """
 
 import asyncio
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -71,6 +72,7 @@ class SglangTeacher:
         self._identity = load_identity(config.model)
         _check_request(request, self._identity)
         self._request = request
+        self._temperature = 1.0
         self._digest: str | None = None
         server: SglangServer | None = None
         if not config.urls:
@@ -151,6 +153,16 @@ class SglangTeacher:
         )
         return [results[index] for index in range(len(jobs))]
 
+    def asked_at(self, temperature: float) -> "SglangTeacher":
+        """Return this teacher with another sampling temperature in its requests.
+
+        It shares the servers: start and close the original. A server that applies the temperature
+        to the logprobs of given tokens gives other scores.
+        """
+        other = copy.copy(self)
+        other._temperature = temperature
+        return other
+
     def sampler(self) -> SglangSampler:
         """Return a `Sampler` of the same servers, for the teacher's accuracy."""
         version = WeightVersion(step=0, digest=self._weights_digest)
@@ -203,7 +215,7 @@ class SglangTeacher:
         tokens = sum(int(job.token_ids.size) for job in asked)
         try:
             reply = await self._endpoint.ask_for_scores(
-                score_body(asked, self._request), tokens=tokens
+                score_body(asked, self._request, temperature=self._temperature), tokens=tokens
             )
             outcomes = read_scores(
                 reply,

@@ -91,13 +91,19 @@ class ReplyError(Exception):
         self.fault = Fault(kind, detail)
 
 
-def score_body(jobs: Sequence[ScoringJob], request: ScoreRequest) -> bytes:
-    """Return the request for the logprobs of some jobs, from the first scored token of each on."""
+def score_body(
+    jobs: Sequence[ScoringJob], request: ScoreRequest, *, temperature: float = 1.0
+) -> bytes:
+    """Return the request for the logprobs of some jobs, from the first scored token of each on.
+
+    Args:
+        temperature: of sampling, which must not matter: scores are at temperature 1.
+    """
     body: dict[str, Any] = {
         "input_ids": [job.token_ids.tolist() for job in jobs],
         # No token is sampled. The first entry of a reply is always null, so the context's last
         # token is asked for too; a later start would lose the first scored token.
-        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+        "sampling_params": {"max_new_tokens": 0, "temperature": temperature},
         "return_logprob": True,
         "logprob_start_len": [job.context_ids.size - 1 for job in jobs],
         "return_text_in_logprobs": False,

@@ -1,0 +1,389 @@
+"""A short pass of the loop on the real engines, with what is checked at each stage.
+
+It samples a few rollouts, scores them in several ways, takes one large step, pushes the weights and
+samples again. Then the engines are closed.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qwen3_distill.config import RunConfig
+from qwen3_distill.config.learning import ConstantSchedule
+from qwen3_distill.doctor.entropy import full_entropy, lowest_entropy
+from qwen3_distill.doctor.processes import Process, descendants, left_after
+from qwen3_distill.doctor.tolerances import engine_tolerance_nats, teacher_tolerance_nats
+from qwen3_distill.errors import EngineError
+from qwen3_distill.pipeline.assembly.teachers import asked_at, each_server, output_head
+from qwen3_distill.pipeline.finding import Verdict, bad, doubtful, good, skipped
+from qwen3_distill.pipeline.parts import Parts
+from qwen3_distill.pipeline.requests import request_number
+from qwen3_distill.pipeline.step import generate, push_weights
+from qwen3_distill.scoring.repeatability import gaps, gaps_alone
+from qwen3_distill.types import (
+    FinishReason,
+    FloatArray,
+    HiddenScore,
+    Rollout,
+    RolloutRequest,
+    SampledRequest,
+    ScoredRollout,
+    ScoreFailure,
+    ScoreRequest,
+    ScoreResult,
+    ScoringJob,
+    TeacherScore,
+    TopKRequest,
+    TopKScore,
+    Update,
+)
+
+Say = Callable[[str], None]
+
+CANDIDATES = 20
+"""The teacher's most likely tokens that are asked for, where the objective asks for none."""
+OTHER_TEMPERATURE = 0.3
+ASLEEP = 0.7
+"""A mean entropy above this share of ln V is that of a model without weights."""
+FOREIGN = 0.9
+"""Below this share of -ln V, the teacher's mean score is one of tokens that it would not write."""
+_FULL_RATE, _LORA_RATE = 1e-3, 1e-2
+"""Learning rates of the one step, so large that old weights cannot be taken for new ones."""
+_END_PATIENCE_S = 10.0
+_ENGINE_GAP = "health/learner_vs_engine_abs_nats"
+
+
+def examined(config: RunConfig, output_dir: str) -> RunConfig:
+    """Return a run's config as the doctor runs it: elsewhere, without cached scores.
+
+    The learning rate is raised, because one usual step changes too little to be told from rounding.
+    """
+    training = config.training
+    rate = _FULL_RATE if training.tuning.kind == "full" else _LORA_RATE
+    optimizer = training.optimizer.model_copy(
+        update={
+            "learning_rate": max(rate, training.optimizer.learning_rate),
+            "schedule": ConstantSchedule(kind="constant"),
+        }
+    )
+    changes: dict[str, object] = {
+        "output_dir": output_dir,
+        "training": training.model_copy(update={"optimizer": optimizer}),
+    }
+    if config.scoring.cache_folder is not None:
+        changes["scoring"] = config.scoring.model_copy(update={"cache": None})
+    return config.model_copy(update=changes)
+
+
+def score_request(config: RunConfig, vocab_size: int) -> ScoreRequest:
+    """Return the objective's request, with some candidates where it asks for the scores alone."""
+    request = config.objective.score_request
+    if isinstance(request, SampledRequest):
+        return TopKRequest(k=min(CANDIDATES, vocab_size))
+    return request
+
+
+@dataclass
+class RealPass:
+    """The engines of a config, and what was learned of them so far."""
+
+    parts: Parts
+    config: RunConfig
+    num_rollouts: int
+    say: Say
+    request: ScoreRequest
+    requests: list[RolloutRequest] = field(default_factory=list)
+    rollouts: list[Rollout] = field(default_factory=list)
+    results: list[ScoreResult] = field(default_factory=list)
+    processes: set[Process] = field(default_factory=set)
+    before: set[Process] = field(default_factory=descendants)
+    is_closed: bool = False
+
+    # --- Engines and weights ----------------------------------------------------------------------
+
+    async def start(self) -> Verdict:
+        """Start the engines.
+
+        Raises:
+            EngineStartError: one does not start.
+        """
+        await self.parts.start(self.say)
+        self.processes = descendants() - self.before
+        here = f"{len(self.processes)} processes" if self.processes else "all in this process"
+        return good(f"{self.parts.teacher.teacher_id} as the teacher; {here}")
+
+    async def first_push(self) -> Verdict:
+        """Push the student's weights into the rollout engine, which reads them back.
+
+        Raises:
+            WeightVersionError: the weights in use are others.
+        """
+        await push_weights(self.parts)
+        version = self.parts.engine.version
+        if version != self.parts.learner.version:
+            return bad(
+                f"the engine serves {version}, the learner has {self.parts.learner.version}",
+                "see docs/engines/weights.md",
+            )
+        return good(f"digest {version.digest[:12]} was read back from the weights in use")
+
+    async def close(self) -> Verdict:
+        """Close the engines, and see that none of their processes is left."""
+        self.is_closed = True
+        self.processes |= descendants() - self.before
+        await self.parts.close()
+        left = await left_after(self.processes, _END_PATIENCE_S)
+        if left:
+            pids = ", ".join(str(process.pid) for process in sorted(left, key=lambda p: p.pid))
+            return bad(f"processes {pids} still run", f"end them: kill {pids.replace(',', '')}")
+        return good(f"{len(self.processes)} processes have ended")
+
+    # --- Rollouts ---------------------------------------------------------------------------------
+
+    async def sample(self) -> Verdict:
+        """Sample a few rollouts, and compare each with its request."""
+        prompts = self.parts.prompts.take(0, self.num_rollouts)
+        each = self.config.samples_per_prompt
+        self.requests = [
+            request_number(self.config, prompt, index * each) for index, prompt in enumerate(prompts)
+        ]
+        self.rollouts = await generate(self.parts.engine, self.requests)
+        for rollout in self.rollouts:
+            if problem := self._misfit(rollout):
+                return bad(
+                    f"rollout {rollout.rollout_id} {problem}",
+                    "use a tested version of the engine (docs/engines/install.md)",
+                )
+        tokens = sum(rollout.num_tokens for rollout in self.rollouts)
+        return good(f"{len(self.rollouts)} rollouts of {tokens:,} tokens, all as asked for")
+
+    def _misfit(self, rollout: Rollout) -> str:
+        """Name what makes a rollout another than its request asked for; empty: nothing."""
+        identity = self.parts.learner.identity
+        ids, limit = rollout.response_ids.tolist(), rollout.sampling.max_new_tokens
+        if {span.version for span in rollout.versions} != {self.parts.learner.version}:
+            return "was sampled by other weights than the learner's"
+        if identity.eos_ids & set(ids[:-1]):
+            return "goes on after an end-of-sequence token"
+        if rollout.finish_reason is FinishReason.STOP and ids[-1] not in identity.eos_ids:
+            return f"stopped at token {ids[-1]}, which is no end-of-sequence token"
+        if rollout.finish_reason is FinishReason.LENGTH and len(ids) != limit:
+            return f"was cut after {len(ids)} tokens, not at {limit}"
+        if max(ids) >= identity.vocab_size:
+            return f"has token {max(ids)}, the vocabulary has {identity.vocab_size}"
+        return ""
+
+    async def ends(self) -> Verdict:
+        """Count the rollouts that ended by themselves."""
+        stopped = [r for r in self.rollouts if r.finish_reason is FinishReason.STOP]
+        limit = self.config.sampling.max_new_tokens
+        if stopped:
+            names = {self.parts.text.decode_each([int(r.response_ids[-1])])[0] for r in stopped}
+            return good(
+                f"{len(stopped)} of {len(self.rollouts)} answers ended with "
+                f"{', '.join(sorted(names))}, within {limit} tokens"
+            )
+        return doubtful(
+            f"none of {len(self.rollouts)} answers ended within sampling.max_new_tokens={limit}",
+            "raise it; if answers never end, see that eos_token_id in generation_config.json is "
+            "the template's end of a turn. A student learns to stop only where it stops",
+        )
+
+    # --- Scores -----------------------------------------------------------------------------------
+
+    @property
+    def _jobs(self) -> list[ScoringJob]:
+        return [self.parts.view.job(rollout) for rollout in self.rollouts]
+
+    async def score(self) -> Verdict:
+        """Score all rollouts in one call."""
+        self.results = await self.parts.teacher.score(self._jobs)
+        failed = [result for result in self.results if isinstance(result, ScoreFailure)]
+        if failed:
+            return bad(
+                f"{len(failed)} of {len(self.results)} rollouts got no score: {failed[0].reason}",
+                "see the server's log, and docs/engines/failures.md",
+            )
+        return good(f"{len(self.results)} of {len(self.results)} rollouts got one")
+
+    async def score_alone(self) -> Verdict:
+        """Score each rollout again, alone."""
+        found_N = await gaps_alone(self.parts.teacher, self._jobs, self.results)
+        return self._compared(
+            found_N,
+            "the same tokens alone and in a batch",
+            "the scores depend on the batch: update the server, or set scoring.attention_backend, "
+            "e.g. triton",
+        )
+
+    async def score_by_each_server(self) -> Verdict:
+        """Score all rollouts with every existing server by itself."""
+        servers = each_server(self.config, self.request)
+        if len(servers) < 2:
+            return skipped("there is one server")
+        found: list[FloatArray] = []
+        for url, teacher in servers.items():
+            self.say(f"scoring with {url}")
+            try:
+                await teacher.start()
+                one = await teacher.score(self._jobs)
+            finally:
+                await teacher.close()
+            found.append(gaps(url, one, self.results))
+        return self._compared(
+            np.concatenate(found),
+            f"{len(servers)} servers",
+            "the servers serve different weights or precisions: start them alike",
+        )
+
+    async def score_at_other_temperature(self) -> Verdict:
+        """Score all rollouts with another temperature in the request, which must not matter."""
+        teacher = asked_at(self.parts.teacher, OTHER_TEMPERATURE)
+        if teacher is None:
+            return skipped("an embedded teacher is asked for no temperature")
+        other = await teacher.score(self._jobs)
+        return self._compared(
+            gaps(teacher.teacher_id, other, self.results),
+            f"temperature 1 and {OTHER_TEMPERATURE} in the request",
+            "the server applies a temperature to the logprobs of given tokens: use a tested "
+            "version of SGLang (docs/engines/install.md)",
+        )
+
+    def _compared(self, gap_N: FloatArray, what: str, change: str) -> Verdict:
+        tolerance = teacher_tolerance_nats(self.config)
+        mean = float(gap_N.mean())
+        found = (
+            f"{what}: {mean:.2g} nats apart on average, {float(gap_N.max()):.2g} at most "
+            f"(rounding explains {tolerance:g})"
+        )
+        return good(found) if mean <= tolerance else bad(found, change)
+
+    async def teacher_is_awake(self) -> Verdict:
+        """Compare the teacher's scores and entropy with those of a model without weights."""
+        scores = [result for result in self.results if isinstance(result, TeacherScore)]
+        uniform = math.log(self.parts.teacher.identity.vocab_size)
+        mean = float(np.concatenate([score.logprobs for score in scores]).mean())
+        entropy = float(np.concatenate([self._entropy(score) for score in scores]).mean())
+        found = (
+            f"mean score {mean:.2f} nats, entropy {entropy:.2f}; a model that knows nothing has "
+            f"{-uniform:.2f} and {uniform:.2f}"
+        )
+        if entropy > ASLEEP * uniform:
+            return bad(
+                found,
+                "the teacher predicts nearly nothing: see that scoring.model is a trained model "
+                "and that its weights were read",
+            )
+        if mean < -FOREIGN * uniform:
+            return doubtful(
+                f"{found}: it would hardly write what the student writes",
+                "see that the chat template and template_arguments suit both models",
+            )
+        return good(found)
+
+    def _entropy(self, score: TeacherScore) -> FloatArray:
+        """Return [S] nats: the entropy of each distribution, or a lower bound of it."""
+        head = output_head(self.parts.teacher)
+        if isinstance(score, HiddenScore) and head is not None:
+            return full_entropy(score, head)
+        if isinstance(score, TopKScore):
+            return lowest_entropy(score)
+        raise EngineError(
+            f"{self.parts.teacher.teacher_id} gave no candidates, though {self.request} was asked"
+        )
+
+    # --- The learner ------------------------------------------------------------------------------
+
+    async def learner_against_engine(self) -> Verdict:
+        """Take a step on the rollouts, which compares the learner's logprobs with the engine's."""
+        gap, update = await self._trained(self.rollouts, self.results)
+        tolerance = engine_tolerance_nats(self.config)
+        found = (
+            f"{gap:.2g} nats apart on average over {update.num_loss_tokens:,} tokens (rounding "
+            f"explains {tolerance:g}), gradient norm {update.grad_norm:.3g}"
+        )
+        if gap > tolerance:
+            return bad(
+                found,
+                "sampling and training do not see the same model: compare dtype, quantization and "
+                "temperature of both, and use tested versions (docs/engines/install.md)",
+            )
+        return good(found)
+
+    async def push_after_step(self) -> Verdict:
+        """Push the weights of the step.
+
+        Raises:
+            WeightVersionError: the weights in use are others.
+        """
+        before = self.parts.engine.version
+        await push_weights(self.parts)
+        after = self.parts.engine.version
+        if after.digest == before.digest or after != self.parts.learner.version:
+            return bad(f"the engine serves {after} after the step", "see docs/engines/weights.md")
+        return good(f"step {after.step}, digest {after.digest[:12]} was read back")
+
+    async def sample_after_step(self) -> Verdict:
+        """Sample the same requests with the new weights, and compare with the learner again."""
+        rollouts = await generate(self.parts.engine, self.requests)
+        for rollout in rollouts:
+            if problem := self._misfit(rollout):
+                return bad(f"rollout {rollout.rollout_id} {problem}", "see docs/engines/weights.md")
+        results = await self.parts.teacher.score([self.parts.view.job(r) for r in rollouts])
+        moved = _moved(self.rollouts, rollouts)
+        gap, _ = await self._trained(rollouts, results)
+        tolerance = engine_tolerance_nats(self.config)
+        found = (
+            f"the engine's logprobs moved by {moved:.2g} nats, and are {gap:.2g} from the learner's"
+        )
+        if gap > tolerance:
+            return bad(
+                found,
+                "the engine samples with older weights, or with keys and values that older ones "
+                "computed: use a tested version (docs/engines/weights.md)",
+            )
+        if moved <= tolerance:
+            return doubtful(
+                f"{found}: so little would not show older weights",
+                "nothing, if the digest above was read back",
+            )
+        return good(found)
+
+    async def _trained(
+        self, rollouts: list[Rollout], results: list[ScoreResult]
+    ) -> tuple[float, Update]:
+        """Take a step; return the mean distance in nats of learner and engine before it."""
+        view = self.parts.view
+        scored = [view.scored(r, self._needed(s)) for r, s in zip(rollouts, results, strict=True)]
+        failed = [item for item in scored if isinstance(item, ScoreFailure)]
+        if failed:
+            raise EngineError(f"rollout {failed[0].rollout_id} got no score: {failed[0].reason}")
+        batch = self.parts.make_batch([s for s in scored if isinstance(s, ScoredRollout)])
+        update = await self.parts.learner.update(batch)
+        found = [metric.value for metric in update.metrics if metric.key == _ENGINE_GAP]
+        if not found:
+            raise EngineError(f"the learner reports no {_ENGINE_GAP}")
+        return found[0], update
+
+    def _needed(self, score: ScoreResult) -> ScoreResult:
+        """Return the score as the objective asks for it: the doctor asked for more."""
+        is_plain = isinstance(self.config.objective.score_request, SampledRequest)
+        if is_plain and isinstance(score, TopKScore):
+            return TeacherScore(teacher_id=score.teacher_id, logprobs=score.logprobs)
+        return score
+
+
+def _moved(before: list[Rollout], after: list[Rollout]) -> float:
+    """Return the mean distance in nats of the tokens that two answers to a request begin with."""
+    found: list[FloatArray] = []
+    for old, new in zip(before, after, strict=True):
+        size = min(old.num_tokens, new.num_tokens)
+        same = old.response_ids[:size] == new.response_ids[:size]
+        shared = size if same.all() else int(same.argmin())
+        # The first token that differs has the same context, but is another token.
+        found.append(np.abs(old.behavior_logprobs[:shared] - new.behavior_logprobs[:shared]))
+    gap_N = np.concatenate(found)
+    return float(gap_N.mean()) if gap_N.size else math.inf
+

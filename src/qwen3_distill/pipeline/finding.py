@@ -1,0 +1,119 @@
+"""Findings: what a check of a config or of its engines found, and what to change."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from qwen3_distill.config import RunConfig
+from qwen3_distill.errors import DistillError
+
+
+class Status(str, Enum):
+    """How a check ended."""
+
+    PASS = "pass"
+    WARN = "warn"
+    """A run works, and may not do what its user expects."""
+    FAIL = "fail"
+    """A run stops, or learns something wrong."""
+    SKIP = "skip"
+    """The check does not apply here, or something before it failed; the text says which."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A check's answer."""
+
+    status: Status
+    found: str
+    """The value found, with what it was compared to."""
+    change: str = ""
+    """What to change; empty where nothing needs to be."""
+
+    @property
+    def text(self) -> str:
+        """The whole as one message."""
+        return "; ".join(filter(None, (self.found, self.change)))
+
+
+def good(found: str) -> Verdict:
+    """Return the verdict of a check that passed."""
+    return Verdict(Status.PASS, found)
+
+
+def doubtful(found: str, change: str) -> Verdict:
+    """Return a warning."""
+    return Verdict(Status.WARN, found, change)
+
+
+def bad(found: str, change: str) -> Verdict:
+    """Return a failure."""
+    return Verdict(Status.FAIL, found, change)
+
+
+def skipped(reason: str) -> Verdict:
+    """Return the verdict of a check that was not made."""
+    return Verdict(Status.SKIP, reason)
+
+
+def refusal(error: DistillError) -> Verdict:
+    """Return an error of this package as a failure: its message ends with what to change."""
+    found, _, change = str(error).partition("; ")
+    return Verdict(Status.FAIL, found, change)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A line of the doctor's table."""
+
+    name: str
+    verdict: Verdict
+    seconds: float = 0.0
+
+    @property
+    def status(self) -> Status:
+        return self.verdict.status
+
+    def record(self) -> dict[str, str | float]:
+        """Return the finding as JSON values."""
+        return {
+            "check": self.name,
+            "status": self.status.value,
+            "found": self.verdict.found,
+            "change": self.verdict.change,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """A check of a config that starts no engine."""
+
+    name: str
+    find: Callable[[RunConfig], Verdict]
+    """An error of this package that it raises is a failure."""
+    needs: tuple[str, ...] = ()
+    """Names of checks without whose success this one cannot be made."""
+    refuses_run: bool = False
+    """Whether a failure keeps a run from starting. False: a run meets it, with an error or a note
+    of its own, where the work is done anyway."""
+    reads_prompts: bool = False
+    """Whether it reads all prompts, which takes a while for millions."""
+
+
+def ask(check: Check, config: RunConfig, before: dict[str, Status]) -> Finding:
+    """Make a check, unless one that it needs did not succeed.
+
+    Args:
+        before: statuses of the checks made so far, by name.
+    """
+    lacking = [name for name in check.needs if before.get(name) is Status.FAIL]
+    if lacking:
+        return Finding(name=check.name, verdict=skipped(f"needs: {', '.join(lacking)}"))
+    began = time.monotonic()
+    try:
+        verdict = check.find(config)
+    except DistillError as error:
+        verdict = refusal(error)
+    return Finding(name=check.name, verdict=verdict, seconds=time.monotonic() - began)
