@@ -17,6 +17,7 @@ from qwen3_distill.errors import ConfigError, DataError, HandshakeError
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.ports import TeacherScorer
 from qwen3_distill.scoring.handshake import check_compatible
+from qwen3_distill.scoring.repeatability import check_repeatable
 from qwen3_distill.types import (
     HiddenRequest,
     HiddenScore,
@@ -50,7 +51,6 @@ from tests.contract.reference import (
     response_logprobs,
     token_logprobs,
 )
-from qwen3_distill.scoring.repeatability import check_repeatable
 from tests.tiny_models import CONTEXT_LENGTH, TinyModels, byte_tokenizer, write_model
 
 FAR_NATS = 0.5

@@ -24,7 +24,9 @@ def doctor(
     overrides: Overrides = None,
     engines: Annotated[
         bool,
-        typer.Option("--engines/--no-engines", help="Also start the engines for a short real pass."),
+        typer.Option(
+            "--engines/--no-engines", help="Also start the engines for a short real pass."
+        ),
     ] = True,
     rollouts: Annotated[
         int, typer.Option(min=2, max=1024, help="How many rollouts the engines sample.")

@@ -190,9 +190,7 @@ async def _examine_engines(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-async def _made(
-    stage: _Stage, engines: RealPass, statuses: dict[str, Status], say: Say
-) -> Finding:
+async def _made(stage: _Stage, engines: RealPass, statuses: dict[str, Status], say: Say) -> Finding:
     lacking = [name for name in stage.needs if statuses.get(name) in (Status.FAIL, Status.SKIP)]
     if lacking:
         return Finding(name=stage.name, verdict=skipped(f"needs: {', '.join(lacking)}"))
@@ -239,6 +237,8 @@ async def _precision(engines: RealPass, unquantized: str | None, say: Say) -> Ve
     change = "set scoring.quantization=null, if the memory allows (docs/measured/fp8.md)"
     if report.mean_abs_nats > QUANTIZED_BROKEN_NATS:
         return bad(found, change)
-    return good(found) if report.mean_abs_nats <= QUANTIZED_NOTICEABLE_NATS else doubtful(
-        found, change
+    return (
+        good(found)
+        if report.mean_abs_nats <= QUANTIZED_NOTICEABLE_NATS
+        else doubtful(found, change)
     )

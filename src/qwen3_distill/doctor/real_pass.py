@@ -49,7 +49,7 @@ ASLEEP = 0.7
 """A mean entropy above this share of ln V is that of a model without weights."""
 FOREIGN = 0.9
 """Below this share of -ln V, the teacher's mean score is one of tokens that it would not write."""
-_FULL_RATE, _LORA_RATE = 1e-3, 1e-2
+_FULL_RATE, _LORA_RATE = 5e-3, 3e-2
 """Learning rates of the one step, so large that old weights cannot be taken for new ones."""
 _END_PATIENCE_S = 10.0
 _ENGINE_GAP = "health/learner_vs_engine_abs_nats"
@@ -147,7 +147,8 @@ class RealPass:
         prompts = self.parts.prompts.take(0, self.num_rollouts)
         each = self.config.samples_per_prompt
         self.requests = [
-            request_number(self.config, prompt, index * each) for index, prompt in enumerate(prompts)
+            request_number(self.config, prompt, index * each)
+            for index, prompt in enumerate(prompts)
         ]
         self.rollouts = await generate(self.parts.engine, self.requests)
         for rollout in self.rollouts:
@@ -386,4 +387,3 @@ def _moved(before: list[Rollout], after: list[Rollout]) -> float:
         found.append(np.abs(old.behavior_logprobs[:shared] - new.behavior_logprobs[:shared]))
     gap_N = np.concatenate(found)
     return float(gap_N.mean()) if gap_N.size else math.inf
-

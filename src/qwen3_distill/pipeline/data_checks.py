@@ -26,7 +26,14 @@ from qwen3_distill.types import Prompt
 
 SAMPLE = 256
 """Prompts that are looked at one by one."""
-_ANSWERS = ("{}", "\\boxed{{{}}}", "The answer is {}.", "answer: {}", "#### {}", "<answer>{}</answer>")
+_ANSWERS = (
+    "{}",
+    "\\boxed{{{}}}",
+    "The answer is {}.",
+    "answer: {}",
+    "#### {}",
+    "<answer>{}</answer>",
+)
 """Responses that consist of the reference answer; a verifier takes at least one of them."""
 _READS_PLAIN_ANSWERS = {"math", "exact", "choice"}
 """Verifiers that must take one of `_ANSWERS`; a pattern or a function may ask for another form."""

@@ -29,7 +29,7 @@ class Verdict:
     found: str
     """The value found, with what it was compared to."""
     change: str = ""
-    """What to change; empty where nothing needs to be."""
+    """The remedy; empty where nothing needs to change."""
 
     @property
     def text(self) -> str:

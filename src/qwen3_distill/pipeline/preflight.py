@@ -43,7 +43,9 @@ def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
             exist then. Held-out problems are always read.
     """
     refusing = tuple(
-        check for check in CHECKS if check.refuses_run and (reads_prompts or not check.reads_prompts)
+        check
+        for check in CHECKS
+        if check.refuses_run and (reads_prompts or not check.reads_prompts)
     )
     checks = refusing if reads_prompts else (*refusing, TRAINING_FILE)
     failed = [found for found in findings(config, checks) if found.status is Status.FAIL]

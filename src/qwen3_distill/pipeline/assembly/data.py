@@ -26,9 +26,7 @@ def build_prompts(config: RunConfig, text: TextTools) -> PromptStream:
     Raises:
         DataError: one does not fit the student's context, or has no usable reference answer.
     """
-    prompts = build_stream(
-        config.student, config.prompts, text, config.sampling, seed=config.seed
-    )
+    prompts = build_stream(config.student, config.prompts, text, config.sampling, seed=config.seed)
     prompts.check()
     if config.verifier is not None:
         check_references(config.verifier, prompts.source)

@@ -11,7 +11,6 @@ from qwen3_distill.config import LoraTuning, RunConfig
 from qwen3_distill.environments.pins import tested_versions
 from qwen3_distill.errors import ModelError
 from qwen3_distill.hosts.child import is_absent
-from qwen3_distill.modeling.loading import resolve_dtype
 from qwen3_distill.modeling.shapes import read_shape
 from qwen3_distill.pipeline.assembly.channel import samples_elsewhere, shared_memory_dir
 from qwen3_distill.pipeline.assembly.engines import engine_interpreters, served_adapter
