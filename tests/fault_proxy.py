@@ -25,6 +25,8 @@ class Fault(str, Enum):
     """Every token and its logprob are one position later."""
     SHIFTED_VALUES = "shifted_values"
     """Every logprob is one position later, the tokens are not: no single reply shows it."""
+    SCALED = "scaled"
+    """Every logprob is half as large, about what a higher temperature makes of it."""
     WRONG_COUNT = "wrong_count"
     CANDIDATE_TWICE = "candidate_twice"
     SHIFTED_CANDIDATES = "shifted_candidates"
@@ -163,6 +165,12 @@ def spoiled(fault: Fault, reply: bytes) -> bytes:
             values = [row[0] for row in rows]
             for row, value in zip(rows, [None, *values[-1:], *values[1:-1]], strict=True):
                 row[0] = value
+        case Fault.SCALED:
+            for one in entries:
+                given = one["meta_info"]
+                for row in (given["input_token_logprobs"], *given.get("input_top_logprobs", ())):
+                    for item in row or ():
+                        item[0] = None if item[0] is None else item[0] / 2
         case Fault.WRONG_COUNT:
             entries.append(entries[-1])
         case Fault.CANDIDATE_TWICE:

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +204,8 @@ async def _timed(name: str, work: Awaitable[Verdict]) -> Finding:
         verdict = await work
     except DistillError as error:
         verdict = refusal(error)
+        if not verdict.change:
+            verdict = replace(verdict, change="see docs/start/troubleshooting.md")
     return Finding(name=name, verdict=verdict, seconds=time.monotonic() - began)
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from qwen3_distill.config import RunConfig
@@ -100,6 +100,8 @@ class Check:
     of its own, where the work is done anyway."""
     reads_prompts: bool = False
     """Whether it reads all prompts, which takes a while for millions."""
+    remedy: str = "see docs/start/troubleshooting.md"
+    """The advice where an error has none."""
 
 
 def ask(check: Check, config: RunConfig, before: dict[str, Status]) -> Finding:
@@ -116,4 +118,5 @@ def ask(check: Check, config: RunConfig, before: dict[str, Status]) -> Finding:
         verdict = check.find(config)
     except DistillError as error:
         verdict = refusal(error)
+        verdict = verdict if verdict.change else replace(verdict, change=check.remedy)
     return Finding(name=check.name, verdict=verdict, seconds=time.monotonic() - began)

@@ -158,8 +158,18 @@ def without_prompt_errors(config: RunConfig) -> Verdict:
 
 _BOTH = ("student files", "teacher files")
 FILE_CHECKS = (
-    Check(name="student files", find=check_student_files, refuses_run=True),
-    Check(name="teacher files", find=check_teacher_files, refuses_run=True),
+    Check(
+        name="student files",
+        find=check_student_files,
+        refuses_run=True,
+        remedy="download the model again, or correct student.model",
+    ),
+    Check(
+        name="teacher files",
+        find=check_teacher_files,
+        refuses_run=True,
+        remedy="download the model again, or correct scoring.model",
+    ),
     Check(name="run folder", find=check_folder, refuses_run=True),
     Check(name="score cache", find=check_cache, refuses_run=True),
 )

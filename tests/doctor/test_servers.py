@@ -1,0 +1,110 @@
+"""The doctor's checks of scoring servers, with the SGLang stand-in behind a proxy that spoils."""
+
+import json
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from qwen3_distill.pipeline.finding import Status
+from tests.contract.sglang_adapter import sglang_config
+from tests.doctor.worlds import World, by_name, make_world, with_status
+from tests.fault_proxy import Fault, spoiled
+from tests.sglang_stand_in import StandIn, StandInServer
+
+Spoils = Callable[[dict[str, Any]], bool]
+
+
+@contextmanager
+def serving(server: ThreadingHTTPServer) -> Iterator[str]:
+    """Serve in a thread; give the server's address."""
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def proxy(upstream: str, spoils: Spoils) -> ThreadingHTTPServer:
+    """Make a server that forwards requests, and halves the logprobs of some replies."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            request = urllib.request.Request(
+                upstream + self.path, data=body, headers={"Content-Type": "application/json"}
+            )
+            with urllib.request.urlopen(request) as answer:
+                reply = answer.read()
+            if spoils(json.loads(body)):
+                reply = spoiled(Fault.SCALED, reply)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    return ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+
+
+@contextmanager
+def with_servers(world: World, *spoils: Spoils) -> Iterator[None]:
+    """Let the teacher be as many servers as there are ``spoils``, each behind its proxy."""
+    with ExitStack() as stack:
+        upstream = StandInServer(StandIn(world.teacher)).start()
+        stack.callback(upstream.close)
+        urls = [stack.enter_context(serving(proxy(upstream.url, one))) for one in spoils]
+        config = sglang_config(world.teacher, "stand_in", urls=tuple(urls))
+        world.changes["scoring"] = config.model_dump(exclude={"python", "environment"})
+        yield
+
+
+def never(request: dict[str, Any]) -> bool:
+    return False
+
+
+def at_other_temperature(request: dict[str, Any]) -> bool:
+    return request["sampling_params"]["temperature"] != 1.0
+
+
+def test_servers_that_score_alike_pass(tmp_path: Path) -> None:
+    world = make_world(tmp_path)
+    with with_servers(world, never, never):
+        diagnosis = world.diagnose()
+    assert with_status(diagnosis, Status.FAIL, Status.WARN) == []
+    for line in ("scores of every server", "scores at another temperature"):
+        assert by_name(diagnosis)[line].status is Status.PASS
+
+
+def test_a_server_that_applies_the_temperature_fails_that_line_alone(tmp_path: Path) -> None:
+    world = make_world(tmp_path)
+    with with_servers(world, at_other_temperature):
+        diagnosis = world.diagnose()
+    assert with_status(diagnosis, Status.FAIL) == ["scores at another temperature"]
+    assert with_status(diagnosis, Status.WARN) == []
+
+
+def test_a_server_that_scores_otherwise_fails_the_line_of_every_server(tmp_path: Path) -> None:
+    world = make_world(tmp_path)
+    with with_servers(world, never, lambda request: True):
+        world.changes["scoring"]["readiness_tolerance_nats"] = 1000.0  # or it would not start
+        diagnosis = world.diagnose()
+    assert "scores of every server" in with_status(diagnosis, Status.FAIL)
+
+
+def test_a_server_of_another_model_does_not_start(tmp_path: Path) -> None:
+    world = make_world(tmp_path)
+    with with_servers(world, lambda request: True):
+        diagnosis = world.diagnose()
+    assert with_status(diagnosis, Status.FAIL) == ["engines start"]
+    assert "does not score as" in by_name(diagnosis)["engines start"].verdict.found
+    assert by_name(diagnosis)["engines end"].status is Status.SKIP
