@@ -6,11 +6,17 @@
 It samples noise and hardly ever stops by itself. All shapes share one tokenizer (bytes; every id of
 the vocabulary has a text) and one chat template, so any two of them pass for student and teacher.
 Weights are drawn and written layer by layer: memory for one layer and the embedding is enough.
+
+Its distributions are nearly uniform, as those of a model whose weights were never read. With
+``--logit-scale 2.5`` they are not: the final norm multiplies all logits. With a small
+``--branch-scale`` the layers add less to the embedding, so that rounding adds up to less, as in a
+trained model.
 """
 
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,6 +48,8 @@ def main() -> None:
     parser.add_argument("--fp8", action="store_true", help="blocks of 128 x 128 with a scale each")
     parser.add_argument("--device", default="cpu", help="where numbers are drawn, e.g. cuda")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--logit-scale", type=float, default=1.0, help="of all logits")
+    parser.add_argument("--branch-scale", type=float, default=1.0, help="of what a layer adds")
     arguments = parser.parse_args()
     write_model(
         arguments.out,
@@ -49,12 +57,27 @@ def main() -> None:
         fp8=arguments.fp8,
         device=torch.device(arguments.device),
         seed=arguments.seed,
+        scales=Scales(logits=arguments.logit_scale, branches=arguments.branch_scale),
     )
     print(arguments.out)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scales:
+    """Factors of weights that are drawn alike otherwise."""
+
+    logits: float = 1.0
+    branches: float = 1.0
+
+
 def write_model(
-    out: Path, shape: ModelShape, *, fp8: bool, device: torch.device, seed: int
+    out: Path,
+    shape: ModelShape,
+    *,
+    fp8: bool,
+    device: torch.device,
+    seed: int,
+    scales: Scales = Scales(),
 ) -> None:
     """Write config, tokenizer and weights in Hugging Face layout."""
     out.mkdir(parents=True, exist_ok=True)
@@ -62,7 +85,7 @@ def write_model(
     make_tokenizer(shape.vocab_size).save_pretrained(out)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device(device):
-        write_shards(out, weights(shape, generator, fp8=fp8))
+        write_shards(out, weights(shape, generator, fp8=fp8, scales=scales))
 
 
 def write_config(out: Path, shape: ModelShape, *, fp8: bool) -> None:
@@ -122,7 +145,11 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def weights(
-    shape: ModelShape, generator: torch.Generator, *, fp8: bool
+    shape: ModelShape,
+    generator: torch.Generator,
+    *,
+    fp8: bool,
+    scales: Scales = Scales(),
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of the checkpoint."""
 
@@ -143,13 +170,16 @@ def weights(
         for name, (rows, columns) in shape.linear_layers.items():
             block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
             full_name = f"{prefix}.{block}.{name}.weight"
+            drawn = matrix(rows, columns)
+            if name in ("o_proj", "down_proj"):
+                drawn *= scales.branches
             if not fp8:
-                yield full_name, matrix(rows, columns)
+                yield full_name, drawn
                 continue
-            quantized, scale = quantize(matrix(rows, columns))
+            quantized, scale = quantize(drawn)
             yield full_name, quantized
             yield f"{full_name}_scale_inv", scale
-    yield "model.norm.weight", ones(shape.hidden_size)
+    yield "model.norm.weight", ones(shape.hidden_size) * scales.logits
     if not shape.tied:
         yield "lm_head.weight", matrix(shape.vocab_size, shape.hidden_size)
 

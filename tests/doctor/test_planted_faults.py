@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file, save_file
 
+from qwen3_distill.doctor import real_pass
 from qwen3_distill.pipeline.finding import Status
 from qwen3_distill.pipeline.parts import Parts
 from tests.doctor import faulty
@@ -82,6 +83,11 @@ def _replacing(
         world.adapt = adapt
 
     return plant
+
+
+def _left_process(world: World, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(real_pass, "END_PATIENCE_S", 0.5)
+    _teacher(faulty.LeavesProcess)(world, patch)
 
 
 def _too_long(world: World, patch: pytest.MonkeyPatch) -> None:
@@ -172,7 +178,9 @@ PLANTED = (
         "learner against engine",
         _engine(faulty.OtherTemperature),
     ),
-    Planted("weights that are not brought into use", "rollouts after a step", _engine(faulty.Stale)),
+    Planted(
+        "weights that are not brought into use", "rollouts after a step", _engine(faulty.Stale)
+    ),
     Planted(
         "other weights than were pushed", "weights in the engine", _engine(faulty.OtherWeights)
     ),
@@ -188,7 +196,7 @@ PLANTED = (
         _teacher(faulty.BatchDependent),
     ),
     Planted("a rollout without a score", "scores", _teacher(faulty.Forgetful)),
-    Planted("an engine that leaves a process", "engines end", _teacher(faulty.LeavesProcess)),
+    Planted("an engine that leaves a process", "engines end", _left_process),
     Planted("a teacher without candidates", "teacher has its weights", _teacher(faulty.Plain)),
     Planted("a prompt over the context", "prompt and answer lengths", _too_long),
     Planted("a prompt over an engine's limit", "prompt and answer lengths", _over_engine_limit),

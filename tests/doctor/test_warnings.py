@@ -93,9 +93,7 @@ def test_a_cache_folder_with_other_files_fails(tmp_path: Path) -> None:
     assert with_status(world.diagnose(engines=False), Status.FAIL) == ["score cache"]
 
 
-def test_a_disk_too_small_for_models_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_too_small_for_models_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = make_world(tmp_path)
     monkeypatch.setattr(model_checks, "_are_there", lambda model: model != str(world.teacher))
     assert line(world, "disk for models").status is Status.PASS

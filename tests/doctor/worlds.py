@@ -15,7 +15,7 @@ from qwen3_distill.pipeline.parts import Parts
 from tests.pipeline.builders import SAMPLED, Values
 
 LAB = Path(__file__).parents[2] / "models" / "lab"
-NUM_ROLLOUTS = 6
+NUM_ROLLOUTS = 4
 Adapt = Callable[[Parts], Parts]
 
 

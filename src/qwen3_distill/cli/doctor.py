@@ -17,6 +17,8 @@ from qwen3_distill.recording.console import make_reporter
 
 FAILED_EXIT_CODE = 4
 """Exit status if a check failed; 2 and 3 are those of errors."""
+WIDTH = 140
+"""Columns of the table in a file or a pipe."""
 
 
 def doctor(
@@ -59,6 +61,9 @@ def doctor(
     if as_json:
         print_json(diagnosis.record())
     else:
-        print_table(diagnosis, Console(highlight=False))
+        out = Console(highlight=False)
+        if not out.is_terminal:  # rich would assume 80 columns
+            out = Console(highlight=False, width=WIDTH)
+        print_table(diagnosis, out)
     if diagnosis.failed:
         raise typer.Exit(FAILED_EXIT_CODE)

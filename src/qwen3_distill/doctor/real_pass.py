@@ -51,7 +51,8 @@ FOREIGN = 0.9
 """Below this share of -ln V, the teacher's mean score is one of tokens that it would not write."""
 _FULL_RATE, _LORA_RATE = 5e-3, 3e-2
 """Learning rates of the one step, so large that old weights cannot be taken for new ones."""
-_END_PATIENCE_S = 10.0
+END_PATIENCE_S = 10.0
+"""How long a closed engine's processes may take to end."""
 _ENGINE_GAP = "health/learner_vs_engine_abs_nats"
 
 
@@ -134,7 +135,7 @@ class RealPass:
         self.is_closed = True
         self.processes |= descendants() - self.before
         await self.parts.close()
-        left = await left_after(self.processes, _END_PATIENCE_S)
+        left = await left_after(self.processes, END_PATIENCE_S)
         if left:
             pids = ", ".join(str(process.pid) for process in sorted(left, key=lambda p: p.pid))
             return bad(f"processes {pids} still run", f"end them: kill {pids.replace(',', '')}")

@@ -17,10 +17,10 @@ from qwen3_distill.data.prompts import PromptStream
 from qwen3_distill.data.sources import PromptSource, RawPrompt, build_source
 from qwen3_distill.data.sources.records import ANSWER_KEY
 from qwen3_distill.data.verifiers import build_verifier, check_references
-from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.pipeline.assembly.data import build_stream, overlap_of
 from qwen3_distill.pipeline.assembly.machine import sequence_limits
 from qwen3_distill.pipeline.finding import Check, Verdict, bad, doubtful, good, skipped
+from qwen3_distill.pipeline.model_checks import identity_of
 from qwen3_distill.pipeline.parts import TextTools
 from qwen3_distill.types import Prompt
 
@@ -180,8 +180,8 @@ def _lengths(stream: PromptStream) -> list[int]:
 def _limits(config: RunConfig) -> Mapping[str, int]:
     """Return the limits on prompt plus response, by setting; a model's context among them."""
     contexts = {
-        "the student's context": load_identity(config.student.model, weights=False).context_length,
-        "the teacher's context": load_identity(config.scoring.model, weights=False).context_length,
+        "the student's context": identity_of(config.student.model).context_length,
+        "the teacher's context": identity_of(config.scoring.model).context_length,
     }
     return sequence_limits(config) | contexts
 

@@ -1,9 +1,11 @@
 """Checks whether the files of student and teacher can be used, and used together."""
 
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import DataError
+from qwen3_distill.modeling.directory import check_model_dir
 from qwen3_distill.modeling.hub import is_snapshot, missing_weights
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.modeling.student_directory import check_student
@@ -15,6 +17,7 @@ from qwen3_distill.pipeline.parts import TextTools
 from qwen3_distill.recording.text import gibibytes
 from qwen3_distill.scoring.cache import check_cache_folder
 from qwen3_distill.scoring.handshake import differences
+from qwen3_distill.types import ModelIdentity
 
 SHORT_THOUGHTS_TOKENS = 1024
 """A response that thinks hardly ever ends within fewer tokens."""
@@ -23,6 +26,22 @@ SHORT_THOUGHTS_TOKENS = 1024
 def _are_there(model: str) -> bool:
     """Whether a model's weights must be there already: those from the hub are downloaded later."""
     return not (is_snapshot(model) and missing_weights(model))
+
+
+def identity_of(model: str) -> ModelIdentity:
+    """Return a model's identity, read once as long as its files stay as they are.
+
+    Raises:
+        ModelError: config, tokenizer or generation config are missing or damaged.
+    """
+    files = sorted(path for path in Path(model).glob("*") if path.suffix in (".json", ".jinja"))
+    stats = tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
+    return _read_identity(model, stats)
+
+
+@lru_cache(maxsize=2)
+def _read_identity(model: str, stats: tuple[tuple[str, int, int], ...]) -> ModelIdentity:
+    return load_identity(model, weights=False)
 
 
 def check_student_files(config: RunConfig) -> Verdict:
@@ -43,12 +62,13 @@ def check_teacher_files(config: RunConfig) -> Verdict:
         ModelError: something is missing or damaged.
     """
     model = config.scoring.model
-    load_identity(model, weights=_are_there(model))
+    check_model_dir(model, weights=_are_there(model))
+    identity_of(model)
     return _described(model)
 
 
 def _described(model: str) -> Verdict:
-    identity = load_identity(model, weights=False)
+    identity = identity_of(model)
     later = "" if _are_there(model) else ", weights are still to be downloaded"
     return good(
         f"{model}: vocabulary {identity.vocab_size}, context {identity.context_length}{later}"
@@ -107,8 +127,7 @@ def check_equal(name: str, config: RunConfig) -> Verdict:
     Args:
         name: of a field of `ModelIdentity` that must be equal.
     """
-    student = load_identity(config.student.model, weights=False)
-    teacher = load_identity(config.scoring.model, weights=False)
+    student, teacher = identity_of(config.student.model), identity_of(config.scoring.model)
     found = differences(student, teacher)
     if name in found:
         what, _, remedy = found[name].partition("; ")

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from qwen3_distill.pipeline.assembly.channel import samples_elsewhere, shared_me
 from qwen3_distill.pipeline.assembly.engines import engine_interpreters, served_adapter
 from qwen3_distill.pipeline.assembly.plan import plan_memory
 from qwen3_distill.pipeline.disk_space import student_bytes
-from qwen3_distill.pipeline.finding import Check, Verdict, bad, doubtful, good, skipped
+from qwen3_distill.pipeline.finding import Check, Status, Verdict, bad, doubtful, good, skipped
 from qwen3_distill.pipeline.manifest import engine_versions
 from qwen3_distill.planning.gpu import detect_gpu
 from qwen3_distill.recording.text import gibibytes
@@ -116,10 +117,9 @@ def check_versions(config: RunConfig) -> Verdict:
     found = engine_versions(interpreters)
     silent = [kind for kind in interpreters if kind not in found]
     verdicts = [_judged(kind, versions) for kind, versions in found.items()]
-    for status in ("fail", "warn"):
-        for verdict in verdicts:
-            if verdict.status.value == status:
-                return verdict
+    for status in (Status.FAIL, Status.WARN):
+        if worst := [verdict for verdict in verdicts if verdict.status is status]:
+            return replace(worst[0], found=", ".join(verdict.found for verdict in worst))
     if silent:
         python = interpreters[silent[0]].python
         return doubtful(
