@@ -14,6 +14,7 @@ from qwen3_distill.doctor import diagnosis as doctor
 from qwen3_distill.pipeline import model_checks
 from qwen3_distill.pipeline.assembly import machine
 from qwen3_distill.pipeline.finding import Finding, Status
+from qwen3_distill.pipeline.preflight import machine_notes
 from qwen3_distill.planning.gpu import Gpu, parse_gpu
 from tests.doctor.test_planted_faults import fake_engine
 from tests.doctor.worlds import World, by_name, good_rows, make_world, with_status
@@ -184,3 +185,14 @@ def test_quantized_scores_are_compared_with_unquantized_ones(
     )
     assert by_name(found)["FP8 against bfloat16"].status is status
     assert len(with_status(found, Status.FAIL, Status.WARN)) == (status is not Status.PASS)
+
+
+def test_a_run_tells_what_the_machine_checks_warn_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world(tmp_path)
+    fake_engine(world, versions={"vllm": "0.99.0"})
+    monkeypatch.setattr(machine, "detect_gpu", lambda: A100)
+    driver, versions = machine_notes(check_config(world.values))
+    assert driver.startswith("driver and GPU: NVIDIA A100")
+    assert versions.startswith("engine versions: vllm 0.99.0, tested with")

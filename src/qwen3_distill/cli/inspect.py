@@ -104,11 +104,11 @@ def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
         f"{settings.samples_per_prompt} samples, objective {settings.objective.kind}"
     )
     from qwen3_distill.pipeline.models import localize
-    from qwen3_distill.pipeline.preflight import check_before_start, data_notes
+    from qwen3_distill.pipeline.preflight import check_before_start, data_notes, machine_notes
 
     settings = localize(settings, say=say, warn=warn).config
     check_before_start(settings)
-    for note in data_notes(settings):
+    for note in (*machine_notes(settings), *data_notes(settings)):
         warn(note)
     from qwen3_distill.pipeline.first_prompt import first_prompt, template_notes
     from qwen3_distill.pipeline.parts import TextTools

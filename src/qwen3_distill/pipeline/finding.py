@@ -98,6 +98,8 @@ class Check:
     refuses_run: bool = False
     """Whether a failure keeps a run from starting. False: a run meets it, with an error or a note
     of its own, where the work is done anyway."""
+    notes_run: bool = False
+    """Whether a run tells its warnings as notes."""
     reads_prompts: bool = False
     """Whether it reads all prompts, which takes a while for millions."""
     remedy: str = "see docs/start/troubleshooting.md"

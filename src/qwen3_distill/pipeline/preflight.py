@@ -52,6 +52,16 @@ def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
     return list(dict.fromkeys(finding.verdict.text for finding in failed))
 
 
+def machine_notes(config: RunConfig) -> list[str]:
+    """List what a user should know of this machine and the engines' versions before a run."""
+    told = tuple(check for check in CHECKS if check.notes_run)
+    return [
+        f"{finding.name}: {finding.verdict.text}"
+        for finding in findings(config, told)
+        if finding.status is Status.WARN
+    ]
+
+
 def check_before_start(config: RunConfig, *, reads_prompts: bool = True) -> None:
     """Raise one error with all of `problems_of`, before engines take minutes to start.
 

@@ -27,7 +27,7 @@ from qwen3_distill.pipeline.manifest import (
 from qwen3_distill.pipeline.models import HubRecord, LocalConfig, localize, recorded_hub
 from qwen3_distill.pipeline.own_folder import refuse_inputs_as_student
 from qwen3_distill.pipeline.parts import Parts, TextTools
-from qwen3_distill.pipeline.preflight import check_before_start
+from qwen3_distill.pipeline.preflight import check_before_start, machine_notes
 from qwen3_distill.pipeline.recorder import Recorder
 from qwen3_distill.pipeline.run_folder import RunFolder, full_disk_named
 from qwen3_distill.pipeline.sequential import run_sequential
@@ -94,6 +94,8 @@ async def _run(
     config = local.config
     refuse_inputs_as_student(config)
     check_before_start(config, reads_prompts=False)  # `build_parts` reads them
+    for note in machine_notes(config):
+        warn(note)
     progress.stage("checking that student and teacher match")
     SameView().check(
         load_identity(config.student.model, weights=False),

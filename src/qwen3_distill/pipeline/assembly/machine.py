@@ -213,8 +213,8 @@ def quantization_of(config: RunConfig) -> str | None:
 
 
 MACHINE_CHECKS = (
-    Check(name="driver and GPU", find=check_driver),
-    Check(name="FP8 on this GPU", find=check_fp8, refuses_run=True),
+    Check(name="driver and GPU", find=check_driver, notes_run=True),
+    Check(name="FP8 on this GPU", find=check_fp8, refuses_run=True, notes_run=True),
     *(
         Check(
             name=f"{section} interpreter",
@@ -228,8 +228,15 @@ MACHINE_CHECKS = (
         find=check_versions,
         needs=("generation interpreter", "scoring interpreter", "training interpreter"),
         refuses_run=True,
+        notes_run=True,
     ),
-    Check(name="shared memory", find=check_shared_memory, needs=("student files",)),
+    Check(
+        name="shared memory",
+        find=check_shared_memory,
+        needs=("student files",),
+        refuses_run=True,
+        notes_run=True,
+    ),
     Check(
         name="memory plan",
         find=check_plan,
