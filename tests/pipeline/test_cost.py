@@ -155,7 +155,15 @@ def test_tokens_and_flops_are_those_of_the_rollouts_and_jobs(
         {"evaluation": EVALUATION},
         {"pipeline": {"kind": "streaming", "max_staleness_steps": 0}},
     ],
-    ids=["plain", "recomputed", "full", "full baseline", "top-k baseline", "evaluated", "streaming"],
+    ids=[
+        "plain",
+        "recomputed",
+        "full",
+        "full baseline",
+        "top-k baseline",
+        "evaluated",
+        "streaming",
+    ],
 )
 def test_a_whole_run_costs_what_the_counter_counts(
     changes: dict[str, Any],
