@@ -218,10 +218,8 @@ def test_a_crash_loses_its_steps_and_counts_them_once(
     calm_steps = read_jsonl(calm.output_path / "metrics.jsonl")
     assert totals.lost["tokens/trained"] == calm_steps[2]["train/input_tokens"]
     everything = sum(r.num_tokens for r in [*crashing.rollouts, *resumed.rollouts])
-    assert (
-        totals.total["tokens/sampled_student"] == everything
-        and totals.total["tokens/sampled_teacher"] == before.total["tokens/sampled_teacher"]
-    )
+    assert totals.total["tokens/sampled_student"] == everything
+    assert totals.total["tokens/sampled_teacher"] == before.total["tokens/sampled_teacher"]
 
 
 def test_rollouts_in_flight_at_a_stop_are_lost(tiny_models: TinyModels, run_dir: Path) -> None:

@@ -214,7 +214,7 @@ def test_whatever_is_lost_the_kept_steps_are_those_of_an_undisturbed_run(
 ) -> None:
     """Each life trains some steps, goes back by some, and may die within a step."""
     folder, time = tmp_path_factory.mktemp("lives"), FakeTime()
-    step, spent = 0, 0
+    step, spent, last = 0, 0, 0
     for steps, back, dies_within in [*lives, (1, 0, False)]:
         ledger = opened(folder, time, step=step)
         for _ in range(steps):

@@ -262,7 +262,7 @@ def test_the_crosshair_finds_its_data(run):
     charts_data = [
         json.loads(v["data-chart"] or "") for _, v in _page(run).tags if "data-chart" in v
     ]
-    assert len(charts_data) == 12
+    assert len(charts_data) == 13
     accuracy = charts_data[0]
     assert len(accuracy["px"]) == len(accuracy["at"]) == 3
     # At step 40 the evaluation of more problems counts.
