@@ -46,7 +46,7 @@ class LoggingConfig(Schema):
 
 
 class CostConfig(Schema):
-    """What the devices of a run cost, for its cost ledger; see docs/concepts/cost.md."""
+    """Number and price of the run's devices, for its cost ledger; see docs/concepts/cost.md."""
 
     devices: PositiveInt = 1
     """Devices that the run holds: GPUs, those of servers in `scoring.urls` included; 1 on a CPU."""

@@ -68,7 +68,7 @@ def head_flops(shape: ModelShape, tokens: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedTokens:
-    """What a step's forward and backward passes computed, counted by the learner."""
+    """Counts of a step's forward and backward passes, made by the learner."""
 
     tokens: int
     """Input tokens of the sequences, or of their padding."""

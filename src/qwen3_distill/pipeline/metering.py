@@ -40,7 +40,7 @@ Who: TypeAlias = Literal["student", "teacher"]
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """What the amounts of a run are computed from."""
+    """Shapes and settings from which the amounts of a run are computed."""
 
     student: ModelShape | None
     """None where its shape cannot be read: its FLOPs are then not counted."""

@@ -150,7 +150,7 @@ class RunFolder:
 
     @property
     def cost(self) -> Path:
-        """What every step cost, also the steps that a crash lost."""
+        """The cost of every step, also of the steps that a crash lost."""
         return self.path / COST_FILE
 
     @property

@@ -60,7 +60,7 @@ class CostLedger:
         """By rollout that ended and that no step has used: what it took."""
         self._written_at = began
         self.totals = CostTotals()
-        """What all lines so far add up to."""
+        """Sums of all lines so far."""
 
     def begin(self, step: int, shares: Callable[[], Mapping[str, float]]) -> None:
         """Begin to train from ``step``: what earlier processes computed after it is lost.

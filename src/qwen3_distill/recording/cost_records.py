@@ -1,4 +1,4 @@
-"""Reads ``cost.jsonl``, the cost ledger of a run: what was computed, lost, held and paid.
+"""Reads ``cost.jsonl``, the cost ledger of a run.
 
 The file is never cut. A line holds what was spent since the line before it:
 
@@ -23,7 +23,7 @@ COST_FILE = "cost.jsonl"
 START_UP = "start"
 """Seconds from the start of a process until it trains: models load, engines start."""
 ROLES = (*STEP_STAGES, *OCCASIONAL_STAGES, START_UP, IDLE)
-"""What devices are held for, in the order of tables."""
+"""Purposes that devices are held for, in the order of tables."""
 
 Amounts: TypeAlias = Mapping[str, float]
 """Amounts by ``area/name``: ``tokens/``, ``flops/``, ``bytes/``, ``device_s/``, ``money/``."""
@@ -31,7 +31,7 @@ Amounts: TypeAlias = Mapping[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class CostPoint:
-    """What a run had cost after a step."""
+    """Cost of a run up to the end of a step."""
 
     step: int
     marginal: Amounts
@@ -56,12 +56,12 @@ class CostTotals:
 
     @property
     def total(self) -> dict[str, float]:
-        """Everything that was spent."""
+        """Sum of all amounts that were spent."""
         return added(self.kept, self.evaluation, self.lost)
 
     @property
     def marginal(self) -> dict[str, float]:
-        """What the kept steps themselves took: no evaluation, nothing lost, no idle device."""
+        """Amounts of the kept steps themselves: no evaluation, nothing lost, no idle device."""
         return {
             key: value
             for key, value in self.kept.items()
