@@ -77,8 +77,8 @@ class TrainedTokens:
     loss_tokens: int
     """Tokens to which the output head is applied."""
     recomputed_loss_tokens: int
-    """Of these, how many are in a micro-batch whose logits are computed twice, because it has more
-    than ``training.chunk_tokens`` of them."""
+    """Loss tokens of micro-batches whose logits are computed twice, because there are more than
+    ``training.chunk_tokens`` of them."""
     recomputed_layers: int
     """Blocks that the backward pass computes again (gradient checkpointing)."""
 

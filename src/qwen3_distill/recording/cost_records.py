@@ -43,10 +43,10 @@ class CostTotals:
     """Sums of a cost ledger."""
 
     kept: dict[str, float] = field(default_factory=dict)
-    """Of the steps that made the student, evaluations apart."""
+    """Amounts of the steps that made the student, evaluations apart."""
     evaluation: dict[str, float] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=dict)
-    """Of steps, rollouts and evaluations that a later start did not go on from."""
+    """Amounts of steps, rollouts and evaluations that a later start did not go on from."""
     starts: int = 0
     devices: int = 1
     unknown: dict[str, str] = field(default_factory=dict)
