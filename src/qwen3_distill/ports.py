@@ -60,6 +60,13 @@ Reach: TypeAlias = Literal["process", "machine", "cluster"]
 _NEAR_TO_FAR: tuple[Reach, ...] = ("process", "machine", "cluster")
 
 
+CACHED_TOKENS = "score/cached_tokens"
+"""Counter of a teacher: tokens of jobs that it did not compute, because an engine had their keys
+and values. Absent where an engine does not tell."""
+STORED_TOKENS = "score/stored_tokens"
+"""Counter of a teacher: tokens of jobs that nobody computed, because their scores were kept."""
+
+
 class WeightChannel(Protocol):
     """Moves weights from the learner to engines, whole or not at all."""
 

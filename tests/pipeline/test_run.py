@@ -118,6 +118,7 @@ def test_folder_holds_exactly_what_is_promised(finished: RunConfig) -> None:
     assert {path.name for path in finished.output_path.iterdir()} == {
         ".lock",
         "checkpoints",
+        "cost.jsonl",
         "config.json",
         "evaluations.jsonl",
         "ledger.jsonl",

@@ -15,6 +15,7 @@ import typer
 
 import qwen3_distill
 from qwen3_distill.cli import inspect, offline, run, status
+from qwen3_distill.cli.cost import cost
 from qwen3_distill.cli.export import export
 from qwen3_distill.cli.terminal import fail, say
 from qwen3_distill.errors import DistillError
@@ -40,6 +41,7 @@ app.command("eval")(offline.evaluate)
 app.command("audit-teacher")(offline.audit_teacher)
 app.command()(inspect.plan)
 app.command()(inspect.report)
+app.command()(cost)
 app.command()(export)
 app.command()(status.status)
 config_app.command("show")(inspect.config_show)

@@ -65,6 +65,7 @@ from qwen3_distill.config.objective import (
 )
 from qwen3_distill.config.operation import (
     CheckpointConfig,
+    CostConfig,
     Harvest,
     LoggingConfig,
     PipelineConfig,
@@ -85,6 +86,7 @@ __all__ = [
     "CheckpointConfig",
     "ChoiceVerifier",
     "ConstantSchedule",
+    "CostConfig",
     "EmbeddedGeneration",
     "EmbeddedScoring",
     "EmbeddedTraining",

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from qwen3_distill.config.base import PositiveFloat, PositiveInt, Schema
+from qwen3_distill.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Schema
 
 
 class CheckpointConfig(Schema):
@@ -43,6 +43,17 @@ class LoggingConfig(Schema):
     trackers: tuple[TrackerConfig, ...] = ()
     trace: bool = True
     """Write ``trace.json``, the timeline of all stages, for ui.perfetto.dev and the report."""
+
+
+class CostConfig(Schema):
+    """Number and price of the run's devices, for its cost ledger; see docs/concepts/cost.md."""
+
+    devices: PositiveInt = 1
+    """Devices that the run holds: GPUs, those of servers in `scoring.urls` included; 1 on a CPU."""
+    price_per_device_hour: NonNegativeFloat | None = None
+    """Price of one device for an hour; null: no money is counted."""
+    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USD"
+    """Currency of the price: three capital letters."""
 
 
 class _Pipeline(Schema):

@@ -24,6 +24,7 @@ from qwen3_distill.config.learning import ReplayConfig
 from qwen3_distill.config.objective import ObjectiveConfig
 from qwen3_distill.config.operation import (
     CheckpointConfig,
+    CostConfig,
     LoggingConfig,
     PipelineConfig,
     SequentialPipeline,
@@ -66,6 +67,7 @@ class RunConfig(Schema):
     """Null: the run is not evaluated."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    cost: CostConfig = Field(default_factory=CostConfig)
     pipeline: PipelineConfig = Field(default_factory=lambda: SequentialPipeline(kind="sequential"))
     planning: PlanningConfig = Field(default_factory=PlanningConfig)
 

@@ -13,7 +13,9 @@ from qwen3_distill.data.rollout_files import write_scored
 from qwen3_distill.evaluation.evaluator import Evaluator
 from qwen3_distill.pipeline.assembly.data import build_checker, build_problems
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
+from qwen3_distill.pipeline.metering import Meter, metered_evaluation
 from qwen3_distill.pipeline.parts import Parts
+from qwen3_distill.pipeline.requests import rollout_id
 from qwen3_distill.pipeline.run_folder import RunFolder
 from qwen3_distill.recording.console import ProgressReporter
 from qwen3_distill.recording.jsonl import (
@@ -71,10 +73,20 @@ class Recorder:
 
     Every record belongs to a step. Those after ``start_step``, left by a process that got further
     than its last checkpoint, are removed: a resumed run's files read as if it had never stopped.
+    The cost ledger alone keeps them, as lost.
+
+    Args:
+        meter: counts what the run costs; None: no cost is recorded.
     """
 
     def __init__(
-        self, parts: Parts, folder: RunFolder, progress: ProgressReporter, *, start_step: int
+        self,
+        parts: Parts,
+        folder: RunFolder,
+        progress: ProgressReporter,
+        *,
+        start_step: int,
+        meter: Meter | None = None,
     ) -> None:
         self._parts = parts
         self._config: RunConfig = parts.config
@@ -104,7 +116,11 @@ class Recorder:
         spent_s = float(earlier[-1]["wall_s"]) if earlier else 0.0
         self._clock_started = time.perf_counter() - spent_s
         self._last_checkpoint_step = start_step if start_step else None
-        self._evaluator = _build_evaluator(parts, progress)
+        self._cost = None if meter is None else meter.ledger
+        if self._cost is not None:
+            self._cost.begin(start_step, self.trace.shares)
+        evaluated = parts if meter is None else metered_evaluation(parts, meter)
+        self._evaluator = _build_evaluator(evaluated, progress)
         self._evaluated_s = 0.0
         """Seconds of the evaluations that have ended; time in which two ran counts once."""
         self._steps_cut = 0
@@ -124,6 +140,7 @@ class Recorder:
         times = self.trace.end_step(cursor.step)
         values = self._step_values(scored, done.update, [*times.metrics(), *done.metrics])
         values |= {**self._parts.engine.counters, **self._parts.teacher.counters}
+        values |= self._cost_of_step(cursor)
         self._ledger.log(cursor.step, {"trained": ledger.trained, "dropped": ledger.dropped})
         self._metrics.log(cursor.step, values)
         self._trackers.log(cursor.step, values)
@@ -143,6 +160,8 @@ class Recorder:
         with self.trace.span("checkpoint", f"checkpoint {cursor.step}"):
             await self._checkpoints.save(self._parts.learner, cursor)
         self._last_checkpoint_step = cursor.step
+        if self._cost is not None:
+            self._cost.write("checkpoint")
 
     async def evaluate_if_due(self, cursor: RunCursor) -> None:
         """Run the evaluations due after this step that are not on record."""
@@ -179,6 +198,8 @@ class Recorder:
         }
         self._evaluated_s = busy_s
         self._evaluations.log(step, record)
+        if self._cost is not None:
+            self._cost.write("evaluation")
         self._progress.evaluation({"step": step, **record})
         if result["truncated_fraction"] == 1:
             self._progress.note(
@@ -197,11 +218,21 @@ class Recorder:
 
     def close(self) -> None:
         self._note_lost_output()
+        if self._cost is not None:
+            self._cost.close()
         self._metrics.close()
         self._evaluations.close()
         self._ledger.close()
         self.trace.close()
         self._trackers.close()
+
+    def _cost_of_step(self, cursor: RunCursor) -> dict[str, float]:
+        """Write the cost ledger's line of a step; return its totals as metrics."""
+        if self._cost is None:
+            return {}
+        outstanding = {rollout_id(self._config, number) for number in cursor.outstanding}
+        self._cost.end_step(cursor.step, outstanding)
+        return self._cost.metrics()
 
     def _note_lost_output(self) -> None:
         """Record in trace and ``logs/console.log`` that a terminal or pipe was closed."""

@@ -29,17 +29,28 @@ def requests_for_step(
 
 
 def request_number(config: RunConfig, prompt: Prompt, number: int) -> RolloutRequest:
-    """Build the request of rollout n = ``number`` of the run: sample n % G of prompt n // G.
-
-    Its id names the step that trains on it if every step takes the next `rollouts_per_step`.
-    """
-    step, index = divmod(number, config.rollouts_per_step)
-    p, g = divmod(index, config.samples_per_prompt)
+    """Build the request of rollout n = ``number`` of the run: sample n % G of prompt n // G."""
+    step, p, g = _place(config, number)
     return RolloutRequest(
-        rollout_id=f"step-{step:06d}/prompt-{p:04d}/sample-{g:02d}",
+        rollout_id=rollout_id(config, number),
         prompt=prompt,
         sampling=config.sampling.spec(derive_seed(config.seed, "rollout", step, p, g)),
     )
+
+
+def rollout_id(config: RunConfig, number: int) -> str:
+    """Return the id of a rollout.
+
+    It names the step that trains on it if every step takes the next `rollouts_per_step`.
+    """
+    step, p, g = _place(config, number)
+    return f"step-{step:06d}/prompt-{p:04d}/sample-{g:02d}"
+
+
+def _place(config: RunConfig, number: int) -> tuple[int, int, int]:
+    """Return step, prompt of the step, and sample of the prompt."""
+    step, index = divmod(number, config.rollouts_per_step)
+    return step, *divmod(index, config.samples_per_prompt)
 
 
 def in_request_order(

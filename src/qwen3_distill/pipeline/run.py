@@ -1,6 +1,7 @@
 """Runs a config from its start, or from its newest checkpoint, to the report."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, AsyncExitStack
 from datetime import datetime, timezone
@@ -12,6 +13,7 @@ from qwen3_distill.errors import EngineStartError, LearnerLost, RunFolderError
 from qwen3_distill.hosts.mps import MpsDaemon, private_mps
 from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.modeling.loading import load_identity
+from qwen3_distill.pipeline.assembly.cost import build_cost_model
 from qwen3_distill.pipeline.assembly.engines import build_parts, engine_interpreters
 from qwen3_distill.pipeline.assembly.plan import engine_log
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
@@ -24,6 +26,7 @@ from qwen3_distill.pipeline.manifest import (
     machine,
     versions,
 )
+from qwen3_distill.pipeline.metering import Meter, metered
 from qwen3_distill.pipeline.models import HubRecord, LocalConfig, localize, recorded_hub
 from qwen3_distill.pipeline.own_folder import refuse_inputs_as_student
 from qwen3_distill.pipeline.parts import Parts, TextTools
@@ -35,6 +38,7 @@ from qwen3_distill.pipeline.streaming import run_streaming
 from qwen3_distill.pipeline.summary import render_report, summarize
 from qwen3_distill.ports import Learner
 from qwen3_distill.recording.console import ProgressReporter
+from qwen3_distill.recording.cost_ledger import CostLedger
 from qwen3_distill.recording.heartbeat import HeartbeatReporter
 from qwen3_distill.scoring.views import SameView
 from qwen3_distill.training.schedule import extended_rate
@@ -89,6 +93,7 @@ async def _run(
     warn: Callable[[str], None],
     adapt: Callable[[Parts], Parts],
 ) -> bool:
+    began = time.perf_counter()
     if folder.changes:
         warn("going on with other settings than before:\n  " + "\n  ".join(folder.changes))
     config = local.config
@@ -118,7 +123,10 @@ async def _run(
             warn(note)
         await parts.start(progress.stage)
         write_json_atomic(folder.prompt, prompt_record(prompt))
-        return await _train_with_restarts(parts, folder, progress, warn, hub=local.hub)
+        cost_model = build_cost_model(config)
+        cost = CostLedger(folder.cost, config.cost, began=began, unknown=cost_model.unknown)
+        meter = Meter(cost_model, cost)
+        return await _train_with_restarts(parts, folder, progress, warn, hub=local.hub, meter=meter)
 
 
 async def _train_with_restarts(
@@ -128,6 +136,7 @@ async def _train_with_restarts(
     warn: Callable[[str], None],
     *,
     hub: HubRecord,
+    meter: Meter,
 ) -> bool:
     """`_train`, and again from the last checkpoint each time the learner's process is lost."""
     lost: LearnerLost | None = None
@@ -136,7 +145,7 @@ async def _train_with_restarts(
             if lost is not None:
                 warn(f"the learner is started again from the last checkpoint: {lost}")
                 await _start_again(parts.learner)
-            return await _train(parts, folder, progress, warn, hub=hub)
+            return await _train(parts, folder, progress, warn, hub=hub, meter=meter)
         except LearnerLost as error:
             if restarts_left == 0:
                 raise
@@ -159,6 +168,7 @@ async def _train(
     warn: Callable[[str], None],
     *,
     hub: HubRecord,
+    meter: Meter,
 ) -> bool:
     """Train from the newest checkpoint on; return whether the last step was reached.
 
@@ -172,17 +182,19 @@ async def _train(
         warn(_extension(config, folder.extended_from, cursor.step))
     _write_manifest(parts, folder, cursor.step, hub)
     folder.accept_changes()
-    recorder = Recorder(parts, folder, progress, start_step=cursor.step)
+    recorder = Recorder(parts, folder, progress, start_step=cursor.step, meter=meter)
     progress.watch(recorder.trace)
     try:
         with _stop_on_interrupt(recorder, progress):
-            cursor = await _PIPELINES[config.pipeline.kind](parts, recorder, cursor)
+            loop = _PIPELINES[config.pipeline.kind]
+            cursor = await loop(metered(parts, meter), recorder, cursor)
         # A stop in the last step skips the final evaluation: the run is not complete.
         if recorder.stop_requested or cursor.step < config.steps:
             await recorder.checkpoint(cursor)
             return False
         with full_disk_named(folder.student):
             await parts.learner.save_student(folder.student)
+        meter.ledger.write("end")
         write_json_atomic(folder.summary, summarize(folder, recorder.wall_s))
         return True
     except LearnerLost as error:

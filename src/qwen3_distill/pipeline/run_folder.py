@@ -18,12 +18,13 @@ from qwen3_distill.config.load import check_config, config_differences, dump_con
 from qwen3_distill.config.moved import PATH_SETTINGS, run_directory
 from qwen3_distill.errors import ConfigError, RunFolderError
 from qwen3_distill.pipeline.own_folder import refuse_inputs_as_student, require_own_folder
+from qwen3_distill.recording.cost_records import COST_FILE
 from qwen3_distill.recording.heartbeat import STATUS_FILE
 from qwen3_distill.recording.trace import TRACE_FILE
 from qwen3_distill.utils.files import write_json_atomic
 
 MAY_CHANGE = (
-    *("logging", "checkpoint", "planning", "pipeline.mps", "pipeline.stall_timeout_s"),
+    *("logging", "checkpoint", "cost", "planning", "pipeline.mps", "pipeline.stall_timeout_s"),
     # Any engine's process.
     *(
         f"{section}.{key}"
@@ -146,6 +147,11 @@ class RunFolder:
     def ledger(self) -> Path:
         """The rollouts that each step trained on or dropped: each appears once."""
         return self.path / "ledger.jsonl"
+
+    @property
+    def cost(self) -> Path:
+        """The cost of every step, also of the steps that a crash lost."""
+        return self.path / COST_FILE
 
     @property
     def trace(self) -> Path:

@@ -15,6 +15,7 @@ from qwen3_distill.pipeline.manifest import recorded_identity
 from qwen3_distill.pipeline.models import localize_again
 from qwen3_distill.pipeline.parts import TextTools
 from qwen3_distill.pipeline.run_folder import RunFolder
+from qwen3_distill.recording.cost_records import read_cost
 from qwen3_distill.recording.jsonl import (
     OCCASIONAL_STAGES,
     STEP_STAGES,
@@ -46,12 +47,14 @@ def summarize(folder: RunFolder, total_wall_s: float) -> dict[str, Any]:
     wall_s["total"] = total_wall_s
     generated = sum(int(record["tokens/generated"]) for record in steps)
     trained = sum(int(record["tokens/trained"]) for record in steps)
+    cost = read_cost(folder.path)
     return {
         "accuracy": _accuracies(first),
         **({"second_accuracy": _second_accuracy(second)} if second else {}),
         "steps": len(steps),
         "tokens": {"generated": generated, "scored": generated, "trained": trained},
         "wall_s": wall_s,
+        "cost": None if cost is None else cost.record(),
     }
 
 

@@ -100,12 +100,20 @@ class JsonlLog:
                 "truncate_after first"
             )
         record = {"step": step, **{key: _json_value(value) for key, value in values.items()}}
+        self.append(record)
+        self._last_step = step
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write a record of any step and wait until it is on disk.
+
+        Raises:
+            RunFolderError: the line cannot be written.
+        """
         line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         try:
             self._write(line)
         except OSError as error:
             raise self._unusable(error) from error
-        self._last_step = step
 
     def truncate_after(self, step: int) -> None:
         """Drop the lines of later steps; a run resumed at ``step`` writes them again.

@@ -132,6 +132,10 @@ class Trace:
         """Seconds so far in which the stage had at least one span open."""
         return self._clock.busy_seconds(stage, self._now())
 
+    def shares(self) -> dict[str, float]:
+        """Seconds so far by stage and ``idle``; see `StepClock.shares`."""
+        return self._clock.shares(self._now())
+
     def open_stages(self) -> dict[str, float]:
         """Map each stage that is at work to the Unix time since when. Any thread may ask."""
         now, wall = self._now(), time.time()

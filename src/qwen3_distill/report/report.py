@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from qwen3_distill import __version__
 from qwen3_distill.errors import RunFolderError
+from qwen3_distill.report.cost_section import cost_section
 from qwen3_distill.report.figures import (
     health_figures,
     health_table,
@@ -43,7 +44,7 @@ def write_report(
 
     Args:
         run_folder: Reads ``config.json``, ``manifest.json``, ``prompt.json``, ``metrics.jsonl``,
-            ``evaluations.jsonl``, ``summary.json`` and traces where they exist.
+            ``evaluations.jsonl``, ``cost.jsonl``, ``summary.json`` and traces where they exist.
         rollouts: Saved rollouts of the run, in any order of steps.
         out: File to write; default ``report.html`` in the run folder.
 
@@ -84,6 +85,7 @@ def _render(run: RunFiles, rollouts: Sequence[RolloutView]) -> str:
         time_table=time_table(run.steps, run.summary),
         timeline=draw_timeline(run.timeline, STAGE_COLOURS) if run.timeline else None,
         idle_table=idle_table(run.steps),
+        cost=cost_section(run),
         health=health_figures(run),
         health_table=health_table(run),
         prompt=prompt_section(run),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_distill.errors import DataError
+from qwen3_distill.recording.cost_records import CostTotals, read_cost
 from qwen3_distill.recording.jsonl import read_jsonl
 from qwen3_distill.report.drawing import Point
 from qwen3_distill.report.timeline import Timeline, load_timeline
@@ -25,9 +26,10 @@ class RunFiles:
     steps: Sequence[Mapping[str, Any]]
     evaluations: Sequence[Mapping[str, Any]]
     timeline: Timeline | None
+    cost: CostTotals | None
 
     @classmethod
-    def load(cls, folder: Path) -> "RunFiles":
+    def load(cls, folder: Path, *, with_timeline: bool = True) -> "RunFiles":
         return cls(
             name=folder.resolve().name,
             config=_json_if_there(folder / "config.json"),
@@ -36,7 +38,8 @@ class RunFiles:
             summary=_json_if_there(folder / "summary.json"),
             steps=_jsonl_if_there(folder / "metrics.jsonl"),
             evaluations=_jsonl_if_there(folder / "evaluations.jsonl"),
-            timeline=load_timeline(folder),
+            timeline=load_timeline(folder) if with_timeline else None,
+            cost=read_cost(folder, with_points=True),
         )
 
     def points(self, key: str) -> list[Point]:
@@ -56,9 +59,10 @@ class RunFiles:
     @property
     def student_evaluations(self) -> list[Mapping[str, Any]]:
         """The student's evaluations by step: one per step, that of the most problems."""
-        return self._student_by_step(at_second=False)
+        return self.student_by_step(at_second=False)
 
-    def _student_by_step(self, *, at_second: bool) -> list[Mapping[str, Any]]:
+    def student_by_step(self, *, at_second: bool) -> list[Mapping[str, Any]]:
+        """`student_evaluations`, or those at the second temperature."""
         by_step: dict[int, Mapping[str, Any]] = {}
         for record in self.evaluations:
             is_student = record["model"].startswith("student")
@@ -78,7 +82,7 @@ class RunFiles:
         if who == "teacher":
             teacher = (e for e in self.evaluations if e["model"].startswith("teacher"))
             return next((e for e in teacher if ("temperature" in e) == at_second), None)
-        student = self._student_by_step(at_second=at_second)
+        student = self.student_by_step(at_second=at_second)
         if who == "before":
             return student[0] if student and student[0]["step"] == 0 else None
         return student[-1] if student and student[-1]["step"] > 0 else None

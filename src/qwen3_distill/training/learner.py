@@ -40,6 +40,7 @@ from qwen3_distill.training.batching import MicroBatch, flat_micro_batches, micr
 from qwen3_distill.training.lora import adapter_weights, merged_parameters
 from qwen3_distill.training.memory_lack import memory_lack
 from qwen3_distill.training.objectives.base import LossTerms, Objective, TensorMetric, read_scalars
+from qwen3_distill.training.pass_counts import PassCounts
 from qwen3_distill.training.rank_place import StepShare, deal
 from qwen3_distill.training.ranks import Ranks
 from qwen3_distill.training.schedule import learning_rate_factor
@@ -359,11 +360,13 @@ class TorchLearner:
         """Accumulate and clip the step's gradient."""
         losses, pending = list[Tensor](), list[TensorMetric]()
         rollouts, magnitudes = list[int](), list[Tensor]()
+        counts = PassCounts(self._settings.training.chunk_tokens)
         for micro in work.micros(
             self._settings.training.micro_batch_tokens, packed=self.student.packs
         ):
             terms = self._terms(micro.to(self.student.device), work.denominator)
             terms.loss.backward()
+            counts.add(micro)
             losses.append(terms.loss.detach())
             pending.extend(terms.metrics)
             rollouts.extend(micro.rollouts)
@@ -377,7 +380,10 @@ class TorchLearner:
         return _Gradient(
             loss=sum(values[1 : 1 + len(losses)]),
             norm=values[0],
-            metrics=[metric.read(total) for metric, total in zip(pending, totals, strict=True)],
+            metrics=[
+                *(metric.read(total) for metric, total in zip(pending, totals, strict=True)),
+                *counts.metrics(),
+            ],
             magnitude_S=self._in_order(magnitudes, rollouts),
         )
 

@@ -114,7 +114,7 @@ def build_engine(
             return vllm_engine(
                 model_dir or config.student.model,
                 with_low_gpu_priority(generation) if config.pipeline.mps else generation,
-                lora=_served_adapter(generation, config.training.tuning)
+                lora=served_adapter(generation, config.training.tuning)
                 if model_dir is None
                 else None,
                 kv_cache_bytes=require_plan(plan).vllm_kv_cache_bytes,
@@ -132,7 +132,7 @@ def with_low_gpu_priority(generation: VllmGeneration) -> VllmGeneration:
     return generation.model_copy(update={"environment": environment})
 
 
-def _served_adapter(generation: GenerationConfig, tuning: TuningConfig) -> LoraTuning | None:
+def served_adapter(generation: GenerationConfig, tuning: TuningConfig) -> LoraTuning | None:
     """The tuning whose adapters are pushed alone; None where whole weights are pushed."""
     swaps = isinstance(generation, VllmGeneration) and generation.adapters == "swap"
     return tuning if swaps and isinstance(tuning, LoraTuning) else None
@@ -187,7 +187,7 @@ def _learner_settings(
         replay=config.replay,
         total_steps=config.steps,
         seed=config.seed,
-        publish_adapter=_served_adapter(config.generation, training.tuning) is not None,
+        publish_adapter=served_adapter(config.generation, training.tuning) is not None,
         memory_bytes=memory_bytes,
     )
 

@@ -52,9 +52,9 @@ class SglangEndpoint:
         count = self._restarts.count
         return {**self._counters, **({RESTARTS: count} if count else {})}
 
-    def count(self, key: str) -> None:
-        """Add one to a counter."""
-        self._counters[key] += 1
+    def count(self, key: str, amount: int = 1) -> None:
+        """Add to a counter."""
+        self._counters[key] += amount
 
     async def start(self, expected: "asyncio.Task[KnownAnswer]") -> None:
         """Start the server, or connect to the ones elsewhere, and check their answers.

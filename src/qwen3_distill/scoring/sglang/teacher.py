@@ -14,6 +14,7 @@ from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.modeling.hub import model_label
 from qwen3_distill.modeling.known_answer import KnownAnswer, known_answer
 from qwen3_distill.modeling.loading import load_identity
+from qwen3_distill.ports import CACHED_TOKENS
 from qwen3_distill.scoring.handshake import check_lengths
 from qwen3_distill.scoring.sglang.client import Refused, Unanswered, backoff_s
 from qwen3_distill.scoring.sglang.endpoint import SglangEndpoint
@@ -211,6 +212,7 @@ class SglangTeacher:
                 self._request,
                 vocab_size=self._identity.vocab_size,
                 teacher_id=self.teacher_id,
+                on_cached=self._count_cached,
             )
         except (Unanswered, ReplyError) as error:
             return dict.fromkeys(group, error.fault)
@@ -223,6 +225,10 @@ class SglangTeacher:
             else:
                 results[index] = outcome
         return faults
+
+    def _count_cached(self, tokens: int) -> None:
+        if tokens:
+            self._endpoint.count(CACHED_TOKENS, tokens)
 
     async def _isolate(
         self,

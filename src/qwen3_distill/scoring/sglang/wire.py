@@ -10,7 +10,7 @@ candidates, R tokens of a sampled answer.
 import contextlib
 import gc
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
@@ -114,16 +114,21 @@ def read_scores(
     *,
     vocab_size: int,
     teacher_id: str,
+    on_cached: Callable[[int], None] = lambda tokens: None,
 ) -> list[TeacherScore | Fault]:
     """Return one score or fault per job, in the order sent.
 
     Every echoed token is checked; the values of those in the job's spans are returned.
+
+    Args:
+        on_cached: told how many of the tokens the server had in its cache, where it says so.
 
     Raises:
         ReplyError: the reply is not JSON, or has another number of sequences.
     """
     with _no_garbage_collection():
         entries = _entries(reply, len(jobs))
+        on_cached(sum(map(_cached_tokens, entries)))
         return [
             _read_one(entry, job, request, vocab_size, teacher_id)
             for entry, job in zip(entries, jobs, strict=True)
@@ -158,6 +163,13 @@ def _decoded(reply: bytes) -> Any:
         return json.loads(reply)  # unlike orjson, it reads NaN
     except ValueError as error:
         raise ReplyError(FaultKind.GARBAGE, f"the reply is not JSON: {error}") from error
+
+
+def _cached_tokens(entry: Any) -> int:
+    """Return how many tokens the server did not compute; 0 where an answer does not say it."""
+    meta = entry.get("meta_info") if isinstance(entry, dict) else None
+    count = meta.get("cached_tokens") if isinstance(meta, dict) else None
+    return count if isinstance(count, int) else 0
 
 
 def _read_one(
