@@ -22,7 +22,7 @@ from qwen3_distill.data.rollout_files import (
     write_rollouts,
     write_scored,
 )
-from qwen3_distill.errors import ConfigError, DataError
+from qwen3_distill.errors import ConfigError, DataError, NonFiniteError
 from qwen3_distill.evaluation.accuracy import EvaluationResult, evaluate
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.modeling.student_directory import check_student
@@ -322,7 +322,7 @@ async def _save_part(learner: Learner, num_steps: int, out: Path, say: Say) -> N
             with full_disk_named(part):
                 await learner.save_student(part)
             say(f"broken off: the student after {num_steps} finished steps is in {part}")
-        except (OSError, RuntimeError) as error:  # must not hide the first error
+        except (OSError, RuntimeError, NonFiniteError) as error:  # must not hide the first error
             say(f"broken off: the student after {num_steps} finished steps is lost: {error}")
 
 
