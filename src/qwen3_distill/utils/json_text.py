@@ -1,0 +1,45 @@
+"""Parses JSON that anyone may have written: every failure is one error."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qwen3_distill.utils.shown import shortened
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Parse JSON text in UTF-8.
+
+    Raises:
+        ValueError: it is not JSON, not UTF-8, nested too deeply, or has a number of thousands of
+            digits.
+    """
+    try:
+        return json.loads(content.decode("utf-8") if isinstance(content, bytes) else content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(shortened(str(error), 200)) from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: as for `parse_json`.
+    """
+    return parse_json(path.read_bytes())
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: as for `parse_json`, or it holds something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got a {type(value).__name__}")
+    return value
