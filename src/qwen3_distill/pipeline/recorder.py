@@ -93,7 +93,9 @@ class Recorder:
             resume_step=start_step if start_step else None,
         )
         self._checkpoints = CheckpointStore(
-            folder.checkpoints, keep_last=self._config.checkpoint.keep_last
+            folder.checkpoints,
+            keep_last=self._config.checkpoint.keep_last,
+            identity=folder.identity,
         )
         self.trace = Trace(
             folder.trace if self._config.logging.trace else None,

@@ -17,6 +17,7 @@ from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import check_config, config_differences, dump_config
 from qwen3_distill.config.moved import PATH_SETTINGS, run_directory
 from qwen3_distill.errors import ConfigError, RunFolderError
+from qwen3_distill.pipeline.identity import RunIdentity, config_digest
 from qwen3_distill.pipeline.own_folder import refuse_inputs_as_student, require_own_folder
 from qwen3_distill.recording.heartbeat import STATUS_FILE
 from qwen3_distill.recording.trace import TRACE_FILE
@@ -98,6 +99,8 @@ class RunFolder:
         self.path = config.output_path
         self._lock: IO[str] | None = None
         self._values = dump_config(config)
+        self._config_digest = config_digest(config, MAY_CHANGE)
+        self._identity: RunIdentity | None = None
         self.changes: list[str] = []
         """``key: old -> new`` for each `MAY_CHANGE` setting that differs from the last start, and
         for raised `steps`."""
@@ -199,6 +202,20 @@ class RunFolder:
         content = self._read_manifest()
         records = {role: content.get(role) for role in ("student", "teacher", "data")}
         return {role: record for role, record in records.items() if isinstance(record, dict)}
+
+    @property
+    def identity(self) -> RunIdentity:
+        """What marks this run's checkpoints; drawn for a folder without records."""
+        if self._identity is None:
+            recorded = self._read_manifest()
+            run_id, digest = recorded.get("run_id"), recorded.get("config_digest")
+            if not self.has_records:
+                self._identity = RunIdentity.new(self._config_digest)
+            elif isinstance(run_id, str) and isinstance(digest, str):
+                self._identity = RunIdentity(run_id=run_id, config_digest=digest)
+            else:
+                self._identity = RunIdentity(run_id=None, config_digest=self._config_digest)
+        return self._identity
 
     def _read_manifest(self) -> dict[str, Any]:
         if not self.manifest.exists():
