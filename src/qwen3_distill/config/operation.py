@@ -4,7 +4,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from qwen3_distill.config.base import NonNegativeInt, PositiveInt, Schema, Seconds
+from qwen3_distill.config.base import Gib, NonNegativeInt, PositiveInt, Schema, Seconds
 
 
 class CheckpointConfig(Schema):
@@ -40,6 +40,12 @@ class LoggingConfig(Schema):
     """Save rollouts with their scores at every this many steps."""
     rollouts_per_save: PositiveInt = 16
     """Rollouts saved at such a step."""
+    rollouts_kept_steps: PositiveInt | None = None
+    """Keep saved rollouts of the last so many steps, and those of the first; null: whatever their
+    age."""
+    rollouts_kept_gib: Gib = 4.0
+    """Keep at most this much of saved rollouts; the oldest go first, those of the first step
+    stay."""
     trackers: tuple[TrackerConfig, ...] = ()
     trace: bool = True
     """Write ``trace.json``, the timeline of all stages, for ui.perfetto.dev and the report."""

@@ -5,11 +5,11 @@ and ``rope_scaling`` it keeps in ``rope_parameters``, and ``torch_dtype`` became
 that finds only the other generation's name takes its own default, without a warning.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from qwen3_distill.errors import ModelError
+from qwen3_distill.utils.json_text import read_json
 
 CONFIG = "config.json"
 _DEFAULT_THETA = 10_000.0
@@ -25,7 +25,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
         ModelError: the file cannot be read, or holds something else.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_json(file)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{file} is not a JSON object: {error}; restore it from where the model came from"

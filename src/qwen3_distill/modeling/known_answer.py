@@ -8,7 +8,6 @@ Shape letters: T tokens, D hidden size, V vocabulary, C rows of a chunk of the o
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from qwen3_distill.modeling.directory import check_model_dir
 from qwen3_distill.modeling.loading import load_tokenizer
 from qwen3_distill.types import FloatArray, IntArray
 from qwen3_distill.utils.files import write_json_atomic
+from qwen3_distill.utils.json_text import read_json
 from qwen3_distill.utils.paths import cache_home
 
 FORMAT = 1
@@ -66,7 +66,7 @@ def known_answer(model_dir: str | Path) -> KnownAnswer:
     kept = _cache_folder() / f"{directory_digest(directory)}-{FORMAT}.json"
     token_ids = known_tokens(directory)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads(kept.read_text(encoding="utf-8"))
+        found = read_json(kept)
         if found["token_ids"] == token_ids.tolist():
             logprobs = np.array(found["logprobs"], dtype=np.float32)
             if logprobs.shape == (token_ids.size - 1,) and np.isfinite(logprobs).all():

@@ -1,12 +1,12 @@
 """The shape of a Qwen3 model, and the parameter and byte counts that follow. No torch."""
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen3_distill.errors import ConfigError, ModelError
+from qwen3_distill.utils.json_text import read_json
 
 _FP8_BLOCK = 128
 """Rows and columns that share a scale in Qwen's FP8 checkpoints."""
@@ -184,7 +184,7 @@ def read_shape(directory: str | Path) -> ModelShape:
     """
     file = Path(directory) / "config.json"
     try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        values: dict[str, Any] = read_json(file)
         return _from_config(str(directory), values)
     except FileNotFoundError:
         raise ModelError(

@@ -28,6 +28,7 @@ from qwen3_distill.modeling.config_file import (
 from qwen3_distill.modeling.directory import check_model_dir
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.utils.files import sync
+from qwen3_distill.utils.json_text import parse_json
 
 _WEIGHTS_AND_STATES = frozenset(
     f".{suffix}"
@@ -222,7 +223,7 @@ def _is_taken_over(path: Path) -> bool:
 
 def _require_json_object(file: Path, content: bytes) -> None:
     try:
-        value = json.loads(content.decode("utf-8"))
+        value = parse_json(content)
     except ValueError as error:
         raise ModelError(
             f"{file} is not a JSON object: {error}; the trained student takes the file over: "

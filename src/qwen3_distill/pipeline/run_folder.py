@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -20,8 +19,10 @@ from qwen3_distill.errors import ConfigError, RunFolderError
 from qwen3_distill.pipeline.identity import RunIdentity, config_digest
 from qwen3_distill.pipeline.own_folder import refuse_inputs_as_student, require_own_folder
 from qwen3_distill.recording.heartbeat import STATUS_FILE
+from qwen3_distill.recording.records import read_summary
 from qwen3_distill.recording.trace import TRACE_FILE
 from qwen3_distill.utils.files import write_json_atomic
+from qwen3_distill.utils.json_text import read_json
 
 MAY_CHANGE = (
     *("logging", "checkpoint", "planning", "pipeline.mps", "pipeline.stall_timeout_s"),
@@ -187,7 +188,12 @@ class RunFolder:
         return self.summary.exists() and self.extended_from is None
 
     def read_summary(self) -> dict[str, Any]:
-        return json.loads(self.summary.read_text())
+        """Read the summary.
+
+        Raises:
+            DataError: it has another form.
+        """
+        return read_summary(self.summary)
 
     def read_starts(self) -> list[Any]:
         """Read the manifest's entries of earlier starts.
@@ -225,13 +231,14 @@ class RunFolder:
             "earlier starts"
         )
         try:
-            content = json.loads(self.manifest.read_text(encoding="utf-8"))
+            content = read_json(self.manifest)
         except (OSError, ValueError) as error:
             raise RunFolderError(f"{self.manifest} cannot be read: {error}; {remedy}") from error
         starts = content.get("starts") if isinstance(content, dict) else None
-        if not isinstance(starts, list):
+        if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
             raise RunFolderError(
-                f"{self.manifest} is no manifest: expected an object with a list `starts`; {remedy}"
+                f"{self.manifest} is no manifest: expected an object with a list `starts` of "
+                f"objects; {remedy}"
             )
         return content
 
@@ -282,7 +289,7 @@ class RunFolder:
 
     def _read_config(self) -> dict[str, Any]:
         try:
-            values = json.loads(self.config.read_text(encoding="utf-8"))
+            values = read_json(self.config)
         except (OSError, ValueError) as error:
             raise RunFolderError(
                 f"{self.config} cannot be read: {error}; restore the file, or choose another "

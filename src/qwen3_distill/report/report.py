@@ -84,6 +84,7 @@ def _render(run: RunFiles, rollouts: Sequence[RolloutView]) -> str:
         time_table=time_table(run.steps, run.summary),
         timeline=draw_timeline(run.timeline, STAGE_COLOURS) if run.timeline else None,
         idle_table=idle_table(run.steps),
+        left_out=run.notes,
         health=health_figures(run),
         health_table=health_table(run),
         prompt=prompt_section(run),

@@ -6,20 +6,42 @@ from typing import Any
 
 from qwen3_distill.utils.shown import shortened
 
+MAX_DEPTH = 64
+"""Deepest nesting that is read; code that walks a value may recurse."""
+
 
 def parse_json(content: bytes | str) -> Any:
     """Parse JSON text in UTF-8.
 
     Raises:
-        ValueError: it is not JSON, not UTF-8, nested too deeply, or has a number of thousands of
-            digits.
+        ValueError: it is not JSON, not UTF-8, nested deeper than `MAX_DEPTH`, or has a number of
+            thousands of digits.
     """
     try:
-        return json.loads(content.decode("utf-8") if isinstance(content, bytes) else content)
+        text = content.decode("utf-8") if isinstance(content, bytes) else content
+        value = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(shortened(str(error), 200)) from error
+    if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(value):
+        raise ValueError("it is nested too deeply")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a value is nested deeper than `MAX_DEPTH`; walks level by level."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        containers = [each for each in level if isinstance(each, dict | list)]
+        level = [
+            inner
+            for each in containers
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return False
+    return any(isinstance(each, dict | list) for each in level)
 
 
 def read_json(path: Path) -> Any:
