@@ -17,6 +17,7 @@ from qwen3_distill.errors import CheckpointError, ConfigError, ModelError
 from qwen3_distill.export.finished_run import FinishedRun
 from qwen3_distill.export.logits import largest_difference, probe_ids, probe_logits
 from qwen3_distill.modeling.digest import weights_digest
+from qwen3_distill.modeling.directory import weight_files
 from qwen3_distill.modeling.loading import load_model, resolve_dtype
 from qwen3_distill.utils.json_text import read_json
 
@@ -156,7 +157,7 @@ def _peft_name(name: str) -> str:
 
 
 def _tensors(model_dir: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in sorted(model_dir.glob("*.safetensors")):
+    for file in weight_files(model_dir):
         with safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 - not a mapping
                 yield name, handle.get_tensor(name)

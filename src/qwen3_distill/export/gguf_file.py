@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from qwen3_distill.errors import EngineStartError, ModelError
 from qwen3_distill.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
-from qwen3_distill.modeling.directory import check_model_dir
+from qwen3_distill.modeling.directory import check_model_dir, weight_files
 from qwen3_distill.modeling.loading import load_identity, load_tokenizer
 
 Quant: TypeAlias = Literal["f16", "q8_0"]
@@ -180,7 +180,7 @@ def _planned(
 ) -> Iterator[tuple[str, Path, str, tuple[int, ...], Any]]:
     """(name in GGUF, file, name there, shape, type) of every tensor that is written."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
-    for file in sorted(model_dir.glob("*.safetensors")):
+    for file in weight_files(model_dir):
         with safe_open(file, framework="pt") as handle:
             for key in sorted(handle.keys()):
                 if key == "lm_head.weight" and config.tie_word_embeddings:

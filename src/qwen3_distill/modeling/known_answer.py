@@ -28,7 +28,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from qwen3_distill.errors import ModelError
 from qwen3_distill.modeling.cpu_warmup import settle_vector_math
 from qwen3_distill.modeling.digest import directory_digest
-from qwen3_distill.modeling.directory import check_model_dir
+from qwen3_distill.modeling.directory import check_model_dir, weight_files
 from qwen3_distill.modeling.loading import load_tokenizer
 from qwen3_distill.types import FloatArray, IntArray
 from qwen3_distill.utils.files import write_json_atomic
@@ -154,7 +154,7 @@ def _open_weights(directory: Path, config: Any) -> Iterator["_Weights"]:
         try:
             files = [
                 stack.enter_context(safe_open(path, framework="pt"))
-                for path in sorted(directory.glob("*.safetensors"))
+                for path in weight_files(directory)
             ]
             yield _Weights(directory, files, _block_size(directory, config))
         except (OSError, SafetensorError) as error:

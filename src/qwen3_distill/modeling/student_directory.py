@@ -25,7 +25,7 @@ from qwen3_distill.modeling.config_file import (
     rope_parameters,
     spelled_for_both,
 )
-from qwen3_distill.modeling.directory import check_model_dir
+from qwen3_distill.modeling.directory import check_model_dir, weight_files
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.utils.files import sync
 from qwen3_distill.utils.json_text import parse_json
@@ -145,7 +145,7 @@ def stored_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
         ModelError: a file is damaged.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(Path(model_dir).glob("*.safetensors")):
+    for file in weight_files(Path(model_dir)):
         try:
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 - a handle is no mapping
