@@ -8,13 +8,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_distill.data.rendering import TemplateFault, apply_template
-from qwen3_distill.data.sources import FixedSource, Message, PromptSource, RawPrompt
+from qwen3_distill.data.sources import (
+    FixedSource,
+    Message,
+    PromptSource,
+    RawPrompt,
+    TaskSource,
+)
 from qwen3_distill.data.template_arguments import check_template_arguments, template_of
 from qwen3_distill.errors import DataError
 from qwen3_distill.types import Prompt
 from qwen3_distill.utils.seeds import derive_seed
 from qwen3_distill.utils.shown import shortened, shown
 
+_TASK_PROMPTS_CHECKED = 1000
 _PROBE = "qwen3distillprobe"
 """Text that no template contains."""
 
@@ -203,11 +210,16 @@ class PromptStream:
     def check(self) -> None:
         """Render every prompt of a finite source, so that a bad one fails now.
 
+        Of a task only the first ones: its problems have one form.
+
         Raises:
             DataError: a prompt cannot be rendered, see `render`.
         """
         seen: set[tuple[str, ...]] = set()
-        for index in range(self.source.num_prompts or 0):
+        total = self.source.num_prompts or 0
+        if isinstance(self.source, TaskSource):
+            total = min(total, _TASK_PROMPTS_CHECKED)
+        for index in range(total):
             self._render(index)
             raw = self.source.get(index)
             roles = tuple(message.role for message in raw.messages)

@@ -59,8 +59,8 @@ def rope_parameters(config: dict[str, Any], file: Path) -> dict[str, Any]:
         if name in found and found[name] != value:
             raise ModelError(
                 f"{file}: {places[name]} is {shown(found[name])} and {place} is {shown(value)}: "
-                "one reader would take the one, another the other; give both the value that the model was "
-                "trained with"
+                "one reader would take the one, another the other; give both the value that the "
+                "model was trained with"
             )
         found.setdefault(name, value)
         places.setdefault(name, place)

@@ -274,7 +274,11 @@ def test_nulls_at_any_depth_are_refused(tmp_path: Path, name: str, values: Any) 
         ("score_kind", ["sampled", "top_k", "full", "top_k"], r"row 2 .*'full', expected \["),
         ("score_kind", ["top_k", "top_k", "hidden", "top_k"], "row 0 .*'candidate_ids' is null"),
         ("candidate_ids", [None, [[1]], None, [[1, 2], [3]]], "row 1 .*candidate_ids"),
-        ("candidate_ids", [None, [[1, 2, 3]], None, [[1, 2], [3]]], "row 3 .*'candidate_ids' has li"),
+        (
+            "candidate_ids",
+            [None, [[1, 2, 3]], None, [[1, 2], [3]]],
+            "row 3 .*'candidate_ids' has li",
+        ),
         ("temperature", [1.0, 1.0, -1.0, 1.0], "row 2 .*temperature=-1"),
     ],
 )
