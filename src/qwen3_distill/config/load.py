@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.moved import find_paths
-from qwen3_distill.config.overrides import apply_override
+from qwen3_distill.config.overrides import apply_override, run_schema
 from qwen3_distill.config.schema import locate, option_schemas
 from qwen3_distill.config.yaml12 import parse_yaml
 from qwen3_distill.errors import ConfigError
@@ -104,7 +104,7 @@ _FRIENDLY = {
 def _explain(problem: Any) -> str:
     """Describe one pydantic error in a line: where, what was found, what was expected."""
     location = [str(part) for part in problem["loc"]]
-    keys, _ = locate(RunConfig.model_json_schema(), location)
+    keys, _ = locate(run_schema(), location)
     path = ".".join(keys)
     kind, message = problem["type"], problem["msg"]
     if kind == "extra_forbidden":
@@ -139,7 +139,7 @@ def _nearest(location: Sequence[str], problem: Any) -> str:
 
 def _known_keys(location: Sequence[str]) -> set[str]:
     """Return the schema's keys at a pydantic error location, which includes union tags."""
-    schema = RunConfig.model_json_schema()
+    schema = run_schema()
     _, node = locate(schema, location)
     return {
         key

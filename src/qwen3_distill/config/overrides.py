@@ -87,7 +87,7 @@ def _reading(path: Sequence[str], values: dict[str, Any]) -> _Reading:
 
 def _schemas_at(path: Sequence[str], values: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the schemas of a setting: of the section's `kind`, or of all kinds if it has none."""
-    root = _run_schema()
+    root = run_schema()
     definitions: dict[str, Any] = root["$defs"]
     nodes, here = [root], values
     for part in path:
@@ -114,5 +114,5 @@ def _kind(node: dict[str, Any]) -> Any:
 
 
 @cache
-def _run_schema() -> dict[str, Any]:
+def run_schema() -> dict[str, Any]:
     return RunConfig.model_json_schema()

@@ -144,12 +144,12 @@ def _check_sizes(config_file: Path, config: dict[str, Any]) -> None:
         value = config.get(key, 1)
         if type(value) is not int or not 1 <= value <= largest:
             raise ModelError(
-                f"{config_file} cannot be read: {key} is {shown(value)}, expected a whole number from 1 to "
-                f"{largest:,}; restore it from where the model came from"
+                f"{config_file} cannot be read: {key} is {shown(value)}, expected a whole number "
+                f"from 1 to {largest:,}; restore it from where the model came from"
             )
     for key in ("tie_word_embeddings", "attention_bias", "use_sliding_window"):
         if type(config.get(key, False)) is not bool:
             raise ModelError(
-                f"{config_file} cannot be read: {key} is {shown(config[key])}, expected true or false; restore "
-                "it from where the model came from"
+                f"{config_file} cannot be read: {key} is {shown(config[key])}, expected true or "
+                "false; restore it from where the model came from"
             )

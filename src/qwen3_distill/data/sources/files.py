@@ -14,6 +14,9 @@ from qwen3_distill.data.sources.fields import Row, check_columns, wanted_columns
 from qwen3_distill.errors import DataError
 from qwen3_distill.utils.shown import shortened, shown
 
+MAX_LINE_BYTES = 64 << 20
+"""Longest line that is read, also of a compressed file."""
+
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
     """Yield the objects of a JSON Lines file, which may be compressed (``.gz``, ``.zst``)."""
@@ -21,7 +24,13 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
     first_blank: int | None = None  # an error only if a row follows: files may end in blank lines
     # Lines are split as bytes: text mode would also split at a lone carriage return.
     with _opened(path) as file:
-        for number, line in enumerate(file, start=1):
+        lines = iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            if len(line) > MAX_LINE_BYTES:
+                raise DataError(
+                    f"{path}, line {number} is longer than {MAX_LINE_BYTES >> 20} MiB, expected "
+                    "one JSON object on every line"
+                )
             if not line.strip():
                 first_blank = first_blank or number
                 continue
@@ -52,9 +61,8 @@ def _json_object(line: bytes, where: str) -> Mapping[str, Any]:
             "object on every line"
         ) from error
     except (ValueError, RecursionError) as error:  # a key twice, a number or a nesting too large
-        raise DataError(
-            f"{where} cannot be read as JSON ({shortened(str(error))}); correct the line"
-        ) from error
+        reason = shortened(str(error))
+        raise DataError(f"{where} cannot be read as JSON ({reason}); correct the line") from error
     if not isinstance(value, dict):
         raise DataError(
             f"{where} is a JSON {type(value).__name__}, expected an object such as "

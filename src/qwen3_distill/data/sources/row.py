@@ -107,14 +107,14 @@ def _message(value: Any, where: str) -> Message:
     if set(given) == {"from", "value"}:
         if not isinstance(given["from"], str) or given["from"] not in _SHAREGPT:
             raise DataError(
-                f"{where} is from {shown(given['from'])}, expected one of {list(_SHAREGPT)}; correct "
-                "the row, or write the conversation with role and content"
+                f"{where} is from {shown(given['from'])}, expected one of {list(_SHAREGPT)}; "
+                "correct the row, or write the conversation with role and content"
             )
         given = {"role": _SHAREGPT[given["from"]], "content": given["value"]}
     if set(given) != {"role", "content"}:
         raise DataError(
-            f"{where} has the keys {shown(sorted(given, key=str))}, expected role and content only: a dropped key "
-            "would change the prompt"
+            f"{where} has the keys {shown(sorted(given, key=str))}, expected role and content "
+            "only: a dropped key would change the prompt"
         )
     if given["role"] not in _ROLES:
         raise DataError(f"{where} has role {shown(given['role'])}, expected one of {list(_ROLES)}")
@@ -154,8 +154,8 @@ def _answer(value: Any, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
         number = f" ({value})" if isinstance(value, float) else ""
         raise DataError(
-            f"{where} is of type {type(value).__name__}{number}, expected the reference answer as a "
-            "string or a finite number"
+            f"{where} is of type {type(value).__name__}{number}, expected the reference answer "
+            "as a string or a finite number"
         )
     if isinstance(value, int) and value.bit_length() > 4096:
         raise DataError(f"{where} is a number of {value.bit_length()} bits, expected an answer")
