@@ -29,6 +29,7 @@ from qwen3_distill.types import (
     WeightVersion,
 )
 from qwen3_distill.utils.files import atomic_path
+from qwen3_distill.utils.shown import shortened
 
 Decode: TypeAlias = Callable[[Sequence[int]], str]
 
@@ -430,10 +431,10 @@ def _checked_columns(
             _check_types(path, file.schema_arrow, expected)
             table = file.read(columns=list(expected))
             table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path} cannot be read as Parquet ({error}); expected a whole, undamaged file, write "
-            "it again"
+            f"{path} cannot be read as Parquet ({shortened(str(error))}); expected a whole, undamaged "
+            "file, write it again"
         ) from error
     arrays = {name: table.column(name).combine_chunks() for name in expected}
     for name, array in arrays.items():

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig
 
 from qwen3_distill.errors import EngineStartError, ModelError
 from qwen3_distill.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from qwen3_distill.modeling.directory import check_model_dir, weight_files
-from qwen3_distill.modeling.loading import load_identity, load_tokenizer
+from qwen3_distill.modeling.loading import load_identity, load_model_config, load_tokenizer
 
 Quant: TypeAlias = Literal["f16", "q8_0"]
 
@@ -48,7 +47,7 @@ def check_expressible(model_dir: Path) -> GgufTokenizer:
         ModelError: llama.cpp's qwen3 has no form for the model or its tokenizer.
     """
     directory = check_model_dir(model_dir)
-    config = AutoConfig.from_pretrained(directory)
+    config = load_model_config(Path(directory))
     rope: dict[str, Any] = config.rope_parameters
     reasons = [
         f"{name}={value!r}"
@@ -84,7 +83,7 @@ def write_gguf(
         ModelError: a tensor that qwen3 does not have, or a value beyond the range of float16.
     """
     gguf = require_gguf()
-    config: Any = AutoConfig.from_pretrained(model_dir)
+    config: Any = load_model_config(Path(model_dir))
     writer = _writer(gguf, target)
     try:
         _add_model(gguf, writer, config, quant=quant, name=name)

@@ -134,6 +134,19 @@ def load_tokenizer(path: str | Path, *, weights: bool = True) -> PreTrainedToken
     return tokenizer
 
 
+def load_model_config(directory: Path, **settings: Any) -> Any:
+    """Read a model directory's config as transformers does.
+
+    Raises:
+        ModelError: transformers does not take it.
+    """
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False, **settings)
+    except Exception as error:  # transformers raises many kinds, by what is wrong
+        reason = shortened(" ".join(str(error).split()))
+        raise ModelError(f"{directory / CONFIG} cannot be read: {reason}") from error
+
+
 def load_identity(path: str | Path, *, weights: bool = True) -> ModelIdentity:
     """Read from a model directory what another model must share with it.
 
@@ -144,11 +157,7 @@ def load_identity(path: str | Path, *, weights: bool = True) -> ModelIdentity:
         ModelError: config, tokenizer or generation config are missing or damaged.
     """
     directory = check_model_dir(path, weights=weights)
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds, by what is wrong
-        reason = shortened(str(error))
-        raise ModelError(f"{directory / CONFIG} cannot be read: {reason}") from error
+    config = load_model_config(directory)
     tokenizer = load_tokenizer(directory, weights=weights)
     if len(tokenizer) > config.vocab_size:
         raise ModelError(

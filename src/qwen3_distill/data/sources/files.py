@@ -84,7 +84,7 @@ def parquet_rows(path: Path, config: ParquetPrompts) -> Iterator[Row]:
             columns = wanted_columns(config, names)
             for number, row in enumerate(_batched_rows(file, columns, str(path))):
                 yield f"{path}, row {number}", row
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, *_NO_PYTHON_VALUE) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(
