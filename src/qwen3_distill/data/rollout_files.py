@@ -433,8 +433,8 @@ def _checked_columns(
             table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path} cannot be read as Parquet ({shortened(str(error))}); expected a whole, undamaged "
-            "file, write it again"
+            f"{path} cannot be read as Parquet ({shortened(str(error))}); expected a whole, "
+            "undamaged file, write it again"
         ) from error
     arrays = {name: table.column(name).combine_chunks() for name in expected}
     for name, array in arrays.items():

@@ -49,11 +49,12 @@ def test_a_few_model_directories_are_no_failures() -> None:
 @FEW
 @given(st.text(max_size=300) | st.text(alphabet="[]{}:,-?&*!|>'\"#%@ \n\tab1.", max_size=120))
 def test_any_text_is_yaml_or_refused(text: str) -> None:
+    value = message = None
     try:
         value = parse_yaml(text, "f")
     except ConfigError as error:
-        assert len(str(error)) < 1000
-        return
+        message = str(error)
+    assert len(message or "") < 1000
     assert_of_json(value)
 
 
@@ -157,10 +158,12 @@ def test_an_event_of_any_form_is_refused(value: Any) -> None:
 @FEW
 @given(st.binary(max_size=200) | st.builds(lambda n: b"[" * n, st.integers(1, 200_000)))
 def test_json_of_any_form_fails_in_one_way(content: bytes) -> None:
+    message = ""
     try:
         parse_json(content)
     except ValueError as error:
-        assert len(str(error)) < 400
+        message = str(error)
+    assert len(message) < 400
 
 
 def test_what_is_shown_is_short() -> None:
@@ -178,7 +181,7 @@ def test_what_is_shown_is_short() -> None:
 def test_a_quantized_model_says_what_to_use(tmp_path: Path, method: Any) -> None:
     model = write_model(tmp_path / "model", seed=0)
     change(model / "config.json", quantization_config={"quant_method": method})
-    with pytest.raises(ModelError, match="unquantized model.*FP8 checkpoint"):
+    with pytest.raises(ModelError, match=r"unquantized model.*FP8 checkpoint"):
         check_model_dir(model)
 
 
@@ -245,7 +248,7 @@ def test_what_a_template_does_is_its_fault(template: str, cause: str) -> None:
     "template",
     [
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "{{ 9 ** 9 ** 9 }}",  # while it is compiled, without a way to interrupt it
+        "{{ 9 ** (9 ** 9) }}",  # while it is compiled, without a way to interrupt it
     ],
 )
 def test_a_template_that_does_not_end_is_ended(
