@@ -12,13 +12,13 @@ from qwen3_distill.config.moved import PATH_SETTINGS
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """What a run writes into its manifest and into the cursor of every checkpoint."""
+    """The marks that a run writes into its manifest and the cursor of every checkpoint."""
 
     run_id: str | None
     """Drawn when the run began; None: unknown, of a run that an older version began, or whose
     manifest is lost."""
     config_digest: str
-    """Of the settings that decide what is learned, as they were when the run began."""
+    """The digest of the settings that decide what is learned, as the run began with them."""
 
     @classmethod
     def new(cls, config_digest: str) -> "RunIdentity":

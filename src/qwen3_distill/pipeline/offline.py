@@ -220,8 +220,7 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
         vocab_size=load_identity(config.student.model, weights=False).vocab_size,
         hidden_size=read_shape(config.scoring.model).hidden_size,
     )
-    if not rows:
-        raise DataError(f"{scored} has no rollouts to train on")
+    _require_rows(rows, scored)
     local.fetch_weights(say)
     check_student(config.student.model)
     plan = plan_memory(config)
@@ -254,6 +253,11 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
 
     with signals_as_ctrl_c():
         return f"student after {asyncio.run(update_steps())} steps: {out}"
+
+
+def _require_rows(rows: Sequence[object], scored: Path) -> None:
+    if not rows:
+        raise DataError(f"{scored} has no rollouts to train on")
 
 
 def _check_scored_by(

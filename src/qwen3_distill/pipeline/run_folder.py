@@ -211,7 +211,7 @@ class RunFolder:
 
     @property
     def identity(self) -> RunIdentity:
-        """What marks this run's checkpoints; drawn for a folder without records."""
+        """The marks of this run's checkpoints; drawn for a folder without records."""
         if self._identity is None:
             recorded = self._read_manifest()
             run_id, digest = recorded.get("run_id"), recorded.get("config_digest")

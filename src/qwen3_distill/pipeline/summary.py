@@ -21,8 +21,7 @@ from qwen3_distill.recording.jsonl import (
     STEP_STAGES,
 )
 from qwen3_distill.recording.records import read_evaluations, read_steps
-from qwen3_distill.report.report import RolloutView, write_report
-from qwen3_distill.report.rollout_view import shown_steps
+from qwen3_distill.report.report import RolloutView, shown_steps, write_report
 from qwen3_distill.types import (
     Rollout,
     ScoredRollout,

@@ -44,11 +44,12 @@ def _is_end(event: Mapping[str, Any]) -> bool:
 
 
 def _is_step(event: Mapping[str, Any]) -> bool:
-    arguments, length = event.get("args"), event.get("dur")
+    arguments: Any = event.get("args")
+    length: Any = event.get("dur")
     return (
         _is_begin(event)
-        and is_number(length)
-        and 0 <= length <= 1e18
+        and _is_moment(length)
+        and length >= 0
         and isinstance(arguments, dict)
         and is_count(arguments.get("step"))
     )

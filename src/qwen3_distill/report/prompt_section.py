@@ -36,7 +36,8 @@ def prompt_section(run: RunFiles) -> PromptSection | None:
     """
     if run.prompt is None:
         return None
-    prompt_id, pieces, facts = (run.prompt.get(key) for key in ("prompt_id", "pieces", "facts"))
+    values: list[Any] = [run.prompt.get(key) for key in ("prompt_id", "pieces", "facts")]
+    prompt_id, pieces, facts = values
     if not (isinstance(prompt_id, str) and _are_pieces(pieces) and _are_facts(facts)):
         raise DataError(
             "prompt.json holds no rendered prompt: expected prompt_id, pieces of text and token "

@@ -24,13 +24,14 @@ from qwen3_distill.report.rollout_view import (
     RolloutView,
     gap_legend,
     rollout_groups,
+    shown_steps,
 )
 from qwen3_distill.report.run_files import RunFiles
 from qwen3_distill.report.time_section import STAGE_COLOURS, idle_table, time_figure, time_table
 from qwen3_distill.report.timeline import draw_timeline
 from qwen3_distill.utils.files import atomic_path
 
-__all__ = ["RolloutView", "write_report"]
+__all__ = ["RolloutView", "shown_steps", "write_report"]
 
 
 def write_report(

@@ -30,7 +30,7 @@ class RunFiles:
     evaluations: Sequence[Mapping[str, Any]]
     timeline: Timeline | None
     notes: Sequence[str]
-    """What is left out of the page, and why."""
+    """A line for each thing that is left out of the page, with the cause."""
 
     @classmethod
     def load(cls, folder: Path) -> "RunFiles":
