@@ -30,6 +30,7 @@ from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from qwen3_distill.training.embedded.hosted import hosted_embedded_learner
 from qwen3_distill.training.embedded.student import build_embedded_learner
+from qwen3_distill.training.group import GroupLearner
 from qwen3_distill.training.settings import LearnerSettings, Training
 from qwen3_distill.types import SampledRequest, ScoreRequest, WeightVersion
 from qwen3_distill.weights.memory import MemoryChannel
@@ -331,6 +332,39 @@ class SocketLearnerAdapter(EmbeddedLearnerAdapter):
         return learner
 
 
+@dataclass(frozen=True)
+class GroupLearnerAdapter(SocketLearnerAdapter):
+    """Embedded learners that take each step together: a rank each in two pools."""
+
+    num_ranks: int = 2
+
+    def build(self, model_dir: Path, wanted: LearnerCase) -> ReplayingLearner:
+        group = build_group(wanted.settings(model_dir, group_training(wanted)), self.num_ranks)
+        run(group.start())
+        return group
+
+
+def group_training(wanted: LearnerCase) -> EmbeddedTraining:
+    return embedded_training(wanted, device="cpu", own_process=True, threads=1)
+
+
+def build_group(settings: LearnerSettings[EmbeddedTraining], num_ranks: int) -> GroupLearner:
+    """Make a group whose ranks are in pools of their own, so that they compute concurrently."""
+    ranks = [
+        hosted_embedded_learner(settings, log=LOGS / f"rank{rank}.log", make_host=pooled_rank(rank))
+        for rank in range(num_ranks)
+    ]
+    return GroupLearner(ranks, timeout_s=60.0)
+
+
+def pooled_rank(rank: int) -> MakeHost:
+    def make(spec: WorkerSpec) -> Host:
+        pool = replace(spec, name=f"rank {rank} pool", module="tests.contract.learner_pool_worker")
+        return PooledHost(spec.name, LocalProcess, pool)
+
+    return make
+
+
 ENGINES = [
     pytest.param(EmbeddedEngineAdapter("cpu"), id="embedded"),
     pytest.param(EmbeddedProcessAdapter(), id="embedded_process"),
@@ -357,6 +391,7 @@ TEACHERS = [
 LEARNERS = [
     pytest.param(EmbeddedLearnerAdapter("cpu"), id="embedded"),
     pytest.param(SocketLearnerAdapter(), id="embedded_over_socket"),
+    pytest.param(GroupLearnerAdapter(), id="group_of_two"),
     pytest.param(EmbeddedLearnerAdapter("cuda"), id="embedded_cuda", marks=pytest.mark.gpu),
     pytest.param(UnslothLearnerAdapter(), id="unsloth", marks=pytest.mark.unsloth),
 ]

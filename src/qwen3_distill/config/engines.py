@@ -356,12 +356,29 @@ class EmbeddedTraining(_Embedded):
     autocast: Literal["auto", "off", "bfloat16"] = "auto"
     """``auto``: bfloat16 autocast on CUDA, none on the CPU."""
     tuning: TuningConfig = Field(default_factory=lambda: FullTuning(kind="full"))
+    base_precision: Literal["as_loaded", "fp8_backward", "fp8"] = "as_loaded"
+    """Precision of the frozen linear layers under adapters, with ``tuning.kind=lora``, on CUDA from
+    compute capability 8.9 on. ``fp8_backward``: the gradient that passes through them is computed
+    in float8, with a scale per row; ``fp8``: the forward pass too. Weights that are published or
+    saved are not rounded."""
+    compiled: bool = False
+    """Compile every decoder layer with ``torch.compile``. The first step waits for it."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     micro_batch_tokens: PositiveInt = 8192
     """Padded tokens per forward and backward pass. Changes memory and speed, not the step."""
     chunk_tokens: PositiveInt = 1024
     """Rows of logits held in memory at a time."""
     gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _fp8_base_is_frozen(self) -> Self:
+        if self.base_precision != "as_loaded" and self.tuning.kind == "full":
+            raise ValueError(
+                f"base_precision={self.base_precision} with tuning.kind=full: there no layer is "
+                "frozen, and float8 would round the steps away; use tuning.kind=lora, or drop "
+                "base_precision"
+            )
+        return self
 
 
 class UnslothTraining(_EngineProcess, _Watched):

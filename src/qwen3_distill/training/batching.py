@@ -98,15 +98,23 @@ def micro_batches(batch: Batch, max_tokens: int, *, packed: bool = False) -> Ite
 
 
 def flat_micro_batches(
-    flat: FlatRollouts, weights_S: Tensor, max_tokens: int, *, packed: bool = False
+    flat: FlatRollouts,
+    weights_S: Tensor,
+    max_tokens: int,
+    *,
+    rows: Sequence[int] | None = None,
+    packed: bool = False,
 ) -> Iterator[MicroBatch]:
     """Split flat rollouts as `micro_batches` does, on their device.
 
     Args:
         weights_S: importance weight of each rollout, on that device.
+        rows: the rollouts to take; None: all.
     """
     no_reward_S = torch.zeros_like(weights_S)
-    for group in _groups(flat.tokens_S.tolist(), max_tokens, packed=packed):
+    taken = np.arange(flat.num_rollouts) if rows is None else np.asarray(rows, dtype=np.int64)
+    for places in _groups(flat.tokens_S[taken].tolist(), max_tokens, packed=packed):
+        group = taken[places].tolist()
         yield _lay_out(flat, group, group, weights_S, no_reward_S, packed=packed)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from qwen3_distill.errors import NonFiniteError
+
 
 class FiniteCheck:
     """Looks at tensors as they pass and remembers, on their device, which are not finite.
@@ -22,7 +24,10 @@ class FiniteCheck:
         for name, tensor in named:
             if tensor.is_floating_point() and tensor.numel():
                 self._names.append(name)
-                self._largest.append(torch.linalg.vector_norm(tensor.detach(), ord=torch.inf))
+                values = tensor.detach()
+                if values.element_size() == 1:  # FP8 has no norm of its own
+                    values = values.float()
+                self._largest.append(torch.linalg.vector_norm(values, ord=torch.inf))
             yield name, tensor
 
     def not_finite(self) -> list[str]:
@@ -33,3 +38,14 @@ class FiniteCheck:
         flags = torch.stack([value.to(first, torch.float32) for value in self._largest])
         finite = flags.isfinite().tolist()
         return [name for name, is_finite in zip(self._names, finite, strict=True) if not is_finite]
+
+    def require(self) -> None:
+        """Read the flags.
+
+        Raises:
+            NonFiniteError: names tensors that are not finite.
+        """
+        names = self.not_finite()
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise NonFiniteError(f"weights are not finite ({', '.join(names[:3])}{more})")

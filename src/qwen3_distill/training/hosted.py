@@ -14,6 +14,7 @@ from qwen3_distill.hosts.host import Host
 from qwen3_distill.hosts.opening import Opening
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.ports import WeightChannel, reaches
+from qwen3_distill.training.rank_place import RankPlace, StepShare
 from qwen3_distill.types import Batch, ModelIdentity, ScoredRollout, Update, WeightVersion
 
 
@@ -36,6 +37,8 @@ class HostedLearner:
         self._max_restarts = max_restarts
         self._version: WeightVersion | None = None
         self._description: Mapping[str, str] = {}
+        self.place: RankPlace | None = None
+        """The rank that the next start takes in a group; None: the learner steps alone."""
 
     @property
     def identity(self) -> ModelIdentity:
@@ -68,6 +71,8 @@ class HostedLearner:
         await self.close()
         try:
             await self._host.start(self._opening.environment())
+            if self.place is not None:
+                await self._host.call("take_place", self.place)
             self._version, self._description = await self._opening.open(self._host)
         except BaseException as error:
             await self.close()
@@ -79,6 +84,12 @@ class HostedLearner:
 
     async def update(self, batch: Batch) -> Update:
         update: Update = await self._call("update", batch)
+        self._version = update.version
+        return update
+
+    async def update_share(self, share: StepShare) -> Update:
+        """Take an optimizer step together with all ranks of the group."""
+        update: Update = await self._call("update_share", share)
         self._version = update.version
         return update
 

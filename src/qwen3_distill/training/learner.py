@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -41,6 +42,8 @@ from qwen3_distill.training.finite import FiniteCheck
 from qwen3_distill.training.lora import adapter_weights, merged_parameters
 from qwen3_distill.training.memory_lack import memory_lack
 from qwen3_distill.training.objectives.base import LossTerms, Objective, TensorMetric, read_scalars
+from qwen3_distill.training.rank_place import StepShare, deal
+from qwen3_distill.training.ranks import Ranks
 from qwen3_distill.training.schedule import learning_rate_factor
 from qwen3_distill.training.settings import AnyLearnerSettings
 from qwen3_distill.types import (
@@ -173,6 +176,11 @@ class TorchLearner:
             raise ModelError(
                 f"{settings.model_dir}: {error}; restore the files from where the model came from"
             ) from None
+        self._ranks: Ranks | None = None
+
+    def join(self, ranks: Ranks) -> None:
+        """Take all further steps together with other ranks, which hold the same weights."""
+        self._ranks = ranks
 
     async def start(self) -> None:
         return None
@@ -200,6 +208,22 @@ class TorchLearner:
             )
         )[0]
 
+    async def update_share(self, share: StepShare) -> Update:
+        """Take an optimizer step together with all ranks, each on its share of the rollouts.
+
+        The update's loss, norm and token count are the whole step's; its metrics this rank's.
+        """
+        batch = share.batch
+        self._check_length(share.longest_id, share.longest_tokens)
+        return self._step(
+            _Step(
+                micros=_no_micro_batches if batch is None else partial(micro_batches, batch),
+                denominator=share.denominator,
+                num_loss_tokens=share.num_loss_tokens,
+                lag_steps=share.lag_steps,
+            )
+        )[0]
+
     async def admit(self, scored: Sequence[ScoredRollout]) -> None:
         self._check_lengths(scored)
         with self._memory_watched("new rollouts", "they were not kept"):
@@ -218,15 +242,16 @@ class TorchLearner:
         flat = replay.gather(sample)
         weights_S = sample.weights_S.astype(np.float64)
         on_device_S = torch.from_numpy(sample.weights_S).to(flat.token_id_F.device)
+        rows = self._own_rows(flat.tokens_S)
         update, magnitude_S = self._step(
             _Step(
-                micros=partial(flat_micro_batches, flat, on_device_S),
+                micros=partial(flat_micro_batches, flat, on_device_S, rows=rows),
                 denominator=float(weights_S @ flat.loss_tokens_S),
                 num_loss_tokens=int(flat.loss_tokens_S.sum()),
                 lag_steps=step - int(flat.oldest_step_S.min()),
             )
         )
-        replay.mark_used(sample, magnitude_S)
+        replay.mark_used(sample, self._of_all_ranks(magnitude_S, rows, sample.num_rollouts))
         effective = weights_S.sum() ** 2 / (weights_S @ weights_S)
         metrics = (
             *replay.metrics(step),
@@ -234,6 +259,21 @@ class TorchLearner:
             Metric.last("replay/effective_sample_fraction", effective / sample.num_rollouts),
         )
         return replace(update, metrics=(*update.metrics, *metrics))
+
+    def _own_rows(self, tokens_S: NDArray[np.int64]) -> Sequence[int]:
+        """The drawn rollouts that this rank trains on; all ranks draw the same ones."""
+        if self._ranks is None:
+            return range(len(tokens_S))
+        place = self._ranks.place
+        return deal(tokens_S.tolist(), place.count)[place.index]
+
+    def _of_all_ranks(self, values: Tensor, rows: Sequence[int], count: int) -> Tensor:
+        """[count] values of all ranks' rows, from this rank's."""
+        if self._ranks is None:
+            return values
+        everywhere = torch.zeros(count, dtype=values.dtype, device=values.device)
+        everywhere[list(rows)] = values
+        return self._ranks.add(everywhere)
 
     @property
     def _kept(self) -> ReplayBuffer:
@@ -245,7 +285,8 @@ class TorchLearner:
         """Take an optimizer step; also [S], each rollout's mean magnitude."""
         self._require_unspoiled()
         step = self._version.step
-        torch.manual_seed(derive_seed(self._settings.seed, "dropout", step))
+        rank = () if self._ranks is None else (self._ranks.place.index,)
+        torch.manual_seed(derive_seed(self._settings.seed, "dropout", step, *rank))
         self._optimizer.zero_grad(set_to_none=True)
         if self.student.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.student.device)
@@ -327,11 +368,12 @@ class TorchLearner:
         # No second model is made: an engine may have patched the model's class in this process.
         merged = check.passing(merged_parameters(self.student.core))
         weights = {name: tensor.cpu() for name, tensor in merged}
-        _require_none(check.not_finite())
+        check.require()
         write_student(self._files, weights, directory)
 
     async def close(self) -> None:
-        return None
+        if self._ranks is not None:
+            self._ranks.leave()
 
     def _gradient(self, work: "_Step") -> "_Gradient":
         """Accumulate and clip the step's gradient."""
@@ -347,6 +389,7 @@ class TorchLearner:
             rollouts.extend(micro.rollouts)
             magnitudes.append(_mean_per_rollout(terms.magnitude_N, micro.loss_tokens))
         self._reduce(self._trained.values())
+        losses = self._losses_of_all_ranks(losses)
         max_norm = self._settings.training.optimizer.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), max_norm)
         values = read_scalars([norm, *losses, *(metric.total for metric in pending)])
@@ -355,16 +398,30 @@ class TorchLearner:
             loss=sum(values[1 : 1 + len(losses)]),
             norm=values[0],
             metrics=[metric.read(total) for metric, total in zip(pending, totals, strict=True)],
-            magnitude_S=torch.cat(magnitudes)[np.argsort(rollouts).tolist()],
+            magnitude_S=self._in_order(magnitudes, rollouts),
         )
 
+    def _in_order(self, magnitudes: Sequence[Tensor], rollouts: Sequence[int]) -> Tensor:
+        if not magnitudes:
+            return torch.zeros(0, device=self.student.device)
+        return torch.cat(list(magnitudes))[np.argsort(rollouts).tolist()]
+
     def _reduce(self, parameters: Iterable[Tensor]) -> None:
-        """Combine the accumulated gradients of several ranks, in place; here there is one rank.
+        """Add up the accumulated gradients of several ranks, in place.
 
         Called once per step, between the last micro-batch's backward pass and the clipping, which
         needs the whole step's gradient. Every rank divides by the whole step's denominator, so
         ranks add up their gradients and do not average them.
         """
+        if self._ranks is not None:
+            self._ranks.add_gradients(parameters)
+
+    def _losses_of_all_ranks(self, losses: list[Tensor]) -> list[Tensor]:
+        """The step's loss, so that all ranks refuse a step whose loss is not finite, or none."""
+        if self._ranks is None:
+            return losses
+        own = torch.stack(losses).sum() if losses else torch.zeros((), device=self.student.device)
+        return [self._ranks.add(own.float())]
 
     def _terms(self, micro: MicroBatch, denominator: float) -> LossTerms:
         with self.student.autocast():
@@ -398,16 +455,19 @@ class TorchLearner:
         return (Metric.max("train/peak_memory_gib", peak),)
 
     def _check_lengths(self, scored: Sequence[ScoredRollout]) -> None:
+        for rollout in (entry.rollout for entry in scored):
+            length = rollout.prompt.token_ids.size + rollout.num_tokens
+            self._check_length(rollout.rollout_id, length)
+
+    def _check_length(self, rollout_id: str, length: int) -> None:
         limit, what = self._identity.context_length, "the student's context"
         configured = self._settings.max_model_tokens
         if configured is not None and configured < limit:
             limit, what = configured, "training.max_model_tokens"
-        for rollout in (entry.rollout for entry in scored):
-            length = rollout.prompt.token_ids.size + rollout.num_tokens
-            if length > limit:
-                raise DataError(
-                    f"rollout {rollout.rollout_id} has {length} tokens, more than {what} of {limit}"
-                )
+        if length > limit:
+            raise DataError(
+                f"rollout {rollout_id} has {length} tokens, more than {what} of {limit}"
+            )
 
     def _require_finite(self, step: int, loss: float, grad_norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -435,7 +495,7 @@ class TorchLearner:
             digest = weights_digest(check.passing(self.payload().tensors.items()))
         else:
             digest = weights_digest(check.passing(merged_parameters(self.student.core)))
-        _require_none(check.not_finite())  # computed with the digest, which waited for the device
+        check.require()  # computed with the digest, which waited for the device
         return digest
 
     def _stepped_digest(self, step: int) -> str:
@@ -455,10 +515,9 @@ class TorchLearner:
             raise NonFiniteError(self._spoiled)
 
 
-def _require_none(not_finite: Sequence[str]) -> None:
-    if not_finite:
-        more = f" and {len(not_finite) - 3} more" if len(not_finite) > 3 else ""
-        raise NonFiniteError(f"weights are not finite ({', '.join(not_finite[:3])}{more})")
+def _no_micro_batches(max_tokens: int, *, packed: bool) -> Iterator[MicroBatch]:
+    del max_tokens, packed
+    return iter(())
 
 
 def _mean_per_rollout(values_N: Tensor, tokens: Sequence[int]) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qwen3_distill.errors import EngineError
 from qwen3_distill.ports import WeightChannel, WeightPayload
+from qwen3_distill.training.rank_place import RankPlace, StepShare
 from qwen3_distill.types import Batch, ScoredRollout, Update, WeightVersion
 
 if TYPE_CHECKING:
@@ -24,13 +25,25 @@ class LearnerService:
 
     def __init__(self) -> None:
         self.learner: TorchLearner | None = None
+        self._place: RankPlace | None = None
         self._channel: WeightChannel | None = None
         """The channel last published to: it may hold tensors that engines are reading."""
 
     def _serve(self, learner: "TorchLearner") -> "tuple[WeightVersion, dict[str, str]]":
         """Serve an open learner from now on; return its version and a description."""
+        if self._place is not None:
+            from qwen3_distill.training.ranks import Ranks  # noqa: PLC0415 - imports torch
+
+            learner.join(Ranks(self._place, learner.student.device))
         self.learner = learner
         return learner.version, learner.student.describe()
+
+    def take_place(self, place: RankPlace) -> None:
+        """Note this learner's rank; it meets the others when it is opened."""
+        self._place = place
+
+    async def update_share(self, share: StepShare) -> Update:
+        return await self._open.update_share(share)
 
     async def update(self, batch: Batch) -> Update:
         return await self._open.update(batch)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from qwen3_distill.config import LoraTuning
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.ports import LoraWeights
+from qwen3_distill.training.fp8_base import Fp8Linear
 from qwen3_distill.utils.seeds import derive_seed
 
 _INIT_SEED = "lora_init"
@@ -110,8 +111,14 @@ def merged_parameters(core: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         if leaf != "weight" or owner not in adapted:
             yield name.replace(".base_layer.", "."), parameter.detach()
             continue
-        delta = adapted[owner].get_delta_weight(_ADAPTER)
-        yield f"{owner}.weight", parameter.detach() + delta.to(parameter.dtype)
+        yield f"{owner}.weight", _merged(adapted[owner], parameter.detach())
+    for owner, layer in adapted.items():
+        if isinstance(layer.base_layer, Fp8Linear):  # its weight is no parameter
+            yield f"{owner}.weight", _merged(layer, layer.base_layer.original())
+
+
+def _merged(layer: Any, weight_NK: Tensor) -> Tensor:
+    return weight_NK + layer.get_delta_weight(_ADAPTER).to(weight_NK.dtype)
 
 
 def _adapted(core: PreTrainedModel) -> dict[str, Any]:

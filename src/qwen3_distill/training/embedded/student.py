@@ -15,6 +15,7 @@ from qwen3_distill.modeling.loading import load_model, resolve_device, resolve_d
 from qwen3_distill.modeling.step_memory import autocasts
 from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
 from qwen3_distill.training.batching import MicroBatch
+from qwen3_distill.training.fp8_base import freeze_in_fp8
 from qwen3_distill.training.learner import TorchLearner
 from qwen3_distill.training.lora import add_adapters
 from qwen3_distill.training.objectives.base import Objective
@@ -64,10 +65,15 @@ class _EmbeddedStudent:
         self.core: PreTrainedModel = base
         if isinstance(config.tuning, LoraTuning):
             self.core = add_adapters(base, config.tuning, settings.seed)
+        if config.base_precision != "as_loaded":
+            freeze_in_fp8(self.core, settings.model_dir, config.base_precision)
         if config.gradient_checkpointing:
             self.core.gradient_checkpointing_enable({"use_reentrant": False})
             self.core.enable_input_require_grads()
         self.core.train()
+        if config.compiled:
+            for layer in self.core.model.layers:
+                layer.compile()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         on = autocasts(self._config, on_gpu=self.device.type == "cuda")
