@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from qwen3_distill.errors import (
     AlignmentError,
@@ -46,6 +45,7 @@ from qwen3_distill.training.rank_place import StepShare, deal
 from qwen3_distill.training.ranks import Ranks
 from qwen3_distill.training.schedule import learning_rate_factor
 from qwen3_distill.training.settings import AnyLearnerSettings
+from qwen3_distill.training.student import Student
 from qwen3_distill.types import (
     Batch,
     Metric,
@@ -57,43 +57,6 @@ from qwen3_distill.types import (
 from qwen3_distill.utils.seeds import derive_seed
 
 _GIB = 1 << 30
-
-
-class Student(Protocol):
-    """A model in training mode, with adapters inside it when tuning is LoRA."""
-
-    @property
-    def core(self) -> PreTrainedModel:
-        """The plain Qwen3 model: parameters carry its names."""
-        ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def packs(self) -> bool:
-        """Whether micro-batches are packed rather than padded."""
-        ...
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The context of the forward pass and the loss."""
-        ...
-
-    def hidden(self, micro: MicroBatch) -> Tensor:
-        """[B, T, D] hidden states, the output head's input."""
-        ...
-
-    def metrics(self) -> tuple[Metric, ...]:
-        """The engine's own metrics of a step."""
-        ...
-
-    def memory_report(self) -> str:
-        """Memory planned and available, for an out-of-memory error."""
-        ...
-
-    def describe(self) -> dict[str, str]:
-        """How the model runs, for people."""
-        ...
 
 
 class _MicroBatches(Protocol):
