@@ -107,13 +107,16 @@ def read_steps(path: Path, *, complete: bool = True) -> list[dict[str, Any]]:
     return records
 
 
-def read_evaluations(path: Path) -> list[dict[str, Any]]:
+def read_evaluations(path: Path, *, complete: bool = True) -> list[dict[str, Any]]:
     """Read ``evaluations.jsonl``: a record per step and model; empty if there is no file.
+
+    Args:
+        complete: every record must have the time that it took.
 
     Raises:
         DataError: a record has another form.
     """
-    return _read(path, _EVALUATION)
+    return _read(path, {**_EVALUATION, "wall_s": _DURATION} if complete else _EVALUATION)
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:

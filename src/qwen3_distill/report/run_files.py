@@ -47,7 +47,7 @@ class RunFiles:
             prompt=_json_if_there(folder / "prompt.json"),
             summary=_summary_if_there(folder / "summary.json"),
             steps=read_steps(folder / "metrics.jsonl", complete=False),
-            evaluations=read_evaluations(folder / "evaluations.jsonl"),
+            evaluations=read_evaluations(folder / "evaluations.jsonl", complete=False),
             timeline=load_timeline(folder, note=notes.append),
             notes=notes,
         )

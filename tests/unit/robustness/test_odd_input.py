@@ -174,6 +174,15 @@ def test_what_is_shown_is_short() -> None:
     assert len(shortened("x" * 10**5, 100)) < 200
 
 
+def test_an_evaluation_without_its_time_is_refused_where_that_is_shown(tmp_path: Path) -> None:
+    file = tmp_path / "evaluations.jsonl"
+    shares = {"accuracy": 0.5, "ci_low": 0.4, "ci_high": 0.6}
+    file.write_text(json.dumps({"step": 0, "model": "teacher", "num_problems": 3, **shares}))
+    assert len(read_evaluations(file, complete=False)) == 1
+    with pytest.raises(DataError, match="wall_s is missing"):
+        read_evaluations(file)
+
+
 # --- Model directories ----------------------------------------------------------------------------
 
 
