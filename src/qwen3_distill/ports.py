@@ -240,7 +240,9 @@ class Learner(Protocol):
         """Take one optimizer step.
 
         Raises:
-            NonFiniteError: loss or gradient norm is not finite; nothing was stepped.
+            NonFiniteError: loss or gradient norm is not finite, and nothing was stepped; or the
+                weights are not finite after the step, and every later call that would use them
+                raises it again.
             LearnerLost: the learner's process died and its weights are lost; `start` it again and
                 `load_state` of the newest checkpoint.
         """

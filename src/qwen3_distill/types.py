@@ -43,6 +43,13 @@ def _frozen_array(values: Any, dtype: type[np.generic], ndim: int, what: str) ->
     return array
 
 
+def _checked_ids(values: Any, ndim: int, what: str) -> IntArray:
+    array = _frozen_array(values, np.int32, ndim, what)
+    if array.size and int(array.min()) < 0:
+        raise AlignmentError(f"{what}: {int(array.min())} is no token id, expected 0 or more")
+    return array
+
+
 def _checked_logprobs(values: Any, ndim: int, what: str) -> FloatArray:
     array = _frozen_array(values, np.float32, ndim, what)
     if not np.isfinite(array).all():
@@ -99,7 +106,7 @@ class Prompt:
     """Input of the verifier, e.g. ``{"answer": "42"}``."""
 
     def __post_init__(self) -> None:
-        ids = _frozen_array(self.token_ids, np.int32, 1, f"prompt {self.prompt_id}: token_ids")
+        ids = _checked_ids(self.token_ids, 1, f"prompt {self.prompt_id}: token_ids")
         if ids.size == 0:
             raise DataError(f"prompt {self.prompt_id} has no tokens")
         object.__setattr__(self, "token_ids", ids)
@@ -229,7 +236,7 @@ class Rollout:
 
     def __post_init__(self) -> None:
         what = f"rollout {self.rollout_id}"
-        ids = _frozen_array(self.response_ids, np.int32, 1, f"{what}: response_ids")
+        ids = _checked_ids(self.response_ids, 1, f"{what}: response_ids")
         logprobs = _checked_logprobs(self.behavior_logprobs, 1, f"{what}: behavior_logprobs")
         if ids.size == 0:
             raise AlignmentError(f"{what} has no response tokens")
@@ -314,7 +321,7 @@ class ScoringJob:
 
     def __post_init__(self) -> None:
         what = f"scoring job of {self.rollout_id}"
-        ids = _frozen_array(self.token_ids, np.int32, 1, f"{what}: token_ids")
+        ids = _checked_ids(self.token_ids, 1, f"{what}: token_ids")
         _check_spans(self.scored, 1, int(ids.size), f"{what}: scored")
         object.__setattr__(self, "token_ids", ids)
         object.__setattr__(self, "scored", tuple(self.scored))
@@ -381,12 +388,19 @@ class TopKScore(TeacherScore):
     def __post_init__(self) -> None:
         TeacherScore.__post_init__(self)
         what = f"score by {self.teacher_id}"
-        ids = _frozen_array(self.candidate_ids, np.int32, 2, f"{what}: candidate_ids")
+        ids = _checked_ids(self.candidate_ids, 2, f"{what}: candidate_ids")
         logprobs = _checked_logprobs(self.candidate_logprobs, 2, f"{what}: candidate_logprobs")
         if ids.shape != logprobs.shape or len(ids) != self.logprobs.size or ids.shape[1] < 1:
             raise AlignmentError(
                 f"{what}: candidate_ids {ids.shape}, candidate_logprobs {logprobs.shape}, "
                 f"expected [{self.logprobs.size}, K >= 1] both"
+            )
+        in_order = np.sort(ids, axis=1)
+        twice = (in_order[:, 1:] == in_order[:, :-1]).any(axis=1)
+        if twice.any():
+            raise AlignmentError(
+                f"{what}: candidate_ids of scored token {int(twice.argmax())} has an id twice, "
+                "expected distinct ones"
             )
         object.__setattr__(self, "candidate_ids", ids)
         object.__setattr__(self, "candidate_logprobs", logprobs)

@@ -811,6 +811,41 @@ def test_a_step_that_is_not_finite_changes_nothing(
         assert after.version == untouched.version
 
 
+@each_tuning
+def test_weights_that_a_step_spoils_are_never_used(
+    adapter: LearnerAdapter, bench: Bench, tuning: TuningConfig, tmp_path: Path
+) -> None:
+    # Beyond what the config allows: what is tested is the learner, not the schema.
+    optimizer = SMOOTH.model_copy(update={"weight_decay": 1e308})
+    learner = bench.learner(adapter, sampled(), optimizer, tuning=tuning)
+    with pytest.raises(NonFiniteError, match="step 0: weights are not finite"):
+        run(learner.update(bench.ragged_batch(sampled())))
+    assert learner.version.step == 0
+    for use in (
+        lambda: learner.publish(MemoryChannel()),
+        lambda: learner.save_state(tmp_path),
+        lambda: learner.save_student(tmp_path / "student"),
+        lambda: learner.update(bench.ragged_batch(sampled())),
+    ):
+        with pytest.raises(NonFiniteError, match="step 0: weights are not finite"):
+            run(use())
+    assert not any(tmp_path.iterdir())
+
+
+@each_tuning
+def test_a_lost_step_is_made_good_by_a_checkpoint(
+    adapter: LearnerAdapter, bench: Bench, tuning: TuningConfig, tmp_path: Path
+) -> None:
+    optimizer = SMOOTH.model_copy(update={"weight_decay": 1e308})
+    learner = bench.learner(adapter, sampled(), optimizer, tuning=tuning)
+    version, before = learner.version, weights_of(learner)
+    run(learner.save_state(tmp_path))
+    with pytest.raises(NonFiniteError):
+        run(learner.update(bench.ragged_batch(sampled())))
+    run(learner.load_state(tmp_path, version))
+    assert all(torch.equal(w, before[name]) for name, w in weights_of(learner).items())
+
+
 def test_a_sequence_may_fill_the_context_and_not_exceed_it(
     adapter: LearnerAdapter, bench: Bench
 ) -> None:

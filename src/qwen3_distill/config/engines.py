@@ -11,10 +11,13 @@ from qwen3_distill.config.base import (
     Device,
     Dtype,
     Gib,
+    NonNegativeInt,
     PathText,
     PositiveFloat,
     PositiveInt,
     Schema,
+    Seconds,
+    Threads,
 )
 from qwen3_distill.config.learning import FullTuning, LoraTuning, OptimizerConfig, TuningConfig
 
@@ -51,16 +54,16 @@ def _as_yaml(value: object) -> str:
 class _Supervised(Schema):
     """Settings of a supervised process: its start timeout and restart limit."""
 
-    start_timeout_s: PositiveFloat = 900.0
+    start_timeout_s: Seconds = 900.0
     """Limit for the start, loading and compiling included."""
-    max_restarts: Annotated[int, Field(ge=0)] = 3
+    max_restarts: NonNegativeInt = 3
     """How often per run the process is restarted after it died."""
 
 
 class _Watched(_Supervised):
     """A process that answers a heartbeat."""
 
-    hang_timeout_s: PositiveFloat = 900.0
+    hang_timeout_s: Seconds = 900.0
     """A process that does not answer the heartbeat for this long is killed and restarted. Set it
     above the longest call that keeps it from answering: a learner's step, a teacher's forward
     pass, a decode step of an embedded engine. The start has its own limit."""
@@ -72,7 +75,7 @@ class _Embedded(_Watched):
     own_process: bool = False
     """Run in its own process: stages then compute concurrently, and a process that dies is
     restarted. The process settings apply only then."""
-    threads: PositiveInt | None = None
+    threads: Threads | None = None
     """PyTorch threads in that process; null: PyTorch's default, one per core."""
 
     @property
@@ -128,7 +131,7 @@ class EmbeddedGeneration(_Embedded):
     kind: Literal["embedded"]
     device: Device = "auto"
     dtype: Dtype = "float32"
-    max_sequences: PositiveInt = 256
+    max_sequences: Annotated[int, Field(ge=1, le=65_536)] = 256
     """Rollouts decoded concurrently."""
 
 
@@ -137,7 +140,7 @@ class VllmGeneration(_EngineProcess, _Watched):
 
     kind: Literal["vllm"]
     dtype: Dtype = "bfloat16"
-    max_sequences: PositiveInt = 256
+    max_sequences: Annotated[int, Field(ge=1, le=65_536)] = 256
     """Rollouts decoded concurrently."""
     max_batched_tokens: PositiveInt | None = None
     """Maximum prompt plus new tokens per engine step; null: vLLM's default."""
@@ -276,7 +279,7 @@ class SglangScoring(_EngineProcess):
     """Maximum tokens per scoring request."""
     max_in_flight: PositiveInt = 4
     """Maximum concurrent requests per server."""
-    request_timeout_s: PositiveFloat = 300.0
+    request_timeout_s: Seconds = 300.0
     max_attempts: PositiveInt = 4
     """Attempts to score a rollout before it is dropped."""
     max_dropped_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05

@@ -15,10 +15,11 @@ from pydantic import ValidationError
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.moved import find_paths
-from qwen3_distill.config.overrides import apply_override
+from qwen3_distill.config.overrides import apply_override, run_schema
 from qwen3_distill.config.schema import locate, option_schemas
 from qwen3_distill.config.yaml12 import parse_yaml
 from qwen3_distill.errors import ConfigError
+from qwen3_distill.utils.shown import shortened, shown
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -61,10 +62,13 @@ def check_config(values: dict[str, Any], source: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = [shortened(_explain(problem), _LINE_LENGTH) for problem in error.errors()]
+        if len(lines) > _MOST_LINES:
+            lines[_MOST_LINES:] = [f"and {len(lines) - _MOST_LINES} more"]
         raise ConfigError(f"{source}: " + "\n  ".join(["", *lines]).strip()) from None
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{source}: not representable as JSON: {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = shortened(str(error), _LINE_LENGTH)
+        raise ConfigError(f"{source}: not representable as JSON: {reason}") from error
 
 
 def dump_config(config: RunConfig) -> dict[str, Any]:
@@ -90,6 +94,7 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, values
 
 
+_MOST_LINES, _LINE_LENGTH = 20, 600
 _FRIENDLY = {
     "missing": "missing; it has no default and must be set",
     "union_tag_not_found": "needs a `kind`",
@@ -99,7 +104,7 @@ _FRIENDLY = {
 def _explain(problem: Any) -> str:
     """Describe one pydantic error in a line: where, what was found, what was expected."""
     location = [str(part) for part in problem["loc"]]
-    keys, _ = locate(RunConfig.model_json_schema(), location)
+    keys, _ = locate(run_schema(), location)
     path = ".".join(keys)
     kind, message = problem["type"], problem["msg"]
     if kind == "extra_forbidden":
@@ -111,11 +116,13 @@ def _explain(problem: Any) -> str:
         context = problem["ctx"]
         close = difflib.get_close_matches(str(context["tag"]), _tags(context), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        return f"{path}.kind: {context['tag']!r} is not one of {', '.join(_tags(context))}{hint}"
+        return (
+            f"{path}.kind: {shown(context['tag'])} is not one of {', '.join(_tags(context))}{hint}"
+        )
     if kind in _FRIENDLY:
         return f"{path}: {_FRIENDLY[kind]}"
     message = message[0].lower() + message[1:]
-    return f"{path}: {message}; got {problem['input']!r} ({type(problem['input']).__name__})"
+    return f"{path}: {message}; got {shown(problem['input'])} ({type(problem['input']).__name__})"
 
 
 def _tags(context: dict[str, Any]) -> list[str]:
@@ -132,7 +139,7 @@ def _nearest(location: Sequence[str], problem: Any) -> str:
 
 def _known_keys(location: Sequence[str]) -> set[str]:
     """Return the schema's keys at a pydantic error location, which includes union tags."""
-    schema = RunConfig.model_json_schema()
+    schema = run_schema()
     _, node = locate(schema, location)
     return {
         key

@@ -202,7 +202,7 @@ class TopKDivergence(_Divergence):
     implementation: ClassVar[str] = "qwen3_distill.training.objectives.divergences:TopKObjective"
 
     kind: Literal["top_k"]
-    k: Annotated[int, Field(ge=1)] = 16
+    k: PositiveInt = 16
     tail: Literal["renormalize", "bin"] = "bin"
     """``bin``: one more outcome holds the remaining mass of both; ``renormalize``: both are
     divided by their mass on the k."""

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.schema import option_schemas
-from qwen3_distill.config.yaml12 import parse_yaml
+from qwen3_distill.config.yaml12 import MAX_DEPTH, parse_yaml
 from qwen3_distill.errors import ConfigError
+from qwen3_distill.utils.shown import shown
 
 _SINGLE_QUOTED = re.compile(r"\s*'((?:[^']|'')*)'\s*", re.DOTALL)
 _DOUBLE_QUOTED = re.compile(r'\s*("(?:[^"\\]|\\.)*")\s*', re.DOTALL)
@@ -35,21 +36,21 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             something that is no section.
     """
     key, equals, text = override.partition("=")
+    where = f"override {shown(override)}"
     if not equals or not key.strip():
-        raise ConfigError(
-            f"override {override!r}: expected key.sub=value, e.g. sampling.max_new_tokens=64"
-        )
+        raise ConfigError(f"{where}: expected key.sub=value, e.g. sampling.max_new_tokens=64")
     *parents, last = path = key.strip().split(".")
+    if len(path) > MAX_DEPTH:
+        raise ConfigError(f"{where}: {len(path)} levels, expected at most {MAX_DEPTH}")
     node = values
     for depth, parent in enumerate(parents):
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
             raise ConfigError(
-                f"override {override!r}: {'.'.join(parents[: depth + 1])} is {child!r}, "
+                f"{where}: {'.'.join(parents[: depth + 1])} is {shown(child)}, "
                 "not a section; there is nothing below it to set"
             )
         node = child
-    where = f"override {override!r}"
     reading = _reading(path, values)
     if reading == "yaml":
         node[last] = parse_yaml(text, where)
@@ -86,7 +87,7 @@ def _reading(path: Sequence[str], values: dict[str, Any]) -> _Reading:
 
 def _schemas_at(path: Sequence[str], values: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the schemas of a setting: of the section's `kind`, or of all kinds if it has none."""
-    root = _run_schema()
+    root = run_schema()
     definitions: dict[str, Any] = root["$defs"]
     nodes, here = [root], values
     for part in path:
@@ -113,5 +114,5 @@ def _kind(node: dict[str, Any]) -> Any:
 
 
 @cache
-def _run_schema() -> dict[str, Any]:
+def run_schema() -> dict[str, Any]:
     return RunConfig.model_json_schema()

@@ -37,14 +37,14 @@ class RunConfig(Schema):
 
     output_dir: Annotated[PathText, Field(min_length=1)]
     """Run folder; the run creates it. To continue a run, start it again."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Everything random derives from it: rollouts, the order of prompts from a file or dataset,
     adapters. The problems of an endless task have their own order, independent of the seed."""
     steps: PositiveInt
     """Optimizer steps. Raise it to go on with a run, also with a finished one."""
-    prompts_per_step: PositiveInt
+    prompts_per_step: Annotated[int, Field(ge=1, le=1_000_000)]
     """Prompts per optimizer step."""
-    samples_per_prompt: PositiveInt = 1
+    samples_per_prompt: Annotated[int, Field(ge=1, le=10_000)] = 1
     """Rollouts per prompt."""
     student: StudentConfig
     prompts: PromptsConfig

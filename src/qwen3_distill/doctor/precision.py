@@ -1,7 +1,6 @@
 """The precision audit: compares the configured teacher with the unquantized one, token by token."""
 
 import asyncio
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import count
@@ -10,6 +9,7 @@ from pathlib import Path
 from qwen3_distill.config import RunConfig
 from qwen3_distill.data.rollout_files import read_rollouts
 from qwen3_distill.errors import ConfigError, DataError, EngineError
+from qwen3_distill.modeling.config_file import read_json_object
 from qwen3_distill.modeling.directory import check_model_dir
 from qwen3_distill.modeling.hub import is_snapshot
 from qwen3_distill.modeling.loading import load_identity
@@ -116,7 +116,7 @@ def table(report: PrecisionReport) -> list[str]:
 
 def _refuse_quantized(directory: str, named: str) -> None:
     config_file = check_model_dir(directory, weights=not is_snapshot(directory)) / "config.json"
-    settings = json.loads(config_file.read_text(encoding="utf-8"))
+    settings = read_json_object(config_file)
     if "quantization_config" in settings:
         raise ConfigError(
             f"scoring.model={named} is itself quantized; give the directory of the "

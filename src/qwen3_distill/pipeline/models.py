@@ -1,6 +1,5 @@
 """Turns the hub ids of a config into local directories, once and before anything else runs."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from qwen3_distill.modeling.hub import (
     locate_dataset,
     locate_model,
 )
+from qwen3_distill.utils.json_text import read_json
 
 Say = Callable[[str], None]
 
@@ -59,8 +59,12 @@ def recorded_hub(manifest: Path) -> HubRecord:
     """Read the commits of a run's last start from its manifest; empty where it has none."""
     keys = {"repo", "revision", "commit"}
     with suppress(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
-        hub = json.loads(manifest.read_text(encoding="utf-8"))["starts"][-1]["hub"]
-        return {name: record for name, record in hub.items() if set(record) == keys}
+        hub = read_json(manifest)["starts"][-1]["hub"]
+        return {
+            name: record
+            for name, record in hub.items()
+            if set(record) == keys and all(isinstance(text, str) for text in record.values())
+        }
     return {}
 
 

@@ -22,9 +22,10 @@ from qwen3_distill.data.rollout_files import (
     write_rollouts,
     write_scored,
 )
-from qwen3_distill.errors import ConfigError, DataError
+from qwen3_distill.errors import ConfigError, DataError, NonFiniteError
 from qwen3_distill.evaluation.accuracy import EvaluationResult, evaluate
 from qwen3_distill.modeling.loading import load_identity
+from qwen3_distill.modeling.shapes import read_shape
 from qwen3_distill.modeling.student_directory import check_student
 from qwen3_distill.pipeline import step as pipeline_step
 from qwen3_distill.pipeline.assembly.data import (
@@ -165,14 +166,12 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
     local = localize(config, say=say, warn=say)
     config = local.config
     refuse_inputs_as_output(out, {**input_paths(config), "--rollouts": rollouts})
-    rows = read_rollouts(rollouts)
+    student = load_identity(config.student.model, weights=False)
+    rows = read_rollouts(rollouts, vocab_size=student.vocab_size)
     if not rows:
         raise DataError(f"{rollouts} has no rollouts to score")
     view = SameView()
-    view.check(
-        load_identity(config.student.model, weights=False),
-        load_identity(config.scoring.model, weights=False),
-    )
+    view.check(student, load_identity(config.scoring.model, weights=False))
     local.fetch_weights(say, ("teacher",))
     teacher = build_teacher(config, plan_memory(config))
     decode = TextTools(config.student.model).decode
@@ -213,13 +212,16 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
         )
     if off_policy:
         require_ratio_off_policy(config)
-    rows = read_scored(scored)
-    if not rows:
-        raise DataError(f"{scored} has no rollouts to train on")
     _require_empty(out)
     local = localize(config, say=say, warn=say)
-    local.fetch_weights(say)
     config = local.config
+    rows = read_scored(
+        scored,
+        vocab_size=load_identity(config.student.model, weights=False).vocab_size,
+        hidden_size=read_shape(config.scoring.model).hidden_size,
+    )
+    _require_rows(rows, scored)
+    local.fetch_weights(say)
     check_student(config.student.model)
     plan = plan_memory(config)
     # Not started: for its id and head.
@@ -251,6 +253,11 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
 
     with signals_as_ctrl_c():
         return f"student after {asyncio.run(update_steps())} steps: {out}"
+
+
+def _require_rows(rows: Sequence[object], scored: Path) -> None:
+    if not rows:
+        raise DataError(f"{scored} has no rollouts to train on")
 
 
 def _check_scored_by(
@@ -322,7 +329,7 @@ async def _save_part(learner: Learner, num_steps: int, out: Path, say: Say) -> N
             with full_disk_named(part):
                 await learner.save_student(part)
             say(f"broken off: the student after {num_steps} finished steps is in {part}")
-        except (OSError, RuntimeError) as error:  # must not hide the first error
+        except (OSError, RuntimeError, NonFiniteError) as error:  # must not hide the first error
             say(f"broken off: the student after {num_steps} finished steps is lost: {error}")
 
 

@@ -1,6 +1,5 @@
 """Decides whether a folder is a run's own, before anything is written into it."""
 
-import json
 import os
 import re
 import stat
@@ -11,6 +10,7 @@ from typing import Any
 from qwen3_distill.config import RunConfig, TaskPrompts
 from qwen3_distill.errors import ConfigError, RunFolderError
 from qwen3_distill.utils.files import content_of
+from qwen3_distill.utils.json_text import read_json
 
 _CONFIG_KEYS = {"output_dir", "student", "scoring", "training"}
 """Settings that every run's ``config.json`` has and no model's."""
@@ -140,6 +140,6 @@ def _is_of_an_unfinished_start(folder: Path, names: list[str]) -> bool:
 
 def _json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except (OSError, ValueError):
         return None

@@ -16,14 +16,15 @@ from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.metering import Meter, metered_evaluation
 from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.requests import rollout_id
+from qwen3_distill.pipeline.rollout_store import remove_old_rollouts, rollout_file
 from qwen3_distill.pipeline.run_folder import RunFolder
 from qwen3_distill.recording.console import ProgressReporter
 from qwen3_distill.recording.jsonl import (
     JsonlLog,
     combine,
-    read_jsonl,
 )
 from qwen3_distill.recording.output import output_losses
+from qwen3_distill.recording.records import read_evaluations, read_ledger, read_steps
 from qwen3_distill.recording.trace import Trace
 from qwen3_distill.recording.trackers import open_trackers
 from qwen3_distill.types import (
@@ -92,6 +93,12 @@ class Recorder:
         self._config: RunConfig = parts.config
         self._folder = folder
         self._progress = progress
+        for read, file in (
+            (read_steps, folder.metrics),
+            (read_evaluations, folder.evaluations),
+            (read_ledger, folder.ledger),
+        ):
+            read(file)  # of another form, it is refused before anything is taken back
         self._metrics = JsonlLog(folder.metrics)
         self._metrics.truncate_after(start_step)
         self._evaluations = JsonlLog(folder.evaluations)
@@ -105,14 +112,16 @@ class Recorder:
             resume_step=start_step if start_step else None,
         )
         self._checkpoints = CheckpointStore(
-            folder.checkpoints, keep_last=self._config.checkpoint.keep_last
+            folder.checkpoints,
+            keep_last=self._config.checkpoint.keep_last,
+            identity=folder.identity,
         )
         self.trace = Trace(
             folder.trace if self._config.logging.trace else None,
             title=f"{folder.path.name} from step {start_step}",
         )
         """Clock and trace of the pipeline's stages, queues and weight versions."""
-        earlier = read_jsonl(folder.metrics)
+        earlier = read_steps(folder.metrics)
         spent_s = float(earlier[-1]["wall_s"]) if earlier else 0.0
         self._clock_started = time.perf_counter() - spent_s
         self._last_checkpoint_step = start_step if start_step else None
@@ -167,7 +176,7 @@ class Recorder:
         """Run the evaluations due after this step that are not on record."""
         if self._evaluator is None or self.stop_requested:
             return
-        done = {(r["step"], r["model"]) for r in read_jsonl(self._folder.evaluations)}
+        done = {(r["step"], r["model"]) for r in read_evaluations(self._folder.evaluations)}
         due = [
             [m for m in self._evaluator.measurements(model) if (cursor.step, m) not in done]
             for model in self._evaluator.due(cursor.step)
@@ -292,8 +301,9 @@ class Recorder:
             return
         self._folder.rollouts.mkdir(exist_ok=True)
         kept = [(step, item) for item in scored[: logging.rollouts_per_save]]
-        path = self._folder.rollouts / f"step-{step:06d}.parquet"
+        path = rollout_file(self._folder.rollouts, step)
         write_scored(path, kept, self._parts.text.decode)
+        remove_old_rollouts(self._folder.rollouts, step, logging)
 
 
 def _is_cut(rollout: Rollout, limit: int) -> bool:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, AsyncExitStack
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,8 @@ async def _restore(
     parts: Parts, folder: RunFolder, progress: HeartbeatReporter, warn: Callable[[str], None]
 ) -> RunCursor:
     """Load the newest checkpoint into the learner; return its cursor, or that of the start."""
-    store = CheckpointStore(folder.checkpoints, keep_last=parts.config.checkpoint.keep_last)
+    keep_last = parts.config.checkpoint.keep_last
+    store = CheckpointStore(folder.checkpoints, keep_last=keep_last, identity=folder.identity)
     cursor = await store.restore(parts.learner, warn)
     if cursor is None:
         return RunCursor(step=0, prompts_drawn=0, weight_version=parts.learner.version)
@@ -275,7 +277,7 @@ def _write_manifest(parts: Parts, folder: RunFolder, step: int, hub: HubRecord) 
     }
     write_json_atomic(
         folder.manifest,
-        {**_inputs(parts), "starts": [*folder.read_starts(), start]},
+        {**asdict(folder.identity), **_inputs(parts), "starts": [*folder.read_starts(), start]},
     )
 
 

@@ -85,8 +85,8 @@ async def take_step(parts: Parts, recorder: Recorder, scored: Sequence[ScoredRol
     """Take one optimizer step: on ``scored``, or with replay on a draw from all kept rollouts.
 
     Raises:
-        NonFiniteError: the loss or gradient is not finite. A batch that was not drawn from kept
-            rollouts is in the run folder.
+        NonFiniteError: the loss, the gradient or the new weights are not finite. A batch that was
+            not drawn from kept rollouts is in the run folder.
     """
     if parts.config.replay is not None:
         if scored:

@@ -14,14 +14,15 @@ from qwen3_distill.pipeline.assembly.data import build_checker
 from qwen3_distill.pipeline.manifest import recorded_identity
 from qwen3_distill.pipeline.models import localize_again
 from qwen3_distill.pipeline.parts import TextTools
+from qwen3_distill.pipeline.rollout_store import saved_rollouts
 from qwen3_distill.pipeline.run_folder import RunFolder
 from qwen3_distill.recording.cost_records import read_cost
 from qwen3_distill.recording.jsonl import (
     OCCASIONAL_STAGES,
     STEP_STAGES,
-    read_jsonl,
 )
-from qwen3_distill.report.report import RolloutView, write_report
+from qwen3_distill.recording.records import read_evaluations, read_steps
+from qwen3_distill.report.report import RolloutView, shown_steps, write_report
 from qwen3_distill.types import (
     Rollout,
     ScoredRollout,
@@ -30,8 +31,8 @@ from qwen3_distill.types import (
 
 def summarize(folder: RunFolder, total_wall_s: float) -> dict[str, Any]:
     """Compute the content of ``summary.json`` from the run's records."""
-    steps = read_jsonl(folder.metrics)
-    evaluations = read_jsonl(folder.evaluations)
+    steps = read_steps(folder.metrics)
+    evaluations = read_evaluations(folder.evaluations)
     first = [record for record in evaluations if "temperature" not in record]
     second = [record for record in evaluations if "temperature" in record]
     wall_s: dict[str, float] = {
@@ -112,7 +113,7 @@ def render_report(
         _rollout_view(
             step, scored, text, None if is_correct is None else is_correct(scored.rollout)
         )
-        for file in sorted((path / "rollouts").glob("step-*.parquet"))
+        for file in shown_steps(saved_rollouts(path / "rollouts"))
         for step, scored in read_scored(file)
     ]
     return write_report(path, views, out)

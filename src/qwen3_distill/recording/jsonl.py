@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from qwen3_distill.errors import DataError, RunFolderError
 from qwen3_distill.types import Metric
 from qwen3_distill.utils.files import atomic_path
+from qwen3_distill.utils.json_text import parse_json
 
 STEP_STAGES = ("generate", "score", "train", "publish")
 """Stages that every step has; their seconds are ``time/{stage}_s``."""
@@ -146,7 +147,7 @@ class JsonlLog:
     def _records(self) -> list[dict[str, Any]]:
         records = read_jsonl(self._path)
         for number, record in enumerate(records, 1):
-            if not isinstance(record.get("step"), int):
+            if type(record.get("step")) is not int:
                 raise DataError(f"{self._path}: record {number} has no integer `step`")
         return records
 
@@ -194,7 +195,7 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 def _parse_or_none(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:  # malformed JSON, or bytes that are not UTF-8
         return None
     return record if isinstance(record, dict) else None

@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 from qwen3_distill.errors import DataError, RunFolderError
 from qwen3_distill.recording.clock import StepClock, StepTimes
 from qwen3_distill.recording.jsonl import OCCASIONAL_STAGES, STEP_STAGES
+from qwen3_distill.utils.json_text import parse_json
 
 TRACE_FILE = "trace.json"
 STEPS = "steps"
@@ -217,7 +218,7 @@ def read_trace(path: Path | str) -> list[Event]:
     events: list[Event] = []
     for number, line in numbered:
         try:
-            event = json.loads(line)
+            event = parse_json(line)
         except ValueError:
             event = None
         if isinstance(event, dict):

@@ -120,8 +120,8 @@ class _Canvas(Drawing):
     def __init__(self, width: float, height: float, x_range: Point, y_range: Point) -> None:
         super().__init__(width)
         self.height = height
-        self.x_range = x_range
-        self.y_range = y_range
+        self.x_range = _widened(x_range)
+        self.y_range = _widened(y_range)
 
     def x(self, value: float) -> float:
         low, high = self.x_range
@@ -272,6 +272,12 @@ def _y_range(chart: LineChart, lines: Sequence[Line]) -> Point:
         low = max(0.0, math.floor((low - margin) / round_step(margin)) * round_step(margin))
     top = _nice_top(low, high)
     return (low, min(top, chart.y_ceiling) if chart.y_ceiling is not None else top)
+
+
+def _widened(ends: Point) -> Point:
+    """Return a range of a length above zero, also where its ends are one number."""
+    low, high = ends
+    return ends if high > low else (low, low + max(1.0, 0.1 * abs(low)))
 
 
 def _nice_top(low: float, high: float) -> float:

@@ -25,13 +25,14 @@ from qwen3_distill.report.rollout_view import (
     RolloutView,
     gap_legend,
     rollout_groups,
+    shown_steps,
 )
 from qwen3_distill.report.run_files import RunFiles
 from qwen3_distill.report.time_section import STAGE_COLOURS, idle_table, time_figure, time_table
 from qwen3_distill.report.timeline import draw_timeline
 from qwen3_distill.utils.files import atomic_path
 
-__all__ = ["RolloutView", "write_report"]
+__all__ = ["RolloutView", "shown_steps", "write_report"]
 
 
 def write_report(
@@ -86,6 +87,7 @@ def _render(run: RunFiles, rollouts: Sequence[RolloutView]) -> str:
         timeline=draw_timeline(run.timeline, STAGE_COLOURS) if run.timeline else None,
         idle_table=idle_table(run.steps),
         cost=cost_section(run),
+        left_out=run.notes,
         health=health_figures(run),
         health_table=health_table(run),
         prompt=prompt_section(run),

@@ -4,7 +4,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal
+from typing import Literal, TypeVar
 
 from qwen3_distill.errors import AlignmentError
 
@@ -122,6 +122,15 @@ def readable(prompt: str) -> str:
     return "".join(c if c in "\n\t" else _visible_character(c) for c in prompt)
 
 
+_Saved = TypeVar("_Saved")
+
+
+def shown_steps(saved: Sequence[_Saved]) -> list[_Saved]:
+    """Choose the first, a middle and the last of the saved steps, which are in order."""
+    places = {0, len(saved) // 2, len(saved) - 1} if saved else set[int]()
+    return [saved[place] for place in sorted(places)]
+
+
 def rollout_groups(rollouts: Sequence[RolloutView]) -> list[RolloutGroup]:
     """The rollouts of the first, a middle and the last saved step, in order."""
     by_step: dict[int, list[RolloutView]] = {}
@@ -130,7 +139,8 @@ def rollout_groups(rollouts: Sequence[RolloutView]) -> list[RolloutGroup]:
     steps = sorted(by_step)
     if not steps:
         return []
-    chosen = {steps[0]: "early", steps[len(steps) // 2]: "middle", steps[-1]: "late"}
+    chosen = dict(zip(shown_steps(steps), ("early", "middle", "late"), strict=False))
+    chosen[steps[-1]] = "late"
     return [
         _rollout_group(step, label if len(steps) > 1 else "only saved step", by_step[step])
         for step, label in sorted(chosen.items())

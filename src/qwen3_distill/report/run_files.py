@@ -1,7 +1,5 @@
 """Reads the files of a run folder that the report shows."""
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +7,15 @@ from typing import Any
 
 from qwen3_distill.errors import DataError
 from qwen3_distill.recording.cost_records import CostTotals, read_cost
-from qwen3_distill.recording.jsonl import read_jsonl
+from qwen3_distill.recording.records import (
+    is_number,
+    read_evaluations,
+    read_steps,
+    read_summary,
+)
 from qwen3_distill.report.drawing import Point
 from qwen3_distill.report.timeline import Timeline, load_timeline
+from qwen3_distill.utils.json_text import read_json_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,19 +31,28 @@ class RunFiles:
     evaluations: Sequence[Mapping[str, Any]]
     timeline: Timeline | None
     cost: CostTotals | None
+    notes: Sequence[str]
+    """A line for each thing that is left out of the page, with the cause."""
 
     @classmethod
     def load(cls, folder: Path, *, with_timeline: bool = True) -> "RunFiles":
+        """Read a folder's files.
+
+        Raises:
+            DataError: a record has another form. An old trace is left out, and `notes` says so.
+        """
+        notes: list[str] = []
         return cls(
             name=folder.resolve().name,
             config=_json_if_there(folder / "config.json"),
             manifest=_json_if_there(folder / "manifest.json"),
             prompt=_json_if_there(folder / "prompt.json"),
-            summary=_json_if_there(folder / "summary.json"),
-            steps=_jsonl_if_there(folder / "metrics.jsonl"),
-            evaluations=_jsonl_if_there(folder / "evaluations.jsonl"),
-            timeline=load_timeline(folder) if with_timeline else None,
+            summary=_summary_if_there(folder / "summary.json"),
+            steps=read_steps(folder / "metrics.jsonl", complete=False),
+            evaluations=read_evaluations(folder / "evaluations.jsonl", complete=False),
+            timeline=load_timeline(folder, note=notes.append) if with_timeline else None,
             cost=read_cost(folder, with_points=True),
+            notes=notes,
         )
 
     def points(self, key: str) -> list[Point]:
@@ -94,23 +107,12 @@ class RunFiles:
 
 def _json_if_there(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a JSON object")
-    return content
+        raise DataError(f"{path} is no record of a run: {error}") from error
 
 
-def _jsonl_if_there(path: Path) -> list[dict[str, Any]]:
-    try:
-        return read_jsonl(path)
-    except FileNotFoundError:
-        return []
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value read from JSON is a finite number."""
-    return isinstance(value, int | float) and math.isfinite(value)
+def _summary_if_there(path: Path) -> dict[str, Any] | None:
+    return read_summary(path) if path.exists() else None

@@ -274,7 +274,11 @@ def test_nulls_at_any_depth_are_refused(tmp_path: Path, name: str, values: Any) 
         ("score_kind", ["sampled", "top_k", "full", "top_k"], r"row 2 .*'full', expected \["),
         ("score_kind", ["top_k", "top_k", "hidden", "top_k"], "row 0 .*'candidate_ids' is null"),
         ("candidate_ids", [None, [[1]], None, [[1, 2], [3]]], "row 1 .*candidate_ids"),
-        ("candidate_ids", [None, [[1] * 3], None, [[1, 2], [3]]], "row 3 .*'candidate_ids' has li"),
+        (
+            "candidate_ids",
+            [None, [[1, 2, 3]], None, [[1, 2], [3]]],
+            "row 3 .*'candidate_ids' has li",
+        ),
         ("temperature", [1.0, 1.0, -1.0, 1.0], "row 2 .*temperature=-1"),
     ],
 )
@@ -416,3 +420,69 @@ def test_missing_truncated_and_damaged_files(tmp_path: Path) -> None:
         read_scored(path)
     path.write_bytes(whole)
     assert_same(read_scored(path), rows)
+
+
+# --- What a file says about a model ---------------------------------------------------------------
+
+
+def largest_id(rows: list[tuple[int, ScoredRollout]]) -> int:
+    """The largest token id of a file, candidates included."""
+    arrays = [
+        array for _, s in rows for array in (s.rollout.prompt.token_ids, s.rollout.response_ids)
+    ]
+    arrays += [s.score.candidate_ids for _, s in rows if isinstance(s.score, TopKScore)]
+    return max(int(array.max()) for array in arrays)
+
+
+def test_ids_outside_of_the_vocabulary_are_refused_at_reading(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    rows = write_sample(path)
+    largest = largest_id(rows)
+    assert len(read_scored(path, vocab_size=largest + 1)) == len(rows)
+    with pytest.raises(DataError, match=rf"row \d+ has the token id {largest} in \w+, expected"):
+        read_scored(path, vocab_size=largest)
+    with pytest.raises(DataError, match="the file is of another model"):
+        read_rollouts(path, vocab_size=1)
+
+
+def test_a_negative_id_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    write_sample(path)
+    for name in ("prompt_ids", "response_ids"):
+        table = pq.read_table(path)
+        values = table.column(name).to_pylist()
+        values[1][0] = -1
+        other = tmp_path / f"{name}.parquet"
+        rewrite(other, with_column(table, name, values))
+        with pytest.raises(DataError, match=r"row 1 .*-1 is no token id"):
+            read_scored(other)
+
+
+def test_candidates_twice_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    write_sample(path)
+    table = pq.read_table(path)
+    values = table.column("candidate_ids").to_pylist()
+    row = next(index for index, value in enumerate(values) if value is not None)
+    values[row][0][1] = values[row][0][0]
+    rewrite(path, with_column(table, "candidate_ids", values))
+    with pytest.raises(DataError, match=f"row {row} .*has an id twice"):
+        read_scored(path)
+
+
+def test_a_rollout_twice_in_a_step_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    write_sample(path)
+    table = pq.read_table(path)
+    rewrite(path, pa.concat_tables([table, table.slice(2, 1)]))
+    with pytest.raises(DataError, match=r"row 4 is rollout .* again, which row 2 has"):
+        read_rollouts(path)
+
+
+def test_hidden_states_of_another_teacher_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    rows = write_sample(path)
+    (size,) = {s.score.hidden.shape[1] for _, s in rows if isinstance(s.score, HiddenScore)}
+    assert len(read_scored(path, hidden_size=size)) == len(rows)
+    with pytest.raises(DataError, match=f"hidden states of {size} numbers, expected the teacher's"):
+        read_scored(path, hidden_size=size + 1)
