@@ -10,7 +10,7 @@ LOCK ?=
 ENGINE_PYTHON ?= $(PYTHON)
 ENVIRONMENT := $(ENGINE_PYTHON) src/qwen3_distill/environments/make.py
 
-.PHONY: help demo test test-engines test-vllm test-sglang test-unsloth test-engines-together test-transformers4 test-gpu gpu-check check format hooks docs clean
+.PHONY: help demo test test-engines test-vllm test-sglang test-unsloth test-engines-together test-transformers4 test-gpu gpu-check fuzz check format hooks docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -87,6 +87,11 @@ gpu-check: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(VENV)/installed-dev) ## on a 
 	  --suites runs/gpu-check/*.xml; \
 	$(GPU_PYTHON) -m benchmarks.speed.stages --config $(STAGES_CONFIG) "$$@" $(STAGES_SETTINGS); \
 	exit $$failed
+
+# FUZZ: further arguments, e.g. make fuzz FUZZ="--seed 7 --kinds replies --out runs/fuzz.json"
+FUZZ ?= --out runs/fuzz.json
+fuzz: $(VENV)/installed-dev ## odd configs, replies, files and model directories in great numbers
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.robustness.fuzz $(FUZZ)
 
 check: $(VENV)/installed-dev ## ruff, pyright, import contract
 	$(BIN)/ruff check .
