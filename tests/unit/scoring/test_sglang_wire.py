@@ -373,7 +373,8 @@ def answer(ids: list[int], values: list[float | None] | None = None, **meta: Any
 
 def read_three(raw: bytes, **sampling: Any) -> Any:
     spec = make_spec(**({"max_new_tokens": 3} | sampling))
-    return read_answer(raw, make_request("r", make_prompt(2), spec), EOS, VERSION)
+    request = make_request("r", make_prompt(2), spec)
+    return read_answer(raw, request, EOS, VERSION, vocab_size=VOCAB)
 
 
 @pytest.mark.parametrize(
