@@ -22,5 +22,9 @@ class Schema(BaseModel):
     """Base of all sections."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,  # it may hold a secret
     )

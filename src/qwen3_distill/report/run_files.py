@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen3_distill.config.redaction import recordable
 from qwen3_distill.errors import DataError
 from qwen3_distill.recording.jsonl import read_jsonl
 from qwen3_distill.report.drawing import Point
@@ -28,9 +29,10 @@ class RunFiles:
 
     @classmethod
     def load(cls, folder: Path) -> "RunFiles":
+        config = _json_if_there(folder / "config.json")
         return cls(
             name=folder.resolve().name,
-            config=_json_if_there(folder / "config.json"),
+            config=None if config is None else recordable(config),
             manifest=_json_if_there(folder / "manifest.json"),
             prompt=_json_if_there(folder / "prompt.json"),
             summary=_json_if_there(folder / "summary.json"),

@@ -9,6 +9,9 @@ import json
 import re
 from urllib.parse import quote, unquote
 
+from qwen3_distill.utils.printable import excerpt
+
+_LONGEST = 600
 HIDDEN = "(hidden)"
 _WINDOW = 8
 """Characters of a secret in a row that are hidden: a text may hold a part of it."""
@@ -50,6 +53,11 @@ def without_secrets(text: str) -> str:
         parts += [text[shown_to:start], HIDDEN]
         shown_to = stop
     return "".join([*parts, text[shown_to:]])
+
+
+def text_of_others(text: str) -> str:
+    """Return a text that may hold others' words as one short printable line without secrets."""
+    return excerpt(without_secrets(text), _LONGEST)
 
 
 def without_user(url: str) -> str:

@@ -12,8 +12,8 @@ from urllib.parse import unquote, urlsplit
 import httpx
 
 from qwen3_distill.errors import EngineError
-from qwen3_distill.scoring.sglang.faults import FaultKind, Refused, Unanswered, fault_text
-from qwen3_distill.utils.secrets import remember_secret, without_user
+from qwen3_distill.scoring.sglang.faults import FaultKind, Refused, Unanswered
+from qwen3_distill.utils.secrets import remember_secret, text_of_others, without_user
 
 _CONNECT_TIMEOUT_S = 10.0
 _KEEP_ALIVE_S = 3.0
@@ -196,7 +196,7 @@ def _is_final(status: int) -> bool:
 
 
 def _raise_for(status: int, connection: ServerConnection, reply: bytes) -> bytes:
-    detail = fault_text(f"{connection.url}: status {status}: {_text(reply)}")
+    detail = text_of_others(f"{connection.url}: status {status}: {_text(reply)}")
     if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
         raise EngineError(
             f"{detail}; the server wants another key: set scoring.api_key_file to a file "
@@ -206,7 +206,7 @@ def _raise_for(status: int, connection: ServerConnection, reply: bytes) -> bytes
 
 
 def _text(reply: bytes) -> str:
-    return fault_text(reply.decode("utf-8", errors="replace"))[:_ERROR_CHARACTERS]
+    return text_of_others(reply.decode("utf-8", errors="replace"))[:_ERROR_CHARACTERS]
 
 
 def backoff_s(attempt: int) -> float:

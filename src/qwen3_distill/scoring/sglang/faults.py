@@ -3,10 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from qwen3_distill.utils.printable import excerpt
-from qwen3_distill.utils.secrets import without_secrets
-
-_DETAIL_LENGTH = 600
+from qwen3_distill.utils.secrets import text_of_others
 
 
 class FaultKind(str, Enum):
@@ -38,20 +35,15 @@ class FaultKind(str, Enum):
     """No connection, or a broken one."""
 
 
-def fault_text(text: str) -> str:
-    """Return a text that may hold words of a server as one short printable line without secrets."""
-    return excerpt(without_secrets(text), _DETAIL_LENGTH)
-
-
 @dataclass(frozen=True)
 class Fault:
-    """Why a job got no score from this reply. The detail is made harmless by `fault_text`."""
+    """Why a job got no score from this reply. The detail may hold words of a server."""
 
     kind: FaultKind
     detail: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "detail", fault_text(self.detail))
+        object.__setattr__(self, "detail", text_of_others(self.detail))
 
 
 class _FaultError(Exception):
@@ -72,4 +64,4 @@ class Refused(Exception):
     """The server refused a request; sending it again changes nothing."""
 
     def __init__(self, detail: str) -> None:
-        super().__init__(fault_text(detail))
+        super().__init__(text_of_others(detail))
