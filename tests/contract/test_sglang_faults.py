@@ -320,7 +320,8 @@ def test_requests_keep_prompts_together_within_the_budget_and_the_limit(bench: B
         kept = [ids[:8] for ids in request["input_ids"]]
         assert kept == sorted(kept, key=in_order.index)
     assert proxy.most_in_flight == 2
-    assert proxy.num_connections <= 3  # kept alive; one more since the start may have closed
+    # What a server sends unasked or too late cannot be taken for the reply to another request.
+    assert proxy.num_connections == len(proxy.requests)
 
 
 def test_a_proxy_of_the_environment_is_not_used(

@@ -16,8 +16,6 @@ from qwen3_distill.scoring.sglang.faults import FaultKind, Refused, Unanswered
 from qwen3_distill.utils.secrets import remember_secret, text_of_others, without_user
 
 _CONNECT_TIMEOUT_S = 10.0
-_KEEP_ALIVE_S = 3.0
-"""Shorter than the server's 5 s, so that no request uses a connection that it is closing."""
 _REST_S = 2.0
 """How long other servers are preferred to one that failed."""
 BACKOFF_S = 0.5
@@ -67,7 +65,9 @@ class SglangClient:
                 **({"Authorization": f"Bearer {api_key}"} if api_key else {}),
             },
             timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),  # `_exchange` has a deadline
-            limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S),
+            # A connection a request: what a server sends without being asked, or too late, cannot
+            # be taken for the reply to the next one.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             trust_env=False,  # a proxy of the environment is not meant for these
         )
 
