@@ -19,6 +19,7 @@ ODD_VALUES: tuple[Any, ...] = (
     *(None, True, False, [], {}, [[]], [None], [{}], {"0": 1}, [-8.7], {"a": {"a": {}}}),
     *(*ODD_NUMBERS, *ODD_TEXTS),
 )
+_MOST = 1e300
 Place = tuple[Any, Any]
 """A container and the key or index of one of its values."""
 
@@ -72,7 +73,7 @@ def _odd_number(root: Any, rng: random.Random, secret: str) -> None:
     if not (places := _numbers(root)):
         return
     node, key = rng.choice(places)
-    old = node[key]
+    old = node[key] if abs(node[key]) < _MOST else 1
     node[key] = rng.choice(
         (str(old), [old], {"0": old}, bool(old), False, -old, old + 0.5, None, *ODD_NUMBERS)
     )
@@ -85,7 +86,7 @@ def _every_number(root: Any, rng: random.Random, secret: str) -> None:
         (str, bool, lambda old: [old], lambda old: False, float, lambda old: {"0": old})
     )
     for node, key in _numbers(root):
-        if type(node[key]) is kind:
+        if type(node[key]) is kind and abs(node[key]) < _MOST:
             node[key] = change(node[key])
 
 

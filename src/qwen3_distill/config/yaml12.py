@@ -18,7 +18,16 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Yaml12Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a malformed number such as 0x_
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(_reason(error).split())}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Say what is wrong and where; the line itself is left out: it may hold a secret."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        for mark in (error.context_mark, error.problem_mark):
+            if mark is not None:
+                mark.buffer = None
+    return str(error)
 
 
 class _Yaml12Loader(yaml.SafeLoader):
