@@ -63,7 +63,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 def _shown(key: str, override: str) -> str:
     """Return the override as errors show it: without the value of what may be a secret."""
     parts = tuple(re.split(r"[.\s:]+", key.strip()))
-    if may_be_secret(parts):
+    if may_be_secret(parts) or "{" in override:  # a section holds any setting
         return f"of {'.'.join(parts[:2])} (its value is not shown)"
     return excerpt(without_user(repr(override)))
 

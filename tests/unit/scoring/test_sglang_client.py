@@ -48,9 +48,9 @@ def says(body: bytes, *headers: str, status: str = "200 OK") -> Writes:
     return write
 
 
-def fault_of(writes: Writes, **how: int) -> Unanswered:
+def fault_of(writes: Writes, *, max_bytes: int = 1000, timeout_s: float = 1.0) -> Unanswered:
     with pytest.raises(Unanswered) as error:
-        ask(writes, **how)
+        ask(writes, max_bytes=max_bytes, timeout_s=timeout_s)
     return error.value
 
 
