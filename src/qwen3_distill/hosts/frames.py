@@ -18,7 +18,7 @@ from qwen3_distill.errors import DistillError
 
 _LENGTH = struct.Struct("<Q")
 _MAX_BYTES = 1 << 40
-"""More than any frame has: a length beyond it is no length."""
+"""A larger length is no length: no frame has as many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ async def write_frame(writer: asyncio.StreamWriter, frame: ToWorker | ToControll
 
 
 class FrameError(Exception):
-    """What came is no frame; nothing after it can be read."""
+    """Bytes came that are no frame; nothing after them can be read."""
 
 
 async def read_frame(reader: asyncio.StreamReader) -> Any:

@@ -1,4 +1,4 @@
-"""What a reply may be instead of a score: the kinds of faults, and their texts."""
+"""Defines the kinds of faults: what a reply may be instead of a score."""
 
 from dataclasses import dataclass
 from enum import Enum

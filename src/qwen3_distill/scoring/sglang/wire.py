@@ -54,7 +54,7 @@ _BYTES_PER_SEQUENCE = 8 << 10
 _BYTES_PER_ROW = 96
 """A logprob in full precision, its token id and null take at most 45 bytes."""
 _BYTES_PER_MASK = 12 * MAX_TOP_K
-"""Of a sampled token: the ids that top-k and top-p kept."""
+"""The ids that top-k and top-p kept, for one sampled token."""
 
 
 def score_body(jobs: Sequence[ScoringJob], request: ScoreRequest) -> bytes:
