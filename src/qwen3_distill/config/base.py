@@ -33,4 +33,5 @@ class Schema(BaseModel):
         strict=True,
         allow_inf_nan=False,
         use_attribute_docstrings=True,
+        hide_input_in_errors=True,  # it may hold a secret
     )

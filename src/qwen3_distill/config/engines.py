@@ -7,6 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, JsonValue, field_validator, model_validator
 from typing_extensions import Self
 
+from qwen3_distill.config.addresses import checked_url, has_user
 from qwen3_distill.config.base import (
     Device,
     Dtype,
@@ -20,6 +21,7 @@ from qwen3_distill.config.base import (
     Threads,
 )
 from qwen3_distill.config.learning import FullTuning, LoraTuning, OptimizerConfig, TuningConfig
+from qwen3_distill.utils.secrets import is_secret_name
 
 VLLM_MAX_RANK = 512
 """The highest LoRA rank that vLLM has kernels for."""
@@ -44,11 +46,6 @@ VLLM_OPTIONS = {
     "worker_extension_cls": "this package: it loads the weights",
 }
 """Arguments of vLLM that may not be in ``engine_arguments``, and what sets them."""
-
-
-def _as_yaml(value: object) -> str:
-    """Return a value as a YAML file has it."""
-    return json.dumps(value)
 
 
 class _Supervised(Schema):
@@ -116,9 +113,11 @@ class _EngineProcess(_Supervised):
             if not name or "=" in name or "\0" in name:
                 raise ValueError(f"{name!r} is no name of a variable: it is empty or has a `=`")
             if not isinstance(value, str):
+                hides = is_secret_name(name) or isinstance(value, dict | list)
+                found = "no text" if hides else f"{value!r} ({type(value).__name__})"
+                written = "VALUE" if hides else json.dumps(value)
                 raise ValueError(
-                    f"{name} is {value!r} ({type(value).__name__}), and variables are text; write "
-                    f'{name}: "{_as_yaml(value)}"'
+                    f'{name} is {found}, and variables are text; write {name}: "{written}"'
                 )
             if "\0" in value:
                 raise ValueError(f"{name} holds a NUL character, which no variable may")
@@ -328,9 +327,16 @@ class SglangScoring(_EngineProcess):
 
     @model_validator(mode="after")
     def _urls_exclude_port_and_need_no_key(self) -> Self:
-        bad = [url for url in self.urls if not url.startswith(("http://", "https://"))]
-        if bad:
-            raise ValueError(f"urls: {bad[0]!r} is no address; expected e.g. http://10.0.0.2:30000")
+        for url in self.urls:
+            try:
+                checked_url(url)
+            except ValueError as error:
+                raise ValueError(f"urls: {error}") from None
+        if self.api_key_file is not None and any(has_user(url) for url in self.urls):
+            raise ValueError(
+                "urls has user:password@ and api_key_file is set, and a request carries one of "
+                "them only; drop one"
+            )
         if self.urls and self.port is not None:
             raise ValueError(
                 "port is for a server that the run starts, and urls names existing ones: drop one"

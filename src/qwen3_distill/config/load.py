@@ -16,23 +16,38 @@ from pydantic import ValidationError
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.moved import find_paths
 from qwen3_distill.config.overrides import apply_override, run_schema
+from qwen3_distill.config.redaction import may_be_secret, not_recorded
 from qwen3_distill.config.schema import locate, option_schemas
 from qwen3_distill.config.yaml12 import parse_yaml
 from qwen3_distill.errors import ConfigError
+from qwen3_distill.utils.printable import excerpt
+from qwen3_distill.utils.secrets import without_user
 from qwen3_distill.utils.shown import shortened, shown
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, for_records: bool = False
+) -> RunConfig:
     """Read, override and check a config file.
 
     Args:
-        path: YAML or JSON; a run folder's ``config.json`` works as well.
+        path: YAML or JSON; a run folder's ``config.json`` works as well, if what it leaves out
+            (`redaction.recordable`) is given by overrides.
         overrides: ``key.sub=value`` each; see `overrides.apply_override`.
+        for_records: the config is read about a run, and starts none; what was left out may lack.
 
     Raises:
         ConfigError: names every wrong key with what was expected.
     """
-    return check_config(load_values(path, overrides), source=str(path))
+    values = load_values(path, overrides)
+    left_out = [] if for_records else not_recorded(values)
+    if left_out:
+        raise ConfigError(
+            f"{path}: a run folder does not keep {', '.join(left_out)}, because it may be a "
+            f"secret; give it again, e.g. {left_out[0]}=VALUE after the config, or use the config "
+            "file that the run was started with"
+        )
+    return check_config(values, source=str(path))
 
 
 def load_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -62,7 +77,9 @@ def check_config(values: dict[str, Any], source: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        lines = [shortened(_explain(problem), _LINE_LENGTH) for problem in error.errors()]
+        lines = [
+            shortened(without_user(_explain(problem)), _LINE_LENGTH) for problem in error.errors()
+        ]
         if len(lines) > _MOST_LINES:
             lines[_MOST_LINES:] = [f"and {len(lines) - _MOST_LINES} more"]
         raise ConfigError(f"{source}: " + "\n  ".join(["", *lines]).strip()) from None
@@ -122,7 +139,23 @@ def _explain(problem: Any) -> str:
     if kind in _FRIENDLY:
         return f"{path}: {_FRIENDLY[kind]}"
     message = message[0].lower() + message[1:]
-    return f"{path}: {message}; got {shown(problem['input'])} ({type(problem['input']).__name__})"
+    return f"{path}: {message}; got {_found(keys, problem['input'])}"
+
+
+def _found(keys: tuple[str, ...], value: Any) -> str:
+    """Show a wrong value and its type; of one that may hold a secret, the type alone."""
+    kind = type(value).__name__
+    if may_be_secret(keys) or _has_text_inside(value):
+        return f"a value of type {kind}"
+    return f"{excerpt(without_user(shown(value)))} ({kind})"
+
+
+def _has_text_inside(value: Any) -> bool:
+    """Whether a list or mapping, which may be a whole section, has a text at any depth."""
+    children = list(value.values()) if isinstance(value, dict) else value
+    return isinstance(children, list) and any(
+        isinstance(child, str) or _has_text_inside(child) for child in children
+    )
 
 
 def _tags(context: dict[str, Any]) -> list[str]:

@@ -32,9 +32,18 @@ def parse_yaml(text: str, where: str) -> Any:
         )
     try:
         return yaml.load(text, Loader=_Yaml12Loader)
-    except Exception as error:  # PyYAML's constructors raise many kinds, by what is wrong
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{where}: not valid YAML: {shortened(reason)}") from error
+    except Exception as error:  # noqa: BLE001 - PyYAML's constructors raise many kinds
+        reason = " ".join(_reason(error).split()) or type(error).__name__
+        raise ConfigError(f"{where}: not valid YAML: {shortened(reason)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Say what is wrong and where; the line itself is left out: it may hold a secret."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        for mark in (error.context_mark, error.problem_mark):
+            if mark is not None:
+                mark.buffer = None
+    return str(error)
 
 
 class _Yaml12Loader(yaml.SafeLoader):

@@ -75,7 +75,7 @@ def read_finished_run(path: Path) -> FinishedRun:
     metrics = run / "metrics.jsonl"
     return FinishedRun(
         path=run,
-        config=load_config(config_file),
+        config=load_config(config_file, for_records=True),
         summary=_read_object(run / "summary.json"),
         manifest=_read_object(run / "manifest.json"),
         metrics=read_steps(metrics),

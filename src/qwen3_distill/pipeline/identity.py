@@ -8,6 +8,7 @@ from typing import Any
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.moved import PATH_SETTINGS
+from qwen3_distill.config.redaction import recordable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def config_digest(config: RunConfig, may_change: tuple[str, ...]) -> str:
     Args:
         may_change: settings and sections that are left out.
     """
-    values = config.model_dump(mode="json", exclude_defaults=True)
+    values = recordable(config.model_dump(mode="json", exclude_defaults=True))
     for key in (*may_change, *PATH_SETTINGS, "output_dir", "steps"):
         _remove(values, key.split("."))
     text = json.dumps(values, sort_keys=True)

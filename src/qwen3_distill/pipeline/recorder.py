@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import dump_config
+from qwen3_distill.config.redaction import recordable
 from qwen3_distill.data.rollout_files import write_scored
 from qwen3_distill.evaluation.evaluator import Evaluator
 from qwen3_distill.pipeline.assembly.data import build_checker, build_problems
@@ -108,7 +109,7 @@ class Recorder:
         self._trackers = open_trackers(
             self._config.logging,
             folder.path,
-            dump_config(self._config),
+            recordable(dump_config(self._config)),
             resume_step=start_step if start_step else None,
         )
         self._checkpoints = CheckpointStore(

@@ -15,6 +15,7 @@ from typing_extensions import Self
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import check_config, config_differences, dump_config
 from qwen3_distill.config.moved import PATH_SETTINGS, run_directory
+from qwen3_distill.config.redaction import recordable
 from qwen3_distill.errors import ConfigError, RunFolderError
 from qwen3_distill.pipeline.identity import RunIdentity, config_digest
 from qwen3_distill.pipeline.own_folder import refuse_inputs_as_student, require_own_folder
@@ -100,7 +101,7 @@ class RunFolder:
     def __init__(self, config: RunConfig) -> None:
         self.path = config.output_path
         self._lock: IO[str] | None = None
-        self._values = dump_config(config)
+        self._values = recordable(dump_config(config))
         self._config_digest = config_digest(config, MAY_CHANGE)
         self._identity: RunIdentity | None = None
         self.changes: list[str] = []
@@ -255,7 +256,7 @@ class RunFolder:
                 # First: without it, any start goes on from the newest checkpoint.
                 self.summary.unlink(missing_ok=True)
                 self.extended_from = None
-            write_json_atomic(self.config, self._values)
+            write_json_atomic(self.config, self._values, private=True)
             self.changes = []
 
     def close(self) -> None:
@@ -320,10 +321,12 @@ class RunFolder:
 
     def _check_config(self) -> None:
         if not self.config.exists() or not self.has_records:
-            write_json_atomic(self.config, self._values)
+            write_json_atomic(self.config, self._values, private=True)
             return
         old = self._read_config()
-        saved = _with_defaults(old)
+        saved = recordable(_with_defaults(old))
+        if old != recordable(old):  # of a version that kept secrets
+            write_json_atomic(self.config, recordable(old), private=True)
         differences = [
             line
             for line in config_differences(saved, self._values)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen3_distill.config.redaction import recordable
 from qwen3_distill.errors import DataError
 from qwen3_distill.recording.cost_records import CostTotals, read_cost
 from qwen3_distill.recording.records import (
@@ -42,9 +43,10 @@ class RunFiles:
             DataError: a record has another form. An old trace is left out, and `notes` says so.
         """
         notes: list[str] = []
+        config = _json_if_there(folder / "config.json")
         return cls(
             name=folder.resolve().name,
-            config=_json_if_there(folder / "config.json"),
+            config=None if config is None else recordable(config),
             manifest=_json_if_there(folder / "manifest.json"),
             prompt=_json_if_there(folder / "prompt.json"),
             summary=_summary_if_there(folder / "summary.json"),

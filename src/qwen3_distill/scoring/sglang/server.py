@@ -17,6 +17,7 @@ import yaml
 from qwen3_distill.config import SglangScoring
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.hosts.child import ChildProcess, engine_environment, how_to_install
+from qwen3_distill.utils.secrets import remember_secret
 
 HOST = "127.0.0.1"
 CPU_CACHE_TOKENS = 65536
@@ -93,6 +94,7 @@ class SglangServer:
         _check_free(port)
         self.url = f"http://{HOST}:{port}"
         self.api_key = secrets.token_hex(16)
+        remember_secret(self.api_key)
         # The key is passed in a file: every user can read a command line. SGLang also writes its
         # settings, the key among them, into its log.
         self._folder = Path(tempfile.mkdtemp(prefix="qwen3-distill-"))  # mode 0700
