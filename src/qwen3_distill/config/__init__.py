@@ -52,11 +52,14 @@ from qwen3_distill.config.learning import (
 )
 from qwen3_distill.config.objective import (
     BaselineConfig,
+    CrossEntropy,
     FullBaseline,
     FullDivergence,
+    GroupRelativePolicy,
     NoBaseline,
     ObjectiveConfig,
     ObjectiveSchema,
+    RewardScale,
     SampledReverseKL,
     TopKBaseline,
     TopKDivergence,
@@ -67,6 +70,7 @@ from qwen3_distill.config.operation import (
     CheckpointConfig,
     Harvest,
     LoggingConfig,
+    OfflinePipeline,
     PipelineConfig,
     PrefixBudget,
     SequentialPipeline,
@@ -75,6 +79,7 @@ from qwen3_distill.config.operation import (
     TrackioTracker,
     WandbTracker,
 )
+from qwen3_distill.config.rollouts import RolloutsConfig, SampledBy
 from qwen3_distill.config.run import RunConfig
 
 __all__ = [
@@ -85,6 +90,7 @@ __all__ = [
     "CheckpointConfig",
     "ChoiceVerifier",
     "ConstantSchedule",
+    "CrossEntropy",
     "EmbeddedGeneration",
     "EmbeddedScoring",
     "EmbeddedTraining",
@@ -94,6 +100,7 @@ __all__ = [
     "FullDivergence",
     "FullTuning",
     "GenerationConfig",
+    "GroupRelativePolicy",
     "Harvest",
     "HuggingFacePrompts",
     "JsonlPrompts",
@@ -103,6 +110,7 @@ __all__ = [
     "NoBaseline",
     "ObjectiveConfig",
     "ObjectiveSchema",
+    "OfflinePipeline",
     "OptimizerConfig",
     "ParquetPrompts",
     "PipelineConfig",
@@ -115,7 +123,10 @@ __all__ = [
     "RegexVerifier",
     "ReplayConfig",
     "ReplayLaw",
+    "RewardScale",
+    "RolloutsConfig",
     "RunConfig",
+    "SampledBy",
     "SampledReverseKL",
     "SamplingConfig",
     "ScheduleConfig",

@@ -11,6 +11,7 @@ PATH_SETTINGS = (
     "scoring.model",
     "prompts.path",
     "evaluation.prompts.path",
+    "rollouts.file",
     "generation.python",
     "scoring.python",
     "training.python",

@@ -58,6 +58,16 @@ class SequentialPipeline(_Pipeline):
     kind: Literal["sequential"]
 
 
+class OfflinePipeline(_Pipeline):
+    """Collects rollouts and scores once, with the student as it is before the run, then trains on
+    them in as many epochs as `steps` asks for. Epoch 0 takes them in order, later ones shuffled."""
+
+    kind: Literal["offline"]
+    collect_steps: PositiveInt | None = None
+    """Number of steps whose rollouts are collected; null: as many as `steps`, so one epoch. Refused
+    with rollouts.source=file, where the file has as many as it has."""
+
+
 class PrefixBudget(Schema):
     """Limits most rollouts to their first tokens; the rest is never sampled."""
 
@@ -112,5 +122,5 @@ class StreamingPipeline(_Pipeline):
 
 
 PipelineConfig: TypeAlias = Annotated[
-    SequentialPipeline | StreamingPipeline, Field(discriminator="kind")
+    SequentialPipeline | StreamingPipeline | OfflinePipeline, Field(discriminator="kind")
 ]
