@@ -25,6 +25,7 @@ from qwen3_distill.types import (
     TeacherScore,
     TokenSpan,
     TopKScore,
+    TrainingRollout,
     VersionSpan,
     WeightVersion,
 )
@@ -32,11 +33,12 @@ from qwen3_distill.utils.files import atomic_path
 
 Decode: TypeAlias = Callable[[Sequence[int]], str]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Schema number of the files that are written.
 
-Files of version 2, without the column ``sampled``, are read too:
-their responses were sampled as a whole."""
+Older files are read too. Those of version 2 have no column ``sampled``: their responses were
+sampled as a whole. Those of version 2 and 3 have no column ``sampled_by_teacher``: the student
+sampled them."""
 OLDEST_READABLE = 2
 VERSION_KEY = b"qwen3_distill.rollouts.schema_version"
 """Key of the Parquet metadata that holds the file's schema version."""
@@ -174,6 +176,14 @@ _ROLLOUT_COLUMNS = (
     ),
     _Column("continues_at", _INT32, "rollout.continues_at"),
     _Column("versions", _VERSIONS, "rollout.versions", _version_rows, _version_spans),
+    _Column(  # empty: the student sampled it
+        "sampled_by_teacher",
+        _STRING,
+        "rollout.teacher_id",
+        lambda teacher_id: teacher_id or "",
+        lambda value: value.as_py() or None,
+        since=4,
+    ),
     _Column("response_text", _STRING, "response_text"),  # for people; never read back
 )
 _SCORE_COLUMNS = (
@@ -299,6 +309,21 @@ def read_rollouts(path: str | Path) -> list[tuple[int, Rollout]]:
 def read_scored(path: str | Path) -> list[tuple[int, ScoredRollout]]:
     """Read the (step, scored rollout) pairs of a file by `write_scored`; see `read_rollouts`."""
     return _read(Path(path), _SCORED_COLUMNS, _scored)
+
+
+def read_training(path: str | Path) -> list[tuple[int, TrainingRollout]]:
+    """Read the (step, rollout) pairs of either kind of file, with scores where it has them."""
+    has_scores = "score_kind" in _columns_of(Path(path))
+    if has_scores:
+        return [*read_scored(path)]
+    return [(step, TrainingRollout(rollout=rollout)) for step, rollout in read_rollouts(path)]
+
+
+def _columns_of(path: Path) -> list[str]:
+    try:
+        return pq.read_schema(path.absolute()).names
+    except (pa.ArrowException, OSError):
+        return []  # the reader says what is wrong with it
 
 
 class _Row:

@@ -49,6 +49,7 @@ from qwen3_distill.types import (
     Metric,
     ModelIdentity,
     ScoredRollout,
+    TrainingRollout,
     Update,
     WeightVersion,
 )
@@ -190,6 +191,7 @@ class TorchLearner:
 
     async def update(self, batch: Batch) -> Update:
         self._check_lengths(batch.scored)
+        self._check_samplers(batch.scored)
         return self._step(
             _Step(
                 micros=partial(micro_batches, batch),
@@ -217,6 +219,7 @@ class TorchLearner:
 
     async def admit(self, scored: Sequence[ScoredRollout]) -> None:
         self._check_lengths(scored)
+        self._check_samplers(scored)
         with self._memory_watched("new rollouts", "they were not kept"):
             self._kept.add(scored)
 
@@ -434,7 +437,18 @@ class TorchLearner:
         peak = torch.cuda.max_memory_allocated(device) / _GIB
         return (Metric.max("train/peak_memory_gib", peak),)
 
-    def _check_lengths(self, scored: Sequence[ScoredRollout]) -> None:
+    def _check_samplers(self, scored: Sequence[TrainingRollout]) -> None:
+        """Raise DataError for a rollout whose sampler the objective does not learn from."""
+        objective = self._settings.objective
+        for rollout in (entry.rollout for entry in scored):
+            if rollout.sampled_by not in objective.learns_from:
+                raise DataError(
+                    f"rollout {rollout.rollout_id} was sampled by the {rollout.sampled_by}, and "
+                    f"objective.kind={objective.kind} does not learn from that: "
+                    f"{objective.refusal}"
+                )
+
+    def _check_lengths(self, scored: Sequence[TrainingRollout]) -> None:
         for rollout in (entry.rollout for entry in scored):
             length = rollout.prompt.token_ids.size + rollout.num_tokens
             self._check_length(rollout.rollout_id, length)
