@@ -64,8 +64,8 @@ class OfflinePipeline(_Pipeline):
 
     kind: Literal["offline"]
     collect_steps: PositiveInt | None = None
-    """Number of steps whose rollouts are collected; null: as many as `steps`, so one epoch. Refused
-    with rollouts.source=file, where the file has as many as it has."""
+    """Number of steps whose rollouts are collected: `steps` / `collect_steps` is the number of
+    epochs. Required unless rollouts.source=file, where the file is all there is."""
 
 
 class PrefixBudget(Schema):

@@ -110,12 +110,17 @@ def offline_needs_ratio(config: "RunConfig") -> None:
         )
 
 
-def file_of_rollouts_needs_offline(config: "RunConfig") -> None:
+def offline_says_what_it_collects(config: "RunConfig") -> None:
     source, pipeline = config.rollouts.source, config.pipeline
     if source == "file" and pipeline.kind != "offline":
         raise ValueError(
             f"rollouts.source=file with pipeline.kind={pipeline.kind}: nothing is sampled, so "
             "there is no loop to run; use pipeline.kind=offline"
+        )
+    if pipeline.kind == "offline" and source != "file" and pipeline.collect_steps is None:
+        raise ValueError(
+            "pipeline.kind=offline without collect_steps: set pipeline.collect_steps to the number "
+            "of steps whose rollouts are collected before training, e.g. steps for one epoch"
         )
     if source == "file" and pipeline.kind == "offline" and pipeline.collect_steps is not None:
         raise ValueError(
@@ -372,7 +377,7 @@ RULES: tuple[Callable[["RunConfig"], None], ...] = (
     objective_has_its_teacher,
     evaluation_starts_no_server,
     objective_learns_from_its_samplers,
-    file_of_rollouts_needs_offline,
+    offline_says_what_it_collects,
     offline_needs_ratio,
     harvest_needs_the_student_alone,
     replay_keeps_rollouts_of_the_student,

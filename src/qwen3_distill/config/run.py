@@ -105,13 +105,6 @@ class RunConfig(Schema):
         return self.scoring if needed else None
 
     @property
-    def collect_steps(self) -> int:
-        """Steps whose rollouts an offline pipeline collects."""
-        pipeline = self.pipeline
-        stated = pipeline.collect_steps if pipeline.kind == "offline" else None
-        return self.steps if stated is None else stated
-
-    @property
     def max_in_flight(self) -> int:
         """Maximum rollouts in flight of a streaming pipeline."""
         pipeline = self.pipeline

@@ -251,6 +251,17 @@ def write_scored(
     _write(path, items, _SCORED_COLUMNS)
 
 
+def write_training(
+    path: str | Path, rollouts: Sequence[tuple[int, TrainingRollout]], decode: Decode
+) -> None:
+    """Write (step, rollout) pairs with their scores, or without if any has none."""
+    scored = [(step, item) for step, item in rollouts if isinstance(item, ScoredRollout)]
+    if len(scored) == len(rollouts):
+        write_scored(path, scored, decode)
+    else:
+        write_rollouts(path, [(step, item.rollout) for step, item in rollouts], decode)
+
+
 def _write(path: str | Path, items: Sequence[_Item], columns: Sequence[_Column]) -> None:
     metadata = {VERSION_KEY: str(SCHEMA_VERSION).encode()}
     table = pa.Table.from_arrays(
