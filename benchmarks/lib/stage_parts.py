@@ -91,7 +91,7 @@ def bare_requests(
 
     The function returns its seconds. It reads answers to the last byte and does not parse them.
     """
-    scoring = config.scoring
+    scoring = config.teacher
     assert scoring.kind == "sglang"
     assert teacher.server is not None
     request = config.objective.score_request

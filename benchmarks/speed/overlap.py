@@ -408,7 +408,7 @@ def main() -> None:
 def without_eos(config: RunConfig, folder: Path) -> dict[str, Any]:
     """Copy student and teacher, with the padding token as their end-of-sequence token."""
     copies: dict[str, str] = {}
-    for role, source in (("student", config.student.model), ("teacher", config.scoring.model)):
+    for role, source in (("student", config.student.model), ("teacher", config.teacher.model)):
         target = folder / role
         shutil.copytree(source, target)
         for name in ("config.json", "generation_config.json"):
@@ -419,7 +419,7 @@ def without_eos(config: RunConfig, folder: Path) -> dict[str, Any]:
         copies[role] = str(target)
     return {
         "student": config.student.model_copy(update={"model": copies["student"]}),
-        "scoring": config.scoring.model_copy(update={"model": copies["teacher"]}),
+        "scoring": config.teacher.model_copy(update={"model": copies["teacher"]}),
     }
 
 

@@ -51,7 +51,7 @@ def lab_run(
             "student": config.student.model_copy(
                 update={"model": str(ROOT / "models/lab/student")}
             ),
-            "scoring": config.scoring.model_copy(
+            "scoring": config.teacher.model_copy(
                 update={"model": str(ROOT / "models/lab/teacher")}
             ),
         }

@@ -202,7 +202,7 @@ def test_generation_runs_only_so_far_ahead_and_what_is_slow_may_be_older(
     ledger = Ledger.of(config)
     assert sorted(ledger.trained_numbers) == list(range(9 * 4))  # the slow one was not dropped
     ages = sorted(
-        version.step - item.rollout.oldest_version.step
+        version.step - item.rollout.versions[0].version.step
         for version, batch in zip(seen.steps, seen.batches, strict=True)
         for item in batch.scored
     )

@@ -74,10 +74,10 @@ class Parts:
     """Gives a training rollout a bool or a reward in [0, 1]; None without a verifier."""
     teacher_sampler: Callable[[], AbstractAsyncContextManager[Sampler]]
     """Opens a sampler that answers as the teacher, for an evaluation."""
-    teacher_rollouts: TeacherSampler | None
-    """Samples the teacher's answers to train on; None: the teacher gives none."""
     samples_elsewhere: bool
     """Whether the rollout engine has a process of its own."""
+    teacher_rollouts: TeacherSampler | None = None
+    """Samples the teacher's answers to train on; None: the teacher gives none."""
     data: DataRecord = field(default_factory=DataRecord)
     scratch: Path | None = None
     """Folder of the weight channel's files, removed at the end."""

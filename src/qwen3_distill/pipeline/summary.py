@@ -27,7 +27,6 @@ from qwen3_distill.types import (
     TrainingRollout,
 )
 
-
 _SCORED = {"loss/reverse_kl_nats", "loss/forward_kl_nats"}
 """Metrics of steps whose rollouts a teacher scored."""
 

@@ -305,8 +305,8 @@ def test_other_schema_versions_are_refused(tmp_path: Path, version: Any, named: 
     write_sample(path)
     rewrite(path, pq.read_table(path), version)
     message = (
-        rf"s\.parquet has rollout schema version {named}, expected '2' or '3' or '4'; read it with the "
-        "version of this package that wrote it"
+        rf"s\.parquet has rollout schema version {named}, expected '2' or '3' or '4'; read it "
+        "with the version of this package that wrote it"
     )
     for read in (read_rollouts, read_scored):
         with pytest.raises(DataError, match=message):
@@ -407,7 +407,7 @@ def test_a_file_of_schema_3_was_sampled_by_the_student(tmp_path: Path, taught: R
     assert_same(read_scored(path), rows)
     write_rollouts(path, [(1, taught)], decode)
     rewrite(path, pq.read_table(path), "3")
-    with pytest.raises(DataError, match="row 0 .*do not tile"):  # not taken for the student's
+    with pytest.raises(DataError, match=r"row 0 .*do not tile"):  # not taken for the student's
         read_rollouts(path)
 
 
