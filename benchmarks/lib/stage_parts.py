@@ -240,7 +240,7 @@ async def measure_resident(
     report.add(
         "resident",
         {figure: memory.peak_gib},
-        teacher=parts.teacher.teacher_id,
+        teacher=parts.required_teacher.teacher_id,
         generated_tokens=generated,
         first_step_s=stage_seconds(trace),
         learner_peak_gib=peak_gib(update),
@@ -258,7 +258,7 @@ async def opd_step(work: Work, parts: Parts, trace: Trace) -> tuple[int, Update]
     with trace.span("generate"):
         rollouts = await generate(parts.engine, requests)
     with trace.span("score"):
-        scored = await score(parts.teacher, parts.view, rollouts)
+        scored = await score(parts.required_teacher, parts.view, rollouts)
     with trace.span("train"):
         update = await parts.learner.update(parts.make_batch(scored))
     with trace.span("publish"):

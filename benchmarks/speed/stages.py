@@ -74,7 +74,7 @@ async def measure_together(arguments: argparse.Namespace, work: Work, report: Re
             if "generate" in wanted:
                 await measure_generate(work, report, parts.engine)
             if "score" in wanted:
-                await measure_score(work, report, parts.teacher)
+                await measure_score(work, report, parts.required_teacher)
             if "opd" in wanted:
                 await measure_opd(work, report, parts, memory)
             if "train" in wanted:
@@ -107,7 +107,7 @@ async def start_side_by_side(parts: Parts) -> None:
         await asyncio.sleep(delay_s)
         await start
 
-    engines = (parts.teacher, parts.engine, parts.learner)
+    engines = (parts.required_teacher, parts.engine, parts.learner)
     await asyncio.gather(
         *(later(index * STAGGER_S, engine.start()) for index, engine in enumerate(engines))
     )
@@ -129,7 +129,7 @@ async def measure_other_teacher(
     Args:
         before_bytes: memory of the device used before any engine was started.
     """
-    await parts.teacher.close()
+    await parts.required_teacher.close()
     scoring = work.config.teacher.model_copy(
         update={
             "model": arguments.resident_teacher,

@@ -88,6 +88,12 @@ class Parts:
         return None if self.config.objective.score_request is None else self.teacher
 
     @property
+    def required_teacher(self) -> TeacherScorer:
+        """The teacher of a run that has one."""
+        assert self.teacher is not None, "training needs no teacher"
+        return self.teacher
+
+    @property
     def counters(self) -> dict[str, float]:
         """Counts of engine and teacher since the start, by metric key."""
         return {**self.engine.counters, **({} if self.teacher is None else self.teacher.counters)}
