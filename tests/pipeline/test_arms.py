@@ -1,15 +1,18 @@
 """The arms beside on-policy distillation: who samples, with and without a teacher, offline."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qwen3_distill.config import RunConfig
+from qwen3_distill.config.load import load_config
 from qwen3_distill.data.rollout_files import read_rollouts, read_training, write_rollouts
 from qwen3_distill.errors import DataError, EngineError, RunFolderError
 from qwen3_distill.pipeline.collected import EpochSchedule
@@ -19,7 +22,8 @@ from qwen3_distill.pipeline.run import run
 from qwen3_distill.ports import Sampler
 from qwen3_distill.recording.console import SilentReporter
 from qwen3_distill.scoring.sampling import TeacherSampler
-from qwen3_distill.types import Rollout, RolloutRequest
+from qwen3_distill.training.batching import collate
+from qwen3_distill.types import Batch, FinishReason, Rollout, RolloutRequest
 from tests.contract.builders import make_prompt, make_request, make_spec, synthetic_rollout
 from tests.pipeline.builders import (
     FULL,
@@ -37,7 +41,7 @@ from tests.pipeline.builders import (
     tiny_values,
     write_config,
 )
-from tests.tiny_models import TinyModels
+from tests.tiny_models import EOS_ID, TinyModels
 
 TEACHER: Values = {"rollouts": {"source": "teacher"}}
 SFT: Values = {"objective": {"kind": "sft"}, **TEACHER}
@@ -377,3 +381,50 @@ def test_a_ratio_needs_rollouts_of_this_student(tiny_models: TinyModels, tmp_pat
     config = tiny_config(tiny_models, tmp_path / "run", changes)
     with pytest.raises(DataError, match="were sampled by other weights"):
         run(config, SilentReporter(), raise_warning)
+
+
+# --- The shipped configs --------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ("lab-sft", "lab-soft-labels", "lab-grpo", "lab-offline", "lab-mixture")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_config_of_an_arm_runs_on_the_lab_pair(name: str, tmp_path: Path) -> None:
+    config = load_config(
+        ROOT / "configs" / f"{name}.yaml",
+        [f"output_dir={tmp_path / name}", "steps=2", "prompts_per_step=4", "evaluation=null"]
+        + (["pipeline.collect_steps=1"] if name == "lab-offline" else []),
+    )
+    with _in_directory(ROOT):
+        run_to_end(config)
+    records = timeless(tmp_path / name / "metrics.jsonl")
+    assert len(records) == 2
+    assert max(record["optim/grad_norm"] for record in records) > 0
+
+
+@contextmanager
+def _in_directory(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def test_the_end_of_the_teachers_answers_is_trained_on(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    answer = synthetic_rollout(3, 5, 0)
+    ids = np.append(answer.response_ids[:-1], EOS_ID)
+    ended = replace(
+        answer, response_ids=ids, versions=(), teacher_id="t", finish_reason=FinishReason.STOP
+    )
+    write_rollouts(tmp_path / "r.parquet", [(0, ended)], str)
+    ((_, read),) = read_training(tmp_path / "r.parquet")
+    micro = collate(Batch.uniform([read]), [0])
+    assert micro.target_N.tolist() == ids.tolist()
+    assert micro.target_N.tolist()[-1] == EOS_ID
+    assert bool(micro.behavior_logprob_N.isnan().all())
+    assert bool(micro.teacher_logprob_N.isnan().all())
