@@ -83,7 +83,7 @@ class ObjectiveSchema(Schema):
 
     @property
     def group_scale(self) -> RewardScale:
-        """What a prompt's centred rewards are divided by."""
+        """Divisor of a prompt's centred rewards."""
         return "none"
 
     @property
@@ -287,9 +287,9 @@ class GroupRelativePolicy(ObjectiveSchema):
     clip_high: Annotated[float, Field(gt=0, le=100)] | None = None
     """epsilon above 1, if it is another one (DAPO, arXiv 2503.14476); null: `clip`."""
     reward_scale: RewardScale = "none"
-    """What a prompt's centred rewards are divided by. ``std``: by their standard deviation
-    (arXiv 2402.03300); ``none``: by nothing, because that favours prompts that are nearly always
-    or nearly never solved (Dr. GRPO, arXiv 2503.20783)."""
+    """Divisor of a prompt's centred rewards. ``std``: their standard deviation (arXiv 2402.03300);
+    ``none``: 1, because a standard deviation favours prompts that are nearly always or nearly never
+    solved (Dr. GRPO, arXiv 2503.20783)."""
 
     @property
     def uses_ratio(self) -> bool:

@@ -242,20 +242,8 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
     check_student_space(config, out)
     text = TextTools(config.student.model)
     is_correct = build_checker(config.verifier, text) if config.verifier else None
-    objective = config.objective
     learner = build_learner(config, teacher, plan)
-    batches = (
-        (
-            step,
-            make_batch(
-                [item if needs_scores else TrainingRollout(rollout=item.rollout) for item in group],
-                task_reward_weight=objective.reward_weight,
-                is_correct=is_correct,
-                scale=objective.group_scale,
-            ),
-        )
-        for step, group in _steps(rows)
-    )
+    batches = _batches(config, rows, is_correct)
 
     async def update_steps() -> int:
         try:
@@ -274,6 +262,27 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
 
     with signals_as_ctrl_c():
         return f"student after {asyncio.run(update_steps())} steps: {out}"
+
+
+def _batches(
+    config: RunConfig,
+    rows: Sequence[tuple[int, TrainingRollout]],
+    is_correct: Callable[[Rollout], float] | None,
+) -> Iterator[tuple[int, Batch]]:
+    """Make a batch of each step's rollouts; scores that the objective does not need are left."""
+    objective = config.objective
+    for step, group in _steps(rows):
+        if objective.score_request is None:
+            group = [TrainingRollout(rollout=item.rollout) for item in group]
+        yield (
+            step,
+            make_batch(
+                group,
+                task_reward_weight=objective.reward_weight,
+                is_correct=is_correct,
+                scale=objective.group_scale,
+            ),
+        )
 
 
 def _check_scored_by(
