@@ -39,7 +39,13 @@ from qwen3_distill.replay.buffer import ReplayBuffer
 from qwen3_distill.training.batching import MicroBatch, flat_micro_batches, micro_batches
 from qwen3_distill.training.lora import adapter_weights, merged_parameters
 from qwen3_distill.training.memory_lack import memory_lack
-from qwen3_distill.training.objectives.base import LossTerms, Objective, TensorMetric, read_scalars
+from qwen3_distill.training.objectives.base import (
+    LossTerms,
+    Objective,
+    TensorMetric,
+    check_samplers,
+    read_scalars,
+)
 from qwen3_distill.training.rank_place import StepShare, deal
 from qwen3_distill.training.ranks import Ranks
 from qwen3_distill.training.schedule import learning_rate_factor
@@ -191,7 +197,7 @@ class TorchLearner:
 
     async def update(self, batch: Batch) -> Update:
         self._check_lengths(batch.scored)
-        self._check_samplers(batch.scored)
+        check_samplers(self._settings.objective, batch.scored)
         return self._step(
             _Step(
                 micros=partial(micro_batches, batch),
@@ -219,7 +225,7 @@ class TorchLearner:
 
     async def admit(self, scored: Sequence[ScoredRollout]) -> None:
         self._check_lengths(scored)
-        self._check_samplers(scored)
+        check_samplers(self._settings.objective, scored)
         with self._memory_watched("new rollouts", "they were not kept"):
             self._kept.add(scored)
 
@@ -436,17 +442,6 @@ class TorchLearner:
             return ()
         peak = torch.cuda.max_memory_allocated(device) / _GIB
         return (Metric.max("train/peak_memory_gib", peak),)
-
-    def _check_samplers(self, scored: Sequence[TrainingRollout]) -> None:
-        """Raise DataError for a rollout whose sampler the objective does not learn from."""
-        objective = self._settings.objective
-        for rollout in (entry.rollout for entry in scored):
-            if rollout.sampled_by not in objective.learns_from:
-                raise DataError(
-                    f"rollout {rollout.rollout_id} was sampled by the {rollout.sampled_by}, and "
-                    f"objective.kind={objective.kind} does not learn from that: "
-                    f"{objective.refusal}"
-                )
 
     def _check_lengths(self, scored: Sequence[TrainingRollout]) -> None:
         for rollout in (entry.rollout for entry in scored):

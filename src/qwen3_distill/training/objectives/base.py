@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from qwen3_distill.config import ObjectiveSchema
-from qwen3_distill.errors import AlignmentError, ConfigError
+from qwen3_distill.errors import AlignmentError, ConfigError, DataError
 from qwen3_distill.modeling.head import TokenStatistics, token_stats
 from qwen3_distill.modeling.host_to_device import to_device
 from qwen3_distill.training.batching import HiddenMicroBatch, MicroBatch, TopKMicroBatch
-from qwen3_distill.types import Metric, Reduction
+from qwen3_distill.types import Metric, Reduction, TrainingRollout
 
 ConfigT = TypeVar("ConfigT", bound=ObjectiveSchema)
 
@@ -97,6 +97,17 @@ class Objective(Protocol):
             denominator: `Batch.denominator` of the whole step.
         """
         ...
+
+
+def check_samplers(objective: ObjectiveSchema, scored: Sequence[TrainingRollout]) -> None:
+    """Raise DataError for a rollout whose sampler the objective does not learn from."""
+    for rollout in (entry.rollout for entry in scored):
+        if rollout.sampled_by not in objective.learns_from:
+            raise DataError(
+                f"rollout {rollout.rollout_id} was sampled by the {rollout.sampled_by}, and "
+                f"objective.kind={vars(objective)['kind']} does not learn from that: "
+                f"{objective.refusal}"
+            )
 
 
 def weighted_mean(micro: MicroBatch, values_N: Tensor, denominator: float) -> Tensor:
