@@ -11,11 +11,12 @@ from qwen3_distill.errors import ConfigError
 from tests.unit.config.test_rules import GOOD
 
 PLAIN = {key: value for key, value in GOOD.items() if key != "replay"}
-OFFLINE = {"pipeline": {"kind": "offline"}}
+OFFLINE = {"pipeline": {"kind": "offline", "collect_steps": 2}}
 TEACHER = {"rollouts": {"source": "teacher"}}
 STUDENT = {"rollouts": {"source": "student"}}
 MIXTURE = {"rollouts": {"source": "mixture", "teacher_share": 0.5}}
-FILE = {"rollouts": {"source": "file", "file": "rollouts.parquet"}} | OFFLINE
+FILE = {"rollouts": {"source": "file", "file": "rollouts.parquet"}}
+FILE |= {"pipeline": {"kind": "offline"}}
 SAMPLED, SFT, GRPO, TOP_K, FULL = (
     {"objective": {"kind": kind}} for kind in ("sampled_reverse_kl", "sft", "grpo", "top_k", "full")
 )
@@ -62,6 +63,7 @@ REFUSED: list[tuple[list[dict[str, Any]], str]] = [
     ([{"rollouts": {"teacher_temperature": 0.7}}], "the teacher samples nothing"),
     ([FILE, {"pipeline": {"kind": "sequential"}}, SFT], "use pipeline.kind=offline"),
     ([FILE, {"pipeline": {"kind": "offline", "collect_steps": 3}}, SFT], "drop collect_steps"),
+    ([{"pipeline": {"kind": "offline"}}], "set pipeline.collect_steps"),
     ([OFFLINE, {"objective": {"kind": "sampled_reverse_kl", "ratio_cap": None}}], "set ratio_cap"),
     ([OFFLINE, GRPO], "pipeline.kind=offline with objective.kind=grpo.*tokens after it"),
     ([OFFLINE, {"replay": GOOD["replay"]}], "both train on rollouts again"),
@@ -99,11 +101,6 @@ def test_no_teacher_is_loaded_where_none_is_needed() -> None:
     assert config(TEACHER, SFT).loaded_teacher is not None
     with pytest.raises(ConfigError, match="add a `scoring` section"):
         _ = config(GRPO, NO_TEACHER).teacher
-
-
-def test_steps_to_collect_default_to_all() -> None:
-    assert config(OFFLINE).collect_steps == GOOD["steps"]
-    assert config({"pipeline": {"kind": "offline", "collect_steps": 2}}).collect_steps == 2
 
 
 @pytest.mark.parametrize("changes", [[FILE, SFT, NO_TEACHER], [MIXTURE, TOP_K], [GRPO]])
