@@ -118,10 +118,11 @@ def lay_out(
 def _models(
     config: RunConfig, student_shape: ModelShape | None, teacher_shape: ModelShape | None
 ) -> Models:
-    scoring, teacher = config.loaded_teacher, None
+    student, teacher = student_shape or read_shape(config.student.model), None
+    scoring = config.loaded_teacher
     if scoring is not None:
         teacher = teacher_shape or read_shape(scoring.model)
-    return Models(student=student_shape or read_shape(config.student.model), teacher=teacher)
+    return Models(student=student, teacher=teacher)
 
 
 def _device(config: RunConfig, device_memory_bytes: int | None) -> DeviceMemory:
