@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -214,8 +214,8 @@ class Rollout:
 
     Raises:
         AlignmentError: lengths disagree, a logprob is not finite, the sampled spans are empty, out
-            of order, without a gap between them or outside of the response, or the version spans
-            do not tile ``[0, S)``.
+            of order, without a gap between them or outside of the response, the version spans do
+            not tile ``[0, S)``, or a teacher's answer has any.
     """
 
     rollout_id: str
@@ -227,12 +227,16 @@ class Rollout:
     """[S] nats, under the distribution sampled from (after temperature, top-k and top-p). 0 where
     the sampling is greedy: that distribution has one token."""
     versions: tuple[VersionSpan, ...]
-    """Spans that tile ``[0, S)`` in order; more than one after an in-flight weight update."""
+    """The student's weights: spans that tile ``[0, S)`` in order; more than one after an in-flight
+    weight update. None where a teacher sampled: its weights have no place among the student's."""
     finish_reason: FinishReason
     continues_at: int = 0
     """Response tokens in earlier pieces of the rollout; ``prompt.token_ids`` ends with them."""
     sampled: tuple[TokenSpan, ...] = ()
-    """Which response tokens the student sampled. Left out: all of them, as one span."""
+    """Which response tokens were sampled. Left out: all of them, as one span."""
+    teacher_id: str | None = None
+    """The teacher that sampled the response, and whose logprobs `behavior_logprobs` are; None: the
+    student did."""
 
     def __post_init__(self) -> None:
         what = f"rollout {self.rollout_id}"
@@ -250,7 +254,13 @@ class Rollout:
             )
         edges = [0, *(span.stop for span in self.versions)]
         starts = [span.start for span in self.versions]
-        if starts != edges[:-1] or edges[-1] != logprobs.size or edges != sorted(set(edges)):
+        if self.teacher_id is not None:
+            if not self.teacher_id or self.versions:
+                raise AlignmentError(
+                    f"{what}: sampled by teacher {self.teacher_id!r} with {len(self.versions)} "
+                    "version spans, expected the teacher's name and no weights of a student"
+                )
+        elif starts != edges[:-1] or edges[-1] != logprobs.size or edges != sorted(set(edges)):
             raise AlignmentError(
                 f"{what}: version spans {[(s.start, s.stop) for s in self.versions]} do not tile "
                 f"its {logprobs.size} sampled tokens"
@@ -279,9 +289,15 @@ class Rollout:
         return self.continues_at == 0 and self.finish_reason is not FinishReason.HARVESTED
 
     @property
-    def oldest_version(self) -> WeightVersion:
-        """Oldest weights that sampled any of the tokens; they define the rollout's age."""
-        return min(span.version for span in self.versions)
+    def sampled_by(self) -> Literal["student", "teacher"]:
+        """The model that sampled the response."""
+        return "student" if self.teacher_id is None else "teacher"
+
+    @property
+    def oldest_version(self) -> WeightVersion | None:
+        """Oldest weights of the student that sampled any of the tokens; they define the rollout's
+        age. None where a teacher sampled: its answers do not age."""
+        return min((span.version for span in self.versions), default=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -442,16 +458,14 @@ ScoreResult: TypeAlias = TeacherScore | ScoreFailure
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredRollout:
-    """A rollout with its teacher's score: one value per sampled token.
+class TrainingRollout:
+    """A rollout to train on, without a score: for objectives that compare with no teacher.
 
     Raises:
-        AlignmentError: the score has another number of tokens.
         DataError: the rollout is greedy, so that no loss over samples may use it.
     """
 
     rollout: Rollout
-    score: TeacherScore
 
     def __post_init__(self) -> None:
         if self.rollout.sampling.is_greedy:
@@ -459,6 +473,21 @@ class ScoredRollout:
                 f"rollout {self.rollout.rollout_id} was sampled at temperature 0: greedy answers "
                 "are for evaluation and cannot be trained on; sample with a positive temperature"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredRollout(TrainingRollout):
+    """A rollout with its teacher's score: one value per sampled token.
+
+    Raises:
+        AlignmentError: the score has another number of tokens.
+        DataError: the rollout is greedy, so that no loss over samples may use it.
+    """
+
+    score: TeacherScore
+
+    def __post_init__(self) -> None:
+        TrainingRollout.__post_init__(self)
         if self.score.logprobs.size != self.rollout.num_loss_tokens:
             raise AlignmentError(
                 f"rollout {self.rollout.rollout_id}: {self.rollout.num_loss_tokens} sampled "
@@ -485,15 +514,16 @@ class Batch:
             rollout, or an importance weight is not positive.
     """
 
-    scored: tuple[ScoredRollout, ...]
+    scored: tuple[TrainingRollout, ...]
+    """With scores: all of them, or none."""
     importance_weights: FloatArray
     """[N] w_i > 0: corrects *which* rollout was drawn (prioritised replay); 1 if uniform."""
     task_advantages: FloatArray
-    """[N] weighted, group-centred task reward, added to every sampled token's advantage; 0 without
-    a task reward."""
+    """[N] weighted, group-centred task reward: added to every sampled token's advantage, or with
+    GRPO the advantage itself; 0 without a task reward."""
 
     @classmethod
-    def uniform(cls, scored: Sequence[ScoredRollout]) -> "Batch":
+    def uniform(cls, scored: Sequence[TrainingRollout]) -> "Batch":
         """Make a batch with weights 1 and without task reward."""
         return cls(
             scored=tuple(scored),
@@ -531,8 +561,10 @@ class Batch:
         )
 
     def lag_steps(self, version: WeightVersion) -> int:
-        """Age in optimizer steps of the oldest token, seen from ``version``."""
-        return max(version.step - s.rollout.oldest_version.step for s in self.scored)
+        """Age in optimizer steps of the student's oldest token, seen from ``version``; 0 where the
+        teacher sampled all."""
+        oldest = [s.rollout.oldest_version for s in self.scored]
+        return max((version.step - found.step for found in oldest if found), default=0)
 
 
 class Reduction(str, Enum):

@@ -52,11 +52,14 @@ from qwen3_distill.config.learning import (
 )
 from qwen3_distill.config.objective import (
     BaselineConfig,
+    CrossEntropy,
     FullBaseline,
     FullDivergence,
+    GroupRelativePolicy,
     NoBaseline,
     ObjectiveConfig,
     ObjectiveSchema,
+    RewardScale,
     SampledReverseKL,
     TopKBaseline,
     TopKDivergence,
@@ -68,6 +71,7 @@ from qwen3_distill.config.operation import (
     CostConfig,
     Harvest,
     LoggingConfig,
+    OfflinePipeline,
     PipelineConfig,
     PrefixBudget,
     SequentialPipeline,
@@ -76,6 +80,7 @@ from qwen3_distill.config.operation import (
     TrackioTracker,
     WandbTracker,
 )
+from qwen3_distill.config.rollouts import RolloutsConfig, SampledBy
 from qwen3_distill.config.run import RunConfig
 
 __all__ = [
@@ -87,6 +92,7 @@ __all__ = [
     "ChoiceVerifier",
     "ConstantSchedule",
     "CostConfig",
+    "CrossEntropy",
     "EmbeddedGeneration",
     "EmbeddedScoring",
     "EmbeddedTraining",
@@ -96,6 +102,7 @@ __all__ = [
     "FullDivergence",
     "FullTuning",
     "GenerationConfig",
+    "GroupRelativePolicy",
     "Harvest",
     "HuggingFacePrompts",
     "JsonlPrompts",
@@ -105,6 +112,7 @@ __all__ = [
     "NoBaseline",
     "ObjectiveConfig",
     "ObjectiveSchema",
+    "OfflinePipeline",
     "OptimizerConfig",
     "ParquetPrompts",
     "PipelineConfig",
@@ -117,7 +125,10 @@ __all__ = [
     "RegexVerifier",
     "ReplayConfig",
     "ReplayLaw",
+    "RewardScale",
+    "RolloutsConfig",
     "RunConfig",
+    "SampledBy",
     "SampledReverseKL",
     "SamplingConfig",
     "ScheduleConfig",

@@ -12,6 +12,7 @@ PATH_SETTINGS = (
     "scoring.model",
     "prompts.path",
     "evaluation.prompts.path",
+    "rollouts.file",
     "generation.python",
     "scoring.python",
     "training.python",

@@ -82,6 +82,16 @@ class SequentialPipeline(_Pipeline):
     kind: Literal["sequential"]
 
 
+class OfflinePipeline(_Pipeline):
+    """Collects rollouts and scores once, with the student as it is before the run, then trains on
+    them in as many epochs as `steps` asks for. Epoch 0 takes them in order, later ones shuffled."""
+
+    kind: Literal["offline"]
+    collect_steps: PositiveInt | None = None
+    """Number of steps whose rollouts are collected: `steps` / `collect_steps` is the number of
+    epochs. Required unless rollouts.source=file, where the file is all there is."""
+
+
 class PrefixBudget(Schema):
     """Limits most rollouts to their first tokens; the rest is never sampled."""
 
@@ -136,5 +146,5 @@ class StreamingPipeline(_Pipeline):
 
 
 PipelineConfig: TypeAlias = Annotated[
-    SequentialPipeline | StreamingPipeline, Field(discriminator="kind")
+    SequentialPipeline | StreamingPipeline | OfflinePipeline, Field(discriminator="kind")
 ]

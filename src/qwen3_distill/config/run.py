@@ -29,7 +29,9 @@ from qwen3_distill.config.operation import (
     PipelineConfig,
     SequentialPipeline,
 )
+from qwen3_distill.config.rollouts import RolloutsConfig
 from qwen3_distill.config.rules import check_rules
+from qwen3_distill.errors import ConfigError
 
 
 class RunConfig(Schema):
@@ -50,10 +52,13 @@ class RunConfig(Schema):
     prompts: PromptsConfig
     """Where training prompts come from."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    rollouts: RolloutsConfig = Field(default_factory=RolloutsConfig)
+    """Who samples what the student is trained on."""
     generation: GenerationConfig
     """The engine that samples from the student."""
-    scoring: ScoringConfig
-    """The teacher and the engine that scores with it."""
+    scoring: ScoringConfig | None = None
+    """The teacher and the engine that scores with it. Null: no teacher; only for an objective that
+    needs no scores, on rollouts that no teacher samples."""
     training: TrainingConfig
     """The learner."""
     objective: ObjectiveConfig
@@ -79,6 +84,27 @@ class RunConfig(Schema):
     @property
     def output_path(self) -> Path:
         return Path(self.output_dir)
+
+    @property
+    def teacher(self) -> ScoringConfig:
+        """The section `scoring`, for what cannot do without a teacher.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.scoring is None:
+            raise ConfigError("this needs a teacher, and scoring is null; add a `scoring` section")
+        return self.scoring
+
+    @property
+    def loaded_teacher(self) -> ScoringConfig | None:
+        """The teacher that training needs, for scores or samples; None: it is not loaded.
+
+        An evaluation may load an embedded teacher for itself.
+        """
+        samples = "teacher" in self.rollouts.samplers
+        needed = self.objective.score_request is not None or samples
+        return self.scoring if needed else None
 
     @property
     def max_in_flight(self) -> int:

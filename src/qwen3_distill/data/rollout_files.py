@@ -25,6 +25,7 @@ from qwen3_distill.types import (
     TeacherScore,
     TokenSpan,
     TopKScore,
+    TrainingRollout,
     VersionSpan,
     WeightVersion,
 )
@@ -33,11 +34,12 @@ from qwen3_distill.utils.shown import shortened
 
 Decode: TypeAlias = Callable[[Sequence[int]], str]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Schema number of the files that are written.
 
-Files of version 2, without the column ``sampled``, are read too:
-their responses were sampled as a whole."""
+Older files are read too. Those of version 2 have no column ``sampled``: their responses were
+sampled as a whole. Those of version 2 and 3 have no column ``sampled_by_teacher``: the student
+sampled them."""
 OLDEST_READABLE = 2
 VERSION_KEY = b"qwen3_distill.rollouts.schema_version"
 """Key of the Parquet metadata that holds the file's schema version."""
@@ -175,6 +177,14 @@ _ROLLOUT_COLUMNS = (
     ),
     _Column("continues_at", _INT32, "rollout.continues_at"),
     _Column("versions", _VERSIONS, "rollout.versions", _version_rows, _version_spans),
+    _Column(  # empty: the student sampled it
+        "sampled_by_teacher",
+        _STRING,
+        "rollout.teacher_id",
+        lambda teacher_id: teacher_id or "",
+        lambda value: value.as_py() or None,
+        since=4,
+    ),
     _Column("response_text", _STRING, "response_text"),  # for people; never read back
 )
 _SCORE_COLUMNS = (
@@ -240,6 +250,17 @@ def write_scored(
         for step, scored in step_scored
     ]
     _write(path, items, _SCORED_COLUMNS)
+
+
+def write_training(
+    path: str | Path, rollouts: Sequence[tuple[int, TrainingRollout]], decode: Decode
+) -> None:
+    """Write (step, rollout) pairs with their scores, or without if any has none."""
+    scored = [(step, item) for step, item in rollouts if isinstance(item, ScoredRollout)]
+    if len(scored) == len(rollouts):
+        write_scored(path, scored, decode)
+    else:
+        write_rollouts(path, [(step, item.rollout) for step, item in rollouts], decode)
 
 
 def _write(path: str | Path, items: Sequence[_Item], columns: Sequence[_Column]) -> None:
@@ -362,6 +383,27 @@ def _check_together(path: Path, rollouts: Sequence[tuple[int, Rollout]]) -> None
                 f"row {seen[key]} has; remove one of them"
             )
         seen[key] = row
+
+
+def read_training(
+    path: str | Path, *, vocab_size: int | None = None, hidden_size: int | None = None
+) -> list[tuple[int, TrainingRollout]]:
+    """Read the (step, rollout) pairs of either kind of file, with scores where it has them.
+
+    The arguments and errors are those of `read_scored`.
+    """
+    has_scores = "score_kind" in _columns_of(Path(path))
+    if has_scores:
+        return [*read_scored(path, vocab_size=vocab_size, hidden_size=hidden_size)]
+    rollouts = read_rollouts(path, vocab_size=vocab_size)
+    return [(step, TrainingRollout(rollout=rollout)) for step, rollout in rollouts]
+
+
+def _columns_of(path: Path) -> list[str]:
+    try:
+        return pq.read_schema(path.absolute()).names
+    except (pa.ArrowException, OSError):
+        return []  # the reader says what is wrong with it
 
 
 class _Row:

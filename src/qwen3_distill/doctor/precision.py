@@ -59,11 +59,11 @@ def audit_teacher(
     Raises:
         ConfigError: the teacher's directory is itself quantized and ``unquantized`` is None.
     """
-    named = config.scoring.model
+    named = config.teacher.model
     local = localize(config, say=say, warn=say)
     if unquantized is None:
-        _refuse_quantized(local.config.scoring.model, named)
-    config, scoring = local.config, local.config.scoring
+        _refuse_quantized(local.config.teacher.model, named)
+    config, scoring = local.config, local.config.teacher
     if out is not None:
         inputs = {**input_paths(config), "--unquantized": unquantized or scoring.model}
         refuse_inputs_as_output(out, inputs | ({"--rollouts": rollouts} if rollouts else {}))

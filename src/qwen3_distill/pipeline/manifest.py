@@ -116,15 +116,21 @@ def identity_record(identity: ModelIdentity) -> dict[str, Any]:
 
 
 def data_digests(config: RunConfig) -> dict[str, str]:
-    """Return the SHA-256 of each prompt file by its setting; datasets and tasks have none."""
+    """Return the SHA-256 of each file of prompts or rollouts by its setting.
+
+    Datasets and tasks have none.
+    """
     sections = {"prompts": config.prompts}
     if config.evaluation is not None:
         sections["evaluation.prompts"] = config.evaluation.prompts
-    return {
+    found = {
         f"{name}.path": file_sha256(Path(prompts.path))
         for name, prompts in sections.items()
         if isinstance(prompts, JsonlPrompts | ParquetPrompts)
     }
+    if config.rollouts.file is not None:
+        found["rollouts.file"] = file_sha256(Path(config.rollouts.file))
+    return found
 
 
 def recorded_identity(run_folder: Path) -> ModelIdentity | None:

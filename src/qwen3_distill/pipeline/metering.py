@@ -180,8 +180,10 @@ def metered(parts: Parts, meter: Meter) -> Parts:
     engine: Any = MeteredEngine(parts.engine, meter, "student", evaluates=False)
     teacher: Any = None if parts.teacher is None else MeteredTeacher(parts.teacher, meter)
     learner: Any = MeteredLearner(parts.learner, meter)
-    sampler = _opened(parts.teacher_sampler, meter, evaluates=False)
-    return replace(parts, engine=engine, teacher=teacher, learner=learner, teacher_sampler=sampler)
+    answers: Any = None
+    if parts.teacher_rollouts is not None:
+        answers = MeteredEngine(parts.teacher_rollouts, meter, "teacher", evaluates=False)
+    return replace(parts, engine=engine, teacher=teacher, learner=learner, teacher_rollouts=answers)
 
 
 def metered_evaluation(parts: Parts, meter: Meter) -> Parts:

@@ -91,7 +91,9 @@ def localize(
         DataError: the same of a dataset.
     """
     earlier = {name: HubCommit(**record) for name, record in (recorded or {}).items()}
-    names = {"student": config.student.model, "teacher": config.scoring.model}
+    names = {"student": config.student.model}
+    if config.scoring is not None:
+        names["teacher"] = config.scoring.model
     settings = {"student": "student.model", "teacher": "scoring.model"}
     sources = {
         role: locate_model(name, settings[role], recorded=earlier.get(role), say=say, warn=warn)

@@ -81,7 +81,11 @@ def refuse_inputs_as_output(out: Path, inputs: Mapping[str, str | Path]) -> None
 
 def input_paths(config: RunConfig) -> dict[str, str]:
     """Return the config's models and prompt files by setting."""
-    found = {"student.model": config.student.model, "scoring.model": config.scoring.model}
+    found = {"student.model": config.student.model}
+    if config.scoring is not None:
+        found["scoring.model"] = config.scoring.model
+    if config.rollouts.file is not None:
+        found["rollouts.file"] = config.rollouts.file
     sections = {"prompts": config.prompts}
     if config.evaluation is not None:
         sections["evaluation.prompts"] = config.evaluation.prompts

@@ -8,8 +8,10 @@ from qwen3_distill.config import (
     ParquetPrompts,
     PromptsConfig,
     RunConfig,
+    ScoringConfig,
     VerifierConfig,
 )
+from qwen3_distill.data.rollout_files import read_training
 from qwen3_distill.data.sources import build_source
 from qwen3_distill.data.verifiers import check_references
 from qwen3_distill.errors import ConfigError, DataError, ModelError, RunFolderError
@@ -34,14 +36,14 @@ def problems_of(
             exist then. Held-out problems are always read.
         downloaded: False: models of the hub may lack their weights.
     """
-    student, teacher = config.student.model, config.scoring.model
+    student, scoring = config.student.model, config.scoring
     checks: list[Callable[[], object]] = [
         lambda: check_student(student, weights=downloaded or not is_snapshot(student)),
-        lambda: load_identity(teacher, weights=downloaded or not is_snapshot(teacher)),
+        *([] if scoring is None else _teacher_checks(scoring, downloaded=downloaded)),
         lambda: require_own_folder(config.output_path),
     ]
-    if (cache := config.scoring.cache_folder) is not None:
-        checks.append(lambda: check_cache_folder(cache))
+    if (file := config.rollouts.file) is not None:
+        checks.append(lambda: read_training(file))
     prompts = config.prompts
     is_file = isinstance(prompts, JsonlPrompts | ParquetPrompts)
     if reads_prompts or (is_file and not os.path.exists(prompts.path)):
@@ -54,7 +56,7 @@ def problems_of(
         found += [problem] if (problem := _problem(lambda: check_run_space(config))) else []
     interpreters = {
         "generation": config.generation.interpreter,
-        "scoring": config.scoring.interpreter,
+        "scoring": None if scoring is None else scoring.interpreter,
         "training": config.training.interpreter,
     }
     for name, python in interpreters.items():
@@ -91,6 +93,16 @@ def data_notes(config: RunConfig) -> list[str]:
         overlap = overlap_of(config, trained_on, held_out)
         notes += [str(overlap)] if overlap else []
     return notes
+
+
+def _teacher_checks(scoring: ScoringConfig, *, downloaded: bool) -> list[Callable[[], object]]:
+    teacher, cache = scoring.model, scoring.cache_folder
+    checks: list[Callable[[], object]] = [
+        lambda: load_identity(teacher, weights=downloaded or not is_snapshot(teacher))
+    ]
+    if cache is not None:
+        checks.append(lambda: check_cache_folder(cache))
+    return checks
 
 
 def _read(prompts: PromptsConfig, verifier: VerifierConfig | None) -> None:

@@ -1,7 +1,7 @@
 """Records a run around its steps: metrics, ledger, rollouts, checkpoints, evaluations."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -10,7 +10,7 @@ from pathlib import Path
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import dump_config
 from qwen3_distill.config.redaction import recordable
-from qwen3_distill.data.rollout_files import write_scored
+from qwen3_distill.data.rollout_files import write_training
 from qwen3_distill.evaluation.evaluator import Evaluator
 from qwen3_distill.pipeline.assembly.data import build_checker, build_problems
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
@@ -34,7 +34,7 @@ from qwen3_distill.types import (
     Metric,
     Rollout,
     RunCursor,
-    ScoredRollout,
+    TrainingRollout,
     Update,
 )
 from qwen3_distill.utils.concurrency import together
@@ -63,11 +63,13 @@ class StepRecord:
 
     cursor: RunCursor
     """Where the run stands after it."""
-    scored: Sequence[ScoredRollout]
+    scored: Sequence[TrainingRollout]
     update: Update
     metrics: Sequence[Metric]
     """Metrics of the loop, in addition to those of batch and update."""
     ledger: Ledger
+    is_fresh: bool = True
+    """Whether the run sampled the rollouts and trains on them for the first time."""
 
 
 class Recorder:
@@ -148,8 +150,8 @@ class Recorder:
         """Log a finished step; save and evaluate if due."""
         cursor, scored, ledger = done.cursor, done.scored, done.ledger
         times = self.trace.end_step(cursor.step)
-        values = self._step_values(scored, done.update, [*times.metrics(), *done.metrics])
-        values |= {**self._parts.engine.counters, **self._parts.teacher.counters}
+        values = self._step_values(done, times.metrics())
+        values |= self._parts.counters
         values |= self._cost_of_step(cursor)
         self._ledger.log(cursor.step, {"trained": ledger.trained, "dropped": ledger.dropped})
         self._metrics.log(cursor.step, values)
@@ -223,7 +225,7 @@ class Recorder:
     def save_failed_batch(self, step: int, batch: Batch) -> Path:
         """Write a batch that the learner refused; return the file."""
         path = self._folder.path / f"failed-step-{step:06d}.parquet"
-        write_scored(path, [(step, item) for item in batch.scored], self._parts.text.decode)
+        write_training(path, [(step, item) for item in batch.scored], self._parts.text.decode)
         return path
 
     def close(self) -> None:
@@ -235,6 +237,11 @@ class Recorder:
         self._ledger.close()
         self.trace.close()
         self._trackers.close()
+
+    def collect(self, rollout_ids: Collection[str], *, ends: bool) -> None:
+        """Tell the cost ledger which rollouts collected files keep; see `CostLedger.collect`."""
+        if self._cost is not None:
+            self._cost.collect(rollout_ids, ends=ends)
 
     def _cost_of_step(self, cursor: RunCursor) -> dict[str, float]:
         """Write the cost ledger's line of a step; return its totals as metrics."""
@@ -256,29 +263,59 @@ class Recorder:
                 with log.open("a", encoding="utf-8") as file:
                     file.write(f"{at} {loss}\n")
 
-    def _step_values(
-        self, scored: Sequence[ScoredRollout], update: Update, more: Sequence[Metric]
-    ) -> dict[str, float]:
-        rollouts = [item.rollout for item in scored]
+    def _step_values(self, done: StepRecord, times: Sequence[Metric]) -> dict[str, float]:
+        update, rollouts = done.update, [item.rollout for item in done.scored]
         ended = [r for r in rollouts if r.finish_reason is not FinishReason.HARVESTED]
         truncated = sum(r.finish_reason is FinishReason.LENGTH for r in ended)
         metrics = [
             *update.metrics,
-            *more,
+            *times,
+            *done.metrics,
             Metric.last("loss/objective", update.loss),
             Metric.last("optim/grad_norm", update.grad_norm),
             Metric.mean(
                 "rollout/response_tokens", sum(r.num_tokens for r in rollouts), len(rollouts)
             ),
             Metric.mean("rollout/truncated_fraction", truncated, len(ended)),
-            Metric.sum("tokens/generated", sum(r.num_tokens for r in rollouts)),
+            Metric.sum(
+                "tokens/generated", sum(r.num_tokens for r in rollouts) if done.is_fresh else 0
+            ),
             Metric.sum("tokens/trained", update.num_loss_tokens),
         ]
-        if self._parts.is_correct is not None:
-            whole = [rollout for rollout in rollouts if rollout.is_whole]
-            correct = sum(self._parts.is_correct(rollout) for rollout in whole)
-            metrics.append(Metric.mean("rollout/accuracy", correct, len(whole)))
+        metrics += self._metrics_by_sampler(rollouts)
         return {"wall_s": self.wall_s, **combine(metrics)}
+
+    def _metrics_by_sampler(self, rollouts: Sequence[Rollout]) -> list[Metric]:
+        """The verifier's accuracy, and where a teacher sampled its share and both accuracies."""
+        by_teacher = [rollout.sampled_by == "teacher" for rollout in rollouts]
+        metrics = []
+        has_teacher = self._config.rollouts.source != "student"
+        if has_teacher:
+            metrics.append(Metric.mean("rollout/teacher_share", sum(by_teacher), len(rollouts)))
+        if self._parts.is_correct is None:
+            return metrics
+        whole = [rollout for rollout in rollouts if rollout.is_whole]
+        rewards = [float(self._parts.is_correct(rollout)) for rollout in whole]
+        metrics.append(Metric.mean("rollout/accuracy", sum(rewards), len(whole)))
+        if has_teacher:
+            for name in ("student", "teacher"):
+                own = [
+                    reward
+                    for reward, rollout in zip(rewards, whole, strict=True)
+                    if rollout.sampled_by == name
+                ]
+                if own:
+                    metrics.append(Metric.mean(f"rollout/accuracy_{name}", sum(own), len(own)))
+        return metrics
+
+    @property
+    def collected(self) -> Path:
+        """Folder of the rollouts that an offline pipeline collects."""
+        return self._folder.path / "collected"
+
+    def say(self, text: str) -> None:
+        """Tell the user what the run is doing."""
+        self._progress.stage(text)
 
     def _note_if_all_cut(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """Say that no rollout of a step ended by itself, at the 1st, 10th, 100th ... such step."""
@@ -296,14 +333,14 @@ class Recorder:
             "rollout"
         )
 
-    def _save_rollouts(self, step: int, scored: Sequence[ScoredRollout]) -> None:
+    def _save_rollouts(self, step: int, scored: Sequence[TrainingRollout]) -> None:
         logging = self._config.logging
         if step % logging.rollouts_every_steps and step != self._config.steps - 1:
             return
         self._folder.rollouts.mkdir(exist_ok=True)
         kept = [(step, item) for item in scored[: logging.rollouts_per_save]]
         path = rollout_file(self._folder.rollouts, step)
-        write_scored(path, kept, self._parts.text.decode)
+        write_training(path, kept, self._parts.text.decode)
         remove_old_rollouts(self._folder.rollouts, step, logging)
 
 

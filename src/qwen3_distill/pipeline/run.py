@@ -18,6 +18,7 @@ from qwen3_distill.pipeline.assembly.cost import build_cost_model
 from qwen3_distill.pipeline.assembly.engines import build_parts, engine_interpreters
 from qwen3_distill.pipeline.assembly.plan import engine_log
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
+from qwen3_distill.pipeline.collected import run_offline
 from qwen3_distill.pipeline.first_prompt import first_prompt, prompt_record, template_notes
 from qwen3_distill.pipeline.manifest import (
     data_digests,
@@ -49,7 +50,11 @@ from qwen3_distill.utils.signals import signals_as_ctrl_c, stop_on_ctrl_c
 
 INTERRUPTED_EXIT_CODE = 130
 
-_PIPELINES = {"sequential": run_sequential, "streaming": run_streaming}
+_PIPELINES = {
+    "sequential": run_sequential,
+    "streaming": run_streaming,
+    "offline": run_offline,
+}
 
 
 def run(
@@ -100,11 +105,12 @@ async def _run(
     config = local.config
     refuse_inputs_as_student(config)
     check_before_start(config, reads_prompts=False, downloaded=False)  # `build_parts` reads them
-    progress.stage("checking that student and teacher match")
-    SameView().check(
-        load_identity(config.student.model, weights=False),
-        load_identity(config.scoring.model, weights=False),
-    )
+    if config.scoring is not None:
+        progress.stage("checking that student and teacher match")
+        SameView().check(
+            load_identity(config.student.model, weights=False),
+            load_identity(config.scoring.model, weights=False),
+        )
     text = TextTools(config.student.model)
     prompt = first_prompt(config, text)
     for note in template_notes(config, text):
@@ -224,8 +230,11 @@ def _inputs(parts: Parts) -> dict[str, dict[str, Any]]:
     """Return the manifest's records of student, teacher and prompt files."""
     weights = directory_digest(parts.config.student.model)
     student = {**identity_record(parts.learner.identity), "weights_digest": weights}
-    teacher = {"id": parts.teacher.teacher_id, **identity_record(parts.teacher.identity)}
-    return {"student": student, "teacher": teacher, "data": data_digests(parts.config)}
+    inputs = {"student": student, "data": data_digests(parts.config)}
+    teacher = parts.teacher
+    if teacher is not None:
+        inputs["teacher"] = {"id": teacher.teacher_id, **identity_record(teacher.identity)}
+    return inputs
 
 
 def _check_same_inputs(parts: Parts, folder: RunFolder) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from qwen3_distill.config import RunConfig
-from qwen3_distill.data.rollout_files import read_scored
+from qwen3_distill.data.rollout_files import read_training
 from qwen3_distill.errors import ModelError
 from qwen3_distill.modeling.loading import tokenizer_digest
 from qwen3_distill.pipeline.assembly.data import build_checker
@@ -26,7 +26,11 @@ from qwen3_distill.report.report import RolloutView, shown_steps, write_report
 from qwen3_distill.types import (
     Rollout,
     ScoredRollout,
+    TrainingRollout,
 )
+
+_SCORED = {"loss/reverse_kl_nats", "loss/forward_kl_nats"}
+"""Metrics of steps whose rollouts a teacher scored."""
 
 
 def summarize(folder: RunFolder, total_wall_s: float) -> dict[str, Any]:
@@ -49,11 +53,12 @@ def summarize(folder: RunFolder, total_wall_s: float) -> dict[str, Any]:
     generated = sum(int(record["tokens/generated"]) for record in steps)
     trained = sum(int(record["tokens/trained"]) for record in steps)
     cost = read_cost(folder.path)
+    scored = generated if any(_SCORED & record.keys() for record in steps) else 0
     return {
         "accuracy": _accuracies(first),
         **({"second_accuracy": _second_accuracy(second)} if second else {}),
         "steps": len(steps),
-        "tokens": {"generated": generated, "scored": generated, "trained": trained},
+        "tokens": {"generated": generated, "scored": scored, "trained": trained},
         "wall_s": wall_s,
         "cost": None if cost is None else cost.record(),
     }
@@ -114,7 +119,7 @@ def render_report(
             step, scored, text, None if is_correct is None else is_correct(scored.rollout)
         )
         for file in shown_steps(saved_rollouts(path / "rollouts"))
-        for step, scored in read_scored(file)
+        for step, scored in read_training(file)
     ]
     return write_report(path, views, out)
 
@@ -145,7 +150,7 @@ def _tokenizer_directories(path: Path, config: RunConfig) -> Iterator[Path]:
 
 
 def _rollout_view(
-    step: int, scored: ScoredRollout, text: TextTools | None, correct: float | None
+    step: int, scored: TrainingRollout, text: TextTools | None, correct: float | None
 ) -> RolloutView:
     rollout: Rollout = scored.rollout
     prompt, response = rollout.prompt.token_ids.tolist(), rollout.response_ids.tolist()
@@ -155,7 +160,10 @@ def _rollout_view(
         prompt_text=text.decode(prompt) if text else _as_ids(prompt),
         tokens=text.decode_each(response) if text else tuple(f"{token} " for token in response),
         behavior_logprobs=np.asarray(rollout.behavior_logprobs).tolist(),
-        teacher_logprobs=np.asarray(scored.score.logprobs).tolist(),
+        teacher_logprobs=np.asarray(scored.score.logprobs).tolist()
+        if isinstance(scored, ScoredRollout)
+        else None,
+        sampled_by=rollout.sampled_by,
         finish_reason=rollout.finish_reason.value,
         correct=correct,
     )

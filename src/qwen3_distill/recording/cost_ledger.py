@@ -59,6 +59,8 @@ class CostLedger:
         self._unused: dict[str, Amounts] = {}
         """By rollout that ended and that no step has used: what it took."""
         self._written_at = began
+        self._collects = False
+        """Whether what ends now is kept in files of its own, ahead of any step."""
         self.totals = CostTotals()
         """Sums of all lines so far."""
 
@@ -101,7 +103,17 @@ class CostLedger:
             self._unused[rollout_id] = added(self._unused.get(rollout_id, {}), amounts)
         if self._log is not None and self._now() - self._written_at >= PART_INTERVAL_S:
             self._take_time()
-            self._write("part", self._step + 1)
+            self._write("part", self._part_step)
+
+    def collect(self, rollout_ids: Collection[str], *, ends: bool) -> None:
+        """Note rollouts that files keep ahead of any step: no later start makes them again.
+
+        Args:
+            ends: whether these were the last ones.
+        """
+        self._collects = not ends
+        self._unused = {key: self._unused[key] for key in self._unused.keys() - set(rollout_ids)}
+        self.write("checkpoint")
 
     def end_step(self, step: int, outstanding: Collection[str]) -> None:
         """Write the line of a step.
@@ -122,7 +134,7 @@ class CostLedger:
         """Write what a step that was not finished has spent. May be called more than once."""
         if self._log is not None:
             self._take_time()
-            self._write("part", self._step + 1)
+            self._write("part", self._part_step)
             self._log.close()
             self._log = None
 
@@ -140,6 +152,11 @@ class CostLedger:
         if self._config.price_per_device_hour is not None:
             found["cost/money"] = area(total, f"money/{self._config.currency}")
         return found
+
+    @property
+    def _part_step(self) -> int:
+        """The step of a line in between: of a step that may be lost, unless files keep it."""
+        return self._step if self._collects else self._step + 1
 
     @property
     def _devices(self) -> int:

@@ -40,7 +40,13 @@ from qwen3_distill.training.batching import MicroBatch, flat_micro_batches, micr
 from qwen3_distill.training.finite import FiniteCheck
 from qwen3_distill.training.lora import adapter_weights, merged_parameters
 from qwen3_distill.training.memory_lack import memory_lack
-from qwen3_distill.training.objectives.base import LossTerms, Objective, TensorMetric, read_scalars
+from qwen3_distill.training.objectives.base import (
+    LossTerms,
+    Objective,
+    TensorMetric,
+    check_samplers,
+    read_scalars,
+)
 from qwen3_distill.training.pass_counts import PassCounts
 from qwen3_distill.training.rank_place import StepShare, deal
 from qwen3_distill.training.ranks import Ranks
@@ -52,6 +58,7 @@ from qwen3_distill.types import (
     Metric,
     ModelIdentity,
     ScoredRollout,
+    TrainingRollout,
     Update,
     WeightVersion,
 )
@@ -163,6 +170,7 @@ class TorchLearner:
 
     async def update(self, batch: Batch) -> Update:
         self._check_lengths(batch.scored)
+        check_samplers(self._settings.objective, batch.scored)
         return self._step(
             _Step(
                 micros=partial(micro_batches, batch),
@@ -190,6 +198,7 @@ class TorchLearner:
 
     async def admit(self, scored: Sequence[ScoredRollout]) -> None:
         self._check_lengths(scored)
+        check_samplers(self._settings.objective, scored)
         with self._memory_watched("new rollouts", "they were not kept"):
             self._kept.add(scored)
 
@@ -423,7 +432,7 @@ class TorchLearner:
         peak = torch.cuda.max_memory_allocated(device) / _GIB
         return (Metric.max("train/peak_memory_gib", peak),)
 
-    def _check_lengths(self, scored: Sequence[ScoredRollout]) -> None:
+    def _check_lengths(self, scored: Sequence[TrainingRollout]) -> None:
         for rollout in (entry.rollout for entry in scored):
             length = rollout.prompt.token_ids.size + rollout.num_tokens
             self._check_length(rollout.rollout_id, length)

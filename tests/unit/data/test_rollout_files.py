@@ -1,7 +1,7 @@
 """Rollout files: round trips, older files, and files that are refused by name."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from qwen3_distill.data.rollout_files import (
     VERSION_KEY,
     read_rollouts,
     read_scored,
+    read_training,
     write_rollouts,
     write_scored,
 )
@@ -32,6 +33,7 @@ from qwen3_distill.types import (
     TeacherScore,
     TokenSpan,
     TopKScore,
+    TrainingRollout,
     VersionSpan,
     WeightVersion,
 )
@@ -215,7 +217,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
 # --- Files that are not what they should be -----------------------------------------------------
 
 
-def rewrite(path: Path, table: pa.Table, version: str | None = "3") -> None:
+def rewrite(path: Path, table: pa.Table, version: str | None = "4") -> None:
     metadata = {} if version is None else {VERSION_KEY: version.encode()}
     pq.write_table(table.replace_schema_metadata(metadata), path)
 
@@ -300,15 +302,15 @@ def test_unscored_file_is_not_a_scored_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "named"), [(None, "'none'"), ("1", "'1'"), ("4", "'4'"), ("2.5", "'2.5'")]
+    ("version", "named"), [(None, "'none'"), ("1", "'1'"), ("5", "'5'"), ("2.5", "'2.5'")]
 )
 def test_other_schema_versions_are_refused(tmp_path: Path, version: Any, named: str) -> None:
     path = tmp_path / "s.parquet"
     write_sample(path)
     rewrite(path, pq.read_table(path), version)
     message = (
-        rf"s\.parquet has rollout schema version {named}, expected '2' or '3'; read it with the "
-        "version of this package that wrote it"
+        rf"s\.parquet has rollout schema version {named}, expected '2' or '3' or '4'; read it "
+        "with the version of this package that wrote it"
     )
     for read in (read_rollouts, read_scored):
         with pytest.raises(DataError, match=message):
@@ -384,6 +386,38 @@ def test_spans_of_a_file_that_says_schema_2_are_not_dropped_unseen(tmp_path: Pat
     rewrite(path, pq.read_table(path), "2")
     with pytest.raises(DataError, match=r"row 0 .*9 response tokens were sampled, but there are 5"):
         read_rollouts(path)
+
+
+@pytest.fixture
+def taught() -> Rollout:
+    """An answer of a teacher: it has no version of the student."""
+    mine = rollout(np.random.default_rng(1), 4, 1)
+    return replace(mine, versions=(), teacher_id="teacher#ab@float32")
+
+
+def test_who_sampled_a_rollout_is_kept(tmp_path: Path, taught: Rollout) -> None:
+    path = tmp_path / "r.parquet"
+    mine = rollout(np.random.default_rng(2), 4, 0)
+    write_rollouts(path, [(1, taught), (1, mine)], decode)
+    assert_same(read_rollouts(path), [(1, taught), (1, mine)])
+    assert pq.read_table(path)["sampled_by_teacher"].to_pylist() == ["teacher#ab@float32", ""]
+    assert_same(read_training(path), [(1, TrainingRollout(rollout=r)) for r in (taught, mine)])
+
+
+def test_a_file_of_schema_3_was_sampled_by_the_student(tmp_path: Path, taught: Rollout) -> None:
+    path = tmp_path / "s.parquet"
+    rows = write_sample(path)
+    rewrite(path, pq.read_table(path).drop_columns(["sampled_by_teacher"]), "3")
+    assert_same(read_scored(path), rows)
+    write_rollouts(path, [(1, taught)], decode)
+    rewrite(path, pq.read_table(path), "3")
+    with pytest.raises(DataError, match=r"row 0 .*do not tile"):  # not taken for the student's
+        read_rollouts(path)
+
+
+def test_training_rollouts_keep_the_scores_that_a_file_has(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    assert_same(read_training(path) if write_sample(path) else [], read_scored(path))
 
 
 def test_extra_columns_are_ignored(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def build_cost_model(config: RunConfig) -> CostModel:
     student = shape_of("student", config.student.model)
     return CostModel(
         student=student,
-        teacher=shape_of("teacher", config.scoring.model),
+        teacher=None if config.scoring is None else shape_of("teacher", config.scoring.model),
         tuning=config.training.tuning,
         objective=config.objective,
         published_bytes=0 if student is None else _published_bytes(config, student),
