@@ -42,6 +42,7 @@ from qwen3_distill.pipeline.assembly.teachers import (
 from qwen3_distill.pipeline.disk_space import check_student_space
 from qwen3_distill.pipeline.first_prompt import template_notes
 from qwen3_distill.pipeline.manifest import recorded_identity
+from qwen3_distill.pipeline.machine import require_machine
 from qwen3_distill.pipeline.models import local_model, localize, localize_again
 from qwen3_distill.pipeline.own_folder import (
     input_paths,
@@ -129,6 +130,7 @@ def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, s
     Returns:
         A line for the user: how much was written, and where.
     """
+    require_machine(config, ("generation",))
     local = localize(config, say=say, warn=say)
     config = local.config
     refuse_inputs_as_output(out, input_paths(config))
@@ -162,6 +164,7 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
     Returns:
         A line for the user: how much was written, and where.
     """
+    require_machine(config, ("scoring",))
     local = localize(config, say=say, warn=say)
     config = local.config
     refuse_inputs_as_output(out, {**input_paths(config), "--rollouts": rollouts})
@@ -217,6 +220,7 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
     if not rows:
         raise DataError(f"{scored} has no rollouts to train on")
     _require_empty(out)
+    require_machine(config, ("training",))
     local = localize(config, say=say, warn=say)
     local.fetch_weights(say)
     config = local.config
@@ -381,6 +385,7 @@ def evaluate_directory(
     if out is not None:
         refuse_inputs_as_output(out, {**input_paths(config), "--model": model})
         check_writable(out)
+    require_machine(config, ("generation",))
     config, directory = _find_models(config, model, run_folder, say)
     settings = config.evaluation or settings  # a dataset has its commit now
     if out is not None:

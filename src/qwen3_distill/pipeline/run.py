@@ -24,7 +24,14 @@ from qwen3_distill.pipeline.manifest import (
     machine,
     versions,
 )
-from qwen3_distill.pipeline.models import HubRecord, LocalConfig, localize, recorded_hub
+from qwen3_distill.pipeline.machine import require_machine
+from qwen3_distill.pipeline.models import (
+    HubRecord,
+    LocalConfig,
+    asks_hub,
+    localize,
+    recorded_hub,
+)
 from qwen3_distill.pipeline.own_folder import refuse_inputs_as_student
 from qwen3_distill.pipeline.parts import Parts, TextTools
 from qwen3_distill.pipeline.preflight import check_before_start
@@ -69,6 +76,8 @@ def run(
                 "to run again"
             )
         else:
+            if asks_hub(config):
+                require_machine(config)
             recorded = recorded_hub(folder.manifest) if folder.has_records else {}
             local = localize(config, recorded=recorded, say=progress.stage, warn=warn)
             beating = HeartbeatReporter(progress, folder.status, total_steps=config.steps)

@@ -1,7 +1,6 @@
 """Builds the parts of a run, its rollout engine and its learner."""
 
 import shutil
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -19,6 +18,7 @@ from qwen3_distill.config import (
     UnslothTraining,
     VllmGeneration,
 )
+from qwen3_distill.environments.installed import engine_python
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
 from qwen3_distill.generation.embedded.hosted import hosted_embedded_engine
 from qwen3_distill.generation.vllm.engine import vllm_engine
@@ -199,9 +199,14 @@ def _output_head(teacher: TeacherScorer) -> torch.Tensor | None:
 def engine_interpreters(config: RunConfig) -> dict[str, EngineInterpreter]:
     """List the engines that have an interpreter of their own on this machine, by kind."""
     found: dict[str, EngineInterpreter] = {}
-    for section in (config.generation, config.scoring, config.training):
+    sections = {
+        "generation": config.generation,
+        "scoring": config.scoring,
+        "training": config.training,
+    }
+    for name, section in sections.items():
         if section.kind == "embedded" or (section.kind == "sglang" and section.urls):
             continue
-        python = section.python or sys.executable
+        python = engine_python(section.kind, name, section.python)
         found[section.kind] = EngineInterpreter(python, section.environment)
     return found
