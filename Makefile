@@ -104,8 +104,9 @@ format: $(VENV)/installed-dev ## let ruff rewrite the code
 hooks: $(VENV)/installed-dev ## let git run the fast checks before every commit
 	$(BIN)/pre-commit install
 
-docs: $(VENV)/installed-dev ## regenerate docs/configuration.md
+docs: $(VENV)/installed-dev ## regenerate docs/configuration.md and the list of commands in docs/reference/cli.md
 	$(BIN)/qwen3-distill config reference > docs/configuration.md
+	$(BIN)/python -m qwen3_distill.cli.reference docs/reference/cli.md
 
 clean: ## remove the virtual environment and caches; runs are kept
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -41,8 +41,8 @@ from qwen3_distill.pipeline.assembly.teachers import (
 )
 from qwen3_distill.pipeline.disk_space import check_student_space
 from qwen3_distill.pipeline.first_prompt import template_notes
-from qwen3_distill.pipeline.manifest import recorded_identity
 from qwen3_distill.pipeline.machine import require_machine
+from qwen3_distill.pipeline.manifest import recorded_identity
 from qwen3_distill.pipeline.models import local_model, localize, localize_again
 from qwen3_distill.pipeline.own_folder import (
     input_paths,

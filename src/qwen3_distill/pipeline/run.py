@@ -16,6 +16,7 @@ from qwen3_distill.pipeline.assembly.engines import build_parts, engine_interpre
 from qwen3_distill.pipeline.assembly.plan import engine_log
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.first_prompt import first_prompt, prompt_record, template_notes
+from qwen3_distill.pipeline.machine import require_machine
 from qwen3_distill.pipeline.manifest import (
     data_digests,
     engine_versions,
@@ -24,7 +25,6 @@ from qwen3_distill.pipeline.manifest import (
     machine,
     versions,
 )
-from qwen3_distill.pipeline.machine import require_machine
 from qwen3_distill.pipeline.models import (
     HubRecord,
     LocalConfig,

@@ -1,4 +1,4 @@
-"""Environments of this machine: listed, found by kind and version, removed; the commands on them."""
+"""Environments of this machine: listed, found by kind and version, and removed; the commands."""
 
 import subprocess
 import sys
@@ -117,7 +117,7 @@ def test_half_made_and_foreign_folders_are_no_environments(make: Make) -> None:
 def test_stated_interpreter_wins_and_nothing_is_looked_up(make: Make) -> None:
     make("vllm-cpu")
     assert engine_python("vllm", "generation", "python3") == "python3"
-    with pytest.raises(ConfigError, match="scoring.python is null.*engines install sglang`"):
+    with pytest.raises(ConfigError, match=r"scoring\.python is null.*engines install sglang`"):
         engine_python("sglang", "scoring", None)
 
 

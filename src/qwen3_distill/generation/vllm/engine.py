@@ -109,8 +109,7 @@ class VllmOpening(Opening):
         text, config, output = str(error), self._config, host.output()
         if "No module named 'vllm'" in output:
             return EngineStartError(
-                f"vLLM is not installed for {self._python}: "
-                f"{how_to_install('vllm', 'generation')}"
+                f"vLLM is not installed for {self._python}: {how_to_install('vllm', 'generation')}"
             )
         causes = [line for line in _CAUSE.findall(output) if "initialization failed" not in line]
         if causes and (unknown := _OTHER_VERSION.match(causes[-1])):

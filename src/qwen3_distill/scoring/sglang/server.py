@@ -139,8 +139,7 @@ class SglangServer:
         text = self._log_text()
         if "No module named 'sglang'" in text:
             return EngineStartError(
-                f"SGLang is not installed for {self._python}: "
-                f"{how_to_install('sglang', 'scoring')}"
+                f"SGLang is not installed for {self._python}: {how_to_install('sglang', 'scoring')}"
             )
         tail = self._process.last_output()
         if "out of memory" in text.lower() or "Not enough memory" in text:
