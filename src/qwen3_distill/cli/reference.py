@@ -67,7 +67,8 @@ def _row(parameter: inspect.Parameter, hint: Any) -> str:
     if not isinstance(info, ArgumentInfo):
         assert isinstance(info, OptionInfo)
         # Within Annotated the first of an option's names is in the place of its default.
-        names = [name for name in (info.default, *(info.param_decls or ())) if name is not ...]
+        given = (info.default, *(info.param_decls or ()))
+        names = [name for name in given if isinstance(name, str)]
         names = names or [f"--{parameter.name.replace('_', '-')}"]
         shown = f"{', '.join(map(_code, names))} {shown}".strip()
     return f"| {shown} | {_meaning(info)} | {_default(parameter)} |"
