@@ -16,6 +16,7 @@ import typer
 import qwen3_distill
 from qwen3_distill.cli import engines, inspect, offline, run, status
 from qwen3_distill.cli.export import export
+from qwen3_distill.cli.init import init
 from qwen3_distill.cli.terminal import fail, say
 from qwen3_distill.errors import DistillError
 from qwen3_distill.recording.output import surviving_output
@@ -37,6 +38,7 @@ engines_app = typer.Typer(
 )
 app.add_typer(engines_app, name="engines")
 
+app.command()(init)
 app.command()(run.run)
 app.command()(offline.generate)
 app.command()(offline.score)
