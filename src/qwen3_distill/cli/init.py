@@ -128,8 +128,20 @@ def _command(values: Mapping[str, Any]) -> str:
     for name, parameter in inspect.signature(init).parameters.items():
         if (value := values[name]) != parameter.default:
             option = f"--{name.replace('_', '-')}"
-            words += [option] if value is True else [option, str(value)]
-    return shlex.join(words)
+            words += [option] if value is True else [option, _quoted(str(value))]
+    return " ".join(words)
+
+
+def _quoted(text: str) -> str:
+    """A word for a shell, in one line: line breaks and the like as Bash reads them in ``$''``."""
+    if text.isprintable():
+        return shlex.quote(text)
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(c if c.isprintable() else _escape(c) for c in escaped) + "'"
+
+
+def _escape(character: str) -> str:
+    return {"\n": "\\n", "\t": "\\t"}.get(character, f"\\U{ord(character):08x}")
 
 
 def _require_new(out: Path) -> None:

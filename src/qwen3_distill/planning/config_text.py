@@ -37,7 +37,10 @@ def _text(value: str) -> str:
     """A text as YAML reads it: plain where that is safe, else quoted."""
     plain = all(character.isalnum() or character in "/._-@" for character in value)
     unsafe = not value or value[0] in "-.@0123456789" or value.lower() in _WORDS
-    return json.dumps(value, ensure_ascii=False) if not plain or unsafe else value
+    if plain and not unsafe:
+        return value
+    quoted = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)
 
 
 _WORDS = ("true", "false", "null", "yes", "no", "on", "off")
@@ -51,8 +54,8 @@ def _head(facts: Facts, plan_lines: Sequence[str]) -> list[str]:
     ]
     if machine.kind == "unified":
         lines += [
-            "This project has not been run on a GB10: written from the engines' sources and others'",
-            "reports.",
+            "This project has not been run on such a machine: from the engines' sources and",
+            "others' reports.",
         ]
     if machine.kind == "cpu":
         lines += ["No GPU is used: all engines are PyTorch on the CPU."]
@@ -62,7 +65,8 @@ def _head(facts: Facts, plan_lines: Sequence[str]) -> list[str]:
             f"{_CUDA_PAGES[machine.kind]}.",
         ]
     lines += [*plan_lines, "All settings: docs/configuration.md."]
-    return [f"# {line}" for line in lines]
+    # Names and options are the user's: none may end its comment.
+    return ["# " + "".join(c if c.isprintable() else "?" for c in line) for line in lines]
 
 
 def _wrapped(command: str) -> list[str]:
@@ -86,7 +90,10 @@ def _learning(facts: Facts, rung: Rung) -> list[str]:
         f"output_dir: {_text(wishes.output_dir)}",
         _line("seed: 0", "everything random derives from it"),
         f"steps: {wishes.steps}",
-        _line(f"prompts_per_step: {_prompts_per_step(facts, rung)}", "rollouts of a step, with samples_per_prompt"),
+        _line(
+            f"prompts_per_step: {_prompts_per_step(facts, rung)}",
+            "rollouts of a step, with samples_per_prompt",
+        ),
         "samples_per_prompt: 1",
         "",
         "student:",
@@ -144,12 +151,16 @@ def _generation(facts: Facts, rung: Rung) -> list[str]:
     lines = ["generation:", "  kind: vllm"]
     if unified:
         lines.append(
-            _line("  dtype: bfloat16", "FP8 for the student is unreliable on compute capability 12.1")
+            _line(
+                "  dtype: bfloat16", "FP8 for the student is unreliable on compute capability 12.1"
+            )
         )
     else:
         lines.append("  dtype: bfloat16")
     if not unified and facts.trains_adapters:
-        lines.append(_line("  adapters: merge", "full decode speed; a push of whole weights is short"))
+        lines.append(
+            _line("  adapters: merge", "full decode speed; a push of whole weights is short")
+        )
     why = "twice a step's, so that decoding stays full"
     if not facts.wishes.streaming:
         why = "all rollouts of a step; raise it together with prompts_per_step"
@@ -162,13 +173,18 @@ def _generation(facts: Facts, rung: Rung) -> list[str]:
 
 def _scoring(facts: Facts, rung: Rung) -> list[str]:
     unified = facts.machine.kind == "unified"
-    lines = ["scoring:", "  kind: sglang", "  device: cuda", f"  model: {_text(facts.teacher.name)}"]
+    lines = [
+        "scoring:",
+        "  kind: sglang",
+        "  device: cuda",
+        f"  model: {_text(facts.teacher.name)}",
+    ]
     if facts.teacher.shape.fp8_checkpoint:
         lines.append(_line("  quantization: null", "the checkpoint is in FP8"))
     elif unified:
         lines += [
-            "  # Made at start from the bfloat16 weights, per channel: the kernels that work on this",
-            "  # GPU. Qwen's own FP8 checkpoints load in half the memory and use blocks instead.",
+            "  # Made at start from the bfloat16 weights, per channel: kernels that work on it.",
+            "  # Qwen's own FP8 checkpoints load in half the memory and use blocks instead.",
             "  quantization: fp8",
         ]
     else:
@@ -179,8 +195,8 @@ def _scoring(facts: Facts, rung: Rung) -> list[str]:
         f"  request_tokens: {rung.request_tokens}",
         f"  max_in_flight: {rung.max_in_flight}",
     ]
-    if rung.prefill_tokens != 8192:  # the default
-        lines.append(f"  chunked_prefill_tokens: {rung.prefill_tokens}")
+    if rung.chunked_prefill_tokens != 8192:  # the default
+        lines.append(f"  chunked_prefill_tokens: {rung.chunked_prefill_tokens}")
     comment = "rows of logits; SGLang waits for the GPU at every part"
     lines.append(_line(f"  chunk_tokens: {rung.chunk_tokens}", comment))
     if unified:
@@ -204,7 +220,10 @@ def _training(facts: Facts, rung: Rung) -> list[str]:
         lines += ["  dtype: float32", *_full_tuning()]
     lines += [
         f"  max_model_tokens: {_model_tokens(facts)}",
-        _line(f"  micro_batch_tokens: {rung.micro_batch_tokens}", "with small ones the GPU waits for the host"),
+        _line(
+            f"  micro_batch_tokens: {rung.micro_batch_tokens}",
+            "with small ones the GPU waits for the host",
+        ),
     ]
     if facts.machine.kind == "unified":
         lines.append(
@@ -237,7 +256,9 @@ def _embedded_engines(facts: Facts, rung: Rung) -> list[str]:
         f"  model: {_text(facts.teacher.name)}",
         _line(f"  batch_tokens: {rung.request_tokens}", "padded tokens of a pass"),
         *training,
-        _line(f"  micro_batch_tokens: {rung.micro_batch_tokens}", "memory and speed, not the result"),
+        _line(
+            f"  micro_batch_tokens: {rung.micro_batch_tokens}", "memory and speed, not the result"
+        ),
         "objective: {kind: sampled_reverse_kl}",
     ]
 
@@ -248,8 +269,8 @@ def _embedded_engines(facts: Facts, rung: Rung) -> list[str]:
 def _pipeline(facts: Facts) -> list[str]:
     if not facts.wishes.streaming:
         return [
-            "# One stage after another: strictly on-policy. Concurrent stages (`init --streaming`) are",
-            "# faster where answers differ in length: docs/guide/streaming.md.",
+            "# One stage after another: strictly on-policy. Concurrent stages (`init --streaming`)",
+            "# are faster where answers differ in length: docs/guide/streaming.md.",
             "pipeline: {kind: sequential}",
         ]
     return [

@@ -92,7 +92,5 @@ def model_facts(name: str, option: str) -> ModelFacts:
     directory = Path(locate_model(name, option).directory)
     shape = read_shape(directory)
     templates = [directory / "chat_template.jinja", directory / "tokenizer_config.json"]
-    can_think = any(
-        b"enable_thinking" in file.read_bytes() for file in templates if file.is_file()
-    )
+    can_think = any(b"enable_thinking" in file.read_bytes() for file in templates if file.is_file())
     return ModelFacts(name=name, shape=shape, can_think=can_think)

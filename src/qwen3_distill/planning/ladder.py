@@ -20,15 +20,15 @@ class Rung:
     """``training.micro_batch_tokens``."""
     chunk_tokens: int
     """``scoring.chunk_tokens``."""
-    prefill_tokens: int
-    """``scoring.chunked_prefill_tokens``."""
+    chunked_prefill_tokens: int
+    """``scoring.chunked_prefill_tokens``; of no use to an embedded teacher."""
     request_tokens: int
     """``scoring.request_tokens``; ``scoring.batch_tokens`` of an embedded teacher."""
     max_in_flight: int
     """``scoring.max_in_flight``."""
 
     def lowered_from(self, other: "Rung") -> list[str]:
-        """List the settings that are lower than those of ``other``: ``max_sequences 256 -> 128``."""
+        """List settings that are lower than those of ``other``: ``max_sequences 256 -> 128``."""
         return [
             f"{field.name} {before} -> {now}"
             for field in fields(self)
@@ -45,7 +45,7 @@ def ladder(kind: MachineKind, *, streaming: bool) -> Iterator[Rung]:
         max_sequences=256,  # docs/measured/h200-stages.md
         micro_batch_tokens=10240,
         chunk_tokens=8192,
-        prefill_tokens=8192,
+        chunked_prefill_tokens=8192,
         request_tokens=16384,
         max_in_flight=4,
     )
@@ -74,13 +74,14 @@ _LOWERING: tuple[dict[str, int], ...] = (
     {"micro_batch_tokens": 5120},
     {"max_sequences": 256},
     {"max_sequences": 128},
-    {"chunk_tokens": 1024, "prefill_tokens": 4096, "request_tokens": 8192, "max_in_flight": 2},
+    {"chunk_tokens": 1024, "chunked_prefill_tokens": 4096},
+    {"request_tokens": 8192, "max_in_flight": 2},
     {"micro_batch_tokens": 4096},
     {"max_sequences": 64},
     {"micro_batch_tokens": 2048, "max_sequences": 32},
-    {"chunk_tokens": 512, "prefill_tokens": 2048, "request_tokens": 4096, "max_in_flight": 1},
+    {"chunk_tokens": 512, "chunked_prefill_tokens": 2048, "request_tokens": 4096},
     {"micro_batch_tokens": 1024, "max_sequences": 16},
-    {"max_sequences": 4, "prefill_tokens": 1024, "request_tokens": 2048},
+    {"max_sequences": 4, "chunked_prefill_tokens": 1024, "request_tokens": 2048},
 )
 
 
@@ -89,7 +90,7 @@ def _unified_first() -> Rung:
         max_sequences=64,
         micro_batch_tokens=4096,
         chunk_tokens=1024,
-        prefill_tokens=4096,
+        chunked_prefill_tokens=4096,
         request_tokens=8192,
         max_in_flight=2,
     )
@@ -102,7 +103,7 @@ def _embedded() -> Iterator[Rung]:
             max_sequences=sequences,
             micro_batch_tokens=tokens // 2,
             chunk_tokens=1024,
-            prefill_tokens=tokens,
+            chunked_prefill_tokens=tokens,
             request_tokens=tokens,
             max_in_flight=1,
         )
