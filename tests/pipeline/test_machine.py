@@ -8,7 +8,7 @@ import pytest
 
 from qwen3_distill.config.load import check_config
 from qwen3_distill.environments import installed as environments
-from qwen3_distill.pipeline.machine import machine_problems
+from qwen3_distill.pipeline.assembly.machine import machine_problems
 from tests.hub_stand_in import running_hub, use_hub
 from tests.pipeline.builders import call_cli, tiny_values
 from tests.tiny_models import TinyModels
@@ -22,7 +22,7 @@ def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a driver and without engines."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(environments, "machine_kind", lambda: "cpu")
-    monkeypatch.setattr("qwen3_distill.pipeline.machine.machine_kind", lambda: "cpu")
+    monkeypatch.setattr("qwen3_distill.pipeline.assembly.machine.machine_kind", lambda: "cpu")
 
 
 @pytest.mark.parametrize("command", [("run",), ("config", "check")], ids=" ".join)

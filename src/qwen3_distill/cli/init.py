@@ -241,7 +241,7 @@ def _check_prompts(config: "RunConfig") -> None:
 
 
 def _say_what_is_missing(config: "RunConfig") -> None:
-    from qwen3_distill.pipeline.machine import machine_problems
+    from qwen3_distill.pipeline.assembly.machine import machine_problems
 
     for problem in machine_problems(config):
         warn(problem)

@@ -103,7 +103,7 @@ def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
         f"{config} is valid: {settings.steps} steps of {settings.prompts_per_step} prompts x "
         f"{settings.samples_per_prompt} samples, objective {settings.objective.kind}"
     )
-    from qwen3_distill.pipeline.machine import require_machine
+    from qwen3_distill.pipeline.assembly.machine import require_machine
     from qwen3_distill.pipeline.models import asks_hub, localize
     from qwen3_distill.pipeline.preflight import check_before_start, data_notes
 

@@ -20,7 +20,6 @@ from qwen3_distill.pipeline.assembly.teachers import (
     build_audited_teacher,
     build_unquantized_teacher,
 )
-from qwen3_distill.pipeline.machine import require_machine
 from qwen3_distill.pipeline.models import local_model, localize
 from qwen3_distill.pipeline.own_folder import input_paths, refuse_inputs_as_output
 from qwen3_distill.pipeline.parts import TextTools
@@ -61,7 +60,6 @@ def audit_teacher(
         ConfigError: the teacher's directory is itself quantized and ``unquantized`` is None.
     """
     named = config.scoring.model
-    require_machine(config, ("scoring",) if rollouts else ("generation", "scoring"))
     local = localize(config, say=say, warn=say)
     if unquantized is None:
         _refuse_quantized(local.config.scoring.model, named)

@@ -34,6 +34,7 @@ from qwen3_distill.pipeline.assembly.data import (
     check_problems,
 )
 from qwen3_distill.pipeline.assembly.engines import build_learner, static_engine
+from qwen3_distill.pipeline.assembly.machine import require_machine
 from qwen3_distill.pipeline.assembly.plan import plan_memory
 from qwen3_distill.pipeline.assembly.teachers import (
     build_teacher,
@@ -41,7 +42,6 @@ from qwen3_distill.pipeline.assembly.teachers import (
 )
 from qwen3_distill.pipeline.disk_space import check_student_space
 from qwen3_distill.pipeline.first_prompt import template_notes
-from qwen3_distill.pipeline.machine import require_machine
 from qwen3_distill.pipeline.manifest import recorded_identity
 from qwen3_distill.pipeline.models import local_model, localize, localize_again
 from qwen3_distill.pipeline.own_folder import (

@@ -17,8 +17,8 @@ from qwen3_distill.modeling.hub import is_snapshot
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.modeling.student_directory import check_student
 from qwen3_distill.pipeline.assembly.data import overlap_of
+from qwen3_distill.pipeline.assembly.machine import listed, machine_problems
 from qwen3_distill.pipeline.disk_space import check_run_space
-from qwen3_distill.pipeline.machine import listed, machine_problems
 from qwen3_distill.pipeline.own_folder import require_own_folder
 from qwen3_distill.scoring.cache import check_cache_folder
 

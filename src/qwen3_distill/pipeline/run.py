@@ -13,10 +13,10 @@ from qwen3_distill.hosts.mps import MpsDaemon, private_mps
 from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.pipeline.assembly.engines import build_parts, engine_interpreters
+from qwen3_distill.pipeline.assembly.machine import require_machine
 from qwen3_distill.pipeline.assembly.plan import engine_log
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.first_prompt import first_prompt, prompt_record, template_notes
-from qwen3_distill.pipeline.machine import require_machine
 from qwen3_distill.pipeline.manifest import (
     data_digests,
     engine_versions,

@@ -15,7 +15,7 @@ _KNOWN = re.compile(r"Qwen/Qwen3-([\d.]+B(?:-FP8)?)(?:@.*)?")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What a config has to know of a model."""
+    """A model, as far as a config depends on it."""
 
     name: str
     """Directory or hub id, as given."""
@@ -44,7 +44,7 @@ class PromptFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
-    """What else was asked for."""
+    """Further wishes for a config."""
 
     command: str
     """The command line that asked."""

@@ -3,23 +3,33 @@
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-from qwen3_distill.config import RunConfig
+from qwen3_distill.config import (
+    GenerationConfig,
+    RunConfig,
+    ScoringConfig,
+    SglangScoring,
+    TrainingConfig,
+    UnslothTraining,
+    VllmGeneration,
+)
 from qwen3_distill.environments.installed import find, machine_kind, missing_engines
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.hosts.child import is_absent
 
-Section: TypeAlias = Literal["generation", "scoring", "training"]
-SECTIONS: tuple[Section, ...] = ("generation", "scoring", "training")
+Name: TypeAlias = Literal["generation", "scoring", "training"]
+NAMES: tuple[Name, ...] = ("generation", "scoring", "training")
+_Section: TypeAlias = GenerationConfig | ScoringConfig | TrainingConfig
 
 
-def machine_problems(config: RunConfig, sections: Sequence[Section] = SECTIONS) -> list[str]:
+def machine_problems(config: RunConfig, sections: Sequence[Name] = NAMES) -> list[str]:
     """List what this machine lacks, with remedies: an NVIDIA driver, engines, interpreters.
 
     Args:
         sections: those whose engine will be started.
     """
     kind, found = machine_kind(), []
-    on_cuda = [name for name in sections if _device(config, name) == "cuda"]
+    chosen = {name: _section(config, name) for name in sections}
+    on_cuda = [name for name, section in chosen.items() if _asks_cuda(section)]
     if on_cuda and kind == "cpu":
         asked = ", ".join(f"{name}.device=cuda" for name in on_cuda)
         found.append(
@@ -28,16 +38,12 @@ def machine_problems(config: RunConfig, sections: Sequence[Section] = SECTIONS) 
             "device=auto or cpu, or take configs/demo.yaml"
         )
         kind = "cuda"  # the engines that the config needs, too
-    missing = [
-        config_section.kind
-        for name in sections
-        if _needs_environment(config_section := getattr(config, name))
-        and find(config_section.kind, kind) is None
-    ]
+    looked_up = [section.kind for section in chosen.values() if _is_looked_up(section)]
+    missing = [engine for engine in looked_up if find(engine, kind) is None]
     if missing:
         found.append(missing_engines(missing, kind))
-    for name in sections:
-        python = getattr(config, name).interpreter
+    for name, section in chosen.items():
+        python = section.interpreter
         if python is not None and is_absent(python):
             found.append(
                 f"{name}.python={python} does not exist or cannot be run; give the interpreter of "
@@ -47,7 +53,7 @@ def machine_problems(config: RunConfig, sections: Sequence[Section] = SECTIONS) 
     return found
 
 
-def require_machine(config: RunConfig, sections: Sequence[Section] = SECTIONS) -> None:
+def require_machine(config: RunConfig, sections: Sequence[Name] = NAMES) -> None:
     """Raise one error with all of `machine_problems`, before anything is downloaded.
 
     Raises:
@@ -62,12 +68,27 @@ def listed(head: str, problems: Sequence[str]) -> str:
     return problems[0] if len(problems) == 1 else "\n  - ".join([head, *problems])
 
 
-def _device(config: RunConfig, name: Section) -> str | None:
-    return getattr(getattr(config, name), "device", None)
+def _section(config: RunConfig, name: Name) -> _Section:
+    sections: dict[Name, _Section] = {
+        "generation": config.generation,
+        "scoring": config.scoring,
+        "training": config.training,
+    }
+    return sections[name]
 
 
-def _needs_environment(section: object) -> bool:
-    """Whether a section's engine runs in an environment that is looked up."""
-    if getattr(section, "kind", None) == "embedded" or getattr(section, "urls", ()):
+def _asks_cuda(section: _Section) -> bool:
+    if isinstance(section, VllmGeneration | UnslothTraining):  # have no such setting
         return False
-    return getattr(section, "python", None) is None
+    return section.device == "cuda"
+
+
+def _is_looked_up(section: _Section) -> bool:
+    """Whether the engine runs in the environment that is installed on this machine."""
+    match section:
+        case VllmGeneration() | UnslothTraining():
+            return section.python is None
+        case SglangScoring():
+            return section.python is None and not section.urls
+        case _:
+            return False
