@@ -194,6 +194,7 @@ def test_progress_names_stage_packages_and_time(
     pip.write_text(
         "#!/bin/sh\necho 'Collecting a==1'\necho '  Downloading a-1.whl (2.5 GB)'\n"
         "echo 'Collecting B_c==2 (from -r x)'\necho 'Requirement already satisfied: d==1'\n"
+        "echo 'Processing /w/torch-2.0%2Bcpu-cp311.whl'\necho 'Processing ./b_c-2-py3.whl'\n"
         "echo 'Collecting a==1'\necho 'Installing collected packages: a, B_c'\n"
     )
     pip.chmod(0o755)
@@ -202,7 +203,7 @@ def test_progress_names_stage_packages_and_time(
     script._pip([str(pip)], progress, 7)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "small-cpu: packages (0:00)"
-    assert lines[-1] == "small-cpu: packages: unpacking 3 of 7 (0:00)"
+    assert lines[-1] == "small-cpu: packages: unpacking 4 of 7 (0:00)"
     progress._shown_at = -1e9
     progress.detail("packages 1 of 7: Downloading a-1.whl (2.5 GB)")
     assert "Downloading a-1.whl (2.5 GB)" in capsys.readouterr().err

@@ -39,7 +39,7 @@ def test_config_for_a_gpu_names_driver_and_engines_and_asks_the_hub_nothing(
     (error,) = [line for line in result.err.splitlines() if line.startswith("error:")]
     assert "lacks what the config asks for" in error
     assert "scoring.device=cuda, but there is no CUDA device: no NVIDIA driver" in result.err
-    assert "no environment of vllm, sglang, unsloth" in result.err
+    assert "no environment of vllm, sglang, unsloth for a machine with an NVIDIA" in result.err
     assert "`qwen3-distill engines install vllm sglang unsloth`" in result.err
     assert "configs/demo.yaml" in result.err
 
@@ -58,6 +58,14 @@ def test_engine_that_is_not_installed_is_an_error_before_the_first_file_of_a_run
         assert "Traceback" not in result.err
     assert not (tmp_path / "run" / "logs").exists()
     # Stages that do not start it do not need it.
+    values["generation"] = {"kind": "embedded", "device": "cpu"}
+    values["training"] = {"kind": "unsloth"}
+    file.write_text(json.dumps(values))
+    out = ("--out", str(tmp_path / "r.parquet"))
+    assert call_cli("generate", "--config", file, *out, "planning.device_memory_gib=64").code == 0
+    values["training"] = {"kind": "embedded", "device": "cpu"}
+    values["generation"] = VLLM
+    file.write_text(json.dumps(values))
     for stage in ("score", "train"):
         assert "engines install" not in call_cli(stage, "--config", file).err
 

@@ -157,6 +157,8 @@ class Progress:
         self._text = ""
         self._shown_at = 0.0
         self._rewrites = sys.stderr.isatty()
+        self.packages: set[str] = set()
+        """Names of the packages that pip was at so far."""
 
     def stage(self, text: str) -> None:
         """Begin a stage."""
@@ -252,12 +254,12 @@ def install_lock(lock: Path, python: Path, progress: Progress | None = None) -> 
 
 def _pip(command: Sequence[str], progress: Progress, count: int | None) -> None:
     """Run pip; say which package it is at, out of ``count`` if that is known."""
-    seen: set[str] = set()
+    seen = progress.packages
     progress.stage("packages")
 
     def watch(line: str) -> None:
         if found := _PACKAGE.match(line):
-            seen.add(found[1].lower())
+            seen.add(re.sub("[-_.]+", "-", found[1].lower()))
         of = f" of {count}" if count else ""
         if line.startswith("Installing collected packages"):
             progress.stage(f"packages: unpacking {len(seen)}{of}")
@@ -267,7 +269,10 @@ def _pip(command: Sequence[str], progress: Progress, count: int | None) -> None:
     _run(command, progress, watch=watch)
 
 
-_PACKAGE = re.compile(r"(?:Collecting|Requirement already satisfied:) ([\w.-]+)")
+_PACKAGE = re.compile(
+    r"(?:Collecting |Requirement already satisfied: |Processing (?:\S*/)?)(\w+(?:[.-][A-Za-z]\w*)*)"
+)
+"""A package's name in pip's output; a wheel's name goes on with its version."""
 _FILE = re.compile(r"\s*((?:Downloading|Using cached) \S+.*)")
 
 

@@ -192,6 +192,12 @@ def test_texts_are_read_as_they_were_given(suffix: str, field: str) -> None:
     assert config.prompts.path == "a b/c#d"
 
 
+def test_name_with_a_line_break_stays_in_its_comment() -> None:
+    student = replace(model("4B"), name="a\nsteps: 7")
+    config = initial_config(facts(card(139), student=student)).config
+    assert (config.student.model, config.steps) == ("a\nsteps: 7", 100)
+
+
 @pytest.mark.parametrize(("held_out", "verifier"), [(None, "math"), ("test", None)])
 def test_without_held_out_problems_or_verifier_there_is_no_evaluation(
     held_out: str | None, verifier: Literal["math"] | None
