@@ -276,8 +276,8 @@ def test_an_interpreter_that_does_not_exist_is_named(build: Build) -> None:
 def test_an_interpreter_without_sglang_is_told_what_to_install(build: Build) -> None:
     message = start_error(build(python=sys.executable))
     assert "SGLang is not installed" in message
-    assert "make.py sglang-cuda" in message
-    assert "set scoring.python" in message
+    assert "engines install sglang" in message
+    assert "scoring.python is null" in message
 
 
 def test_a_server_that_dies_at_its_start_leaves_its_last_words(build: Build) -> None:

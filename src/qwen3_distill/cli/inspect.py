@@ -104,9 +104,12 @@ def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
         f"{config} is valid: {settings.steps} steps of {settings.prompts_per_step} prompts x "
         f"{settings.samples_per_prompt} samples, objective {settings.objective.kind}"
     )
-    from qwen3_distill.pipeline.models import localize
+    from qwen3_distill.pipeline.assembly.machine import require_machine
+    from qwen3_distill.pipeline.models import asks_hub, localize
     from qwen3_distill.pipeline.preflight import check_before_start, data_notes
 
+    if asks_hub(settings):
+        require_machine(settings)
     settings = localize(settings, say=say, warn=warn).config
     check_before_start(settings, downloaded=False)
     for note in data_notes(settings):

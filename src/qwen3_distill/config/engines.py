@@ -94,14 +94,16 @@ class _EngineProcess(_Supervised):
     """Settings of an engine that always runs in its own process."""
 
     python: PathText | None = None
-    """Python interpreter of the engine's environment; null: the controller's."""
+    """Python interpreter of an environment that has the engine; null: the environment that
+    ``qwen3-distill engines install`` made on this machine. Name an interpreter that has the engine
+    among its own packages, e.g. ``python3``."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables of the engine's process, added to the inherited ones, e.g.
     ``PYTHONPATH``."""
 
     @property
     def interpreter(self) -> str | None:
-        """Interpreter of the engine's own environment; None: the controller's."""
+        """The interpreter that is named; None: that of the environment installed here."""
         return self.python
 
     @field_validator("environment", mode="before")

@@ -45,9 +45,8 @@ def is_absent(program: str) -> bool:
 def how_to_install(engine: str, section: str) -> str:
     """The remedy where an engine is missing; ``section`` of the config names its interpreter."""
     return (
-        f"make an environment with `python3 src/qwen3_distill/environments/make.py {engine}-cuda` "
-        f"({engine}-cpu without a GPU) and set {section}.python to the interpreter that it prints "
-        "(docs/engines/install.md)"
+        f"`qwen3-distill engines install {engine}` makes an environment of it, which a run finds "
+        f"if {section}.python is null; or name an interpreter that has it (docs/engines/install.md)"
     )
 
 

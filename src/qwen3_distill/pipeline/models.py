@@ -14,6 +14,7 @@ from qwen3_distill.modeling.hub import (
     fetch_weights,
     locate_dataset,
     locate_model,
+    parse_id,
 )
 from qwen3_distill.utils.json_text import read_json
 
@@ -53,6 +54,16 @@ class LocalConfig:
         for role in roles:
             if role in self.sources:
                 fetch_weights(self.sources[role], say)
+
+
+def asks_hub(config: RunConfig) -> bool:
+    """Whether `localize` may have to ask the hub for something of a config."""
+    teacher = () if config.scoring is None else (config.scoring.model,)
+    models = (config.student.model, *teacher)
+    sources = [config.prompts, config.evaluation.prompts if config.evaluation else None]
+    return any(isinstance(source, HuggingFacePrompts) for source in sources) or any(
+        parse_id(model) is not None and not Path(model).exists() for model in models
+    )
 
 
 def recorded_hub(manifest: Path) -> HubRecord:

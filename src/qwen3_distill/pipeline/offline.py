@@ -36,6 +36,7 @@ from qwen3_distill.pipeline.assembly.data import (
     check_problems,
 )
 from qwen3_distill.pipeline.assembly.engines import build_learner, static_engine, static_samplers
+from qwen3_distill.pipeline.assembly.machine import require_machine
 from qwen3_distill.pipeline.assembly.plan import plan_memory
 from qwen3_distill.pipeline.assembly.teachers import (
     build_teacher,
@@ -136,6 +137,7 @@ def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, s
             "rollouts.source=file: nothing is sampled; set rollouts.source to student, teacher or "
             "mixture"
         )
+    require_machine(config, ("generation",))
     local = localize(config, say=say, warn=say)
     config = local.config
     refuse_inputs_as_output(out, input_paths(config))
@@ -175,6 +177,7 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
             f"objective.kind={config.objective.kind} needs no scores; train on the rollouts as "
             "they are, or set the objective that the scores are for"
         )
+    require_machine(config, ("scoring",))
     local = localize(config, say=say, warn=say)
     config = local.config
     refuse_inputs_as_output(out, {**input_paths(config), "--rollouts": rollouts})
@@ -225,6 +228,7 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
     if off_policy:
         require_ratio_off_policy(config)
     _require_empty(out)
+    require_machine(config, ("training",))
     local = localize(config, say=say, warn=say)
     config = local.config
     needs_scores = config.objective.score_request is not None
@@ -423,6 +427,7 @@ def evaluate_directory(
     if out is not None:
         refuse_inputs_as_output(out, {**input_paths(config), "--model": model})
         check_writable(out)
+    require_machine(config, ("generation",))
     config, directory = _find_models(config, model, run_folder, say)
     settings = config.evaluation or settings  # a dataset has its commit now
     if out is not None:

@@ -15,11 +15,11 @@ from qwen3_distill.data.rollout_files import read_training
 from qwen3_distill.data.sources import build_source
 from qwen3_distill.data.verifiers import check_references
 from qwen3_distill.errors import ConfigError, DataError, ModelError, RunFolderError
-from qwen3_distill.hosts.child import is_absent
 from qwen3_distill.modeling.hub import is_snapshot
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.modeling.student_directory import check_student
 from qwen3_distill.pipeline.assembly.data import overlap_of
+from qwen3_distill.pipeline.assembly.machine import listed, machine_problems
 from qwen3_distill.pipeline.disk_space import check_run_space
 from qwen3_distill.pipeline.own_folder import require_own_folder
 from qwen3_distill.scoring.cache import check_cache_folder
@@ -28,7 +28,7 @@ from qwen3_distill.scoring.cache import check_cache_folder
 def problems_of(
     config: RunConfig, *, reads_prompts: bool = True, downloaded: bool = True
 ) -> list[str]:
-    """List a config's unusable models, prompts, interpreters, folders and disk, with remedies.
+    """List a config's unusable models, prompts, engines, folders and disk, with remedies.
 
     Args:
         reads_prompts: also read the training prompts, which takes a while for millions, and check
@@ -54,18 +54,7 @@ def problems_of(
     found = [problem for check in checks if (problem := _problem(check))]
     if not found:  # the space depends on the student's weights
         found += [problem] if (problem := _problem(lambda: check_run_space(config))) else []
-    interpreters = {
-        "generation": config.generation.interpreter,
-        "scoring": None if scoring is None else scoring.interpreter,
-        "training": config.training.interpreter,
-    }
-    for name, python in interpreters.items():
-        if python is not None and is_absent(python):
-            found.append(
-                f"{name}.python={python} does not exist or cannot be run; give the interpreter of "
-                "an environment that has the engine (docs/engines/install.md)"
-            )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([*found, *machine_problems(config)]))
 
 
 def check_before_start(
@@ -77,10 +66,8 @@ def check_before_start(
         ConfigError: something is missing.
     """
     found = problems_of(config, reads_prompts=reads_prompts, downloaded=downloaded)
-    if len(found) == 1:
-        raise ConfigError(found[0])
     if found:
-        raise ConfigError("\n  - ".join(["the config names what is not there:", *found]))
+        raise ConfigError(listed("the config names what is not there:", found))
 
 
 def data_notes(config: RunConfig) -> list[str]:

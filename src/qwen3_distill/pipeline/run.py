@@ -16,6 +16,7 @@ from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.pipeline.assembly.cost import build_cost_model
 from qwen3_distill.pipeline.assembly.engines import build_parts, engine_interpreters
+from qwen3_distill.pipeline.assembly.machine import require_machine
 from qwen3_distill.pipeline.assembly.plan import engine_log
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.collected import run_offline
@@ -29,7 +30,13 @@ from qwen3_distill.pipeline.manifest import (
     versions,
 )
 from qwen3_distill.pipeline.metering import Meter, metered
-from qwen3_distill.pipeline.models import HubRecord, LocalConfig, localize, recorded_hub
+from qwen3_distill.pipeline.models import (
+    HubRecord,
+    LocalConfig,
+    asks_hub,
+    localize,
+    recorded_hub,
+)
 from qwen3_distill.pipeline.own_folder import refuse_inputs_as_student
 from qwen3_distill.pipeline.parts import Parts, TextTools
 from qwen3_distill.pipeline.preflight import check_before_start
@@ -79,6 +86,8 @@ def run(
                 "to run again"
             )
         else:
+            if asks_hub(config):
+                require_machine(config)
             recorded = recorded_hub(folder.manifest) if folder.has_records else {}
             local = localize(config, recorded=recorded, say=progress.stage, warn=warn)
             beating = HeartbeatReporter(progress, folder.status, total_steps=config.steps)

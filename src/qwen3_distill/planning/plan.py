@@ -73,6 +73,7 @@ def make_plan(
     config: RunConfig,
     *,
     device_memory_bytes: int | None = None,
+    device: DeviceMemory | None = None,
     student_shape: ModelShape | None = None,
     teacher_shape: ModelShape | None = None,
 ) -> MemoryPlan:
@@ -82,6 +83,7 @@ def make_plan(
         config: the run.
         device_memory_bytes: memory that the engines share; default: the config's
             ``planning.device_memory_gib``, else the memory that is free now.
+        device: the device itself, in place of its memory.
         student_shape: default: read from the student's directory.
         teacher_shape: default: read from the teacher's directory.
 
@@ -92,6 +94,7 @@ def make_plan(
     plan = lay_out(
         config,
         device_memory_bytes=device_memory_bytes,
+        device=device,
         student_shape=student_shape,
         teacher_shape=teacher_shape,
     )
@@ -107,12 +110,13 @@ def lay_out(
     config: RunConfig,
     *,
     device_memory_bytes: int | None = None,
+    device: DeviceMemory | None = None,
     student_shape: ModelShape | None = None,
     teacher_shape: ModelShape | None = None,
 ) -> MemoryPlan:
     """Plan without the checks of `make_plan`: the plan may need more than is free."""
     models = _models(config, student_shape, teacher_shape)
-    return _lay_out(config, models, _device(config, device_memory_bytes))
+    return _lay_out(config, models, device or _device(config, device_memory_bytes))
 
 
 def _models(

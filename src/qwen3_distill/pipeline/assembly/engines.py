@@ -1,7 +1,6 @@
 """Builds the parts of a run, its rollout engine and its learner."""
 
 import shutil
-import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -19,6 +18,7 @@ from qwen3_distill.config import (
     UnslothTraining,
     VllmGeneration,
 )
+from qwen3_distill.environments.installed import engine_python
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
 from qwen3_distill.generation.embedded.hosted import hosted_embedded_engine
 from qwen3_distill.generation.vllm.engine import vllm_engine
@@ -223,11 +223,16 @@ def _output_head(teacher: TeacherScorer | None) -> torch.Tensor | None:
 def engine_interpreters(config: RunConfig) -> dict[str, EngineInterpreter]:
     """List the engines that have an interpreter of their own on this machine, by kind."""
     found: dict[str, EngineInterpreter] = {}
-    scoring = config.loaded_teacher
-    sections = (config.generation, *([] if scoring is None else [scoring]), config.training)
-    for section in sections:
-        if section.kind == "embedded" or (section.kind == "sglang" and section.urls):
+    sections = {
+        "generation": config.generation,
+        "scoring": config.loaded_teacher,
+        "training": config.training,
+    }
+    for name, section in sections.items():
+        if section is None or section.kind == "embedded":
             continue
-        python = section.python or sys.executable
+        if section.kind == "sglang" and section.urls:
+            continue
+        python = engine_python(section.kind, name, section.python)
         found[section.kind] = EngineInterpreter(python, section.environment)
     return found
