@@ -10,13 +10,16 @@ LOCK ?=
 ENGINE_PYTHON ?= $(PYTHON)
 ENVIRONMENT := $(ENGINE_PYTHON) src/qwen3_distill/environments/make.py
 
-.PHONY: help demo test test-engines test-vllm test-sglang test-unsloth test-engines-together test-transformers4 test-gpu gpu-check check format hooks docs clean
+.PHONY: help demo engines test test-engines test-vllm test-sglang test-unsloth test-engines-together test-transformers4 test-gpu gpu-check fuzz check format hooks docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
 
 demo: $(VENV)/installed ## distil the lab student from the lab teacher (two CPU cores, minutes)
 	$(BIN)/qwen3-distill run --config configs/demo.yaml
+
+engines: $(VENV)/installed ## the environments of vLLM, SGLang and unsloth: CUDA builds where there is an NVIDIA driver
+	$(BIN)/qwen3-distill engines install --python $(ENGINE_PYTHON)
 
 test: $(VENV)/installed-dev ## the test suite a laptop can run
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n auto --dist loadfile
@@ -88,6 +91,11 @@ gpu-check: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(VENV)/installed-dev) ## on a 
 	$(GPU_PYTHON) -m benchmarks.speed.stages --config $(STAGES_CONFIG) "$$@" $(STAGES_SETTINGS); \
 	exit $$failed
 
+# FUZZ: further arguments, e.g. make fuzz FUZZ="--seed 7 --kinds replies --out runs/fuzz.json"
+FUZZ ?= --out runs/fuzz.json
+fuzz: $(VENV)/installed-dev ## odd configs, replies, files and model directories in great numbers
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.robustness.fuzz $(FUZZ)
+
 check: $(VENV)/installed-dev ## ruff, pyright, import contract
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -101,8 +109,9 @@ format: $(VENV)/installed-dev ## let ruff rewrite the code
 hooks: $(VENV)/installed-dev ## let git run the fast checks before every commit
 	$(BIN)/pre-commit install
 
-docs: $(VENV)/installed-dev ## regenerate docs/configuration.md
+docs: $(VENV)/installed-dev ## regenerate docs/configuration.md and the list of commands in docs/reference/cli.md
 	$(BIN)/qwen3-distill config reference > docs/configuration.md
+	$(BIN)/python -m qwen3_distill.cli.reference docs/reference/cli.md
 
 clean: ## remove the virtual environment and caches; runs are kept
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -101,7 +101,7 @@ def real(parts: Parts) -> Parts:
 
 
 def shuffled(parts: Parts) -> Parts:
-    teacher = ShuffledTeacher(parts.teacher, parts.config.seed)
+    teacher = ShuffledTeacher(parts.required_teacher, parts.config.seed)
     return dataclasses.replace(parts, teacher=teacher)
 
 

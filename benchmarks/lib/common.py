@@ -20,7 +20,8 @@ _REVISION = git_revision(Path(__file__).parent) or {"commit": "unknown", "dirty"
 def command_line() -> str:
     """Return the command that runs this benchmark, as a user types it."""
     script = Path(sys.argv[0])
-    module = f"benchmarks.{script.parent.name}.{script.stem}"
+    parts = script.resolve().relative_to(Path(__file__).parents[2]).with_suffix("").parts
+    module = ".".join(part for part in parts if part != "__main__")
     return shlex.join(["python", "-m", module, *sys.argv[1:]])
 
 

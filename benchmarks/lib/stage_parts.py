@@ -91,7 +91,7 @@ def bare_requests(
 
     The function returns its seconds. It reads answers to the last byte and does not parse them.
     """
-    scoring = config.scoring
+    scoring = config.teacher
     assert scoring.kind == "sglang"
     assert teacher.server is not None
     request = config.objective.score_request
@@ -240,7 +240,7 @@ async def measure_resident(
     report.add(
         "resident",
         {figure: memory.peak_gib},
-        teacher=parts.teacher.teacher_id,
+        teacher=parts.required_teacher.teacher_id,
         generated_tokens=generated,
         first_step_s=stage_seconds(trace),
         learner_peak_gib=peak_gib(update),
@@ -258,7 +258,7 @@ async def opd_step(work: Work, parts: Parts, trace: Trace) -> tuple[int, Update]
     with trace.span("generate"):
         rollouts = await generate(parts.engine, requests)
     with trace.span("score"):
-        scored = await score(parts.teacher, parts.view, rollouts)
+        scored = await score(parts.required_teacher, parts.view, rollouts)
     with trace.span("train"):
         update = await parts.learner.update(parts.make_batch(scored))
     with trace.span("publish"):

@@ -76,7 +76,7 @@ class Striker:
 
     def attach(self, parts: Parts) -> Parts:
         """Start the watch at the first push of weights, when all engines are running."""
-        part = {"generate": parts.engine, "score": parts.teacher, "train": parts.learner}
+        part = {"generate": parts.engine, "score": parts.required_teacher, "train": parts.learner}
         engine: Any = parts.engine
         load = engine.load
 

@@ -1,7 +1,7 @@
 """Measures kinds of learners beside each other on one card: tokens per second of their steps.
 
     python -m benchmarks.speed.learners --config configs/h200.yaml \\
-        --learners unsloth,embedded,compiled,compiled_fp8_backward,compiled_fp8 \\
+        --learners unsloth,embedded,compiled,compiled_fp8_backward \\
         student.model=/models/qwen3-4b scoring.model=/models/qwen3-8b
 
 Every learner has a process of its own, takes the same steps of random tokens, and is closed before
@@ -34,7 +34,6 @@ _EMBEDDED: dict[str, dict[str, Any]] = {
     "compiled": {"compiled": True},
     "fp8": {"base_precision": "fp8"},
     "compiled_fp8_backward": {"compiled": True, "base_precision": "fp8_backward"},
-    "compiled_fp8": {"compiled": True, "base_precision": "fp8"},
 }
 _DENSE = "_top16"
 

@@ -290,9 +290,9 @@ class Bench:
         _, times["load_weights_s"] = await timed(parts.engine.load(version, channel))
         rollouts, times["generate_s"] = await timed(generate(engine, requests))
         _, times["end_generate_s"] = await timed(parts.engine.close())
-        _, times["start_score_s"] = await timed(parts.teacher.start())
-        scored, times["score_s"] = await timed(score(parts.teacher, parts.view, rollouts))
-        _, times["end_score_s"] = await timed(parts.teacher.close())
+        _, times["start_score_s"] = await timed(parts.required_teacher.start())
+        scored, times["score_s"] = await timed(score(parts.required_teacher, parts.view, rollouts))
+        _, times["end_score_s"] = await timed(parts.required_teacher.close())
         _, times["start_train_s"] = await timed(parts.learner.start())
         _, times["load_state_s"] = await timed(parts.learner.load_state(state, version))
         _, times["train_s"] = await timed(parts.learner.update(parts.make_batch(scored)))
@@ -408,7 +408,7 @@ def main() -> None:
 def without_eos(config: RunConfig, folder: Path) -> dict[str, Any]:
     """Copy student and teacher, with the padding token as their end-of-sequence token."""
     copies: dict[str, str] = {}
-    for role, source in (("student", config.student.model), ("teacher", config.scoring.model)):
+    for role, source in (("student", config.student.model), ("teacher", config.teacher.model)):
         target = folder / role
         shutil.copytree(source, target)
         for name in ("config.json", "generation_config.json"):
@@ -419,7 +419,7 @@ def without_eos(config: RunConfig, folder: Path) -> dict[str, Any]:
         copies[role] = str(target)
     return {
         "student": config.student.model_copy(update={"model": copies["student"]}),
-        "scoring": config.scoring.model_copy(update={"model": copies["teacher"]}),
+        "scoring": config.teacher.model_copy(update={"model": copies["teacher"]}),
     }
 
 

@@ -74,7 +74,7 @@ async def measure_together(arguments: argparse.Namespace, work: Work, report: Re
             if "generate" in wanted:
                 await measure_generate(work, report, parts.engine)
             if "score" in wanted:
-                await measure_score(work, report, parts.teacher)
+                await measure_score(work, report, parts.required_teacher)
             if "opd" in wanted:
                 await measure_opd(work, report, parts, memory)
             if "train" in wanted:
@@ -107,7 +107,7 @@ async def start_side_by_side(parts: Parts) -> None:
         await asyncio.sleep(delay_s)
         await start
 
-    engines = (parts.teacher, parts.engine, parts.learner)
+    engines = (parts.required_teacher, parts.engine, parts.learner)
     await asyncio.gather(
         *(later(index * STAGGER_S, engine.start()) for index, engine in enumerate(engines))
     )
@@ -129,13 +129,13 @@ async def measure_other_teacher(
     Args:
         before_bytes: memory of the device used before any engine was started.
     """
-    await parts.teacher.close()
-    scoring = work.config.scoring.model_copy(
+    await parts.required_teacher.close()
+    scoring = work.config.teacher.model_copy(
         update={
             "model": arguments.resident_teacher,
             "quantization": None,  # as its directory says
             "memory_fraction": arguments.resident_memory_fraction,
-            "chunk_tokens": arguments.resident_chunk_tokens or work.config.scoring.chunk_tokens,
+            "chunk_tokens": arguments.resident_chunk_tokens or work.config.teacher.chunk_tokens,
         }
     )
     config = work.config.model_copy(update={"scoring": scoring})
@@ -156,7 +156,7 @@ def measure_trl(work: Work, report: Report, arguments: argparse.Namespace) -> No
     out = Path(work.config.output_dir) / "trl.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     command = [arguments.trl_python, "-m", "benchmarks.speed.trl_distillation"]
-    command += ["--student", work.config.student.model, "--teacher", work.config.scoring.model]
+    command += ["--student", work.config.student.model, "--teacher", work.config.teacher.model]
     command += ["--prompts", str(work.sequences), "--prompt-tokens", str(work.prompt_tokens)]
     command += ["--new-tokens", str(work.new_tokens), "--out", str(out)]
     command += arguments.trl_arguments.split()

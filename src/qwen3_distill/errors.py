@@ -45,7 +45,7 @@ class CheckpointError(DistillError, RuntimeError):
 
 
 class NonFiniteError(DistillError, ArithmeticError):
-    """Loss or gradient norm is NaN or infinite. Nothing was stepped."""
+    """Loss, gradient norm or weights are NaN or infinite. Nothing of it is published or saved."""
 
     exit_code = 3
 

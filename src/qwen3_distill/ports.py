@@ -60,6 +60,13 @@ Reach: TypeAlias = Literal["process", "machine", "cluster"]
 _NEAR_TO_FAR: tuple[Reach, ...] = ("process", "machine", "cluster")
 
 
+CACHED_TOKENS = "score/cached_tokens"
+"""Counter of a teacher: tokens of jobs that it did not compute, because an engine had their keys
+and values. Absent where an engine does not tell."""
+STORED_TOKENS = "score/stored_tokens"
+"""Counter of a teacher: tokens of jobs that nobody computed, because their scores were kept."""
+
+
 class WeightChannel(Protocol):
     """Moves weights from the learner to engines, whole or not at all."""
 
@@ -233,7 +240,9 @@ class Learner(Protocol):
         """Take one optimizer step.
 
         Raises:
-            NonFiniteError: loss or gradient norm is not finite; nothing was stepped.
+            NonFiniteError: loss or gradient norm is not finite, and nothing was stepped; or the
+                weights are not finite after the step, and every later call that would use them
+                raises it again.
             LearnerLost: the learner's process died and its weights are lost; `start` it again and
                 `load_state` of the newest checkpoint.
         """

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,13 @@ def _frozen_array(values: Any, dtype: type[np.generic], ndim: int, what: str) ->
     if array.ndim != ndim:
         raise AlignmentError(f"{what} has {array.ndim} axes, expected {ndim}")
     array.setflags(write=False)
+    return array
+
+
+def _checked_ids(values: Any, ndim: int, what: str) -> IntArray:
+    array = _frozen_array(values, np.int32, ndim, what)
+    if array.size and int(array.min()) < 0:
+        raise AlignmentError(f"{what}: {int(array.min())} is no token id, expected 0 or more")
     return array
 
 
@@ -99,7 +106,7 @@ class Prompt:
     """Input of the verifier, e.g. ``{"answer": "42"}``."""
 
     def __post_init__(self) -> None:
-        ids = _frozen_array(self.token_ids, np.int32, 1, f"prompt {self.prompt_id}: token_ids")
+        ids = _checked_ids(self.token_ids, 1, f"prompt {self.prompt_id}: token_ids")
         if ids.size == 0:
             raise DataError(f"prompt {self.prompt_id} has no tokens")
         object.__setattr__(self, "token_ids", ids)
@@ -207,8 +214,8 @@ class Rollout:
 
     Raises:
         AlignmentError: lengths disagree, a logprob is not finite, the sampled spans are empty, out
-            of order, without a gap between them or outside of the response, or the version spans
-            do not tile ``[0, S)``.
+            of order, without a gap between them or outside of the response, the version spans do
+            not tile ``[0, S)``, or a teacher's answer has any.
     """
 
     rollout_id: str
@@ -220,16 +227,20 @@ class Rollout:
     """[S] nats, under the distribution sampled from (after temperature, top-k and top-p). 0 where
     the sampling is greedy: that distribution has one token."""
     versions: tuple[VersionSpan, ...]
-    """Spans that tile ``[0, S)`` in order; more than one after an in-flight weight update."""
+    """The student's weights: spans that tile ``[0, S)`` in order; more than one after an in-flight
+    weight update. None where a teacher sampled: its weights have no place among the student's."""
     finish_reason: FinishReason
     continues_at: int = 0
     """Response tokens in earlier pieces of the rollout; ``prompt.token_ids`` ends with them."""
     sampled: tuple[TokenSpan, ...] = ()
-    """Which response tokens the student sampled. Left out: all of them, as one span."""
+    """Which response tokens were sampled. Left out: all of them, as one span."""
+    teacher_id: str | None = None
+    """The teacher that sampled the response, and whose logprobs `behavior_logprobs` are; None: the
+    student did."""
 
     def __post_init__(self) -> None:
         what = f"rollout {self.rollout_id}"
-        ids = _frozen_array(self.response_ids, np.int32, 1, f"{what}: response_ids")
+        ids = _checked_ids(self.response_ids, 1, f"{what}: response_ids")
         logprobs = _checked_logprobs(self.behavior_logprobs, 1, f"{what}: behavior_logprobs")
         if ids.size == 0:
             raise AlignmentError(f"{what} has no response tokens")
@@ -243,7 +254,13 @@ class Rollout:
             )
         edges = [0, *(span.stop for span in self.versions)]
         starts = [span.start for span in self.versions]
-        if starts != edges[:-1] or edges[-1] != logprobs.size or edges != sorted(set(edges)):
+        if self.teacher_id is not None:
+            if not self.teacher_id or self.versions:
+                raise AlignmentError(
+                    f"{what}: sampled by teacher {self.teacher_id!r} with {len(self.versions)} "
+                    "version spans, expected the teacher's name and no weights of a student"
+                )
+        elif starts != edges[:-1] or edges[-1] != logprobs.size or edges != sorted(set(edges)):
             raise AlignmentError(
                 f"{what}: version spans {[(s.start, s.stop) for s in self.versions]} do not tile "
                 f"its {logprobs.size} sampled tokens"
@@ -272,9 +289,15 @@ class Rollout:
         return self.continues_at == 0 and self.finish_reason is not FinishReason.HARVESTED
 
     @property
-    def oldest_version(self) -> WeightVersion:
-        """Oldest weights that sampled any of the tokens; they define the rollout's age."""
-        return min(span.version for span in self.versions)
+    def sampled_by(self) -> Literal["student", "teacher"]:
+        """The model that sampled the response."""
+        return "student" if self.teacher_id is None else "teacher"
+
+    @property
+    def oldest_version(self) -> WeightVersion | None:
+        """Oldest weights of the student that sampled any of the tokens; they define the rollout's
+        age. None where a teacher sampled: its answers do not age."""
+        return min((span.version for span in self.versions), default=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -314,7 +337,7 @@ class ScoringJob:
 
     def __post_init__(self) -> None:
         what = f"scoring job of {self.rollout_id}"
-        ids = _frozen_array(self.token_ids, np.int32, 1, f"{what}: token_ids")
+        ids = _checked_ids(self.token_ids, 1, f"{what}: token_ids")
         _check_spans(self.scored, 1, int(ids.size), f"{what}: scored")
         object.__setattr__(self, "token_ids", ids)
         object.__setattr__(self, "scored", tuple(self.scored))
@@ -381,12 +404,19 @@ class TopKScore(TeacherScore):
     def __post_init__(self) -> None:
         TeacherScore.__post_init__(self)
         what = f"score by {self.teacher_id}"
-        ids = _frozen_array(self.candidate_ids, np.int32, 2, f"{what}: candidate_ids")
+        ids = _checked_ids(self.candidate_ids, 2, f"{what}: candidate_ids")
         logprobs = _checked_logprobs(self.candidate_logprobs, 2, f"{what}: candidate_logprobs")
         if ids.shape != logprobs.shape or len(ids) != self.logprobs.size or ids.shape[1] < 1:
             raise AlignmentError(
                 f"{what}: candidate_ids {ids.shape}, candidate_logprobs {logprobs.shape}, "
                 f"expected [{self.logprobs.size}, K >= 1] both"
+            )
+        in_order = np.sort(ids, axis=1)
+        twice = (in_order[:, 1:] == in_order[:, :-1]).any(axis=1)
+        if twice.any():
+            raise AlignmentError(
+                f"{what}: candidate_ids of scored token {int(twice.argmax())} has an id twice, "
+                "expected distinct ones"
             )
         object.__setattr__(self, "candidate_ids", ids)
         object.__setattr__(self, "candidate_logprobs", logprobs)
@@ -428,16 +458,14 @@ ScoreResult: TypeAlias = TeacherScore | ScoreFailure
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredRollout:
-    """A rollout with its teacher's score: one value per sampled token.
+class TrainingRollout:
+    """A rollout to train on, without a score: for objectives that compare with no teacher.
 
     Raises:
-        AlignmentError: the score has another number of tokens.
         DataError: the rollout is greedy, so that no loss over samples may use it.
     """
 
     rollout: Rollout
-    score: TeacherScore
 
     def __post_init__(self) -> None:
         if self.rollout.sampling.is_greedy:
@@ -445,6 +473,21 @@ class ScoredRollout:
                 f"rollout {self.rollout.rollout_id} was sampled at temperature 0: greedy answers "
                 "are for evaluation and cannot be trained on; sample with a positive temperature"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredRollout(TrainingRollout):
+    """A rollout with its teacher's score: one value per sampled token.
+
+    Raises:
+        AlignmentError: the score has another number of tokens.
+        DataError: the rollout is greedy, so that no loss over samples may use it.
+    """
+
+    score: TeacherScore
+
+    def __post_init__(self) -> None:
+        TrainingRollout.__post_init__(self)
         if self.score.logprobs.size != self.rollout.num_loss_tokens:
             raise AlignmentError(
                 f"rollout {self.rollout.rollout_id}: {self.rollout.num_loss_tokens} sampled "
@@ -471,15 +514,16 @@ class Batch:
             rollout, or an importance weight is not positive.
     """
 
-    scored: tuple[ScoredRollout, ...]
+    scored: tuple[TrainingRollout, ...]
+    """With scores: all of them, or none."""
     importance_weights: FloatArray
     """[N] w_i > 0: corrects *which* rollout was drawn (prioritised replay); 1 if uniform."""
     task_advantages: FloatArray
-    """[N] weighted, group-centred task reward, added to every sampled token's advantage; 0 without
-    a task reward."""
+    """[N] weighted, group-centred task reward: added to every sampled token's advantage, or with
+    GRPO the advantage itself; 0 without a task reward."""
 
     @classmethod
-    def uniform(cls, scored: Sequence[ScoredRollout]) -> "Batch":
+    def uniform(cls, scored: Sequence[TrainingRollout]) -> "Batch":
         """Make a batch with weights 1 and without task reward."""
         return cls(
             scored=tuple(scored),
@@ -517,8 +561,10 @@ class Batch:
         )
 
     def lag_steps(self, version: WeightVersion) -> int:
-        """Age in optimizer steps of the oldest token, seen from ``version``."""
-        return max(version.step - s.rollout.oldest_version.step for s in self.scored)
+        """Age in optimizer steps of the student's oldest token, seen from ``version``; 0 where the
+        teacher sampled all."""
+        oldest = [s.rollout.oldest_version for s in self.scored]
+        return max((version.step - found.step for found in oldest if found), default=0)
 
 
 class Reduction(str, Enum):

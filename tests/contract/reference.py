@@ -16,7 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qwen3_distill.config import (
+    CrossEntropy,
     FullDivergence,
+    GroupRelativePolicy,
     ObjectiveConfig,
     SampledReverseKL,
     TopKDivergence,
@@ -32,7 +34,15 @@ from qwen3_distill.types import (
     TeacherScore,
     TopKRequest,
     TopKScore,
+    TrainingRollout,
 )
+
+
+def scored_of(batch: Batch) -> list[ScoredRollout]:
+    """The rollouts of a batch in which all have scores."""
+    found = [item for item in batch.scored if isinstance(item, ScoredRollout)]
+    assert len(found) == len(batch.scored)
+    return found
 
 
 def reference_model(
@@ -254,18 +264,41 @@ def naive_loss(
 
 def naive_token_losses(
     logprob_SV: Tensor,
-    scored: ScoredRollout,
+    scored: TrainingRollout,
     objective: ObjectiveConfig,
     task: float,
     teacher_head_VD: Tensor,
 ) -> list[Tensor]:
     """The loss of every sampled token of a rollout, before weight and denominator."""
+    if isinstance(objective, CrossEntropy):
+        ids = sampled_ids(scored.rollout)
+        return [-logprob_SV[s, token] for s, token in enumerate(ids)]
+    if isinstance(objective, GroupRelativePolicy):
+        return naive_grpo(logprob_SV, scored.rollout, objective, task)
+    assert isinstance(scored, ScoredRollout)
     if isinstance(objective, SampledReverseKL):
         return naive_sampled(logprob_SV, scored, objective, task, teacher_head_VD)
     return [
         naive_divergence(student_V, scored, s, objective, teacher_head_VD)
         for s, student_V in enumerate(logprob_SV)
     ]
+
+
+def naive_grpo(
+    logprob_SV: Tensor, rollout: Rollout, config: GroupRelativePolicy, advantage: float
+) -> list[Tensor]:
+    """-min(rho A, clip(rho) A) of every sampled token; without clip -A log pi."""
+    losses = []
+    for s, token in enumerate(sampled_ids(rollout)):
+        if config.clip is None:
+            losses.append(-advantage * logprob_SV[s, token])
+            continue
+        ratio = (logprob_SV[s, token] - float(rollout.behavior_logprobs[s])).exp()
+        high = 1 + (config.clip if config.clip_high is None else config.clip_high)
+        bound = min(max(float(ratio.detach()), 1 - config.clip), high)
+        is_free = float(ratio.detach()) * advantage <= bound * advantage
+        losses.append(-ratio * advantage if is_free else -bound * advantage + 0 * ratio)
+    return losses
 
 
 def naive_sampled(

@@ -19,9 +19,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from qwen3_distill.config import (
+    CrossEntropy,
     FullBaseline,
     FullDivergence,
     FullTuning,
+    GroupRelativePolicy,
     LoraTuning,
     ObjectiveConfig,
     OptimizerConfig,
@@ -42,7 +44,9 @@ from qwen3_distill.types import (
     Batch,
     Rollout,
     ScoredRollout,
+    TrainingRollout,
     Update,
+    VersionSpan,
 )
 from qwen3_distill.weights.directory import DirectoryChannel
 from qwen3_distill.weights.memory import MemoryChannel
@@ -52,13 +56,20 @@ from tests.contract.adapters import (
     LearnerAdapter,
     LearnerCase,
 )
-from tests.contract.builders import generate, ragged_requests, run, synthetic_rollout
+from tests.contract.builders import (
+    VERSION,
+    generate,
+    ragged_requests,
+    run,
+    synthetic_rollout,
+)
 from tests.contract.reference import (
     head_of,
     largest_gap,
     naive_loss,
     reference_model,
     reference_score,
+    scored_of,
     token_logprobs,
 )
 from tests.tiny_models import CONTEXT_LENGTH, TinyModels
@@ -99,6 +110,9 @@ OBJECTIVES: dict[str, ObjectiveConfig] = {
     "full_reverse": full(),
     "full_forward": full(divergence="forward_kl"),
     "full_jsd": full(divergence="jsd", beta=0.3),
+    "sft": CrossEntropy(kind="sft"),
+    "grpo": GroupRelativePolicy(kind="grpo", clip=0.2, clip_high=0.4),
+    "grpo_open": GroupRelativePolicy(kind="grpo", clip=None),
 }
 ONE_OF_EACH = ("sampled", "top_k_bin_reverse", "full_reverse")
 each_objective = pytest.mark.parametrize("name", OBJECTIVES)
@@ -111,6 +125,11 @@ def adapter(request: pytest.FixtureRequest) -> LearnerAdapter:
 
 
 # --- Builders -----------------------------------------------------------------------------------
+
+
+def taught(rollout: Rollout) -> Rollout:
+    """The rollout as if a teacher had sampled it."""
+    return replace(rollout, versions=(), teacher_id="reference")
 
 
 @dataclass(frozen=True)
@@ -147,8 +166,12 @@ class Bench:
     def batch(self, objective: ObjectiveConfig, rollouts: Sequence[Rollout], **parts: Any) -> Batch:
         """Rollouts under the reference teacher's scores."""
         request = objective.score_request
+        if "student" not in objective.learns_from:
+            rollouts = [taught(rollout) for rollout in rollouts]
         scored = tuple(
-            ScoredRollout(rollout=r, score=reference_score(self.teacher, r, request))
+            TrainingRollout(rollout=r)
+            if request is None
+            else ScoredRollout(rollout=r, score=reference_score(self.teacher, r, request))
             for r in rollouts
         )
         return replace(Batch.uniform(scored), **parts)
@@ -216,13 +239,57 @@ SAMPLED_SPANS = {1: [(0, 4), (9, 10), (22, 30)], 3: [(5, 12)], 5: [(2, 3), (30, 
 """Cases of `Bench.ragged_batch`: responses that begin, end or are interrupted with other tokens."""
 
 
-@pytest.mark.parametrize("name", [*ONE_OF_EACH, "sampled_discount", "sampled_top_k_baseline"])
+@pytest.mark.parametrize(
+    "name", [*ONE_OF_EACH, "sampled_discount", "sampled_top_k_baseline", "sft", "grpo"]
+)
 def test_a_step_learns_from_sampled_tokens_only(
     adapter: LearnerAdapter, bench: Bench, name: str
 ) -> None:
     batch = bench.ragged_batch(OBJECTIVES[name], SAMPLED_SPANS)
     assert batch.num_loss_tokens == 114 - 30 - 17 - 55 + 13 + 7 + 25
     check_adamw_step(adapter, bench, OBJECTIVES[name], batch)
+
+
+@pytest.mark.parametrize("name", ["top_k_bin_forward", "full_reverse"])
+def test_a_divergence_is_the_same_whoever_sampled(
+    adapter: LearnerAdapter, bench: Bench, name: str
+) -> None:
+    batch = bench.ragged_batch(OBJECTIVES[name])
+    mixed = [
+        replace(item, rollout=taught(item.rollout)) if row % 2 else item
+        for row, item in enumerate(batch.scored)
+    ]
+    check_adamw_step(adapter, bench, OBJECTIVES[name], replace(batch, scored=tuple(mixed)))
+    students = replace(batch, scored=tuple(mixed[::2]), **parts_of(batch, slice(0, None, 2)))
+    learner = bench.learner(adapter, OBJECTIVES[name], micro_batch_tokens=10**6)
+    other = bench.learner(adapter, OBJECTIVES[name], micro_batch_tokens=10**6)
+    both = run(learner.update(replace(batch, scored=tuple(mixed))))
+    alone = run(other.update(students))
+    for key in ("loss/reverse_kl_nats", "health/learner_vs_engine_max_nats"):
+        assert metric(both, key) == pytest.approx(metric(alone, key), rel=1e-4 * adapter.slack)
+    assert math.isfinite(metric(both, "loss/forward_kl_nats"))
+
+
+def parts_of(batch: Batch, rows: slice) -> dict[str, Any]:
+    names = ("importance_weights", "task_advantages")
+    return {name: getattr(batch, name)[rows] for name in names}
+
+
+@pytest.mark.parametrize("name", ["sampled", "grpo", "sft"])
+def test_samples_of_the_wrong_model_are_refused(
+    adapter: LearnerAdapter, bench: Bench, name: str
+) -> None:
+    batch = bench.ragged_batch(OBJECTIVES[name])
+    *others, last = batch.scored
+    version = VersionSpan(start=0, stop=last.rollout.num_loss_tokens, version=VERSION)
+    wrong = (
+        replace(last.rollout, versions=(version,), teacher_id=None)
+        if name == "sft"
+        else taught(last.rollout)
+    )
+    learner = bench.learner(adapter, OBJECTIVES[name])
+    with pytest.raises(DataError, match="does not learn from that"):
+        run(learner.update(replace(batch, scored=(*others, replace(last, rollout=wrong)))))
 
 
 def check_adamw_step(
@@ -356,7 +423,7 @@ def per_sequence_means(batch: Batch) -> Batch:
 
 def without_one_token(batch: Batch) -> Batch:
     """The longest response without its last token."""
-    *others, longest = sorted(batch.scored, key=lambda scored: scored.rollout.num_tokens)
+    *others, longest = sorted(scored_of(batch), key=lambda scored: scored.rollout.num_tokens)
     size = longest.rollout.num_tokens - 1
     span = replace(longest.rollout.versions[0], stop=size)
     rollout = replace(
@@ -392,7 +459,7 @@ def test_another_weighting_would_fail_the_split_check(
 # --- Student and teacher alike ------------------------------------------------------------------
 
 
-@each_objective
+@pytest.mark.parametrize("name", [n for n, o in OBJECTIVES.items() if o.score_request])
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn(
     adapter: LearnerAdapter, bench: Bench, name: str
 ) -> None:
@@ -667,7 +734,7 @@ def test_a_replayed_batch_has_the_gradient_of_the_batch(
     replaying = bench.learner(adapter, objective, replay=REPLAY, **settings)
     before = weights_of(direct)
     (expected,) = steps(direct, batch, 1)
-    run(replaying.admit(batch.scored))
+    run(replaying.admit(scored_of(batch)))
     (update,) = replayed(replaying, 1, len(batch.scored))
     assert update.loss == pytest.approx(expected.loss, rel=1e-5 * adapter.slack)
     assert update.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5 * adapter.slack)
@@ -682,7 +749,7 @@ def test_a_replayed_batch_has_the_gradient_of_the_batch(
 def test_importance_weights_reach_the_gradient(adapter: LearnerAdapter, bench: Bench) -> None:
     """Four of seven were used before and five are drawn: the used count more, once drawn."""
     objective = OBJECTIVES["sampled"]
-    scored = bench.ragged_batch(objective).scored
+    scored = scored_of(bench.ragged_batch(objective))
     full_correction = REPLAY.model_copy(update={"beta_start": 1.0})
     learner = bench.learner(adapter, objective, replay=full_correction, optimizer=STILL)
     run(learner.admit(scored[:4]))
@@ -707,7 +774,7 @@ def test_a_resumed_learner_replays_on_bit_for_bit(
 ) -> None:
     if not adapter.bitwise_repeatable:
         pytest.skip("this learner's kernels add up in any order")
-    scored = bench.ragged_batch(sampled()).scored
+    scored = scored_of(bench.ragged_batch(sampled()))
     build = partial(bench.learner, adapter, sampled(), replay=PRIORITIZED)
     unbroken = build()
     run(unbroken.admit(scored))
@@ -728,7 +795,7 @@ def test_a_resumed_learner_replays_on_bit_for_bit(
 def test_replay_says_what_it_holds_and_ends_with_the_age_limit(
     adapter: LearnerAdapter, bench: Bench
 ) -> None:
-    scored = bench.ragged_batch(sampled()).scored
+    scored = scored_of(bench.ragged_batch(sampled()))
     rollouts = [entry.rollout for entry in scored]
     config = REPLAY.model_copy(update={"max_age_steps": 2})
     learner = bench.learner(adapter, sampled(), replay=config)
@@ -761,7 +828,7 @@ def test_a_replayed_step_that_is_not_finite_uses_nothing_up(
         ScoredRollout(
             rollout=s.rollout, score=replace(s.score, logprobs=np.full(s.rollout.num_tokens, -3e38))
         )
-        for s in batch.scored
+        for s in scored_of(batch)
     ]
     learner = bench.learner(adapter, unlikely, replay=config)
     run(learner.admit(impossible))
@@ -774,7 +841,7 @@ def test_a_replayed_step_that_is_not_finite_uses_nothing_up(
 def test_a_learner_without_replay_says_so(adapter: LearnerAdapter, bench: Bench) -> None:
     learner = bench.learner(adapter, sampled())
     with pytest.raises(ConfigError, match="`replay` section"):
-        run(learner.admit(bench.ragged_batch(sampled()).scored))
+        run(learner.admit(scored_of(bench.ragged_batch(sampled()))))
     with pytest.raises(ConfigError, match="`replay` section"):
         run(learner.update_replayed(1))
 
@@ -783,7 +850,7 @@ def test_what_is_too_long_is_not_admitted(adapter: LearnerAdapter, bench: Bench)
     learner = bench.learner(adapter, sampled(), replay=REPLAY)
     too_long = bench.batch(sampled(), [synthetic_rollout(7, CONTEXT_LENGTH - 6)])
     with pytest.raises(DataError, match=f"has {CONTEXT_LENGTH + 1} tokens"):
-        run(learner.admit(too_long.scored))
+        run(learner.admit(scored_of(too_long)))
 
 
 # --- What is refused ----------------------------------------------------------------------------
@@ -809,6 +876,41 @@ def test_a_step_that_is_not_finite_changes_nothing(
     if adapter.bitwise_repeatable:  # the optimizer's moments are untouched too
         (after,), (untouched,) = steps(learner, batch, 1), steps(spared, batch, 1)
         assert after.version == untouched.version
+
+
+@each_tuning
+def test_weights_that_a_step_spoils_are_never_used(
+    adapter: LearnerAdapter, bench: Bench, tuning: TuningConfig, tmp_path: Path
+) -> None:
+    # Beyond what the config allows: what is tested is the learner, not the schema.
+    optimizer = SMOOTH.model_copy(update={"weight_decay": 1e308})
+    learner = bench.learner(adapter, sampled(), optimizer, tuning=tuning)
+    with pytest.raises(NonFiniteError, match="step 0: weights are not finite"):
+        run(learner.update(bench.ragged_batch(sampled())))
+    assert learner.version.step == 0
+    for use in (
+        lambda: learner.publish(MemoryChannel()),
+        lambda: learner.save_state(tmp_path),
+        lambda: learner.save_student(tmp_path / "student"),
+        lambda: learner.update(bench.ragged_batch(sampled())),
+    ):
+        with pytest.raises(NonFiniteError, match="step 0: weights are not finite"):
+            run(use())
+    assert not any(tmp_path.iterdir())
+
+
+@each_tuning
+def test_a_lost_step_is_made_good_by_a_checkpoint(
+    adapter: LearnerAdapter, bench: Bench, tuning: TuningConfig, tmp_path: Path
+) -> None:
+    optimizer = SMOOTH.model_copy(update={"weight_decay": 1e308})
+    learner = bench.learner(adapter, sampled(), optimizer, tuning=tuning)
+    version, before = learner.version, weights_of(learner)
+    run(learner.save_state(tmp_path))
+    with pytest.raises(NonFiniteError):
+        run(learner.update(bench.ragged_batch(sampled())))
+    run(learner.load_state(tmp_path, version))
+    assert all(torch.equal(w, before[name]) for name, w in weights_of(learner).items())
 
 
 def test_a_sequence_may_fill_the_context_and_not_exceed_it(

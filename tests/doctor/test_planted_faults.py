@@ -206,7 +206,7 @@ PLANTED = (
     Planted("an interpreter that does not exist", "generation interpreter", _no_interpreter),
     Planted("engines that do not fit", "memory plan", _little_memory),
     Planted("a small /dev/shm", "shared memory", _small_shared_memory),
-    Planted("cuda where there is none", "driver and GPU", _no_gpu),
+    Planted("cuda where there is none", "GPU", _no_gpu),
     Planted("FP8 without a GPU", "FP8 on this GPU", _fp8_without_gpu),
     Planted("prompts that are not there", "training prompts", _no_rows),
     Planted("a teacher without weights", "teacher files", _no_weights),

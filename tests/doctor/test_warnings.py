@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from qwen3_distill.config.load import check_config
 from qwen3_distill.doctor import diagnosis as doctor
 from qwen3_distill.pipeline import model_checks
-from qwen3_distill.pipeline.assembly import machine
+from qwen3_distill.pipeline.assembly import machine_checks
 from qwen3_distill.pipeline.finding import Finding, Status
-from qwen3_distill.pipeline.preflight import machine_notes
+from qwen3_distill.pipeline.preflight import check_before_start
 from qwen3_distill.planning.gpu import Gpu, parse_gpu
 from tests.doctor.test_planted_faults import fake_engine
 from tests.doctor.worlds import World, by_name, good_rows, make_world, with_status
@@ -146,9 +146,9 @@ def test_gpus_are_judged_by_driver_and_capability(
     fake_engine(world, versions={"vllm": "0.26.0"})
     world.changes["generation.quantization"] = "fp8"
     config = check_config(world.values)
-    monkeypatch.setattr(machine, "detect_gpu", lambda: gpu)
-    assert machine.check_driver(config).status is status
-    assert machine.check_fp8(config).status is status
+    monkeypatch.setattr(machine_checks, "detect_gpu", lambda: gpu)
+    assert machine_checks.check_driver(config).status is status
+    assert machine_checks.check_fp8(config).status is status
 
 
 def test_a_line_of_the_driver_is_parsed() -> None:
@@ -192,7 +192,7 @@ def test_a_run_tells_what_the_machine_checks_warn_of(
 ) -> None:
     world = make_world(tmp_path)
     fake_engine(world, versions={"vllm": "0.99.0"})
-    monkeypatch.setattr(machine, "detect_gpu", lambda: A100)
-    driver, versions = machine_notes(check_config(world.values))
-    assert driver.startswith("driver and GPU: NVIDIA A100")
+    monkeypatch.setattr(machine_checks, "detect_gpu", lambda: A100)
+    driver, versions = check_before_start(check_config(world.values))
+    assert driver.startswith("driver: NVIDIA A100")
     assert versions.startswith("engine versions: vllm 0.99.0, tested with")

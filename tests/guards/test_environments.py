@@ -2,10 +2,13 @@
 
 import importlib.util
 import marshal
+import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -140,3 +143,76 @@ def test_old_or_missing_python_is_refused(script: ModuleType, tmp_path: Path) ->
 def test_digest_depends_on_the_python(script: ModuleType) -> None:
     tags = ("3.11 linux-x86_64", "3.12 linux-x86_64", "3.11 linux-aarch64")
     assert len({script.digest("small", tag) for tag in tags}) == 3
+
+
+# --- Progress and interruption ------------------------------------------------------------------
+
+
+def test_environment_whose_python_is_gone_is_made_again(
+    script: ModuleType, recipe: Path, tmp_path: Path
+) -> None:
+    assert recipe.is_dir()
+    cache = tmp_path / "cache"
+    python = script.interpreter("small", sys.executable, cache)
+    python.unlink()
+    python.symlink_to(tmp_path / "gone")
+    assert script.interpreter("small", sys.executable, cache) == python
+    assert os.access(python, os.X_OK)
+
+
+def test_a_stopped_build_leaves_nothing_and_ends_what_it_started(
+    script: ModuleType, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert recipe.is_dir()
+    started: list[int] = []
+    run = script._run
+
+    def stopped(command: Sequence[str], progress: Any, **options: Any) -> None:
+        if "venv" in command:
+            return run(command, progress, **options)
+        sleeping = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+
+        def stop(line: str) -> None:
+            started.append(int(line))
+            raise KeyboardInterrupt
+
+        return run([sys.executable, "-c", sleeping], progress, watch=stop)
+
+    monkeypatch.setattr(script, "_run", stopped)
+    cache = tmp_path / "cache"
+    with pytest.raises(KeyboardInterrupt):
+        script.interpreter("small", sys.executable, cache)
+    assert environments(cache) == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0], 0)
+
+
+def test_progress_names_stage_packages_and_time(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pip = tmp_path / "pip"
+    pip.write_text(
+        "#!/bin/sh\necho 'Collecting a==1'\necho '  Downloading a-1.whl (2.5 GB)'\n"
+        "echo 'Collecting B_c==2 (from -r x)'\necho 'Requirement already satisfied: d==1'\n"
+        "echo 'Processing /w/torch-2.0%2Bcpu-cp311.whl'\necho 'Processing ./b_c-2-py3.whl'\n"
+        "echo 'Collecting a==1'\necho 'Installing collected packages: a, B_c'\n"
+    )
+    pip.chmod(0o755)
+    progress = script.Progress("small-cpu")
+    progress._shown_at = -1e9
+    script._pip([str(pip)], progress, 7)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "small-cpu: packages (0:00)"
+    assert lines[-1] == "small-cpu: packages: unpacking 4 of 7 (0:00)"
+    progress._shown_at = -1e9
+    progress.detail("packages 1 of 7: Downloading a-1.whl (2.5 GB)")
+    assert "Downloading a-1.whl (2.5 GB)" in capsys.readouterr().err
+    progress.detail("too soon after")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_failed_command_shows_the_end_of_its_output(script: ModuleType) -> None:
+    command = ["sh", "-c", "for i in $(seq 99); do echo line $i; done; echo why >&2; exit 3"]
+    with pytest.raises(script.BuildError, match=r"(?s)status 3: sh .*line 99\nwhy") as caught:
+        script._run(command, script.Progress("small-cpu"))
+    assert "line 50\n" not in str(caught.value)

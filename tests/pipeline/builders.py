@@ -137,7 +137,7 @@ def timeless(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_time(key: str) -> bool:
-    return key == "wall_s" or key.startswith(("time/", "idle/", "queue/"))
+    return key in ("wall_s", "cost/device_s") or key.startswith(("time/", "idle/", "queue/"))
 
 
 def same_result(left: Path, right: Path) -> bool:

@@ -73,7 +73,7 @@ def struck(parts: Parts, *, engine: Strike, teacher: Strike, learner: Strike) ->
     """The engine is struck in step 1, the teacher in step 3, the learner in step 4."""
     fakes: dict[str, Any] = {
         "engine": StruckEngine(parts.engine, 1, engine),
-        "teacher": StruckTeacher(parts.teacher, 3, teacher),
+        "teacher": StruckTeacher(parts.required_teacher, 3, teacher),
         "learner": StruckLearner(parts.learner, 4, learner),
     }
     return replace(parts, **fakes)

@@ -332,7 +332,7 @@ def test_corrected_config_may_use_the_folder_of_a_start_that_failed(
     refused_run(tiny_models, tmp_path, {"scoring.model": "tescher"}, ["tescher", "not exist"])
     config = tiny_config(tiny_models, tmp_path / "run", {"steps": 1})
     run_to_end(config)
-    assert read_json(tmp_path / "run" / "config.json")["scoring"]["model"] == config.scoring.model
+    assert read_json(tmp_path / "run" / "config.json")["scoring"]["model"] == config.teacher.model
 
 
 def other_template(model: Path) -> None:

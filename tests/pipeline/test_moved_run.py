@@ -149,4 +149,4 @@ def test_paths_that_lead_somewhere_from_here_are_kept(elsewhere: Path) -> None:
     assert load_config(file, ["student.model=x"]).student.model == "x"
     copy = elsewhere / "config.yaml"  # no run folder's
     shutil.copy(file, copy)
-    assert load_config(copy).scoring.model == "models/teacher"
+    assert load_config(copy).teacher.model == "models/teacher"

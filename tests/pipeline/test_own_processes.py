@@ -144,7 +144,7 @@ def test_an_engine_that_does_not_start_leaves_no_process_of_the_others(tmp_path:
     started: list[LocalProcess] = []
 
     def adapt(parts: Parts) -> Parts:
-        engine, teacher = parts.engine, parts.teacher
+        engine, teacher = parts.engine, parts.required_teacher
         assert isinstance(engine, HostedRolloutEngine)
         assert isinstance(teacher, HostedTeacher)
         started.extend([local(engine), local(teacher)])
@@ -201,7 +201,7 @@ def stop(worker: LocalProcess) -> None:
 
 def striking(strike: Callable[[LocalProcess], None]) -> Callable[[Parts], Parts]:
     def adapt(parts: Parts) -> Parts:
-        engine, teacher, learner = parts.engine, parts.teacher, parts.learner
+        engine, teacher, learner = parts.engine, parts.required_teacher, parts.learner
         assert isinstance(engine, HostedRolloutEngine)
         assert isinstance(teacher, HostedTeacher)
         assert isinstance(learner, HostedLearner)

@@ -51,7 +51,7 @@ def lab_run(
             "student": config.student.model_copy(
                 update={"model": str(ROOT / "models/lab/student")}
             ),
-            "scoring": config.scoring.model_copy(
+            "scoring": config.teacher.model_copy(
                 update={"model": str(ROOT / "models/lab/teacher")}
             ),
         }
@@ -70,7 +70,7 @@ LORA = ("training.tuning={kind: lora, rank: 8, alpha: 16.0}",)
 
 def killing(parts: Parts) -> Parts:
     """vLLM dies in step 1, the teacher in step 3, the learner in step 4: its checkpoint is 4."""
-    engine, teacher, learner = parts.engine, parts.teacher, parts.learner
+    engine, teacher, learner = parts.engine, parts.required_teacher, parts.learner
     assert isinstance(engine, HostedRolloutEngine)
     assert isinstance(teacher, SglangTeacher)
     assert isinstance(learner, HostedLearner)

@@ -28,6 +28,7 @@ from qwen3_distill.config import (
 )
 from qwen3_distill.errors import CheckpointError, EngineStartError, RunFolderError
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
+from qwen3_distill.pipeline.identity import RunIdentity
 from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.pipeline.run_folder import MAY_CHANGE
@@ -415,7 +416,8 @@ def test_leftover_of_a_crash_is_no_checkpoint_and_goes(short: RunConfig, referen
     folder = crash_at(short, 3)
     leftover = folder / ".unfinished-000003"
     shutil.copytree(folder / "step-000002", leftover)
-    assert CheckpointStore(folder, keep_last=2).steps() == [2]
+    store = CheckpointStore(folder, keep_last=2, identity=RunIdentity.new("0"))
+    assert store.steps() == [2]
     run_to_end(short)
     assert not leftover.exists()
     assert same_result(short.output_path, reference)

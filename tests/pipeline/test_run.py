@@ -1,6 +1,7 @@
 """A run's folder, its repeatability and its order of events."""
 
 import platform
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ def test_folder_holds_exactly_what_is_promised(finished: RunConfig) -> None:
     assert {path.name for path in finished.output_path.iterdir()} == {
         ".lock",
         "checkpoints",
+        "cost.jsonl",
         "config.json",
         "evaluations.jsonl",
         "ledger.jsonl",
@@ -159,7 +161,11 @@ def test_versions_of_an_engine_are_those_of_its_own_interpreter(
     site.mkdir()
     (site / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.1.2\n")
     changes = {
-        "generation": {"kind": "vllm", "environment": {"PYTHONPATH": str(tmp_path)}},
+        "generation": {
+            "kind": "vllm",
+            "python": sys.executable,
+            "environment": {"PYTHONPATH": str(tmp_path)},
+        },
         "training": {"kind": "unsloth", "python": str(tmp_path / "no-python")},
     }
     config = tiny_config(tiny_models, tmp_path / "run", changes)

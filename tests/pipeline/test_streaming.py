@@ -202,7 +202,7 @@ def test_generation_runs_only_so_far_ahead_and_what_is_slow_may_be_older(
     ledger = Ledger.of(config)
     assert sorted(ledger.trained_numbers) == list(range(9 * 4))  # the slow one was not dropped
     ages = sorted(
-        version.step - item.rollout.oldest_version.step
+        version.step - item.rollout.versions[0].version.step
         for version, batch in zip(seen.steps, seen.batches, strict=True)
         for item in batch.scored
     )
@@ -328,7 +328,9 @@ def test_a_teacher_that_hangs_ends_the_run_with_what_it_waited_for(
     changes = {"steps": 4, **streaming(max_staleness_steps=1, stall_timeout_s=0.7)}
     config = tiny_config(tiny_models, tmp_path / "run", changes)
     with pytest.raises(StallError, match=r"the teacher's scores of .* rollouts"):
-        run_streaming(config, lambda parts: replace(parts, teacher=HangingTeacher(parts.teacher)))
+        run_streaming(
+            config, lambda parts: replace(parts, teacher=HangingTeacher(parts.required_teacher))
+        )
 
 
 @pytest.mark.parametrize(
@@ -368,7 +370,9 @@ def test_rollouts_without_a_score_are_dropped_and_too_many_of_them_are_an_error(
 ) -> None:
     config = tiny_config(tiny_models, tmp_path / "run", {"steps": 6, **streaming()})
     with pytest.raises(EngineError, match=r"1 rollouts got no score .*more than the 0"):
-        run_streaming(config, lambda parts: replace(parts, teacher=Unscored(parts.teacher, {9})))
+        run_streaming(
+            config, lambda parts: replace(parts, teacher=Unscored(parts.required_teacher, {9}))
+        )
 
 
 # --- Pieces -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import qwen3_distill
+from qwen3_distill.cli.reference import update
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import check_config
 from tests.pipeline.builders import call_cli, tiny_config, tiny_values, write_config
@@ -157,3 +158,14 @@ def test_reference_in_the_docs_is_up_to_date() -> None:
     assert text == call_cli("config", "reference").out, (
         "docs/configuration.md is missing or out of date: run make docs"
     )
+
+
+def test_commands_in_the_docs_are_up_to_date() -> None:
+    """Compares every command, option, default and help text; `make docs` writes them."""
+    page = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    assert page == update(page), "make docs"
+    listed = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
+    assert len(listed) > 15
+    for command in listed:  # each is one that can be typed
+        assert call_cli(*command.split()[1:], "--help").code == 0, command
+    assert "| `--kind` `cuda\\|cpu` |" in page

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
+
+from qwen3_distill.cli.terminal import say
 
 
 def export(
@@ -62,8 +63,4 @@ def export(
         base_model=base_model,
         max_logit_diff=max_logit_diff,
     )
-    export_run(request, _say)
-
-
-def _say(message: str) -> None:
-    Console().print(message, markup=False, highlight=False, soft_wrap=True)
+    export_run(request, say)

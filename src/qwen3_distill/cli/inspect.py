@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from qwen3_distill.cli.terminal import (
     ConfigOption,
@@ -20,7 +19,9 @@ from qwen3_distill.cli.terminal import (
 )
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import dump_config, load_config
+from qwen3_distill.config.redaction import recordable
 from qwen3_distill.errors import RunFolderError
+from qwen3_distill.recording.terminal import TerminalConsole
 
 
 def _refuse_nan(value: float | None) -> float | None:
@@ -65,7 +66,7 @@ def plan(
         student_shape=None if shape_student is None else named_shape(shape_student),
         teacher_shape=None if shape_teacher is None else named_shape(shape_teacher),
     )
-    Console().print(plan_table(planned))
+    TerminalConsole().print(plan_table(planned))
     say(f"planned settings: {plan_settings(settings, planned)}")
 
 
@@ -80,7 +81,7 @@ def report(
     config_file = run_folder / "config.json"
     if not config_file.is_file():
         raise RunFolderError(f"{run_folder} is not a run folder: it has no config.json")
-    settings = load_config(config_file)
+    settings = load_config(config_file, for_records=True)
     from qwen3_distill.pipeline.summary import render_report
 
     begin_work()
@@ -88,8 +89,8 @@ def report(
 
 
 def config_show(config: ConfigOption, overrides: Overrides = None) -> None:
-    """Print the resolved config, defaults included, as JSON."""
-    print_json(dump_config(load_config(config, overrides or ())))
+    """Print the resolved config, defaults included, as JSON. What may be a secret is left out."""
+    print_json(recordable(dump_config(load_config(config, overrides or ()))))
 
 
 def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
@@ -103,12 +104,15 @@ def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
         f"{config} is valid: {settings.steps} steps of {settings.prompts_per_step} prompts x "
         f"{settings.samples_per_prompt} samples, objective {settings.objective.kind}"
     )
-    from qwen3_distill.pipeline.models import localize
-    from qwen3_distill.pipeline.preflight import check_before_start, data_notes, machine_notes
+    from qwen3_distill.pipeline.assembly.machine import require_machine
+    from qwen3_distill.pipeline.models import asks_hub, localize
+    from qwen3_distill.pipeline.preflight import check_before_start, data_notes
 
+    if asks_hub(settings):
+        require_machine(settings)
     settings = localize(settings, say=say, warn=warn).config
-    check_before_start(settings)
-    for note in (*machine_notes(settings), *data_notes(settings)):
+    notes = check_before_start(settings)
+    for note in (*notes, *data_notes(settings)):
         warn(note)
     from qwen3_distill.pipeline.first_prompt import first_prompt, template_notes
     from qwen3_distill.pipeline.parts import TextTools

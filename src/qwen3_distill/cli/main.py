@@ -14,9 +14,11 @@ from typing import Annotated
 import typer
 
 import qwen3_distill
-from qwen3_distill.cli import inspect, offline, run, status
+from qwen3_distill.cli import engines, inspect, offline, run, status
+from qwen3_distill.cli.cost import cost
 from qwen3_distill.cli.doctor import doctor
 from qwen3_distill.cli.export import export
+from qwen3_distill.cli.init import init
 from qwen3_distill.cli.terminal import fail, say
 from qwen3_distill.errors import DistillError
 from qwen3_distill.recording.output import surviving_output
@@ -32,7 +34,13 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at configs and their schema.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+engines_app = typer.Typer(
+    help="Install, list and remove the environments of vLLM, SGLang and unsloth.",
+    no_args_is_help=True,
+)
+app.add_typer(engines_app, name="engines")
 
+app.command()(init)
 app.command()(run.run)
 app.command()(offline.generate)
 app.command()(offline.score)
@@ -42,8 +50,12 @@ app.command("audit-teacher")(offline.audit_teacher)
 app.command()(doctor)
 app.command()(inspect.plan)
 app.command()(inspect.report)
+app.command()(cost)
 app.command()(export)
 app.command()(status.status)
+engines_app.command("install")(engines.install)
+engines_app.command("list")(engines.list_engines)
+engines_app.command("remove")(engines.remove)
 config_app.command("show")(inspect.config_show)
 config_app.command("check")(inspect.config_check)
 config_app.command("schema")(inspect.config_schema)

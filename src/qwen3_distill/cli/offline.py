@@ -122,6 +122,8 @@ def audit_teacher(
     """Measure how quantization changes the teacher's scores, on a fixed sample of rollouts."""
     settings = load_config(config, overrides or ())
     from qwen3_distill.doctor.precision import audit_teacher as audit
+    from qwen3_distill.pipeline.assembly.machine import require_machine
 
+    require_machine(settings, ("scoring",) if rollouts else ("generation", "scoring"))
     begin_work()
     say(audit(settings, rollouts, out, num_rollouts=num, unquantized=unquantized, say=say))

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 
 from qwen3_distill.recording.output import announce_loss
+from qwen3_distill.recording.terminal import TerminalConsole, for_terminal
 from qwen3_distill.utils.paths import plain_path
 
 
@@ -65,23 +65,28 @@ Overrides = Annotated[
 
 def fail(message: str, exit_code: int) -> NoReturn:
     """Print an error to stderr and exit."""
-    Console(stderr=True).print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
+    _print(f"error: {message}", stderr=True)
     sys.exit(exit_code)
 
 
 def warn(message: str) -> None:
     """Print a note to stderr."""
-    Console(stderr=True).print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
+    _print(f"note: {message}", stderr=True)
 
 
 def say(message: str) -> None:
     """Print a line to stdout."""
-    Console().print(message, markup=False, highlight=False, soft_wrap=True)
+    _print(message)
 
 
 def print_json(value: Any) -> None:
     """Print a value as JSON to stdout."""
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    sys.stdout.write(json.dumps(value, indent=2).replace("\x7f", "\\u007f") + "\n")
+
+
+def _print(message: str, *, stderr: bool = False) -> None:
+    console = TerminalConsole(stderr=stderr)
+    console.print(for_terminal(message), markup=False, highlight=False, soft_wrap=True)
 
 
 def _name_loss(loss: str) -> None:

@@ -52,11 +52,14 @@ from qwen3_distill.config.learning import (
 )
 from qwen3_distill.config.objective import (
     BaselineConfig,
+    CrossEntropy,
     FullBaseline,
     FullDivergence,
+    GroupRelativePolicy,
     NoBaseline,
     ObjectiveConfig,
     ObjectiveSchema,
+    RewardScale,
     SampledReverseKL,
     TopKBaseline,
     TopKDivergence,
@@ -65,8 +68,10 @@ from qwen3_distill.config.objective import (
 )
 from qwen3_distill.config.operation import (
     CheckpointConfig,
+    CostConfig,
     Harvest,
     LoggingConfig,
+    OfflinePipeline,
     PipelineConfig,
     PrefixBudget,
     SequentialPipeline,
@@ -75,6 +80,7 @@ from qwen3_distill.config.operation import (
     TrackioTracker,
     WandbTracker,
 )
+from qwen3_distill.config.rollouts import RolloutsConfig, SampledBy
 from qwen3_distill.config.run import RunConfig
 
 __all__ = [
@@ -85,6 +91,8 @@ __all__ = [
     "CheckpointConfig",
     "ChoiceVerifier",
     "ConstantSchedule",
+    "CostConfig",
+    "CrossEntropy",
     "EmbeddedGeneration",
     "EmbeddedScoring",
     "EmbeddedTraining",
@@ -94,6 +102,7 @@ __all__ = [
     "FullDivergence",
     "FullTuning",
     "GenerationConfig",
+    "GroupRelativePolicy",
     "Harvest",
     "HuggingFacePrompts",
     "JsonlPrompts",
@@ -103,6 +112,7 @@ __all__ = [
     "NoBaseline",
     "ObjectiveConfig",
     "ObjectiveSchema",
+    "OfflinePipeline",
     "OptimizerConfig",
     "ParquetPrompts",
     "PipelineConfig",
@@ -115,7 +125,10 @@ __all__ = [
     "RegexVerifier",
     "ReplayConfig",
     "ReplayLaw",
+    "RewardScale",
+    "RolloutsConfig",
     "RunConfig",
+    "SampledBy",
     "SampledReverseKL",
     "SamplingConfig",
     "ScheduleConfig",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 from typing_extensions import Self
 
-from qwen3_distill.config.base import PathText, PositiveFloat, PositiveInt, Schema
+from qwen3_distill.config.base import PathText, PositiveInt, Schema, Seconds
 from qwen3_distill.types import SamplingSpec
 
 
@@ -74,7 +74,7 @@ class TaskPrompts(Schema):
     kind: Literal["task"]
     task: Literal["chain"] = "chain"
     split: Literal["train", "eval"] = "train"
-    limit: PositiveInt | None = None
+    limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Cycle over this many problems; null: an endless supply."""
 
 
@@ -147,7 +147,7 @@ class PythonVerifier(Schema):
     kind: Literal["python"]
     function: str
     """``path/to/file.py:name``; called with the prompt's row (a dict) and the response's text."""
-    timeout_s: PositiveFloat = 10.0
+    timeout_s: Seconds = 10.0
     """Seconds that one call may take; a longer one is an error."""
 
     @field_validator("function")
@@ -207,6 +207,9 @@ class EvaluationSamplingConfig(SamplingConfig):
     `samples_per_problem` says."""
 
 
+NumProblems: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
 class EvaluationConfig(Schema):
     """Held-out accuracy before, during and after the run."""
 
@@ -215,12 +218,12 @@ class EvaluationConfig(Schema):
     verifier: VerifierConfig
     """Decides whether an answer is correct, or how good it is."""
     every_steps: PositiveInt = 25
-    num_problems: PositiveInt = 500
+    num_problems: NumProblems = 500
     """Maximum number of problems; every result states how many there were."""
-    final_num_problems: PositiveInt | None = None
+    final_num_problems: NumProblems | None = None
     """Number of problems when the student is evaluated before and after training, and the teacher;
     null: `num_problems`."""
-    samples_per_problem: PositiveInt = 1
+    samples_per_problem: Annotated[int, Field(ge=1, le=10_000)] = 1
     sampling: EvaluationSamplingConfig = Field(default_factory=EvaluationSamplingConfig)
     second_temperature: EvaluationTemperature | None = None
     """Measure every model at this temperature as well, on the same problems; 0 is greedy. A student

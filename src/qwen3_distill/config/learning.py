@@ -5,7 +5,13 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from qwen3_distill.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Schema
+from qwen3_distill.config.base import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Schema,
+)
 
 
 class FullTuning(Schema):
@@ -18,7 +24,7 @@ class LoraTuning(Schema):
     """Low-rank adapters (peft) on the named linear layers."""
 
     kind: Literal["lora"]
-    rank: PositiveInt = 32
+    rank: Annotated[int, Field(ge=1, le=1024)] = 32
     alpha: PositiveFloat = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = (
@@ -45,7 +51,7 @@ class WarmupCosineSchedule(Schema):
     """Linear warm-up, then a cosine decay to `final_fraction` of the peak at the last step."""
 
     kind: Literal["warmup_cosine"]
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: NonNegativeInt = 0
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
 
 
@@ -107,12 +113,12 @@ MIN_PRIORITY_NATS = 1e-3
 class ReplayConfig(Schema):
     """A buffer of scored rollouts on the learner's device, which are trained on again."""
 
-    capacity_tokens: PositiveInt
+    capacity_tokens: Annotated[int, Field(ge=1, le=10**15)]
     """Maximum prompt and response tokens in the buffer; 12 bytes each, and 8 more per candidate of
     the teacher. When it is full, the oldest rollouts are removed."""
     capacity_rollouts: PositiveInt | None = None
     """Maximum rollouts in the buffer; null: one per 32 tokens, so that the tokens decide."""
-    max_age_steps: Annotated[int, Field(ge=0)] = 4
+    max_age_steps: NonNegativeInt = 4
     """Maximum age in optimizer steps of a rollout's oldest token; an older rollout is dropped."""
     law: ReplayLaw = Field(default_factory=lambda: UniformLaw(kind="uniform"))
     """How rollouts are drawn."""

@@ -15,23 +15,39 @@ from pydantic import ValidationError
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.moved import find_paths
-from qwen3_distill.config.overrides import apply_override
+from qwen3_distill.config.overrides import apply_override, run_schema
+from qwen3_distill.config.redaction import may_be_secret, not_recorded
 from qwen3_distill.config.schema import locate, option_schemas
 from qwen3_distill.config.yaml12 import parse_yaml
 from qwen3_distill.errors import ConfigError
+from qwen3_distill.utils.printable import excerpt
+from qwen3_distill.utils.secrets import without_user
+from qwen3_distill.utils.shown import shortened, shown
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, for_records: bool = False
+) -> RunConfig:
     """Read, override and check a config file.
 
     Args:
-        path: YAML or JSON; a run folder's ``config.json`` works as well.
+        path: YAML or JSON; a run folder's ``config.json`` works as well, if what it leaves out
+            (`redaction.recordable`) is given by overrides.
         overrides: ``key.sub=value`` each; see `overrides.apply_override`.
+        for_records: the config is read about a run, and starts none; what was left out may lack.
 
     Raises:
         ConfigError: names every wrong key with what was expected.
     """
-    return check_config(load_values(path, overrides), source=str(path))
+    values = load_values(path, overrides)
+    left_out = [] if for_records else not_recorded(values)
+    if left_out:
+        raise ConfigError(
+            f"{path}: a run folder does not keep {', '.join(left_out)}, because it may be a "
+            f"secret; give it again, e.g. {left_out[0]}=VALUE after the config, or use the config "
+            "file that the run was started with"
+        )
+    return check_config(values, source=str(path))
 
 
 def load_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -61,10 +77,15 @@ def check_config(values: dict[str, Any], source: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = [
+            shortened(without_user(_explain(problem)), _LINE_LENGTH) for problem in error.errors()
+        ]
+        if len(lines) > _MOST_LINES:
+            lines[_MOST_LINES:] = [f"and {len(lines) - _MOST_LINES} more"]
         raise ConfigError(f"{source}: " + "\n  ".join(["", *lines]).strip()) from None
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{source}: not representable as JSON: {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = shortened(str(error), _LINE_LENGTH)
+        raise ConfigError(f"{source}: not representable as JSON: {reason}") from error
 
 
 def dump_config(config: RunConfig) -> dict[str, Any]:
@@ -90,6 +111,7 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, values
 
 
+_MOST_LINES, _LINE_LENGTH = 20, 600
 _FRIENDLY = {
     "missing": "missing; it has no default and must be set",
     "union_tag_not_found": "needs a `kind`",
@@ -99,7 +121,7 @@ _FRIENDLY = {
 def _explain(problem: Any) -> str:
     """Describe one pydantic error in a line: where, what was found, what was expected."""
     location = [str(part) for part in problem["loc"]]
-    keys, _ = locate(RunConfig.model_json_schema(), location)
+    keys, _ = locate(run_schema(), location)
     path = ".".join(keys)
     kind, message = problem["type"], problem["msg"]
     if kind == "extra_forbidden":
@@ -111,11 +133,29 @@ def _explain(problem: Any) -> str:
         context = problem["ctx"]
         close = difflib.get_close_matches(str(context["tag"]), _tags(context), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        return f"{path}.kind: {context['tag']!r} is not one of {', '.join(_tags(context))}{hint}"
+        return (
+            f"{path}.kind: {shown(context['tag'])} is not one of {', '.join(_tags(context))}{hint}"
+        )
     if kind in _FRIENDLY:
         return f"{path}: {_FRIENDLY[kind]}"
     message = message[0].lower() + message[1:]
-    return f"{path}: {message}; got {problem['input']!r} ({type(problem['input']).__name__})"
+    return f"{path}: {message}; got {_found(keys, problem['input'])}"
+
+
+def _found(keys: tuple[str, ...], value: Any) -> str:
+    """Show a wrong value and its type; of one that may hold a secret, the type alone."""
+    kind = type(value).__name__
+    if may_be_secret(keys) or _has_text_inside(value):
+        return f"a value of type {kind}"
+    return f"{excerpt(without_user(shown(value)))} ({kind})"
+
+
+def _has_text_inside(value: Any) -> bool:
+    """Whether a list or mapping, which may be a whole section, has a text at any depth."""
+    children = list(value.values()) if isinstance(value, dict) else value
+    return isinstance(children, list) and any(
+        isinstance(child, str) or _has_text_inside(child) for child in children
+    )
 
 
 def _tags(context: dict[str, Any]) -> list[str]:
@@ -132,7 +172,7 @@ def _nearest(location: Sequence[str], problem: Any) -> str:
 
 def _known_keys(location: Sequence[str]) -> set[str]:
     """Return the schema's keys at a pydantic error location, which includes union tags."""
-    schema = RunConfig.model_json_schema()
+    schema = run_schema()
     _, node = locate(schema, location)
     return {
         key

@@ -1,16 +1,18 @@
 """Finds the files of a run folder's config from another working directory, or after a move."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from qwen3_distill.utils.json_text import read_json
 
 PATH_SETTINGS = (
     "student.model",
     "scoring.model",
     "prompts.path",
     "evaluation.prompts.path",
+    "rollouts.file",
     "generation.python",
     "scoring.python",
     "training.python",
@@ -37,9 +39,9 @@ def find_paths(values: dict[str, Any], file: Path) -> None:
     directory = run_directory(file)
     if directory is None:
         return
-    from_hub = _last_start(file).get("hub") or {}
+    from_hub = _last_start(file).get("hub")
     for setting, section, key in _places(values):
-        if _HUB_NAMES.get(setting) in from_hub:
+        if isinstance(from_hub, dict) and _HUB_NAMES.get(setting) in from_hub:
             continue
         found = directory / section[key]
         if not os.path.exists(section[key]) and found.exists():
@@ -60,7 +62,7 @@ def run_directory(config_file: Path) -> Path | None:
 def _last_start(config_file: Path) -> dict[str, Any]:
     """Return the manifest's entry of the last start; empty where there is none."""
     try:
-        manifest = json.loads(config_file.with_name("manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json(config_file.with_name("manifest.json"))
         start = manifest["starts"][-1]
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         return {}

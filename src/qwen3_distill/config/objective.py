@@ -11,7 +11,11 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from qwen3_distill.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Schema
+from qwen3_distill.config.rollouts import SampledBy
 from qwen3_distill.types import HiddenRequest, SampledRequest, ScoreRequest, TopKRequest
+
+RewardScale: TypeAlias = Literal["none", "std"]
+"""``std``: the standard deviation of the rewards of a prompt's samples."""
 
 
 class ObjectiveSchema(Schema):
@@ -23,6 +27,13 @@ class ObjectiveSchema(Schema):
     """Whether the gradient is an expectation over the sampled tokens. It is then biased when they
     were sampled from another distribution than the current student's, unless the loss weighs them
     by the importance ratio pi / mu (`uses_ratio`)."""
+    learns_from: ClassVar[frozenset[SampledBy]] = frozenset({"student"})
+    """Whose samples give the right gradient. A rollout that another model sampled is refused."""
+    refusal: ClassVar[str] = (
+        "its gradient is an expectation over the student's own samples, and the teacher's answers "
+        "are none; use rollouts.source=student, or objective.kind=top_k, full or sft"
+    )
+    """Why other samples than those of `learns_from` are refused, and what to use, for errors."""
 
     @property
     def uses_ratio(self) -> bool:
@@ -71,8 +82,13 @@ class ObjectiveSchema(Schema):
         return self._own_kind
 
     @property
-    def score_request(self) -> ScoreRequest:
-        """The least that the teacher must return for this objective."""
+    def group_scale(self) -> RewardScale:
+        """Divisor of a prompt's centred rewards."""
+        return "none"
+
+    @property
+    def score_request(self) -> ScoreRequest | None:
+        """The least that the teacher must return for this objective; None: no score is needed."""
         return SampledRequest()
 
     @property
@@ -179,6 +195,8 @@ class SampledReverseKL(ObjectiveSchema):
 
 
 class _Divergence(ObjectiveSchema):
+    learns_from: ClassVar[frozenset[SampledBy]] = frozenset({"student", "teacher"})
+
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
     """``reverse_kl``: KL(student || teacher); ``forward_kl``: KL(teacher || student); ``jsd``:
     the mixture M = beta teacher + (1 - beta) student, beta KL(teacher || M) + (1 - beta)
@@ -202,7 +220,7 @@ class TopKDivergence(_Divergence):
     implementation: ClassVar[str] = "qwen3_distill.training.objectives.divergences:TopKObjective"
 
     kind: Literal["top_k"]
-    k: Annotated[int, Field(ge=1)] = 16
+    k: PositiveInt = 16
     tail: Literal["renormalize", "bin"] = "bin"
     """``bin``: one more outcome holds the remaining mass of both; ``renormalize``: both are
     divided by their mass on the k."""
@@ -233,8 +251,83 @@ class FullDivergence(_Divergence):
         return HiddenRequest()
 
 
+class CrossEntropy(ObjectiveSchema):
+    """Supervised fine-tuning: cross-entropy on the tokens that the teacher sampled."""
+
+    implementation: ClassVar[str] = "qwen3_distill.training.objectives.sft:SftObjective"
+    learns_from: ClassVar[frozenset[SampledBy]] = frozenset({"teacher"})
+    refusal: ClassVar[str] = (
+        "cross-entropy on the student's own samples has an expected gradient of zero, so it "
+        "teaches nothing; use rollouts.source=teacher or a file of the teacher's answers, or "
+        "objective.kind=top_k or full, which learn from both"
+    )
+
+    kind: Literal["sft"]
+
+    @property
+    def score_request(self) -> ScoreRequest | None:
+        return None
+
+
+class GroupRelativePolicy(ObjectiveSchema):
+    """Policy gradient of the verifier's reward, relative to the other samples of a prompt (GRPO,
+    arXiv 2402.03300), without a teacher."""
+
+    implementation: ClassVar[str] = "qwen3_distill.training.objectives.grpo:GrpoObjective"
+    needs_ratio: ClassVar[bool] = True
+    refusal: ClassVar[str] = (
+        "its gradient is an expectation over the student's own samples, and the teacher's answers "
+        "are none; use rollouts.source=student, or objective.kind=sft on the teacher's answers"
+    )
+
+    kind: Literal["grpo"]
+    clip: Annotated[float, Field(gt=0, lt=1)] | None = 0.2
+    """epsilon: the ratio pi/mu counts between 1 - epsilon and 1 + epsilon (PPO, arXiv 1707.06347);
+    null: no ratio (mu is taken for pi)."""
+    clip_high: Annotated[float, Field(gt=0, le=100)] | None = None
+    """epsilon above 1, if it is another one (DAPO, arXiv 2503.14476); null: `clip`."""
+    reward_scale: RewardScale = "none"
+    """Divisor of a prompt's centred rewards. ``std``: their standard deviation (arXiv 2402.03300);
+    ``none``: 1, because a standard deviation favours prompts that are nearly always or nearly never
+    solved (Dr. GRPO, arXiv 2503.20783)."""
+
+    @property
+    def uses_ratio(self) -> bool:
+        return self.clip is not None
+
+    @property
+    def ratio_setting(self) -> str:
+        return "clip=null"
+
+    @property
+    def credits_later_tokens(self) -> bool:
+        return True
+
+    @property
+    def reward_weight(self) -> float:
+        return 1.0
+
+    @property
+    def group_scale(self) -> RewardScale:
+        return self.reward_scale
+
+    @property
+    def score_request(self) -> ScoreRequest | None:
+        return None
+
+    @model_validator(mode="after")
+    def _clip_high_needs_clip(self) -> Self:
+        if self.clip is None and self.clip_high is not None:
+            raise ValueError(
+                f"clip_high={self.clip_high} with clip=null: without a ratio nothing is clipped; "
+                "set clip, or drop clip_high"
+            )
+        return self
+
+
 ObjectiveConfig: TypeAlias = Annotated[
-    SampledReverseKL | TopKDivergence | FullDivergence, Field(discriminator="kind")
+    SampledReverseKL | TopKDivergence | FullDivergence | CrossEntropy | GroupRelativePolicy,
+    Field(discriminator="kind"),
 ]
 
 

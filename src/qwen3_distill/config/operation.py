@@ -4,7 +4,14 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from qwen3_distill.config.base import PositiveFloat, PositiveInt, Schema
+from qwen3_distill.config.base import (
+    Gib,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Schema,
+    Seconds,
+)
 
 
 class CheckpointConfig(Schema):
@@ -40,9 +47,26 @@ class LoggingConfig(Schema):
     """Save rollouts with their scores at every this many steps."""
     rollouts_per_save: PositiveInt = 16
     """Rollouts saved at such a step."""
+    rollouts_kept_steps: PositiveInt | None = None
+    """Keep saved rollouts of the last so many steps, and those of the first; null: whatever their
+    age."""
+    rollouts_kept_gib: Gib = 4.0
+    """Keep at most this much of saved rollouts; the oldest go first, those of the first step
+    stay."""
     trackers: tuple[TrackerConfig, ...] = ()
     trace: bool = True
     """Write ``trace.json``, the timeline of all stages, for ui.perfetto.dev and the report."""
+
+
+class CostConfig(Schema):
+    """Number and price of the run's devices, for its cost ledger; see docs/concepts/cost.md."""
+
+    devices: PositiveInt = 1
+    """Devices that the run holds: GPUs, those of servers in `scoring.urls` included; 1 on a CPU."""
+    price_per_device_hour: NonNegativeFloat | None = None
+    """Price of one device for an hour; null: no money is counted."""
+    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USD"
+    """Currency of the price: three capital letters."""
 
 
 class _Pipeline(Schema):
@@ -58,6 +82,16 @@ class SequentialPipeline(_Pipeline):
     kind: Literal["sequential"]
 
 
+class OfflinePipeline(_Pipeline):
+    """Collects rollouts and scores once, with the student as it is before the run, then trains on
+    them in as many epochs as `steps` asks for. Epoch 0 takes them in order, later ones shuffled."""
+
+    kind: Literal["offline"]
+    collect_steps: PositiveInt | None = None
+    """Number of steps whose rollouts are collected: `steps` / `collect_steps` is the number of
+    epochs. Required unless rollouts.source=file, where the file is all there is."""
+
+
 class PrefixBudget(Schema):
     """Limits most rollouts to their first tokens; the rest is never sampled."""
 
@@ -71,7 +105,7 @@ class PrefixBudget(Schema):
 class Harvest(Schema):
     """Trains on the tokens that running rollouts have so far when a step's deadline passes."""
 
-    deadline_s: PositiveFloat
+    deadline_s: Seconds
     """Seconds after the previous step at which a step harvests the running rollouts."""
     min_tokens: PositiveInt = 32
     """A rollout is harvested only if it has at least this many tokens since its last harvest."""
@@ -83,10 +117,10 @@ class StreamingPipeline(_Pipeline):
     """Generates, scores and trains concurrently; a rollout may span several steps."""
 
     kind: Literal["streaming"]
-    max_staleness_steps: Annotated[int, Field(ge=0)] = 4
+    max_staleness_steps: NonNegativeInt = 4
     """Maximum staleness of a rollout's oldest token; an older rollout is dropped and counted. 0 is
     strictly on-policy."""
-    max_steps_ahead: Annotated[int, Field(ge=0)] | None = None
+    max_steps_ahead: NonNegativeInt | None = None
     """How many steps generation may run ahead of the next one; null: max_staleness_steps. If a few
     answers are much longer than the rest, a small number here with a large max_staleness_steps
     keeps most rollouts fresh without dropping the long ones."""
@@ -106,11 +140,11 @@ class StreamingPipeline(_Pipeline):
     """Null: the run trains on finished rollouts only."""
     prefix: PrefixBudget | None = None
     """Null: every rollout is sampled to its end."""
-    stall_timeout_s: PositiveFloat = 1800.0
+    stall_timeout_s: Seconds = 1800.0
     """The run stops and says what it waited for if no rollout is finished or scored for this long,
     or if one call of a stage (scores, a step, new weights) takes this long."""
 
 
 PipelineConfig: TypeAlias = Annotated[
-    SequentialPipeline | StreamingPipeline, Field(discriminator="kind")
+    SequentialPipeline | StreamingPipeline | OfflinePipeline, Field(discriminator="kind")
 ]

@@ -10,9 +10,13 @@ from functools import cache
 from typing import Any, Literal
 
 from qwen3_distill.config import RunConfig
+from qwen3_distill.config.redaction import may_be_secret
 from qwen3_distill.config.schema import option_schemas
-from qwen3_distill.config.yaml12 import parse_yaml
+from qwen3_distill.config.yaml12 import MAX_DEPTH, parse_yaml
 from qwen3_distill.errors import ConfigError
+from qwen3_distill.utils.printable import excerpt
+from qwen3_distill.utils.secrets import without_user
+from qwen3_distill.utils.shown import shown
 
 _SINGLE_QUOTED = re.compile(r"\s*'((?:[^']|'')*)'\s*", re.DOTALL)
 _DOUBLE_QUOTED = re.compile(r'\s*("(?:[^"\\]|\\.)*")\s*', re.DOTALL)
@@ -35,26 +39,36 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             something that is no section.
     """
     key, equals, text = override.partition("=")
+    where = f"override {_shown(key, override)}"
     if not equals or not key.strip():
-        raise ConfigError(
-            f"override {override!r}: expected key.sub=value, e.g. sampling.max_new_tokens=64"
-        )
+        raise ConfigError(f"{where}: expected key.sub=value, e.g. sampling.max_new_tokens=64")
     *parents, last = path = key.strip().split(".")
+    if len(path) > MAX_DEPTH:
+        raise ConfigError(f"{where}: {len(path)} levels, expected at most {MAX_DEPTH}")
     node = values
     for depth, parent in enumerate(parents):
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
+            above = tuple(parents[: depth + 1])
+            found = f"a {type(child).__name__}" if may_be_secret(above) else excerpt(shown(child))
             raise ConfigError(
-                f"override {override!r}: {'.'.join(parents[: depth + 1])} is {child!r}, "
-                "not a section; there is nothing below it to set"
+                f"{where}: {'.'.join(above)} is {found}, not a section; there is nothing below it "
+                "to set"
             )
         node = child
-    where = f"override {override!r}"
     reading = _reading(path, values)
     if reading == "yaml":
         node[last] = parse_yaml(text, where)
     else:
         node[last] = _read_text(text, where, empty_is_null=reading == "text or null")
+
+
+def _shown(key: str, override: str) -> str:
+    """Return the override as errors show it: without the value of what may be a secret."""
+    parts = tuple(re.split(r"[.\s:]+", key.strip()))
+    if may_be_secret(parts) or "{" in override:  # a section holds any setting
+        return f"of {'.'.join(parts[:2])} (its value is not shown)"
+    return excerpt(without_user(shown(override)))
 
 
 def _read_text(text: str, where: str, *, empty_is_null: bool) -> str | None:
@@ -86,7 +100,7 @@ def _reading(path: Sequence[str], values: dict[str, Any]) -> _Reading:
 
 def _schemas_at(path: Sequence[str], values: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the schemas of a setting: of the section's `kind`, or of all kinds if it has none."""
-    root = _run_schema()
+    root = run_schema()
     definitions: dict[str, Any] = root["$defs"]
     nodes, here = [root], values
     for part in path:
@@ -113,5 +127,5 @@ def _kind(node: dict[str, Any]) -> Any:
 
 
 @cache
-def _run_schema() -> dict[str, Any]:
+def run_schema() -> dict[str, Any]:
     return RunConfig.model_json_schema()

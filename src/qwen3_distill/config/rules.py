@@ -25,6 +25,110 @@ def check_rules(config: "RunConfig") -> None:
         rule(config)
 
 
+def objective_has_its_teacher(config: "RunConfig") -> None:
+    objective, source = config.objective, config.rollouts.source
+    if config.scoring is not None:
+        return
+    if objective.score_request is not None:
+        raise ValueError(
+            f"scoring=null with objective.kind={objective.kind}: the objective compares with the "
+            "teacher's scores; add a `scoring` section, or use objective.kind=grpo or sft"
+        )
+    if "teacher" in config.rollouts.samplers:
+        raise ValueError(
+            f"scoring=null with rollouts.source={source}: there is no teacher to sample; add a "
+            "`scoring` section, or use rollouts.source=file"
+        )
+    if config.evaluation is not None and config.evaluation.teacher:
+        raise ValueError(
+            "scoring=null with evaluation.teacher=true: there is no teacher to evaluate; set "
+            "evaluation.teacher=false, or add a `scoring` section"
+        )
+
+
+def evaluation_starts_no_server(config: "RunConfig") -> None:
+    evaluation, scoring = config.evaluation, config.scoring
+    if config.loaded_teacher is not None or evaluation is None or not evaluation.teacher:
+        return
+    if scoring is not None and scoring.kind != "embedded":
+        raise ValueError(
+            f"evaluation.teacher=true with objective.kind={config.objective.kind}: training needs "
+            f"no teacher, and scoring.kind={scoring.kind} would be started for one evaluation "
+            "alone; set evaluation.teacher=false, or scoring.kind=embedded"
+        )
+
+
+def objective_learns_from_its_samplers(config: "RunConfig") -> None:
+    objective = config.objective
+    if config.rollouts.samplers - objective.learns_from:
+        raise ValueError(
+            f"rollouts.source={config.rollouts.source} with objective.kind={objective.kind}: "
+            f"{objective.refusal}"
+        )
+
+
+def harvest_needs_the_student_alone(config: "RunConfig") -> None:
+    pipeline = config.pipeline
+    if pipeline.kind == "streaming" and pipeline.harvest and config.rollouts.source == "teacher":
+        raise ValueError(
+            "pipeline.harvest with rollouts.source=teacher: only rollouts of the student are "
+            "harvested, and there is none; drop pipeline.harvest"
+        )
+
+
+def replay_keeps_rollouts_of_the_student(config: "RunConfig") -> None:
+    if config.replay is None:
+        return
+    if config.rollouts.source != "student":
+        raise ValueError(
+            f"replay with rollouts.source={config.rollouts.source}: a kept rollout's age and first "
+            "priority come from the student's weights that sampled it, which the teacher's answers "
+            "do not have; use pipeline.kind=offline for several epochs, or replay=null"
+        )
+    if config.pipeline.kind == "offline":
+        raise ValueError(
+            "replay with pipeline.kind=offline: both train on rollouts again; use one of them"
+        )
+
+
+def offline_needs_ratio(config: "RunConfig") -> None:
+    objective = config.objective
+    if config.pipeline.kind != "offline":
+        return
+    if objective.lacks_ratio:
+        raise ValueError(
+            f"pipeline.kind=offline with objective.{objective.ratio_setting}: the rollouts are "
+            "those of the student before the run, and without the ratio the gradient is biased; "
+            f"set {objective.ratio_key}"
+        )
+    if objective.credits_later_tokens:
+        raise ValueError(
+            f"pipeline.kind=offline with objective.{objective.credit_settings}: a token's ratio "
+            "does not correct the tokens after it, which the student sampled before the run, so "
+            f"their share of its advantage is biased; use {objective.credit_remedy}, or another "
+            "pipeline.kind"
+        )
+
+
+def offline_says_what_it_collects(config: "RunConfig") -> None:
+    source, pipeline = config.rollouts.source, config.pipeline
+    if source == "file" and pipeline.kind != "offline":
+        raise ValueError(
+            f"rollouts.source=file with pipeline.kind={pipeline.kind}: nothing is sampled, so "
+            "there is no loop to run; use pipeline.kind=offline"
+        )
+    if pipeline.kind == "offline" and source != "file" and pipeline.collect_steps is None:
+        raise ValueError(
+            "pipeline.kind=offline without collect_steps: set pipeline.collect_steps to the number "
+            "of steps whose rollouts are collected before training, e.g. steps for one epoch"
+        )
+    if source == "file" and pipeline.kind == "offline" and pipeline.collect_steps is not None:
+        raise ValueError(
+            f"pipeline.collect_steps={pipeline.collect_steps} with rollouts.source=file: the file "
+            "is all there is; drop collect_steps"
+        )
+
+
 def top_p_and_top_k_bias_sampled_tokens(config: "RunConfig") -> None:
     truncated = config.sampling.top_p < 1 or config.sampling.top_k > 0
     if config.objective.needs_ratio and truncated:
@@ -32,7 +136,8 @@ def top_p_and_top_k_bias_sampled_tokens(config: "RunConfig") -> None:
             f"objective.kind={config.objective.kind} with sampling.top_p={config.sampling.top_p}, "
             f"top_k={config.sampling.top_k}: tokens that are never sampled get no gradient, and "
             "no importance ratio can bring them back, so the gradient is not that of the "
-            "reverse KL; use top_p=1 and top_k=0, or objective.kind=full or top_k"
+            f"{'reward' if config.objective.score_request is None else 'reverse KL'}; use top_p=1 "
+            "and top_k=0, or objective.kind=full or top_k"
         )
 
 
@@ -74,7 +179,7 @@ def task_reward_needs_verifier_and_samples(config: "RunConfig") -> None:
 
 def full_vocabulary_needs_one_process(config: "RunConfig") -> None:
     objective, scoring, training = config.objective, config.scoring, config.training
-    if not needs_hidden_states(objective):
+    if not needs_hidden_states(objective) or scoring is None:
         return
     if scoring.kind != "embedded" or training.kind != "embedded":
         raise ValueError(
@@ -269,6 +374,13 @@ def verifier_fits_prompts(config: "RunConfig") -> None:
 
 
 RULES: tuple[Callable[["RunConfig"], None], ...] = (
+    objective_has_its_teacher,
+    evaluation_starts_no_server,
+    objective_learns_from_its_samplers,
+    offline_says_what_it_collects,
+    offline_needs_ratio,
+    harvest_needs_the_student_alone,
+    replay_keeps_rollouts_of_the_student,
     full_vocabulary_needs_one_process,
     quantization_needs_ratio,
     lora_rank_fits_vllm,

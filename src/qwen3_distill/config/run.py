@@ -24,11 +24,14 @@ from qwen3_distill.config.learning import ReplayConfig
 from qwen3_distill.config.objective import ObjectiveConfig
 from qwen3_distill.config.operation import (
     CheckpointConfig,
+    CostConfig,
     LoggingConfig,
     PipelineConfig,
     SequentialPipeline,
 )
+from qwen3_distill.config.rollouts import RolloutsConfig
 from qwen3_distill.config.rules import check_rules
+from qwen3_distill.errors import ConfigError
 
 
 class RunConfig(Schema):
@@ -36,23 +39,26 @@ class RunConfig(Schema):
 
     output_dir: Annotated[PathText, Field(min_length=1)]
     """Run folder; the run creates it. To continue a run, start it again."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Everything random derives from it: rollouts, the order of prompts from a file or dataset,
     adapters. The problems of an endless task have their own order, independent of the seed."""
     steps: PositiveInt
     """Optimizer steps. Raise it to go on with a run, also with a finished one."""
-    prompts_per_step: PositiveInt
+    prompts_per_step: Annotated[int, Field(ge=1, le=1_000_000)]
     """Prompts per optimizer step."""
-    samples_per_prompt: PositiveInt = 1
+    samples_per_prompt: Annotated[int, Field(ge=1, le=10_000)] = 1
     """Rollouts per prompt."""
     student: StudentConfig
     prompts: PromptsConfig
     """Where training prompts come from."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    rollouts: RolloutsConfig = Field(default_factory=RolloutsConfig)
+    """Who samples what the student is trained on."""
     generation: GenerationConfig
     """The engine that samples from the student."""
-    scoring: ScoringConfig
-    """The teacher and the engine that scores with it."""
+    scoring: ScoringConfig | None = None
+    """The teacher and the engine that scores with it. Null: no teacher; only for an objective that
+    needs no scores, on rollouts that no teacher samples."""
     training: TrainingConfig
     """The learner."""
     objective: ObjectiveConfig
@@ -66,6 +72,7 @@ class RunConfig(Schema):
     """Null: the run is not evaluated."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    cost: CostConfig = Field(default_factory=CostConfig)
     pipeline: PipelineConfig = Field(default_factory=lambda: SequentialPipeline(kind="sequential"))
     planning: PlanningConfig = Field(default_factory=PlanningConfig)
 
@@ -77,6 +84,27 @@ class RunConfig(Schema):
     @property
     def output_path(self) -> Path:
         return Path(self.output_dir)
+
+    @property
+    def teacher(self) -> ScoringConfig:
+        """The section `scoring`, for what cannot do without a teacher.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.scoring is None:
+            raise ConfigError("this needs a teacher, and scoring is null; add a `scoring` section")
+        return self.scoring
+
+    @property
+    def loaded_teacher(self) -> ScoringConfig | None:
+        """The teacher that training needs, for scores or samples; None: it is not loaded.
+
+        An evaluation may load an embedded teacher for itself.
+        """
+        samples = "teacher" in self.rollouts.samplers
+        needed = self.objective.score_request is not None or samples
+        return self.scoring if needed else None
 
     @property
     def max_in_flight(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 
+from qwen3_distill.data.rendering import apply_template
 from qwen3_distill.data.template_arguments import arguments_read, template_of
 
 _CONTENT = "The answer is 42."
@@ -129,8 +130,8 @@ def end_of_turn(tokenizer: Any, template_arguments: Mapping[str, Any]) -> EndOfT
         {"role": "assistant", "content": _CONTENT},
     ]
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=False, **template_arguments
+        text: str = apply_template(
+            tokenizer, messages, tokenize=False, add_generation_prompt=False, **template_arguments
         )
     except (TemplateError, TypeError, ValueError):
         return None
@@ -149,10 +150,13 @@ def without_effect(
 ) -> list[str]:
     """Return the template arguments without which the messages render to the same text."""
 
-    def text(arguments: Mapping[str, Any]) -> str:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True, **arguments
-        )
+    def text(arguments: Mapping[str, Any]) -> str | None:
+        try:
+            return apply_template(
+                tokenizer, messages, tokenize=False, add_generation_prompt=True, **arguments
+            )
+        except (TemplateError, TypeError, ValueError):  # it needs what was left out
+            return None
 
     whole = text(template_arguments)
     return [

@@ -7,12 +7,21 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_distill.data.sources import FixedSource, Message, PromptSource, RawPrompt
+from qwen3_distill.data.rendering import TemplateFault, apply_template
+from qwen3_distill.data.sources import (
+    FixedSource,
+    Message,
+    PromptSource,
+    RawPrompt,
+    TaskSource,
+)
 from qwen3_distill.data.template_arguments import check_template_arguments, template_of
 from qwen3_distill.errors import DataError
 from qwen3_distill.types import Prompt
 from qwen3_distill.utils.seeds import derive_seed
+from qwen3_distill.utils.shown import shortened, shown
 
+_TASK_PROMPTS_CHECKED = 1000
 _PROBE = "qwen3distillprobe"
 """Text that no template contains."""
 
@@ -75,7 +84,8 @@ def _template_ids(
         )
     try:
         # transformers 5 returns a BatchEncoding unless told otherwise.
-        return tokenizer.apply_chat_template(
+        return apply_template(
+            tokenizer,
             _as_dicts(raw.messages),
             add_generation_prompt=True,
             tokenize=True,
@@ -85,13 +95,19 @@ def _template_ids(
     except (TypeError, ValueError) as error:
         raise DataError(
             f"prompt {raw.prompt_id} cannot be rendered with student.template_arguments="
-            f"{dict(template_arguments)}: {error}"
+            f"{dict(template_arguments)}: {shortened(str(error))}"
+        ) from error
+    except TemplateFault as error:
+        raise DataError(
+            f"prompt {raw.prompt_id}: the student's chat template fails ({error}); correct the "
+            "template, or take another model"
         ) from error
     except TemplateError as error:
         roles = [message.role for message in raw.messages]
         raise DataError(
             f"prompt {raw.prompt_id}: the student's chat template refuses messages of the roles "
-            f"{roles} ({error}); change the messages, or unset prompts.system"
+            f"{shown(roles)} ({shortened(str(error))}); change the messages, or unset "
+            "prompts.system"
         ) from error
 
 
@@ -112,15 +128,31 @@ def check_roles(
             continue
         probed = [*raw.messages]
         probed[index] = Message(role=message.role, content=_PROBE)
-        text = tokenizer.apply_chat_template(
-            _as_dicts(probed), add_generation_prompt=True, tokenize=False, **template_arguments
-        )
+        text = _role_text(tokenizer, probed, template_arguments)
         if isinstance(text, str) and _PROBE not in text:
             raise DataError(
                 f"prompt {raw.prompt_id} (numbered from 0): the student's chat template leaves out "
                 f"message {index} of role {message.role!r}, expected it to render every message; "
                 "change the message's role, or remove it"
             )
+
+
+def _role_text(
+    tokenizer: ChatTokenizer, messages: Iterable[Message], template_arguments: Mapping[str, Any]
+) -> Any:
+    """Render a conversation like one that was rendered before; None where that fails."""
+    from jinja2 import TemplateError
+
+    try:
+        return apply_template(
+            tokenizer,
+            _as_dicts(messages),
+            add_generation_prompt=True,
+            tokenize=False,
+            **template_arguments,
+        )
+    except (TemplateError, TypeError, ValueError):  # it looks at what the messages say
+        return None
 
 
 def _as_dicts(messages: Iterable[Message]) -> list[Mapping[str, str]]:
@@ -178,11 +210,16 @@ class PromptStream:
     def check(self) -> None:
         """Render every prompt of a finite source, so that a bad one fails now.
 
+        Of a task only the first ones: its problems have one form.
+
         Raises:
             DataError: a prompt cannot be rendered, see `render`.
         """
         seen: set[tuple[str, ...]] = set()
-        for index in range(self.source.num_prompts or 0):
+        total = self.source.num_prompts or 0
+        if isinstance(self.source, TaskSource):
+            total = min(total, _TASK_PROMPTS_CHECKED)
+        for index in range(total):
             self._render(index)
             raw = self.source.get(index)
             roles = tuple(message.role for message in raw.messages)

@@ -4,7 +4,7 @@ One row per rollout. The columns are the fields of `qwen3_distill.types.Rollout`
 types document them. A file of scored rollouts adds the teacher's columns.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
@@ -25,18 +25,21 @@ from qwen3_distill.types import (
     TeacherScore,
     TokenSpan,
     TopKScore,
+    TrainingRollout,
     VersionSpan,
     WeightVersion,
 )
 from qwen3_distill.utils.files import atomic_path
+from qwen3_distill.utils.shown import shortened
 
 Decode: TypeAlias = Callable[[Sequence[int]], str]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Schema number of the files that are written.
 
-Files of version 2, without the column ``sampled``, are read too:
-their responses were sampled as a whole."""
+Older files are read too. Those of version 2 have no column ``sampled``: their responses were
+sampled as a whole. Those of version 2 and 3 have no column ``sampled_by_teacher``: the student
+sampled them."""
 OLDEST_READABLE = 2
 VERSION_KEY = b"qwen3_distill.rollouts.schema_version"
 """Key of the Parquet metadata that holds the file's schema version."""
@@ -174,6 +177,14 @@ _ROLLOUT_COLUMNS = (
     ),
     _Column("continues_at", _INT32, "rollout.continues_at"),
     _Column("versions", _VERSIONS, "rollout.versions", _version_rows, _version_spans),
+    _Column(  # empty: the student sampled it
+        "sampled_by_teacher",
+        _STRING,
+        "rollout.teacher_id",
+        lambda teacher_id: teacher_id or "",
+        lambda value: value.as_py() or None,
+        since=4,
+    ),
     _Column("response_text", _STRING, "response_text"),  # for people; never read back
 )
 _SCORE_COLUMNS = (
@@ -241,6 +252,17 @@ def write_scored(
     _write(path, items, _SCORED_COLUMNS)
 
 
+def write_training(
+    path: str | Path, rollouts: Sequence[tuple[int, TrainingRollout]], decode: Decode
+) -> None:
+    """Write (step, rollout) pairs with their scores, or without if any has none."""
+    scored = [(step, item) for step, item in rollouts if isinstance(item, ScoredRollout)]
+    if len(scored) == len(rollouts):
+        write_scored(path, scored, decode)
+    else:
+        write_rollouts(path, [(step, item.rollout) for step, item in rollouts], decode)
+
+
 def _write(path: str | Path, items: Sequence[_Item], columns: Sequence[_Column]) -> None:
     metadata = {VERSION_KEY: str(SCHEMA_VERSION).encode()}
     table = pa.Table.from_arrays(
@@ -284,21 +306,104 @@ def _offsets(lengths: Sequence[int]) -> pa.Array:
 # --- Reading --------------------------------------------------------------------------------------
 
 
-def read_rollouts(path: str | Path) -> list[tuple[int, Rollout]]:
+def read_rollouts(path: str | Path, *, vocab_size: int | None = None) -> list[tuple[int, Rollout]]:
     """Read the (step, rollout) pairs of a rollout file or a scored one, bit for bit as written.
 
     Columns that the schema does not name are ignored.
 
+    Args:
+        vocab_size: of the model that reads the token ids; None: none does.
+
     Raises:
         DataError: no such file, not a whole file of a schema version that can be read, a missing
-            column, a column of another type or with nulls, or a row that is no rollout.
+            column, a column of another type or with nulls, a row that is no rollout, one rollout
+            twice in a step, or a token id outside of the vocabulary.
     """
-    return _read(Path(path), _ROLLOUT_COLUMNS, _rollout)
+    path = Path(path)
+    records = _read(path, _ROLLOUT_COLUMNS, _rollout)
+    _check_together(path, [(step, rollout) for step, rollout in records])
+    for row, (_, rollout) in enumerate(records):
+        _check_vocabulary(f"{path}, row {row}", _id_arrays(rollout), vocab_size)
+    return records
 
 
-def read_scored(path: str | Path) -> list[tuple[int, ScoredRollout]]:
-    """Read the (step, scored rollout) pairs of a file by `write_scored`; see `read_rollouts`."""
-    return _read(Path(path), _SCORED_COLUMNS, _scored)
+def read_scored(
+    path: str | Path, *, vocab_size: int | None = None, hidden_size: int | None = None
+) -> list[tuple[int, ScoredRollout]]:
+    """Read the (step, scored rollout) pairs of a file by `write_scored`; see `read_rollouts`.
+
+    Args:
+        vocab_size: of the model that reads the token ids; None: none does.
+        hidden_size: of the teacher whose head reads hidden states; None: none does.
+
+    Raises:
+        DataError: as `read_rollouts`, or hidden states of another size.
+    """
+    path = Path(path)
+    records = _read(path, _SCORED_COLUMNS, _scored)
+    _check_together(path, [(step, scored.rollout) for step, scored in records])
+    for row, (_, scored) in enumerate(records):
+        where, arrays = f"{path}, row {row}", _id_arrays(scored.rollout)
+        if isinstance(scored.score, TopKScore):
+            arrays["candidate_ids"] = scored.score.candidate_ids
+        _check_vocabulary(where, arrays, vocab_size)
+        if isinstance(scored.score, HiddenScore) and hidden_size is not None:
+            found = scored.score.hidden.shape[1]
+            if found != hidden_size:
+                raise DataError(
+                    f"{where} has hidden states of {found} numbers, expected the teacher's "
+                    f"{hidden_size}; score the rollouts with the config's teacher"
+                )
+    return records
+
+
+def _id_arrays(rollout: Rollout) -> dict[str, Any]:
+    return {"prompt_ids": rollout.prompt.token_ids, "response_ids": rollout.response_ids}
+
+
+def _check_vocabulary(where: str, arrays: Mapping[str, Any], vocab_size: int | None) -> None:
+    for name, ids in arrays.items():
+        if vocab_size is not None and int(ids.max()) >= vocab_size:
+            raise DataError(
+                f"{where} has the token id {int(ids.max())} in {name}, expected ids below the "
+                f"student's vocabulary of {vocab_size}; the file is of another model"
+            )
+
+
+def _check_together(path: Path, rollouts: Sequence[tuple[int, Rollout]]) -> None:
+    """Check what rows say together: steps, and that no step has a rollout twice."""
+    seen: dict[tuple[int, str, int], int] = {}
+    for row, (step, rollout) in enumerate(rollouts):
+        if step < 0:
+            raise DataError(f"{path}, row {row} is of step {step}, expected 0 or more")
+        key = (step, rollout.rollout_id, rollout.continues_at)
+        if key in seen:
+            raise DataError(
+                f"{path}, row {row} is rollout {rollout.rollout_id} of step {step} again, which "
+                f"row {seen[key]} has; remove one of them"
+            )
+        seen[key] = row
+
+
+def read_training(
+    path: str | Path, *, vocab_size: int | None = None, hidden_size: int | None = None
+) -> list[tuple[int, TrainingRollout]]:
+    """Read the (step, rollout) pairs of either kind of file, with scores where it has them.
+
+    The arguments and errors are those of `read_scored`.
+    """
+    has_scores = "score_kind" in _columns_of(Path(path))
+    if has_scores:
+        return [*read_scored(path, vocab_size=vocab_size, hidden_size=hidden_size)]
+    rollouts = read_rollouts(path, vocab_size=vocab_size)
+    return [(step, TrainingRollout(rollout=rollout)) for step, rollout in rollouts]
+
+
+def _columns_of(path: Path) -> list[str]:
+    try:
+        return pq.read_schema(path.absolute()).names
+    except (pa.ArrowException, OSError):
+        return []  # the reader says what is wrong with it
 
 
 class _Row:
@@ -368,10 +473,10 @@ def _checked_columns(
             _check_types(path, file.schema_arrow, expected)
             table = file.read(columns=list(expected))
             table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path} cannot be read as Parquet ({error}); expected a whole, undamaged file, write "
-            "it again"
+            f"{path} cannot be read as Parquet ({shortened(str(error))}); expected a whole, "
+            "undamaged file, write it again"
         ) from error
     arrays = {name: table.column(name).combine_chunks() for name in expected}
     for name, array in arrays.items():

@@ -94,7 +94,7 @@ def arguments_read(template: str) -> dict[str, _Uses] | None:
     try:
         tree = environment.parse(template)
         names = _undeclared(tree, environment) - GIVEN_BY_RENDERER
-    except TemplateSyntaxError:
+    except (TemplateSyntaxError, RecursionError):
         return None
     return _UseCollector(names).collect(tree)
 

@@ -14,9 +14,8 @@ from qwen3_distill.doctor.precision import compare_with_unquantized, quantized_d
 from qwen3_distill.doctor.real_pass import RealPass, examined, score_request
 from qwen3_distill.doctor.tolerances import QUANTIZED_BROKEN_NATS, QUANTIZED_NOTICEABLE_NATS
 from qwen3_distill.errors import DistillError
-from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.pipeline.assembly.engines import build_parts
-from qwen3_distill.pipeline.assembly.machine import quantization_of
+from qwen3_distill.pipeline.assembly.machine_checks import quantization_of
 from qwen3_distill.pipeline.finding import (
     Finding,
     Status,
@@ -39,6 +38,7 @@ Tell = Callable[[Finding], None]
 
 _START, _CLOSE = "engines start", "engines end"
 _PRECISION = "FP8 against bfloat16"
+_NO_SCORES = "the objective needs no scores"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,8 @@ class _Stage:
     find: Callable[[RealPass], Awaitable[Verdict]]
     needs: tuple[str, ...] = ()
     """Names of checks without whose success this one cannot be made."""
+    needs_scores: bool = False
+    """Whether it is left out where the objective needs no scores."""
 
 
 _STAGES = (
@@ -83,16 +85,37 @@ _STAGES = (
     _Stage(name="weights in the engine", find=RealPass.first_push, needs=(_START,)),
     _Stage(name="rollouts", find=RealPass.sample, needs=("weights in the engine",)),
     _Stage(name="ends of answers", find=RealPass.ends, needs=("rollouts",)),
-    _Stage(name="scores", find=RealPass.score, needs=("rollouts",)),
-    _Stage(name="scores alone and in a batch", find=RealPass.score_alone, needs=("scores",)),
-    _Stage(name="scores of every server", find=RealPass.score_by_each_server, needs=("scores",)),
+    _Stage(name="teacher's answers", find=RealPass.teacher_answers, needs=("rollouts",)),
+    _Stage(name="scores", find=RealPass.score, needs=("rollouts",), needs_scores=True),
+    _Stage(
+        name="scores alone and in a batch",
+        find=RealPass.score_alone,
+        needs=("scores",),
+        needs_scores=True,
+    ),
+    _Stage(
+        name="scores of every server",
+        find=RealPass.score_by_each_server,
+        needs=("scores",),
+        needs_scores=True,
+    ),
     _Stage(
         name="scores at another temperature",
         find=RealPass.score_at_other_temperature,
         needs=("scores",),
+        needs_scores=True,
     ),
-    _Stage(name="teacher has its weights", find=RealPass.teacher_is_awake, needs=("scores",)),
-    _Stage(name="learner against engine", find=RealPass.learner_against_engine, needs=("scores",)),
+    _Stage(
+        name="teacher has its weights",
+        find=RealPass.teacher_is_awake,
+        needs=("scores",),
+        needs_scores=True,
+    ),
+    _Stage(
+        name="learner against engine",
+        find=RealPass.learner_against_engine,
+        needs=("rollouts", "scores"),
+    ),
     _Stage(
         name="weights after a step",
         find=RealPass.push_after_step,
@@ -166,7 +189,7 @@ async def _examine_engines(
     local.fetch_weights(say)
     folder = Path(tempfile.mkdtemp(prefix="qwen3-distill-doctor-"))
     config = examined(local.config, str(folder / "run"))
-    request = score_request(config, load_identity(config.scoring.model).vocab_size)
+    request = score_request(config)
     statuses: dict[str, Status] = {}
     engines: RealPass | None = None
     keeps_logs = False
@@ -175,6 +198,9 @@ async def _examine_engines(
         parts = adapt(build_parts(config, request))
         engines = RealPass(parts, config, num_rollouts, say, request)
         for stage in _STAGES:
+            if stage.needs_scores and request is None:
+                add(Finding(name=stage.name, verdict=skipped(_NO_SCORES)))
+                continue
             finding = await _made(stage, engines, statuses, say)
             statuses[stage.name] = finding.status
             if finding.status is Status.FAIL and any((folder / "run" / "logs").glob("*")):
@@ -219,7 +245,7 @@ async def _precision(engines: RealPass, unquantized: str | None, say: Say) -> Ve
     served = [result for result in engines.results if isinstance(result, TopKScore)]
     if not served or len(served) < len(engines.results):
         return skipped("needs: scores")
-    directory = config.scoring.model
+    directory = config.teacher.model
     if unquantized is not None:
         directory = local_model(unquantized, "--unquantized", say)
     elif quantized_directory(directory):

@@ -1,7 +1,6 @@
 """The precision audit: compares the configured teacher with the unquantized one, token by token."""
 
 import asyncio
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import count
@@ -10,6 +9,7 @@ from pathlib import Path
 from qwen3_distill.config import RunConfig
 from qwen3_distill.data.rollout_files import read_rollouts
 from qwen3_distill.errors import ConfigError, DataError, EngineError
+from qwen3_distill.modeling.config_file import read_json_object
 from qwen3_distill.modeling.directory import check_model_dir
 from qwen3_distill.modeling.hub import is_snapshot
 from qwen3_distill.modeling.loading import load_identity
@@ -59,11 +59,11 @@ def audit_teacher(
     Raises:
         ConfigError: the teacher's directory is itself quantized and ``unquantized`` is None.
     """
-    named = config.scoring.model
+    named = config.teacher.model
     local = localize(config, say=say, warn=say)
     if unquantized is None:
-        _refuse_quantized(local.config.scoring.model, named)
-    config, scoring = local.config, local.config.scoring
+        _refuse_quantized(local.config.teacher.model, named)
+    config, scoring = local.config, local.config.teacher
     if out is not None:
         inputs = {**input_paths(config), "--unquantized": unquantized or scoring.model}
         refuse_inputs_as_output(out, inputs | ({"--rollouts": rollouts} if rollouts else {}))
@@ -130,8 +130,8 @@ async def compare_with_unquantized(
     Raises:
         HandshakeError: it is another model than the config's teacher.
     """
-    check_compatible(load_identity(config.scoring.model), load_identity(directory))
-    teacher = build_unquantized_teacher(config.scoring, directory, request)
+    check_compatible(load_identity(config.teacher.model), load_identity(directory))
+    teacher = build_unquantized_teacher(config.teacher, directory, request)
     exact, _ = await _scores(teacher, sample, say)
     return compare_scores(sample, served, exact)
 
@@ -143,7 +143,7 @@ def quantized_directory(directory: str) -> bool:
         ModelError: there is no such directory.
     """
     config_file = check_model_dir(directory, weights=not is_snapshot(directory)) / "config.json"
-    return "quantization_config" in json.loads(config_file.read_text(encoding="utf-8"))
+    return "quantization_config" in read_json_object(config_file)
 
 
 def _refuse_quantized(directory: str, named: str) -> None:

@@ -5,17 +5,20 @@ samples again. Then the engines are closed.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.learning import ConstantSchedule
+from qwen3_distill.config.rollouts import RolloutsConfig
+from qwen3_distill.data.rollout_files import read_training
 from qwen3_distill.doctor.entropy import full_entropy, lowest_entropy
 from qwen3_distill.doctor.processes import Process, descendants, left_after
 from qwen3_distill.doctor.tolerances import engine_tolerance_nats, teacher_tolerance_nats
 from qwen3_distill.errors import EngineError
+from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.pipeline.assembly.teachers import asked_at, each_server, output_head
 from qwen3_distill.pipeline.finding import Verdict, bad, doubtful, good, skipped
 from qwen3_distill.pipeline.parts import Parts
@@ -37,6 +40,7 @@ from qwen3_distill.types import (
     TeacherScore,
     TopKRequest,
     TopKScore,
+    TrainingRollout,
     Update,
 )
 
@@ -73,15 +77,19 @@ def examined(config: RunConfig, output_dir: str) -> RunConfig:
         "output_dir": output_dir,
         "training": training.model_copy(update={"optimizer": optimizer}),
     }
-    if config.scoring.cache_folder is not None:
+    if config.scoring is not None and config.scoring.cache_folder is not None:
         changes["scoring"] = config.scoring.model_copy(update={"cache": None})
     return config.model_copy(update=changes)
 
 
-def score_request(config: RunConfig, vocab_size: int) -> ScoreRequest:
-    """Return the objective's request, with some candidates where it asks for the scores alone."""
+def score_request(config: RunConfig) -> ScoreRequest | None:
+    """Return the objective's request, with some candidates where it asks for the scores alone.
+
+    None: the objective needs no scores.
+    """
     request = config.objective.score_request
     if isinstance(request, SampledRequest):
+        vocab_size = load_identity(config.teacher.model, weights=False).vocab_size
         return TopKRequest(k=min(CANDIDATES, vocab_size))
     return request
 
@@ -94,10 +102,15 @@ class RealPass:
     config: RunConfig
     num_rollouts: int
     say: Say
-    request: ScoreRequest
+    request: ScoreRequest | None
+    """None: the objective needs no scores, and no stage that scores is made."""
     requests: list[RolloutRequest] = field(default_factory=list)
     rollouts: list[Rollout] = field(default_factory=list)
+    answers: list[Rollout] = field(default_factory=list)
+    """The teacher's, where it samples."""
     results: list[ScoreResult] = field(default_factory=list)
+    grad_norm: float = math.nan
+    """Of the step that was taken last."""
     processes: set[Process] = field(default_factory=set)
     before: set[Process] = field(default_factory=descendants)
     is_closed: bool = False
@@ -113,7 +126,9 @@ class RealPass:
         await self.parts.start(self.say)
         self.processes = descendants() - self.before
         here = f"{len(self.processes)} processes" if self.processes else "all in this process"
-        return good(f"{self.parts.teacher.teacher_id} as the teacher; {here}")
+        teacher = self.parts.teacher
+        named = "no teacher" if teacher is None else f"{teacher.teacher_id} as the teacher"
+        return good(f"{named}; {here}")
 
     async def first_push(self) -> Verdict:
         """Push the student's weights into the rollout engine, which reads them back.
@@ -145,12 +160,7 @@ class RealPass:
 
     async def sample(self) -> Verdict:
         """Sample a few rollouts, and compare each with its request."""
-        prompts = self.parts.prompts.take(0, self.num_rollouts)
-        each = self.config.samples_per_prompt
-        self.requests = [
-            request_number(self.config, prompt, index * each)
-            for index, prompt in enumerate(prompts)
-        ]
+        self.requests = sample_requests(self.config, self.parts, self.num_rollouts)
         self.rollouts = await generate(self.parts.engine, self.requests)
         for rollout in self.rollouts:
             if problem := self._misfit(rollout):
@@ -165,7 +175,8 @@ class RealPass:
         """Name what makes a rollout another than its request asked for; empty: nothing."""
         identity = self.parts.learner.identity
         ids, limit = rollout.response_ids.tolist(), rollout.sampling.max_new_tokens
-        if {span.version for span in rollout.versions} != {self.parts.learner.version}:
+        served = {span.version for span in rollout.versions}
+        if rollout.sampled_by == "student" and served != {self.parts.learner.version}:
             return "was sampled by other weights than the learner's"
         if identity.eos_ids & set(ids[:-1]):
             return "goes on after an end-of-sequence token"
@@ -193,6 +204,27 @@ class RealPass:
             "the template's end of a turn. A student learns to stop only where it stops",
         )
 
+    async def teacher_answers(self) -> Verdict:
+        """Let the teacher answer the same requests, where it samples what is trained on."""
+        if self.parts.teacher_rollouts is None:
+            return skipped("the teacher samples nothing that is trained on")
+        temperature = self.config.rollouts.teacher_temperature
+        requests = [
+            request
+            if temperature is None
+            else replace(request, sampling=replace(request.sampling, temperature=temperature))
+            for request in self.requests
+        ]
+        self.answers = await generate(self.parts.teacher_rollouts, requests)
+        for answer in self.answers:
+            if problem := self._misfit(answer):
+                return bad(
+                    f"the teacher's answer {answer.rollout_id} {problem}",
+                    "use a tested version of the engine (docs/engines/install.md)",
+                )
+        tokens = sum(answer.num_tokens for answer in self.answers)
+        return good(f"{len(self.answers)} answers of {tokens:,} tokens, all as asked for")
+
     # --- Scores -----------------------------------------------------------------------------------
 
     @property
@@ -201,7 +233,7 @@ class RealPass:
 
     async def score(self) -> Verdict:
         """Score all rollouts in one call."""
-        self.results = await self.parts.teacher.score(self._jobs)
+        self.results = await self.parts.required_teacher.score(self._jobs)
         failed = [result for result in self.results if isinstance(result, ScoreFailure)]
         if failed:
             return bad(
@@ -212,7 +244,7 @@ class RealPass:
 
     async def score_alone(self) -> Verdict:
         """Score each rollout again, alone."""
-        found_N = await gaps_alone(self.parts.teacher, self._jobs, self.results)
+        found_N = await gaps_alone(self.parts.required_teacher, self._jobs, self.results)
         return self._compared(
             found_N,
             "the same tokens alone and in a batch",
@@ -222,6 +254,7 @@ class RealPass:
 
     async def score_by_each_server(self) -> Verdict:
         """Score all rollouts with every existing server by itself."""
+        assert self.request is not None, "there are scores"
         servers = each_server(self.config, self.request)
         if len(servers) < 2:
             return skipped("there is one server")
@@ -242,7 +275,7 @@ class RealPass:
 
     async def score_at_other_temperature(self) -> Verdict:
         """Score all rollouts with another temperature in the request, which must not matter."""
-        teacher = asked_at(self.parts.teacher, OTHER_TEMPERATURE)
+        teacher = asked_at(self.parts.required_teacher, OTHER_TEMPERATURE)
         if teacher is None:
             return skipped("an embedded teacher is asked for no temperature")
         other = await teacher.score(self._jobs)
@@ -265,7 +298,7 @@ class RealPass:
     async def teacher_is_awake(self) -> Verdict:
         """Compare the teacher's scores and entropy with those of a model without weights."""
         scores = [result for result in self.results if isinstance(result, TeacherScore)]
-        uniform = math.log(self.parts.teacher.identity.vocab_size)
+        uniform = math.log(self.parts.required_teacher.identity.vocab_size)
         mean = float(np.concatenate([score.logprobs for score in scores]).mean())
         entropy = float(np.concatenate([self._entropy(score) for score in scores]).mean())
         found = (
@@ -292,27 +325,37 @@ class RealPass:
             return full_entropy(score, head)
         if isinstance(score, TopKScore):
             return lowest_entropy(score)
-        raise EngineError(
-            f"{self.parts.teacher.teacher_id} gave no candidates, though {self.request} was asked"
-        )
+        raise EngineError(f"{score.teacher_id} gave no candidates, though {self.request} was asked")
 
     # --- The learner ------------------------------------------------------------------------------
 
     async def learner_against_engine(self) -> Verdict:
         """Take a step on the rollouts, which compares the learner's logprobs with the engine's."""
         gap, update = await self._trained(self.rollouts, self.results)
+        self.grad_norm = update.grad_norm
+        norm = f"over {update.num_loss_tokens:,} tokens, gradient norm {update.grad_norm:.3g}"
+        if gap is None:
+            return good(f"not compared: the step was on the teacher's answers, {norm}")
         tolerance = engine_tolerance_nats(self.config)
-        found = (
-            f"{gap:.2g} nats apart on average over {update.num_loss_tokens:,} tokens (rounding "
-            f"explains {tolerance:g}), gradient norm {update.grad_norm:.3g}"
-        )
+        found = f"{gap:.2g} nats apart on average (rounding explains {tolerance:g}) {norm}"
         if gap > tolerance:
             return bad(
                 found,
                 "sampling and training do not see the same model: compare dtype, quantization and "
                 "temperature of both, and use tested versions (docs/engines/install.md)",
             )
+        if self._learned_nothing:
+            return doubtful(
+                f"{found}: all answers to a prompt have the same reward, which teaches nothing",
+                "more answers with --rollouts and samples_per_prompt, or prompts that the student "
+                "answers correctly at times",
+            )
         return good(found)
+
+    @property
+    def _learned_nothing(self) -> bool:
+        """Whether the step left the weights as they were, for want of rewards that differ."""
+        return self.request is None and self.grad_norm == 0
 
     async def push_after_step(self) -> Verdict:
         """Push the weights of the step.
@@ -320,6 +363,8 @@ class RealPass:
         Raises:
             WeightVersionError: the weights in use are others.
         """
+        if self._learned_nothing:
+            return skipped("the step changed nothing")
         before = self.parts.engine.version
         await push_weights(self.parts)
         after = self.parts.engine.version
@@ -333,14 +378,17 @@ class RealPass:
         for rollout in rollouts:
             if problem := self._misfit(rollout):
                 return bad(f"rollout {rollout.rollout_id} {problem}", "see docs/engines/weights.md")
-        results = await self.parts.teacher.score([self.parts.view.job(r) for r in rollouts])
+        results: list[ScoreResult] = []
+        if self.request is not None:
+            jobs = [self.parts.view.job(rollout) for rollout in rollouts]
+            results = await self.parts.required_teacher.score(jobs)
         moved = _moved(self.rollouts, rollouts)
         gap, _ = await self._trained(rollouts, results)
         tolerance = engine_tolerance_nats(self.config)
-        found = (
-            f"the engine's logprobs moved by {moved:.2g} nats, and are {gap:.2g} from the learner's"
-        )
-        if gap > tolerance:
+        found = f"the engine's logprobs moved by {moved:.2g} nats"
+        if gap is not None:
+            found += f", and are {gap:.2g} from the learner's"
+        if gap is not None and gap > tolerance:
             return bad(
                 found,
                 "the engine samples with older weights, or with keys and values that older ones "
@@ -355,19 +403,42 @@ class RealPass:
 
     async def _trained(
         self, rollouts: list[Rollout], results: list[ScoreResult]
-    ) -> tuple[float, Update]:
-        """Take a step; return the mean distance in nats of learner and engine before it."""
-        view = self.parts.view
-        scored = [view.scored(r, self._needed(s)) for r, s in zip(rollouts, results, strict=True)]
-        failed = [item for item in scored if isinstance(item, ScoreFailure)]
-        if failed:
-            raise EngineError(f"rollout {failed[0].rollout_id} got no score: {failed[0].reason}")
-        batch = self.parts.make_batch([s for s in scored if isinstance(s, ScoredRollout)])
-        update = await self.parts.learner.update(batch)
+    ) -> tuple[float | None, Update]:
+        """Take a step; return the mean distance in nats of learner and engine before it.
+
+        An objective that learns from the teacher's answers alone takes it on those: None.
+        """
+        if "student" not in self.config.objective.learns_from:
+            given = self._given()
+            if not given:
+                raise EngineError("there are no answers of the teacher to train on")
+            return None, await self._step([TrainingRollout(rollout=answer) for answer in given])
+        if self.request is None:
+            update = await self._step([TrainingRollout(rollout=rollout) for rollout in rollouts])
+        else:
+            view = self.parts.view
+            pairs = zip(rollouts, results, strict=True)
+            scored = [view.scored(rollout, self._needed(score)) for rollout, score in pairs]
+            failed = [item for item in scored if isinstance(item, ScoreFailure)]
+            if failed:
+                raise EngineError(
+                    f"rollout {failed[0].rollout_id} got no score: {failed[0].reason}"
+                )
+            update = await self._step([s for s in scored if isinstance(s, ScoredRollout)])
         found = [metric.value for metric in update.metrics if metric.key == _ENGINE_GAP]
         if not found:
             raise EngineError(f"the learner reports no {_ENGINE_GAP}")
         return found[0], update
+
+    async def _step(self, rollouts: Sequence[TrainingRollout]) -> Update:
+        return await self.parts.learner.update(self.parts.make_batch(rollouts))
+
+    def _given(self) -> list[Rollout]:
+        """Return answers of the teacher: those that it sampled, or the first of the file."""
+        if (file := self.config.rollouts.file) is None:
+            return self.answers
+        rows = read_training(file, vocab_size=self.parts.learner.identity.vocab_size)
+        return [item.rollout for _, item in rows[: self.num_rollouts]]
 
     def _needed(self, score: ScoreResult) -> ScoreResult:
         """Return the score as the objective asks for it: the doctor asked for more."""
@@ -375,6 +446,21 @@ class RealPass:
         if is_plain and isinstance(score, TopKScore):
             return TeacherScore(teacher_id=score.teacher_id, logprobs=score.logprobs)
         return score
+
+
+def sample_requests(config: RunConfig, parts: Parts, count: int) -> list[RolloutRequest]:
+    """Build about so many requests to the student: one of each prompt, or a prompt's whole group.
+
+    Rewards are compared within the samples of a prompt, so an objective of rewards needs several.
+    """
+    each = min(config.samples_per_prompt, count) if config.objective.reward_weight else 1
+    prompts = parts.prompts.take(0, max(1, count // each))
+    students = config.model_copy(update={"rollouts": RolloutsConfig()})
+    return [
+        request_number(students, prompt, index * config.samples_per_prompt + sample)
+        for index, prompt in enumerate(prompts)
+        for sample in range(each)
+    ]
 
 
 def _moved(before: list[Rollout], after: list[Rollout]) -> float:

@@ -4,7 +4,7 @@ All are means over a sample's tokens: single tokens may be further apart.
 """
 
 from qwen3_distill.config import RunConfig
-from qwen3_distill.pipeline.assembly.machine import quantization_of
+from qwen3_distill.pipeline.assembly.machine_checks import quantization_of
 from qwen3_distill.planning.gpu import detect_gpu
 
 FLOAT32_NATS = 2e-3
@@ -26,7 +26,7 @@ def engine_tolerance_nats(config: RunConfig) -> float:
 
 def teacher_tolerance_nats(config: RunConfig) -> float:
     """Return how far two scores of the same tokens may be apart."""
-    return FP8_NATS if quantization_of(config) is not None else _of(config.scoring.dtype)
+    return FP8_NATS if quantization_of(config) is not None else _of(config.teacher.dtype)
 
 
 def _of(*dtypes: str) -> float:

@@ -17,7 +17,9 @@ from qwen3_distill.errors import CheckpointError, ConfigError, ModelError
 from qwen3_distill.export.finished_run import FinishedRun
 from qwen3_distill.export.logits import largest_difference, probe_ids, probe_logits
 from qwen3_distill.modeling.digest import weights_digest
+from qwen3_distill.modeling.directory import weight_files
 from qwen3_distill.modeling.loading import load_model, resolve_dtype
+from qwen3_distill.utils.json_text import read_json
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -50,7 +52,7 @@ def read_adapter(run: FinishedRun) -> dict[str, Tensor]:
     checkpoint = _last_checkpoint(run)
     try:
         _check_files(checkpoint)
-        cursor = json.loads((checkpoint / "cursor.json").read_text())
+        cursor = read_json(checkpoint / "cursor.json")
         step, digest = cursor["step"], cursor["weight_version"]["digest"]
         saved = load_file(checkpoint / "weights.safetensors")
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
@@ -140,7 +142,7 @@ def _last_checkpoint(run: FinishedRun) -> Path:
 
 def _check_files(checkpoint: Path) -> None:
     """Compare the files that are read with the digests that were recorded of them."""
-    digests = json.loads((checkpoint / "files.json").read_text())
+    digests = read_json(checkpoint / "files.json")
     for name in ("cursor.json", "weights.safetensors"):
         found = hashlib.sha256()
         with (checkpoint / name).open("rb") as file:
@@ -155,7 +157,7 @@ def _peft_name(name: str) -> str:
 
 
 def _tensors(model_dir: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in sorted(model_dir.glob("*.safetensors")):
+    for file in weight_files(model_dir):
         with safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 - not a mapping
                 yield name, handle.get_tensor(name)

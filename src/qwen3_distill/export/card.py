@@ -39,8 +39,7 @@ def write_card(
     parts = [
         _front_matter(to, base_model),
         f"# {run.name}\n",
-        f"{_model(run.config.student.model)}, distilled on-policy from "
-        f"{_model(run.config.scoring.model)} with qwen3-distill "
+        f"{_model(run.config.student.model)}, {_how_trained(run)} with qwen3-distill "
         f"{run.last_start.get('versions', {}).get('qwen3_distill', '(version not recorded)')}.\n",
         "## What this is\n",
         *(f"{paragraph}\n" for paragraph in contents),
@@ -159,8 +158,20 @@ def _gaps(run: FinishedRun) -> list[str]:
     return lines
 
 
+def _how_trained(run: FinishedRun) -> str:
+    """``distilled on-policy from X``; what is true of a run that has no teacher, or samples it."""
+    scoring = run.config.loaded_teacher
+    if scoring is None:
+        return f"trained without a teacher (objective.kind={run.config.objective.kind})"
+    is_on_policy = run.config.rollouts.source == "student" and run.config.pipeline.kind != "offline"
+    how = "distilled on-policy from" if is_on_policy else "distilled from"
+    return f"{how} {_model(scoring.model)}"
+
+
 def _teacher(run: FinishedRun) -> str:
-    scoring, recorded = run.config.scoring, run.manifest.get("teacher") or {}
+    scoring, recorded = run.config.loaded_teacher, run.manifest.get("teacher") or {}
+    if scoring is None:
+        return "none"
     identity = f", recorded as `{recorded['id']}`" if recorded.get("id") else ""
     return f"{_model(scoring.model)} ({scoring.kind}{identity})"
 

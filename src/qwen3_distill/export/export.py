@@ -74,7 +74,9 @@ def export_run(request: ExportRequest, say: Callable[[str], None]) -> Path:
     with ExitStack() as stack:
         stack.enter_context(signals_as_ctrl_c())
         stack.enter_context(not_in_use(run.path))
-        models = (Path(run.config.student.model), Path(run.config.scoring.model))
+        teacher = run.config.scoring
+        names = [run.config.student.model, *([] if teacher is None else [teacher.model])]
+        models = tuple(Path(name) for name in names)
         target = check_target(request.out or _default_target(run, request), (run.path, *models))
         base_model = request.base_model or hub_base_model(run)
         write = _WRITERS[request.to](run, request, say)

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import load_config
 from qwen3_distill.errors import RunFolderError
 from qwen3_distill.modeling.directory import check_model_dir
-from qwen3_distill.recording.jsonl import read_jsonl
+from qwen3_distill.recording.records import read_steps
+from qwen3_distill.utils.json_text import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +75,10 @@ def read_finished_run(path: Path) -> FinishedRun:
     metrics = run / "metrics.jsonl"
     return FinishedRun(
         path=run,
-        config=load_config(config_file),
+        config=load_config(config_file, for_records=True),
         summary=_read_object(run / "summary.json"),
         manifest=_read_object(run / "manifest.json"),
-        metrics=read_jsonl(metrics) if metrics.is_file() else [],
+        metrics=read_steps(metrics),
     )
 
 
@@ -108,14 +108,14 @@ def not_in_use(run: Path) -> Iterator[None]:
 
 def _progress(run: Path) -> str:
     metrics = run / "metrics.jsonl"
-    records = read_jsonl(metrics) if metrics.is_file() else []
+    records = read_steps(metrics)
     total = _read_object(run / "config.json").get("steps")
     return f"{records[-1]['step'] if records else 0} of {total} steps are done"
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path} cannot be read: {error}; restore the file") from error
     if not isinstance(value, dict):

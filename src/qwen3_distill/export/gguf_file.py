@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig
 
 from qwen3_distill.errors import EngineStartError, ModelError
 from qwen3_distill.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
-from qwen3_distill.modeling.directory import check_model_dir
-from qwen3_distill.modeling.loading import load_identity, load_tokenizer
+from qwen3_distill.modeling.directory import check_model_dir, weight_files
+from qwen3_distill.modeling.loading import load_identity, load_model_config, load_tokenizer
 
 Quant: TypeAlias = Literal["f16", "q8_0"]
 
@@ -48,7 +47,7 @@ def check_expressible(model_dir: Path) -> GgufTokenizer:
         ModelError: llama.cpp's qwen3 has no form for the model or its tokenizer.
     """
     directory = check_model_dir(model_dir)
-    config = AutoConfig.from_pretrained(directory)
+    config = load_model_config(Path(directory))
     rope: dict[str, Any] = config.rope_parameters
     reasons = [
         f"{name}={value!r}"
@@ -84,7 +83,7 @@ def write_gguf(
         ModelError: a tensor that qwen3 does not have, or a value beyond the range of float16.
     """
     gguf = require_gguf()
-    config: Any = AutoConfig.from_pretrained(model_dir)
+    config: Any = load_model_config(Path(model_dir))
     writer = _writer(gguf, target)
     try:
         _add_model(gguf, writer, config, quant=quant, name=name)
@@ -180,7 +179,7 @@ def _planned(
 ) -> Iterator[tuple[str, Path, str, tuple[int, ...], Any]]:
     """(name in GGUF, file, name there, shape, type) of every tensor that is written."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
-    for file in sorted(model_dir.glob("*.safetensors")):
+    for file in weight_files(model_dir):
         with safe_open(file, framework="pt") as handle:
             for key in sorted(handle.keys()):
                 if key == "lm_head.weight" and config.tie_word_embeddings:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from qwen3_distill.data.rendering import apply_template
 from qwen3_distill.errors import ModelError
 
 _QWEN2_SPLIT = (
@@ -230,8 +232,8 @@ def _end_of_turn(
         return None
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template))
-    except Exception:  # noqa: BLE001 - templates raise what they like
+        text = str(apply_template(tokenizer, messages, tokenize=False, chat_template=template))
+    except (TemplateError, TypeError, ValueError):
         return None
     ids = tokenizer.encode(text, add_special_tokens=False)
     return next((index for index in reversed(ids) if index in eos_ids), None)

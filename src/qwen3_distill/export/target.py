@@ -11,6 +11,7 @@ from typing import Any
 
 import qwen3_distill
 from qwen3_distill.errors import DistillError, RunFolderError
+from qwen3_distill.utils.json_text import read_json
 
 RECORD = "export.json"
 _MADE_BY = "qwen3-distill export"
@@ -83,7 +84,7 @@ def written_whole(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
 def _not_ours(folder: Path) -> str | None:
     """Why the content may not be replaced; None where it is an earlier export, all of it."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = read_json(folder / RECORD)
         if record["made_by"] != _MADE_BY:
             raise ValueError
         listed = {RECORD, *record["files"]}

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.hosts.guard import kill_group
+from qwen3_distill.utils.printable import printable
+from qwen3_distill.utils.secrets import is_secret_name, remember_secret, without_secrets
 
 _GUARD = Path(__file__).with_name("guard.py")
 _SOURCE = Path(__file__).parents[2]
@@ -22,9 +24,17 @@ def engine_environment(extra: Mapping[str, str]) -> dict[str, str]:
 
     This package is importable there from the files that run here, whatever ``PYTHONPATH`` says.
     """
+    for name, value in extra.items():
+        if is_secret_name(name):
+            remember_secret(value)  # the process may print its variables
     environment = {**os.environ, **extra}
     path = [str(_SOURCE), environment.get("PYTHONPATH", "")]
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a log that only this user may read: a process may print its variables."""
+    return os.open(path, flags, 0o600)
 
 
 def is_absent(program: str) -> bool:
@@ -35,9 +45,8 @@ def is_absent(program: str) -> bool:
 def how_to_install(engine: str, section: str) -> str:
     """The remedy where an engine is missing; ``section`` of the config names its interpreter."""
     return (
-        f"make an environment with `python3 src/qwen3_distill/environments/make.py {engine}-cuda` "
-        f"({engine}-cpu without a GPU) and set {section}.python to the interpreter that it prints "
-        "(docs/engines/install.md)"
+        f"`qwen3-distill engines install {engine}` makes an environment of it, which a run finds "
+        f"if {section}.python is null; or name an interpreter that has it (docs/engines/install.md)"
     )
 
 
@@ -77,7 +86,7 @@ class ChildProcess:
                 "interpreter of an environment that has the engine (docs/engines/install.md)"
             )
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("ab") as log:
+        with open(self._log, "ab", opener=_private) as log:
             self._log_start = log.tell()
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -123,7 +132,9 @@ class ChildProcess:
     def last_output(self) -> str:
         """The end of its output since its start, for an error message."""
         tail = self.output(_LOG_TAIL_BYTES)
-        return f"; the end of {self._log}:\n{tail}" if tail else f"; {self._log} is empty"
+        if not tail:
+            return f"; {self._log} is empty"
+        return f"; the end of {self._log}:\n{printable(without_secrets(tail))}"
 
     def output(self, limit_bytes: int = _LOG_SEARCH_BYTES) -> str:
         """Its output since its start, or the end of it."""

@@ -11,6 +11,7 @@ from qwen3_distill.hosts.frames import (
     Cancel,
     End,
     Error,
+    FrameError,
     Ping,
     ToController,
     ToWorker,
@@ -18,6 +19,7 @@ from qwen3_distill.hosts.frames import (
     read_frame,
     write_frame,
 )
+from qwen3_distill.utils.secrets import text_of_others
 
 _TICKS = 10
 """Parts that the time for an answer is counted in."""
@@ -168,12 +170,19 @@ class Connection:
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         """Hand answers to the calls that wait; when the connection ends, fail them all."""
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        what = "died"
+        try:
             while True:
                 frame = await read_frame(reader)
+                if not isinstance(frame, Value | End | Error):
+                    raise FrameError(f"a {type(frame).__name__} from a worker")
                 if frame.call in self._waiting:
                     self._waiting[frame.call].put_nowait(frame)
-        what = self._hang or "died"
+        except FrameError as error:
+            what = f"sent what cannot be read ({text_of_others(str(error))})"
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        what = self._hang or what
         self._death = EngineLost(f"{self._name} {what}{self._last_output()}")
         for answers in self._waiting.values():
             answers.put_nowait(self._death)

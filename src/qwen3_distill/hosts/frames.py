@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 from qwen3_distill.errors import DistillError
 
 _LENGTH = struct.Struct("<Q")
+_MAX_BYTES = 1 << 40
+"""A larger length is no length: no frame has as many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class Error:
 
 ToWorker: TypeAlias = Call | Cancel | Ping
 ToController: TypeAlias = Value | End | Error
+_FRAMES = (Call, Cancel, Ping, Value, End, Error)
 
 
 async def write_frame(writer: asyncio.StreamWriter, frame: ToWorker | ToController) -> None:
@@ -77,11 +80,25 @@ async def write_frame(writer: asyncio.StreamWriter, frame: ToWorker | ToControll
     await writer.drain()
 
 
+class FrameError(Exception):
+    """Bytes came that are no frame; nothing after them can be read."""
+
+
 async def read_frame(reader: asyncio.StreamReader) -> Any:
     """Read one frame.
 
     Raises:
         asyncio.IncompleteReadError: the connection ended.
+        FrameError: what came is no frame.
     """
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-    return pickle.loads(await reader.readexactly(length))
+    if length > _MAX_BYTES:
+        raise FrameError(f"a frame of {length:,} bytes")
+    payload = await reader.readexactly(length)
+    try:
+        frame = pickle.loads(payload)
+    except Exception as error:  # unpickling raises whatever the bytes lead to
+        raise FrameError(f"{type(error).__name__}: {error}") from error
+    if not isinstance(frame, _FRAMES):
+        raise FrameError(f"a {type(frame).__name__} instead of a frame")
+    return frame

@@ -5,11 +5,12 @@ and ``rope_scaling`` it keeps in ``rope_parameters``, and ``torch_dtype`` became
 that finds only the other generation's name takes its own default, without a warning.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from qwen3_distill.errors import ModelError
+from qwen3_distill.utils.json_text import read_json
+from qwen3_distill.utils.shown import shown
 
 CONFIG = "config.json"
 _DEFAULT_THETA = 10_000.0
@@ -25,7 +26,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
         ModelError: the file cannot be read, or holds something else.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_json(file)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{file} is not a JSON object: {error}; restore it from where the model came from"
@@ -57,15 +58,15 @@ def rope_parameters(config: dict[str, Any], file: Path) -> dict[str, Any]:
         name = "rope_type" if key == "type" else key
         if name in found and found[name] != value:
             raise ModelError(
-                f"{file}: {places[name]} is {found[name]!r} and {place} is {value!r}: one reader "
-                "would take the one, another the other; give both the value that the model was "
-                "trained with"
+                f"{file}: {places[name]} is {shown(found[name])} and {place} is {shown(value)}: "
+                "one reader would take the one, another the other; give both the value that the "
+                "model was trained with"
             )
         found.setdefault(name, value)
         places.setdefault(name, place)
     theta = found.setdefault("rope_theta", _DEFAULT_THETA)
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
-        raise ModelError(f"{file}: rope_theta is {theta!r}, expected a positive number")
+    if type(theta) not in (int, float) or not 0 < theta <= 1e15:
+        raise ModelError(f"{file}: rope_theta is {shown(theta)}, expected a positive number")
     return {"rope_type": "default", **found}
 
 
@@ -93,6 +94,6 @@ def _section(config: dict[str, Any], key: str, file: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
         raise ModelError(
-            f"{file}: {key} is {values!r}, expected one object with the settings of all layers"
+            f"{file}: {key} is {shown(values)}, expected one object with the settings of all layers"
         )
     return values

@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from qwen3_distill.modeling.directory import weight_files
+
 _COLUMNS = 1 << 12
 _K = 0x1E3779B97F4A7C15
 _FILE_CHUNK_BYTES = 1 << 24
@@ -104,13 +106,13 @@ def _words(flat: Tensor) -> Tensor:
 
 
 def directory_digest(directory: str | Path) -> str:
-    """SHA-256, in hex, over the names and contents of ``config.json`` and ``*.safetensors``.
+    """SHA-256, in hex, over the names and contents of ``config.json`` and the weights' files.
 
     It names the weights as stored, whatever precision they are served in. Files are hashed
     concurrently; an unchanged directory is hashed once per process.
     """
     root = Path(directory)
-    paths = sorted([root / "config.json", *root.glob("*.safetensors")])
+    paths = sorted([root / "config.json", *weight_files(root)])
     stats = [path.stat() for path in paths]
     return _files_digest(
         tuple(
@@ -144,7 +146,7 @@ def are_of_directory(weights: Mapping[str, Tensor], model_dir: str | Path) -> bo
     A tied output head (``lm_head.weight``) need not be in the directory.
     """
     found: set[str] = set()
-    for file in sorted(Path(model_dir).glob("*.safetensors")):
+    for file in weight_files(Path(model_dir)):
         with safe_open(file, framework="pt") as handle:
             for name in weights.keys() & set(handle.keys()):
                 stored, given = handle.get_tensor(name), weights[name].detach()

@@ -6,7 +6,6 @@ was broken off. Everything else in this package sees directories only.
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from typing import Any, Literal
 
 from qwen3_distill.errors import DataError, DistillError, ModelError
 from qwen3_distill.modeling.directory import check_model_dir
+from qwen3_distill.utils.json_text import read_json
 
 Say = Callable[[str], None]
 RepoType = Literal["model", "dataset"]
@@ -139,7 +139,7 @@ def missing_weights(directory: str | Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            names = set(read_json(index)["weight_map"].values())
             return sorted(name for name in names if not (folder / name).is_file())
     return [] if any(folder.glob("*.safetensors")) else ["*.safetensors"]
 

@@ -8,7 +8,6 @@ Shape letters: T tokens, D hidden size, V vocabulary, C rows of a chunk of the o
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3DecoderLayer,
     Qwen3RMSNorm,
@@ -29,10 +27,11 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from qwen3_distill.errors import ModelError
 from qwen3_distill.modeling.cpu_warmup import settle_vector_math
 from qwen3_distill.modeling.digest import directory_digest
-from qwen3_distill.modeling.directory import check_model_dir
-from qwen3_distill.modeling.loading import load_tokenizer
+from qwen3_distill.modeling.directory import check_model_dir, weight_files
+from qwen3_distill.modeling.loading import load_model_config, load_tokenizer
 from qwen3_distill.types import FloatArray, IntArray
 from qwen3_distill.utils.files import write_json_atomic
+from qwen3_distill.utils.json_text import read_json
 from qwen3_distill.utils.paths import cache_home
 
 FORMAT = 1
@@ -66,7 +65,7 @@ def known_answer(model_dir: str | Path) -> KnownAnswer:
     kept = _cache_folder() / f"{directory_digest(directory)}-{FORMAT}.json"
     token_ids = known_tokens(directory)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads(kept.read_text(encoding="utf-8"))
+        found = read_json(kept)
         if found["token_ids"] == token_ids.tolist():
             logprobs = np.array(found["logprobs"], dtype=np.float32)
             if logprobs.shape == (token_ids.size - 1,) and np.isfinite(logprobs).all():
@@ -82,7 +81,7 @@ def known_answer(model_dir: str | Path) -> KnownAnswer:
 
 def known_tokens(directory: Path) -> IntArray:
     """Return [T] ids: a short text, which models predict well, then ids across the vocabulary."""
-    config = AutoConfig.from_pretrained(directory)
+    config = load_model_config(directory)
     text = load_tokenizer(directory).encode(_TEXT, add_special_tokens=False)[:TEXT_TOKENS]
     spread = np.linspace(0, config.vocab_size - 1, SPREAD_TOKENS).astype(np.int64).tolist()
     return np.array([*text, *spread][: config.max_position_embeddings], dtype=np.int32)
@@ -102,7 +101,7 @@ def layerwise_logprobs(model_dir: str | Path, token_ids: IntArray) -> NDArray[np
     directory = check_model_dir(model_dir)
     settle_vector_math()
     # Eager attention: only the mask below decides which tokens a token attends to.
-    config: Any = AutoConfig.from_pretrained(directory, attn_implementation="eager")
+    config: Any = load_model_config(directory, attn_implementation="eager")
     ids_T = torch.from_numpy(token_ids.astype(np.int64))
     with _open_weights(directory, config) as weights:
         hidden_1TD = weights.rows("model.embed_tokens.weight", ids_T).unsqueeze(0)
@@ -154,7 +153,7 @@ def _open_weights(directory: Path, config: Any) -> Iterator["_Weights"]:
         try:
             files = [
                 stack.enter_context(safe_open(path, framework="pt"))
-                for path in sorted(directory.glob("*.safetensors"))
+                for path in weight_files(directory)
             ]
             yield _Weights(directory, files, _block_size(directory, config))
         except (OSError, SafetensorError) as error:

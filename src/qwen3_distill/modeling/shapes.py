@@ -1,12 +1,13 @@
 """The shape of a Qwen3 model, and the parameter and byte counts that follow. No torch."""
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen3_distill.errors import ConfigError, ModelError
+from qwen3_distill.utils.json_text import read_json_object
+from qwen3_distill.utils.shown import shown
 
 _FP8_BLOCK = 128
 """Rows and columns that share a scale in Qwen's FP8 checkpoints."""
@@ -184,7 +185,7 @@ def read_shape(directory: str | Path) -> ModelShape:
     """
     file = Path(directory) / "config.json"
     try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json_object(file)
         return _from_config(str(directory), values)
     except FileNotFoundError:
         raise ModelError(
@@ -200,23 +201,30 @@ def read_shape(directory: str | Path) -> ModelShape:
 def _from_config(name: str, values: dict[str, Any]) -> ModelShape:
     return ModelShape(
         name=name,
-        vocab_size=int(values["vocab_size"]),
-        hidden_size=int(values["hidden_size"]),
-        intermediate_size=int(values["intermediate_size"]),
-        num_layers=int(values["num_hidden_layers"]),
-        num_heads=int(values["num_attention_heads"]),
-        num_kv_heads=int(values["num_key_value_heads"]),
-        head_dim=int(values["head_dim"]),
+        vocab_size=_count(values, "vocab_size"),
+        hidden_size=_count(values, "hidden_size"),
+        intermediate_size=_count(values, "intermediate_size"),
+        num_layers=_count(values, "num_hidden_layers"),
+        num_heads=_count(values, "num_attention_heads"),
+        num_kv_heads=_count(values, "num_key_value_heads"),
+        head_dim=_count(values, "head_dim"),
         tied=bool(values["tie_word_embeddings"]),
-        context_length=int(values["max_position_embeddings"]),
+        context_length=_count(values, "max_position_embeddings"),
         fp8_checkpoint=_is_fp8(name, values.get("quantization_config")),
     )
+
+
+def _count(values: dict[str, Any], key: str) -> int:
+    value = values[key]
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{key} is {shown(value)}, expected a whole number from 1 on")
+    return value
 
 
 def _is_fp8(name: str, quantization: dict[str, Any] | None) -> bool:
     if quantization is None:
         return False
-    method = quantization.get("quant_method")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method != "fp8":
         raise ModelError(
             f"{name}: its weights are quantized by {method!r}; expected bfloat16 or float32 "

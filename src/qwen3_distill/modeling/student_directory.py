@@ -25,9 +25,10 @@ from qwen3_distill.modeling.config_file import (
     rope_parameters,
     spelled_for_both,
 )
-from qwen3_distill.modeling.directory import check_model_dir
+from qwen3_distill.modeling.directory import check_model_dir, weight_files
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.utils.files import sync
+from qwen3_distill.utils.json_text import parse_json
 
 _WEIGHTS_AND_STATES = frozenset(
     f".{suffix}"
@@ -144,7 +145,7 @@ def stored_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
         ModelError: a file is damaged.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(Path(model_dir).glob("*.safetensors")):
+    for file in weight_files(Path(model_dir)):
         try:
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 - a handle is no mapping
@@ -222,7 +223,7 @@ def _is_taken_over(path: Path) -> bool:
 
 def _require_json_object(file: Path, content: bytes) -> None:
     try:
-        value = json.loads(content.decode("utf-8"))
+        value = parse_json(content)
     except ValueError as error:
         raise ModelError(
             f"{file} is not a JSON object: {error}; the trained student takes the file over: "

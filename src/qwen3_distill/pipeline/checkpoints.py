@@ -6,32 +6,43 @@ and renamed.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from qwen3_distill.errors import CheckpointError
+from qwen3_distill.pipeline.identity import RunIdentity
 from qwen3_distill.pipeline.run_folder import full_disk_named
 from qwen3_distill.ports import Learner
 from qwen3_distill.types import RunCursor, WeightVersion
 from qwen3_distill.utils.files import file_sha256, sync
+from qwen3_distill.utils.json_text import read_json_object
+from qwen3_distill.utils.shown import shown
 
 _DIGESTS = "files.json"
 _CURSOR = "cursor.json"
+_NAME = re.compile(r"step-([0-9]{6,18})")
 
 
 class CheckpointStore:
-    """The checkpoints of one run."""
+    """The checkpoints of one run.
 
-    def __init__(self, directory: Path, *, keep_last: int) -> None:
+    Args:
+        identity: of the run; every cursor carries it, and a checkpoint of another run is refused.
+    """
+
+    def __init__(self, directory: Path, *, keep_last: int, identity: RunIdentity) -> None:
         self._directory = directory
         self._keep_last = keep_last
+        self._identity = identity
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, oldest first."""
-        names = [path.name.removeprefix("step-") for path in self._directory.glob("step-*")]
-        return sorted(int(name) for name in names if name.isdecimal())
+        names = (_NAME.fullmatch(path.name) for path in self._directory.glob("step-*"))
+        return sorted(int(name[1]) for name in names if name)
 
     async def save(self, learner: Learner, cursor: RunCursor) -> None:
         """Write a checkpoint and remove the oldest ones beyond ``keep_last``."""
@@ -40,7 +51,7 @@ class CheckpointStore:
             shutil.rmtree(leftover)
         temporary = self._directory / f".unfinished-{cursor.step:06d}"
         try:
-            await _write(temporary, learner, cursor)
+            await _write(temporary, learner, asdict(cursor) | asdict(self._identity))
         except Exception:  # half a checkpoint is useless, and the disk may be full
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -60,9 +71,11 @@ class CheckpointStore:
             warn: told which checkpoints were skipped, and why.
 
         Raises:
-            CheckpointError: there are checkpoints, but none can be read.
+            CheckpointError: there are checkpoints, but none can be read; or one is of another run.
         """
         steps = self.steps()
+        for step in steps:
+            self._require_own(step)
         for step in reversed(steps):
             try:
                 cursor = self._read_cursor(step)
@@ -85,27 +98,65 @@ class CheckpointStore:
         """Compare every file of a checkpoint with its digest, then return its cursor."""
         directory = self._path(step)
         try:
-            digests = json.loads((directory / _DIGESTS).read_text())
+            digests = read_json_object(directory / _DIGESTS)
             unlisted = {path.name for path in directory.iterdir()} - {_DIGESTS, *digests}
             if unlisted:
                 raise CheckpointError(f"{directory / _DIGESTS} does not list {sorted(unlisted)}")
             for name, digest in digests.items():
+                if name != Path(name).name or not name:
+                    raise CheckpointError(f"{directory / _DIGESTS} lists {shown(name)}")
                 if file_sha256(directory / name) != digest:
                     raise CheckpointError(f"{directory / name} does not match its digest")
-            raw = json.loads((directory / _CURSOR).read_text())
-            raw["weight_version"] = WeightVersion(**raw["weight_version"])
-            raw["outstanding"] = tuple(raw["outstanding"])
-            return RunCursor(**raw)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            return _cursor_of(read_json_object(directory / _CURSOR), step)
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{directory}: {error}") from error
 
+    def _require_own(self, step: int) -> None:
+        """Refuse a checkpoint of another run; one whose cursor was damaged is only corrupt."""
+        directory = self._path(step)
+        try:
+            raw = read_json_object(directory / _CURSOR)
+            digest = read_json_object(directory / _DIGESTS).get(_CURSOR)
+            if digest != file_sha256(directory / _CURSOR):
+                return
+        except (OSError, ValueError):
+            return
+        difference = self._identity.difference(raw.get("run_id"), raw.get("config_digest"))
+        if difference is not None:
+            raise CheckpointError(
+                f"{directory} is a checkpoint of another run ({difference}); move it out of "
+                f"{self._directory}, or restore this run's own there"
+            )
 
-async def _write(directory: Path, learner: Learner, cursor: RunCursor) -> None:
+
+def _cursor_of(raw: dict[str, Any], step: int) -> RunCursor:
+    """Return the cursor that a checkpoint's file holds.
+
+    Raises:
+        ValueError: a field is missing or has another type, or the cursor is of another step.
+    """
+    version, outstanding = raw.get("weight_version"), raw.get("outstanding")
+    if not isinstance(version, dict) or not isinstance(outstanding, list):
+        raise ValueError(f"{_CURSOR} holds no cursor")
+    counts = [raw.get("step"), raw.get("prompts_drawn"), version.get("step"), *outstanding]
+    if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+        raise ValueError(f"{_CURSOR} has a count that is none: {shown(counts)}")
+    if raw["step"] != step or version["step"] != step or not isinstance(version.get("digest"), str):
+        raise ValueError(f"{_CURSOR} is not of step {step}")
+    return RunCursor(
+        step=step,
+        prompts_drawn=raw["prompts_drawn"],
+        weight_version=WeightVersion(step=version["step"], digest=version["digest"]),
+        outstanding=tuple(outstanding),
+    )
+
+
+async def _write(directory: Path, learner: Learner, cursor: dict[str, Any]) -> None:
     """Write all files of a checkpoint and flush them to disk."""
     directory.mkdir()
     with full_disk_named(directory):
         await learner.save_state(directory)
-    _write_json(directory / _CURSOR, asdict(cursor))
+    _write_json(directory / _CURSOR, cursor)
     digests = {path.name: file_sha256(path) for path in sorted(directory.iterdir())}
     _write_json(directory / _DIGESTS, digests)
     for path in (*directory.iterdir(), directory):

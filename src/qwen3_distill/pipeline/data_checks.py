@@ -14,14 +14,16 @@ from qwen3_distill.config import (
     VerifierConfig,
 )
 from qwen3_distill.data.prompts import PromptStream
+from qwen3_distill.data.rollout_files import read_training
 from qwen3_distill.data.sources import PromptSource, RawPrompt, build_source
 from qwen3_distill.data.sources.records import ANSWER_KEY
 from qwen3_distill.data.verifiers import build_verifier, check_references
 from qwen3_distill.pipeline.assembly.data import build_stream, overlap_of
-from qwen3_distill.pipeline.assembly.machine import sequence_limits
+from qwen3_distill.pipeline.assembly.machine_checks import sequence_limits
 from qwen3_distill.pipeline.finding import Check, Verdict, bad, doubtful, good, skipped
 from qwen3_distill.pipeline.model_checks import identity_of
 from qwen3_distill.pipeline.parts import TextTools
+from qwen3_distill.training.objectives.base import check_samplers
 from qwen3_distill.types import Prompt
 
 SAMPLE = 256
@@ -70,6 +72,22 @@ def check_held_out(config: RunConfig) -> Verdict:
     if config.evaluation is None:
         return skipped("the run is not evaluated")
     return _opened(config.evaluation.prompts)
+
+
+def check_rollouts_file(config: RunConfig) -> Verdict:
+    """Read the rollouts of `rollouts.file`, and see that the objective learns from them.
+
+    Raises:
+        DataError: they cannot be read, are of another vocabulary, or of another sampler.
+    """
+    if (file := config.rollouts.file) is None:
+        return skipped("the run samples its rollouts")
+    vocab_size = identity_of(config.student.model).vocab_size
+    rows = [item for _, item in read_training(file, vocab_size=vocab_size)]
+    if not rows:
+        return bad(f"{file} has no rollouts to train on", "give another rollouts.file")
+    check_samplers(config.objective, rows)
+    return good(f"{len(rows):,} rollouts")
 
 
 def _opened(prompts: PromptsConfig) -> Verdict:
@@ -179,10 +197,9 @@ def _lengths(stream: PromptStream) -> list[int]:
 
 def _limits(config: RunConfig) -> Mapping[str, int]:
     """Return the limits on prompt plus response, by setting; a model's context among them."""
-    contexts = {
-        "the student's context": identity_of(config.student.model).context_length,
-        "the teacher's context": identity_of(config.scoring.model).context_length,
-    }
+    contexts = {"the student's context": identity_of(config.student.model).context_length}
+    if config.scoring is not None:
+        contexts["the teacher's context"] = identity_of(config.scoring.model).context_length
     return sequence_limits(config) | contexts
 
 
@@ -232,6 +249,12 @@ DATA_CHECKS = (
         refuses_run=True,
     ),
     Check(name="held-out problems", find=check_held_out, refuses_run=True),
+    Check(
+        name="rollouts file",
+        find=check_rollouts_file,
+        needs=("student files",),
+        refuses_run=True,
+    ),
     Check(
         name="reference answers",
         find=check_reference_answers,

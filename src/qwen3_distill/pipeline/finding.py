@@ -58,8 +58,13 @@ def skipped(reason: str) -> Verdict:
 
 
 def refusal(error: DistillError) -> Verdict:
-    """Return an error of this package as a failure: its message ends with what to change."""
-    found, _, change = str(error).partition("; ")
+    """Return an error of this package as a failure."""
+    return problem(str(error))
+
+
+def problem(message: str) -> Verdict:
+    """Return a message as a failure: what to change follows its first semicolon."""
+    found, _, change = message.partition("; ")
     return Verdict(Status.FAIL, found, change)
 
 

@@ -6,7 +6,8 @@
 |----------------------------------|------------------|--------------------------|-----------------|
 | `_feed`, a task                  | numbers to draw  | room in the window and   | `_changed`      |
 |                                  |                  | in the engine            |                 |
-| `_follow`, a task per draw       | ended rollouts   | the engine               | the engine      |
+| `_follow`, a task per draw       | ended rollouts   | the engine, or the       | the engine      |
+| and model that samples           |                  | teacher                  |                 |
 | `_score`, `scoring_calls` tasks  | all to score     | something to score, then | `_queued`,      |
 |                                  |                  | the teacher's answer     | the teacher     |
 | `next_batch`, the loop           | ready rollouts   | a full batch, a stop, a  | `_changed`, and |
@@ -35,7 +36,13 @@ from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.ready import Ready, whole_groups, whole_prompts
 from qwen3_distill.pipeline.recorder import Ledger, StepRecord, ledger_entry
 from qwen3_distill.pipeline.requests import is_full_length, request_number, with_prefix_budget
-from qwen3_distill.pipeline.step import needs_rollouts, score_each, traced_push
+from qwen3_distill.pipeline.step import (
+    needs_rollouts,
+    sampler_of,
+    traced_push,
+    training_rollouts,
+)
+from qwen3_distill.ports import Sampler
 from qwen3_distill.recording.trace import Trace
 from qwen3_distill.types import (
     FinishReason,
@@ -105,8 +112,20 @@ class RolloutFlow:
                 requests = [self._request(number) for number in numbers]
                 self._running.update(zip(numbers, requests, strict=True))
                 self._update_trace()
-                self._scope.spawn(self._follow(numbers, requests), f"rollouts from {numbers[0]}")
+                self._start(numbers, requests)
             await self._changed.wait()
+
+    def _start(self, numbers: Sequence[int], requests: Sequence[RolloutRequest]) -> None:
+        """Sample requests in tasks of their own, one for each model that samples any of them."""
+        taken: dict[int, tuple[Sampler, list[int], list[RolloutRequest]]] = {}
+        for number, request in zip(numbers, requests, strict=True):
+            sampler = sampler_of(self._parts, number)
+            _, own_numbers, own_requests = taken.setdefault(id(sampler), (sampler, [], []))
+            own_numbers.append(number)
+            own_requests.append(request)
+        for sampler, own_numbers, own_requests in taken.values():
+            work = self._follow(sampler, own_numbers, own_requests)
+            self._scope.spawn(work, f"rollouts from {own_numbers[0]}")
 
     def _num_startable(self) -> int:
         """How many rollouts may start now.
@@ -130,10 +149,12 @@ class RolloutFlow:
             return request
         return with_prefix_budget(request, budget, run_seed=self._config.seed, number=number)
 
-    async def _follow(self, numbers: Sequence[int], requests: Sequence[RolloutRequest]) -> None:
+    async def _follow(
+        self, sampler: Sampler, numbers: Sequence[int], requests: Sequence[RolloutRequest]
+    ) -> None:
         """Sample some requests; queue each rollout for scoring as it ends."""
         number_of = {r.rollout_id: n for n, r in zip(numbers, requests, strict=True)}
-        async for rollout in self._parts.engine.generate(requests):
+        async for rollout in sampler.generate(requests):
             self._finish(number_of.pop(rollout.rollout_id), rollout)
         if number_of:
             raise EngineError(f"the rollout engine ended without {sorted(number_of)}")
@@ -163,7 +184,7 @@ class RolloutFlow:
             self._update_trace()
             with self._trace.span("score", rollouts=len(taken)):
                 rollouts = [rollout for _, rollout in taken]
-                scores = score_each(self._parts.teacher, self._parts.view, rollouts)
+                scores = training_rollouts(self._parts, rollouts)
                 what = f"the teacher's scores of {len(taken)} rollouts"
                 results = await self.within_stall_timeout(scores, what)
             for (number, rollout), result in zip(taken, results, strict=True):
@@ -179,11 +200,14 @@ class RolloutFlow:
         self._drops.add(number, rollout, cause, reason)
         if rollout.finish_reason is not FinishReason.HARVESTED:
             self._in_progress.settle([number])
-        allowed = self._parts.teacher.max_dropped_fraction * self._config.rollouts_per_step
+        teacher = self._parts.scorer
+        if teacher is None:
+            return
+        allowed = teacher.max_dropped_fraction * self._config.rollouts_per_step
         failed = self._drops.count("no score")
         if failed > allowed:
             raise EngineError(
-                f"{failed} rollouts got no score from {self._parts.teacher.teacher_id} within one "
+                f"{failed} rollouts got no score from {teacher.teacher_id} within one "
                 f"step, more than the {allowed:.0f} that may be dropped "
                 f"(scoring.max_dropped_fraction); the last: {self._drops.last_reason}"
             )
@@ -243,7 +267,8 @@ class RolloutFlow:
         limit = self.cursor.step - self._pipeline.max_staleness_steps
         fresh: list[Ready] = []
         for item in self._ready:
-            if item.rollout.oldest_version.step < limit:
+            oldest = item.rollout.oldest_version
+            if oldest is not None and oldest.step < limit:
                 self._drop(item.number, item.rollout, "stale")
             else:
                 fresh.append(item)
@@ -341,7 +366,8 @@ class RolloutFlow:
         for item in batch:
             if not item.is_last:
                 self._in_progress.mark_harvested(item.number)
-        ages = [self.cursor.step - item.rollout.oldest_version.step for item in batch]
+        oldest = [item.rollout.oldest_version for item in batch]
+        ages = [self.cursor.step - version.step for version in oldest if version is not None]
         self._in_progress.settle(item.number for item in batch if item.is_last)
         self.cursor = RunCursor(
             step=self.cursor.step + 1,

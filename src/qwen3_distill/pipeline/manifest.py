@@ -18,6 +18,7 @@ from qwen3_distill.config import JsonlPrompts, ParquetPrompts, RunConfig
 from qwen3_distill.hosts.child import engine_environment
 from qwen3_distill.types import ModelIdentity
 from qwen3_distill.utils.files import file_sha256
+from qwen3_distill.utils.json_text import read_json
 
 _PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "pyarrow", "pydantic")
 _ENGINE_PACKAGES = (
@@ -115,23 +116,35 @@ def identity_record(identity: ModelIdentity) -> dict[str, Any]:
 
 
 def data_digests(config: RunConfig) -> dict[str, str]:
-    """Return the SHA-256 of each prompt file by its setting; datasets and tasks have none."""
+    """Return the SHA-256 of each file of prompts or rollouts by its setting.
+
+    Datasets and tasks have none.
+    """
     sections = {"prompts": config.prompts}
     if config.evaluation is not None:
         sections["evaluation.prompts"] = config.evaluation.prompts
-    return {
+    found = {
         f"{name}.path": file_sha256(Path(prompts.path))
         for name, prompts in sections.items()
         if isinstance(prompts, JsonlPrompts | ParquetPrompts)
     }
+    if config.rollouts.file is not None:
+        found["rollouts.file"] = file_sha256(Path(config.rollouts.file))
+    return found
 
 
 def recorded_identity(run_folder: Path) -> ModelIdentity | None:
     """Read the student's identity from a run folder's manifest; None if there is none."""
     try:
-        record = json.loads((run_folder / "manifest.json").read_text(encoding="utf-8"))["student"]
+        record = read_json(run_folder / "manifest.json")["student"]
         values = {name: record[name] for name in ModelIdentity.__dataclass_fields__}
-        return ModelIdentity(**{**values, "eos_ids": frozenset(record["eos_ids"])})
+        texts = [values[name] for name in ("name", "tokenizer_digest", "chat_template_digest")]
+        counts = [values["vocab_size"], values["context_length"], *values["eos_ids"]]
+        if not all(type(text) is str for text in texts):
+            return None
+        if not all(type(count) is int for count in counts):
+            return None
+        return ModelIdentity(**{**values, "eos_ids": frozenset(values["eos_ids"])})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -21,6 +21,7 @@ from qwen3_distill.types import ModelIdentity
 
 SHORT_THOUGHTS_TOKENS = 1024
 """A response that thinks hardly ever ends within fewer tokens."""
+NO_TEACHER = "the config has no teacher"
 
 
 def _are_there(model: str) -> bool:
@@ -61,6 +62,8 @@ def check_teacher_files(config: RunConfig) -> Verdict:
     Raises:
         ModelError: something is missing or damaged.
     """
+    if config.scoring is None:
+        return skipped(NO_TEACHER)
     model = config.scoring.model
     check_model_dir(model, weights=_are_there(model))
     identity_of(model)
@@ -91,7 +94,8 @@ def check_cache(config: RunConfig) -> Verdict:
     Raises:
         RunFolderError: it holds files of something else.
     """
-    if (cache := config.scoring.cache_folder) is None:
+    cache = None if config.scoring is None else config.scoring.cache_folder
+    if cache is None:
         return skipped("scores are not cached")
     check_cache_folder(cache)
     return good(str(cache))
@@ -113,7 +117,8 @@ def check_model_disk(config: RunConfig) -> Verdict:
     Raises:
         RunFolderError: it does not.
     """
-    models = (config.student.model, config.scoring.model)
+    models = [config.student.model]
+    models += [] if config.scoring is None else [config.scoring.model]
     missing = [model for model in dict.fromkeys(models) if not _are_there(model)]
     if not missing:
         return skipped("nothing is to be downloaded")
@@ -127,6 +132,8 @@ def check_equal(name: str, config: RunConfig) -> Verdict:
     Args:
         name: of a field of `ModelIdentity` that must be equal.
     """
+    if config.scoring is None:
+        return skipped(NO_TEACHER)
     student, teacher = identity_of(config.student.model), identity_of(config.scoring.model)
     found = differences(student, teacher)
     if name in found:

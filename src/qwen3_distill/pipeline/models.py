@@ -1,6 +1,5 @@
 """Turns the hub ids of a config into local directories, once and before anything else runs."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,7 +14,9 @@ from qwen3_distill.modeling.hub import (
     fetch_weights,
     locate_dataset,
     locate_model,
+    parse_id,
 )
+from qwen3_distill.utils.json_text import read_json
 
 Say = Callable[[str], None]
 
@@ -55,12 +56,26 @@ class LocalConfig:
                 fetch_weights(self.sources[role], say)
 
 
+def asks_hub(config: RunConfig) -> bool:
+    """Whether `localize` may have to ask the hub for something of a config."""
+    teacher = () if config.scoring is None else (config.scoring.model,)
+    models = (config.student.model, *teacher)
+    sources = [config.prompts, config.evaluation.prompts if config.evaluation else None]
+    return any(isinstance(source, HuggingFacePrompts) for source in sources) or any(
+        parse_id(model) is not None and not Path(model).exists() for model in models
+    )
+
+
 def recorded_hub(manifest: Path) -> HubRecord:
     """Read the commits of a run's last start from its manifest; empty where it has none."""
     keys = {"repo", "revision", "commit"}
     with suppress(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
-        hub = json.loads(manifest.read_text(encoding="utf-8"))["starts"][-1]["hub"]
-        return {name: record for name, record in hub.items() if set(record) == keys}
+        hub = read_json(manifest)["starts"][-1]["hub"]
+        return {
+            name: record
+            for name, record in hub.items()
+            if set(record) == keys and all(isinstance(text, str) for text in record.values())
+        }
     return {}
 
 
@@ -87,7 +102,9 @@ def localize(
         DataError: the same of a dataset.
     """
     earlier = {name: HubCommit(**record) for name, record in (recorded or {}).items()}
-    names = {"student": config.student.model, "teacher": config.scoring.model}
+    names = {"student": config.student.model}
+    if config.scoring is not None:
+        names["teacher"] = config.scoring.model
     settings = {"student": "student.model", "teacher": "scoring.model"}
     sources = {
         role: locate_model(name, settings[role], recorded=earlier.get(role), say=say, warn=warn)

@@ -19,12 +19,14 @@ from qwen3_distill.config import RunConfig
 from qwen3_distill.data.rollout_files import (
     read_rollouts,
     read_scored,
+    read_training,
     write_rollouts,
     write_scored,
 )
-from qwen3_distill.errors import ConfigError, DataError
+from qwen3_distill.errors import ConfigError, DataError, NonFiniteError
 from qwen3_distill.evaluation.accuracy import EvaluationResult, evaluate
 from qwen3_distill.modeling.loading import load_identity
+from qwen3_distill.modeling.shapes import read_shape
 from qwen3_distill.modeling.student_directory import check_student
 from qwen3_distill.pipeline import step as pipeline_step
 from qwen3_distill.pipeline.assembly.data import (
@@ -33,7 +35,8 @@ from qwen3_distill.pipeline.assembly.data import (
     build_prompts,
     check_problems,
 )
-from qwen3_distill.pipeline.assembly.engines import build_learner, static_engine
+from qwen3_distill.pipeline.assembly.engines import build_learner, static_engine, static_samplers
+from qwen3_distill.pipeline.assembly.machine import require_machine
 from qwen3_distill.pipeline.assembly.plan import plan_memory
 from qwen3_distill.pipeline.assembly.teachers import (
     build_teacher,
@@ -59,7 +62,7 @@ from qwen3_distill.ports import Learner, Sampler, TeacherScorer
 from qwen3_distill.recording.text import clock, temperature_text
 from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.scoring.views import SameView
-from qwen3_distill.types import Batch, Rollout, ScoredRollout
+from qwen3_distill.types import Batch, Rollout, ScoredRollout, TrainingRollout
 from qwen3_distill.utils.files import check_writable, content_of, is_replaceable, write_json_atomic
 from qwen3_distill.utils.seeds import derive_seed
 from qwen3_distill.utils.signals import ctrl_c_ignored, signals_as_ctrl_c, stop_on_ctrl_c
@@ -124,11 +127,17 @@ def _unused(folder: Path, stem: str, suffix: str = "") -> Path:
 
 
 def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, say: Say) -> str:
-    """Sample the rollouts of some steps from the student's directory.
+    """Sample the rollouts of some steps, from the student's directory or the teacher.
 
     Returns:
         A line for the user: how much was written, and where.
     """
+    if not config.rollouts.samplers:
+        raise ConfigError(
+            "rollouts.source=file: nothing is sampled; set rollouts.source to student, teacher or "
+            "mixture"
+        )
+    require_machine(config, ("generation",))
     local = localize(config, say=say, warn=say)
     config = local.config
     refuse_inputs_as_output(out, input_paths(config))
@@ -139,15 +148,16 @@ def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, s
     check_writable(out)
     for note in template_notes(config, text):
         say(f"note: {note}")
-    local.fetch_weights(say, ("student",))
+    local.fetch_weights(say, sorted(config.rollouts.samplers))
     rows: list[tuple[int, Rollout]] = []
 
     async def sample() -> None:
-        async with static_engine(config, config.student.model) as engine:
+        async with static_samplers(config) as samplers:
             for step in range(first_step, first_step + num_steps):
                 taken = prompts.take(step * config.prompts_per_step, config.prompts_per_step)
                 requests = requests_for_step(config, taken, step)
-                rollouts = await pipeline_step.generate(engine, requests)
+                first = step * config.rollouts_per_step
+                rollouts = await pipeline_step.sample(config, *samplers, requests, first)
                 rows.extend((step, rollout) for rollout in rollouts)
                 say(f"step {step}: {len(rollouts)} rollouts")
 
@@ -162,17 +172,21 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
     Returns:
         A line for the user: how much was written, and where.
     """
+    if config.objective.score_request is None:
+        raise ConfigError(
+            f"objective.kind={config.objective.kind} needs no scores; train on the rollouts as "
+            "they are, or set the objective that the scores are for"
+        )
+    require_machine(config, ("scoring",))
     local = localize(config, say=say, warn=say)
     config = local.config
     refuse_inputs_as_output(out, {**input_paths(config), "--rollouts": rollouts})
-    rows = read_rollouts(rollouts)
+    student = load_identity(config.student.model, weights=False)
+    rows = read_rollouts(rollouts, vocab_size=student.vocab_size)
     if not rows:
         raise DataError(f"{rollouts} has no rollouts to score")
     view = SameView()
-    view.check(
-        load_identity(config.student.model, weights=False),
-        load_identity(config.scoring.model, weights=False),
-    )
+    view.check(student, load_identity(config.teacher.model, weights=False))
     local.fetch_weights(say, ("teacher",))
     teacher = build_teacher(config, plan_memory(config))
     decode = TextTools(config.student.model).decode
@@ -213,27 +227,31 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
         )
     if off_policy:
         require_ratio_off_policy(config)
-    rows = read_scored(scored)
-    if not rows:
-        raise DataError(f"{scored} has no rollouts to train on")
     _require_empty(out)
+    require_machine(config, ("training",))
     local = localize(config, say=say, warn=say)
-    local.fetch_weights(say)
     config = local.config
+    needs_scores = config.objective.score_request is not None
+    vocab_size = load_identity(config.student.model, weights=False).vocab_size
+    rows: list[tuple[int, TrainingRollout]]
+    if needs_scores:
+        hidden_size = read_shape(config.teacher.model).hidden_size
+        rows = [*read_scored(scored, vocab_size=vocab_size, hidden_size=hidden_size)]
+    else:
+        rows = read_training(scored, vocab_size=vocab_size)
+    _require_rows(rows, scored)
+    local.fetch_weights(say)
     check_student(config.student.model)
     plan = plan_memory(config)
     # Not started: for its id and head.
-    teacher = build_teacher(with_embedded_teacher_here(config), plan)
-    _check_scored_by(teacher, rows, scored)
+    teacher = build_teacher(with_embedded_teacher_here(config), plan) if needs_scores else None
+    if teacher is not None:
+        _check_scored_by(teacher, rows, scored)
     check_student_space(config, out)
     text = TextTools(config.student.model)
     is_correct = build_checker(config.verifier, text) if config.verifier else None
-    weight = config.objective.reward_weight
     learner = build_learner(config, teacher, plan)
-    batches = (
-        (step, make_batch(group, task_reward_weight=weight, is_correct=is_correct))
-        for step, group in _steps(rows)
-    )
+    batches = _batches(config, rows, is_correct)
 
     async def update_steps() -> int:
         try:
@@ -246,17 +264,45 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
             await _train_and_save(learner, batches, out, say)
             return learner.version.step
         finally:
-            await teacher.close()
+            if teacher is not None:
+                await teacher.close()
             await learner.close()
 
     with signals_as_ctrl_c():
         return f"student after {asyncio.run(update_steps())} steps: {out}"
 
 
+def _require_rows(rows: Sequence[object], scored: Path) -> None:
+    if not rows:
+        raise DataError(f"{scored} has no rollouts to train on")
+
+
+def _batches(
+    config: RunConfig,
+    rows: Sequence[tuple[int, TrainingRollout]],
+    is_correct: Callable[[Rollout], float] | None,
+) -> Iterator[tuple[int, Batch]]:
+    """Make a batch of each step's rollouts; scores that the objective does not need are left."""
+    objective = config.objective
+    for step, group in _steps(rows):
+        if objective.score_request is None:
+            group = [TrainingRollout(rollout=item.rollout) for item in group]
+        yield (
+            step,
+            make_batch(
+                group,
+                task_reward_weight=objective.reward_weight,
+                is_correct=is_correct,
+                scale=objective.group_scale,
+            ),
+        )
+
+
 def _check_scored_by(
-    teacher: TeacherScorer, rows: Sequence[tuple[int, ScoredRollout]], scored: Path
+    teacher: TeacherScorer, rows: Sequence[tuple[int, TrainingRollout]], scored: Path
 ) -> None:
-    strangers = {item.score.teacher_id for _, item in rows} - {teacher.teacher_id}
+    scores = [item.score for _, item in rows if isinstance(item, ScoredRollout)]
+    strangers = {score.teacher_id for score in scores} - {teacher.teacher_id}
     if strangers:
         raise DataError(
             f"{scored} was scored by {', '.join(sorted(strangers))}, but the config's teacher is "
@@ -322,7 +368,7 @@ async def _save_part(learner: Learner, num_steps: int, out: Path, say: Say) -> N
             with full_disk_named(part):
                 await learner.save_student(part)
             say(f"broken off: the student after {num_steps} finished steps is in {part}")
-        except (OSError, RuntimeError) as error:  # must not hide the first error
+        except (OSError, RuntimeError, NonFiniteError) as error:  # must not hide the first error
             say(f"broken off: the student after {num_steps} finished steps is lost: {error}")
 
 
@@ -381,6 +427,7 @@ def evaluate_directory(
     if out is not None:
         refuse_inputs_as_output(out, {**input_paths(config), "--model": model})
         check_writable(out)
+    require_machine(config, ("generation",))
     config, directory = _find_models(config, model, run_folder, say)
     settings = config.evaluation or settings  # a dataset has its commit now
     if out is not None:

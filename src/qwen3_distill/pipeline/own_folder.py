@@ -1,6 +1,5 @@
 """Decides whether a folder is a run's own, before anything is written into it."""
 
-import json
 import os
 import re
 import stat
@@ -11,6 +10,7 @@ from typing import Any
 from qwen3_distill.config import RunConfig, TaskPrompts
 from qwen3_distill.errors import ConfigError, RunFolderError
 from qwen3_distill.utils.files import content_of
+from qwen3_distill.utils.json_text import read_json
 
 _CONFIG_KEYS = {"output_dir", "student", "scoring", "training"}
 """Settings that every run's ``config.json`` has and no model's."""
@@ -81,7 +81,11 @@ def refuse_inputs_as_output(out: Path, inputs: Mapping[str, str | Path]) -> None
 
 def input_paths(config: RunConfig) -> dict[str, str]:
     """Return the config's models and prompt files by setting."""
-    found = {"student.model": config.student.model, "scoring.model": config.scoring.model}
+    found = {"student.model": config.student.model}
+    if config.scoring is not None:
+        found["scoring.model"] = config.scoring.model
+    if config.rollouts.file is not None:
+        found["rollouts.file"] = config.rollouts.file
     sections = {"prompts": config.prompts}
     if config.evaluation is not None:
         sections["evaluation.prompts"] = config.evaluation.prompts
@@ -140,6 +144,6 @@ def _is_of_an_unfinished_start(folder: Path, names: list[str]) -> bool:
 
 def _json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except (OSError, ValueError):
         return None

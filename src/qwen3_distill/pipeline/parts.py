@@ -2,7 +2,7 @@
 
 import asyncio
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,8 +21,9 @@ from qwen3_distill.ports import (
     TeacherScorer,
     WeightChannel,
 )
+from qwen3_distill.scoring.sampling import TeacherSampler
 from qwen3_distill.scoring.views import TeacherView
-from qwen3_distill.types import Batch, Rollout, ScoredRollout
+from qwen3_distill.types import Batch, Rollout, TrainingRollout
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class Parts:
     config: RunConfig
     prompts: PromptStream
     engine: StreamingRolloutEngine
-    teacher: TeacherScorer
+    teacher: TeacherScorer | None
+    """None: training needs no teacher, for scores or for samples."""
     view: TeacherView
     """Turns a rollout into a scoring job, and the teacher's answer into its score."""
     learner: ReplayingLearner
@@ -71,17 +73,40 @@ class Parts:
     is_correct: Callable[[Rollout], float] | None
     """Gives a training rollout a bool or a reward in [0, 1]; None without a verifier."""
     teacher_sampler: Callable[[], AbstractAsyncContextManager[Sampler]]
-    """Opens a sampler that answers as the teacher."""
+    """Opens a sampler that answers as the teacher, for an evaluation."""
     samples_elsewhere: bool
     """Whether the rollout engine has a process of its own."""
+    teacher_rollouts: TeacherSampler | None = None
+    """Samples the teacher's answers to train on; None: the teacher gives none."""
     data: DataRecord = field(default_factory=DataRecord)
     scratch: Path | None = None
     """Folder of the weight channel's files, removed at the end."""
 
-    def make_batch(self, scored: Sequence[ScoredRollout]) -> Batch:
+    @property
+    def scorer(self) -> TeacherScorer | None:
+        """The teacher, if the objective needs its scores."""
+        return None if self.config.objective.score_request is None else self.teacher
+
+    @property
+    def required_teacher(self) -> TeacherScorer:
+        """The teacher of a run that has one."""
+        assert self.teacher is not None, "training needs no teacher"
+        return self.teacher
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Counts of engine and teacher since the start, by metric key."""
+        return {**self.engine.counters, **({} if self.teacher is None else self.teacher.counters)}
+
+    def make_batch(self, scored: Sequence[TrainingRollout]) -> Batch:
         """Build a step's batch, with the config's task reward."""
-        weight = self.config.objective.reward_weight
-        return make_batch(scored, task_reward_weight=weight, is_correct=self.is_correct)
+        objective = self.config.objective
+        return make_batch(
+            scored,
+            task_reward_weight=objective.reward_weight,
+            is_correct=self.is_correct,
+            scale=objective.group_scale,
+        )
 
     async def start(self, say: Callable[[str], None] = lambda message: None) -> None:
         """Start the engines concurrently, but first a teacher that needs to see what is free.
@@ -90,28 +115,33 @@ class Parts:
             EngineStartError: one does not start; the starts of the others were cancelled.
         """
         config = self.config
-        teacher = f"the teacher ({config.scoring.kind})"
-        engine = f"the rollout engine ({config.generation.kind})"
-        learner = f"the learner ({config.training.kind})"
-        if self.teacher.starts_first:
-            await start_engines({teacher: self.teacher.start()}, say)
-            await start_engines({engine: self.engine.start(), learner: self.learner.start()}, say)
-        else:
-            await start_engines(
-                {
-                    teacher: self.teacher.start(),
-                    engine: self.engine.start(),
-                    learner: self.learner.start(),
-                },
-                say,
-            )
+        starts = {
+            f"the rollout engine ({config.generation.kind})": self.engine.start,
+            f"the learner ({config.training.kind})": self.learner.start,
+        }
+        if self.teacher is not None:
+            teacher = {f"the teacher ({config.teacher.kind})": self.teacher.start}
+            if self.teacher.starts_first:
+                await _start_all(teacher, say)
+            else:
+                starts = teacher | starts
+        await _start_all(starts, say)
+        if self.teacher_rollouts is not None:
+            await _start_all({"sampling from the teacher": self.teacher_rollouts.start}, say)
 
     async def close(self) -> None:
         """Close every engine, also when one of them fails to close."""
-        parts = (self.engine, self.teacher, self.learner)
+        maybe = (self.teacher_rollouts, self.engine, self.teacher, self.learner)
+        parts = [part for part in maybe if part is not None]
         results = await asyncio.gather(*(part.close() for part in parts), return_exceptions=True)
         if self.scratch is not None:
             shutil.rmtree(self.scratch, ignore_errors=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+
+
+async def _start_all(
+    starts: Mapping[str, Callable[[], Coroutine[Any, Any, None]]], say: Callable[[str], None]
+) -> None:
+    await start_engines({name: start() for name, start in starts.items()}, say)

@@ -10,7 +10,8 @@ from qwen3_distill.config import RunConfig
 from qwen3_distill.data.sources import build_source
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.pipeline.assembly.data import overlap_of
-from qwen3_distill.pipeline.assembly.machine import MACHINE_CHECKS
+from qwen3_distill.pipeline.assembly.machine import listed
+from qwen3_distill.pipeline.assembly.machine_checks import MACHINE_CHECKS
 from qwen3_distill.pipeline.data_checks import DATA_CHECKS, TRAINING_FILE
 from qwen3_distill.pipeline.finding import Check, Finding, Status, ask
 from qwen3_distill.pipeline.model_checks import DISK_CHECKS, FILE_CHECKS, PAIR_CHECKS
@@ -34,45 +35,50 @@ def findings(config: RunConfig, checks: tuple[Check, ...] = CHECKS) -> Iterator[
         yield finding
 
 
-def problems_of(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
-    """List what keeps a run of a config from starting, with remedies.
+def check_before_start(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:
+    """Check what keeps a run from starting, before engines take minutes to start.
 
     Args:
         reads_prompts: also read the training prompts, which takes a while for millions, and check
             reference answers. False where `build_parts` will do both; training prompts need only
             exist then. Held-out problems are always read.
+
+    Returns:
+        What the user should know of this machine and of the engines' versions.
+
+    Raises:
+        ConfigError: one error with all that is missing, with remedies.
     """
-    refusing = tuple(
+    checks = tuple(
         check
         for check in CHECKS
-        if check.refuses_run and (reads_prompts or not check.reads_prompts)
+        if (check.refuses_run or check.notes_run) and (reads_prompts or not check.reads_prompts)
     )
-    checks = refusing if reads_prompts else (*refusing, TRAINING_FILE)
-    failed = [found for found in findings(config, checks) if found.status is Status.FAIL]
-    return list(dict.fromkeys(finding.verdict.text for finding in failed))
-
-
-def machine_notes(config: RunConfig) -> list[str]:
-    """List what a user should know of this machine and the engines' versions before a run."""
-    told = tuple(check for check in CHECKS if check.notes_run)
+    found = _refused(config, checks if reads_prompts else (*checks, TRAINING_FILE))
+    telling = {check.name for check in checks if check.notes_run}
     return [
         f"{finding.name}: {finding.verdict.text}"
-        for finding in findings(config, told)
-        if finding.status is Status.WARN
+        for finding in found
+        if finding.status is Status.WARN and finding.name in telling
     ]
 
 
-def check_before_start(config: RunConfig, *, reads_prompts: bool = True) -> None:
-    """Raise one error with all of `problems_of`, before engines take minutes to start.
+def check_weights(config: RunConfig) -> None:
+    """Check models and disk again, now that the weights of models from the hub are there.
 
     Raises:
         ConfigError: something is missing.
     """
-    found = problems_of(config, reads_prompts=reads_prompts)
-    if len(found) == 1:
-        raise ConfigError(found[0])
-    if found:
-        raise ConfigError("\n  - ".join(["the config names what is not there:", *found]))
+    _refused(config, (*FILE_CHECKS, *DISK_CHECKS))
+
+
+def _refused(config: RunConfig, checks: tuple[Check, ...]) -> list[Finding]:
+    """Make checks; return their findings, or raise one error with all failures."""
+    found = [*findings(config, checks)]
+    failed = [finding.verdict.text for finding in found if finding.status is Status.FAIL]
+    if failed:
+        raise ConfigError(listed("the config names what is not there:", [*dict.fromkeys(failed)]))
+    return found
 
 
 def data_notes(config: RunConfig) -> list[str]:

@@ -1,17 +1,17 @@
-"""Scored rollouts that wait for a batch, and which of them a batch takes."""
+"""Rollouts that wait for a batch, and which of them a batch takes."""
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
-from qwen3_distill.types import FinishReason, Rollout, ScoredRollout
+from qwen3_distill.types import FinishReason, Rollout, TrainingRollout
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A scored rollout, or a piece of one, and the rollout's number."""
+    """A rollout that may be trained on, or a piece of one, and the rollout's number."""
 
     number: int
-    scored: ScoredRollout
+    scored: TrainingRollout
 
     @property
     def rollout(self) -> Rollout:

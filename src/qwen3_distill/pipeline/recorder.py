@@ -1,7 +1,7 @@
 """Records a run around its steps: metrics, ledger, rollouts, checkpoints, evaluations."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -9,19 +9,23 @@ from pathlib import Path
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import dump_config
-from qwen3_distill.data.rollout_files import write_scored
+from qwen3_distill.config.redaction import recordable
+from qwen3_distill.data.rollout_files import write_training
 from qwen3_distill.evaluation.evaluator import Evaluator
 from qwen3_distill.pipeline.assembly.data import build_checker, build_problems
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
+from qwen3_distill.pipeline.metering import Meter, metered_evaluation
 from qwen3_distill.pipeline.parts import Parts
+from qwen3_distill.pipeline.requests import rollout_id
+from qwen3_distill.pipeline.rollout_store import remove_old_rollouts, rollout_file
 from qwen3_distill.pipeline.run_folder import RunFolder
 from qwen3_distill.recording.console import ProgressReporter
 from qwen3_distill.recording.jsonl import (
     JsonlLog,
     combine,
-    read_jsonl,
 )
 from qwen3_distill.recording.output import output_losses
+from qwen3_distill.recording.records import read_evaluations, read_ledger, read_steps
 from qwen3_distill.recording.trace import Trace
 from qwen3_distill.recording.trackers import open_trackers
 from qwen3_distill.types import (
@@ -30,7 +34,7 @@ from qwen3_distill.types import (
     Metric,
     Rollout,
     RunCursor,
-    ScoredRollout,
+    TrainingRollout,
     Update,
 )
 from qwen3_distill.utils.concurrency import together
@@ -59,11 +63,13 @@ class StepRecord:
 
     cursor: RunCursor
     """Where the run stands after it."""
-    scored: Sequence[ScoredRollout]
+    scored: Sequence[TrainingRollout]
     update: Update
     metrics: Sequence[Metric]
     """Metrics of the loop, in addition to those of batch and update."""
     ledger: Ledger
+    is_fresh: bool = True
+    """Whether the run sampled the rollouts and trains on them for the first time."""
 
 
 class Recorder:
@@ -71,15 +77,31 @@ class Recorder:
 
     Every record belongs to a step. Those after ``start_step``, left by a process that got further
     than its last checkpoint, are removed: a resumed run's files read as if it had never stopped.
+    The cost ledger alone keeps them, as lost.
+
+    Args:
+        meter: counts what the run costs; None: no cost is recorded.
     """
 
     def __init__(
-        self, parts: Parts, folder: RunFolder, progress: ProgressReporter, *, start_step: int
+        self,
+        parts: Parts,
+        folder: RunFolder,
+        progress: ProgressReporter,
+        *,
+        start_step: int,
+        meter: Meter | None = None,
     ) -> None:
         self._parts = parts
         self._config: RunConfig = parts.config
         self._folder = folder
         self._progress = progress
+        for read, file in (
+            (read_steps, folder.metrics),
+            (read_evaluations, folder.evaluations),
+            (read_ledger, folder.ledger),
+        ):
+            read(file)  # of another form, it is refused before anything is taken back
         self._metrics = JsonlLog(folder.metrics)
         self._metrics.truncate_after(start_step)
         self._evaluations = JsonlLog(folder.evaluations)
@@ -89,22 +111,28 @@ class Recorder:
         self._trackers = open_trackers(
             self._config.logging,
             folder.path,
-            dump_config(self._config),
+            recordable(dump_config(self._config)),
             resume_step=start_step if start_step else None,
         )
         self._checkpoints = CheckpointStore(
-            folder.checkpoints, keep_last=self._config.checkpoint.keep_last
+            folder.checkpoints,
+            keep_last=self._config.checkpoint.keep_last,
+            identity=folder.identity,
         )
         self.trace = Trace(
             folder.trace if self._config.logging.trace else None,
             title=f"{folder.path.name} from step {start_step}",
         )
         """Clock and trace of the pipeline's stages, queues and weight versions."""
-        earlier = read_jsonl(folder.metrics)
+        earlier = read_steps(folder.metrics)
         spent_s = float(earlier[-1]["wall_s"]) if earlier else 0.0
         self._clock_started = time.perf_counter() - spent_s
         self._last_checkpoint_step = start_step if start_step else None
-        self._evaluator = _build_evaluator(parts, progress)
+        self._cost = None if meter is None else meter.ledger
+        if self._cost is not None:
+            self._cost.begin(start_step, self.trace.shares)
+        evaluated = parts if meter is None else metered_evaluation(parts, meter)
+        self._evaluator = _build_evaluator(evaluated, progress)
         self._evaluated_s = 0.0
         """Seconds of the evaluations that have ended; time in which two ran counts once."""
         self._steps_cut = 0
@@ -122,8 +150,9 @@ class Recorder:
         """Log a finished step; save and evaluate if due."""
         cursor, scored, ledger = done.cursor, done.scored, done.ledger
         times = self.trace.end_step(cursor.step)
-        values = self._step_values(scored, done.update, [*times.metrics(), *done.metrics])
-        values |= {**self._parts.engine.counters, **self._parts.teacher.counters}
+        values = self._step_values(done, times.metrics())
+        values |= self._parts.counters
+        values |= self._cost_of_step(cursor)
         self._ledger.log(cursor.step, {"trained": ledger.trained, "dropped": ledger.dropped})
         self._metrics.log(cursor.step, values)
         self._trackers.log(cursor.step, values)
@@ -143,12 +172,14 @@ class Recorder:
         with self.trace.span("checkpoint", f"checkpoint {cursor.step}"):
             await self._checkpoints.save(self._parts.learner, cursor)
         self._last_checkpoint_step = cursor.step
+        if self._cost is not None:
+            self._cost.write("checkpoint")
 
     async def evaluate_if_due(self, cursor: RunCursor) -> None:
         """Run the evaluations due after this step that are not on record."""
         if self._evaluator is None or self.stop_requested:
             return
-        done = {(r["step"], r["model"]) for r in read_jsonl(self._folder.evaluations)}
+        done = {(r["step"], r["model"]) for r in read_evaluations(self._folder.evaluations)}
         due = [
             [m for m in self._evaluator.measurements(model) if (cursor.step, m) not in done]
             for model in self._evaluator.due(cursor.step)
@@ -179,6 +210,8 @@ class Recorder:
         }
         self._evaluated_s = busy_s
         self._evaluations.log(step, record)
+        if self._cost is not None:
+            self._cost.write("evaluation")
         self._progress.evaluation({"step": step, **record})
         if result["truncated_fraction"] == 1:
             self._progress.note(
@@ -192,16 +225,31 @@ class Recorder:
     def save_failed_batch(self, step: int, batch: Batch) -> Path:
         """Write a batch that the learner refused; return the file."""
         path = self._folder.path / f"failed-step-{step:06d}.parquet"
-        write_scored(path, [(step, item) for item in batch.scored], self._parts.text.decode)
+        write_training(path, [(step, item) for item in batch.scored], self._parts.text.decode)
         return path
 
     def close(self) -> None:
         self._note_lost_output()
+        if self._cost is not None:
+            self._cost.close()
         self._metrics.close()
         self._evaluations.close()
         self._ledger.close()
         self.trace.close()
         self._trackers.close()
+
+    def collect(self, rollout_ids: Collection[str], *, ends: bool) -> None:
+        """Tell the cost ledger which rollouts collected files keep; see `CostLedger.collect`."""
+        if self._cost is not None:
+            self._cost.collect(rollout_ids, ends=ends)
+
+    def _cost_of_step(self, cursor: RunCursor) -> dict[str, float]:
+        """Write the cost ledger's line of a step; return its totals as metrics."""
+        if self._cost is None:
+            return {}
+        outstanding = {rollout_id(self._config, number) for number in cursor.outstanding}
+        self._cost.end_step(cursor.step, outstanding)
+        return self._cost.metrics()
 
     def _note_lost_output(self) -> None:
         """Record in trace and ``logs/console.log`` that a terminal or pipe was closed."""
@@ -215,29 +263,59 @@ class Recorder:
                 with log.open("a", encoding="utf-8") as file:
                     file.write(f"{at} {loss}\n")
 
-    def _step_values(
-        self, scored: Sequence[ScoredRollout], update: Update, more: Sequence[Metric]
-    ) -> dict[str, float]:
-        rollouts = [item.rollout for item in scored]
+    def _step_values(self, done: StepRecord, times: Sequence[Metric]) -> dict[str, float]:
+        update, rollouts = done.update, [item.rollout for item in done.scored]
         ended = [r for r in rollouts if r.finish_reason is not FinishReason.HARVESTED]
         truncated = sum(r.finish_reason is FinishReason.LENGTH for r in ended)
         metrics = [
             *update.metrics,
-            *more,
+            *times,
+            *done.metrics,
             Metric.last("loss/objective", update.loss),
             Metric.last("optim/grad_norm", update.grad_norm),
             Metric.mean(
                 "rollout/response_tokens", sum(r.num_tokens for r in rollouts), len(rollouts)
             ),
             Metric.mean("rollout/truncated_fraction", truncated, len(ended)),
-            Metric.sum("tokens/generated", sum(r.num_tokens for r in rollouts)),
+            Metric.sum(
+                "tokens/generated", sum(r.num_tokens for r in rollouts) if done.is_fresh else 0
+            ),
             Metric.sum("tokens/trained", update.num_loss_tokens),
         ]
-        if self._parts.is_correct is not None:
-            whole = [rollout for rollout in rollouts if rollout.is_whole]
-            correct = sum(self._parts.is_correct(rollout) for rollout in whole)
-            metrics.append(Metric.mean("rollout/accuracy", correct, len(whole)))
+        metrics += self._metrics_by_sampler(rollouts)
         return {"wall_s": self.wall_s, **combine(metrics)}
+
+    def _metrics_by_sampler(self, rollouts: Sequence[Rollout]) -> list[Metric]:
+        """The verifier's accuracy, and where a teacher sampled its share and both accuracies."""
+        by_teacher = [rollout.sampled_by == "teacher" for rollout in rollouts]
+        metrics = []
+        has_teacher = self._config.rollouts.source != "student"
+        if has_teacher:
+            metrics.append(Metric.mean("rollout/teacher_share", sum(by_teacher), len(rollouts)))
+        if self._parts.is_correct is None:
+            return metrics
+        whole = [rollout for rollout in rollouts if rollout.is_whole]
+        rewards = [float(self._parts.is_correct(rollout)) for rollout in whole]
+        metrics.append(Metric.mean("rollout/accuracy", sum(rewards), len(whole)))
+        if has_teacher:
+            for name in ("student", "teacher"):
+                own = [
+                    reward
+                    for reward, rollout in zip(rewards, whole, strict=True)
+                    if rollout.sampled_by == name
+                ]
+                if own:
+                    metrics.append(Metric.mean(f"rollout/accuracy_{name}", sum(own), len(own)))
+        return metrics
+
+    @property
+    def collected(self) -> Path:
+        """Folder of the rollouts that an offline pipeline collects."""
+        return self._folder.path / "collected"
+
+    def say(self, text: str) -> None:
+        """Tell the user what the run is doing."""
+        self._progress.stage(text)
 
     def _note_if_all_cut(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """Say that no rollout of a step ended by itself, at the 1st, 10th, 100th ... such step."""
@@ -255,14 +333,15 @@ class Recorder:
             "rollout"
         )
 
-    def _save_rollouts(self, step: int, scored: Sequence[ScoredRollout]) -> None:
+    def _save_rollouts(self, step: int, scored: Sequence[TrainingRollout]) -> None:
         logging = self._config.logging
         if step % logging.rollouts_every_steps and step != self._config.steps - 1:
             return
         self._folder.rollouts.mkdir(exist_ok=True)
         kept = [(step, item) for item in scored[: logging.rollouts_per_save]]
-        path = self._folder.rollouts / f"step-{step:06d}.parquet"
-        write_scored(path, kept, self._parts.text.decode)
+        path = rollout_file(self._folder.rollouts, step)
+        write_training(path, kept, self._parts.text.decode)
+        remove_old_rollouts(self._folder.rollouts, step, logging)
 
 
 def _is_cut(rollout: Rollout, limit: int) -> bool:

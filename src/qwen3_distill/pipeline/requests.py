@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from qwen3_distill.config import PrefixBudget, RunConfig
+from qwen3_distill.config import PrefixBudget, RewardScale, RunConfig
 from qwen3_distill.types import (
     Batch,
+    FloatArray,
     Prompt,
     Rollout,
     RolloutRequest,
-    ScoredRollout,
+    TrainingRollout,
 )
 from qwen3_distill.utils.seeds import derive_seed
 
@@ -29,17 +30,41 @@ def requests_for_step(
 
 
 def request_number(config: RunConfig, prompt: Prompt, number: int) -> RolloutRequest:
-    """Build the request of rollout n = ``number`` of the run: sample n % G of prompt n // G.
-
-    Its id names the step that trains on it if every step takes the next `rollouts_per_step`.
-    """
-    step, index = divmod(number, config.rollouts_per_step)
-    p, g = divmod(index, config.samples_per_prompt)
+    """Build the request of rollout n = ``number`` of the run: sample n % G of prompt n // G."""
+    step, p, g = _place(config, number)
+    sampling = config.sampling.spec(derive_seed(config.seed, "rollout", step, p, g))
+    temperature = config.rollouts.teacher_temperature
+    if temperature is not None and is_teachers(config, number):
+        sampling = replace(sampling, temperature=temperature)
     return RolloutRequest(
-        rollout_id=f"step-{step:06d}/prompt-{p:04d}/sample-{g:02d}",
+        rollout_id=rollout_id(config, number),
         prompt=prompt,
-        sampling=config.sampling.spec(derive_seed(config.seed, "rollout", step, p, g)),
+        sampling=sampling,
     )
+
+
+def rollout_id(config: RunConfig, number: int) -> str:
+    """Return the id of a rollout.
+
+    It names the step that trains on it if every step takes the next `rollouts_per_step`.
+    """
+    step, p, g = _place(config, number)
+    return f"step-{step:06d}/prompt-{p:04d}/sample-{g:02d}"
+
+
+def _place(config: RunConfig, number: int) -> tuple[int, int, int]:
+    """Return step, prompt of the step, and sample of the prompt."""
+    step, index = divmod(number, config.rollouts_per_step)
+    return step, *divmod(index, config.samples_per_prompt)
+
+
+def is_teachers(config: RunConfig, number: int) -> bool:
+    """Whether the teacher samples rollout ``number``; drawn from its prompt's number alone."""
+    if config.rollouts.source != "mixture":
+        return config.rollouts.source == "teacher"
+    seed = derive_seed(config.seed, "teacher-answers", number // config.samples_per_prompt)
+    share = config.rollouts.teacher_share
+    return share is not None and _uniform(seed) < share
 
 
 def in_request_order(
@@ -51,15 +76,20 @@ def in_request_order(
 
 
 def make_batch(
-    scored: Sequence[ScoredRollout],
+    scored: Sequence[TrainingRollout],
     *,
     task_reward_weight: float = 0.0,
     is_correct: Callable[[Rollout], float] | None = None,
+    scale: RewardScale = "none",
 ) -> Batch:
     """Build a uniformly weighted batch, with task advantages where there is a task reward.
 
     A rollout's advantage is ``weight * (reward - mean reward of its prompt's samples)``, where
     the reward is the verifier's: 1 for a correct answer, 0 for a wrong one, or a number between.
+
+    Args:
+        scale: ``std`` divides by the standard deviation of the samples' rewards, with their number
+            as its divisor. Where all rewards are equal every advantage is 0 exactly.
     """
     if task_reward_weight == 0:
         return Batch.uniform(scored)
@@ -71,7 +101,7 @@ def make_batch(
         # By occurrence, not by prompt: one prompt drawn twice in a step makes two groups.
         groups[item.rollout.rollout_id.rsplit("/", 1)[0]].append(index)
     for members in groups.values():
-        rewards[members] -= rewards[members].mean()
+        rewards[members] = _relative(rewards[members], scale)
     return Batch(
         scored=tuple(scored),
         importance_weights=np.ones(len(scored), dtype=np.float32),
@@ -79,10 +109,21 @@ def make_batch(
     )
 
 
+def _relative(rewards_G: FloatArray, scale: RewardScale) -> FloatArray:
+    if rewards_G.min() == rewards_G.max():  # their float32 mean may be another number
+        return np.zeros_like(rewards_G)
+    centred_G = rewards_G - rewards_G.mean()
+    return centred_G / rewards_G.std() if scale == "std" else centred_G
+
+
 def is_full_length(run_seed: int, number: int, fraction: float) -> bool:
     """Whether a rollout belongs to the fraction that is never cut; drawn from its number alone."""
-    seed = derive_seed(run_seed, "full-length", number)
-    return bool(np.random.Generator(np.random.PCG64(seed)).random() < fraction)
+    return _uniform(derive_seed(run_seed, "full-length", number)) < fraction
+
+
+def _uniform(seed: int) -> float:
+    """A number in [0, 1) that follows from the seed alone."""
+    return float(np.random.Generator(np.random.PCG64(seed)).random())
 
 
 def with_prefix_budget(

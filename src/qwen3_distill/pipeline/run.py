@@ -1,8 +1,10 @@
 """Runs a config from its start, or from its newest checkpoint, to the report."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, AsyncExitStack
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,12 @@ from qwen3_distill.errors import EngineStartError, LearnerLost, RunFolderError
 from qwen3_distill.hosts.mps import MpsDaemon, private_mps
 from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.modeling.loading import load_identity
+from qwen3_distill.pipeline.assembly.cost import build_cost_model
 from qwen3_distill.pipeline.assembly.engines import build_parts, engine_interpreters
+from qwen3_distill.pipeline.assembly.machine import require_machine
 from qwen3_distill.pipeline.assembly.plan import engine_log
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
+from qwen3_distill.pipeline.collected import run_offline
 from qwen3_distill.pipeline.first_prompt import first_prompt, prompt_record, template_notes
 from qwen3_distill.pipeline.manifest import (
     data_digests,
@@ -24,10 +29,17 @@ from qwen3_distill.pipeline.manifest import (
     machine,
     versions,
 )
-from qwen3_distill.pipeline.models import HubRecord, LocalConfig, localize, recorded_hub
+from qwen3_distill.pipeline.metering import Meter, metered
+from qwen3_distill.pipeline.models import (
+    HubRecord,
+    LocalConfig,
+    asks_hub,
+    localize,
+    recorded_hub,
+)
 from qwen3_distill.pipeline.own_folder import refuse_inputs_as_student
 from qwen3_distill.pipeline.parts import Parts, TextTools
-from qwen3_distill.pipeline.preflight import check_before_start, machine_notes
+from qwen3_distill.pipeline.preflight import check_before_start, check_weights
 from qwen3_distill.pipeline.recorder import Recorder
 from qwen3_distill.pipeline.run_folder import RunFolder, full_disk_named
 from qwen3_distill.pipeline.sequential import run_sequential
@@ -35,6 +47,7 @@ from qwen3_distill.pipeline.streaming import run_streaming
 from qwen3_distill.pipeline.summary import render_report, summarize
 from qwen3_distill.ports import Learner
 from qwen3_distill.recording.console import ProgressReporter
+from qwen3_distill.recording.cost_ledger import CostLedger
 from qwen3_distill.recording.heartbeat import HeartbeatReporter
 from qwen3_distill.scoring.views import SameView
 from qwen3_distill.training.schedule import extended_rate
@@ -44,7 +57,11 @@ from qwen3_distill.utils.signals import signals_as_ctrl_c, stop_on_ctrl_c
 
 INTERRUPTED_EXIT_CODE = 130
 
-_PIPELINES = {"sequential": run_sequential, "streaming": run_streaming}
+_PIPELINES = {
+    "sequential": run_sequential,
+    "streaming": run_streaming,
+    "offline": run_offline,
+}
 
 
 def run(
@@ -69,6 +86,8 @@ def run(
                 "to run again"
             )
         else:
+            if asks_hub(config):
+                require_machine(config)
             recorded = recorded_hub(folder.manifest) if folder.has_records else {}
             local = localize(config, recorded=recorded, say=progress.stage, warn=warn)
             beating = HeartbeatReporter(progress, folder.status, total_steps=config.steps)
@@ -89,25 +108,26 @@ async def _run(
     warn: Callable[[str], None],
     adapt: Callable[[Parts], Parts],
 ) -> bool:
+    began = time.perf_counter()
     if folder.changes:
         warn("going on with other settings than before:\n  " + "\n  ".join(folder.changes))
     config = local.config
     refuse_inputs_as_student(config)
-    check_before_start(config, reads_prompts=False)  # `build_parts` reads them
-    for note in machine_notes(config):
+    for note in check_before_start(config, reads_prompts=False):  # `build_parts` reads them
         warn(note)
-    progress.stage("checking that student and teacher match")
-    SameView().check(
-        load_identity(config.student.model, weights=False),
-        load_identity(config.scoring.model, weights=False),
-    )
+    if config.scoring is not None:
+        progress.stage("checking that student and teacher match")
+        SameView().check(
+            load_identity(config.student.model, weights=False),
+            load_identity(config.scoring.model, weights=False),
+        )
     text = TextTools(config.student.model)
     prompt = first_prompt(config, text)
     for note in template_notes(config, text):
         warn(note)
     local.fetch_weights(progress.stage)
     if any(source.hub for source in local.sources.values()):
-        check_before_start(config, reads_prompts=False)  # the weights are there now
+        check_weights(config)
     async with AsyncExitStack() as stack:
         if config.pipeline.mps:  # before anything here uses CUDA; ends after the last engine
             progress.stage("starting MPS")
@@ -120,7 +140,10 @@ async def _run(
             warn(note)
         await parts.start(progress.stage)
         write_json_atomic(folder.prompt, prompt_record(prompt))
-        return await _train_with_restarts(parts, folder, progress, warn, hub=local.hub)
+        cost_model = build_cost_model(config)
+        cost = CostLedger(folder.cost, config.cost, began=began, unknown=cost_model.unknown)
+        meter = Meter(cost_model, cost)
+        return await _train_with_restarts(parts, folder, progress, warn, hub=local.hub, meter=meter)
 
 
 async def _train_with_restarts(
@@ -130,6 +153,7 @@ async def _train_with_restarts(
     warn: Callable[[str], None],
     *,
     hub: HubRecord,
+    meter: Meter,
 ) -> bool:
     """`_train`, and again from the last checkpoint each time the learner's process is lost."""
     lost: LearnerLost | None = None
@@ -138,7 +162,7 @@ async def _train_with_restarts(
             if lost is not None:
                 warn(f"the learner is started again from the last checkpoint: {lost}")
                 await _start_again(parts.learner)
-            return await _train(parts, folder, progress, warn, hub=hub)
+            return await _train(parts, folder, progress, warn, hub=hub, meter=meter)
         except LearnerLost as error:
             if restarts_left == 0:
                 raise
@@ -161,6 +185,7 @@ async def _train(
     warn: Callable[[str], None],
     *,
     hub: HubRecord,
+    meter: Meter,
 ) -> bool:
     """Train from the newest checkpoint on; return whether the last step was reached.
 
@@ -174,17 +199,19 @@ async def _train(
         warn(_extension(config, folder.extended_from, cursor.step))
     _write_manifest(parts, folder, cursor.step, hub)
     folder.accept_changes()
-    recorder = Recorder(parts, folder, progress, start_step=cursor.step)
+    recorder = Recorder(parts, folder, progress, start_step=cursor.step, meter=meter)
     progress.watch(recorder.trace)
     try:
         with _stop_on_interrupt(recorder, progress):
-            cursor = await _PIPELINES[config.pipeline.kind](parts, recorder, cursor)
+            loop = _PIPELINES[config.pipeline.kind]
+            cursor = await loop(metered(parts, meter), recorder, cursor)
         # A stop in the last step skips the final evaluation: the run is not complete.
         if recorder.stop_requested or cursor.step < config.steps:
             await recorder.checkpoint(cursor)
             return False
         with full_disk_named(folder.student):
             await parts.learner.save_student(folder.student)
+        meter.ledger.write("end")
         write_json_atomic(folder.summary, summarize(folder, recorder.wall_s))
         return True
     except LearnerLost as error:
@@ -200,7 +227,8 @@ async def _restore(
     parts: Parts, folder: RunFolder, progress: HeartbeatReporter, warn: Callable[[str], None]
 ) -> RunCursor:
     """Load the newest checkpoint into the learner; return its cursor, or that of the start."""
-    store = CheckpointStore(folder.checkpoints, keep_last=parts.config.checkpoint.keep_last)
+    keep_last = parts.config.checkpoint.keep_last
+    store = CheckpointStore(folder.checkpoints, keep_last=keep_last, identity=folder.identity)
     cursor = await store.restore(parts.learner, warn)
     if cursor is None:
         return RunCursor(step=0, prompts_drawn=0, weight_version=parts.learner.version)
@@ -212,8 +240,11 @@ def _inputs(parts: Parts) -> dict[str, dict[str, Any]]:
     """Return the manifest's records of student, teacher and prompt files."""
     weights = directory_digest(parts.config.student.model)
     student = {**identity_record(parts.learner.identity), "weights_digest": weights}
-    teacher = {"id": parts.teacher.teacher_id, **identity_record(parts.teacher.identity)}
-    return {"student": student, "teacher": teacher, "data": data_digests(parts.config)}
+    inputs = {"student": student, "data": data_digests(parts.config)}
+    teacher = parts.teacher
+    if teacher is not None:
+        inputs["teacher"] = {"id": teacher.teacher_id, **identity_record(teacher.identity)}
+    return inputs
 
 
 def _check_same_inputs(parts: Parts, folder: RunFolder) -> None:
@@ -265,7 +296,7 @@ def _write_manifest(parts: Parts, folder: RunFolder, step: int, hub: HubRecord) 
     }
     write_json_atomic(
         folder.manifest,
-        {**_inputs(parts), "starts": [*folder.read_starts(), start]},
+        {**asdict(folder.identity), **_inputs(parts), "starts": [*folder.read_starts(), start]},
     )
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -16,14 +15,19 @@ from typing_extensions import Self
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import check_config, config_differences, dump_config
 from qwen3_distill.config.moved import PATH_SETTINGS, run_directory
+from qwen3_distill.config.redaction import recordable
 from qwen3_distill.errors import ConfigError, RunFolderError
+from qwen3_distill.pipeline.identity import RunIdentity, config_digest
 from qwen3_distill.pipeline.own_folder import refuse_inputs_as_student, require_own_folder
+from qwen3_distill.recording.cost_records import COST_FILE
 from qwen3_distill.recording.heartbeat import STATUS_FILE
+from qwen3_distill.recording.records import read_summary
 from qwen3_distill.recording.trace import TRACE_FILE
 from qwen3_distill.utils.files import write_json_atomic
+from qwen3_distill.utils.json_text import read_json
 
 MAY_CHANGE = (
-    *("logging", "checkpoint", "planning", "pipeline.mps", "pipeline.stall_timeout_s"),
+    *("logging", "checkpoint", "cost", "planning", "pipeline.mps", "pipeline.stall_timeout_s"),
     # Any engine's process.
     *(
         f"{section}.{key}"
@@ -97,7 +101,9 @@ class RunFolder:
     def __init__(self, config: RunConfig) -> None:
         self.path = config.output_path
         self._lock: IO[str] | None = None
-        self._values = dump_config(config)
+        self._values = recordable(dump_config(config))
+        self._config_digest = config_digest(config, MAY_CHANGE)
+        self._identity: RunIdentity | None = None
         self.changes: list[str] = []
         """``key: old -> new`` for each `MAY_CHANGE` setting that differs from the last start, and
         for raised `steps`."""
@@ -148,6 +154,11 @@ class RunFolder:
         return self.path / "ledger.jsonl"
 
     @property
+    def cost(self) -> Path:
+        """The cost of every step, also of the steps that a crash lost."""
+        return self.path / COST_FILE
+
+    @property
     def trace(self) -> Path:
         return self.path / TRACE_FILE
 
@@ -184,7 +195,12 @@ class RunFolder:
         return self.summary.exists() and self.extended_from is None
 
     def read_summary(self) -> dict[str, Any]:
-        return json.loads(self.summary.read_text())
+        """Read the summary.
+
+        Raises:
+            DataError: it has another form.
+        """
+        return read_summary(self.summary)
 
     def read_starts(self) -> list[Any]:
         """Read the manifest's entries of earlier starts.
@@ -200,6 +216,20 @@ class RunFolder:
         records = {role: content.get(role) for role in ("student", "teacher", "data")}
         return {role: record for role, record in records.items() if isinstance(record, dict)}
 
+    @property
+    def identity(self) -> RunIdentity:
+        """The marks of this run's checkpoints; drawn for a folder without records."""
+        if self._identity is None:
+            recorded = self._read_manifest()
+            run_id, digest = recorded.get("run_id"), recorded.get("config_digest")
+            if not self.has_records:
+                self._identity = RunIdentity.new(self._config_digest)
+            elif isinstance(run_id, str) and isinstance(digest, str):
+                self._identity = RunIdentity(run_id=run_id, config_digest=digest)
+            else:
+                self._identity = RunIdentity(run_id=None, config_digest=self._config_digest)
+        return self._identity
+
     def _read_manifest(self) -> dict[str, Any]:
         if not self.manifest.exists():
             return {}
@@ -208,13 +238,14 @@ class RunFolder:
             "earlier starts"
         )
         try:
-            content = json.loads(self.manifest.read_text(encoding="utf-8"))
+            content = read_json(self.manifest)
         except (OSError, ValueError) as error:
             raise RunFolderError(f"{self.manifest} cannot be read: {error}; {remedy}") from error
         starts = content.get("starts") if isinstance(content, dict) else None
-        if not isinstance(starts, list):
+        if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
             raise RunFolderError(
-                f"{self.manifest} is no manifest: expected an object with a list `starts`; {remedy}"
+                f"{self.manifest} is no manifest: expected an object with a list `starts` of "
+                f"objects; {remedy}"
             )
         return content
 
@@ -225,7 +256,7 @@ class RunFolder:
                 # First: without it, any start goes on from the newest checkpoint.
                 self.summary.unlink(missing_ok=True)
                 self.extended_from = None
-            write_json_atomic(self.config, self._values)
+            write_json_atomic(self.config, self._values, private=True)
             self.changes = []
 
     def close(self) -> None:
@@ -265,7 +296,7 @@ class RunFolder:
 
     def _read_config(self) -> dict[str, Any]:
         try:
-            values = json.loads(self.config.read_text(encoding="utf-8"))
+            values = read_json(self.config)
         except (OSError, ValueError) as error:
             raise RunFolderError(
                 f"{self.config} cannot be read: {error}; restore the file, or choose another "
@@ -290,10 +321,12 @@ class RunFolder:
 
     def _check_config(self) -> None:
         if not self.config.exists() or not self.has_records:
-            write_json_atomic(self.config, self._values)
+            write_json_atomic(self.config, self._values, private=True)
             return
         old = self._read_config()
-        saved = _with_defaults(old)
+        saved = recordable(_with_defaults(old))
+        if old != recordable(old):  # of a version that kept secrets
+            write_json_atomic(self.config, recordable(old), private=True)
         differences = [
             line
             for line in config_differences(saved, self._values)

@@ -11,9 +11,10 @@ from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.recorder import Ledger, Recorder, StepRecord, ledger_entry
 from qwen3_distill.pipeline.requests import requests_for_step
 from qwen3_distill.pipeline.step import (
-    generate,
+    needs_new_weights,
     needs_rollouts,
-    score,
+    ready_to_train,
+    sample,
     take_step,
     traced_push,
 )
@@ -21,7 +22,7 @@ from qwen3_distill.types import (
     Metric,
     Rollout,
     RunCursor,
-    ScoredRollout,
+    TrainingRollout,
 )
 
 
@@ -39,19 +40,23 @@ async def run_sequential(parts: Parts, recorder: Recorder, cursor: RunCursor) ->
     await recorder.evaluate_if_due(cursor)
     trace.begin_steps()
     while cursor.step < config.steps and not recorder.stop_requested:
-        rollouts, scored = list[Rollout](), list[ScoredRollout]()
+        rollouts, scored = list[Rollout](), list[TrainingRollout]()
         drawn = cursor.prompts_drawn
         if needs_rollouts(config.replay, cursor.step):
             prompts = parts.prompts.take(drawn, config.prompts_per_step)
             requests = requests_for_step(config, prompts, drawn // config.prompts_per_step)
+            number = drawn * config.samples_per_prompt
             with trace.span("generate", rollouts=len(requests)):
-                rollouts = await generate(parts.engine, requests)
+                rollouts = await sample(
+                    config, parts.engine, parts.teacher_rollouts, requests, number
+                )
             with trace.span("score", rollouts=len(rollouts)):
-                scored = await score(parts.teacher, parts.view, rollouts)
+                scored = await ready_to_train(parts, rollouts)
             drawn += config.prompts_per_step
         with trace.span("train", rollouts=len(scored)):
             update = await take_step(parts, recorder, scored)
-        await traced_push(parts, trace)
+        if needs_new_weights(config, cursor.step + 1):
+            await traced_push(parts, trace)
         first = cursor.prompts_drawn * config.samples_per_prompt
         cursor = RunCursor(step=cursor.step + 1, prompts_drawn=drawn, weight_version=update.version)
         await recorder.after_step(
@@ -66,7 +71,7 @@ async def run_sequential(parts: Parts, recorder: Recorder, cursor: RunCursor) ->
     return cursor
 
 
-def _ledger(rollouts: Sequence[Rollout], scored: Sequence[ScoredRollout], first: int) -> Ledger:
+def _ledger(rollouts: Sequence[Rollout], scored: Sequence[TrainingRollout], first: int) -> Ledger:
     """Build a step's ledger; its rollouts, in request order, are numbered from ``first``."""
     kept = {item.rollout.rollout_id for item in scored}
     numbered = list(enumerate(rollouts, first))

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from qwen3_distill.config import ReplayConfig
+from qwen3_distill.config import ReplayConfig, RunConfig
 from qwen3_distill.errors import EngineError, NonFiniteError, WeightVersionError
 from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.recorder import Recorder
-from qwen3_distill.pipeline.requests import in_request_order
+from qwen3_distill.pipeline.requests import in_request_order, is_teachers
 from qwen3_distill.ports import Sampler, TeacherScorer
 from qwen3_distill.recording.trace import WEIGHTS, Trace
 from qwen3_distill.scoring.views import TeacherView
@@ -15,8 +15,10 @@ from qwen3_distill.types import (
     RolloutRequest,
     ScoredRollout,
     ScoreFailure,
+    TrainingRollout,
     Update,
 )
+from qwen3_distill.utils.concurrency import together
 
 
 async def traced_push(parts: Parts, trace: Trace) -> None:
@@ -46,6 +48,63 @@ async def generate(engine: Sampler, requests: Sequence[RolloutRequest]) -> list[
     """Sample all requests; return the rollouts in the order of the requests."""
     finished = [rollout async for rollout in engine.generate(requests)]
     return in_request_order(requests, finished)
+
+
+async def sample(
+    config: RunConfig,
+    student: Sampler | None,
+    teacher: Sampler | None,
+    requests: Sequence[RolloutRequest],
+    first: int,
+) -> list[Rollout]:
+    """Sample a step's requests, each from the model that the config names for it.
+
+    Args:
+        student: needed if the student samples any of them; `teacher` likewise.
+        first: number of the first request; the others follow.
+
+    Returns:
+        The rollouts in the order of the requests.
+    """
+    parts: dict[bool, list[RolloutRequest]] = {False: [], True: []}
+    for number, request in enumerate(requests, first):
+        parts[is_teachers(config, number)].append(request)
+    work = [
+        generate(_required(sampler), part)
+        for sampler, part in ((student, parts[False]), (teacher, parts[True]))
+        if part
+    ]
+    return in_request_order(requests, [r for found in await together(*work) for r in found])
+
+
+def _required(sampler: Sampler | None) -> Sampler:
+    assert sampler is not None, "assembly builds every sampler that the config names"
+    return sampler
+
+
+def sampler_of(parts: Parts, number: int) -> Sampler:
+    """Return what samples rollout ``number``: the rollout engine, or the teacher."""
+    return _required(parts.teacher_rollouts if is_teachers(parts.config, number) else parts.engine)
+
+
+async def training_rollouts(
+    parts: Parts, rollouts: Sequence[Rollout]
+) -> list[TrainingRollout | ScoreFailure]:
+    """Return each rollout ready to train on, or why it is not: with a score if one is needed."""
+    if parts.scorer is None:
+        return [TrainingRollout(rollout=rollout) for rollout in rollouts]
+    return [*await score_each(parts.scorer, parts.view, rollouts)]
+
+
+async def ready_to_train(parts: Parts, rollouts: Sequence[Rollout]) -> list[TrainingRollout]:
+    """Return the rollouts to train on; leave out those that need a score and got none.
+
+    Raises:
+        EngineError: see `score`.
+    """
+    if parts.scorer is None:
+        return [TrainingRollout(rollout=rollout) for rollout in rollouts]
+    return [*await score(parts.scorer, parts.view, rollouts)]
 
 
 async def score_each(
@@ -81,16 +140,28 @@ def needs_rollouts(replay: ReplayConfig | None, step: int) -> bool:
     return replay is None or step % replay.updates_per_batch == 0
 
 
-async def take_step(parts: Parts, recorder: Recorder, scored: Sequence[ScoredRollout]) -> Update:
+def needs_new_weights(config: RunConfig, step: int) -> bool:
+    """Whether anything samples from the student after this step: rollouts, or an evaluation."""
+    evaluation = config.evaluation
+    samples = "student" in config.rollouts.samplers and config.pipeline.kind != "offline"
+    evaluates = evaluation is not None and (
+        step % evaluation.every_steps == 0 or step == config.steps
+    )
+    return samples or evaluates
+
+
+async def take_step(parts: Parts, recorder: Recorder, scored: Sequence[TrainingRollout]) -> Update:
     """Take one optimizer step: on ``scored``, or with replay on a draw from all kept rollouts.
 
     Raises:
-        NonFiniteError: the loss or gradient is not finite. A batch that was not drawn from kept
-            rollouts is in the run folder.
+        NonFiniteError: the loss, the gradient or the new weights are not finite. A batch that was
+            not drawn from kept rollouts is in the run folder.
     """
     if parts.config.replay is not None:
         if scored:
-            await parts.learner.admit(scored)
+            kept = [item for item in scored if isinstance(item, ScoredRollout)]
+            assert len(kept) == len(scored), "replay needs an objective with scores"
+            await parts.learner.admit(kept)
         return await parts.learner.update_replayed(parts.config.rollouts_per_step)
     batch = parts.make_batch(scored)
     try:

@@ -7,30 +7,36 @@ from typing import Any
 import numpy as np
 
 from qwen3_distill.config import RunConfig
-from qwen3_distill.data.rollout_files import read_scored
+from qwen3_distill.data.rollout_files import read_training
 from qwen3_distill.errors import ModelError
 from qwen3_distill.modeling.loading import tokenizer_digest
 from qwen3_distill.pipeline.assembly.data import build_checker
 from qwen3_distill.pipeline.manifest import recorded_identity
 from qwen3_distill.pipeline.models import localize_again
 from qwen3_distill.pipeline.parts import TextTools
+from qwen3_distill.pipeline.rollout_store import saved_rollouts
 from qwen3_distill.pipeline.run_folder import RunFolder
+from qwen3_distill.recording.cost_records import read_cost
 from qwen3_distill.recording.jsonl import (
     OCCASIONAL_STAGES,
     STEP_STAGES,
-    read_jsonl,
 )
-from qwen3_distill.report.report import RolloutView, write_report
+from qwen3_distill.recording.records import read_evaluations, read_steps
+from qwen3_distill.report.report import RolloutView, shown_steps, write_report
 from qwen3_distill.types import (
     Rollout,
     ScoredRollout,
+    TrainingRollout,
 )
+
+_SCORED = {"loss/reverse_kl_nats", "loss/forward_kl_nats"}
+"""Metrics of steps whose rollouts a teacher scored."""
 
 
 def summarize(folder: RunFolder, total_wall_s: float) -> dict[str, Any]:
     """Compute the content of ``summary.json`` from the run's records."""
-    steps = read_jsonl(folder.metrics)
-    evaluations = read_jsonl(folder.evaluations)
+    steps = read_steps(folder.metrics)
+    evaluations = read_evaluations(folder.evaluations)
     first = [record for record in evaluations if "temperature" not in record]
     second = [record for record in evaluations if "temperature" in record]
     wall_s: dict[str, float] = {
@@ -46,12 +52,15 @@ def summarize(folder: RunFolder, total_wall_s: float) -> dict[str, Any]:
     wall_s["total"] = total_wall_s
     generated = sum(int(record["tokens/generated"]) for record in steps)
     trained = sum(int(record["tokens/trained"]) for record in steps)
+    cost = read_cost(folder.path)
+    scored = generated if any(_SCORED & record.keys() for record in steps) else 0
     return {
         "accuracy": _accuracies(first),
         **({"second_accuracy": _second_accuracy(second)} if second else {}),
         "steps": len(steps),
-        "tokens": {"generated": generated, "scored": generated, "trained": trained},
+        "tokens": {"generated": generated, "scored": scored, "trained": trained},
         "wall_s": wall_s,
+        "cost": None if cost is None else cost.record(),
     }
 
 
@@ -109,8 +118,8 @@ def render_report(
         _rollout_view(
             step, scored, text, None if is_correct is None else is_correct(scored.rollout)
         )
-        for file in sorted((path / "rollouts").glob("step-*.parquet"))
-        for step, scored in read_scored(file)
+        for file in shown_steps(saved_rollouts(path / "rollouts"))
+        for step, scored in read_training(file)
     ]
     return write_report(path, views, out)
 
@@ -141,7 +150,7 @@ def _tokenizer_directories(path: Path, config: RunConfig) -> Iterator[Path]:
 
 
 def _rollout_view(
-    step: int, scored: ScoredRollout, text: TextTools | None, correct: float | None
+    step: int, scored: TrainingRollout, text: TextTools | None, correct: float | None
 ) -> RolloutView:
     rollout: Rollout = scored.rollout
     prompt, response = rollout.prompt.token_ids.tolist(), rollout.response_ids.tolist()
@@ -151,7 +160,10 @@ def _rollout_view(
         prompt_text=text.decode(prompt) if text else _as_ids(prompt),
         tokens=text.decode_each(response) if text else tuple(f"{token} " for token in response),
         behavior_logprobs=np.asarray(rollout.behavior_logprobs).tolist(),
-        teacher_logprobs=np.asarray(scored.score.logprobs).tolist(),
+        teacher_logprobs=np.asarray(scored.score.logprobs).tolist()
+        if isinstance(scored, ScoredRollout)
+        else None,
+        sampled_by=rollout.sampled_by,
         finish_reason=rollout.finish_reason.value,
         correct=correct,
     )

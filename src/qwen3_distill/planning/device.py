@@ -37,12 +37,12 @@ def detect_memory() -> DeviceMemory:
     """
     gpu = _first_gpu()
     if gpu is None:
-        return DeviceMemory(kind="cpu", name="this machine's memory", free_bytes=_available_bytes())
+        return DeviceMemory(kind="cpu", name="this machine's memory", free_bytes=available_bytes())
     name, free = gpu
     if free is None:
         # A GPU without a memory of its own. The driver's free memory would not count what the page
         # cache holds and gives back.
-        return DeviceMemory(kind="unified", name=name, free_bytes=_available_bytes())
+        return DeviceMemory(kind="unified", name=name, free_bytes=available_bytes())
     return DeviceMemory(kind="cuda", name=name, free_bytes=free)
 
 
@@ -71,7 +71,7 @@ def parse_gpu_line(line: str) -> tuple[str, int | None]:
     return name.strip(), int(free) * _MIB if free.isdigit() else None
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """Bytes that Linux can give without swapping: free ones and those that caches can release."""
     try:
         text = _MEMINFO.read_text(encoding="ascii")

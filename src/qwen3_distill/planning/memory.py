@@ -53,7 +53,8 @@ class Models:
     """The shapes of both models."""
 
     student: ModelShape
-    teacher: ModelShape
+    teacher: ModelShape | None
+    """None: training loads no teacher."""
 
 
 # --- Tokens -------------------------------------------------------------------------------------
@@ -147,7 +148,7 @@ def _student_working_row(config: RunConfig, models: Models) -> PlanRow:
 
 def teacher_cache_tokens(config: RunConfig, models: Models) -> int:
     """Tokens of the scoring server's key-value cache."""
-    scoring = config.scoring
+    scoring = config.teacher
     if scoring.kind == "embedded":
         return scoring.batch_tokens
     if scoring.max_total_tokens is not None:
@@ -160,13 +161,13 @@ def teacher_cache_tokens(config: RunConfig, models: Models) -> int:
 
 def teacher_weight_bytes(config: RunConfig, models: Models) -> int:
     """Bytes of the teacher's weights as served."""
-    scoring, shape = config.scoring, models.teacher
+    scoring, shape = config.teacher, _teacher_shape(models)
     return _weight_bytes(shape, _ITEMSIZE[scoring.dtype], _teacher_is_quantized(config, shape))
 
 
 def teacher_loading_bytes(config: RunConfig, models: Models) -> int:
     """Bytes of the teacher's weights while loading: online quantization starts unquantized."""
-    scoring, shape = config.scoring, models.teacher
+    scoring, shape = config.teacher, _teacher_shape(models)
     if shape.fp8_checkpoint:
         return teacher_weight_bytes(config, models)
     return shape.weight_bytes(_ITEMSIZE[scoring.dtype])
@@ -174,24 +175,26 @@ def teacher_loading_bytes(config: RunConfig, models: Models) -> int:
 
 def teacher_static_bytes(config: RunConfig, models: Models, free_bytes: int) -> int:
     """Bytes that the memory fraction of a server started here covers: weights and cache."""
-    scoring = config.scoring
+    scoring = config.teacher
     if scoring.kind == "sglang" and scoring.memory_fraction is not None:
         return int(scoring.memory_fraction * free_bytes)
-    per_token = models.teacher.kv_bytes_per_token(_ITEMSIZE[scoring.dtype])
+    per_token = _teacher_shape(models).kv_bytes_per_token(_ITEMSIZE[scoring.dtype])
     weights = teacher_weight_bytes(config, models)
     return weights + teacher_cache_tokens(config, models) * per_token
 
 
 def teacher_rows(config: RunConfig, models: Models, device: DeviceMemory) -> list[PlanRow]:
-    """Rows of the teacher; none if its servers run elsewhere."""
-    scoring, shape = config.scoring, models.teacher
+    """Rows of the teacher; none if it is not loaded, or its servers run elsewhere."""
+    scoring, shape = config.loaded_teacher, models.teacher
+    if scoring is None or shape is None:
+        return []
     itemsize = _ITEMSIZE[scoring.dtype]
     weights = _weights_row("teacher", shape, itemsize, _teacher_is_quantized(config, shape))
     if scoring.kind == "embedded":
         passing = scoring.batch_tokens * _passing_elements(shape) * itemsize
         logits = 2 * scoring.chunk_tokens * shape.vocab_size * 4
         working = _row("teacher", "activations and logits", passing + logits, "estimate")
-        return [weights, working]
+        return [weights, working, *_teacher_sampling_rows(config, models, weights)]
     if scoring.urls:
         return []
     tokens = teacher_cache_tokens(config, models)
@@ -212,8 +215,27 @@ def teacher_rows(config: RunConfig, models: Models, device: DeviceMemory) -> lis
     return rows
 
 
+def _teacher_sampling_rows(config: RunConfig, models: Models, weights: PlanRow) -> list[PlanRow]:
+    """Rows of the embedded engine that samples from the teacher, if the run does."""
+    if "teacher" not in config.rollouts.samplers:
+        return []
+    scoring = config.teacher
+    per_token = _teacher_shape(models).kv_bytes_per_token(_ITEMSIZE[scoring.dtype])
+    cache = decoded_tokens(config, models) * per_token
+    how = f"rollouts.source={config.rollouts.source}"
+    return [
+        _row("teacher", "weights for sampling", weights.num_bytes, how),
+        _row("teacher", "key-value cache", cache, how),
+    ]
+
+
+def _teacher_shape(models: Models) -> ModelShape:
+    assert models.teacher is not None, "asked for a teacher that is loaded"
+    return models.teacher
+
+
 def _teacher_working_row(config: RunConfig, models: Models) -> PlanRow:
-    scoring, shape = config.scoring, models.teacher
+    scoring, shape = config.teacher, _teacher_shape(models)
     assert scoring.kind == "sglang"
     itemsize = _ITEMSIZE[scoring.dtype]
     passing = scoring.chunked_prefill_tokens * _passing_elements(shape) * itemsize
@@ -226,7 +248,8 @@ def _teacher_working_row(config: RunConfig, models: Models) -> PlanRow:
 
 
 def _teacher_is_quantized(config: RunConfig, shape: ModelShape) -> bool:
-    online = config.scoring.kind == "sglang" and config.scoring.quantization is not None
+    scoring = config.teacher
+    online = scoring.kind == "sglang" and scoring.quantization is not None
     return shape.fp8_checkpoint or online
 
 

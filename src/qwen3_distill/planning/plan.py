@@ -73,6 +73,7 @@ def make_plan(
     config: RunConfig,
     *,
     device_memory_bytes: int | None = None,
+    device: DeviceMemory | None = None,
     student_shape: ModelShape | None = None,
     teacher_shape: ModelShape | None = None,
 ) -> MemoryPlan:
@@ -82,6 +83,7 @@ def make_plan(
         config: the run.
         device_memory_bytes: memory that the engines share; default: the config's
             ``planning.device_memory_gib``, else the memory that is free now.
+        device: the device itself, in place of its memory.
         student_shape: default: read from the student's directory.
         teacher_shape: default: read from the teacher's directory.
 
@@ -92,6 +94,7 @@ def make_plan(
     plan = lay_out(
         config,
         device_memory_bytes=device_memory_bytes,
+        device=device,
         student_shape=student_shape,
         teacher_shape=teacher_shape,
     )
@@ -107,21 +110,23 @@ def lay_out(
     config: RunConfig,
     *,
     device_memory_bytes: int | None = None,
+    device: DeviceMemory | None = None,
     student_shape: ModelShape | None = None,
     teacher_shape: ModelShape | None = None,
 ) -> MemoryPlan:
     """Plan without the checks of `make_plan`: the plan may need more than is free."""
     models = _models(config, student_shape, teacher_shape)
-    return _lay_out(config, models, _device(config, device_memory_bytes))
+    return _lay_out(config, models, device or _device(config, device_memory_bytes))
 
 
 def _models(
     config: RunConfig, student_shape: ModelShape | None, teacher_shape: ModelShape | None
 ) -> Models:
-    return Models(
-        student=student_shape or read_shape(config.student.model),
-        teacher=teacher_shape or read_shape(config.scoring.model),
-    )
+    student, teacher = student_shape or read_shape(config.student.model), None
+    scoring = config.loaded_teacher
+    if scoring is not None:
+        teacher = teacher_shape or read_shape(scoring.model)
+    return Models(student=student, teacher=teacher)
 
 
 def _device(config: RunConfig, device_memory_bytes: int | None) -> DeviceMemory:
@@ -144,9 +149,12 @@ def _lay_out(
     room = _learner_bytes(config, left)
     choice = memory.checkpointing(config, models, device, 0 if thrifty else room)
     learner = memory.learner_rows(config, models, device, choice)
-    static = memory.teacher_static_bytes(config, models, device.free_bytes)
-    scoring = config.scoring
-    stated = scoring.memory_fraction if scoring.kind == "sglang" else None
+    scoring = config.loaded_teacher
+    static, cache_tokens = 0, 0
+    if scoring is not None:
+        static = memory.teacher_static_bytes(config, models, device.free_bytes)
+        cache_tokens = memory.teacher_cache_tokens(config, models)
+    stated = scoring.memory_fraction if scoring and scoring.kind == "sglang" else None
     if stated is not None:
         fraction = stated
     else:
@@ -160,7 +168,7 @@ def _lay_out(
         reserve_bytes=reserve,
         vllm_kv_cache_bytes=memory.student_cache_bytes(config, models),
         sglang_memory_fraction=fraction,
-        sglang_max_total_tokens=memory.teacher_cache_tokens(config, models),
+        sglang_max_total_tokens=cache_tokens,
         learner_memory_bytes=room,
         teacher_static_bytes=static,
     )
@@ -188,7 +196,7 @@ def _fraction(static_bytes: int, free_bytes: int) -> float:
 
 def _check_what_is_stated(config: RunConfig, models: Models, plan: MemoryPlan) -> None:
     """Refuse stated settings that fail however much memory there is."""
-    generation, scoring, training = config.generation, config.scoring, config.training
+    generation, training = config.generation, config.training
     if generation.kind == "vllm" and generation.kv_cache_gib is not None:
         longest = generation.max_model_tokens or models.student.context_length
         per_token = models.student.kv_bytes_per_token(2 if generation.dtype == "bfloat16" else 4)
@@ -199,21 +207,7 @@ def _check_what_is_stated(config: RunConfig, models: Models, plan: MemoryPlan) -
                 f"{longest}; raise it to {gibibytes(longest * per_token)} or lower "
                 "generation.max_model_tokens"
             )
-    if scoring.kind == "sglang" and not scoring.urls and scoring.memory_fraction is not None:
-        weights = memory.teacher_weight_bytes(config, models)
-        if plan.teacher_static_bytes <= weights:
-            raise ConfigError(
-                f"scoring.memory_fraction={scoring.memory_fraction} of the "
-                f"{gibibytes(plan.device.free_bytes)} that are free is "
-                f"{gibibytes(plan.teacher_static_bytes)}, and the teacher's weights alone need "
-                f"{gibibytes(weights)}; raise it, or leave it out to have it planned"
-            )
-    longest = memory.longest_sequence_tokens(config, models)
-    if scoring.kind == "sglang" and plan.sglang_max_total_tokens <= longest:
-        raise ConfigError(
-            f"scoring.max_total_tokens={plan.sglang_max_total_tokens} cannot hold one sequence of "
-            f"{longest} tokens; raise it, or leave it out to have it planned"
-        )
+    _check_stated_teacher(config, models, plan)
     if training.kind == "unsloth" and training.memory_gib is not None:
         needed = plan.engine_bytes("learner")
         if plan.learner_memory_bytes < needed:
@@ -226,10 +220,31 @@ def _check_what_is_stated(config: RunConfig, models: Models, plan: MemoryPlan) -
             )
 
 
+def _check_stated_teacher(config: RunConfig, models: Models, plan: MemoryPlan) -> None:
+    scoring = config.loaded_teacher
+    if scoring is None or scoring.kind != "sglang":
+        return
+    if not scoring.urls and scoring.memory_fraction is not None:
+        weights = memory.teacher_weight_bytes(config, models)
+        if plan.teacher_static_bytes <= weights:
+            raise ConfigError(
+                f"scoring.memory_fraction={scoring.memory_fraction} of the "
+                f"{gibibytes(plan.device.free_bytes)} that are free is "
+                f"{gibibytes(plan.teacher_static_bytes)}, and the teacher's weights alone need "
+                f"{gibibytes(weights)}; raise it, or leave it out to have it planned"
+            )
+    longest = memory.longest_sequence_tokens(config, models)
+    if plan.sglang_max_total_tokens <= longest:
+        raise ConfigError(
+            f"scoring.max_total_tokens={plan.sglang_max_total_tokens} cannot hold one sequence of "
+            f"{longest} tokens; raise it, or leave it out to have it planned"
+        )
+
+
 def _check_loading(config: RunConfig, models: Models, plan: MemoryPlan) -> None:
     """Refuse a teacher whose unquantized weights do not fit while it loads."""
-    scoring = config.scoring
-    if scoring.kind != "sglang" or scoring.urls:
+    scoring = config.loaded_teacher
+    if scoring is None or scoring.kind != "sglang" or scoring.urls:
         return
     loading = memory.teacher_loading_bytes(config, models)
     room = plan.device.free_bytes - plan.reserve_bytes
@@ -278,7 +293,8 @@ def _savings(config: RunConfig, models: Models, device: DeviceMemory) -> list[Sa
 
 def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], RunConfig]]:
     """Changes that may save memory, each with the changed config."""
-    generation, scoring, training = config.generation, config.scoring, config.training
+    generation, training = config.generation, config.training
+    scoring = config.loaded_teacher
     candidates: list[dict[str, Any]] = []
     if generation.kind == "vllm" and generation.kv_cache_gib is not None:
         candidates.append({"generation.kv_cache_gib": generation.kv_cache_gib / 2})
@@ -290,7 +306,7 @@ def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], RunConfig]]:
     lora = training.tuning.kind == "lora"
     if generation.kind == "vllm" and generation.adapters == "merge" and lora:
         candidates.append({"generation.adapters": "swap"})
-    if scoring.kind == "sglang" and not scoring.urls:
+    if scoring is not None and scoring.kind == "sglang" and not scoring.urls:
         if scoring.quantization is None:
             candidates.append({"scoring.quantization": "fp8"})
         if scoring.memory_fraction is not None:

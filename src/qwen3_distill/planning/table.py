@@ -16,7 +16,7 @@ def plan_table(plan: MemoryPlan) -> Table:
     for engine in ENGINES:
         own = [row for row in plan.rows if row.engine == engine]
         if not own:
-            table.add_row(engine, "runs elsewhere", gib(0))
+            table.add_row(engine, "not here", gib(0))
         for row in own:
             table.add_row(engine, row.what, gib(row.num_bytes), row.how)
         table.add_row("", "", f"[bold]{gib(plan.engine_bytes(engine))}", end_section=True)
@@ -29,7 +29,8 @@ def plan_table(plan: MemoryPlan) -> Table:
 def plan_settings(config: RunConfig, plan: MemoryPlan) -> str:
     """The plan as settings for a config, for the engines that have any."""
     settings = []
-    if config.scoring.kind == "sglang" and not config.scoring.urls:
+    scoring = config.loaded_teacher
+    if scoring is not None and scoring.kind == "sglang" and not scoring.urls:
         settings.append(f"scoring.memory_fraction={plan.sglang_memory_fraction}")
         settings.append(f"scoring.max_total_tokens={plan.sglang_max_total_tokens}")
     if config.generation.kind == "vllm":

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from qwen3_distill.recording.jsonl import OCCASIONAL_STAGES, STEP_STAGES
 from qwen3_distill.types import Metric
 
+IDLE = "idle"
+"""In `StepClock.shares`: the time in which no stage was at work."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimes:
@@ -66,6 +69,7 @@ class StepClock:
         self._step_began = now
         self._stages = {stage: _Busy() for stage in (*STEP_STAGES, *OCCASIONAL_STAGES)}
         self._any_stage = _Busy()
+        self._shares = _Shares(now)
         self._counters: dict[str, _Counter] = {}
 
     @property
@@ -77,11 +81,13 @@ class StepClock:
         """Open a span of the stage. Spans of one stage may overlap."""
         self._stages.setdefault(stage, _Busy()).enter(now)
         self._any_stage.enter(now)
+        self._shares.change(stage, 1, now)
 
     def leave(self, stage: str, now: float) -> None:
         """Close a span of the stage."""
         self._stages[stage].leave(now)
         self._any_stage.leave(now)
+        self._shares.change(stage, -1, now)
 
     def count(self, name: str, value: float, now: float) -> None:
         """Set a counter to a value."""
@@ -95,6 +101,13 @@ class StepClock:
         """Seconds so far in which the stage had at least one span open."""
         busy = self._stages.get(stage)
         return 0.0 if busy is None else busy.seconds(now)
+
+    def shares(self, now: float) -> dict[str, float]:
+        """Seconds so far by stage and `IDLE`, which add up to the time since the clock began.
+
+        Where stages overlap, each of those at work gets an equal share of the time.
+        """
+        return self._shares.seconds(now)
 
     def take_step(self, now: float) -> StepTimes:
         """End the step, return its times, and begin the next one."""
@@ -134,6 +147,34 @@ class _Busy:
         total = self.seconds(now)
         taken, self._taken_s = total - self._taken_s, total
         return taken
+
+
+class _Shares:
+    """Divides time equally among the stages that are at work."""
+
+    def __init__(self, now: float) -> None:
+        self._since = now
+        self._open: dict[str, int] = {}
+        self._seconds: dict[str, float] = {}
+
+    def change(self, stage: str, spans: int, now: float) -> None:
+        """Note that a stage has one span more or fewer."""
+        self._divide(now)
+        count = self._open.get(stage, 0) + spans
+        if count > 0:
+            self._open[stage] = count
+        else:
+            self._open.pop(stage, None)
+
+    def seconds(self, now: float) -> dict[str, float]:
+        self._divide(now)
+        return dict(self._seconds)
+
+    def _divide(self, now: float) -> None:
+        passed, self._since = now - self._since, now
+        at_work = list(self._open) or [IDLE]
+        for stage in at_work:
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + passed / len(at_work)
 
 
 class _Counter:

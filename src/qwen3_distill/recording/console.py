@@ -16,6 +16,7 @@ from rich.table import Table
 from typing_extensions import Self
 
 from qwen3_distill.recording.jsonl import STEP_STAGES
+from qwen3_distill.recording.terminal import TerminalConsole, for_terminal
 from qwen3_distill.recording.text import (
     clock,
     duration,
@@ -108,7 +109,7 @@ def make_reporter(
         total_steps: Steps of the whole run.
         start_step: Steps done before this process started.
     """
-    console = console or Console(highlight=False)
+    console = console or TerminalConsole(highlight=False)
     live = console.is_terminal and not console.is_dumb_terminal
     return (LiveReporter if live else PlainReporter)(total_steps, start_step, console)
 
@@ -166,6 +167,7 @@ class PlainReporter(_Closing):
         return self._now() - last >= min(_LONGEST_INTERVAL_S, max(_FIRST_INTERVAL_S, age / 20))
 
     def _line(self, text: str) -> None:
+        text = for_terminal(text)
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -200,11 +202,13 @@ class LiveReporter(_Closing):
         self._show("", "  ".join(_step_parts(self._pace)), total=self._pace.total)
 
     def note(self, text: str) -> None:
-        self._console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+        text = for_terminal(f"note: {text}")
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def evaluation(self, result: Mapping[str, Any]) -> None:
         self._pace.add_evaluation(result)
-        self._console.print(evaluation_text(result), markup=False, highlight=False)
+        text = for_terminal(evaluation_text(result))
+        self._console.print(text, markup=False, highlight=False)
 
     def finish(self, summary: Mapping[str, Any], report_path: Path | None) -> None:
         self.close()
@@ -214,6 +218,7 @@ class LiveReporter(_Closing):
         self._progress.stop()
 
     def _show(self, text: str, numbers: str, total: int | None) -> None:
+        text = for_terminal(text)
         if self._task is None:
             self._task = self._progress.add_task(text, total=total, numbers=numbers)
             self._progress.start()
@@ -324,10 +329,11 @@ def _print_summary(console: Console, summary: Mapping[str, Any], report: Path | 
         console.print("stages ran side by side", markup=False, highlight=False)
     tokens = summary.get("tokens", {})
     counts = ", ".join(f"{quantity(count)} {name}" for name, count in tokens.items())
-    line = f"{summary['steps']:,} steps; tokens: {counts or 'not counted'}"
+    line = for_terminal(f"{summary['steps']:,} steps; tokens: {counts or 'not counted'}")
     console.print(line, markup=False, highlight=False, soft_wrap=True)
     if report is not None:
-        console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
+        line = for_terminal(f"report: {report}")
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _accuracy_table(accuracy: Mapping[str, Any], second: Mapping[str, Any] | None) -> Table:
@@ -352,7 +358,7 @@ def _time_table(wall_s: Mapping[str, float]) -> Table:
     for name, seconds in wall_s.items():
         if name != "total":
             share = percent(seconds / total) if total else ""
-            table.add_row(name, duration(seconds), share)
+            table.add_row(for_terminal(name), duration(seconds), share)
     table.add_section()
     table.add_row("total", duration(total), "")
     return table

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from qwen3_distill.errors import DataError, RunFolderError
 from qwen3_distill.types import Metric
 from qwen3_distill.utils.files import atomic_path
+from qwen3_distill.utils.json_text import parse_json
 
 STEP_STAGES = ("generate", "score", "train", "publish")
 """Stages that every step has; their seconds are ``time/{stage}_s``."""
@@ -100,12 +101,20 @@ class JsonlLog:
                 "truncate_after first"
             )
         record = {"step": step, **{key: _json_value(value) for key, value in values.items()}}
+        self.append(record)
+        self._last_step = step
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write a record of any step and wait until it is on disk.
+
+        Raises:
+            RunFolderError: the line cannot be written.
+        """
         line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         try:
             self._write(line)
         except OSError as error:
             raise self._unusable(error) from error
-        self._last_step = step
 
     def truncate_after(self, step: int) -> None:
         """Drop the lines of later steps; a run resumed at ``step`` writes them again.
@@ -138,7 +147,7 @@ class JsonlLog:
     def _records(self) -> list[dict[str, Any]]:
         records = read_jsonl(self._path)
         for number, record in enumerate(records, 1):
-            if not isinstance(record.get("step"), int):
+            if type(record.get("step")) is not int:
                 raise DataError(f"{self._path}: record {number} has no integer `step`")
         return records
 
@@ -186,7 +195,7 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 def _parse_or_none(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:  # malformed JSON, or bytes that are not UTF-8
         return None
     return record if isinstance(record, dict) else None

@@ -58,7 +58,7 @@ class _Surviving:
         self._is_lost = False
 
     def write(self, text: str) -> int:
-        self._attempt(lambda: self._stream.write(text))
+        self._attempt(lambda: self._write(text))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -69,6 +69,13 @@ class _Surviving:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError:  # a terminal of another encoding than UTF-8
+            encoding = self._stream.encoding or "ascii"
+            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
     def _attempt(self, action: Callable[[], object]) -> None:
         if self._is_lost:

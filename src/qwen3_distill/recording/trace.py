@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 from qwen3_distill.errors import DataError, RunFolderError
 from qwen3_distill.recording.clock import StepClock, StepTimes
 from qwen3_distill.recording.jsonl import OCCASIONAL_STAGES, STEP_STAGES
+from qwen3_distill.utils.json_text import parse_json
 
 TRACE_FILE = "trace.json"
 STEPS = "steps"
@@ -132,6 +133,10 @@ class Trace:
         """Seconds so far in which the stage had at least one span open."""
         return self._clock.busy_seconds(stage, self._now())
 
+    def shares(self) -> dict[str, float]:
+        """Seconds so far by stage and ``idle``; see `StepClock.shares`."""
+        return self._clock.shares(self._now())
+
     def open_stages(self) -> dict[str, float]:
         """Map each stage that is at work to the Unix time since when. Any thread may ask."""
         now, wall = self._now(), time.time()
@@ -213,7 +218,7 @@ def read_trace(path: Path | str) -> list[Event]:
     events: list[Event] = []
     for number, line in numbered:
         try:
-            event = json.loads(line)
+            event = parse_json(line)
         except ValueError:
             event = None
         if isinstance(event, dict):

@@ -153,7 +153,9 @@ class WandbLogger:
                 # Offline there is no server to ask; the id alone joins the parts when synced.
                 resume=None if offline else "allow",
                 reinit="create_new",  # no global run: others may live in this process
-                settings=wandb.Settings(console="off"),  # stdout belongs to the progress display
+                # stdout belongs to the progress display, and the metadata would hold the command
+                # line, whose overrides may be secrets.
+                settings=wandb.Settings(console="off", x_disable_meta=True),
             )
         except wandb.errors.Error as error:
             raise ConfigError(

@@ -142,7 +142,8 @@ class ReplayBuffer:
 
         Raises:
             AlignmentError: their scores do not have the K candidates that the buffer was made for.
-            DataError: they do not fit, even into an empty buffer.
+            DataError: they do not fit, even into an empty buffer, have no score, or a teacher
+                sampled some of them: they have no age and no first priority.
         """
         if not scored:
             return
@@ -203,6 +204,11 @@ class ReplayBuffer:
             self._is_unsampled[here] = False if given is None else given[there]
 
     def _check(self, flat: FlatRollouts, priority_S: Floats) -> None:
+        if flat.by_teacher_S is not None or not flat.is_scored:
+            raise DataError(
+                "a replay buffer keeps scored rollouts of the student only: a teacher's answer has "
+                "no age, and without a score a rollout has no priority; set replay=null"
+            )
         given = {name: tensor.shape[1:] for name, tensor in flat.tensors()}
         if given != {name: arena.shape[1:] for name, arena in self._arenas.items()}:
             raise AlignmentError(
@@ -308,8 +314,9 @@ class ReplayBuffer:
         """
         self._check_current(sample)
         places_S = sample.places_S
+        arenas: dict[str, Any] = self._arenas
         return FlatRollouts(
-            **self._arenas,
+            **arenas,
             starts_S=self._first[places_S] % self._shape.tokens,
             prompt_tokens_S=self._prompt_tokens[places_S],
             response_tokens_S=self._response_tokens[places_S],

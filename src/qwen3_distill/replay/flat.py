@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen3_distill.errors import AlignmentError
-from qwen3_distill.types import HiddenScore, ScoredRollout, TopKScore
+from qwen3_distill.types import HiddenScore, Rollout, ScoredRollout, TopKScore, TrainingRollout
 
 Counts: TypeAlias = NDArray[np.int64]
 Flags: TypeAlias = NDArray[np.bool_]
@@ -32,9 +32,10 @@ class FlatRollouts:
     token_id_F: Tensor
     """int32."""
     behavior_logprob_F: Tensor
-    """float32 nats."""
+    """float32 nats, under the student that sampled; NaN for the tokens of a teacher's answer, so
+    that a ratio with them cannot pass for a number."""
     teacher_logprob_F: Tensor
-    """float32 nats."""
+    """float32 nats; NaN everywhere if `is_scored` is False."""
     candidate_id_FK: Tensor | None = None
     """int32."""
     candidate_logprob_FK: Tensor | None = None
@@ -48,7 +49,12 @@ class FlatRollouts:
     response_tokens_S: Counts
     """At least 1; sampled or not."""
     oldest_step_S: Counts
-    """Step of the oldest weights that sampled any of the rollout's tokens."""
+    """Step of the student's oldest weights that sampled any of the rollout's tokens. It means
+    nothing for a teacher's answer."""
+    by_teacher_S: Flags | None = None
+    """Which rollouts a teacher sampled; None: the student sampled all."""
+    is_scored: bool = True
+    """Whether a teacher scored the rollouts."""
     is_unsampled_F: Flags | None = None
     """True in the slots of response tokens that the student did not sample, on the host. None:
     there is no such token, and nothing needs to be looked up."""
@@ -99,11 +105,12 @@ def spans(starts_S: Counts, lengths_S: Counts) -> Counts:
     return np.repeat(starts_S - before_S, lengths_S) + np.arange(lengths_S.sum())
 
 
-def flatten(scored: Sequence[ScoredRollout]) -> FlatRollouts:
+def flatten(scored: Sequence[TrainingRollout]) -> FlatRollouts:
     """Lay records out as flat tensors on the host, without gaps.
 
     Raises:
-        AlignmentError: the rollouts mix kinds of teacher score, or numbers of candidates.
+        AlignmentError: the rollouts mix kinds of teacher score, numbers of candidates, or rollouts
+            with and without a score.
     """
     rollouts = [entry.rollout for entry in scored]
     prompt_S = _counts(rollout.prompt.token_ids.size for rollout in rollouts)
@@ -126,17 +133,33 @@ def flatten(scored: Sequence[ScoredRollout]) -> FlatRollouts:
     ids = [part for r in rollouts for part in (r.prompt.token_ids, r.response_ids)]
     return FlatRollouts(
         token_id_F=torch.from_numpy(np.concatenate(ids).astype(np.int32, copy=False)),
-        behavior_logprob_F=placed([r.behavior_logprobs for r in rollouts], np.float32),
+        behavior_logprob_F=placed([_students_logprobs(r) for r in rollouts], np.float32),
         **{name: placed(values, dtype) for name, (values, dtype) in _score_values(scored).items()},
         starts_S=response_starts_S - prompt_S,
         prompt_tokens_S=prompt_S,
         response_tokens_S=response_S,
-        oldest_step_S=_counts(rollout.oldest_version.step for rollout in rollouts),
+        oldest_step_S=_counts(
+            0 if rollout.oldest_version is None else rollout.oldest_version.step
+            for rollout in rollouts
+        ),
+        by_teacher_S=_by_teacher(rollouts),
+        is_scored=isinstance(scored[0], ScoredRollout),
         is_unsampled_F=is_unsampled_F,
     )
 
 
-def _sampled_slots(scored: Sequence[ScoredRollout], response_starts_S: Counts) -> Counts:
+def _students_logprobs(rollout: Rollout) -> NDArray[Any]:
+    if rollout.sampled_by == "student":
+        return rollout.behavior_logprobs
+    return np.full(rollout.num_loss_tokens, np.nan, dtype=np.float32)
+
+
+def _by_teacher(rollouts: Sequence[Rollout]) -> Flags | None:
+    by_teacher_S = np.array([rollout.sampled_by == "teacher" for rollout in rollouts])
+    return by_teacher_S if by_teacher_S.any() else None
+
+
+def _sampled_slots(scored: Sequence[TrainingRollout], response_starts_S: Counts) -> Counts:
     """Slots of all sampled tokens, in order."""
     sampled = [entry.rollout.sampled for entry in scored]
     num_spans_S = _counts(len(of_rollout) for of_rollout in sampled)
@@ -146,10 +169,18 @@ def _sampled_slots(scored: Sequence[ScoredRollout], response_starts_S: Counts) -
 
 
 def _score_values(
-    scored: Sequence[ScoredRollout],
+    scored: Sequence[TrainingRollout],
 ) -> dict[str, tuple[list[NDArray[Any]], type[np.generic]]]:
     """Every rollout's arrays, for each field that its kind of score fills."""
-    scores = [entry.score for entry in scored]
+    scores = [entry.score for entry in scored if isinstance(entry, ScoredRollout)]
+    if len(scores) < len(scored):
+        if scores:
+            raise AlignmentError(
+                f"one batch holds {len(scores)} rollouts with a teacher's score and "
+                f"{len(scored) - len(scores)} without"
+            )
+        unknown = [np.full(s.rollout.num_loss_tokens, np.nan, dtype=np.float32) for s in scored]
+        return {"teacher_logprob_F": (unknown, np.float32)}
     kinds = {type(score) for score in scores}
     if len(kinds) != 1:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))

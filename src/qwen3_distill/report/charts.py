@@ -6,7 +6,7 @@ the page's script reads the data for its crosshair from the ``data-chart`` attri
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -72,6 +72,8 @@ class LineChart:
     """The axis ends at this value or lower."""
     wide: bool = False
     note: str = ""
+    x_name: str = "step"
+    x_text: Callable[[float], str] = "{:,.0f}".format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +120,8 @@ class _Canvas(Drawing):
     def __init__(self, width: float, height: float, x_range: Point, y_range: Point) -> None:
         super().__init__(width)
         self.height = height
-        self.x_range = x_range
-        self.y_range = y_range
+        self.x_range = _widened(x_range)
+        self.y_range = _widened(y_range)
 
     def x(self, value: float) -> float:
         low, high = self.x_range
@@ -137,7 +139,12 @@ class _Canvas(Drawing):
         outline = [*high, *reversed(low)]
         self.path(css, [(self.x(x), self.y(y)) for x, y in outline], closed=True)
 
-    def axes(self, y_format: Format) -> None:
+    def axes(
+        self,
+        y_format: Format,
+        x_name: str = "step",
+        x_text: Callable[[float], str] = "{:,.0f}".format,
+    ) -> None:
         marks = ticks(*self.y_range, 5)
         spacing = marks[1] - marks[0] if len(marks) > 1 else 1.0
         for tick in marks:
@@ -145,8 +152,8 @@ class _Canvas(Drawing):
             self.line("grid", _LEFT, self.width - _RIGHT, y, y)
             self.text("tick", _LEFT - 8, y + 4, tick_label(tick, spacing, y_format), "end")
         for tick in ticks(*self.x_range, 8 if self.width > 600 else 5, whole=True):
-            self.text("tick", self.x(tick), self.height - _BOTTOM + 17, f"{tick:,.0f}", "middle")
-        self.text("tick axis", self.width - _RIGHT, self.height - 3, "step", "end")
+            self.text("tick", self.x(tick), self.height - _BOTTOM + 17, x_text(tick), "middle")
+        self.text("tick axis", self.width - _RIGHT, self.height - 3, x_name, "end")
 
     def chart(self, title: str, hover: object) -> Markup:
         """Return the whole SVG, with the crosshair that the page's script moves."""
@@ -162,12 +169,13 @@ def draw_lines(chart: LineChart) -> Figure | None:
         return None
     xs = [x for line in lines for x, _ in line.points]
     canvas = _canvas(chart.wide, (min(xs), max(xs)), _y_range(chart, lines))
-    canvas.axes(chart.y_format)
+    canvas.axes(chart.y_format, chart.x_name, chart.x_text)
     for level in chart.levels:
         _draw_level(canvas, level)
     for line in lines:
         _draw_line(canvas, line)
-    hover = _hover(canvas, [(n.colour, n.name, _line_labels(n, chart.y_format)) for n in lines])
+    named = [(n.colour, n.name, _line_labels(n, chart.y_format)) for n in lines]
+    hover = _hover(canvas, named, lambda x: f"{chart.x_name} {chart.x_text(x)}")
     return Figure(
         title=chart.title,
         svg=canvas.chart(chart.title, hover),
@@ -266,6 +274,12 @@ def _y_range(chart: LineChart, lines: Sequence[Line]) -> Point:
     return (low, min(top, chart.y_ceiling) if chart.y_ceiling is not None else top)
 
 
+def _widened(ends: Point) -> Point:
+    """Return a range of a length above zero, also where its ends are one number."""
+    low, high = ends
+    return ends if high > low else (low, low + max(1.0, 0.1 * abs(low)))
+
+
 def _nice_top(low: float, high: float) -> float:
     if high <= low:
         return low + 1.0
@@ -344,7 +358,9 @@ def _line_labels(line: Line, y_format: Format) -> list[tuple[float, str]]:
 
 
 def _hover(
-    canvas: _Canvas, series: Sequence[tuple[str, str, Sequence[tuple[float, str]]]]
+    canvas: _Canvas,
+    series: Sequence[tuple[str, str, Sequence[tuple[float, str]]]],
+    x_label: Callable[[float], str] = "step {:,.0f}".format,
 ) -> object:
     """Data for the page's crosshair: pixel columns and the text at each."""
     columns: dict[float, list[tuple[str, str, str]]] = {}
@@ -354,7 +370,7 @@ def _hover(
     ordered = sorted(columns)
     return {
         "px": [round(canvas.x(x), 1) for x in ordered],
-        "at": [[f"step {x:,.0f}", columns[x]] for x in ordered],
+        "at": [[x_label(x), columns[x]] for x in ordered],
     }
 
 

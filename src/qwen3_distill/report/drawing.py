@@ -174,5 +174,6 @@ def tick_label(value: float, spacing: float, y_format: Format) -> str:
         return f"{value:.2g}{unit}"
     if abs(value) >= 10_000:
         return f"{value / 1000:,.4g}k{unit}"
-    decimals = next(n for n in range(12) if math.isclose(spacing, round(spacing, n), rel_tol=1e-6))
+    exact = (n for n in range(12) if math.isclose(spacing, round(spacing, n), rel_tol=1e-6))
+    decimals = next(exact, 11)
     return f"{value:,.{decimals}f}{unit}"

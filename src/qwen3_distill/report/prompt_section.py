@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qwen3_distill.errors import DataError
+from qwen3_distill.recording.records import is_count
 from qwen3_distill.report.rollout_view import readable
 from qwen3_distill.report.run_files import RunFiles
+from qwen3_distill.utils.shown import shown
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,32 @@ def prompt_section(run: RunFiles) -> PromptSection | None:
     """
     if run.prompt is None:
         return None
-    try:
-        return PromptSection(
-            prompt_id=readable(str(run.prompt["prompt_id"])),
-            pieces=[PromptPiece(readable(text), token) for text, token in run.prompt["pieces"]],
-            facts=[(str(name), readable(value)) for name, value in run.prompt["facts"]],
-        )
-    except (KeyError, TypeError, ValueError) as error:
+    values: list[Any] = [run.prompt.get(key) for key in ("prompt_id", "pieces", "facts")]
+    prompt_id, pieces, facts = values
+    if not (isinstance(prompt_id, str) and _are_pieces(pieces) and _are_facts(facts)):
         raise DataError(
-            f"prompt.json holds no rendered prompt ({error!r}); remove the file to report without"
-        ) from error
+            "prompt.json holds no rendered prompt: expected prompt_id, pieces of text and token "
+            f"id, and facts; got {shown(run.prompt)}; remove the file to report without"
+        )
+    return PromptSection(
+        prompt_id=readable(prompt_id),
+        pieces=[PromptPiece(readable(text), token) for text, token in pieces],
+        facts=[(name, readable(value)) for name, value in facts],
+    )
+
+
+def _are_pieces(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and isinstance(pair[0], str)
+        and (pair[1] is None or is_count(pair[1]))
+        for pair in values
+    )
+
+
+def _are_facts(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        for pair in values
+    )

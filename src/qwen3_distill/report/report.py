@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from qwen3_distill import __version__
 from qwen3_distill.errors import RunFolderError
+from qwen3_distill.report.cost_section import cost_section
 from qwen3_distill.report.figures import (
     health_figures,
     health_table,
@@ -24,13 +25,14 @@ from qwen3_distill.report.rollout_view import (
     RolloutView,
     gap_legend,
     rollout_groups,
+    shown_steps,
 )
 from qwen3_distill.report.run_files import RunFiles
 from qwen3_distill.report.time_section import STAGE_COLOURS, idle_table, time_figure, time_table
 from qwen3_distill.report.timeline import draw_timeline
 from qwen3_distill.utils.files import atomic_path
 
-__all__ = ["RolloutView", "write_report"]
+__all__ = ["RolloutView", "shown_steps", "write_report"]
 
 
 def write_report(
@@ -43,7 +45,7 @@ def write_report(
 
     Args:
         run_folder: Reads ``config.json``, ``manifest.json``, ``prompt.json``, ``metrics.jsonl``,
-            ``evaluations.jsonl``, ``summary.json`` and traces where they exist.
+            ``evaluations.jsonl``, ``cost.jsonl``, ``summary.json`` and traces where they exist.
         rollouts: Saved rollouts of the run, in any order of steps.
         out: File to write; default ``report.html`` in the run folder.
 
@@ -84,6 +86,8 @@ def _render(run: RunFiles, rollouts: Sequence[RolloutView]) -> str:
         time_table=time_table(run.steps, run.summary),
         timeline=draw_timeline(run.timeline, STAGE_COLOURS) if run.timeline else None,
         idle_table=idle_table(run.steps),
+        cost=cost_section(run),
+        left_out=run.notes,
         health=health_figures(run),
         health_table=health_table(run),
         prompt=prompt_section(run),

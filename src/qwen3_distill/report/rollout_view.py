@@ -4,7 +4,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal
+from typing import Literal, TypeVar
 
 from qwen3_distill.errors import AlignmentError
 
@@ -32,24 +32,32 @@ class RolloutView:
     """Text of each response token."""
     behavior_logprobs: Sequence[float]
     """Nats, under the distribution that was sampled from."""
-    teacher_logprobs: Sequence[float]
-    """Nats."""
+    teacher_logprobs: Sequence[float] | None
+    """Nats; None: no teacher scored it."""
+    sampled_by: Literal["student", "teacher"] = "student"
+    """The model whose logprobs `behavior_logprobs` are."""
     finish_reason: str
     correct: float | None
     """The verifier's result, a bool or a reward in [0, 1]; None without a verifier."""
 
     def __post_init__(self) -> None:
-        lengths = {len(self.tokens), len(self.behavior_logprobs), len(self.teacher_logprobs)}
+        teacher = self.behavior_logprobs if self.teacher_logprobs is None else self.teacher_logprobs
+        lengths = {len(self.tokens), len(self.behavior_logprobs), len(teacher)}
         if len(lengths) != 1:
             raise AlignmentError(
                 f"rollout {self.rollout_id}: {len(self.tokens)} tokens, "
-                f"{len(self.behavior_logprobs)} behavior and {len(self.teacher_logprobs)} teacher "
+                f"{len(self.behavior_logprobs)} behavior and {len(teacher)} teacher "
                 "logprobs; expected one of each per token"
             )
 
     @property
     def gaps(self) -> list[float]:
-        """log teacher - log student per token, in nats: negative where the teacher disagrees."""
+        """log teacher - log student per token, in nats: negative where the teacher disagrees.
+
+        Empty where the student did not sample, or no teacher scored: there is no gap between them.
+        """
+        if self.teacher_logprobs is None or self.sampled_by == "teacher":
+            return []
         pairs = zip(self.teacher_logprobs, self.behavior_logprobs, strict=True)
         return [float(teacher) - float(behavior) for teacher, behavior in pairs]
 
@@ -122,6 +130,15 @@ def readable(prompt: str) -> str:
     return "".join(c if c in "\n\t" else _visible_character(c) for c in prompt)
 
 
+_Saved = TypeVar("_Saved")
+
+
+def shown_steps(saved: Sequence[_Saved]) -> list[_Saved]:
+    """Choose the first, a middle and the last of the saved steps, which are in order."""
+    places = {0, len(saved) // 2, len(saved) - 1} if saved else set[int]()
+    return [saved[place] for place in sorted(places)]
+
+
 def rollout_groups(rollouts: Sequence[RolloutView]) -> list[RolloutGroup]:
     """The rollouts of the first, a middle and the last saved step, in order."""
     by_step: dict[int, list[RolloutView]] = {}
@@ -130,7 +147,8 @@ def rollout_groups(rollouts: Sequence[RolloutView]) -> list[RolloutGroup]:
     steps = sorted(by_step)
     if not steps:
         return []
-    chosen = {steps[0]: "early", steps[len(steps) // 2]: "middle", steps[-1]: "late"}
+    chosen = dict(zip(shown_steps(steps), ("early", "middle", "late"), strict=False))
+    chosen[steps[-1]] = "late"
     return [
         _rollout_group(step, label if len(steps) > 1 else "only saved step", by_step[step])
         for step, label in sorted(chosen.items())
@@ -161,18 +179,18 @@ def _solved(checked: Sequence[float]) -> str:
 def _card(rollout: RolloutView) -> RolloutCard:
     gaps = rollout.gaps
     shown = slice(TOKENS_PER_ROLLOUT)
-    parts = zip(
-        rollout.tokens[shown],
-        rollout.behavior_logprobs[shown],
-        rollout.teacher_logprobs[shown],
-        gaps[shown],
-        strict=True,
-    )
+    if gaps and rollout.teacher_logprobs is not None:
+        logprobs = zip(rollout.behavior_logprobs, rollout.teacher_logprobs, gaps, strict=True)
+        parts = zip(rollout.tokens[shown], list(logprobs)[shown], strict=True)
+        tokens = [_token(text, *values) for text, values in parts]
+    else:
+        parts = zip(rollout.tokens[shown], rollout.behavior_logprobs[shown], strict=True)
+        tokens = [_plain_token(text, rollout.sampled_by, logprob) for text, logprob in parts]
     verdict, verdict_text = _verdict(rollout.correct)
     return RolloutCard(
         rollout_id=rollout.rollout_id,
         prompt=readable(rollout.prompt_text),
-        tokens=[_token(*part) for part in parts],
+        tokens=tokens,
         hidden_tokens=max(0, len(rollout.tokens) - TOKENS_PER_ROLLOUT),
         num_tokens=len(rollout.tokens),
         mean_gap=_signed(fmean(gaps)) if gaps else "",
@@ -199,6 +217,17 @@ def _token(token: str, behavior: float, teacher: float, gap: float) -> _Token:
         text=shown,
         hover=f"“{shown}”\nstudent {_signed(behavior)}\nteacher {_signed(teacher)}\n"
         f"gap {_signed(gap)} nats",
+        breaks=token.count("\n"),
+    )
+
+
+def _plain_token(token: str, sampled_by: str, behavior: float) -> _Token:
+    """A token without a gap between student and teacher."""
+    shown = visible(token)
+    return _Token(
+        css=gap_class(0.0),
+        text=shown,
+        hover=f"“{shown}”\nsampled by the {sampled_by}, {_signed(behavior)} nats",
         breaks=token.count("\n"),
     )
 

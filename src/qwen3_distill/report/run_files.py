@@ -1,16 +1,22 @@
 """Reads the files of a run folder that the report shows."""
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen3_distill.config.redaction import recordable
 from qwen3_distill.errors import DataError
-from qwen3_distill.recording.jsonl import read_jsonl
+from qwen3_distill.recording.cost_records import CostTotals, read_cost
+from qwen3_distill.recording.records import (
+    is_number,
+    read_evaluations,
+    read_steps,
+    read_summary,
+)
 from qwen3_distill.report.drawing import Point
 from qwen3_distill.report.timeline import Timeline, load_timeline
+from qwen3_distill.utils.json_text import read_json_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +31,30 @@ class RunFiles:
     steps: Sequence[Mapping[str, Any]]
     evaluations: Sequence[Mapping[str, Any]]
     timeline: Timeline | None
+    cost: CostTotals | None
+    notes: Sequence[str]
+    """A line for each thing that is left out of the page, with the cause."""
 
     @classmethod
-    def load(cls, folder: Path) -> "RunFiles":
+    def load(cls, folder: Path, *, with_timeline: bool = True) -> "RunFiles":
+        """Read a folder's files.
+
+        Raises:
+            DataError: a record has another form. An old trace is left out, and `notes` says so.
+        """
+        notes: list[str] = []
+        config = _json_if_there(folder / "config.json")
         return cls(
             name=folder.resolve().name,
-            config=_json_if_there(folder / "config.json"),
+            config=None if config is None else recordable(config),
             manifest=_json_if_there(folder / "manifest.json"),
             prompt=_json_if_there(folder / "prompt.json"),
-            summary=_json_if_there(folder / "summary.json"),
-            steps=_jsonl_if_there(folder / "metrics.jsonl"),
-            evaluations=_jsonl_if_there(folder / "evaluations.jsonl"),
-            timeline=load_timeline(folder),
+            summary=_summary_if_there(folder / "summary.json"),
+            steps=read_steps(folder / "metrics.jsonl", complete=False),
+            evaluations=read_evaluations(folder / "evaluations.jsonl", complete=False),
+            timeline=load_timeline(folder, note=notes.append) if with_timeline else None,
+            cost=read_cost(folder, with_points=True),
+            notes=notes,
         )
 
     def points(self, key: str) -> list[Point]:
@@ -56,9 +74,10 @@ class RunFiles:
     @property
     def student_evaluations(self) -> list[Mapping[str, Any]]:
         """The student's evaluations by step: one per step, that of the most problems."""
-        return self._student_by_step(at_second=False)
+        return self.student_by_step(at_second=False)
 
-    def _student_by_step(self, *, at_second: bool) -> list[Mapping[str, Any]]:
+    def student_by_step(self, *, at_second: bool) -> list[Mapping[str, Any]]:
+        """`student_evaluations`, or those at the second temperature."""
         by_step: dict[int, Mapping[str, Any]] = {}
         for record in self.evaluations:
             is_student = record["model"].startswith("student")
@@ -78,7 +97,7 @@ class RunFiles:
         if who == "teacher":
             teacher = (e for e in self.evaluations if e["model"].startswith("teacher"))
             return next((e for e in teacher if ("temperature" in e) == at_second), None)
-        student = self._student_by_step(at_second=at_second)
+        student = self.student_by_step(at_second=at_second)
         if who == "before":
             return student[0] if student and student[0]["step"] == 0 else None
         return student[-1] if student and student[-1]["step"] > 0 else None
@@ -90,23 +109,12 @@ class RunFiles:
 
 def _json_if_there(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a JSON object")
-    return content
+        raise DataError(f"{path} is no record of a run: {error}") from error
 
 
-def _jsonl_if_there(path: Path) -> list[dict[str, Any]]:
-    try:
-        return read_jsonl(path)
-    except FileNotFoundError:
-        return []
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value read from JSON is a finite number."""
-    return isinstance(value, int | float) and math.isfinite(value)
+def _summary_if_there(path: Path) -> dict[str, Any] | None:
+    return read_summary(path) if path.exists() else None

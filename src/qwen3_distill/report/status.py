@@ -1,16 +1,17 @@
 """Reads from a run folder where the run is now. Never writes, and never takes the folder's lock."""
 
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3_distill.errors import RunFolderError
+from qwen3_distill.errors import DataError, RunFolderError
 from qwen3_distill.recording.console import Pace, evaluation_text
 from qwen3_distill.recording.heartbeat import STATUS_FILE, is_alive
-from qwen3_distill.recording.jsonl import read_jsonl
+from qwen3_distill.recording.records import is_count, is_number, read_evaluations, read_steps
 from qwen3_distill.recording.text import clock, duration
+from qwen3_distill.utils.json_text import read_json_object
+from qwen3_distill.utils.shown import shown
 
 RECENT_STEPS = 20
 """Steps of which the rates are means."""
@@ -32,16 +33,18 @@ def run_status(folder: Path, now: float | None = None) -> dict[str, Any]:
 
     Raises:
         RunFolderError: the folder holds no run, or its config is damaged.
+        DataError: a record of the run has another form.
     """
     now = time.time() if now is None else now
     config = _read_json(folder / "config.json")
-    if config is None or not isinstance(config.get("steps"), int):
+    if config is None or not is_count(config.get("steps")):
         raise RunFolderError(
             f"{folder} is not a run folder: it has no readable config.json; give the output_dir "
             "of a run"
         )
-    beat = _read_json(folder / STATUS_FILE) or {}
-    steps, evaluations = _records(folder / "metrics.jsonl"), _records(folder / "evaluations.jsonl")
+    beat = _read_beat(folder / STATUS_FILE)
+    steps = read_steps(folder / "metrics.jsonl")
+    evaluations = read_evaluations(folder / "evaluations.jsonl")
     state, error = _state(beat, finished=(folder / "summary.json").exists(), now=now)
     runs = state == "running"
     total: int = beat.get("steps", config["steps"])
@@ -129,16 +132,43 @@ def _age(at: float | None, now: float) -> float | None:
     return None if at is None else max(0.0, now - at)
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+_BEAT: Mapping[str, Callable[[Any], bool]] = {
+    "steps": is_count,
+    "step": is_count,
+    "stage": lambda value: isinstance(value, str),
+    "stage_since": is_number,
+    "ended": lambda value: isinstance(value, str),
+    "pid": is_count,
+    "pid_start": lambda value: isinstance(value, str),
+    "host": lambda value: isinstance(value, str),
+    "boot": lambda value: isinstance(value, str),
+    "time": is_number,
+    "working": lambda value: isinstance(value, dict) and all(map(is_number, value.values())),
+}
+
+
+def _read_beat(path: Path) -> dict[str, Any]:
+    """Read the status file without its empty fields; empty where there is none.
+
+    Raises:
+        DataError: it has another form.
+    """
+    remedy = "remove the file: a run writes it again"
     try:
-        return read_jsonl(path)
+        beat = read_json_object(path)
     except FileNotFoundError:
-        return []
+        return {}
+    except ValueError as error:
+        raise DataError(f"{path} is no status: {error}; {remedy}") from error
+    beat = {key: value for key, value in beat.items() if value is not None}
+    for key, holds in _BEAT.items():
+        if key in beat and not holds(beat[key]):
+            raise DataError(f"{path} is no status: {key} is {shown(beat[key])}; {remedy}")
+    return beat
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None

@@ -1,11 +1,12 @@
 """Draws the last steps of a trace: the spans of every stage, queues, and weight versions."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
 
+from qwen3_distill.errors import DataError
 from qwen3_distill.recording.text import duration, number
 from qwen3_distill.recording.trace import (
     STEPS,
@@ -15,6 +16,7 @@ from qwen3_distill.recording.trace import (
     read_trace,
     set_aside,
 )
+from qwen3_distill.recording.trace_events import check_events
 from qwen3_distill.report.charts import Figure
 from qwen3_distill.report.drawing import Colour, Drawing, Point, tick_label, ticks
 
@@ -56,15 +58,27 @@ class Timeline:
     """By counter: (begin, value); the first value begins at or before the window."""
 
 
-def load_timeline(run_folder: Path, num_steps: int = STEPS_SHOWN) -> Timeline | None:
+def load_timeline(
+    run_folder: Path,
+    num_steps: int = STEPS_SHOWN,
+    note: Callable[[str], object] = lambda line: None,
+) -> Timeline | None:
     """Return the last steps of the newest trace that has any; None without one.
 
-    Raises:
-        DataError: a trace is malformed.
+    Args:
+        note: told of each trace that is left out because of its form.
     """
     newest = run_folder / TRACE_FILE
     for path in (newest, *set_aside(newest)):
-        if path.exists() and (timeline := timeline_of(read_trace(path), num_steps)):
+        if not path.exists():
+            continue
+        try:
+            events = read_trace(path)
+            check_events(events, path.name)
+        except DataError as error:
+            note(f"Not shown: {error}.")
+            continue
+        if timeline := timeline_of(events, num_steps):
             return timeline
     return None
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from qwen3_distill.errors import RunFolderError
-from qwen3_distill.ports import TeacherScorer
+from qwen3_distill.ports import STORED_TOKENS, TeacherScorer
 from qwen3_distill.types import (
     HiddenRequest,
     HiddenScore,
@@ -56,7 +56,7 @@ class CachedTeacher:
         self._request = request
         self._file = Path(folder) / FILE_NAME
         self._database: sqlite3.Connection | None = None
-        self._counters = {HITS: 0.0, MISSES: 0.0, DAMAGED: 0.0}
+        self._counters = {HITS: 0.0, MISSES: 0.0, DAMAGED: 0.0, STORED_TOKENS: 0.0}
 
     @property
     def identity(self) -> ModelIdentity:
@@ -103,6 +103,7 @@ class CachedTeacher:
                 results[index] = score
         missing = [index for index in range(len(jobs)) if index not in results]
         self._counters[HITS] += len(results)
+        self._counters[STORED_TOKENS] += sum(jobs[index].token_ids.size for index in results)
         self._counters[MISSES] += len(missing)
         if missing:
             new = await self.inner.score([jobs[index] for index in missing])

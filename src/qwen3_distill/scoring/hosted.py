@@ -5,12 +5,19 @@ depends on nothing but the tokens.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from qwen3_distill.errors import EngineError, EngineLost, EngineStartError
 from qwen3_distill.hosts.host import Host
 from qwen3_distill.hosts.opening import Opening
 from qwen3_distill.hosts.supervision import Restarts
-from qwen3_distill.types import ModelIdentity, ScoreResult, ScoringJob
+from qwen3_distill.types import (
+    ModelIdentity,
+    ScoreFailure,
+    ScoreResult,
+    ScoringJob,
+    TeacherScore,
+)
 
 
 class HostedTeacher:
@@ -70,7 +77,7 @@ class HostedTeacher:
         while True:
             start = await self._restarts.current()
             try:
-                return await self._host.call("score", list(jobs))
+                return _checked(await self._host.call("score", list(jobs)), jobs)
             except EngineLost as error:
                 await self._restarts.recover(start, error)
 
@@ -84,3 +91,22 @@ class HostedTeacher:
             self._teacher_id = await self._opening.open(self._host)
         except EngineStartError as error:
             raise self._opening.explained(error, self._host) from None
+
+
+def _checked(results: Any, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
+    """Return a worker's results if they are one a job, each with a value for every scored token.
+
+    Raises:
+        EngineError: they are something else.
+    """
+    if not isinstance(results, list) or len(results) != len(jobs):
+        raise EngineError(f"the teacher's worker gave no list of {len(jobs)} scores")
+    for result, job in zip(results, jobs, strict=True):
+        if isinstance(result, ScoreFailure):
+            continue
+        expected = sum(span.stop - span.start for span in job.scored)
+        if not isinstance(result, TeacherScore) or result.logprobs.shape != (expected,):
+            raise EngineError(
+                f"the teacher's worker gave no score of {expected} tokens for {job.rollout_id}"
+            )
+    return results

@@ -42,10 +42,14 @@ class MicroBatch:
     """int64: where in the flattened [B, T] each loss token is predicted."""
     target_N: Tensor
     """int64 token ids."""
+    by_teacher: tuple[bool, ...]
+    """Whether a teacher sampled each sequence, in order; else the student did."""
+    is_scored: bool
+    """Whether a teacher scored the rollouts."""
     behavior_logprob_N: Tensor
-    """float32 nats."""
+    """float32 nats, under the student that sampled; NaN where a teacher did."""
     teacher_logprob_N: Tensor
-    """float32 nats."""
+    """float32 nats; NaN if `is_scored` is False."""
     importance_weight_N: Tensor
     """float32: w_i of the token's rollout."""
     task_advantage_N: Tensor
@@ -161,6 +165,8 @@ def _lay_out(
         is_sampled = ~flat.is_unsampled_F[slot_N]
         slot_N, index_N = slot_N[is_sampled], index_N[is_sampled]
     loss_S = flat.loss_tokens_S[chosen]
+    no_teacher_S = np.zeros(len(chosen), dtype=np.bool_)
+    by_teacher_S = no_teacher_S if flat.by_teacher_S is None else flat.by_teacher_S[chosen]
 
     def moved(values: Counts) -> Tensor:
         return to_device(torch.from_numpy(values), device)
@@ -179,6 +185,8 @@ def _lay_out(
         "sequence_tokens": tuple(inputs_S.tolist()),
         "loss_tokens": tuple(loss_S.tolist()),
         "loss_index_N": moved(index_N),
+        "by_teacher": tuple(by_teacher_S.tolist()),
+        "is_scored": flat.is_scored,
         "target_N": flat.token_id_F.index_select(0, target_N).long(),
         "behavior_logprob_N": flat.behavior_logprob_F.index_select(0, target_N),
         "teacher_logprob_N": flat.teacher_logprob_F.index_select(0, target_N),

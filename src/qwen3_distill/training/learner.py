@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from qwen3_distill.errors import (
     AlignmentError,
@@ -28,6 +27,7 @@ from qwen3_distill.errors import (
     ConfigError,
     DataError,
     EngineError,
+    ModelError,
     NonFiniteError,
 )
 from qwen3_distill.modeling.digest import weights_digest
@@ -37,61 +37,34 @@ from qwen3_distill.modeling.student_directory import read_student_files, write_s
 from qwen3_distill.ports import FullWeights, WeightChannel, WeightPayload
 from qwen3_distill.replay.buffer import ReplayBuffer
 from qwen3_distill.training.batching import MicroBatch, flat_micro_batches, micro_batches
+from qwen3_distill.training.finite import FiniteCheck
 from qwen3_distill.training.lora import adapter_weights, merged_parameters
 from qwen3_distill.training.memory_lack import memory_lack
-from qwen3_distill.training.objectives.base import LossTerms, Objective, TensorMetric, read_scalars
+from qwen3_distill.training.objectives.base import (
+    LossTerms,
+    Objective,
+    TensorMetric,
+    check_samplers,
+    read_scalars,
+)
+from qwen3_distill.training.pass_counts import PassCounts
 from qwen3_distill.training.rank_place import StepShare, deal
 from qwen3_distill.training.ranks import Ranks
 from qwen3_distill.training.schedule import learning_rate_factor
 from qwen3_distill.training.settings import AnyLearnerSettings
+from qwen3_distill.training.student import Student
 from qwen3_distill.types import (
     Batch,
     Metric,
     ModelIdentity,
     ScoredRollout,
+    TrainingRollout,
     Update,
     WeightVersion,
 )
 from qwen3_distill.utils.seeds import derive_seed
 
 _GIB = 1 << 30
-
-
-class Student(Protocol):
-    """A model in training mode, with adapters inside it when tuning is LoRA."""
-
-    @property
-    def core(self) -> PreTrainedModel:
-        """The plain Qwen3 model: parameters carry its names."""
-        ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def packs(self) -> bool:
-        """Whether micro-batches are packed rather than padded."""
-        ...
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The context of the forward pass and the loss."""
-        ...
-
-    def hidden(self, micro: MicroBatch) -> Tensor:
-        """[B, T, D] hidden states, the output head's input."""
-        ...
-
-    def metrics(self) -> tuple[Metric, ...]:
-        """The engine's own metrics of a step."""
-        ...
-
-    def memory_report(self) -> str:
-        """Memory planned and available, for an out-of-memory error."""
-        ...
-
-    def describe(self) -> dict[str, str]:
-        """How the model runs, for people."""
-        ...
 
 
 class _MicroBatches(Protocol):
@@ -166,7 +139,14 @@ class TorchLearner:
             # One kernel without temporaries: running out of memory cannot leave half a step.
             fused=True if student.device.type == "cuda" else None,
         )
-        self._version = WeightVersion(step=0, digest=self._digest())
+        self._spoiled: str | None = None
+        """Why the weights may not be used any more."""
+        try:
+            self._version = WeightVersion(step=0, digest=self._digest())
+        except NonFiniteError as error:
+            raise ModelError(
+                f"{settings.model_dir}: {error}; restore the files from where the model came from"
+            ) from None
         self._ranks: Ranks | None = None
 
     def join(self, ranks: Ranks) -> None:
@@ -190,6 +170,7 @@ class TorchLearner:
 
     async def update(self, batch: Batch) -> Update:
         self._check_lengths(batch.scored)
+        check_samplers(self._settings.objective, batch.scored)
         return self._step(
             _Step(
                 micros=partial(micro_batches, batch),
@@ -217,6 +198,7 @@ class TorchLearner:
 
     async def admit(self, scored: Sequence[ScoredRollout]) -> None:
         self._check_lengths(scored)
+        check_samplers(self._settings.objective, scored)
         with self._memory_watched("new rollouts", "they were not kept"):
             self._kept.add(scored)
 
@@ -274,6 +256,7 @@ class TorchLearner:
 
     def _step(self, work: "_Step") -> tuple[Update, Tensor]:
         """Take an optimizer step; also [S], each rollout's mean magnitude."""
+        self._require_unspoiled()
         step = self._version.step
         rank = () if self._ranks is None else (self._ranks.place.index,)
         torch.manual_seed(derive_seed(self._settings.seed, "dropout", step, *rank))
@@ -287,7 +270,7 @@ class TorchLearner:
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
         with self._memory_watched(f"step {step}", "it was stepped, but cannot be published"):
-            self._version = WeightVersion(step=step + 1, digest=self._digest())
+            self._version = WeightVersion(step=step + 1, digest=self._stepped_digest(step))
         update = Update(
             version=self._version,
             loss=gradient.loss,
@@ -310,6 +293,7 @@ class TorchLearner:
 
     def payload(self) -> WeightPayload:
         """The current version's weights, on the learner's device."""
+        self._require_unspoiled()
         core = self.student.core
         adapter = self._settings.published_adapter
         if adapter is not None:
@@ -317,6 +301,7 @@ class TorchLearner:
         return FullWeights(tensors=dict(merged_parameters(core)))
 
     async def save_state(self, directory: Path) -> None:
+        self._require_unspoiled()
         trained = {name: tensor.detach().contiguous() for name, tensor in self._trained.items()}
         save_file(trained, directory / "weights.safetensors")
         torch.save(self._optimizer.state_dict(), directory / "optimizer.pt")
@@ -336,10 +321,14 @@ class TorchLearner:
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(saved[name])
+        self._spoiled = None
         self._optimizer.load_state_dict(state)
         if self._replay is not None and kept is not None:
             self._replay.load_state_dict(kept)
-        digest = self._digest()
+        try:
+            digest = self._digest()
+        except NonFiniteError as error:
+            raise CheckpointError(f"{directory}: {error}") from None
         if digest != version.digest:
             raise CheckpointError(
                 f"{directory}: weights have digest {digest}, its cursor says {version.digest}"
@@ -347,8 +336,12 @@ class TorchLearner:
         self._version = version
 
     async def save_student(self, directory: Path) -> None:
+        self._require_unspoiled()
+        check = FiniteCheck()
         # No second model is made: an engine may have patched the model's class in this process.
-        weights = {name: tensor.cpu() for name, tensor in merged_parameters(self.student.core)}
+        merged = check.passing(merged_parameters(self.student.core))
+        weights = {name: tensor.cpu() for name, tensor in merged}
+        check.require()
         write_student(self._files, weights, directory)
 
     async def close(self) -> None:
@@ -359,11 +352,13 @@ class TorchLearner:
         """Accumulate and clip the step's gradient."""
         losses, pending = list[Tensor](), list[TensorMetric]()
         rollouts, magnitudes = list[int](), list[Tensor]()
+        counts = PassCounts(self._settings.training.chunk_tokens)
         for micro in work.micros(
             self._settings.training.micro_batch_tokens, packed=self.student.packs
         ):
             terms = self._terms(micro.to(self.student.device), work.denominator)
             terms.loss.backward()
+            counts.add(micro)
             losses.append(terms.loss.detach())
             pending.extend(terms.metrics)
             rollouts.extend(micro.rollouts)
@@ -377,7 +372,10 @@ class TorchLearner:
         return _Gradient(
             loss=sum(values[1 : 1 + len(losses)]),
             norm=values[0],
-            metrics=[metric.read(total) for metric, total in zip(pending, totals, strict=True)],
+            metrics=[
+                *(metric.read(total) for metric, total in zip(pending, totals, strict=True)),
+                *counts.metrics(),
+            ],
             magnitude_S=self._in_order(magnitudes, rollouts),
         )
 
@@ -434,7 +432,7 @@ class TorchLearner:
         peak = torch.cuda.max_memory_allocated(device) / _GIB
         return (Metric.max("train/peak_memory_gib", peak),)
 
-    def _check_lengths(self, scored: Sequence[ScoredRollout]) -> None:
+    def _check_lengths(self, scored: Sequence[TrainingRollout]) -> None:
         for rollout in (entry.rollout for entry in scored):
             length = rollout.prompt.token_ids.size + rollout.num_tokens
             self._check_length(rollout.rollout_id, length)
@@ -465,10 +463,34 @@ class TorchLearner:
         return optimizer.learning_rate * factor
 
     def _digest(self) -> str:
-        """The digest of `payload`, without a merged copy of the whole model."""
+        """The digest of `payload`, without a merged copy of the whole model.
+
+        Raises:
+            NonFiniteError: the weights that would be published are not finite.
+        """
+        check = FiniteCheck()
         if self._settings.published_adapter is not None:
-            return weights_digest(self.payload().tensors)
-        return weights_digest(merged_parameters(self.student.core))
+            digest = weights_digest(check.passing(self.payload().tensors.items()))
+        else:
+            digest = weights_digest(check.passing(merged_parameters(self.student.core)))
+        check.require()  # computed with the digest, which waited for the device
+        return digest
+
+    def _stepped_digest(self, step: int) -> str:
+        """The digest after a step; weights that the step spoiled are never used."""
+        try:
+            return self._digest()
+        except NonFiniteError as error:
+            self._spoiled = (
+                f"step {step}: {error} after the optimizer's step. Nothing of it was published or "
+                "saved: the newest checkpoint is from before. Lower training.optimizer's "
+                "learning_rate or weight_decay, in a new output_dir"
+            )
+            raise NonFiniteError(self._spoiled) from None
+
+    def _require_unspoiled(self) -> None:
+        if self._spoiled is not None:
+            raise NonFiniteError(self._spoiled)
 
 
 def _no_micro_batches(max_tokens: int, *, packed: bool) -> Iterator[MicroBatch]:

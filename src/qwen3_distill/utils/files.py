@@ -25,13 +25,16 @@ _DESCRIPTOR = re.compile(r"/dev/(?:(stdout)|(stderr)|fd/(\d+))|/proc/self/fd/(\d
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, *, private: bool = False) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; its file replaces ``path`` at the end.
 
     Readers see the old file or the whole new one, even after a power cut: the file and its folder
     are synced. When the block raises, the temporary file is removed and ``path`` keeps
     its old content. The temporary path is absolute and its name ends like ``path``, because some
     writers choose the format by the suffix, and expand ``~`` or take ``a:b`` for a URL.
+
+    Args:
+        private: only this user may read the file.
 
     A symbolic link stays and its target is replaced. A replaced file keeps its permissions. What
     is no regular file (a device, a pipe) is not replaced: the finished content is written to it.
@@ -47,7 +50,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             with _written_directly(target) as temporary:
                 yield temporary
             return
-        with _replaced(file) as temporary:
+        with _replaced(file, private) as temporary:
             yield temporary
     except DistillError:
         raise
@@ -85,12 +88,15 @@ def _replaceable(target: Path) -> Path | None:
 
 
 @contextmanager
-def _replaced(file: Path) -> Iterator[Path]:
+def _replaced(file: Path, private: bool) -> Iterator[Path]:
     temporary = file.with_name(f".tmp-{secrets.token_hex(6)}-{file.name}")
     try:
+        if private:
+            temporary.touch(mode=0o600)
         yield temporary
         with suppress(FileNotFoundError):
-            temporary.chmod(stat.S_IMODE(file.stat().st_mode) & 0o777)
+            kept = stat.S_IMODE(file.stat().st_mode) & (0o700 if private else 0o777)
+            temporary.chmod(kept)
         sync(temporary)
         try:
             os.replace(temporary, file)
@@ -158,8 +164,11 @@ def check_writable(path: str | Path) -> None:
         ) from error
 
 
-def write_json_atomic(path: str | Path, obj: Any) -> None:
+def write_json_atomic(path: str | Path, obj: Any, *, private: bool = False) -> None:
     """Write ``obj`` as indented UTF-8 JSON through `atomic_path`.
+
+    Args:
+        private: only this user may read the file.
 
     Raises:
         RunFolderError: the file cannot be written.
@@ -167,7 +176,7 @@ def write_json_atomic(path: str | Path, obj: Any) -> None:
         TypeError: ``obj`` holds something else that JSON cannot represent.
     """
     text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with atomic_path(path) as temporary:
+    with atomic_path(path, private=private) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

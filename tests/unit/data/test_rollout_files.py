@@ -1,7 +1,7 @@
 """Rollout files: round trips, older files, and files that are refused by name."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from qwen3_distill.data.rollout_files import (
     VERSION_KEY,
     read_rollouts,
     read_scored,
+    read_training,
     write_rollouts,
     write_scored,
 )
@@ -32,6 +33,7 @@ from qwen3_distill.types import (
     TeacherScore,
     TokenSpan,
     TopKScore,
+    TrainingRollout,
     VersionSpan,
     WeightVersion,
 )
@@ -215,7 +217,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
 # --- Files that are not what they should be -----------------------------------------------------
 
 
-def rewrite(path: Path, table: pa.Table, version: str | None = "3") -> None:
+def rewrite(path: Path, table: pa.Table, version: str | None = "4") -> None:
     metadata = {} if version is None else {VERSION_KEY: version.encode()}
     pq.write_table(table.replace_schema_metadata(metadata), path)
 
@@ -274,7 +276,11 @@ def test_nulls_at_any_depth_are_refused(tmp_path: Path, name: str, values: Any) 
         ("score_kind", ["sampled", "top_k", "full", "top_k"], r"row 2 .*'full', expected \["),
         ("score_kind", ["top_k", "top_k", "hidden", "top_k"], "row 0 .*'candidate_ids' is null"),
         ("candidate_ids", [None, [[1]], None, [[1, 2], [3]]], "row 1 .*candidate_ids"),
-        ("candidate_ids", [None, [[1] * 3], None, [[1, 2], [3]]], "row 3 .*'candidate_ids' has li"),
+        (
+            "candidate_ids",
+            [None, [[1, 2, 3]], None, [[1, 2], [3]]],
+            "row 3 .*'candidate_ids' has li",
+        ),
         ("temperature", [1.0, 1.0, -1.0, 1.0], "row 2 .*temperature=-1"),
     ],
 )
@@ -296,15 +302,15 @@ def test_unscored_file_is_not_a_scored_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "named"), [(None, "'none'"), ("1", "'1'"), ("4", "'4'"), ("2.5", "'2.5'")]
+    ("version", "named"), [(None, "'none'"), ("1", "'1'"), ("5", "'5'"), ("2.5", "'2.5'")]
 )
 def test_other_schema_versions_are_refused(tmp_path: Path, version: Any, named: str) -> None:
     path = tmp_path / "s.parquet"
     write_sample(path)
     rewrite(path, pq.read_table(path), version)
     message = (
-        rf"s\.parquet has rollout schema version {named}, expected '2' or '3'; read it with the "
-        "version of this package that wrote it"
+        rf"s\.parquet has rollout schema version {named}, expected '2' or '3' or '4'; read it "
+        "with the version of this package that wrote it"
     )
     for read in (read_rollouts, read_scored):
         with pytest.raises(DataError, match=message):
@@ -382,6 +388,38 @@ def test_spans_of_a_file_that_says_schema_2_are_not_dropped_unseen(tmp_path: Pat
         read_rollouts(path)
 
 
+@pytest.fixture
+def taught() -> Rollout:
+    """An answer of a teacher: it has no version of the student."""
+    mine = rollout(np.random.default_rng(1), 4, 1)
+    return replace(mine, versions=(), teacher_id="teacher#ab@float32")
+
+
+def test_who_sampled_a_rollout_is_kept(tmp_path: Path, taught: Rollout) -> None:
+    path = tmp_path / "r.parquet"
+    mine = rollout(np.random.default_rng(2), 4, 0)
+    write_rollouts(path, [(1, taught), (1, mine)], decode)
+    assert_same(read_rollouts(path), [(1, taught), (1, mine)])
+    assert pq.read_table(path)["sampled_by_teacher"].to_pylist() == ["teacher#ab@float32", ""]
+    assert_same(read_training(path), [(1, TrainingRollout(rollout=r)) for r in (taught, mine)])
+
+
+def test_a_file_of_schema_3_was_sampled_by_the_student(tmp_path: Path, taught: Rollout) -> None:
+    path = tmp_path / "s.parquet"
+    rows = write_sample(path)
+    rewrite(path, pq.read_table(path).drop_columns(["sampled_by_teacher"]), "3")
+    assert_same(read_scored(path), rows)
+    write_rollouts(path, [(1, taught)], decode)
+    rewrite(path, pq.read_table(path), "3")
+    with pytest.raises(DataError, match=r"row 0 .*do not tile"):  # not taken for the student's
+        read_rollouts(path)
+
+
+def test_training_rollouts_keep_the_scores_that_a_file_has(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    assert_same(read_training(path) if write_sample(path) else [], read_scored(path))
+
+
 def test_extra_columns_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "s.parquet"
     rows = write_sample(path)
@@ -416,3 +454,69 @@ def test_missing_truncated_and_damaged_files(tmp_path: Path) -> None:
         read_scored(path)
     path.write_bytes(whole)
     assert_same(read_scored(path), rows)
+
+
+# --- What a file says about a model ---------------------------------------------------------------
+
+
+def largest_id(rows: list[tuple[int, ScoredRollout]]) -> int:
+    """The largest token id of a file, candidates included."""
+    arrays = [
+        array for _, s in rows for array in (s.rollout.prompt.token_ids, s.rollout.response_ids)
+    ]
+    arrays += [s.score.candidate_ids for _, s in rows if isinstance(s.score, TopKScore)]
+    return max(int(array.max()) for array in arrays)
+
+
+def test_ids_outside_of_the_vocabulary_are_refused_at_reading(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    rows = write_sample(path)
+    largest = largest_id(rows)
+    assert len(read_scored(path, vocab_size=largest + 1)) == len(rows)
+    with pytest.raises(DataError, match=rf"row \d+ has the token id {largest} in \w+, expected"):
+        read_scored(path, vocab_size=largest)
+    with pytest.raises(DataError, match="the file is of another model"):
+        read_rollouts(path, vocab_size=1)
+
+
+def test_a_negative_id_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    write_sample(path)
+    for name in ("prompt_ids", "response_ids"):
+        table = pq.read_table(path)
+        values = table.column(name).to_pylist()
+        values[1][0] = -1
+        other = tmp_path / f"{name}.parquet"
+        rewrite(other, with_column(table, name, values))
+        with pytest.raises(DataError, match=r"row 1 .*-1 is no token id"):
+            read_scored(other)
+
+
+def test_candidates_twice_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    write_sample(path)
+    table = pq.read_table(path)
+    values = table.column("candidate_ids").to_pylist()
+    row = next(index for index, value in enumerate(values) if value is not None)
+    values[row][0][1] = values[row][0][0]
+    rewrite(path, with_column(table, "candidate_ids", values))
+    with pytest.raises(DataError, match=f"row {row} .*has an id twice"):
+        read_scored(path)
+
+
+def test_a_rollout_twice_in_a_step_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    write_sample(path)
+    table = pq.read_table(path)
+    rewrite(path, pa.concat_tables([table, table.slice(2, 1)]))
+    with pytest.raises(DataError, match=r"row 4 is rollout .* again, which row 2 has"):
+        read_rollouts(path)
+
+
+def test_hidden_states_of_another_teacher_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    rows = write_sample(path)
+    (size,) = {s.score.hidden.shape[1] for _, s in rows if isinstance(s.score, HiddenScore)}
+    assert len(read_scored(path, hidden_size=size)) == len(rows)
+    with pytest.raises(DataError, match=f"hidden states of {size} numbers, expected the teacher's"):
+        read_scored(path, hidden_size=size + 1)

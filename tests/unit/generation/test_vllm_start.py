@@ -19,7 +19,7 @@ from tests.tiny_models import TinyModels
         ("driver: the last words", r"did not start.*driver: the last words"),
         (
             "ModuleNotFoundError: No module named 'vllm'",
-            r"not installed for .*environments/make.py vllm-cuda.* set generation.python",
+            r"not installed for .*fake-python.*engines install vllm.* if generation.python is null",
         ),
         (
             "ImportError: cannot import name 'TokensPrompt' from 'vllm' (/x/vllm/__init__.py)",

@@ -92,7 +92,7 @@ class Held:
 
     @property
     def oldest_step(self) -> int:
-        return self.scored.rollout.oldest_version.step
+        return self.scored.rollout.versions[0].version.step
 
 
 class ModelBuffer:

@@ -50,7 +50,7 @@ def assert_holds(flat: FlatRollouts, expected: list[ScoredRollout]) -> None:
             prompt,
             rollout.num_tokens,
         )
-        assert flat.oldest_step_S[row] == rollout.oldest_version.step
+        assert flat.oldest_step_S[row] == rollout.versions[0].version.step
         stop = start + prompt + rollout.num_tokens
         ids = np.concatenate([rollout.prompt.token_ids, rollout.response_ids])
         assert np.array_equal(flat.token_id_F[start:stop], ids)

@@ -120,6 +120,16 @@ def _accuracy(value: float) -> dict[str, float]:
     return {"value": value, "ci_low": value - 0.04, "ci_high": value + 0.03}
 
 
+def _cost_lines() -> list[dict[str, Any]]:
+    """The cost ledger of 40 equal steps."""
+    empty: dict[str, Any] = {"work": {}, "evaluation": {}, "unused": {}}
+    price = {"price_per_device_hour": None, "currency": "USD"}
+    start = {"step": 0, "kind": "start", **empty, "devices": 1, "unknown": {}, **price}
+    work = {"tokens/trained": 2_000, "flops/train": 10**12, "device_s/train": 1.5}
+    steps = [{**empty, "step": n, "kind": "step", "work": work} for n in range(1, 41)]
+    return [start, *steps]
+
+
 def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
@@ -155,6 +165,7 @@ def run(tmp_path: Path) -> Path:
         _evaluation(40, 0.81),
     ]
     _write_lines(folder / "evaluations.jsonl", evaluations)
+    _write_lines(folder / "cost.jsonl", _cost_lines())
     summary = {
         "accuracy": {
             "before": _accuracy(0.48),
@@ -187,7 +198,17 @@ def _page(folder: Path, rollouts: list[RolloutView] | None = None) -> _Page:
     return _Page(write_report(folder, rollouts or []).read_text(encoding="utf-8"))
 
 
-SECTIONS = ("result", "learning", "responses", "prompt", "rollouts", "time", "health", "setup")
+SECTIONS = (
+    "result",
+    "learning",
+    "responses",
+    "prompt",
+    "rollouts",
+    "time",
+    "cost",
+    "health",
+    "setup",
+)
 
 
 def test_a_whole_run_shows_every_section(run):
@@ -213,6 +234,8 @@ def test_a_whole_run_shows_every_section(run):
         "1.0002",
         "Weight lag",
         "Gradient norm",
+        "Held-out accuracy against cost",
+        "40 T",
         '"model": "models/small"',
         "Prompt train:0 as the chat template renders it",
         "<|im_start|> user 2+2= <|im_end|>",
@@ -239,7 +262,7 @@ def test_the_crosshair_finds_its_data(run):
     charts_data = [
         json.loads(v["data-chart"] or "") for _, v in _page(run).tags if "data-chart" in v
     ]
-    assert len(charts_data) == 12
+    assert len(charts_data) == 13
     accuracy = charts_data[0]
     assert len(accuracy["px"]) == len(accuracy["at"]) == 3
     # At step 40 the evaluation of more problems counts.

@@ -12,6 +12,7 @@ import pytest
 
 from qwen3_distill.errors import RunFolderError
 from qwen3_distill.modeling.loading import load_identity
+from qwen3_distill.ports import STORED_TOKENS
 from qwen3_distill.scoring import cache
 from qwen3_distill.scoring.cache import CachedTeacher, score_key
 from qwen3_distill.types import (
@@ -126,6 +127,7 @@ def test_a_second_run_gets_the_same_scores_without_the_teacher(
         cache.HITS: len(ROLLOUTS),
         cache.MISSES: 0,
         cache.DAMAGED: 0,
+        STORED_TOKENS: sum(job.token_ids.size for job in JOBS),
     }
 
 

@@ -17,6 +17,7 @@ from qwen3_distill.scoring.sglang.wire import (
     read_answer,
     read_scores,
     score_body,
+    score_reply_limit,
 )
 from qwen3_distill.types import (
     SampledRequest,
@@ -203,6 +204,87 @@ def test_a_bad_sequence_is_a_fault(rows: Any, kind: FaultKind) -> None:
     assert fault_of(reply(entry(rows))) is kind
 
 
+@pytest.mark.parametrize(
+    "value", [False, True, "-0.5", [-0.5], {"-0.5": 1}, {}, [], "", "nan", [[-0.5]]]
+)
+def test_a_logprob_of_another_type_is_a_fault(value: Any) -> None:
+    assert fault_of(reply(entry(replaced(2, 0, value)))) is FaultKind.GARBAGE
+    everywhere = [ROWS[0], *([value, row[1], None] for row in ROWS[1:])]
+    assert fault_of(reply(entry(everywhere))) is FaultKind.GARBAGE
+    assert fault_of(reply(entry(top=changed(2, [[value, 7, None], TOP[2][1]]))), TOP_2) is (
+        FaultKind.GARBAGE
+    )
+    with pytest.raises(ReplyError):
+        read_three(answer([1, 2, 3], [-1.0, value, -1.0]))
+    truncated = [-1.0, value, -1.0]
+    with pytest.raises(ReplyError):
+        read_three(answer([1, 2, 3], output_token_sampling_logprobs=truncated), top_k=5)
+
+
+@pytest.mark.parametrize("token", [1.0, 1.7, "1", True, [1], None, {"1": 1}, -1, VOCAB, 2**70])
+def test_an_id_of_another_type_or_vocabulary_is_a_fault(token: Any) -> None:
+    assert isinstance(read(reply(entry(replaced(2, 1, token))))[0], Fault)
+    assert isinstance(
+        read(reply(entry(top=changed(2, [[-0.25, token, None], TOP[2][1]]))), TOP_2)[0], Fault
+    )
+    with pytest.raises(ReplyError):
+        read_three(answer([token, 2, 3]))
+
+
+@pytest.mark.parametrize(
+    "row", [[-1.5, 1], [-1.5, 1, None, None], {"-1.5": 1, "1": 1, "a": 1}, "abc", [-1.5, 1, 3], 3]
+)
+def test_a_row_of_another_form_is_a_fault(row: Any) -> None:
+    rows = [*ROWS[:2], row, ROWS[3]]
+    assert fault_of(reply(entry(rows))) is FaultKind.GARBAGE
+
+
+@pytest.mark.parametrize("value", [-(10**400), 10**400, -1e39, -(10**39)])
+def test_a_number_beyond_float32_is_missing(value: Any) -> None:
+    assert fault_of(reply(entry(replaced(2, 0, value)))) is FaultKind.MISSING
+
+
+@pytest.mark.parametrize("reason", [[], "abort", 3, {}, {"type": ["abort"]}, {"type": "other"}])
+def test_an_end_of_another_form_is_a_fault(reason: Any) -> None:
+    assert fault_of(reply(entry(finish_reason=reason))) is FaultKind.GARBAGE
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"[" * 100_000 + b"]" * 100_000,
+        b'{"a":' * 100_000,
+        reply(entry()).decode().encode("utf-16"),
+        reply(entry()).decode().encode("utf-8-sig"),
+        b"[" + b"9" * 5000 + b"]",
+    ],
+)
+def test_nesting_and_charsets_are_faults(raw: bytes) -> None:
+    with pytest.raises(ReplyError) as error:
+        read(raw)
+    assert error.value.fault.kind in (FaultKind.GARBAGE, FaultKind.COUNT) or raw[1:2] == b"9"
+
+
+def test_a_faults_words_are_one_printable_line() -> None:
+    message = "\x1b[2Jtitle\x07\n" + "y" * 5000
+    (outcome,) = read(reply(entry(finish_reason={"type": "abort", "message": message})))
+    assert isinstance(outcome, Fault)
+    assert outcome.detail.isprintable()
+    assert len(outcome.detail) < 700
+
+
+@pytest.mark.parametrize("request_", [SAMPLED, TOP_2, TopKRequest(k=9)])
+def test_the_largest_reply_is_within_its_limit(request_: Any) -> None:
+    value = -1.2345678901234567e-100
+    ids = list(range(VOCAB)) * 400
+    job = job_of(ids, (1, len(ids)))
+    k = getattr(request_, "k", 0)
+    rows = [[value, 151_935, None] for _ in ids]
+    raw = json.dumps([entry(rows, [[row] * k for row in rows])] * 2, indent=None).encode()
+    assert score_reply_limit([job, job], request_) > len(raw)
+    assert score_reply_limit([job, job], request_) < 4 * len(raw) + (128 << 10)
+
+
 def test_a_logprob_may_lie_above_0_by_rounding() -> None:
     (score,) = read(reply(entry(replaced(1, 0, 0.0005))))
     assert isinstance(score, TeacherScore)
@@ -373,7 +455,8 @@ def answer(ids: list[int], values: list[float | None] | None = None, **meta: Any
 
 def read_three(raw: bytes, **sampling: Any) -> Any:
     spec = make_spec(**({"max_new_tokens": 3} | sampling))
-    return read_answer(raw, make_request("r", make_prompt(2), spec), EOS, VERSION)
+    request = make_request("r", make_prompt(2), spec)
+    return read_answer(raw, request, EOS, VERSION, vocab_size=VOCAB)
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,8 @@ def tokens(
         sequence_tokens=(size,),
         loss_tokens=(size,),
         loss_index_N=torch.arange(size),
+        by_teacher=(False,),
+        is_scored=True,
         target_N=torch.tensor(target),
         behavior_logprob_N=behavior_N,
         teacher_logprob_N=teacher_N,

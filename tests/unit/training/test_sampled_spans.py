@@ -36,7 +36,12 @@ from qwen3_distill.types import (
     TopKScore,
 )
 from tests.contract.builders import synthetic_rollout
-from tests.contract.reference import naive_token_losses, sampled_ids, sampled_positions
+from tests.contract.reference import (
+    naive_token_losses,
+    sampled_ids,
+    sampled_positions,
+    scored_of,
+)
 
 VOCAB, HIDDEN, K = 256, 6, 3
 CPU = torch.device("cpu")
@@ -126,7 +131,7 @@ def split_of(
         seed=1,
     )
     for _ in range(3):  # the last addition often begins at the ring's start again
-        buffer.add(case.batch.scored)
+        buffer.add(scored_of(case.batch))
     every = buffer.sample(len(buffer), 0)
     newest = every.numbers_S >= 2 * len(case.batch.scored)
     sample = replace(every, places_S=every.places_S[newest], numbers_S=every.numbers_S[newest])
@@ -160,7 +165,7 @@ def test_every_sampled_token_and_no_other_is_laid_out(
     for micro, rows in split_of(case, "top_k", max_tokens, packed=packed, replayed=replayed):
         expected: list[tuple[int, int, float, float]] = []
         for first, row in zip(first_positions(micro), rows, strict=True):
-            rollout, score = case.batch.scored[row].rollout, case.batch.scored[row].score
+            rollout, score = case.batch.scored[row].rollout, scored_of(case.batch)[row].score
             sequence = [*rollout.prompt.token_ids.tolist(), *rollout.response_ids.tolist()]
             stop = first + len(sequence) - 1
             assert micro.input_BT.flatten()[first:stop].tolist() == sequence[:-1]
@@ -182,7 +187,7 @@ def test_every_sampled_token_and_no_other_is_laid_out(
         assert list(found) == expected
         sizes = tuple(case.batch.scored[row].rollout.num_loss_tokens for row in rows)
         assert micro.loss_tokens == sizes
-        assert isinstance(case.batch.scored[rows[0]].score, TopKScore)
+        assert isinstance(scored_of(case.batch)[rows[0]].score, TopKScore)
 
 
 def laid_out(case: Case, micro: MicroBatch, rows: list[int]) -> Tensor:
@@ -261,6 +266,6 @@ def test_credit_passes_over_tokens_that_were_not_sampled() -> None:
         assert rows == [0]
         terms = objective.terms(micro, hidden_BTD, HEAD_VD, case.batch.denominator)
         magnitudes.append(terms.magnitude_N.tolist())
-        signal = case.batch.scored[0].score.logprobs + np.log(VOCAB)
+        signal = scored_of(case.batch)[0].score.logprobs + np.log(VOCAB)
         expected = np.abs([signal[0] + 0.5 * signal[1], signal[1]])
         np.testing.assert_allclose(magnitudes[-1], expected, rtol=1e-5, atol=1e-5)

@@ -8,6 +8,7 @@ from typing import Any
 from qwen3_distill.config import HuggingFacePrompts
 from qwen3_distill.data.sources.fields import Row, check_columns, wanted_columns
 from qwen3_distill.errors import DataError
+from qwen3_distill.utils.shown import shortened
 
 
 def dataset_name(config: HuggingFacePrompts) -> str:
@@ -24,7 +25,14 @@ def dataset_rows(config: HuggingFacePrompts) -> Iterator[Row]:
     dataset = _load_dataset(config, where)
     check_columns(dataset.column_names, config, where)
     columns = wanted_columns(config, dataset.column_names)
-    for number, row in enumerate(dataset.select_columns(columns)):
+    rows = iter(dataset.select_columns(columns))
+    for number in range(len(dataset)):
+        try:
+            row = next(rows)
+        except Exception as error:  # of the columns' decoders, by what is wrong
+            raise DataError(
+                f"{where}, row {number} cannot be read ({shortened(str(error))}); correct the data"
+            ) from error
         yield f"{where}, row {number}", row
 
 
@@ -44,7 +52,7 @@ def _load_dataset(config: HuggingFacePrompts, where: str) -> Any:
     except DataError:
         raise
     except Exception as error:  # of the library, of the hub and of the files' readers
-        reason = " ".join(str(error).split())
+        reason = shortened(" ".join(str(error).split()))
         raise DataError(
             f"dataset {where} cannot be loaded ({reason}); expected a hub id or a local directory "
             "with this split: check prompts.path, name, split and revision, and the network for a "

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 from qwen3_distill.config import HuggingFacePrompts, JsonlPrompts, ParquetPrompts
 from qwen3_distill.errors import DataError
+from qwen3_distill.utils.shown import shown
 
 RowPrompts: TypeAlias = JsonlPrompts | ParquetPrompts | HuggingFacePrompts
 Row: TypeAlias = tuple[str, Mapping[str, Any]]
@@ -64,13 +65,15 @@ def check_columns(present: Iterable[str], config: RowPrompts, where: str) -> Non
 
 def _missing(name: str, present: Iterable[str], setting: str, where: str) -> str:
     present = list(present)
-    near = get_close_matches(name, present, n=1)
+    near = get_close_matches(name, [each for each in present[:200] if len(each) < 200], n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return (
-        f"{where} has no field {name!r}{hint}; its fields are {present}. Change prompts."
-        f"{setting} or the data"
+        f"{where} has no field {shown(name)}{hint}; its fields are {shown(present)}. Change "
+        f"prompts.{setting} or the data"
     )
 
 
 def _is_position(part: str, values: Sequence[Any]) -> bool:
-    return part.removeprefix("-").isdecimal() and -len(values) <= int(part) < len(values)
+    digits = part.removeprefix("-")
+    is_number = digits.isascii() and digits.isdecimal() and len(digits) < 10
+    return is_number and -len(values) <= int(part) < len(values)

@@ -12,6 +12,10 @@ from typing import IO, Any
 from qwen3_distill.config import ParquetPrompts
 from qwen3_distill.data.sources.fields import Row, check_columns, wanted_columns
 from qwen3_distill.errors import DataError
+from qwen3_distill.utils.shown import shortened, shown
+
+MAX_LINE_BYTES = 64 << 20
+"""Longest line that is read, also of a compressed file."""
 
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
@@ -20,7 +24,13 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
     first_blank: int | None = None  # an error only if a row follows: files may end in blank lines
     # Lines are split as bytes: text mode would also split at a lone carriage return.
     with _opened(path) as file:
-        for number, line in enumerate(file, start=1):
+        lines = iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            if len(line) > MAX_LINE_BYTES:
+                raise DataError(
+                    f"{path}, line {number} is longer than {MAX_LINE_BYTES >> 20} MiB, expected "
+                    "one JSON object on every line"
+                )
             if not line.strip():
                 first_blank = first_blank or number
                 continue
@@ -36,7 +46,7 @@ def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object's fields; by default the last of two equal keys would win."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise ValueError(f"a key stands twice among {[key for key, _ in pairs]}")
+        raise ValueError(f"a key stands twice among {shown([key for key, _ in pairs])}")
     return fields
 
 
@@ -51,7 +61,8 @@ def _json_object(line: bytes, where: str) -> Mapping[str, Any]:
             "object on every line"
         ) from error
     except (ValueError, RecursionError) as error:  # a key twice, a number or a nesting too large
-        raise DataError(f"{where} cannot be read as JSON ({error}); correct the line") from error
+        reason = shortened(str(error))
+        raise DataError(f"{where} cannot be read as JSON ({reason}); correct the line") from error
     if not isinstance(value, dict):
         raise DataError(
             f"{where} is a JSON {type(value).__name__}, expected an object such as "
@@ -70,18 +81,35 @@ def parquet_rows(path: Path, config: ParquetPrompts) -> Iterator[Row]:
         with pq.ParquetFile(path.absolute()) as file:
             names = file.schema_arrow.names
             check_columns(names, config, str(path))
-            for number, row in enumerate(_batched_rows(file, wanted_columns(config, names))):
+            columns = wanted_columns(config, names)
+            for number, row in enumerate(_batched_rows(file, columns, str(path))):
                 yield f"{path}, row {number}", row
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, *_NO_PYTHON_VALUE) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(
-            f"{path} cannot be read as Parquet ({error}); expected a whole Parquet file, write it "
-            "again"
+            f"{path} cannot be read as Parquet ({shortened(str(error))}); expected a whole Parquet "
+            "file, write it again"
         ) from error
 
 
-def _batched_rows(file: Any, columns: list[str]) -> Iterator[Mapping[str, Any]]:
-    for batch in file.iter_batches(columns=columns):
-        yield from batch.to_pylist()
+_NO_PYTHON_VALUE = (ValueError, OverflowError, TypeError, ArithmeticError, LookupError)
+
+
+def _batched_rows(file: Any, columns: list[str], file_name: str) -> Iterator[Mapping[str, Any]]:
+    """Yield rows in pieces of bounded size; a value that Python has no form for is an error."""
+    first = 0
+    for batch in file.iter_batches(batch_size=1024, columns=columns):
+        try:
+            rows = batch.to_pylist()
+        except _NO_PYTHON_VALUE as error:  # a date beyond year 9999, bytes that are no UTF-8
+            raise DataError(
+                f"{file_name}, rows {first} to {first + batch.num_rows - 1}: a value of the "
+                f"columns {shown(columns)} cannot be read ({type(error).__name__}: "
+                f"{shortened(str(error), 200)}); correct it, or name other columns"
+            ) from error
+        yield from rows
+        first += batch.num_rows
 
 
 @contextmanager

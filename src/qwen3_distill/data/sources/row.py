@@ -12,6 +12,7 @@ from typing import Any, get_args
 from qwen3_distill.data.sources.fields import RowPrompts, read_field
 from qwen3_distill.data.sources.records import ANSWER_KEY, Message, RawPrompt, Role
 from qwen3_distill.errors import DataError
+from qwen3_distill.utils.shown import shown
 
 _ROLES: tuple[Role, ...] = get_args(Role)
 _SHAREGPT: dict[str, Role] = {
@@ -104,19 +105,19 @@ def _message(value: Any, where: str) -> Message:
     # Columnar files give every message all keys that any message has, null where it has none.
     given = {key: item for key, item in value.items() if item is not None}
     if set(given) == {"from", "value"}:
-        if given["from"] not in _SHAREGPT:
+        if not isinstance(given["from"], str) or given["from"] not in _SHAREGPT:
             raise DataError(
-                f"{where} is from {given['from']!r}, expected one of {list(_SHAREGPT)}; correct "
-                "the row, or write the conversation with role and content"
+                f"{where} is from {shown(given['from'])}, expected one of {list(_SHAREGPT)}; "
+                "correct the row, or write the conversation with role and content"
             )
         given = {"role": _SHAREGPT[given["from"]], "content": given["value"]}
     if set(given) != {"role", "content"}:
         raise DataError(
-            f"{where} has the keys {sorted(given)}, expected role and content only: a dropped key "
-            "would change the prompt"
+            f"{where} has the keys {shown(sorted(given, key=str))}, expected role and content "
+            "only: a dropped key would change the prompt"
         )
     if given["role"] not in _ROLES:
-        raise DataError(f"{where} has role {given['role']!r}, expected one of {list(_ROLES)}")
+        raise DataError(f"{where} has role {shown(given['role'])}, expected one of {list(_ROLES)}")
     return Message(role=given["role"], content=_content(given["content"], where))
 
 
@@ -137,7 +138,7 @@ def _content(value: Any, where: str) -> str:
         if set(given) != {"type", "text"} or given["type"] != "text":
             kind = given.get("type", type(part).__name__)
             raise DataError(
-                f"{where} has content of type list whose part {index} is of type {kind!r}, "
+                f"{where} has content of type list whose part {index} is of type {shown(kind)}, "
                 'expected {"type": "text", "text": "..."}: only text is read; remove the row'
             )
         if not isinstance(given["text"], str):
@@ -151,11 +152,13 @@ def _answer(value: Any, where: str) -> str:
     if isinstance(value, float | Decimal) and math.isfinite(value):
         value = _decimal_digits(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
-        shown = f" ({value})" if isinstance(value, float) else ""
+        number = f" ({value})" if isinstance(value, float) else ""
         raise DataError(
-            f"{where} is of type {type(value).__name__}{shown}, expected the reference answer as a "
-            "string or a finite number"
+            f"{where} is of type {type(value).__name__}{number}, expected the reference answer "
+            "as a string or a finite number"
         )
+    if isinstance(value, int) and value.bit_length() > 4096:
+        raise DataError(f"{where} is a number of {value.bit_length()} bits, expected an answer")
     if not str(value).strip():
         raise DataError(f"{where} is empty, expected a reference answer")
     _require_encodable(str(value), where)

@@ -5,12 +5,12 @@ vLLM is not imported here: the worker may have an interpreter and an environment
 
 import re
 import shutil
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from qwen3_distill.config import LoraTuning, VllmGeneration
+from qwen3_distill.environments.installed import engine_python
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.generation.hosted import HostedRolloutEngine
 from qwen3_distill.generation.vllm.settings import VllmSettings
@@ -45,7 +45,11 @@ def vllm_engine(
         kv_cache_bytes: size of the key-value cache.
         log: file that takes the worker's output.
         make_host: where the worker runs.
+
+    Raises:
+        ConfigError: no interpreter is named and no environment of vLLM is installed.
     """
+    python = engine_python("vllm", "generation", config.python)
     identity = load_identity(model_dir)
     limit = config.max_model_tokens or identity.context_length
     settings = VllmSettings(
@@ -68,7 +72,7 @@ def vllm_engine(
     host = make_host(
         WorkerSpec(
             name="vLLM",
-            python=config.python or sys.executable,
+            python=python,
             module=_MODULE,
             log=log,
             environment=config.environment,
@@ -78,7 +82,7 @@ def vllm_engine(
     )
     return HostedRolloutEngine(
         host,
-        VllmOpening(config, settings),
+        VllmOpening(config, settings, python),
         max_model_tokens=settings.max_model_tokens,
         max_restarts=config.max_restarts,
     )
@@ -87,10 +91,11 @@ def vllm_engine(
 class VllmOpening(Opening):
     """Opens vLLM in its worker, and finds the cause of a failed start in its output."""
 
-    def __init__(self, config: VllmGeneration, settings: VllmSettings) -> None:
+    def __init__(self, config: VllmGeneration, settings: VllmSettings, python: str) -> None:
         super().__init__(timeout_s=config.start_timeout_s)
         self._config = config
         self._settings = settings
+        self._python = python
         self._scratch: Path | None = None
 
     async def open(self, host: Host) -> None:
@@ -104,13 +109,12 @@ class VllmOpening(Opening):
         text, config, output = str(error), self._config, host.output()
         if "No module named 'vllm'" in output:
             return EngineStartError(
-                f"vLLM is not installed for {config.python or sys.executable}: "
-                f"{how_to_install('vllm', 'generation')}"
+                f"vLLM is not installed for {self._python}: {how_to_install('vllm', 'generation')}"
             )
         causes = [line for line in _CAUSE.findall(output) if "initialization failed" not in line]
         if causes and (unknown := _OTHER_VERSION.match(causes[-1])):
             return EngineStartError(
-                f"the vLLM of {config.python or sys.executable} is a version that this does not "
+                f"the vLLM of {self._python} is a version that this does not "
                 f"work with ({unknown[1]}); use one of docs/engines/install.md"
             )
         cause = f"; vLLM says: {causes[-1]}" if causes else ""

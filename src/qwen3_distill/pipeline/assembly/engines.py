@@ -1,9 +1,8 @@
 """Builds the parts of a run, its rollout engine and its learner."""
 
 import shutil
-import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from qwen3_distill.config import (
     UnslothTraining,
     VllmGeneration,
 )
+from qwen3_distill.environments.installed import engine_python
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
 from qwen3_distill.generation.embedded.hosted import hosted_embedded_engine
 from qwen3_distill.generation.vllm.engine import vllm_engine
@@ -37,6 +37,7 @@ from qwen3_distill.pipeline.assembly.data import (
 from qwen3_distill.pipeline.assembly.plan import engine_log, plan_memory, require_plan
 from qwen3_distill.pipeline.assembly.teachers import (
     build_teacher,
+    build_teacher_rollouts,
     output_head,
     teacher_sampler,
 )
@@ -45,6 +46,7 @@ from qwen3_distill.pipeline.parts import Parts, TextTools
 from qwen3_distill.planning.plan import MemoryPlan
 from qwen3_distill.ports import (
     ReplayingLearner,
+    Sampler,
     StreamingRolloutEngine,
     TeacherScorer,
 )
@@ -70,7 +72,7 @@ def build_parts(config: RunConfig, score_request: ScoreRequest | None = None) ->
     evaluation = config.evaluation
     problems = check_problems(config.student, evaluation, text) if evaluation else None
     plan = plan_memory(config)
-    teacher = build_teacher(config, plan, score_request)
+    teacher = None if config.loaded_teacher is None else build_teacher(config, plan, score_request)
     scratch = run_channel_folder(config)
     channel = build_channel(config, scratch)
     return Parts(
@@ -84,6 +86,7 @@ def build_parts(config: RunConfig, score_request: ScoreRequest | None = None) ->
         text=text,
         is_correct=build_checker(config.verifier, text) if config.verifier else None,
         teacher_sampler=partial(teacher_sampler, config, teacher),
+        teacher_rollouts=build_teacher_rollouts(config, teacher),
         samples_elsewhere=samples_elsewhere(config.generation),
         data=data_record(config, prompts, problems),
         scratch=scratch,
@@ -157,8 +160,29 @@ async def static_engine(config: RunConfig, model_dir: str) -> AsyncIterator[Stre
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+@asynccontextmanager
+async def static_samplers(
+    config: RunConfig,
+) -> AsyncIterator[tuple[Sampler | None, Sampler | None]]:
+    """Start what samples rollouts without training: the student's engine, the teacher, or both."""
+    samplers = config.rollouts.samplers
+    async with AsyncExitStack() as stack:
+        student, teacher = None, None
+        if "teacher" in samplers:
+            scorer = build_teacher(config, plan_memory(config))
+            stack.push_async_callback(scorer.close)
+            await scorer.start()
+            teacher = build_teacher_rollouts(config, scorer)
+            assert teacher is not None, "the config names the teacher"
+            stack.push_async_callback(teacher.close)
+            await teacher.start()
+        if "student" in samplers:
+            student = await stack.enter_async_context(static_engine(config, config.student.model))
+        yield student, teacher
+
+
 def build_learner(
-    config: RunConfig, teacher: TeacherScorer, plan: MemoryPlan | None
+    config: RunConfig, teacher: TeacherScorer | None, plan: MemoryPlan | None
 ) -> ReplayingLearner:
     """Build the learner, with the teacher's output head where the objective needs it."""
     training = config.training
@@ -196,9 +220,16 @@ def _learner_settings(
 def engine_interpreters(config: RunConfig) -> dict[str, EngineInterpreter]:
     """List the engines that have an interpreter of their own on this machine, by kind."""
     found: dict[str, EngineInterpreter] = {}
-    for section in (config.generation, config.scoring, config.training):
-        if section.kind == "embedded" or (section.kind == "sglang" and section.urls):
+    sections = {
+        "generation": config.generation,
+        "scoring": config.loaded_teacher,
+        "training": config.training,
+    }
+    for name, section in sections.items():
+        if section is None or section.kind == "embedded":
             continue
-        python = section.python or sys.executable
+        if section.kind == "sglang" and section.urls:
+            continue
+        python = engine_python(section.kind, name, section.python)
         found[section.kind] = EngineInterpreter(python, section.environment)
     return found

@@ -13,7 +13,9 @@ def plan_memory(config: RunConfig) -> MemoryPlan | None:
     Raises:
         ConfigError: it does not fit.
     """
-    kinds = {config.generation.kind, config.scoring.kind, config.training.kind}
+    scoring = config.loaded_teacher
+    kinds = {config.generation.kind, config.training.kind}
+    kinds |= set() if scoring is None else {scoring.kind}
     return None if kinds == {"embedded"} else make_plan(config)
 
 

@@ -23,8 +23,9 @@ from qwen3_distill.ports import Sampler, TeacherScorer
 from qwen3_distill.scoring.cache import CachedTeacher
 from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
+from qwen3_distill.scoring.sampling import TeacherSampler
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
-from qwen3_distill.types import ScoreRequest, TopKRequest
+from qwen3_distill.types import SampledRequest, ScoreRequest, TopKRequest
 from qwen3_distill.weights.directory import publish_directory
 from qwen3_distill.weights.memory import MemoryChannel
 
@@ -40,8 +41,9 @@ def build_teacher(
     Args:
         request: what it is asked for; default: what the objective needs.
     """
-    scoring = config.scoring
-    request = request or config.objective.score_request
+    scoring = config.teacher
+    # The default's last part is that of a teacher that only samples.
+    request = request or config.objective.score_request or SampledRequest()
     match scoring:
         case EmbeddedScoring(own_process=True):
             return hosted_embedded_teacher(
@@ -86,7 +88,7 @@ def with_embedded_teacher_here(config: RunConfig) -> RunConfig:
 
     Its `teacher_id` and output head are then known without starting it.
     """
-    scoring = config.scoring
+    scoring = config.loaded_teacher
     if not isinstance(scoring, EmbeddedScoring):
         return config
     here = scoring.model_copy(update={"own_process": False, "threads": None})
@@ -94,25 +96,24 @@ def with_embedded_teacher_here(config: RunConfig) -> RunConfig:
 
 
 @asynccontextmanager
-async def teacher_sampler(config: RunConfig, teacher: TeacherScorer) -> AsyncIterator[Sampler]:
+async def teacher_sampler(
+    config: RunConfig, teacher: TeacherScorer | None
+) -> AsyncIterator[Sampler]:
     """Open a sampler that answers as the teacher: the scoring server, or an embedded engine."""
     server = teacher.inner if isinstance(teacher, CachedTeacher) else teacher
     if isinstance(server, SglangTeacher):
         yield server.sampler()
         return
-    scoring = config.scoring
+    scoring = config.teacher
     assert isinstance(scoring, EmbeddedScoring)
     generation = config.generation
     embedded = generation if isinstance(generation, EmbeddedGeneration) else None
-    engine = EmbeddedRolloutEngine(
-        scoring.model,
+    engine = await _embedded_sampler(
+        scoring,
         device=embedded.device if embedded else scoring.device,
         dtype=embedded.dtype if embedded else scoring.dtype,
         max_sequences=generation.max_sequences,
     )
-    channel = MemoryChannel()
-    version = publish_directory(scoring.model, channel, dtype=resolve_dtype(scoring.dtype))
-    await engine.load(version, channel)
     threads = torch.get_num_threads()
     is_alone = samples_elsewhere(generation) and learns_elsewhere(config.training)
     if scoring.threads is not None and is_alone:
@@ -123,9 +124,55 @@ async def teacher_sampler(config: RunConfig, teacher: TeacherScorer) -> AsyncIte
         torch.set_num_threads(threads)
 
 
+async def _embedded_sampler(
+    scoring: EmbeddedScoring, *, device: str, dtype: str, max_sequences: int
+) -> EmbeddedRolloutEngine:
+    engine = EmbeddedRolloutEngine(
+        scoring.model, device=device, dtype=dtype, max_sequences=max_sequences
+    )
+    channel = MemoryChannel()
+    version = publish_directory(scoring.model, channel, dtype=resolve_dtype(scoring.dtype))
+    await engine.load(version, channel)
+    return engine
+
+
+def build_teacher_rollouts(
+    config: RunConfig, teacher: TeacherScorer | None
+) -> TeacherSampler | None:
+    """Build what samples the teacher's answers to train on; None if the teacher samples none.
+
+    The scoring server samples itself. An embedded engine loads the teacher a second time, where
+    and as it is scored with.
+    """
+    if "teacher" not in config.rollouts.samplers:
+        return None
+    assert teacher is not None, "a teacher that samples is loaded"
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[Sampler]:
+        server = teacher.inner if isinstance(teacher, CachedTeacher) else teacher
+        if isinstance(server, SglangTeacher):
+            yield server.sampler()
+            return
+        scoring = config.teacher
+        assert isinstance(scoring, EmbeddedScoring)
+        engine = await _embedded_sampler(
+            scoring,
+            device=scoring.device,
+            dtype=scoring.dtype,
+            max_sequences=config.generation.max_sequences,
+        )
+        try:
+            yield engine
+        finally:
+            await engine.close()
+
+    return TeacherSampler(teacher, opened)
+
+
 def each_server(config: RunConfig, request: ScoreRequest) -> dict[str, TeacherScorer]:
     """Build a teacher per existing server, by its URL; none where the run starts its own."""
-    scoring = config.scoring
+    scoring = config.loaded_teacher
     if not isinstance(scoring, SglangScoring):
         return {}
     alone = {
@@ -143,14 +190,14 @@ def asked_at(teacher: TeacherScorer, temperature: float) -> TeacherScorer | None
     return teacher.asked_at(temperature) if isinstance(teacher, SglangTeacher) else None
 
 
-def output_head(teacher: TeacherScorer) -> torch.Tensor | None:
+def output_head(teacher: TeacherScorer | None) -> torch.Tensor | None:
     """Return [V, D], the teacher's output head, where it is in this process."""
     return teacher.output_head if isinstance(teacher, EmbeddedTeacher) else None
 
 
 def build_audited_teacher(config: RunConfig, request: TopKRequest) -> TeacherScorer:
     """Build the configured teacher for a precision audit: without its cache, with ``request``."""
-    scoring = config.scoring
+    scoring = config.teacher
     if isinstance(scoring, EmbeddedScoring):
         return _embedded(scoring.model, request, device=scoring.device, dtype=scoring.dtype)
     plan = require_plan(plan_memory(config))

@@ -1,44 +1,45 @@
-"""An HTTP client for one or several SGLang servers; requests are balanced by tokens in flight."""
+"""An HTTP client for one or several SGLang servers; requests are balanced by tokens in flight.
+
+A reply is not trusted: it has one deadline from the connection to its last byte, a largest size
+that follows from the request, and no compression. Whatever goes wrong with it is `Unanswered`.
+"""
 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit
 
 import httpx
 
 from qwen3_distill.errors import EngineError
-from qwen3_distill.scoring.sglang.wire import Fault, FaultKind
+from qwen3_distill.scoring.sglang.faults import FaultKind, Refused, Unanswered
+from qwen3_distill.utils.secrets import remember_secret, text_of_others, without_user
 
 _CONNECT_TIMEOUT_S = 10.0
-_KEEP_ALIVE_S = 3.0
-"""Shorter than the server's 5 s, so that no request uses a connection that it is closing."""
 _REST_S = 2.0
 """How long other servers are preferred to one that failed."""
 BACKOFF_S = 0.5
 """Pause before the first retry; every further one is twice as long."""
 BACKOFF_MAX_S = 8.0
-
-
-class Unanswered(Exception):
-    """A request got no answer; it may be sent again."""
-
-    def __init__(self, kind: FaultKind, detail: str) -> None:
-        super().__init__(detail)
-        self.fault = Fault(kind, detail)
-
-
-class Refused(Exception):
-    """The server refused a request; sending it again changes nothing."""
+_ERROR_BYTES = 16 << 10
+"""Read of a reply that is an error: its beginning says what is wrong."""
+_ERROR_CHARACTERS = 300
 
 
 @dataclass(eq=False)
 class ServerConnection:
     """One server and its load: requests and tokens in flight."""
 
-    url: str
+    address: str
+    """May hold a user's name and password; never shown."""
     requests: int = 0
     tokens: int = 0
     rests_until: float = 0.0
+
+    @property
+    def url(self) -> str:
+        """The address as errors show it."""
+        return without_user(self.address)
 
 
 class SglangClient:
@@ -46,6 +47,7 @@ class SglangClient:
 
     Args:
         max_in_flight: requests in flight per server; further ones wait here.
+        timeout_s: from the connection to the last byte of a reply.
     """
 
     def __init__(
@@ -53,14 +55,19 @@ class SglangClient:
     ) -> None:
         self.connections = [ServerConnection(url.rstrip("/")) for url in urls]
         self._max_in_flight = max_in_flight
+        self._timeout_s = timeout_s
         self._changed = asyncio.Condition()
+        _remember_secrets(urls, api_key)
         self._http = httpx.AsyncClient(
             headers={
                 "Content-Type": "application/json",
+                "Accept-Encoding": "identity",  # a small compressed reply can be large
                 **({"Authorization": f"Bearer {api_key}"} if api_key else {}),
             },
-            timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S, pool=None),
-            limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S),
+            timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),  # `_exchange` has a deadline
+            # A connection a request: what a server sends without being asked, or too late, cannot
+            # be taken for the reply to the next one.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             trust_env=False,  # a proxy of the environment is not meant for these
         )
 
@@ -69,6 +76,7 @@ class SglangClient:
         body: bytes,
         *,
         tokens: int,
+        max_bytes: int,
         timeout_s: float | None = None,
         connection: ServerConnection | None = None,
     ) -> bytes:
@@ -76,7 +84,8 @@ class SglangClient:
 
         Args:
             tokens: of the request; servers are balanced by it.
-            timeout_s: seconds to wait for the reply; None: the client's default.
+            max_bytes: of the reply; reading ends at a larger one.
+            timeout_s: seconds to wait for the whole reply; None: the client's default.
             connection: the server to ask; None: the least busy one.
 
         Raises:
@@ -85,14 +94,15 @@ class SglangClient:
             EngineError: the key is wrong.
         """
         chosen = await self._take(tokens, connection)
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
         try:
-            reply = await self._post(chosen, body, timeout_s)
+            status, reply = await self._exchange(chosen, body, max_bytes, limit_s)
         except Unanswered:
             chosen.rests_until = asyncio.get_running_loop().time() + _REST_S
             raise
         finally:
             await self._give_back(chosen, tokens)
-        return reply
+        return reply if status == httpx.codes.OK else _raise_for(status, chosen, reply)
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -118,39 +128,85 @@ class SglangClient:
             connection.tokens -= tokens
             self._changed.notify()
 
-    async def _post(
-        self, connection: ServerConnection, body: bytes, timeout_s: float | None
-    ) -> bytes:
-        address = f"{connection.url}/generate"
-        timeout = (
-            httpx.USE_CLIENT_DEFAULT
-            if timeout_s is None
-            else httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S, pool=None)
-        )
+    async def _exchange(
+        self, connection: ServerConnection, body: bytes, max_bytes: int, limit_s: float
+    ) -> tuple[int, bytes]:
+        """Return a reply's status and content; every failure of a reply becomes `Unanswered`."""
+        what = f"{connection.url}: "
         try:
-            response = await self._http.post(address, content=body, timeout=timeout)
-        except httpx.TimeoutException as error:
+            status, reply = await asyncio.wait_for(
+                self._send(f"{connection.address}/generate", body, max_bytes), limit_s
+            )
+        except (asyncio.TimeoutError, httpx.TimeoutException) as error:
             raise Unanswered(
-                FaultKind.TIMEOUT, f"{connection.url}: no answer in time ({type(error).__name__})"
+                FaultKind.TIMEOUT, f"{what}no whole answer within {limit_s:g} s"
             ) from error
+        except Unanswered as error:
+            raise Unanswered(error.fault.kind, what + error.fault.detail) from error
         except (httpx.TransportError, httpx.InvalidURL) as error:
             detail = str(error) or type(error).__name__
-            raise Unanswered(FaultKind.CONNECTION, f"{connection.url}: {detail}") from error
-        except RuntimeError as error:
-            if not self._http.is_closed:
-                raise
-            raise Unanswered(FaultKind.CONNECTION, f"{connection.url}: closed from here") from error
-        if response.status_code == httpx.codes.OK:
-            return response.content
-        detail = f"{connection.url}: status {response.status_code}: {response.text[:300]}"
-        if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-            raise EngineError(
-                f"{detail}; the server wants another key: set scoring.api_key_file to a file "
-                "that holds it"
-            )
-        if response.is_client_error and response.status_code != httpx.codes.TOO_MANY_REQUESTS:
-            raise Refused(detail)
-        raise Unanswered(FaultKind.STATUS, detail)
+            raise Unanswered(FaultKind.CONNECTION, what + detail) from error
+        except Exception as error:  # what libraries raise at a reply is the reply's fault
+            closed = "closed from here" if self._http.is_closed else f"{type(error).__name__}"
+            raise Unanswered(FaultKind.CONNECTION, what + closed) from error
+        if status == httpx.codes.OK or _is_final(status):
+            return status, reply
+        raise Unanswered(FaultKind.STATUS, f"{what}status {status}: {_text(reply)}")
+
+    async def _send(self, address: str, body: bytes, max_bytes: int) -> tuple[int, bytes]:
+        """Read a reply, or the beginning of one that is an error."""
+        async with self._http.stream("POST", address, content=body) as response:
+            status = response.status_code
+            ok = status == httpx.codes.OK
+            encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+            if encoding not in ("", "identity"):
+                if ok:
+                    raise Unanswered(FaultKind.GARBAGE, "the reply is compressed, unasked")
+                return status, b""
+            parts: list[bytes] = []
+            left = max_bytes if ok else _ERROR_BYTES
+            async for part in response.aiter_raw():
+                left -= len(part)
+                parts.append(part)
+                if left < 0 and ok:
+                    raise Unanswered(
+                        FaultKind.GARBAGE,
+                        f"the reply has more than {max_bytes:,} bytes, the most that an answer to "
+                        "the request can have",
+                    )
+                if left < 0:
+                    break
+            return status, b"".join(parts)
+
+
+def _remember_secrets(urls: Sequence[str], api_key: str | None) -> None:
+    """Have no text show the key, or the users and passwords of addresses."""
+    if api_key:
+        remember_secret(api_key)
+    for url in urls:
+        user, at, _ = urlsplit(url).netloc.rpartition("@")
+        if at:
+            remember_secret(unquote(user))
+            remember_secret(user.partition(":")[2])
+
+
+def _is_final(status: int) -> bool:
+    """Whether sending the request again would change nothing."""
+    return 400 <= status < 500 and status != httpx.codes.TOO_MANY_REQUESTS
+
+
+def _raise_for(status: int, connection: ServerConnection, reply: bytes) -> bytes:
+    detail = text_of_others(f"{connection.url}: status {status}: {_text(reply)}")
+    if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        raise EngineError(
+            f"{detail}; the server wants another key: set scoring.api_key_file to a file "
+            "that holds it"
+        )
+    raise Refused(detail)
+
+
+def _text(reply: bytes) -> str:
+    return text_of_others(reply.decode("utf-8", errors="replace"))[:_ERROR_CHARACTERS]
 
 
 def backoff_s(attempt: int) -> float:

@@ -3,16 +3,16 @@
 import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from qwen3_distill.config import SglangScoring
 from qwen3_distill.errors import ConfigError, DataError, EngineError, EngineLost
 from qwen3_distill.hosts.supervision import Restarts
 from qwen3_distill.modeling.known_answer import KnownAnswer
-from qwen3_distill.scoring.sglang.client import Refused, ServerConnection, SglangClient, Unanswered
+from qwen3_distill.scoring.sglang.client import ServerConnection, SglangClient
+from qwen3_distill.scoring.sglang.faults import FaultKind, Refused, Unanswered
+from qwen3_distill.scoring.sglang.key import read_api_key
 from qwen3_distill.scoring.sglang.readiness import check_known_answer, wait_for_answer
 from qwen3_distill.scoring.sglang.server import SglangServer, unless_it_ends
-from qwen3_distill.scoring.sglang.wire import FaultKind
 from qwen3_distill.types import IntArray, ModelIdentity
 from qwen3_distill.utils.concurrency import together
 
@@ -52,9 +52,9 @@ class SglangEndpoint:
         count = self._restarts.count
         return {**self._counters, **({RESTARTS: count} if count else {})}
 
-    def count(self, key: str) -> None:
-        """Add one to a counter."""
-        self._counters[key] += 1
+    def count(self, key: str, amount: int = 1) -> None:
+        """Add to a counter."""
+        self._counters[key] += amount
 
     async def start(self, expected: "asyncio.Task[KnownAnswer]") -> None:
         """Start the server, or connect to the ones elsewhere, and check their answers.
@@ -86,16 +86,18 @@ class SglangEndpoint:
                 "vocabulary"
             )
 
-    async def ask_for_scores(self, body: bytes, *, tokens: int) -> bytes:
+    async def ask_for_scores(self, body: bytes, *, tokens: int, max_bytes: int) -> bytes:
         """Return the reply to a scoring request; see `SglangClient.post`."""
-        reply = await self._ask(False, body, tokens, None)
+        reply = await self._ask(False, body, tokens, max_bytes, None)
         self.num_answered += 1
         return reply
 
-    async def ask_for_answer(self, body: bytes, *, tokens: int, max_new_tokens: int) -> bytes:
+    async def ask_for_answer(
+        self, body: bytes, *, tokens: int, max_bytes: int, max_new_tokens: int
+    ) -> bytes:
         """Return the reply to a sampling request; see `SglangClient.post`."""
         patience_s = self.config.request_timeout_s + ANSWER_S_PER_TOKEN * max_new_tokens
-        return await self._ask(True, body, tokens, patience_s)
+        return await self._ask(True, body, tokens, max_bytes, patience_s)
 
     @property
     def _score_client(self) -> SglangClient:
@@ -120,12 +122,7 @@ class SglangEndpoint:
 
     def _remote_key(self) -> str | None:
         file = self.config.api_key_file
-        if file is None:
-            return None
-        try:
-            return Path(file).read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"scoring.api_key_file {file} cannot be read: {error}") from error
+        return None if file is None else read_api_key(file)
 
     def _new_restarts(self) -> Restarts:
         return Restarts(start=self._start, end=self._end, limit=self.config.max_restarts)
@@ -168,14 +165,18 @@ class SglangEndpoint:
             count=self.count,
         )
 
-    async def _ask(self, samples: bool, body: bytes, tokens: int, timeout_s: float | None) -> bytes:
+    async def _ask(
+        self, samples: bool, body: bytes, tokens: int, max_bytes: int, timeout_s: float | None
+    ) -> bytes:
         """Send a request; repeat it if the server died and was started again."""
         while True:
             start = await self._restarts.current()
             client = self._answers if samples else self._score_client
             assert client is not None, "both clients are made together"
             try:
-                return await client.post(body, tokens=tokens, timeout_s=timeout_s)
+                return await client.post(
+                    body, tokens=tokens, max_bytes=max_bytes, timeout_s=timeout_s
+                )
             except Unanswered as error:
                 if error.fault.kind is FaultKind.TIMEOUT or not await self._recovered(start):
                     raise

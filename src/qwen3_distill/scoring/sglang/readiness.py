@@ -8,21 +8,10 @@ import numpy as np
 from qwen3_distill.config import SglangScoring
 from qwen3_distill.errors import EngineStartError, HandshakeError
 from qwen3_distill.modeling.known_answer import KnownAnswer
-from qwen3_distill.scoring.sglang.client import (
-    Refused,
-    ServerConnection,
-    SglangClient,
-    Unanswered,
-    backoff_s,
-)
+from qwen3_distill.scoring.sglang.client import ServerConnection, SglangClient, backoff_s
+from qwen3_distill.scoring.sglang.faults import Fault, FaultKind, Refused, ReplyError, Unanswered
 from qwen3_distill.scoring.sglang.server import SglangServer
-from qwen3_distill.scoring.sglang.wire import (
-    Fault,
-    FaultKind,
-    ReplyError,
-    read_scores,
-    score_body,
-)
+from qwen3_distill.scoring.sglang.wire import read_scores, score_body, score_reply_limit
 from qwen3_distill.types import IntArray, SampledRequest, ScoringJob, TeacherScore, TokenSpan
 
 REMOTE_GRACE_S = 10.0
@@ -48,10 +37,18 @@ async def wait_for_answer(
     """
     clock = asyncio.get_running_loop()
     began = clock.time()
-    body = score_body([_job(np.zeros(2, dtype=np.int32))], SampledRequest())
+    jobs = [_job(np.zeros(2, dtype=np.int32))]
+    body = score_body(jobs, SampledRequest())
+    limit = score_reply_limit(jobs, SampledRequest())
     while True:
         try:
-            await client.post(body, tokens=2, timeout_s=PROBE_TIMEOUT_S, connection=connection)
+            await client.post(
+                body,
+                tokens=2,
+                max_bytes=limit,
+                timeout_s=PROBE_TIMEOUT_S,
+                connection=connection,
+            )
         except Unanswered as error:
             waited_s, limit_s = clock.time() - began, config.start_timeout_s
             fault = error.fault
@@ -121,7 +118,11 @@ async def _probe(
     tokens = int(job.token_ids.size)
     try:
         reply = await client.post(
-            body, tokens=tokens, timeout_s=PROBE_TIMEOUT_S, connection=connection
+            body,
+            tokens=tokens,
+            max_bytes=score_reply_limit([job], SampledRequest()),
+            timeout_s=PROBE_TIMEOUT_S,
+            connection=connection,
         )
         (score,) = read_scores(
             reply, [job], SampledRequest(), vocab_size=vocab_size, teacher_id=connection.url

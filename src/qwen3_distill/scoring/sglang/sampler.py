@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
 from qwen3_distill.errors import EngineError
-from qwen3_distill.scoring.sglang.client import Refused, Unanswered, backoff_s
+from qwen3_distill.scoring.sglang.client import backoff_s
 from qwen3_distill.scoring.sglang.endpoint import SglangEndpoint
-from qwen3_distill.scoring.sglang.wire import Fault, FaultKind, ReplyError, answer_body, read_answer
+from qwen3_distill.scoring.sglang.faults import Fault, FaultKind, Refused, ReplyError, Unanswered
+from qwen3_distill.scoring.sglang.wire import answer_body, answer_reply_limit, read_answer
 from qwen3_distill.types import ModelIdentity, Rollout, RolloutRequest, WeightVersion
 
 
@@ -45,8 +46,9 @@ class SglangSampler:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _answer(self, request: RolloutRequest) -> Rollout:
-        eos_ids, max_attempts = self._identity.eos_ids, self._endpoint.config.max_attempts
-        body = answer_body(request, eos_ids, self._identity.vocab_size)
+        eos_ids, vocab_size = self._identity.eos_ids, self._identity.vocab_size
+        max_attempts = self._endpoint.config.max_attempts
+        body = answer_body(request, eos_ids, vocab_size)
         budget = request.sampling.max_new_tokens
         fault = Fault(FaultKind.CONNECTION, "not asked")
         for attempt in range(1, max_attempts + 1):
@@ -54,9 +56,10 @@ class SglangSampler:
                 reply = await self._endpoint.ask_for_answer(
                     body,
                     tokens=int(request.prompt.token_ids.size) + budget,
+                    max_bytes=answer_reply_limit(request),
                     max_new_tokens=budget,
                 )
-                return read_answer(reply, request, eos_ids, self._version)
+                return read_answer(reply, request, eos_ids, self._version, vocab_size=vocab_size)
             except (Unanswered, ReplyError) as error:
                 fault = error.fault
             except Refused as error:

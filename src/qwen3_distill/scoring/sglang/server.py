@@ -5,7 +5,6 @@ import re
 import secrets
 import shutil
 import socket
-import sys
 import tempfile
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -15,8 +14,10 @@ import torch
 import yaml
 
 from qwen3_distill.config import SglangScoring
+from qwen3_distill.environments.installed import engine_python
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.hosts.child import ChildProcess, engine_environment, how_to_install
+from qwen3_distill.utils.secrets import remember_secret
 
 HOST = "127.0.0.1"
 CPU_CACHE_TOKENS = 65536
@@ -63,6 +64,7 @@ class SglangServer:
         self._log_start = 0
         self._process = ChildProcess("the SGLang server", log)
         self._folder: Path | None = None
+        self._python = ""
         self.url = ""
         self.api_key = ""
 
@@ -85,7 +87,9 @@ class SglangServer:
 
         Raises:
             EngineStartError: the port is taken, or the interpreter cannot be run.
+            ConfigError: no interpreter is named and no environment of SGLang is installed.
         """
+        self._python = engine_python("sglang", "scoring", self._config.python)
         await self.close()
         planned = self._memory_fraction
         self._planned_fraction = planned() if callable(planned) else planned
@@ -93,6 +97,7 @@ class SglangServer:
         _check_free(port)
         self.url = f"http://{HOST}:{port}"
         self.api_key = secrets.token_hex(16)
+        remember_secret(self.api_key)
         # The key is passed in a file: every user can read a command line. SGLang also writes its
         # settings, the key among them, into its log.
         self._folder = Path(tempfile.mkdtemp(prefix="qwen3-distill-"))  # mode 0700
@@ -101,8 +106,7 @@ class SglangServer:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._log.touch(mode=0o600)
         self._log_start = self._log.stat().st_size
-        python = self._config.python or sys.executable
-        command = [python, "-m", "sglang.launch_server", "--config", str(file)]
+        command = [self._python, "-m", "sglang.launch_server", "--config", str(file)]
         await self._process.start(command, engine_environment(self._variables()))
 
     async def wait(self) -> None:
@@ -137,8 +141,7 @@ class SglangServer:
         text = self._log_text()
         if "No module named 'sglang'" in text:
             return EngineStartError(
-                f"SGLang is not installed for {self._config.python or sys.executable}: "
-                f"{how_to_install('sglang', 'scoring')}"
+                f"SGLang is not installed for {self._python}: {how_to_install('sglang', 'scoring')}"
             )
         tail = self._process.last_output()
         if "out of memory" in text.lower() or "Not enough memory" in text:
@@ -157,7 +160,7 @@ class SglangServer:
                 "sglang.launch_server --help`, and change scoring.server_arguments"
             )
         return (
-            f"the SGLang of {self._config.python or sys.executable} is a version that this does "
+            f"the SGLang of {self._python} is a version that this does "
             f"not work with ({what}); use one of docs/engines/install.md"
         )
 

@@ -15,19 +15,16 @@ from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.modeling.hub import model_label
 from qwen3_distill.modeling.known_answer import KnownAnswer, known_answer
 from qwen3_distill.modeling.loading import load_identity
+from qwen3_distill.ports import CACHED_TOKENS
 from qwen3_distill.scoring.handshake import check_lengths
-from qwen3_distill.scoring.sglang.client import Refused, Unanswered, backoff_s
+from qwen3_distill.scoring.sglang.client import backoff_s
 from qwen3_distill.scoring.sglang.endpoint import SglangEndpoint
+from qwen3_distill.scoring.sglang.faults import Fault, FaultKind, Refused, ReplyError, Unanswered
 from qwen3_distill.scoring.sglang.groups import request_groups
+from qwen3_distill.scoring.sglang.key import read_api_key
 from qwen3_distill.scoring.sglang.sampler import SglangSampler
 from qwen3_distill.scoring.sglang.server import MemoryFraction, SglangServer
-from qwen3_distill.scoring.sglang.wire import (
-    Fault,
-    FaultKind,
-    ReplyError,
-    read_scores,
-    score_body,
-)
+from qwen3_distill.scoring.sglang.wire import read_scores, score_body, score_reply_limit
 from qwen3_distill.types import (
     HiddenRequest,
     ModelIdentity,
@@ -56,7 +53,7 @@ class SglangTeacher:
         log: file that takes the output of a server started here.
 
     Raises:
-        ConfigError: no server can answer the request.
+        ConfigError: no server can answer the request, or the key cannot be read.
     """
 
     def __init__(
@@ -69,6 +66,8 @@ class SglangTeacher:
         log: Path,
     ) -> None:
         self._config = config
+        if config.api_key_file is not None:
+            read_api_key(config.api_key_file)  # a bad one is said before anything is loaded
         self._identity = load_identity(config.model)
         _check_request(request, self._identity)
         self._request = request
@@ -215,7 +214,9 @@ class SglangTeacher:
         tokens = sum(int(job.token_ids.size) for job in asked)
         try:
             reply = await self._endpoint.ask_for_scores(
-                score_body(asked, self._request, temperature=self._temperature), tokens=tokens
+                score_body(asked, self._request, temperature=self._temperature),
+                tokens=tokens,
+                max_bytes=score_reply_limit(asked, self._request),
             )
             outcomes = read_scores(
                 reply,
@@ -223,6 +224,7 @@ class SglangTeacher:
                 self._request,
                 vocab_size=self._identity.vocab_size,
                 teacher_id=self.teacher_id,
+                on_cached=self._count_cached,
             )
         except (Unanswered, ReplyError) as error:
             return dict.fromkeys(group, error.fault)
@@ -235,6 +237,10 @@ class SglangTeacher:
             else:
                 results[index] = outcome
         return faults
+
+    def _count_cached(self, tokens: int) -> None:
+        if tokens:
+            self._endpoint.count(CACHED_TOKENS, tokens)
 
     async def _isolate(
         self,

@@ -10,22 +10,24 @@ candidates, R tokens of a sampled answer.
 import contextlib
 import gc
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-try:
-    from orjson import loads as _fast_loads
-except ImportError:  # slower: 20 us per token with candidates instead of 5
-    _fast_loads = json.loads
-
+from qwen3_distill.scoring.sglang.faults import Fault, FaultKind, ReplyError
+from qwen3_distill.scoring.sglang.json_values import (
+    columns,
+    decoded,
+    integers,
+    list_of,
+    logprobs_of,
+    member,
+    object_of,
+)
 from qwen3_distill.types import (
-    LOGPROB_SLACK_NATS,
     FinishReason,
     IntArray,
     Rollout,
@@ -46,49 +48,13 @@ MAX_TOP_K = 4096
 """SGLang's limit of top-k if the logprobs after truncation are asked for."""
 
 
-class FaultKind(str, Enum):
-    """Kinds of bad or missing replies; retries are counted by kind."""
-
-    GARBAGE = "garbage"
-    """Not the expected JSON."""
-    COUNT = "count"
-    """Another number of sequences than was sent."""
-    LENGTH = "length"
-    """Another number of tokens than was sent."""
-    MISALIGNED = "misaligned"
-    """Scores of other tokens than those sent, or of the same tokens at other positions."""
-    MISSING = "missing"
-    """A logprob that is None, NaN or infinite."""
-    POSITIVE = "positive"
-    """A logprob above 0."""
-    CANDIDATES = "candidates"
-    """Candidates other than K distinct tokens of the vocabulary, most likely first."""
-    ABORTED = "aborted"
-    """The server aborted the sequence."""
-    REFUSED = "refused"
-    """The server rejected the request; a retry would not help."""
-    STATUS = "status"
-    """An HTTP status other than 200; a retry may help."""
-    TIMEOUT = "timeout"
-    """No answer in time."""
-    CONNECTION = "connection"
-    """No connection, or a broken one."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Why a job got no score from this reply."""
-
-    kind: FaultKind
-    detail: str
-
-
-class ReplyError(Exception):
-    """A reply that cannot be matched with the request: none of it is used."""
-
-    def __init__(self, kind: FaultKind, detail: str) -> None:
-        super().__init__(detail)
-        self.fault = Fault(kind, detail)
+REPLY_BYTES = 64 << 10
+"""Largest answer apart from its tokens: an error's text, the fields that a server adds."""
+_BYTES_PER_SEQUENCE = 8 << 10
+_BYTES_PER_ROW = 96
+"""A logprob in full precision, its token id and null take at most 45 bytes."""
+_BYTES_PER_MASK = 12 * MAX_TOP_K
+"""The ids that top-k and top-p kept, for one sampled token."""
 
 
 def score_body(
@@ -113,6 +79,13 @@ def score_body(
     return json.dumps(body, separators=(",", ":")).encode()
 
 
+def score_reply_limit(jobs: Sequence[ScoringJob], request: ScoreRequest) -> int:
+    """Return the bytes of the largest possible reply to `score_body`."""
+    rows = sum(int(job.token_ids.size) - int(job.context_ids.size) + 1 for job in jobs)
+    lists = 1 + (request.k if isinstance(request, TopKRequest) else 0)
+    return REPLY_BYTES + _BYTES_PER_SEQUENCE * len(jobs) + _BYTES_PER_ROW * rows * lists
+
+
 def read_scores(
     reply: bytes,
     jobs: Sequence[ScoringJob],
@@ -120,16 +93,21 @@ def read_scores(
     *,
     vocab_size: int,
     teacher_id: str,
+    on_cached: Callable[[int], None] = lambda tokens: None,
 ) -> list[TeacherScore | Fault]:
     """Return one score or fault per job, in the order sent.
 
     Every echoed token is checked; the values of those in the job's spans are returned.
+
+    Args:
+        on_cached: told how many of the tokens the server had in its cache, where it says so.
 
     Raises:
         ReplyError: the reply is not JSON, or has another number of sequences.
     """
     with _no_garbage_collection():
         entries = _entries(reply, len(jobs))
+        on_cached(sum(map(_cached_tokens, entries)))
         return [
             _read_one(entry, job, request, vocab_size, teacher_id)
             for entry, job in zip(entries, jobs, strict=True)
@@ -149,28 +127,24 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _entries(reply: bytes, count: int) -> list[Any]:
-    decoded = _decoded(reply)
-    if not isinstance(decoded, list):
-        raise ReplyError(FaultKind.GARBAGE, f"the reply is a {type(decoded).__name__}, not a list")
-    if len(decoded) != count:
-        raise ReplyError(FaultKind.COUNT, f"{len(decoded)} answers to {count} sequences")
-    return decoded
+    entries = list_of(decoded(reply), "the reply")
+    if len(entries) != count:
+        raise ReplyError(FaultKind.COUNT, f"{len(entries)} answers to {count} sequences")
+    return entries
 
 
-def _decoded(reply: bytes) -> Any:
-    with contextlib.suppress(ValueError):
-        return _fast_loads(reply)
-    try:
-        return json.loads(reply)  # unlike orjson, it reads NaN
-    except ValueError as error:
-        raise ReplyError(FaultKind.GARBAGE, f"the reply is not JSON: {error}") from error
+def _cached_tokens(entry: Any) -> int:
+    """Return how many tokens the server did not compute; 0 where an answer does not say it."""
+    meta = entry.get("meta_info") if isinstance(entry, dict) else None
+    count = meta.get("cached_tokens") if isinstance(meta, dict) else None
+    return count if type(count) is int and count >= 0 else 0
 
 
 def _read_one(
     entry: Any, job: ScoringJob, request: ScoreRequest, vocab_size: int, teacher_id: str
 ) -> TeacherScore | Fault:
     try:
-        meta = _meta_info(entry)
+        meta = _meta_info(object_of(entry, "an answer"))
         logprobs_E = _token_logprobs(meta, job, vocab_size)
         scored_S = job.scored_indices - job.context_ids.size
         if not isinstance(request, TopKRequest):
@@ -185,30 +159,43 @@ def _read_one(
     except ReplyError as error:
         return error.fault
     except (TypeError, ValueError, KeyError, OverflowError) as error:
-        return Fault(FaultKind.GARBAGE, f"an answer of another form: {error!r}")
+        return Fault(FaultKind.GARBAGE, f"an answer of another form: {type(error).__name__}")
 
 
-def _meta_info(entry: Any) -> dict[str, Any]:
-    meta = entry["meta_info"]
-    finish = meta.get("finish_reason") or {}
-    if finish.get("type") == "abort":
-        raise ReplyError(FaultKind.ABORTED, f"given up: {finish.get('message')}")
+def _meta_info(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return an answer's fields; raise if it is not the end of a sequence."""
+    meta = object_of(member(entry, "meta_info"), "meta_info")
+    reason = meta.get("finish_reason")
+    if reason is None:
+        return meta
+    kind = object_of(reason, "finish_reason").get("type")
+    if kind == "abort":
+        raise ReplyError(FaultKind.ABORTED, f"given up: {reason.get('message')!s:.300}")
+    if kind not in ("stop", "length"):
+        raise ReplyError(FaultKind.GARBAGE, "finish_reason is none of stop, length and abort")
     return meta
 
 
 def _token_logprobs(meta: dict[str, Any], job: ScoringJob, vocab_size: int) -> NDArray[np.float32]:
     """Return [E] nats; raise unless the echoed tokens are those sent."""
-    rows = meta["input_token_logprobs"]
+    rows = list_of(member(meta, "input_token_logprobs"), "input_token_logprobs")
     sent = job.token_ids[job.context_ids.size - 1 :]
     if len(rows) != sent.size:
         raise ReplyError(
             FaultKind.LENGTH, f"{len(rows)} logprobs for {sent.size - 1} response tokens and a null"
         )
-    values, echoed, *_ = zip(*rows, strict=True)
+    values, echoed = columns(rows, "response tokens")
     if values[0] is not None:
         raise ReplyError(FaultKind.MISALIGNED, "the first logprob is not null")
+    if not _within(echoed, vocab_size):
+        raise ReplyError(FaultKind.MISALIGNED, "echoed tokens are not of the vocabulary")
     _check_echo(np.array(echoed, dtype=np.int64), sent, vocab_size)
-    return _finite(np.array(values[1:], dtype=np.float64), "response tokens")
+    return logprobs_of(values[1:], "response tokens")
+
+
+def _within(ids: Sequence[int], vocab_size: int) -> bool:
+    """Whether all ids are of the vocabulary; checked before numpy, whose integers are bounded."""
+    return min(ids) >= 0 and max(ids) < vocab_size
 
 
 def _check_echo(echoed: NDArray[np.int64], sent: IntArray, vocab_size: int) -> None:
@@ -224,20 +211,6 @@ def _check_echo(echoed: NDArray[np.int64], sent: IntArray, vocab_size: int) -> N
         )
 
 
-def _finite(values: NDArray[np.float64], what: str) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # infinity is found below
-        logprobs = values.astype(np.float32)
-    finite = np.isfinite(logprobs)
-    if not finite.all():
-        bad = int((~finite).sum())
-        raise ReplyError(
-            FaultKind.MISSING, f"{bad} of {values.size} logprobs of {what} are not finite"
-        )
-    if values.size and values.max() > LOGPROB_SLACK_NATS:
-        raise ReplyError(FaultKind.POSITIVE, f"a logprob of {what} is {values.max():.4f}, above 0")
-    return logprobs
-
-
 def _candidates(
     meta: dict[str, Any],
     logprobs_E: NDArray[np.float32],
@@ -246,35 +219,34 @@ def _candidates(
     vocab_size: int,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Return [E, K] ids and [E, K] nats of the most likely tokens."""
-    rows = meta["input_top_logprobs"]
+    rows = list_of(member(meta, "input_top_logprobs"), "input_top_logprobs")
     if len(rows) != logprobs_E.size + 1:
         raise ReplyError(
             FaultKind.LENGTH, f"candidates at {len(rows)} places, expected {logprobs_E.size + 1}"
         )
     if rows[0] is not None:
         raise ReplyError(FaultKind.MISALIGNED, "the first candidates are not null")
+    if not set(map(type, rows[1:])) <= {list, type(None)}:
+        raise ReplyError(FaultKind.GARBAGE, "the candidates of a token are not a list")
     missing = sum(not row for row in rows[1:])
     if missing:
         raise ReplyError(FaultKind.MISSING, f"no candidates at {missing} places")
     if any(len(row) != k for row in rows[1:]):
         raise ReplyError(FaultKind.CANDIDATES, f"not {k} candidates everywhere")
-    values, ids, *_ = zip(*chain.from_iterable(rows[1:]), strict=True)
+    values, ids = columns(list(chain.from_iterable(rows[1:])), "candidates")
+    if not _within(ids, vocab_size):
+        raise ReplyError(FaultKind.CANDIDATES, f"candidates are not ids below {vocab_size}")
     shape = (logprobs_E.size, k)
     ids_EK = np.array(ids, dtype=np.int64).reshape(shape)
-    logprobs_EK = _finite(np.array(values, dtype=np.float64), "candidates").reshape(shape)
-    _check_candidates(ids_EK, logprobs_EK, vocab_size)
+    logprobs_EK = logprobs_of(values, "candidates").reshape(shape)
+    _check_candidates(ids_EK, logprobs_EK)
     _check_same_places(ids_EK, logprobs_EK, job.token_ids[job.context_ids.size :], logprobs_E)
     return ids_EK.astype(np.int32), logprobs_EK
 
 
-def _check_candidates(
-    ids_EK: NDArray[np.int64], logprobs_EK: NDArray[np.float32], vocab_size: int
-) -> None:
-    sorted_EK = np.sort(ids_EK, axis=1)
-    if ids_EK.min() < 0 or ids_EK.max() >= vocab_size or (np.diff(sorted_EK, axis=1) == 0).any():
-        raise ReplyError(
-            FaultKind.CANDIDATES, f"candidates are not distinct ids below {vocab_size}"
-        )
+def _check_candidates(ids_EK: NDArray[np.int64], logprobs_EK: NDArray[np.float32]) -> None:
+    if (np.diff(np.sort(ids_EK, axis=1), axis=1) == 0).any():
+        raise ReplyError(FaultKind.CANDIDATES, "candidates are not distinct")
     if (np.diff(logprobs_EK, axis=1) > 0).any():
         raise ReplyError(FaultKind.CANDIDATES, "candidates are not in the order of likelihood")
 
@@ -323,8 +295,19 @@ def answer_body(request: RolloutRequest, eos_ids: frozenset[int], vocab_size: in
     return json.dumps(body, separators=(",", ":")).encode()
 
 
+def answer_reply_limit(request: RolloutRequest) -> int:
+    """Return the bytes of the largest possible reply to `answer_body`."""
+    per_token = 2 * _BYTES_PER_ROW + (_BYTES_PER_MASK if _is_truncated(request) else 0)
+    return REPLY_BYTES + _BYTES_PER_SEQUENCE + per_token * request.sampling.max_new_tokens
+
+
 def read_answer(
-    reply: bytes, request: RolloutRequest, eos_ids: frozenset[int], version: WeightVersion
+    reply: bytes,
+    request: RolloutRequest,
+    eos_ids: frozenset[int],
+    version: WeightVersion,
+    *,
+    vocab_size: int,
 ) -> Rollout:
     """Return the answer as a rollout.
 
@@ -333,25 +316,12 @@ def read_answer(
     """
     (entry,) = _entries(reply, 1)
     try:
-        meta = _meta_info(entry)
-        rows = meta["output_token_logprobs"]
-        if not rows or len(rows) > request.sampling.max_new_tokens:
-            raise ReplyError(
-                FaultKind.LENGTH, f"{len(rows)} tokens of {request.sampling.max_new_tokens} allowed"
-            )
-        values, ids, *_ = zip(*rows, strict=True)
-        if list(ids) != entry["output_ids"]:
-            raise ReplyError(FaultKind.MISALIGNED, "tokens and logprobs are of different answers")
-        if _is_truncated(request):
-            values = meta["output_token_sampling_logprobs"]
+        ids, logprobs_R = _answer_tokens(object_of(entry, "an answer"), request, vocab_size)
         stopped = ids[-1] in eos_ids
         if any(token in eos_ids for token in ids[:-1]):
             raise ReplyError(FaultKind.LENGTH, "the answer goes on after its end")
         if not stopped and len(ids) < request.sampling.max_new_tokens:
             raise ReplyError(FaultKind.LENGTH, f"cut after {len(ids)} tokens")
-        logprobs_R = _finite(np.array(values, dtype=np.float64), "sampled tokens")
-        if request.sampling.is_greedy:  # SGLang's are those at temperature 1
-            logprobs_R = np.zeros_like(logprobs_R)
         return Rollout(
             rollout_id=request.rollout_id,
             prompt=request.prompt,
@@ -362,7 +332,36 @@ def read_answer(
             finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
         )
     except (TypeError, ValueError, KeyError, OverflowError) as error:
-        raise ReplyError(FaultKind.GARBAGE, f"an answer of another form: {error!r}") from error
+        raise ReplyError(
+            FaultKind.GARBAGE, f"an answer of another form: {type(error).__name__}"
+        ) from error
+
+
+def _answer_tokens(
+    entry: dict[str, Any], request: RolloutRequest, vocab_size: int
+) -> tuple[Sequence[int], NDArray[np.float32]]:
+    """Return the R sampled ids and their [R] logprobs in nats; those of greedy tokens are 0."""
+    meta = _meta_info(entry)
+    rows = list_of(member(meta, "output_token_logprobs"), "output_token_logprobs")
+    if not rows or len(rows) > request.sampling.max_new_tokens:
+        raise ReplyError(
+            FaultKind.LENGTH, f"{len(rows)} tokens of {request.sampling.max_new_tokens} allowed"
+        )
+    values, ids = columns(rows, "sampled tokens")
+    if not _within(ids, vocab_size):
+        raise ReplyError(FaultKind.GARBAGE, f"sampled tokens are not ids below {vocab_size}")
+    output_ids = integers(list_of(member(entry, "output_ids"), "output_ids"), "output_ids")
+    if list(ids) != output_ids:
+        raise ReplyError(FaultKind.MISALIGNED, "tokens and logprobs are of different answers")
+    if _is_truncated(request):
+        name = "output_token_sampling_logprobs"
+        values = list_of(member(meta, name), name)
+        if len(values) != len(ids):
+            raise ReplyError(FaultKind.LENGTH, f"{len(values)} logprobs for {len(ids)} tokens")
+    logprobs_R = logprobs_of(values, "sampled tokens")
+    if request.sampling.is_greedy:  # SGLang's are those at temperature 1
+        logprobs_R = np.zeros_like(logprobs_R)
+    return ids, logprobs_R
 
 
 def _top_k(request: RolloutRequest, vocab_size: int) -> int:

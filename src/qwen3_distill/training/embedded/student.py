@@ -85,7 +85,8 @@ class _EmbeddedStudent:
         return self.core.model(input_ids=micro.input_BT, use_cache=False).last_hidden_state
 
     def metrics(self) -> tuple[Metric, ...]:
-        return ()
+        layers = self.core.config.num_hidden_layers if self._config.gradient_checkpointing else 0
+        return (Metric.last("train/recomputed_layers", layers),)
 
     def memory_report(self) -> str:
         recomputes = "every layer" if self._config.gradient_checkpointing else "no layer"

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qwen3_distill.config import ObjectiveSchema
-from qwen3_distill.errors import AlignmentError, ConfigError
+from qwen3_distill.errors import AlignmentError, ConfigError, DataError
 from qwen3_distill.modeling.head import TokenStatistics, token_stats
+from qwen3_distill.modeling.host_to_device import to_device
 from qwen3_distill.training.batching import HiddenMicroBatch, MicroBatch, TopKMicroBatch
-from qwen3_distill.types import Metric, Reduction
+from qwen3_distill.types import Metric, Reduction, TrainingRollout
 
 ConfigT = TypeVar("ConfigT", bound=ObjectiveSchema)
 
@@ -97,6 +99,17 @@ class Objective(Protocol):
         ...
 
 
+def check_samplers(objective: ObjectiveSchema, scored: Sequence[TrainingRollout]) -> None:
+    """Raise DataError for a rollout whose sampler the objective does not learn from."""
+    for rollout in (entry.rollout for entry in scored):
+        if rollout.sampled_by not in objective.learns_from:
+            raise DataError(
+                f"rollout {rollout.rollout_id} was sampled by the {rollout.sampled_by}, and "
+                f"objective.kind={vars(objective)['kind']} does not learn from that: "
+                f"{objective.refusal}"
+            )
+
+
 def weighted_mean(micro: MicroBatch, values_N: Tensor, denominator: float) -> Tensor:
     """Return sum_t w_i v_t / denominator: the micro-batch's share of the step's mean."""
     return (micro.importance_weight_N * values_N).sum() / denominator
@@ -111,15 +124,54 @@ def max_metric(key: str, values_N: Tensor) -> TensorMetric:
 
 
 def common_metrics(micro: MicroBatch, logprob_N: Tensor, entropy_N: Tensor) -> list[TensorMetric]:
-    """Return the metrics of the sampled tokens that every objective reports."""
+    """Return the metrics of the sampled tokens that every objective reports.
+
+    What compares with the model that sampled counts that model's tokens only: the reverse KL and
+    the engine's logprobs the student's, the forward KL and the likelihood the teacher's.
+    """
     logprob_N = logprob_N.detach()
-    engine_gap_N = (logprob_N - micro.behavior_logprob_N).abs()
-    return [
-        mean_metric("loss/reverse_kl_nats", logprob_N - micro.teacher_logprob_N),
-        mean_metric("loss/entropy_nats", entropy_N),
-        mean_metric("health/learner_vs_engine_abs_nats", engine_gap_N),
-        max_metric("health/learner_vs_engine_max_nats", engine_gap_N),
-    ]
+    metrics = [mean_metric("loss/entropy_nats", entropy_N)]
+    students = _of_sampler(micro, by_teacher=False)
+    if students.count:
+        gap_N = students.only((logprob_N - micro.behavior_logprob_N).abs())
+        mean, longest = "health/learner_vs_engine_abs_nats", "health/learner_vs_engine_max_nats"
+        metrics += [students.mean(mean, gap_N), max_metric(longest, gap_N)]
+        if micro.is_scored:
+            kl_N = students.only(logprob_N - micro.teacher_logprob_N)
+            metrics.insert(0, students.mean("loss/reverse_kl_nats", kl_N))
+    teachers = _of_sampler(micro, by_teacher=True)
+    if teachers.count:
+        nll_N = teachers.only(-logprob_N)
+        metrics.append(teachers.mean("loss/teacher_answer_nll_nats", nll_N))
+        if micro.is_scored:
+            kl_N = teachers.only(micro.teacher_logprob_N - logprob_N)
+            metrics.append(teachers.mean("loss/forward_kl_nats", kl_N))
+    return metrics
+
+
+@dataclass(frozen=True)
+class _SamplersTokens:
+    """The loss tokens that one of the models sampled."""
+
+    mask_N: Tensor | None
+    """None: all of them, or none."""
+    count: int
+
+    def only(self, values_N: Tensor) -> Tensor:
+        """Return the values with 0 at the other tokens, where they may be NaN."""
+        return values_N if self.mask_N is None else values_N.where(self.mask_N, 0.0)
+
+    def mean(self, key: str, only_N: Tensor) -> TensorMetric:
+        return TensorMetric(key, only_N.detach().sum(), self.count, Reduction.MEAN)
+
+
+def _of_sampler(micro: MicroBatch, *, by_teacher: bool) -> _SamplersTokens:
+    is_chosen = [flag == by_teacher for flag in micro.by_teacher]
+    count = sum(n for n, chosen in zip(micro.loss_tokens, is_chosen, strict=True) if chosen)
+    if all(is_chosen) or not any(is_chosen):
+        return _SamplersTokens(None, count)
+    mask_N = torch.from_numpy(np.repeat(is_chosen, micro.loss_tokens))
+    return _SamplersTokens(to_device(mask_N, micro.target_N.device), count)
 
 
 def require_top_k(micro: MicroBatch, k: int) -> TopKMicroBatch:

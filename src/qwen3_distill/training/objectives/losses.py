@@ -87,6 +87,58 @@ def sampled_reverse_kl(
     return SampledTerms(loss, ratio_N, advantage_N, signal_N)
 
 
+class PolicyTerms(NamedTuple):
+    """The group-relative loss and the values for its metrics; only ``loss`` has a gradient."""
+
+    loss: Tensor
+    """Scalar: this micro-batch's share of the step's loss."""
+    ratio_N: Tensor
+    """pi_theta(a_t) / mu(a_t), before the clip."""
+    is_clipped_N: Tensor
+    """bool: the token has no gradient, because its ratio is beyond the clip."""
+
+
+def group_relative_policy(
+    learner_logprob_N: Tensor,
+    behavior_logprob_N: Tensor,
+    advantage_N: Tensor,
+    importance_weight_N: Tensor,
+    *,
+    denominator: float,
+    clip_low: float | None,
+    clip_high: float | None,
+) -> PolicyTerms:
+    """Return the clipped policy-gradient surrogate of GRPO (arXiv 2402.03300, eq. 3).
+
+        rho_t = pi_theta(a_t) / mu(a_t)
+        loss  = - sum_t w_i min(rho_t A_i, clip(rho_t, 1 - e_low, 1 + e_high) A_i) / denominator
+
+    Without its KL to a reference model, and with one denominator for the tokens of all answers
+    (DAPO, arXiv 2503.14476): a mean per answer would weigh the tokens of long wrong answers less
+    (Dr. GRPO, arXiv 2503.20783). mu is the distribution really sampled from.
+
+    Args:
+        learner_logprob_N: log pi_theta(a_t), with gradient.
+        behavior_logprob_N: log mu(a_t).
+        advantage_N: A_i of the token's rollout: its reward relative to its prompt's samples.
+        importance_weight_N: w_i of the token's rollout.
+        denominator: sum_i w_i n_i of the *whole step*, all micro-batches.
+        clip_low: e_low; None takes rho = 1, so that its gradient is that of log pi_theta(a_t).
+        clip_high: e_high, if there is an e_low.
+    """
+    ratio_N = torch.exp(learner_logprob_N - behavior_logprob_N)
+    if clip_low is None or clip_high is None:
+        gain_N = advantage_N * learner_logprob_N
+        is_clipped_N = torch.zeros_like(ratio_N, dtype=torch.bool)
+    else:
+        free_N = ratio_N * advantage_N
+        bound_N = ratio_N.clamp(1 - clip_low, 1 + clip_high) * advantage_N
+        gain_N = torch.minimum(free_N, bound_N)
+        is_clipped_N = bound_N.detach() < free_N.detach()
+    loss = -(importance_weight_N * gain_N).sum() / denominator
+    return PolicyTerms(loss, ratio_N.detach(), is_clipped_N)
+
+
 def discounted_suffix_sum(
     values_N: Tensor, tokens_per_row: Sequence[int], discount: float
 ) -> Tensor:

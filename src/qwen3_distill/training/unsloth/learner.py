@@ -1,12 +1,12 @@
 """The unsloth learner, as the controller makes it. unsloth is not imported here."""
 
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from qwen3_distill.config import UnslothTraining
+from qwen3_distill.environments.installed import engine_python
 from qwen3_distill.hosts.host import MakeHost, WorkerSpec
 from qwen3_distill.hosts.opening import Opening
 from qwen3_distill.hosts.process import LocalProcess
@@ -24,12 +24,15 @@ def unsloth_learner(
     Args:
         log: file that takes the worker's output; appended to.
         make_host: where the worker runs.
+
+    Raises:
+        ConfigError: no interpreter is named and no environment of unsloth is installed.
     """
     training = settings.training
     host = make_host(
         WorkerSpec(
             name="unsloth learner",
-            python=training.python or sys.executable,
+            python=engine_python("unsloth", "training", training.python),
             module=_MODULE,
             log=log,
             hang_timeout_s=training.hang_timeout_s,

@@ -30,6 +30,7 @@ from unsloth_zoo.fused_losses.fused_linear import (  # pyright: ignore[reportMis
 from qwen3_distill.config import LoraTuning, ObjectiveConfig, ReplayConfig, UnslothTraining
 from qwen3_distill.errors import EngineStartError, ModelError
 from qwen3_distill.modeling.cpu_warmup import settle_vector_math
+from qwen3_distill.modeling.directory import weight_files
 from qwen3_distill.modeling.head import TokenStats
 from qwen3_distill.modeling.loading import load_identity, resolve_device, resolve_dtype
 from qwen3_distill.modeling.shapes import read_shape
@@ -283,7 +284,7 @@ def _load(
 def _check_weights(model_dir: Path, core: PreTrainedModel) -> None:
     """Check that every parameter is in the files: transformers draws missing ones at random."""
     stored = set[str]()
-    for file in model_dir.glob("*.safetensors"):
+    for file in weight_files(model_dir):
         with safe_open(file, framework="pt") as handle:
             stored.update(handle.keys())
     names = (

@@ -1,0 +1,278 @@
+"""Checks whether this machine has what the engines of a config need, one `Check` each."""
+
+import json
+import re
+import shutil
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from qwen3_distill.config import LoraTuning, RunConfig
+from qwen3_distill.environments.installed import machine_kind
+from qwen3_distill.environments.pins import tested_versions
+from qwen3_distill.errors import ModelError
+from qwen3_distill.modeling.shapes import read_shape
+from qwen3_distill.pipeline.assembly.channel import samples_elsewhere, shared_memory_dir
+from qwen3_distill.pipeline.assembly.engines import engine_interpreters, served_adapter
+from qwen3_distill.pipeline.assembly.machine import (
+    NAMES,
+    Name,
+    device_problem,
+    interpreter_problem,
+    missing_environments,
+    section_of,
+)
+from qwen3_distill.pipeline.assembly.plan import plan_memory
+from qwen3_distill.pipeline.disk_space import student_bytes
+from qwen3_distill.pipeline.finding import (
+    Check,
+    Status,
+    Verdict,
+    bad,
+    doubtful,
+    good,
+    problem,
+    skipped,
+)
+from qwen3_distill.pipeline.manifest import engine_versions
+from qwen3_distill.planning.gpu import detect_gpu
+from qwen3_distill.recording.text import gibibytes
+
+_OLDEST_DRIVER = 580
+"""The first driver of CUDA 13, for which the engines of `environments` are built."""
+_FP8_CAPABILITY = (8, 9)
+"""The first GPUs that compute in FP8 (Ada; Hopper is 9.0)."""
+_ADAPTER_BYTES = 4
+_VERSIONS_KEPT = 2
+"""The channel holds a version until the next one is written."""
+_QUANTIZABLE: tuple[Name, ...] = ("generation", "scoring")
+_ALL_EMBEDDED = "all engines are embedded, or run elsewhere"
+_REQUIRES_EXACT = {"unsloth"}
+"""Engines below whose public functions this package reaches: other versions are refused."""
+
+
+def check_gpu(config: RunConfig) -> Verdict:
+    """Check that there is a CUDA device where the config needs one."""
+    if (lacking := device_problem(config)) is not None:
+        return problem(lacking)
+    return good("an NVIDIA driver is seen" if machine_kind() == "cuda" else "none, and none needed")
+
+
+def check_environments(config: RunConfig) -> Verdict:
+    """Check that the engines without a stated interpreter are installed on this machine."""
+    lacking = missing_environments(config)
+    return good("all that the config uses") if lacking is None else problem(lacking)
+
+
+def check_interpreter(name: Name, config: RunConfig) -> Verdict:
+    """Check that the interpreter of a section exists.
+
+    Args:
+        name: of the section.
+    """
+    if (lacking := interpreter_problem(config, name)) is not None:
+        return problem(lacking)
+    section = section_of(config, name)
+    if section is None:
+        return skipped("training loads no teacher")
+    if section.interpreter is None:
+        return skipped("none is stated")
+    return good(section.interpreter)
+
+
+def check_driver(config: RunConfig) -> Verdict:
+    """Check that the driver can run the engines that are installed, and name the GPU."""
+    if not engine_interpreters(config):
+        return skipped(_ALL_EMBEDDED)
+    gpu = detect_gpu()
+    if gpu is None:
+        return skipped("no NVIDIA GPU: every engine runs on the CPU")
+    text = (
+        f"{gpu.name}, {gpu.memory}, compute capability {gpu.capability[0]}.{gpu.capability[1]}, "
+        f"driver {gpu.driver}"
+    )
+    major = gpu.driver.partition(".")[0]
+    if major.isdigit() and int(major) < _OLDEST_DRIVER:
+        return doubtful(
+            f"{text}; the locked engines are built for CUDA 13, which needs driver "
+            f"{_OLDEST_DRIVER} or newer",
+            "update the driver, or use engines built for its CUDA",
+        )
+    return good(text)
+
+
+def check_fp8(config: RunConfig) -> Verdict:
+    """Check that the GPU computes in FP8 where the config asks for it."""
+    users = [
+        f"{name}.quantization=fp8"
+        for name in _QUANTIZABLE
+        if getattr(section_of(config, name), "quantization", None) == "fp8"
+        and not getattr(section_of(config, name), "urls", ())
+    ]
+    teacher = config.loaded_teacher
+    if teacher is not None and not getattr(teacher, "urls", ()):
+        with suppress(ModelError):
+            if read_shape(teacher.model).fp8_checkpoint:
+                users.append("scoring.model is an FP8 checkpoint")
+    if not users:
+        return skipped("nothing is quantized here")
+    what = ", ".join(users)
+    gpu = detect_gpu()
+    if gpu is None:
+        return bad(
+            f"{what} needs a GPU, and there is none",
+            "set quantization=null, and use a teacher that is not quantized",
+        )
+    text = f"{what} on compute capability {gpu.capability[0]}.{gpu.capability[1]}"
+    if gpu.capability < _FP8_CAPABILITY:
+        return doubtful(
+            f"{text}: FP8 is computed from {_FP8_CAPABILITY[0]}.{_FP8_CAPABILITY[1]} on",
+            "set quantization=null if the engine does not start; memory is saved here, not time",
+        )
+    return good(text)
+
+
+def check_versions(config: RunConfig) -> Verdict:
+    """Compare the engines' installed versions with the tested ones, without importing them."""
+    interpreters = engine_interpreters(config)
+    if not interpreters:
+        return skipped(_ALL_EMBEDDED)
+    found = engine_versions(interpreters)
+    silent = [kind for kind in interpreters if kind not in found]
+    verdicts = [_judged(kind, versions) for kind, versions in found.items()]
+    for status in (Status.FAIL, Status.WARN):
+        if worst := [verdict for verdict in verdicts if verdict.status is status]:
+            return replace(worst[0], found=", ".join(verdict.found for verdict in worst))
+    if silent:
+        python = interpreters[silent[0]].python
+        return doubtful(
+            f"{python} does not say what is installed for {silent[0]}",
+            f"run `{python} -c 'import sys'` and see why",
+        )
+    return good(", ".join(verdict.found for verdict in verdicts))
+
+
+def _judged(kind: str, versions: dict[str, str]) -> Verdict:
+    tested = tested_versions(kind)
+    installed = {name: versions[name] for name in tested if name in versions}
+    install = "make the engine's environment again (docs/engines/install.md)"
+    if not installed:
+        return bad(f"{kind} is not installed for its interpreter", install)
+    torch = f" (torch {versions['torch']})" if "torch" in versions else ""
+    text = ", ".join(f"{name} {version}" for name, version in installed.items()) + torch
+    for name, version in installed.items():
+        if _plain(version) in tested[name]:
+            continue
+        pins = ", ".join(sorted(set().union(*tested.values())))
+        what = f"{name} {version}, tested with {pins}"
+        if kind in _REQUIRES_EXACT or _order(version) < min(map(_order, tested[name])):
+            return bad(what, install)
+        return doubtful(what, f"if something fails below, {install}")
+    return good(text)
+
+
+def _plain(version: str) -> str:
+    return version.partition("+")[0]
+
+
+def _order(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", _plain(version)))
+
+
+def check_shared_memory(config: RunConfig) -> Verdict:
+    """Check that the folder in memory takes two versions of what is pushed to the engine."""
+    generation = config.generation
+    if not samples_elsewhere(generation):
+        return skipped("weights stay in this process")
+    tuning = served_adapter(generation, config.training.tuning)
+    if isinstance(tuning, LoraTuning):
+        shape = read_shape(config.student.model)
+        pushed = _ADAPTER_BYTES * shape.lora_parameters(tuning.rank, tuning.target_modules)
+    else:
+        pushed = student_bytes(config)
+    needed = _VERSIONS_KEPT * pushed
+    folder = shared_memory_dir()
+    free = shutil.disk_usage(folder).free
+    text = f"{folder} has {gibibytes(free)} free, two weight versions need {gibibytes(needed)}"
+    if free >= needed:
+        return good(text)
+    change = "free it, or start the container with a larger --shm-size"
+    if tuning is None and getattr(generation, "full_weights", "") != "directory" and detect_gpu():
+        return doubtful(f"{text}, if they cannot be passed on the GPU", change)
+    return bad(text, change)
+
+
+def check_plan(config: RunConfig) -> Verdict:
+    """Plan the memory of the engines.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    plan = plan_memory(config)
+    if plan is None:
+        return skipped("all engines are embedded and share one allocator")
+    needed, free = gibibytes(plan.required_bytes), gibibytes(plan.device.free_bytes)
+    return good(f"the engines need {needed} of {free} ({plan.device.name})")
+
+
+def sequence_limits(config: RunConfig) -> dict[str, int]:
+    """Return the stated limits on prompt plus response tokens, by setting."""
+    limits = {
+        f"{name}.max_model_tokens": getattr(getattr(config, name), "max_model_tokens", None)
+        for name in ("generation", "training")
+    }
+    return {name: limit for name, limit in limits.items() if limit is not None}
+
+
+def quantization_of(config: RunConfig) -> str | None:
+    """Return how the teacher's weights are quantized: by its server, or in its directory.
+
+    None: they are not, or there is no teacher.
+    """
+    scoring = config.scoring
+    if scoring is None:
+        return None
+    if (quantization := getattr(scoring, "quantization", None)) is not None:
+        return str(quantization)
+    file = Path(scoring.model) / "config.json"
+    with suppress(OSError, ValueError, AttributeError):
+        settings = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
+        return None if settings is None else str(settings.get("quant_method"))
+    return None
+
+
+_STARTABLE = ("installed engines", *(f"{name} interpreter" for name in NAMES))
+MACHINE_CHECKS = (
+    Check(name="GPU", find=check_gpu, refuses_run=True),
+    Check(name="FP8 on this GPU", find=check_fp8, refuses_run=True, notes_run=True),
+    Check(name="installed engines", find=check_environments, refuses_run=True),
+    *(
+        Check(
+            name=f"{name} interpreter",
+            find=partial(check_interpreter, name),
+            refuses_run=True,
+        )
+        for name in NAMES
+    ),
+    Check(name="driver", find=check_driver, needs=_STARTABLE, notes_run=True),
+    Check(
+        name="engine versions",
+        find=check_versions,
+        needs=_STARTABLE,
+        refuses_run=True,
+        notes_run=True,
+    ),
+    Check(
+        name="shared memory",
+        find=check_shared_memory,
+        needs=("student files",),
+        refuses_run=True,
+        notes_run=True,
+    ),
+    Check(
+        name="memory plan",
+        find=check_plan,
+        needs=("student files", "teacher files"),
+    ),
+)
