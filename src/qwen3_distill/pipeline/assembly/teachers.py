@@ -103,6 +103,7 @@ async def teacher_sampler(config: RunConfig, teacher: TeacherScorer) -> AsyncIte
         device=embedded.device if embedded else scoring.device,
         dtype=embedded.dtype if embedded else scoring.dtype,
         max_sequences=generation.max_sequences,
+        batching=embedded.batching if embedded else "continuous",
     )
     channel = MemoryChannel()
     version = publish_directory(scoring.model, channel, dtype=resolve_dtype(scoring.dtype))
