@@ -68,11 +68,16 @@ class HuggingFacePrompts(_FilePrompts):
         return pinned
 
 
+TaskName: TypeAlias = Literal["chain", "long_chain", "multiply", "sum"]
+
+
 class TaskPrompts(Schema):
     """Problems of a procedural task. Training and evaluation never share a problem."""
 
     kind: Literal["task"]
-    task: Literal["chain"] = "chain"
+    task: TaskName = "chain"
+    """`chain`: arithmetic in 4 to 6 steps, the task of the shipped lab models. `long_chain`: 10 to
+    16 steps. `multiply`: a product with every carry. `sum`: an answer without steps."""
     split: Literal["train", "eval"] = "train"
     limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Cycle over this many problems; null: an endless supply."""
@@ -87,7 +92,8 @@ class TaskVerifier(Schema):
     """Checks a procedural task's final answer exactly."""
 
     kind: Literal["task"]
-    task: Literal["chain"] = "chain"
+    task: TaskName = "chain"
+    """The task of the prompts; see there."""
 
 
 class MathVerifier(Schema):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, Protocol, TypeAlias
 
-from qwen3_distill.data.chain_task import ChainTask
+from qwen3_distill.data.tasks import Task
 from qwen3_distill.errors import DataError
 
 Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
@@ -84,7 +84,7 @@ class FixedSource:
 class TaskSource:
     """A source of one split of a procedural task; problems are made on demand."""
 
-    def __init__(self, task: ChainTask, split: Literal["train", "eval"], limit: int | None) -> None:
+    def __init__(self, task: Task, split: Literal["train", "eval"], limit: int | None) -> None:
         self._task = task
         self._split: Literal["train", "eval"] = split
         self._limit = limit
