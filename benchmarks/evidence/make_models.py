@@ -19,7 +19,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -236,16 +236,23 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--data-workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--teacher-steps", type=int, help="default: the sizes' own")
+    parser.add_argument("--weak-steps", type=int, help="likewise")
+    parser.add_argument("--warm-steps", type=int, help="likewise")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     sizes = GPU if arguments.sizes == "gpu" else CPU
-    steps = arguments.teacher_steps or sizes.teacher_steps
+    sizes = replace(
+        sizes,
+        teacher_steps=arguments.teacher_steps or sizes.teacher_steps,
+        weak_steps=arguments.weak_steps or sizes.weak_steps,
+        warm_steps=arguments.warm_steps or sizes.warm_steps,
+    )
     out, device = arguments.out, arguments.device
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with ProcessPoolExecutor(arguments.data_workers, get_context("spawn")) as pool:
         for role, shape, count in (
-            ("teacher", sizes.teacher, steps),
+            ("teacher", sizes.teacher, sizes.teacher_steps),
             ("weak_teacher", sizes.student, sizes.weak_steps),
         ):
             if not (out / role / "model.safetensors").is_file():

@@ -69,8 +69,6 @@ class Setting:
     """Answers of the teacher, at temperature 1, that the student is warm-started on."""
     rollouts_per_step: int
     micro_batch_tokens: int
-    steps: int
-    """Optimizer steps of a counted run: the budget."""
     share_of_teacher_batch: int
     """Parts in the teacher's training batches."""
 
@@ -82,7 +80,6 @@ SETTINGS: Mapping[str, Setting] = {
         warm_samples=4096,
         rollouts_per_step=128,
         micro_batch_tokens=32768,
-        steps=120,
         share_of_teacher_batch=3,
     ),
     "multiply": Setting(
@@ -91,7 +88,6 @@ SETTINGS: Mapping[str, Setting] = {
         warm_samples=2048,
         rollouts_per_step=128,
         micro_batch_tokens=32768,
-        steps=120,
         share_of_teacher_batch=2,
     ),
     "short": Setting(
@@ -100,7 +96,6 @@ SETTINGS: Mapping[str, Setting] = {
         warm_samples=8192,
         rollouts_per_step=512,
         micro_batch_tokens=32768,
-        steps=120,
         share_of_teacher_batch=1,
     ),
 }
@@ -112,5 +107,8 @@ WARM_FIRST, VALIDATION_FIRST = 10_000_000, 20_000_000
 the arms draw theirs from 0 on."""
 HELDOUT = 4096
 """Held-out problems of every counted evaluation."""
-EVALUATION_STEPS = (0, 5, 10, 15, 20, 30, 40, 50, 60, 80, 100, 120)
-"""Steps after which a run is evaluated; the first is measured once for a setting."""
+EVALUATION_STEPS = (4, 8, 14, 22, 35, 60, 100)
+"""Steps after which a counted run is evaluated; the last is the budget. The accuracy at step 0 is
+the warm-started student's, in ``models.json``."""
+TRIAL_SEED, TRIAL_STEPS, TRIAL_HELDOUT = 1000, 50, 1024
+"""Of a tuning trial: a seed that no counted run has, its steps and held-out problems."""

@@ -224,6 +224,9 @@ class EvaluationConfig(Schema):
     verifier: VerifierConfig
     """Decides whether an answer is correct, or how good it is."""
     every_steps: PositiveInt = 25
+    at_steps: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Evaluate after these steps instead of every `every_steps`, e.g. ``[0, 5, 10, 20, 40]``; after
+    the last step in any case. Null: every `every_steps`."""
     num_problems: NumProblems = 500
     """Maximum number of problems; every result states how many there were."""
     final_num_problems: NumProblems | None = None
