@@ -107,12 +107,16 @@ class Answers:
     def accuracy(
         self, setting: Setting, split: Split, first: int, count: int, temperature: float
     ) -> dict[str, float]:
-        """Return accuracy, mean length and the share of answers that ended by themselves."""
+        """Return accuracy, mean length, the share of answers that ended, and the tokens per second
+        of sampling them."""
         task = TASKS[setting.task]
         problems = [task.problem(split, first + index) for index in range(count)]
+        started = time.perf_counter()
         rollouts = self.sample(setting, problems, temperature, seed=1)
+        taken_s = time.perf_counter() - started
         right = [task.check(p, _text(r)) for p, r in zip(problems, rollouts, strict=True)]
         return {
+            "tokens_per_s": sum(rollout.num_tokens for rollout in rollouts) / taken_s,
             "accuracy": sum(right) / count,
             "mean_tokens": sum(rollout.num_tokens for rollout in rollouts) / count,
             "ended": sum(r.finish_reason is FinishReason.STOP for r in rollouts) / count,

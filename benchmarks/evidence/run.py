@@ -37,6 +37,7 @@ from benchmarks.evidence.settings import (
     HELDOUT,
     MODELS,
     SETTINGS,
+    TRIAL_FIRST,
     TRIAL_HELDOUT,
     TRIAL_SEED,
     TRIAL_STEPS,
@@ -58,7 +59,8 @@ def run_once(setting: str, arm: str, seed: int, sizes: dict[str, Any]) -> Record
     """Train and evaluate one student, in this process; return its curve.
 
     Args:
-        sizes: ``models``, ``device``, ``steps``, ``learning_rate``, ``problems`` and ``at_steps``.
+        sizes: ``models``, ``device``, ``steps``, ``learning_rate``, ``problems``,
+            ``first_problem`` and ``at_steps``.
     """
     started = time.perf_counter()
     said = io.StringIO()
@@ -124,7 +126,12 @@ def config_values(
         },
         "verifier": {"kind": "task", "task": of.task},
         "evaluation": {
-            "prompts": {"kind": "task", "task": of.task, "split": "eval"},
+            "prompts": {
+                "kind": "task",
+                "task": of.task,
+                "split": "eval",
+                "first": sizes["first_problem"],
+            },
             "verifier": {"kind": "task", "task": of.task},
             "sampling": {"temperature": 1.0, "max_new_tokens": of.max_new_tokens},
             "second_temperature": 0.0,
@@ -265,11 +272,13 @@ def main() -> None:
     if arguments.trials:
         steps = arguments.steps or TRIAL_STEPS
         sizes |= {"steps": steps, "problems": arguments.problems or TRIAL_HELDOUT, "at_steps": []}
+        sizes["first_problem"] = TRIAL_FIRST
         jobs = trial_jobs(arguments.settings, arms, sizes)
     else:
         steps = arguments.steps or EVALUATION_STEPS[-1]
         at_steps = [step for step in EVALUATION_STEPS if step <= steps]
         sizes |= {"steps": steps, "problems": arguments.problems or HELDOUT, "at_steps": at_steps}
+        sizes["first_problem"] = 0
         rates = chosen_rates(read_jsonl(arguments.trials_log))
         jobs = jobs_of(arguments.settings, arms, range(arguments.seeds), sizes)
         for setting, arm, _, of_job in jobs.values():

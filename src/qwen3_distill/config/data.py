@@ -79,6 +79,8 @@ class TaskPrompts(Schema):
     """`chain`: arithmetic in 4 to 6 steps, the task of the shipped lab models. `long_chain`: 10 to
     16 steps. `multiply`: a product with every carry. `sum`: an answer without steps."""
     split: Literal["train", "eval"] = "train"
+    first: Annotated[int, Field(ge=0, le=10**9)] = 0
+    """Number of the first problem: other numbers are other draws, e.g. for choosing settings."""
     limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Cycle over this many problems; null: an endless supply."""
 

@@ -21,7 +21,7 @@ def build_source(config: PromptsConfig) -> PromptSource:
             The message names the file and the line (JSONL, from 1) or row (Parquet and hf, from 0).
     """
     if isinstance(config, TaskPrompts):
-        return TaskSource(TASKS[config.task], config.split, config.limit)
+        return TaskSource(TASKS[config.task], config.split, config.limit, first=config.first)
     if isinstance(config, JsonlPrompts):
         name, rows = Path(config.path).name, jsonl_rows(Path(config.path))
     elif isinstance(config, ParquetPrompts):
