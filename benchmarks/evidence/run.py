@@ -49,7 +49,7 @@ from qwen3_distill.modeling.loading import load_model, resolve_device
 from qwen3_distill.pipeline.manifest import git_revision
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.recording.console import SilentReporter
-from qwen3_distill.recording.cost_records import read_cost
+from qwen3_distill.recording.cost_records import COST_FILE, fold
 from qwen3_distill.recording.jsonl import read_jsonl
 
 SEEDS = 5
@@ -70,10 +70,8 @@ def run_once(setting: str, arm: str, seed: int, sizes: dict[str, Any]) -> Record
             summary = run(config, SilentReporter(), lambda text: None, ARMS[arm].adapt)
         if summary is None:
             raise KeyboardInterrupt
-        cost = read_cost(Path(folder), with_points=True)
-        assert cost is not None, "every run keeps a cost ledger"
-        at_step = {point.step: dict(point.marginal) for point in cost.points}
-        curve = curve_of(read_jsonl(Path(folder) / "evaluations.jsonl"), at_step)
+        evaluations = read_jsonl(Path(folder) / "evaluations.jsonl")
+        curve = curve_of(evaluations, read_jsonl(Path(folder) / COST_FILE))
         warm_data = Path(sizes["models"]) / setting / "warm_data.json"
         forgetting = loss_on(Path(folder) / "student", warm_data, sizes["device"])
     return {
@@ -83,7 +81,6 @@ def run_once(setting: str, arm: str, seed: int, sizes: dict[str, Any]) -> Record
         "learning_rate": sizes["learning_rate"],
         "curve": curve,
         "warm_data_loss": forgetting,
-        "device_s": {k: v for k, v in cost.marginal.items() if k.startswith("device_s/")},
         "commit": (git_revision(Path(__file__).parent) or {"commit": "unknown"})["commit"],
         "wall_s": time.perf_counter() - started,
     }
@@ -156,9 +153,13 @@ def config_values(
 
 
 def curve_of(
-    evaluations: Sequence[Mapping[str, Any]], cost_at_step: Mapping[int, Mapping[str, float]]
+    evaluations: Sequence[Mapping[str, Any]], ledger: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Join each step's two evaluations with the cost so far, a point per evaluated step."""
+    """Join each step's two evaluations with the marginal cost so far, a point per evaluated step.
+
+    Args:
+        ledger: the lines of the run's ``cost.jsonl``.
+    """
     points: dict[int, dict[str, Any]] = {}
     for record in evaluations:
         point = points.setdefault(record["step"], {"step": record["step"]})
@@ -168,7 +169,7 @@ def curve_of(
         point[f"{which}_truncated"] = round(record["truncated_fraction"], 5)
         point["problems"] = record["num_problems"]
     for step, point in points.items():
-        spent = cost_at_step[step]
+        spent = fold([line for line in ledger if line["step"] <= step]).marginal
         point["flops"] = {k[6:]: v for k, v in spent.items() if k.startswith("flops/")}
         point["tokens"] = {k[7:]: v for k, v in spent.items() if k.startswith("tokens/")}
         point["device_s"] = {
