@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import Qwen3ForCausalLM
 
 from benchmarks.evidence.settings import (
     CPU,
@@ -54,8 +55,17 @@ from benchmarks.evidence.training import (
 from qwen3_distill.data.chain_task import Problem, Split
 from qwen3_distill.data.tasks import TASKS
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
+from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import resolve_device
-from qwen3_distill.types import FinishReason, Prompt, Rollout, RolloutRequest, SamplingSpec
+from qwen3_distill.ports import FullWeights
+from qwen3_distill.types import (
+    FinishReason,
+    Prompt,
+    Rollout,
+    RolloutRequest,
+    SamplingSpec,
+    WeightVersion,
+)
 from qwen3_distill.utils.files import write_json_atomic
 from qwen3_distill.weights.directory import publish_directory
 from qwen3_distill.weights.memory import MemoryChannel
@@ -72,9 +82,16 @@ class Answers:
         self._engine = EmbeddedRolloutEngine(
             directory, device=device, dtype="float32", max_sequences=2048, batching="static"
         )
-        channel = MemoryChannel()
-        version = publish_directory(directory, channel, dtype=torch.float32)
-        asyncio.run(self._engine.load(version, channel))
+        self._channel = MemoryChannel()
+        version = publish_directory(directory, self._channel, dtype=torch.float32)
+        asyncio.run(self._engine.load(version, self._channel))
+
+    def use(self, model: Qwen3ForCausalLM, step: int) -> None:
+        """Answer with a model's weights from now on, rounded as they are saved."""
+        tensors = {n: p.detach().bfloat16().float() for n, p in model.named_parameters()}
+        version = WeightVersion(step=step, digest=weights_digest(tensors))
+        self._channel.publish(version, FullWeights(tensors=tensors))
+        asyncio.run(self._engine.load(version, self._channel))
 
     def sample(
         self, setting: Setting, problems: Sequence[Problem], temperature: float, seed: int
@@ -137,16 +154,18 @@ def make_teacher(
     torch.manual_seed(0)
     model = build_model(shape).to(resolve_device(device))
     parts = [
-        (SETTINGS[name].task, SETTINGS[name].rollouts_per_step)
+        (SETTINGS[name].task, SETTINGS[name].teacher_rows)
         for name in names
-        for _ in range(SETTINGS[name].share_of_teacher_batch)
+        for _ in range(SETTINGS[name].teacher_batches)
     ]
     schedule = Schedule(steps=steps, learning_rate=1.5e-3, warmup_steps=min(200, steps // 5))
     train(model, worked_batches(pool, parts, steps, seed=0), schedule, directory.name)
     save_bfloat16(model, directory)
 
 
-def make_student(directory: Path, teacher: Path, setting: Setting, sizes: Sizes, device: str) -> None:
+def make_student(
+    directory: Path, teacher: Path, setting: Setting, sizes: Sizes, device: str
+) -> None:
     """Warm-start a student on the teacher's answers until the target accuracy, and save it."""
     task = TASKS[setting.task]
     problems = [task.problem("train", WARM_FIRST + i) for i in range(setting.warm_samples)]
@@ -154,16 +173,15 @@ def make_student(directory: Path, teacher: Path, setting: Setting, sizes: Sizes,
     examples = [_example(p, r) for p, r in zip(problems, answers, strict=True)]
     torch.manual_seed(1)
     model = build_model(sizes.student).to(resolve_device(device))
+    save_bfloat16(model, directory)
+    student = Answers(directory, device)
     reached: dict[str, float] = {}
 
     def stop(step: int) -> bool:
         if step % _CHECK_EVERY:
             return False
-        save_bfloat16(model, directory)
-        found = Answers(directory, device).accuracy(
-            setting, "train", VALIDATION_FIRST, VALIDATION, 0.0
-        )
-        model.train()
+        student.use(model, step)
+        found = student.accuracy(setting, "train", VALIDATION_FIRST, VALIDATION, 0.0)
         print(f"{directory.parent.name}: step {step}, greedy {found['accuracy']:.3f}", flush=True)
         reached.update(steps=step, validation_accuracy=found["accuracy"])
         return found["accuracy"] >= WARM_TARGET
@@ -172,6 +190,7 @@ def make_student(directory: Path, teacher: Path, setting: Setting, sizes: Sizes,
     schedule = Schedule(steps=sizes.warm_steps, learning_rate=1e-3, warmup_steps=50)
     batches = _epochs(examples, setting.rollouts_per_step, sizes.warm_steps)
     train(model, batches, schedule, f"{directory.parent.name} student", stop)
+    save_bfloat16(model, directory)
     write_json_atomic(
         directory.parent / "warm_start.json", {"samples": setting.warm_samples, **reached}
     )

@@ -111,7 +111,9 @@ class Plot:
         label = f"Greedy accuracy by training FLOPs, setting {setting}"
         colours = {arm: colour for arm, (_, colour) in DRAWN.items()}
         svg = self._drawing.file(_HEIGHT, label, colours)
-        return svg.replace("</style>", ".curve{fill:none;stroke:currentColor;stroke-width:2}</style>")
+        return svg.replace(
+            "</style>", ".curve{fill:none;stroke:currentColor;stroke-width:2}</style>"
+        )
 
     def _axes(self) -> None:
         draw = self._drawing
@@ -126,7 +128,9 @@ class Plot:
         for accuracy, name in ((self._before, "before"), (self._teacher, "teacher")):
             draw.line("limit", _LEFT, _RIGHT, self._y(accuracy), self._y(accuracy))
             draw.text("tick", _RIGHT - 4, self._y(accuracy) - 4, name, "end")
-        draw.text("tick", (_LEFT + _RIGHT) / 2, _BOTTOM + 40, "FLOPs, evaluation left out", "middle")
+        draw.text(
+            "tick", (_LEFT + _RIGHT) / 2, _BOTTOM + 40, "FLOPs, evaluation left out", "middle"
+        )
 
     def _x(self, flops: float) -> float:
         span = max(self._high - self._low, 1e-9)

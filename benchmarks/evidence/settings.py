@@ -38,9 +38,7 @@ GPU = Sizes(  # teacher 10.2 M parameters, student 2.4 M
     teacher=Shape(
         hidden_size=448, intermediate_size=1408, layers=4, heads=14, kv_heads=7, tied=False
     ),
-    student=Shape(
-        hidden_size=256, intermediate_size=768, layers=3, heads=8, kv_heads=4, tied=True
-    ),
+    student=Shape(hidden_size=256, intermediate_size=768, layers=3, heads=8, kv_heads=4, tied=True),
     teacher_steps=5000,
     weak_steps=1500,
     warm_steps=3000,
@@ -49,9 +47,7 @@ CPU = Sizes(
     teacher=Shape(
         hidden_size=192, intermediate_size=512, layers=3, heads=6, kv_heads=3, tied=False
     ),
-    student=Shape(
-        hidden_size=96, intermediate_size=256, layers=3, heads=3, kv_heads=1, tied=True
-    ),
+    student=Shape(hidden_size=96, intermediate_size=256, layers=3, heads=3, kv_heads=1, tied=True),
     teacher_steps=1500,
     weak_steps=700,
     warm_steps=1500,
@@ -69,8 +65,10 @@ class Setting:
     """Answers of the teacher, at temperature 1, that the student is warm-started on."""
     rollouts_per_step: int
     micro_batch_tokens: int
-    share_of_teacher_batch: int
-    """Parts in the teacher's training batches."""
+    teacher_rows: int
+    """Problems in a batch of the teachers' training."""
+    teacher_batches: int
+    """How many of a round of the teachers' batches are of this task."""
 
 
 SETTINGS: Mapping[str, Setting] = {
@@ -80,7 +78,8 @@ SETTINGS: Mapping[str, Setting] = {
         warm_samples=4096,
         rollouts_per_step=128,
         micro_batch_tokens=32768,
-        share_of_teacher_batch=3,
+        teacher_rows=128,
+        teacher_batches=3,
     ),
     "multiply": Setting(
         task="multiply",
@@ -88,7 +87,8 @@ SETTINGS: Mapping[str, Setting] = {
         warm_samples=2048,
         rollouts_per_step=128,
         micro_batch_tokens=32768,
-        share_of_teacher_batch=2,
+        teacher_rows=128,
+        teacher_batches=2,
     ),
     "short": Setting(
         task="sum",
@@ -96,7 +96,8 @@ SETTINGS: Mapping[str, Setting] = {
         warm_samples=8192,
         rollouts_per_step=512,
         micro_batch_tokens=32768,
-        share_of_teacher_batch=1,
+        teacher_rows=1536,
+        teacher_batches=2,
     ),
 }
 

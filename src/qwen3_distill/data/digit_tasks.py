@@ -70,7 +70,9 @@ class MultiplyTask:
         return answer == problem.answer
 
     def _draw_text(self, rng: random.Random) -> str:
-        return f"{PRODUCT_MARK}{_number(rng, self.first_digits)}*{_number(rng, self.second_digits)}="
+        return (
+            f"{PRODUCT_MARK}{_number(rng, self.first_digits)}*{_number(rng, self.second_digits)}="
+        )
 
     def _factors(self, text: str) -> tuple[str, str]:
         first, _, second = text.removeprefix(PRODUCT_MARK).removesuffix("=").partition("*")

@@ -116,9 +116,7 @@ class DecodeBatch:
         """Return [B, V] logits after each row's last token; that token enters the cache."""
         state.mask_BT = pad(state.mask_BT, (0, 1), value=1)
         groups = group_rows([_cached_tokens(row) for row in self._rows]) if self._is_mixed else None
-        return _forward(
-            self._model, state.last_B.unsqueeze(1), state.mask_BT, state.cache, groups
-        )
+        return _forward(self._model, state.last_B.unsqueeze(1), state.mask_BT, state.cache, groups)
 
     def _drop_finished(self) -> None:
         alive = [index for index, row in enumerate(self._rows) if not row.is_over]
@@ -143,6 +141,7 @@ class DecodeBatch:
             self._is_mixed = True
         self._rows = [*self._rows, *joining]
         return logits_BV
+
 
 def prefill(
     model: PreTrainedModel, device: torch.device, prompts: Sequence[Prompt]

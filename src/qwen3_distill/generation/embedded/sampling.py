@@ -76,9 +76,7 @@ class RowSampler:
         """A sampler for the rows of both; each goes on at its own position."""
         longest = max(self._uniform_BR.shape[1], other._uniform_BR.shape[1])
         (ours, *our_rest), (theirs, *their_rest) = self._tensors, other._tensors
-        uniform_BR = torch.cat(
-            [pad(part, (0, longest - part.shape[1])) for part in (ours, theirs)]
-        )
+        uniform_BR = torch.cat([pad(part, (0, longest - part.shape[1])) for part in (ours, theirs)])
         rest = [torch.cat(pair) for pair in zip(our_rest, their_rest, strict=True)]
         return self._with([uniform_BR, *rest], self.uses.joined(other.uses))
 
