@@ -1,7 +1,7 @@
 """Runs the arms of the cost comparison side by side on one device, and keeps what is finished.
 
     python -m benchmarks.evidence.run --trials --log runs/evidence/trials.jsonl
-    python -m benchmarks.evidence.run --log runs/evidence/runs.jsonl --trials-log runs/evidence/trials.jsonl
+    python -m benchmarks.evidence.run --log runs/evidence/runs.jsonl
 
 Each run is the product's own loop, in one of `--workers` processes that do one run after another
 and share the GPU through MPS where it starts. A finished run is one line of the log; the same
@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 import transformers
+from qwen3_distill.recording.cost_records import COST_FILE, fold
 
 from benchmarks.evidence.arms import ARMS, LEARNING_RATES, arm_sections, tuned_name
 from benchmarks.evidence.settings import (
@@ -49,7 +50,6 @@ from qwen3_distill.modeling.loading import load_model, resolve_device
 from qwen3_distill.pipeline.manifest import git_revision
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.recording.console import SilentReporter
-from qwen3_distill.recording.cost_records import COST_FILE, fold
 from qwen3_distill.recording.jsonl import read_jsonl
 
 SEEDS = 5

@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import multiprocessing
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,10 @@ class ShuffledTeacher:
 
     async def start(self) -> None:
         await self._teacher.start()
+
+    @property
+    def counters(self) -> Mapping[str, float]:
+        return self._teacher.counters
 
     @property
     def max_dropped_fraction(self) -> float:

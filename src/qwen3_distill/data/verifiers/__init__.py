@@ -11,8 +11,8 @@ from qwen3_distill.data.verifiers.math_equality import MathEqualityVerifier
 from qwen3_distill.data.verifiers.task import ProceduralVerifier
 
 __all__ = [
-    "ProceduralVerifier",
     "MathEqualityVerifier",
+    "ProceduralVerifier",
     "Verifier",
     "build_verifier",
     "check_references",

@@ -14,7 +14,6 @@ from torch.nn.functional import pad
 
 from qwen3_distill.types import SamplingSpec
 
-
 _NO_LIMIT = 2**20
 
 

@@ -146,7 +146,8 @@ class _Steps:
         """Put prefilled rows into the tensors and sample their first tokens."""
         num_rows, longest = mask_BT.shape
         for own, new in zip(self._layers, cache.layers, strict=True):
-            assert new.keys is not None and new.values is not None
+            assert new.keys is not None, "a prefill fills every layer"
+            assert new.values is not None, "a prefill fills every layer"
             own.key_buffer[:num_rows, :, :longest] = new.keys
             own.value_buffer[:num_rows, :, :longest] = new.values
         self._mask_BT.fill_(-torch.inf)
