@@ -1,8 +1,9 @@
 """Train the lab models: a small teacher, and two students warm-started on the teacher's samples.
 
-The `student` knows the task and makes a mistake every few lines; the `beginner`, with which the demo
-begins, does not know it yet. All are plain `Qwen3ForCausalLM` directories for the task in `qwen3_distill.data.chain_task`. The
-script is deterministic for a given seed, thread count and machine:
+The `student` knows the task and makes a mistake every few lines. The `beginner`, with which the
+demo begins, does not know it yet. All are plain `Qwen3ForCausalLM` directories for the task in
+`qwen3_distill.data.chain_task`. The script is deterministic for a given seed, thread count and
+machine:
 
     python scripts/make_lab_models.py --seed 0
     python scripts/make_lab_models.py --stages student evaluate

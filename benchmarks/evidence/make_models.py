@@ -3,11 +3,11 @@
     python -m benchmarks.evidence.make_models --out runs/evidence/models
     python -m benchmarks.evidence.make_models --sizes cpu --settings short --out ...
 
-One teacher knows all three tasks. It is trained on worked solutions; the weak teacher has the
-student's shape and fewer steps. Each student is warm-started on a limited number of the teacher's
-answers at temperature 1, until its greedy accuracy on validation problems reaches 40%. Weights are
-written in bfloat16, and what is written is what `models.json` gives the accuracy of. A stage whose
-files are there is not repeated.
+One teacher knows all three tasks; it is trained on worked solutions. The weak teacher has the
+student's shape, and its training ends at three quarters of the problems. Each student is
+warm-started on a limited number of the teacher's answers at temperature 1, until its greedy
+accuracy on validation problems reaches 40%. Weights are written in bfloat16, and what is written is
+what `models.json` gives the accuracy of. A stage whose files are there is not repeated.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from benchmarks.evidence.settings import (
     VALIDATION_FIRST,
     WARM_FIRST,
     WARM_TARGET,
+    WEAK_TARGET,
     Setting,
     Shape,
     Sizes,
@@ -72,7 +73,9 @@ from qwen3_distill.weights.memory import MemoryChannel
 from scripts.lab.tokenizer import END_ID, prompt_tokens
 
 VALIDATION = 512
-_CHECK_EVERY = 25
+_CHECK_EVERY, _WEAK_CHECK_EVERY = 25, 100
+_FINISHED = "finished"
+"""File that a teacher's directory has when its training has ended."""
 
 
 class Answers:
@@ -148,9 +151,20 @@ def _text(rollout: Rollout) -> str:
 
 
 def make_teacher(
-    directory: Path, shape: Shape, steps: int, names: Sequence[str], pool: Executor, device: str
+    directory: Path,
+    shape: Shape,
+    steps: int,
+    names: Sequence[str],
+    pool: Executor,
+    device: str,
+    *,
+    target: float | None,
 ) -> None:
-    """Train one model on the settings' tasks, batch by batch in turn, and save it."""
+    """Train one model on the settings' tasks, batch by batch in turn, and save it.
+
+    Args:
+        target: end when the mean accuracy at temperature 1 over the settings has reached it.
+    """
     torch.manual_seed(0)
     model = build_model(shape).to(resolve_device(device))
     parts = [
@@ -159,8 +173,23 @@ def make_teacher(
         for _ in range(SETTINGS[name].teacher_batches)
     ]
     schedule = Schedule(steps=steps, learning_rate=1.5e-3, warmup_steps=min(200, steps // 5))
-    train(model, worked_batches(pool, parts, steps, seed=0), schedule, directory.name)
     save_bfloat16(model, directory)
+    answers = Answers(directory, device)
+
+    def stop(step: int) -> bool:
+        if target is None or step % _WEAK_CHECK_EVERY:
+            return False
+        answers.use(model, step)
+        found = [
+            answers.accuracy(SETTINGS[name], "train", VALIDATION_FIRST, VALIDATION, 1.0)["accuracy"]
+            for name in names
+        ]
+        print(f"{directory.name}: step {step}, at temperature 1 {found}", flush=True)
+        return sum(found) / len(found) >= target
+
+    train(model, worked_batches(pool, parts, steps, seed=0), schedule, directory.name, stop)
+    save_bfloat16(model, directory)
+    (directory / _FINISHED).touch()
 
 
 def make_student(
@@ -274,12 +303,14 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with ProcessPoolExecutor(arguments.data_workers, get_context("spawn")) as pool:
-        for role, shape, count in (
-            ("teacher", sizes.teacher, sizes.teacher_steps),
-            ("weak_teacher", sizes.student, sizes.weak_steps),
+        for role, shape, count, target in (
+            ("teacher", sizes.teacher, sizes.teacher_steps, None),
+            ("weak_teacher", sizes.student, sizes.weak_steps, WEAK_TARGET),
         ):
-            if not (out / role / "model.safetensors").is_file():
-                make_teacher(out / role, shape, count, arguments.settings, pool, device)
+            if not (out / role / _FINISHED).is_file():
+                make_teacher(
+                    out / role, shape, count, arguments.settings, pool, device, target=target
+                )
     for name in arguments.settings:
         if not (out / name / "warm_data.json").is_file():
             student = out / name / "student"

@@ -40,7 +40,7 @@ GPU = Sizes(  # teacher 10.2 M parameters, student 2.4 M
     ),
     student=Shape(hidden_size=256, intermediate_size=768, layers=3, heads=8, kv_heads=4, tied=True),
     teacher_steps=5000,
-    weak_steps=1500,
+    weak_steps=3000,
     warm_steps=3000,
 )
 CPU = Sizes(
@@ -103,6 +103,8 @@ SETTINGS: Mapping[str, Setting] = {
 
 WARM_TARGET = 0.4
 """Greedy accuracy at which the warm start ends: something is left to learn, and to lose."""
+WEAK_TARGET = 0.75
+"""Mean accuracy over the settings, at temperature 1, at which the weak teacher's training ends."""
 WARM_FIRST, VALIDATION_FIRST = 10_000_000, 20_000_000
 """Numbers of the training problems that are kept for the warm start and for choosing when it ends;
 the arms draw theirs from 0 on."""

@@ -47,7 +47,8 @@ TEACHER_SCHEDULE = Schedule(steps=900, batch_size=64, learning_rate=2e-3, warmup
 STUDENT_SCHEDULE = Schedule(steps=600, batch_size=64, learning_rate=3e-3, warmup_steps=50)
 
 # The demo's student. It imitates few answers at temperature 1, and is taken in the middle of its
-# schedule: its greedy accuracy is below 40%, so there is something to learn, not only noise to lose.
+# schedule: its greedy accuracy is below 40%, so there is something to learn, not only noise to
+# lose.
 BEGINNER_POOL_SIZE = 1024
 BEGINNER_TEMPERATURE = 1.0
 BEGINNER_SCHEDULE = Schedule(

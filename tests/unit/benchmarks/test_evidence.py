@@ -55,8 +55,9 @@ def test_a_budget_that_was_not_enough_makes_the_ratio_a_bound() -> None:
     above, below = seeds(20, 20), seeds(10, 10)
     missed = [Reached(cost=20, within=True), Reached(cost=20, within=False)]
     of_missed_sft, of_missed_opd = ratio_of(missed, below), ratio_of(above, missed)
-    assert of_missed_sft is not None and of_missed_sft.bound == 1
-    assert of_missed_opd is not None and of_missed_opd.bound == -1
+    assert of_missed_sft is not None
+    assert of_missed_opd is not None
+    assert (of_missed_sft.bound, of_missed_opd.bound) == (1, -1)
     assert ratio_of(missed, missed) is None
 
 
