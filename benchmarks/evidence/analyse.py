@@ -11,7 +11,7 @@ upper one.
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -21,6 +21,7 @@ from benchmarks.evidence.projection import PAIRS, projected_s
 from benchmarks.evidence.settings import MODELS, SETTINGS
 from benchmarks.evidence.warm_start import warm_start_flops
 from benchmarks.lib.common import RESULTS, write_result
+from qwen3_distill.errors import DataError
 from qwen3_distill.recording.jsonl import read_jsonl
 
 Point: TypeAlias = Mapping[str, Any]
@@ -97,7 +98,15 @@ def ratio_of(above: Sequence[Reached], below: Sequence[Reached]) -> Ratio | None
     )
 
 
-def accountings(models: Mapping[str, Any], setting: str) -> dict[str, Cost]:
+@dataclass(frozen=True)
+class Accounting:
+    """A way to count: a cost that grows over the run, and one that is there before it."""
+
+    cost: Cost
+    fixed: float = 0.0
+
+
+def accountings(models: Mapping[str, Any], setting: str) -> dict[str, Accounting]:
     """The protocol's costs of a point: FLOPs in three accountings, seconds, and projections."""
     warm = warm_start_flops(models, setting)
     teacher_rate = models["settings"][setting]["teacher"]["temperature_1"]["tokens_per_s"]
@@ -118,14 +127,16 @@ def accountings(models: Mapping[str, Any], setting: str) -> dict[str, Cost]:
         others = sum(v for k, v in spent.items() if k in ("score", "train"))
         return others + share * spent.get("generate", 0.0) + of_teacher / teacher_rate
 
-    costs: dict[str, Cost] = {
-        "flops": flops,
-        "flops_data_given": data_given,
-        "flops_with_warm_start": lambda point: flops(point) + warm,
-        "device_s": device_s,
+    costs = {
+        "flops": Accounting(flops),
+        "flops_data_given": Accounting(data_given),
+        "flops_with_warm_start": Accounting(flops, fixed=warm),
+        "device_s": Accounting(device_s),
     }
     for pair in PAIRS:
-        costs[f"projected_{pair}_s"] = lambda point, pair=pair: projected_s(pair, point["tokens"])
+        costs[f"projected_{pair}_s"] = Accounting(
+            lambda point, pair=pair: projected_s(pair, point["tokens"])
+        )
     return costs
 
 
@@ -139,9 +150,18 @@ def by_arm(runs: Sequence[Mapping[str, Any]], setting: str) -> dict[str, list[Ma
 
 
 def level_of(models: Mapping[str, Any], setting: str, decoding: Decoding, percent: int) -> float:
-    """The accuracy at which a part of the gap is closed."""
+    """The accuracy at which a part of the gap is closed.
+
+    Raises:
+        DataError: the student is as good as the teacher before any training.
+    """
     rows, key = models["settings"][setting], TEMPERATURE[decoding]
     before, teacher = rows["student"][key]["accuracy"], rows["teacher"][key]["accuracy"]
+    if teacher <= before:
+        raise DataError(
+            f"{setting}, {decoding}: the student has {before:.3f} before training and the teacher "
+            f"{teacher:.3f}, so there is no gap to close; make the models again"
+        )
     return before + percent / 100 * (teacher - before)
 
 
@@ -151,21 +171,22 @@ def costs_of(
     setting: str,
     decoding: Decoding,
     percent: int,
-    cost: Cost,
+    accounting: Accounting,
 ) -> list[Reached]:
     """What each run costs to the level."""
     before = models["settings"][setting]["student"][TEMPERATURE[decoding]]["accuracy"]
     level = level_of(models, setting, decoding, percent)
-    return [reached(record["curve"], before, level, decoding, cost) for record in runs]
+    found = [reached(record["curve"], before, level, decoding, accounting.cost) for record in runs]
+    return [replace(each, cost=each.cost + accounting.fixed) for each in found]
 
 
 def arm_row(
-    name: str, runs: Sequence[Mapping[str, Any]], models: Mapping[str, Any], setting: str
+    arm: str, runs: Sequence[Mapping[str, Any]], models: Mapping[str, Any], setting: str
 ) -> dict[str, Any]:
     """One arm of a table: costs to every level, and its last evaluation, means over seeds."""
     last = [record["curve"][-1] for record in runs]
     row: dict[str, Any] = {
-        "arm": name,
+        "arm": arm,
         "seeds": len(runs),
         "learning_rate": runs[0]["learning_rate"],
         "warm_data_loss": _mean([record["warm_data_loss"] for record in runs]),
@@ -173,12 +194,12 @@ def arm_row(
     for decoding in DECODINGS:
         for key in (decoding, f"{decoding}_tokens", f"{decoding}_truncated"):
             row[key] = _mean([point[key] for point in last])
-    for accounting, cost in accountings(models, setting).items():
+    for name, accounting in accountings(models, setting).items():
         for decoding in DECODINGS:
             for percent in LEVELS:
-                found = costs_of(runs, models, setting, decoding, percent, cost)
-                row[f"{decoding}_{accounting}_to_{percent}"] = _mean([f.cost for f in found])
-                row[f"{decoding}_{accounting}_to_{percent}_reached"] = sum(f.within for f in found)
+                found = costs_of(runs, models, setting, decoding, percent, accounting)
+                row[f"{decoding}_{name}_to_{percent}"] = _mean([f.cost for f in found])
+                row[f"{decoding}_{name}_to_{percent}_reached"] = sum(f.within for f in found)
     return row
 
 
@@ -187,11 +208,11 @@ def ratios_of(
 ) -> list[dict[str, Any]]:
     """SFT over OPD, for the primary pair and the cheapest of each side, in every accounting."""
     rows: list[dict[str, Any]] = []
-    for accounting, cost in accountings(models, setting).items():
+    for name, accounting in accountings(models, setting).items():
         for decoding in DECODINGS:
             for percent in LEVELS:
                 costs = {
-                    arm: costs_of(runs, models, setting, decoding, percent, cost)
+                    arm: costs_of(runs, models, setting, decoding, percent, accounting)
                     for arm, runs in found.items()
                 }
                 pairs = {"primary": PRIMARY, "cheapest": _cheapest(costs)}
@@ -203,7 +224,7 @@ def ratios_of(
                         rows.append(
                             {
                                 "kind": kind,
-                                "accounting": accounting,
+                                "accounting": name,
                                 "decoding": decoding,
                                 "percent": percent,
                                 "sft": above,

@@ -7,6 +7,7 @@ from benchmarks.evidence.analyse import Reached, ratio_of, reached
 from benchmarks.evidence.arms import ARMS, LEARNING_RATES, arm_sections, tuned_name
 from benchmarks.evidence.run import chosen_rates, config_values, curve_of, jobs_of, trial_jobs
 from benchmarks.evidence.settings import EVALUATION_STEPS, GPU, HELDOUT, SETTINGS
+from qwen3_distill.errors import DataError
 from qwen3_distill.modeling.shapes import ModelShape
 
 CURVE = [
@@ -37,6 +38,53 @@ def test_a_cost_is_interpolated_to_the_first_evaluation_at_the_level(
     found = reached(CURVE, 0.4, level, "greedy", cost)
     assert found.within == expected.within
     assert found.cost == pytest.approx(expected.cost)
+
+
+def models(student: float, teacher: float) -> dict[str, object]:
+    def measured(accuracy: float) -> dict[str, object]:
+        each = {"accuracy": accuracy, "mean_tokens": 100.0, "tokens_per_s": 50.0}
+        return {"temperature_0": each, "temperature_1": each}
+
+    shape = vars(GPU.student)
+    rows = {
+        "student": measured(student),
+        "teacher": measured(teacher),
+        "warm_start": {"samples": 1000, "steps": 100},
+    }
+    return {"settings": {"chain": rows}, "sizes": {"student": shape, "teacher": vars(GPU.teacher)}}
+
+
+def point(greedy: float, student: float, teacher: float) -> dict[str, object]:
+    """A point after ``student`` and ``teacher`` sampled tokens, 10 FLOPs each."""
+    return {
+        "greedy": greedy,
+        "flops": {"sample_student": 10 * student, "sample_teacher": 10 * teacher, "train": 100.0},
+        "tokens": {"sampled_student": student, "sampled_teacher": teacher, "trained": 40.0},
+        "device_s": {"generate": 8.0, "score": 1.0, "train": 2.0, "publish": 5.0},
+    }
+
+
+def test_each_accounting_counts_what_the_protocol_says() -> None:
+    of = analyse.accountings(models(0.4, 0.9), "chain")
+    mixed = point(0.9, student=30.0, teacher=10.0)
+    assert of["flops"].cost(mixed) == 500
+    assert of["flops_data_given"].cost(mixed) == 400
+    # Three quarters of the sampling time are the student's; the teacher's is at its best rate.
+    assert of["device_s"].cost(mixed) == pytest.approx(1 + 2 + 6 + 10 / 50)
+    assert of["projected_4b_from_32b_s"].cost(mixed) > of["projected_4b_from_8b_s"].cost(mixed)
+    records = [{"curve": [mixed]}]
+    plain, warm = (
+        analyse.costs_of(records, models(0.4, 0.9), "chain", "greedy", 50, of[name])[0]
+        for name in ("flops", "flops_with_warm_start")
+    )
+    assert plain.cost == pytest.approx(250)
+    assert warm.cost == pytest.approx(250 + of["flops_with_warm_start"].fixed)
+    assert of["flops_with_warm_start"].fixed > 1e12
+
+
+def test_without_a_gap_nothing_is_reached() -> None:
+    with pytest.raises(DataError, match="no gap to close"):
+        analyse.level_of(models(0.9, 0.9), "chain", "greedy", 50)
 
 
 def seeds(*costs: float, within: bool = True) -> list[Reached]:
