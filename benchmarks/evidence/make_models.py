@@ -49,6 +49,7 @@ from benchmarks.evidence.training import (
     Schedule,
     build_model,
     collate,
+    loss_on,
     save_bfloat16,
     train,
     worked_batches,
@@ -261,10 +262,12 @@ def describe(out: Path, names: Sequence[str], device: str) -> dict[str, Any]:
         rows: dict[str, Any] = {"setting": asdict(setting)}
         file = out / name / "warm_start.json"
         rows["warm_start"] = json.loads(file.read_text())
+        student = out / name / "student"
+        rows["warm_data_loss"] = loss_on(student, out / name / "warm_data.json", device)
         for role, directory in (
             ("teacher", out / "teacher"),
             ("weak_teacher", out / "weak_teacher"),
-            ("student", out / name / "student"),
+            ("student", student),
         ):
             answers = Answers(directory, device)
             rows[role] = {

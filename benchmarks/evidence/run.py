@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import contextlib
 import io
-import json
 import os
 import shutil
 import tempfile
@@ -43,10 +42,10 @@ from benchmarks.evidence.settings import (
     TRIAL_SEED,
     TRIAL_STEPS,
 )
+from benchmarks.evidence.training import loss_on
 from benchmarks.lib.sweep import Record, Sweep
 from qwen3_distill.config.load import check_config
 from qwen3_distill.hosts.mps import MpsDaemon, private_mps
-from qwen3_distill.modeling.loading import load_model, resolve_device
 from qwen3_distill.pipeline.manifest import git_revision
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.recording.console import SilentReporter
@@ -176,23 +175,6 @@ def curve_of(
             k[9:]: round(v, 3) for k, v in spent.items() if k.startswith("device_s/")
         }
     return [points[step] for step in sorted(points)]
-
-
-def loss_on(student: Path, warm_data: Path, device: str) -> float:
-    """Mean negative logprob, in nats per token, of held-out answers of the warm start's kind."""
-    where = resolve_device(device)
-    model = load_model(student, device=where, dtype=torch.float32)
-    total, count = 0.0, 0
-    sequences: list[list[int]] = json.loads(warm_data.read_text())
-    with torch.inference_mode():
-        for ids in sequences:
-            tokens = torch.tensor([ids], device=where)
-            logprobs = model(input_ids=tokens).logits[0, :-1].float().log_softmax(-1)
-            start = ids.index(259)  # the answer follows the assistant's mark
-            taken = logprobs.gather(-1, tokens[0, 1:, None])[start:, 0]
-            total -= float(taken.sum())
-            count += len(taken)
-    return total / count
 
 
 def jobs_of(

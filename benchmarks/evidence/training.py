@@ -3,6 +3,7 @@
 Shape letters: B rows of a batch, T positions.
 """
 
+import json
 import math
 import random
 import time
@@ -20,8 +21,10 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from benchmarks.evidence.settings import Shape
 from qwen3_distill.config import TaskName
 from qwen3_distill.data.tasks import TASKS
+from qwen3_distill.modeling.loading import load_model, resolve_device
 from qwen3_distill.recording.text import duration
 from scripts.lab.tokenizer import (
+    ASSISTANT_ID,
     CONTEXT_LENGTH,
     END_ID,
     PAD_ID,
@@ -197,3 +200,20 @@ def train(
             break
     model.eval()
     return step
+
+
+def loss_on(student: Path, warm_data: Path, device: str) -> float:
+    """Mean negative logprob, in nats per token, of held-out answers of the warm start's kind."""
+    where = resolve_device(device)
+    model = load_model(student, device=where, dtype=torch.float32)
+    total, count = 0.0, 0
+    sequences: list[list[int]] = json.loads(warm_data.read_text())
+    with torch.inference_mode():
+        for ids in sequences:
+            tokens = torch.tensor([ids], device=where)
+            logprobs = model(input_ids=tokens).logits[0, :-1].float().log_softmax(-1)
+            start = ids.index(ASSISTANT_ID)  # the answer follows the mark
+            taken = logprobs.gather(-1, tokens[0, 1:, None])[start:, 0]
+            total -= float(taken.sum())
+            count += len(taken)
+    return total / count
