@@ -41,6 +41,7 @@ from benchmarks.evidence.settings import (
     TRIAL_HELDOUT,
     TRIAL_SEED,
     TRIAL_STEPS,
+    Setting,
 )
 from benchmarks.evidence.training import loss_on
 from benchmarks.lib.sweep import Record, Sweep
@@ -121,20 +122,7 @@ def config_values(
             "chunk_tokens": of.micro_batch_tokens,
         },
         "verifier": {"kind": "task", "task": of.task},
-        "evaluation": {
-            "prompts": {
-                "kind": "task",
-                "task": of.task,
-                "split": "eval",
-                "first": sizes["first_problem"],
-            },
-            "verifier": {"kind": "task", "task": of.task},
-            "sampling": {"temperature": 1.0, "max_new_tokens": of.max_new_tokens},
-            "second_temperature": 0.0,
-            "at_steps": list(sizes["at_steps"]),
-            "num_problems": sizes["problems"],
-            "teacher": False,
-        },
+        "evaluation": _evaluation(of, sizes),
         "checkpoint": {"every_steps": sizes["steps"], "keep_last": 1},
         "logging": {
             "tensorboard": False,
@@ -148,6 +136,19 @@ def config_values(
             rollouts_per_step=of.rollouts_per_step,
             max_new=of.max_new_tokens,
         ),
+    }
+
+
+def _evaluation(of: Setting, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    task = {"kind": "task", "task": of.task}
+    return {
+        "prompts": {**task, "split": "eval", "first": sizes["first_problem"]},
+        "verifier": task,
+        "sampling": {"temperature": 1.0, "max_new_tokens": of.max_new_tokens},
+        "second_temperature": 0.0,
+        "at_steps": list(sizes["at_steps"]),
+        "num_problems": sizes["problems"],
+        "teacher": False,
     }
 
 
