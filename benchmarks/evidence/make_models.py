@@ -54,6 +54,7 @@ from benchmarks.evidence.training import (
     train,
     worked_batches,
 )
+from qwen3_distill.config import TaskName
 from qwen3_distill.data.chain_task import Problem, Split
 from qwen3_distill.data.tasks import TASKS
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
@@ -167,8 +168,8 @@ def make_teacher(
         target: end when the mean accuracy at temperature 1 over the settings has reached it.
     """
     torch.manual_seed(0)
-    model = build_model(shape).to(resolve_device(device))
-    parts = [
+    model = build_model(shape, resolve_device(device))
+    parts: list[tuple[TaskName, int]] = [
         (SETTINGS[name].task, SETTINGS[name].teacher_rows)
         for name in names
         for _ in range(SETTINGS[name].teacher_batches)
@@ -202,7 +203,7 @@ def make_student(
     answers = Answers(teacher, device).sample(setting, problems, 1.0, seed=2)
     examples = [_example(p, r) for p, r in zip(problems, answers, strict=True)]
     torch.manual_seed(1)
-    model = build_model(sizes.student).to(resolve_device(device))
+    model = build_model(sizes.student, resolve_device(device))
     save_bfloat16(model, directory)
     student = Answers(directory, device)
     reached: dict[str, float] = {}

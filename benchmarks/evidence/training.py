@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ class Schedule:
         return self.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def build_model(shape: Shape) -> Qwen3ForCausalLM:
+def build_model(shape: Shape, device: torch.device) -> Qwen3ForCausalLM:
     """Return a freshly initialised float32 model; draws from torch's global generator."""
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,
@@ -81,7 +82,8 @@ def build_model(shape: Shape) -> Qwen3ForCausalLM:
         eos_token_id=END_ID,
         bos_token_id=None,
     )
-    return Qwen3ForCausalLM(config)
+    model: Any = Qwen3ForCausalLM(config)
+    return model.to(device)
 
 
 def save_bfloat16(model: Qwen3ForCausalLM, directory: Path) -> None:
@@ -98,8 +100,8 @@ def save_bfloat16(model: Qwen3ForCausalLM, directory: Path) -> None:
         pad_token_id=PAD_ID,
         eos_token_id=END_ID,
     )
-    rounded = Qwen3ForCausalLM(model.config).to(torch.bfloat16)
-    rounded.load_state_dict(weights)
+    rounded: Any = Qwen3ForCausalLM(model.config)
+    rounded.to(torch.bfloat16).load_state_dict(weights)
     rounded.generation_config = model.generation_config
     rounded.save_pretrained(directory)
 
