@@ -22,7 +22,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -75,6 +75,8 @@ from qwen3_distill.weights.memory import MemoryChannel
 from scripts.lab.tokenizer import END_ID, prompt_tokens
 
 VALIDATION = 512
+BATCHING: Literal["static", "continuous"] = "static"
+"""How answers are sampled; ``continuous`` where no graph can be captured."""
 _CHECK_EVERY, _WEAK_CHECK_EVERY = 25, 100
 _FINISHED = "finished"
 """File that a teacher's directory has when its training has ended."""
@@ -85,7 +87,7 @@ class Answers:
 
     def __init__(self, directory: Path, device: str) -> None:
         self._engine = EmbeddedRolloutEngine(
-            directory, device=device, dtype="float32", max_sequences=2048, batching="static"
+            directory, device=device, dtype="float32", max_sequences=2048, batching=BATCHING
         )
         self._channel = MemoryChannel()
         version = publish_directory(directory, self._channel, dtype=torch.float32)

@@ -59,7 +59,7 @@ def run_once(setting: str, arm: str, seed: int, sizes: dict[str, Any]) -> Record
     """Train and evaluate one student, in this process; return its curve.
 
     Args:
-        sizes: ``models``, ``device``, ``steps``, ``learning_rate``, ``problems``,
+        sizes: ``models``, ``device``, ``batching``, ``steps``, ``learning_rate``, ``problems``,
             ``first_problem`` and ``at_steps``.
     """
     started = time.perf_counter()
@@ -105,7 +105,7 @@ def config_values(
         "generation": {
             "kind": "embedded",
             "device": device,
-            "batching": "static",
+            "batching": sizes["batching"],
             "max_sequences": 2048,
         },
         "scoring": scoring,
@@ -251,7 +251,11 @@ def shared_gpu(log: Path) -> Iterator[None]:
 def main() -> None:
     arguments = parse_arguments()
     torch.set_float32_matmul_precision("high")
-    sizes = {"models": str(arguments.models), "device": arguments.device}
+    sizes: dict[str, Any] = {
+        "models": str(arguments.models),
+        "device": arguments.device,
+        "batching": arguments.batching,
+    }
     arms = arguments.arms
     if arguments.trials:
         steps = arguments.steps or TRIAL_STEPS
@@ -299,6 +303,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--log", type=Path, default=Path("runs/evidence/runs.jsonl"))
     parser.add_argument("--models", type=Path, default=MODELS)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--batching", choices=("static", "continuous"), default="static")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--steps", type=int, help="default: the protocol's budget")
     parser.add_argument("--problems", type=int, help="held-out; default: the protocol's")

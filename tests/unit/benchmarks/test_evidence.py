@@ -140,6 +140,7 @@ def test_arms_differ_from_the_reference_in_their_sections_alone() -> None:
     sizes = {
         "models": "m",
         "device": "cpu",
+        "batching": "static",
         "steps": 100,
         "learning_rate": 1e-3,
         "problems": HELDOUT,
