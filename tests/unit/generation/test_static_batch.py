@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,9 +51,7 @@ def pair(
         run(engine.close())
 
 
-def wave(
-    first: int, count: int, *, new_tokens: int = 21, **sampling: float
-) -> list[RolloutRequest]:
+def wave(first: int, count: int, *, new_tokens: int = 21, **sampling: Any) -> list[RolloutRequest]:
     return [
         make_request(
             f"r{index}",
@@ -76,7 +75,7 @@ def assert_same(static: list[Rollout], continuous: list[Rollout]) -> None:
     ids=["plain", "greedy", "top_k", "top_p", "cold_top_k"],
 )
 def test_both_kinds_of_batch_sample_the_same_tokens(
-    pair: tuple[EmbeddedRolloutEngine, EmbeddedRolloutEngine], sampling: dict[str, float]
+    pair: tuple[EmbeddedRolloutEngine, EmbeddedRolloutEngine], sampling: dict[str, Any]
 ) -> None:
     continuous, static = pair
     for requests in (wave(0, 7, **sampling), wave(30, 5, **sampling), wave(50, 19, **sampling)):

@@ -19,7 +19,7 @@ _NO_LIMIT = 2**20
 
 @dataclass(frozen=True)
 class SamplingFeatures:
-    """What any of some rows asks for. Without it, its kernels are not run."""
+    """The kinds of sampling that some rows need; the kernels of the others are not run."""
 
     greedy: bool
     top_k: bool
@@ -27,7 +27,7 @@ class SamplingFeatures:
 
     @classmethod
     def of(cls, specs: Sequence[SamplingSpec]) -> "SamplingFeatures":
-        """Collect what the specs ask for."""
+        """Collect the kinds that the specs ask for."""
         return cls(
             greedy=any(spec.is_greedy for spec in specs),
             top_k=any(spec.top_k > 0 for spec in specs),
@@ -35,7 +35,7 @@ class SamplingFeatures:
         )
 
     def joined(self, other: "SamplingFeatures") -> "SamplingFeatures":
-        """What either asks for."""
+        """Combine the kinds of both."""
         return SamplingFeatures(
             self.greedy or other.greedy, self.top_k or other.top_k, self.top_p or other.top_p
         )

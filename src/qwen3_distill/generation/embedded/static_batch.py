@@ -32,7 +32,7 @@ _ROWS, _COLUMNS = 16, 64
 """Batches are filled up to multiples, so that few shapes are captured."""
 _KEPT_SHAPES = 4
 _IDLE = SamplingSpec(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=1, seed=0)
-"""What a row samples that only fills the batch up; nobody reads it."""
+"""The request of a row that only fills the batch up; its tokens are not read."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ class _Steps:
             for _ in range(config.num_hidden_layers)
         ]
         self._layers = layers
-        self._cache = Cache(layers=layers)
+        every: Any = layers  # a list of any layers, to the type checker
+        self._cache = Cache(layers=every)
         self._mask_BT = torch.full((rows, columns), -torch.inf, dtype=dtype, device=device)
         """Added to the attention's scores: 0 where a row has a token, else -inf."""
         self._position_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
@@ -145,7 +146,8 @@ class _Steps:
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Put prefilled rows into the tensors and sample their first tokens."""
         num_rows, longest = mask_BT.shape
-        for own, new in zip(self._layers, cache.layers, strict=True):
+        prefilled: Any = cache.layers
+        for own, new in zip(self._layers, prefilled, strict=True):
             assert new.keys is not None, "a prefill fills every layer"
             assert new.values is not None, "a prefill fills every layer"
             own.key_buffer[:num_rows, :, :longest] = new.keys
@@ -178,8 +180,7 @@ class _Steps:
         return RowSampler(specs, self._device, num_tokens=self._shape.num_columns)
 
     def _step(self) -> None:
-        """One token for every row, all in place: the last token enters the cache, the next is
-        sampled."""
+        """Decode one token of every row in place: put the last one into the cache, sample the next."""
         self._mask_BT.index_fill_(1, self._column, 0.0)
         logits_BV = next_token_logits(
             self._model,
