@@ -180,7 +180,7 @@ class _Steps:
         return RowSampler(specs, self._device, num_tokens=self._shape.num_columns)
 
     def _step(self) -> None:
-        """Decode one token of every row in place: put the last one into the cache, sample the next."""
+        """Put every row's last token into the cache and sample the next, all in place."""
         self._mask_BT.index_fill_(1, self._column, 0.0)
         logits_BV = next_token_logits(
             self._model,
