@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 import transformers
-from qwen3_distill.recording.cost_records import COST_FILE, fold
 
 from benchmarks.evidence.arms import ARMS, LEARNING_RATES, arm_sections, tuned_name
 from benchmarks.evidence.settings import (
@@ -50,6 +49,7 @@ from qwen3_distill.hosts.mps import MpsDaemon, private_mps
 from qwen3_distill.pipeline.manifest import git_revision
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.recording.console import SilentReporter
+from qwen3_distill.recording.cost_records import COST_FILE, fold
 from qwen3_distill.recording.jsonl import read_jsonl
 
 SEEDS = 5

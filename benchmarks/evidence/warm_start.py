@@ -3,15 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.evidence.settings import SETTINGS
+from qwen3_distill.config import FullTuning
 from qwen3_distill.modeling.flops import (
     TrainedTokens,
     causal_pairs,
     sampling_flops,
     training_flops,
 )
-
-from benchmarks.evidence.settings import SETTINGS
-from qwen3_distill.config import FullTuning
 from qwen3_distill.modeling.shapes import ModelShape
 
 _PROMPT_TOKENS = {"chain": 30, "multiply": 10, "short": 11}
