@@ -10,7 +10,7 @@ LOCK ?=
 ENGINE_PYTHON ?= $(PYTHON)
 ENVIRONMENT := $(ENGINE_PYTHON) src/qwen3_distill/environments/make.py
 
-.PHONY: help demo engines test test-engines test-vllm test-sglang test-unsloth test-engines-together test-transformers4 test-gpu gpu-check fuzz check format hooks docs clean
+.PHONY: help demo engines test test-engines test-vllm test-sglang test-unsloth test-engines-together test-transformers4 test-gpu gpu-check fuzz check format hooks docs evidence evidence-cpu evidence-page clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -112,6 +112,27 @@ hooks: $(VENV)/installed-dev ## let git run the fast checks before every commit
 docs: $(VENV)/installed-dev ## regenerate docs/configuration.md and the list of commands in docs/reference/cli.md
 	$(BIN)/qwen3-distill config reference > docs/configuration.md
 	$(BIN)/python -m qwen3_distill.cli.reference docs/reference/cli.md
+
+# The interpreter of a GPU machine, as for gpu-check. Every stage goes on where it was interrupted.
+EVIDENCE := $(GPU_PYTHON) -m benchmarks.evidence
+EVIDENCE_NEEDS := $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(VENV)/installed-dev)
+EVIDENCE_CPU := --models runs/evidence-cpu/models --settings short --device cpu
+
+evidence: $(EVIDENCE_NEEDS) ## what distillation costs: all settings, arms and seeds on one GPU
+	$(EVIDENCE).make_models
+	$(EVIDENCE).run --trials --log runs/evidence/trials.jsonl
+	$(EVIDENCE).run
+	$(EVIDENCE).analyse
+
+evidence-cpu: $(VENV)/installed-dev ## the same for one setting with smaller models, on two cores in about an hour
+	$(EVIDENCE).make_models --out runs/evidence-cpu/models --sizes cpu --settings short --device cpu
+	$(EVIDENCE).run $(EVIDENCE_CPU) --workers 2 --trials --steps 20 --problems 500 --log runs/evidence-cpu/trials.jsonl
+	$(EVIDENCE).run $(EVIDENCE_CPU) --workers 2 --seeds 2 --steps 35 --problems 500 \
+	  --log runs/evidence-cpu/runs.jsonl --trials-log runs/evidence-cpu/trials.jsonl
+	$(EVIDENCE).analyse --models runs/evidence-cpu/models --log runs/evidence-cpu/runs.jsonl --results runs/evidence-cpu
+
+evidence-page: $(VENV)/installed-dev ## the tables and pictures of docs/evidence.md, from its JSON
+	$(BIN)/python -m benchmarks.evidence.page
 
 clean: ## remove the virtual environment and caches; runs are kept
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,7 +1,9 @@
-"""Train the lab models: a small teacher, and a student warm-started on the teacher's samples.
+"""Train the lab models: a small teacher, and two students warm-started on the teacher's samples.
 
-Both are plain `Qwen3ForCausalLM` directories for the task in `qwen3_distill.data.chain_task`. The
-script is deterministic for a given seed, thread count and machine:
+The `student` knows the task and makes a mistake every few lines. The `beginner`, with which the
+demo begins, does not know it yet. All are plain `Qwen3ForCausalLM` directories for the task in
+`qwen3_distill.data.chain_task`. The script is deterministic for a given seed, thread count and
+machine:
 
     python scripts/make_lab_models.py --seed 0
     python scripts/make_lab_models.py --stages student evaluate
@@ -21,6 +23,9 @@ from lab.examples import Example, pool_batches, sampled_example, worked_batches
 from lab.models import build_model, load_model, save_model
 from lab.sampling import evaluate, sample
 from lab.settings import (
+    BEGINNER_POOL_SIZE,
+    BEGINNER_SCHEDULE,
+    BEGINNER_TEMPERATURE,
     SAMPLE_POOL_SIZE,
     SAMPLING_BATCH,
     STUDENT_SCHEDULE,
@@ -28,19 +33,22 @@ from lab.settings import (
     TEACHER_SCHEDULE,
     TEACHER_SHAPE,
     WARM_START_TEMPERATURE,
+    Schedule,
 )
 from lab.tokenizer import check_tokenizer, prompt_tokens, write_tokenizer
 from lab.training import report, train
 from qwen3_distill.data.chain_task import ChainTask
 from qwen3_distill.modeling.cpu_warmup import settle_vector_math
 
-STAGES = ("tokenizer", "teacher", "student", "evaluate")
+STAGES = ("tokenizer", "teacher", "student", "beginner", "evaluate")
+NEAR_GREEDY = 1e-3
+"""A temperature at which the most likely token is drawn, ties apart."""
 
 
 def draw_sample_pool(
-    teacher: Qwen3ForCausalLM, task: ChainTask, size: int, seed: int
+    teacher: Qwen3ForCausalLM, task: ChainTask, size: int, seed: int, temperature: float
 ) -> list[Example]:
-    """Return the teacher's tempered samples, right or wrong, on the first training problems."""
+    """Return the teacher's samples, right or wrong, on the first training problems."""
     generator = torch.Generator().manual_seed(seed)
     pool: list[Example] = []
     started = time.perf_counter()
@@ -48,7 +56,7 @@ def draw_sample_pool(
         indices = range(len(pool), min(len(pool) + SAMPLING_BATCH, size))
         problems = [task.problem("train", index) for index in indices]
         prompts = [prompt_tokens(p.text) for p in problems]
-        responses = sample(teacher, prompts, generator, WARM_START_TEMPERATURE)
+        responses = sample(teacher, prompts, generator, temperature)
         pool += [sampled_example(p, r) for p, r in zip(problems, responses, strict=True)]
         report("samples", len(pool), size, started)
     return pool
@@ -62,29 +70,40 @@ def make_teacher(directory: Path, task: ChainTask, seed: int) -> None:
     save_model(model, directory)
 
 
-def make_student(directory: Path, teacher_directory: Path, task: ChainTask, seed: int) -> None:
-    """Train the student on the teacher's tempered samples and save it."""
-    pool = draw_sample_pool(load_model(teacher_directory), task, SAMPLE_POOL_SIZE, seed)
+def make_student(
+    directory: Path,
+    pool: list[Example],
+    schedule: Schedule,
+    seed: int,
+) -> None:
+    """Train a student on a pool of the teacher's samples and save it."""
     torch.manual_seed(seed + 1)
     model = build_model(STUDENT_SHAPE)
-    batches = pool_batches(pool, STUDENT_SCHEDULE, seed)
-    train(model, batches, STUDENT_SCHEDULE, "student steps")
+    train(model, pool_batches(pool, schedule, seed), schedule, f"{directory.name} steps")
     save_model(model, directory)
 
 
-def evaluate_pair(output: Path, task: ChainTask, seed: int, problems: int) -> dict[str, Any]:
-    """Evaluate both saved models and write metrics.json next to them."""
+def evaluate_all(output: Path, task: ChainTask, seed: int, problems: int) -> dict[str, Any]:
+    """Evaluate the saved models and write metrics.json next to them."""
     metrics: dict[str, Any] = {
         "seed": seed,
         "temperature": 1.0,
         "warm_start_temperature": WARM_START_TEMPERATURE,
+        "beginner_temperature": BEGINNER_TEMPERATURE,
+        "beginner_samples": BEGINNER_POOL_SIZE,
         "eval_problems": problems,
         "task": asdict(task),
     }
-    for name, schedule in (("teacher", TEACHER_SCHEDULE), ("student", STUDENT_SCHEDULE)):
+    for name, schedule in (
+        ("teacher", TEACHER_SCHEDULE),
+        ("student", STUDENT_SCHEDULE),
+        ("beginner", BEGINNER_SCHEDULE),
+    ):
         model = load_model(output / name)
+        greedy = evaluate(model, task, problems=problems, seed=seed, temperature=NEAR_GREEDY)
         metrics[name] = {
             **evaluate(model, task, problems=problems, seed=seed),
+            "greedy_accuracy": greedy["accuracy"],
             "parameters": sum(p.numel() for p in model.parameters()),
             "weight_bytes": (output / name / "model.safetensors").stat().st_size,
             "schedule": asdict(schedule),
@@ -112,18 +131,26 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     settle_vector_math()
     task = ChainTask()
-    teacher, student = arguments.output / "teacher", arguments.output / "student"
+    teacher, student, beginner = (
+        arguments.output / name for name in ("teacher", "student", "beginner")
+    )
     if "tokenizer" in arguments.stages:
-        for directory in (teacher, student):
+        for directory in (teacher, student, beginner):
             write_tokenizer(directory)
     if "teacher" in arguments.stages:
         make_teacher(teacher, task, arguments.seed)
     if "student" in arguments.stages:
-        make_student(student, teacher, task, arguments.seed)
+        samples = (SAMPLE_POOL_SIZE, arguments.seed, WARM_START_TEMPERATURE)
+        pool = draw_sample_pool(load_model(teacher), task, *samples)
+        make_student(student, pool, STUDENT_SCHEDULE, arguments.seed)
+    if "beginner" in arguments.stages:
+        samples = (BEGINNER_POOL_SIZE, arguments.seed, BEGINNER_TEMPERATURE)
+        pool = draw_sample_pool(load_model(teacher), task, *samples)
+        make_student(beginner, pool, BEGINNER_SCHEDULE, arguments.seed)
     if "evaluate" in arguments.stages:
-        for directory in (teacher, student):
+        for directory in (teacher, student, beginner):
             check_tokenizer(directory)
-        evaluate_pair(arguments.output, task, arguments.seed, arguments.eval_problems)
+        evaluate_all(arguments.output, task, arguments.seed, arguments.eval_problems)
 
 
 if __name__ == "__main__":

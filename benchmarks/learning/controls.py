@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import multiprocessing
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,10 @@ class ShuffledTeacher:
 
     async def start(self) -> None:
         await self._teacher.start()
+
+    @property
+    def counters(self) -> Mapping[str, float]:
+        return self._teacher.counters
 
     @property
     def max_dropped_fraction(self) -> float:
@@ -128,15 +132,17 @@ def run_arm(name: str, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def arm_config(name: str, seed: int, folder: Path) -> RunConfig:
-    """The demo's config, without the settings in which the arms differ."""
+    """The demo's config with the sampled objective, without what the arms differ in."""
     return load_config(
         "configs/demo.yaml",
         [
             f"seed={seed}",
             f"output_dir={folder / name / str(seed)}",
             "evaluation.teacher=false",
+            "student.model=models/lab/student",
             # A baseline would bring the real candidates back into the controls.
-            "objective.kl_baseline={kind: none}",
+            "objective={kind: sampled_reverse_kl, advantage_clip: 2.0}",
+            "steps=160",
         ],
     )
 

@@ -22,6 +22,11 @@ from benchmarks.lib.common import RESULTS, write_result
 from qwen3_distill.recording.jsonl import read_jsonl
 
 CONFIG = "configs/demo-streaming.yaml"
+STUDENT_AND_OBJECTIVE = (
+    "student.model=models/lab/student",
+    "objective={kind: sampled_reverse_kl, advantage_clip: 2.0, kl_baseline: {kind: top_k, k: 16}}",
+)
+"""Those that the page's figures were measured with."""
 HARVEST = "pipeline.harvest={{deadline_s: 0.15, min_tokens: 8, full_length_fraction: {}}}"
 BUDGET = "pipeline.prefix={{tokens: 12, full_length_fraction: {}}}"
 CASES = {
@@ -36,7 +41,7 @@ CASES = {
 
 def one_run(case: str, seed: int, folder: Path) -> dict[str, Any]:
     setting = CASES[case]
-    run_demo(seed, folder, CONFIG, [] if setting is None else [setting])
+    run_demo(seed, folder, CONFIG, [*STUDENT_AND_OBJECTIVE, *([setting] if setting else [])])
     last = read_jsonl(folder / "evaluations.jsonl")[-1]
     steps = read_jsonl(folder / "metrics.jsonl")
     return {

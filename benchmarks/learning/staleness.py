@@ -163,8 +163,9 @@ def case_config(case: Case | ReplayCase, settings: Settings, seed: int, folder: 
             f"training.optimizer.learning_rate={settings.learning_rate}",
             # Every step changes the weights by as much, so a lag means the same throughout the run.
             "training.optimizer.schedule={kind: constant}",
+            "student.model=models/lab/student",
             # A baseline cancels in expectation only under the right ratio.
-            "objective.kl_baseline={kind: none}",
+            "objective={kind: sampled_reverse_kl, advantage_clip: 2.0}",
             f"checkpoint.every_steps={steps}",
             f"logging.rollouts_every_steps={steps}",
             "logging.tensorboard=false",

@@ -50,16 +50,22 @@ def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def evaluate(
-    model: Qwen3ForCausalLM, task: ChainTask, *, problems: int, seed: int, batch_size: int = 500
+    model: Qwen3ForCausalLM,
+    task: ChainTask,
+    *,
+    problems: int,
+    seed: int,
+    batch_size: int = 500,
+    temperature: float = 1.0,
 ) -> dict[str, float]:
-    """Return exact-match accuracy and response statistics on held-out problems at temperature 1."""
+    """Return exact-match accuracy and response statistics on held-out problems."""
     was_training = model.training
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     correct, repaired, lengths = 0, 0, 0
     for start in range(0, problems, batch_size):
         batch = [task.problem("eval", i) for i in range(start, min(start + batch_size, problems))]
-        responses = sample(model, [prompt_tokens(p.text) for p in batch], generator)
+        responses = sample(model, [prompt_tokens(p.text) for p in batch], generator, temperature)
         for problem, response in zip(batch, responses, strict=True):
             text = response_text(response)
             right = task.check(problem, text)

@@ -33,6 +33,8 @@ class Schedule:
     warmup_steps: int
     weight_decay: float = 0.01
     beta2: float = 0.98
+    stop_after: int | None = None
+    """Ends the run in the middle of its schedule, after this many steps."""
 
 
 TEACHER_SHAPE = Shape(
@@ -43,3 +45,12 @@ STUDENT_SHAPE = Shape(
 )
 TEACHER_SCHEDULE = Schedule(steps=900, batch_size=64, learning_rate=2e-3, warmup_steps=50)
 STUDENT_SCHEDULE = Schedule(steps=600, batch_size=64, learning_rate=3e-3, warmup_steps=50)
+
+# The demo's student. It imitates few answers at temperature 1, and is taken in the middle of its
+# schedule: its greedy accuracy is below 40%, so there is something to learn, not only noise to
+# lose.
+BEGINNER_POOL_SIZE = 1024
+BEGINNER_TEMPERATURE = 1.0
+BEGINNER_SCHEDULE = Schedule(
+    steps=500, batch_size=64, learning_rate=3e-3, warmup_steps=50, stop_after=250
+)

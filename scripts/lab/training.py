@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from torch.nn import functional as F
@@ -38,7 +39,7 @@ def train(
     )
     model.train()
     started = time.perf_counter()
-    for step, examples in enumerate(batches, start=1):
+    for step, examples in enumerate(islice(batches, schedule.stop_after), start=1):
         inputs, targets = collate(examples)
         # Padding is on the right, so causal attention alone keeps it out of every loss position.
         logits = model(input_ids=inputs).logits

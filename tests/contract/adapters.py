@@ -142,11 +142,16 @@ class LearnerAdapter(Protocol):
 @dataclass(frozen=True)
 class EmbeddedEngineAdapter:
     device: Device
+    batching: Literal["continuous", "static"] = "continuous"
     keeps_cache_over_updates: bool = True
 
     def build(self, model_dir: Path, *, max_sequences: int = 64) -> StreamingRolloutEngine:
         return EmbeddedRolloutEngine(
-            model_dir, device=self.device, dtype="float32", max_sequences=max_sequences
+            model_dir,
+            device=self.device,
+            dtype="float32",
+            max_sequences=max_sequences,
+            batching=self.batching,
         )
 
 
@@ -367,9 +372,13 @@ def pooled_rank(rank: int) -> MakeHost:
 
 ENGINES = [
     pytest.param(EmbeddedEngineAdapter("cpu"), id="embedded"),
+    pytest.param(EmbeddedEngineAdapter("cpu", "static"), id="embedded_static"),
     pytest.param(EmbeddedProcessAdapter(), id="embedded_process"),
     pytest.param(EmbeddedProcessAdapter(SocketHost), id="embedded_over_socket"),
     pytest.param(EmbeddedEngineAdapter("cuda"), id="embedded_cuda", marks=pytest.mark.gpu),
+    pytest.param(
+        EmbeddedEngineAdapter("cuda", "static"), id="embedded_static_cuda", marks=pytest.mark.gpu
+    ),
     pytest.param(VllmEngineAdapter(), id="vllm", marks=pytest.mark.vllm),
 ]
 TEACHERS = [

@@ -68,12 +68,19 @@ class HuggingFacePrompts(_FilePrompts):
         return pinned
 
 
+TaskName: TypeAlias = Literal["chain", "long_chain", "multiply", "sum"]
+
+
 class TaskPrompts(Schema):
     """Problems of a procedural task. Training and evaluation never share a problem."""
 
     kind: Literal["task"]
-    task: Literal["chain"] = "chain"
+    task: TaskName = "chain"
+    """`chain`: arithmetic in 4 to 6 steps, the task of the shipped lab models. `long_chain`: 10 to
+    16 steps. `multiply`: a product with every carry. `sum`: an answer without steps."""
     split: Literal["train", "eval"] = "train"
+    first: Annotated[int, Field(ge=0, le=10**9)] = 0
+    """Number of the first problem: other numbers are other draws, e.g. for choosing settings."""
     limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Cycle over this many problems; null: an endless supply."""
 
@@ -87,7 +94,8 @@ class TaskVerifier(Schema):
     """Checks a procedural task's final answer exactly."""
 
     kind: Literal["task"]
-    task: Literal["chain"] = "chain"
+    task: TaskName = "chain"
+    """The task of the prompts; see there."""
 
 
 class MathVerifier(Schema):
@@ -218,6 +226,9 @@ class EvaluationConfig(Schema):
     verifier: VerifierConfig
     """Decides whether an answer is correct, or how good it is."""
     every_steps: PositiveInt = 25
+    at_steps: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Evaluate after these steps instead of every `every_steps`, e.g. ``[0, 5, 10, 20, 40]``; after
+    the last step in any case. Null: every `every_steps`."""
     num_problems: NumProblems = 500
     """Maximum number of problems; every result states how many there were."""
     final_num_problems: NumProblems | None = None

@@ -134,6 +134,11 @@ class EmbeddedGeneration(_Embedded):
     dtype: Dtype = "float32"
     max_sequences: Annotated[int, Field(ge=1, le=65_536)] = 256
     """Rollouts decoded concurrently."""
+    batching: Literal["continuous", "static"] = "continuous"
+    """``continuous``: a rollout that has finished makes room for the next at once. ``static``: the
+    next ones begin when all have finished, and on CUDA a decode step is one captured graph. Faster
+    for small models and answers of similar length: launching a step costs more than computing it.
+    """
 
 
 class VllmGeneration(_EngineProcess, _Watched):

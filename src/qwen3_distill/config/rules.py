@@ -364,6 +364,11 @@ def verifier_fits_prompts(config: "RunConfig") -> None:
                     f"{where}: {article} {verifier.kind} verifier needs prompts with an "
                     "answer_field"
                 )
+            if verifier.kind == "task" and verifier.task != prompts.task:
+                raise ValueError(
+                    f"{where}: verifier.task={verifier.task} with prompts.task={prompts.task}: "
+                    "it would judge answers to other problems; use the same task for both"
+                )
         elif verifier.kind == "task":
             raise ValueError(f"{where}: a task verifier needs prompts of kind `task`")
         elif prompts.answer_field is None and verifier.kind != "python":

@@ -1,6 +1,6 @@
 """Prompts in, rollout files in and out, and the check of answers.
 
-`sources` reads raw prompts, `prompts` renders them with the student's chat template, `chain_task`
-makes the lab models' problems. `rollout_files` writes and reads Parquet. `verifiers` grades
+`sources` reads raw prompts, `prompts` renders them with the student's chat template, `tasks` names
+the lab models' tasks. `rollout_files` writes and reads Parquet. `verifiers` grades
 responses. Nothing here imports a model or an engine.
 """

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -101,22 +101,18 @@ class ChainTask:
         Raises:
             ValueError: If `split` is unknown or `index` is negative.
         """
-        if split not in ("train", "eval"):
-            raise ValueError(f"split must be 'train' or 'eval', got {split!r}")
-        if index < 0:
-            raise ValueError(f"index must not be negative, got {index}")
-        rng = random.Random(f"{split}/{self.seed}/{index}")
-        while True:
-            text = self._draw_text(rng)
-            if self.split_of(text) == split:
-                answer = str(self._steps(text)[-1][3])
-                return Problem(problem_id=f"{split}-{self.seed}-{index}", text=text, answer=answer)
+        return drawn_problem(
+            split,
+            index,
+            seed=self.seed,
+            eval_share=self.eval_share,
+            draw=self._draw_text,
+            answer=lambda text: str(self._steps(text)[-1][3]),
+        )
 
     def split_of(self, text: str) -> Split:
         """Return the split that a problem text belongs to, for any seed of the task."""
-        digest = hashlib.sha256(text.encode()).digest()
-        share = int.from_bytes(digest[:8], "big") / 2**64
-        return "eval" if share < self.eval_share else "train"
+        return split_of(text, self.eval_share)
 
     def solution_segments(
         self, problem: Problem, rng: random.Random | None = None
@@ -191,3 +187,36 @@ class ChainTask:
             wrong = rng.randrange(self.modulus)
             if not str(result).startswith(str(wrong)):
                 return wrong
+
+
+def split_of(text: str, eval_share: float) -> Split:
+    """Return the split that a problem's text belongs to; it depends on nothing else."""
+    digest = hashlib.sha256(text.encode()).digest()
+    share = int.from_bytes(digest[:8], "big") / 2**64
+    return "eval" if share < eval_share else "train"
+
+
+def drawn_problem(
+    split: Split,
+    index: int,
+    *,
+    seed: int,
+    eval_share: float,
+    draw: Callable[[random.Random], str],
+    answer: Callable[[str], str],
+) -> Problem:
+    """Draw problem texts from a stream of ``split``, ``seed`` and ``index`` until one is of the
+    split.
+
+    Raises:
+        ValueError: If ``split`` is unknown or ``index`` is negative.
+    """
+    if split not in ("train", "eval"):
+        raise ValueError(f"split must be 'train' or 'eval', got {split!r}")
+    if index < 0:
+        raise ValueError(f"index must not be negative, got {index}")
+    rng = random.Random(f"{split}/{seed}/{index}")
+    while True:
+        text = draw(rng)
+        if split_of(text, eval_share) == split:
+            return Problem(problem_id=f"{split}-{seed}-{index}", text=text, answer=answer(text))

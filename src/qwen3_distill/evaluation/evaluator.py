@@ -58,8 +58,9 @@ class Evaluator:
     def due(self, step: int) -> list[str]:
         """The models to evaluate after this step: ``teacher``, ``student``, both or none."""
         models = ["teacher"] if step == 0 and self._evaluation.teacher else []
-        regular = step % self._evaluation.every_steps == 0 or step == self._total_steps
-        return [*models, "student"] if regular else models
+        chosen = self._evaluation.at_steps
+        regular = step % self._evaluation.every_steps == 0 if chosen is None else step in chosen
+        return [*models, "student"] if regular or step == self._total_steps else models
 
     async def run(self, name: str, step: int) -> dict[str, Any]:
         """Make one of the `measurements`; return the fields of its `EvaluationResult`.

@@ -146,3 +146,10 @@ def test_threads_need_a_process_of_their_own(section: str) -> None:
     assert getattr(config, section).threads == 1
     with pytest.raises(ValidationError, match="own_process=true, or drop threads"):
         RunConfig.model_validate(values(threads=1))
+
+
+def test_a_task_verifier_judges_the_task_of_the_prompts() -> None:
+    values = {**GOOD, "prompts": {"kind": "task", "task": "sum"}}
+    with pytest.raises(ValidationError, match=r"verifier\.task=chain with prompts\.task=sum"):
+        RunConfig.model_validate(values)
+    RunConfig.model_validate({**values, "verifier": {"kind": "task", "task": "sum"}})

@@ -54,7 +54,7 @@ def prompt(answer: str) -> Prompt:
 
 
 CONFIGS = [
-    (TaskVerifier(kind="task"), "ChainVerifier", None),
+    (TaskVerifier(kind="task"), "ProceduralVerifier", None),
     (MathVerifier(kind="math"), "MathEqualityVerifier", "a math"),
     (ExactVerifier(kind="exact"), "ExactTextVerifier", "an exact"),
     (ChoiceVerifier(kind="choice"), "ChoiceLetterVerifier", "a choice"),

@@ -95,6 +95,12 @@ def test_the_student_is_due_regularly_and_last_the_teacher_once() -> None:
     }
 
 
+def test_the_student_is_due_after_chosen_steps_and_the_last() -> None:
+    evaluator = Evaluation(at_steps=(1, 3, 7)).evaluator
+    assert [step for step in range(11) if "student" in evaluator.due(step)] == [1, 3, 7, 10]
+    assert evaluator.due(0) == ["teacher"]
+
+
 def test_the_teacher_may_be_left_out() -> None:
     assert Evaluation(teacher=False).evaluator.due(0) == ["student"]
 

@@ -4,12 +4,12 @@ from itertools import islice
 from pathlib import Path
 
 from qwen3_distill.config import JsonlPrompts, ParquetPrompts, PromptsConfig, TaskPrompts
-from qwen3_distill.data.chain_task import ChainTask
 from qwen3_distill.data.sources.dataset import dataset_name, dataset_rows
 from qwen3_distill.data.sources.fields import read_field
 from qwen3_distill.data.sources.files import jsonl_rows, parquet_rows
 from qwen3_distill.data.sources.records import FixedSource, PromptSource, RawPrompt, TaskSource
 from qwen3_distill.data.sources.row import has_final_answer, raw_prompt
+from qwen3_distill.data.tasks import TASKS
 from qwen3_distill.errors import DataError
 
 
@@ -21,7 +21,7 @@ def build_source(config: PromptsConfig) -> PromptSource:
             The message names the file and the line (JSONL, from 1) or row (Parquet and hf, from 0).
     """
     if isinstance(config, TaskPrompts):
-        return TaskSource(ChainTask(), config.split, config.limit)
+        return TaskSource(TASKS[config.task], config.split, config.limit, first=config.first)
     if isinstance(config, JsonlPrompts):
         name, rows = Path(config.path).name, jsonl_rows(Path(config.path))
     elif isinstance(config, ParquetPrompts):

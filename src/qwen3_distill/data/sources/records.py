@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, Protocol, TypeAlias
 
-from qwen3_distill.data.chain_task import ChainTask
+from qwen3_distill.data.tasks import Task
 from qwen3_distill.errors import DataError
 
 Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
@@ -84,8 +84,11 @@ class FixedSource:
 class TaskSource:
     """A source of one split of a procedural task; problems are made on demand."""
 
-    def __init__(self, task: ChainTask, split: Literal["train", "eval"], limit: int | None) -> None:
+    def __init__(
+        self, task: Task, split: Literal["train", "eval"], limit: int | None, *, first: int = 0
+    ) -> None:
         self._task = task
+        self._first = first
         self._split: Literal["train", "eval"] = split
         self._limit = limit
 
@@ -99,7 +102,7 @@ class TaskSource:
 
     def get(self, index: int) -> RawPrompt:
         _check_index(index, self._limit)
-        problem = self._task.problem(self._split, index)
+        problem = self._task.problem(self._split, self._first + index)
         return RawPrompt(
             prompt_id=problem.problem_id,
             messages=(Message(role="user", content=problem.text),),

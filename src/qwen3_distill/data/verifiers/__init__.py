@@ -8,11 +8,11 @@ before a run. `number_text` reads numbers, `answer_text` finds a response's fina
 from qwen3_distill.data.verifiers.base import Verifier
 from qwen3_distill.data.verifiers.build import build_verifier, check_references
 from qwen3_distill.data.verifiers.math_equality import MathEqualityVerifier
-from qwen3_distill.data.verifiers.task import ChainVerifier
+from qwen3_distill.data.verifiers.task import ProceduralVerifier
 
 __all__ = [
-    "ChainVerifier",
     "MathEqualityVerifier",
+    "ProceduralVerifier",
     "Verifier",
     "build_verifier",
     "check_references",

@@ -9,12 +9,12 @@ from qwen3_distill.config import (
     TaskVerifier,
     VerifierConfig,
 )
-from qwen3_distill.data.chain_task import ChainTask
 from qwen3_distill.data.sources import PromptSource
+from qwen3_distill.data.tasks import TASKS
 from qwen3_distill.data.verifiers.base import Verifier
 from qwen3_distill.data.verifiers.math_equality import MathEqualityVerifier
 from qwen3_distill.data.verifiers.python_function import PythonFunctionVerifier
-from qwen3_distill.data.verifiers.task import ChainVerifier
+from qwen3_distill.data.verifiers.task import ProceduralVerifier
 from qwen3_distill.data.verifiers.text_match import (
     ChoiceLetterVerifier,
     ExactTextVerifier,
@@ -26,7 +26,7 @@ def build_verifier(config: VerifierConfig) -> Verifier:
     """Build the verifier that ``config`` describes."""
     match config:
         case TaskVerifier():
-            return ChainVerifier(ChainTask())
+            return ProceduralVerifier(TASKS[config.task])
         case MathVerifier():
             return MathEqualityVerifier()
         case ExactVerifier():

@@ -1,15 +1,16 @@
 """Judges answers to a procedural task."""
 
-from qwen3_distill.data.chain_task import ChainTask, Problem
+from qwen3_distill.data.chain_task import Problem
 from qwen3_distill.data.sources import ANSWER_KEY, PROBLEM_KEY, RawPrompt
+from qwen3_distill.data.tasks import Task
 from qwen3_distill.data.verifiers.base import task_value
 from qwen3_distill.types import Prompt
 
 
-class ChainVerifier:
+class ProceduralVerifier:
     """Judges a response by the procedural task's own check."""
 
-    def __init__(self, task: ChainTask) -> None:
+    def __init__(self, task: Task) -> None:
         self._task = task
 
     def check(self, prompt: Prompt | RawPrompt) -> None:

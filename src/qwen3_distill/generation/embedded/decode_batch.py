@@ -43,12 +43,16 @@ class DecodeRow:
     def request(self) -> RolloutRequest:
         return self.running.request
 
-    def append(self, token: int, logprob: float, eos_ids: frozenset[int]) -> None:
-        """Add a token; deliver the rollout if it is the last."""
-        self.running.add([token], [logprob])
-        if token in eos_ids:
+    def append(
+        self, tokens: Sequence[int], logprobs: Sequence[float], eos_ids: frozenset[int]
+    ) -> None:
+        """Add tokens up to the last one of the rollout, and deliver it if that is among them."""
+        room = self.request.sampling.max_new_tokens - self.running.num_tokens
+        end = next((i for i, token in enumerate(tokens[:room], 1) if token in eos_ids), None)
+        self.running.add(tokens[: end or room], logprobs[: end or room])
+        if end is not None:
             self.deliver(self.running.rollout(FinishReason.STOP))
-        elif self.running.num_tokens == self.request.sampling.max_new_tokens:
+        elif len(tokens) >= room:
             self.deliver(self.running.rollout(FinishReason.LENGTH))
 
     def deliver(self, result: Rollout | Exception | None) -> None:
@@ -64,6 +68,9 @@ class DecodeBatch:
     Every row's last token is in the cache's last column. A row that joins has a cache of its own,
     and the shorter of the two is padded on the left.
     """
+
+    begins_together = False
+    """Whether rows may join an empty batch only."""
 
     def __init__(
         self, model: PreTrainedModel, device: torch.device, eos_ids: frozenset[int]
@@ -100,7 +107,7 @@ class DecodeBatch:
         sampled = zip(self._rows, self._state.last_B.tolist(), logprobs_B.tolist(), strict=True)
         for row, token, logprob in sampled:
             if not row.is_over:
-                row.append(token, logprob, self._eos_ids)
+                row.append([token], [logprob], self._eos_ids)
         # Dropping rows copies the cache, so it is done when a quarter of them is finished.
         if len(self.rows) <= 0.75 * len(self._rows):
             self._drop_finished()
@@ -109,7 +116,7 @@ class DecodeBatch:
         """Return [B, V] logits after each row's last token; that token enters the cache."""
         state.mask_BT = pad(state.mask_BT, (0, 1), value=1)
         groups = group_rows([_cached_tokens(row) for row in self._rows]) if self._is_mixed else None
-        return self._forward(state.last_B.unsqueeze(1), state.mask_BT, state.cache, groups)
+        return _forward(self._model, state.last_B.unsqueeze(1), state.mask_BT, state.cache, groups)
 
     def _drop_finished(self) -> None:
         alive = [index for index, row in enumerate(self._rows) if not row.is_over]
@@ -121,7 +128,8 @@ class DecodeBatch:
 
     def _join(self, joining: Sequence[DecodeRow]) -> Tensor:
         """Prefill joining rows; return [B, V] logits of their first tokens."""
-        logits_BV, cache, mask_BT = self._prefill([row.request.prompt for row in joining])
+        prompts = [row.request.prompt for row in joining]
+        logits_BV, cache, mask_BT = prefill(self._model, self._device, prompts)
         sampler = RowSampler([row.request.sampling for row in joining], self._device)
         last_B = torch.zeros(len(joining), dtype=torch.long, device=self._device)
         joined = _State(cache, mask_BT, sampler, last_B)
@@ -134,44 +142,52 @@ class DecodeBatch:
         self._rows = [*self._rows, *joining]
         return logits_BV
 
-    def _prefill(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Cache, Tensor]:
-        """Logits after each prompt, the cache and the attention mask, one row per prompt.
 
-        Adjacent rows of one prompt share its forward pass.
-        """
-        distinct: list[Prompt] = []
-        row_to_distinct: list[int] = []
-        for prompt in prompts:
-            if not distinct or not np.array_equal(prompt.token_ids, distinct[-1].token_ids):
-                distinct.append(prompt)
-            row_to_distinct.append(len(distinct) - 1)
-        longest = max(prompt.token_ids.size for prompt in distinct)
-        ids_BT = torch.zeros(len(distinct), longest, dtype=torch.long)
-        mask_BT = torch.zeros(len(distinct), longest, dtype=torch.long)
-        for row, prompt in enumerate(distinct):
-            # Left padding: every row's last prompt token, whose logits start the response, and
-            # every new token stand in the same column.
-            ids_BT[row, longest - prompt.token_ids.size :] = torch.from_numpy(
-                prompt.token_ids.astype(np.int64)
-            )
-            mask_BT[row, longest - prompt.token_ids.size :] = 1
-        # Layers that keep every position, so that caches can be joined: a sliding window, where a
-        # model has one, is in the attention mask.
-        cache = Cache(layer_class_to_replicate=_RoomyLayer)
-        mask_BT = mask_BT.to(self._device)
-        logits_BV = self._forward(ids_BT.to(self._device), mask_BT, cache)
-        if len(distinct) < len(prompts):
-            index = torch.tensor(row_to_distinct, device=self._device)
-            cache.batch_select_indices(index)
-            logits_BV, mask_BT = logits_BV[index], mask_BT[index]
-        return logits_BV, cache, mask_BT
+def prefill(
+    model: PreTrainedModel, device: torch.device, prompts: Sequence[Prompt]
+) -> tuple[Tensor, Cache, Tensor]:
+    """Return [B, V] logits after each prompt, the cache, and the [B, T] attention mask.
 
-    def _forward(
-        self, ids_BT: Tensor, mask_BT: Tensor, cache: Cache, groups: RowGroups | None = None
-    ) -> Tensor:
-        """[B, V] logits after the last of the new positions ``ids_BT``; extends the cache."""
-        position_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
-        return next_token_logits(self._model, ids_BT, mask_BT, position_BT, cache, groups)
+    Adjacent rows of one prompt share its forward pass.
+    """
+    distinct: list[Prompt] = []
+    row_to_distinct: list[int] = []
+    for prompt in prompts:
+        if not distinct or not np.array_equal(prompt.token_ids, distinct[-1].token_ids):
+            distinct.append(prompt)
+        row_to_distinct.append(len(distinct) - 1)
+    longest = max(prompt.token_ids.size for prompt in distinct)
+    ids_BT = torch.zeros(len(distinct), longest, dtype=torch.long)
+    mask_BT = torch.zeros(len(distinct), longest, dtype=torch.long)
+    for row, prompt in enumerate(distinct):
+        # Left padding: every row's last prompt token, whose logits start the response, and
+        # every new token stand in the same column.
+        ids_BT[row, longest - prompt.token_ids.size :] = torch.from_numpy(
+            prompt.token_ids.astype(np.int64)
+        )
+        mask_BT[row, longest - prompt.token_ids.size :] = 1
+    # Layers that keep every position, so that caches can be joined: a sliding window, where a
+    # model has one, is in the attention mask.
+    cache = Cache(layer_class_to_replicate=_RoomyLayer)
+    mask_BT = mask_BT.to(device)
+    logits_BV = _forward(model, ids_BT.to(device), mask_BT, cache)
+    if len(distinct) < len(prompts):
+        index = torch.tensor(row_to_distinct, device=device)
+        cache.batch_select_indices(index)
+        logits_BV, mask_BT = logits_BV[index], mask_BT[index]
+    return logits_BV, cache, mask_BT
+
+
+def _forward(
+    model: PreTrainedModel,
+    ids_BT: Tensor,
+    mask_BT: Tensor,
+    cache: Cache,
+    groups: RowGroups | None = None,
+) -> Tensor:
+    """[B, V] logits after the last of the new positions ``ids_BT``; extends the cache."""
+    position_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
+    return next_token_logits(model, ids_BT, mask_BT, position_BT, cache, groups)
 
 
 class _RoomyLayer(DynamicLayer):

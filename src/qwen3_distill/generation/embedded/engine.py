@@ -4,12 +4,14 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from qwen3_distill.errors import EngineError, WeightVersionError
 from qwen3_distill.generation.context import check_context
 from qwen3_distill.generation.embedded.decode_batch import DecodeBatch, DecodeRow
+from qwen3_distill.generation.embedded.static_batch import StaticBatch
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import (
     load_identity,
@@ -35,10 +37,18 @@ class EmbeddedRolloutEngine:
 
     Args:
         max_sequences: rows decoded together.
+        batching: ``static``: waiting rows join when all others have finished, and on CUDA a decode
+            step is one graph.
     """
 
     def __init__(
-        self, model_dir: str | Path, *, device: str, dtype: str, max_sequences: int
+        self,
+        model_dir: str | Path,
+        *,
+        device: str,
+        dtype: str,
+        max_sequences: int,
+        batching: Literal["continuous", "static"] = "continuous",
     ) -> None:
         self._identity = load_identity(model_dir)
         self._device = resolve_device(device)
@@ -46,7 +56,8 @@ class EmbeddedRolloutEngine:
         self._model.requires_grad_(False)
         self._max_sequences = max_sequences
         self._version: WeightVersion | None = None
-        self._batch = DecodeBatch(self._model, self._device, self._identity.eos_ids)
+        batch = StaticBatch if batching == "static" else DecodeBatch
+        self._batch = batch(self._model, self._device, self._identity.eos_ids)
         self._waiting: deque[DecodeRow] = deque()
         self._idle_row_steps = 0
         self._paused = False
@@ -191,6 +202,8 @@ class EmbeddedRolloutEngine:
         """
         self._waiting = deque(row for row in self._waiting if not row.is_over)
         running = len(self._batch.rows)
+        if running and self._batch.begins_together:
+            return []
         joining = min(self._max_sequences - running, len(self._waiting))
         self._idle_row_steps += joining
         if self._idle_row_steps < running / 2:

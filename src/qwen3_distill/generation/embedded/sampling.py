@@ -4,6 +4,7 @@ Shape letters: B rows decoded together, V vocabulary, R new tokens.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,6 +14,32 @@ from torch.nn.functional import pad
 
 from qwen3_distill.types import SamplingSpec
 
+_NO_LIMIT = 2**20
+
+
+@dataclass(frozen=True)
+class SamplingFeatures:
+    """The kinds of sampling that some rows need; the kernels of the others are not run."""
+
+    greedy: bool
+    top_k: bool
+    top_p: bool
+
+    @classmethod
+    def of(cls, specs: Sequence[SamplingSpec]) -> "SamplingFeatures":
+        """Collect the kinds that the specs ask for."""
+        return cls(
+            greedy=any(spec.is_greedy for spec in specs),
+            top_k=any(spec.top_k > 0 for spec in specs),
+            top_p=any(spec.top_p < 1 for spec in specs),
+        )
+
+    def joined(self, other: "SamplingFeatures") -> "SamplingFeatures":
+        """Combine the kinds of both."""
+        return SamplingFeatures(
+            self.greedy or other.greedy, self.top_k or other.top_k, self.top_p or other.top_p
+        )
+
 
 class RowSampler:
     """Samples token after token for some rows, each by its own `SamplingSpec`.
@@ -21,44 +48,65 @@ class RowSampler:
     other rows.
     """
 
-    def __init__(self, specs: Sequence[SamplingSpec], device: torch.device) -> None:
-        self._uniform_BR = torch.from_numpy(_uniforms(specs)).to(device)
+    def __init__(
+        self, specs: Sequence[SamplingSpec], device: torch.device, *, num_tokens: int | None = None
+    ) -> None:
+        """Make a sampler at each row's first token.
+
+        Args:
+            num_tokens: new tokens that a row may have; default: the longest row's.
+        """
+        longest = max(spec.max_new_tokens for spec in specs)
+        self._uniform_BR = torch.from_numpy(_uniforms(specs, num_tokens or longest)).to(device)
         self._position_B1 = torch.zeros(len(specs), 1, dtype=torch.long, device=device)
-        self._temperature_B1 = torch.tensor(
-            [[spec.temperature or 1.0] for spec in specs], dtype=torch.float32, device=device
-        )
-        self._greedy = [spec.is_greedy for spec in specs]
-        self._top_k = [spec.top_k for spec in specs]
-        self._top_p = [spec.top_p for spec in specs]
+        self._temperature_B1 = _column([spec.temperature or 1.0 for spec in specs], device)
+        self._greedy_B1 = _column([float(spec.is_greedy) for spec in specs], device).bool()
+        # A k beyond any vocabulary and a p of 1 exclude nothing.
+        self._top_k_B1 = _column([spec.top_k or _NO_LIMIT for spec in specs], device).long()
+        self._top_p_B1 = _column([spec.top_p for spec in specs], device)
+        self.uses = SamplingFeatures.of(specs)
 
     def select(self, rows: Sequence[int]) -> "RowSampler":
         """A sampler for some of the rows."""
-        chosen = object.__new__(RowSampler)
         index = torch.tensor(rows, device=self._uniform_BR.device)
-        chosen._uniform_BR = self._uniform_BR[index]
-        chosen._position_B1 = self._position_B1[index]
-        chosen._temperature_B1 = self._temperature_B1[index]
-        chosen._greedy = [self._greedy[row] for row in rows]
-        chosen._top_k = [self._top_k[row] for row in rows]
-        chosen._top_p = [self._top_p[row] for row in rows]
-        return chosen
+        return self._with([tensor[index] for tensor in self._tensors], self.uses)
 
     def joined(self, other: "RowSampler") -> "RowSampler":
         """A sampler for the rows of both; each goes on at its own position."""
-        both = object.__new__(RowSampler)
         longest = max(self._uniform_BR.shape[1], other._uniform_BR.shape[1])
-        both._uniform_BR = torch.cat(
-            [
-                pad(part._uniform_BR, (0, longest - part._uniform_BR.shape[1]))
-                for part in (self, other)
-            ]
-        )
-        both._position_B1 = torch.cat([self._position_B1, other._position_B1])
-        both._temperature_B1 = torch.cat([self._temperature_B1, other._temperature_B1])
-        both._greedy = [*self._greedy, *other._greedy]
-        both._top_k = [*self._top_k, *other._top_k]
-        both._top_p = [*self._top_p, *other._top_p]
-        return both
+        (ours, *our_rest), (theirs, *their_rest) = self._tensors, other._tensors
+        uniform_BR = torch.cat([pad(part, (0, longest - part.shape[1])) for part in (ours, theirs)])
+        rest = [torch.cat(pair) for pair in zip(our_rest, their_rest, strict=True)]
+        return self._with([uniform_BR, *rest], self.uses.joined(other.uses))
+
+    def copy_(self, other: "RowSampler") -> None:
+        """Take over the state of a sampler of the same shape and features, in place.
+
+        A captured graph goes on to read and write the tensors of this one.
+        """
+        if other.uses != self.uses:
+            raise ValueError(f"sampler of {self.uses} cannot sample with {other.uses}")
+        for own, new in zip(self._tensors, other._tensors, strict=True):
+            own.copy_(new)
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [
+            self._uniform_BR,
+            self._position_B1,
+            self._temperature_B1,
+            self._greedy_B1,
+            self._top_k_B1,
+            self._top_p_B1,
+        ]
+
+    @staticmethod
+    def _with(tensors: Sequence[Tensor], uses: "SamplingFeatures") -> "RowSampler":
+        made = object.__new__(RowSampler)
+        made._uniform_BR, made._position_B1, made._temperature_B1 = tensors[:3]
+        made._greedy_B1, made._top_k_B1, made._top_p_B1 = tensors[3:]
+        made.uses = uses
+        return made
 
     def sample(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
         """The next token of every row: ids [B] int64 and logprobs [B] float32 nats.
@@ -74,8 +122,8 @@ class RowSampler:
         threshold_B1 = self._next_uniform_B1() * total_B1
         ids_B1 = torch.searchsorted(cdf_BV, threshold_B1, right=True)
         logprobs_B1 = logprobs_BV.gather(1, ids_B1)
-        if any(self._greedy):
-            greedy_B1 = torch.tensor(self._greedy, device=ids_B1.device).unsqueeze(1)
+        if self.uses.greedy:
+            greedy_B1 = self._greedy_B1
             ids_B1 = torch.where(greedy_B1, logits_BV.argmax(dim=-1, keepdim=True), ids_B1)
             logprobs_B1 = logprobs_B1.masked_fill(greedy_B1, 0.0)
         return ids_B1.squeeze(1), logprobs_B1.squeeze(1)
@@ -83,41 +131,42 @@ class RowSampler:
     def _next_uniform_B1(self) -> Tensor:
         last = self._uniform_BR.shape[1] - 1
         uniform_B1 = self._uniform_BR.gather(1, self._position_B1.clamp(max=last))
-        self._position_B1 = self._position_B1 + 1
+        self._position_B1.add_(1)  # in place, so that a captured graph advances it
         return uniform_B1
 
     def _truncated(self, logits_BV: Tensor) -> Tensor:
         """Logits over temperature, with -inf for what top-k and top-p exclude."""
         logits_BV = logits_BV / self._temperature_B1
-        if any(top_k > 0 for top_k in self._top_k):
-            logits_BV = _keep_top_k(logits_BV, self._top_k)
-        if any(top_p < 1 for top_p in self._top_p):
-            logits_BV = _keep_top_p(logits_BV, self._top_p)
+        if self.uses.top_k:
+            logits_BV = _keep_top_k(logits_BV, self._top_k_B1)
+        if self.uses.top_p:
+            logits_BV = _keep_top_p(logits_BV, self._top_p_B1)
         return logits_BV
 
 
-def _uniforms(specs: Sequence[SamplingSpec]) -> NDArray[np.float64]:
+def _column(values: Sequence[float], device: torch.device) -> Tensor:
+    """[B, 1] float32."""
+    return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)
+
+
+def _uniforms(specs: Sequence[SamplingSpec], num_tokens: int) -> NDArray[np.float64]:
     """[B, R] numbers in [0, 1): row b is the counter-based stream of seed b."""
-    longest = max(spec.max_new_tokens for spec in specs)
     return np.stack(
-        [np.random.Generator(np.random.Philox(key=spec.seed)).random(longest) for spec in specs]
+        [np.random.Generator(np.random.Philox(key=spec.seed)).random(num_tokens) for spec in specs]
     )
 
 
-def _keep_top_k(logits_BV: Tensor, top_k: Sequence[int]) -> Tensor:
-    vocab_size = logits_BV.shape[-1]
-    keep = [min(k, vocab_size) if k > 0 else vocab_size for k in top_k]
+def _keep_top_k(logits_BV: Tensor, top_k_B1: Tensor) -> Tensor:
     sorted_BV = logits_BV.sort(dim=-1, descending=True).values
-    index_B1 = torch.tensor(keep, device=logits_BV.device).unsqueeze(1) - 1
+    index_B1 = top_k_B1.clamp(max=logits_BV.shape[-1]) - 1
     return logits_BV.masked_fill(logits_BV < sorted_BV.gather(1, index_B1), -torch.inf)
 
 
-def _keep_top_p(logits_BV: Tensor, top_p: Sequence[float]) -> Tensor:
+def _keep_top_p(logits_BV: Tensor, limit_B1: Tensor) -> Tensor:
     """Keep the most likely tokens until their mass reaches top_p; always at least one."""
     sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
     probs_BV = sorted_BV.softmax(dim=-1)
     mass_before_BV = probs_BV.cumsum(dim=-1) - probs_BV
-    limit_B1 = torch.tensor(top_p, dtype=logits_BV.dtype, device=logits_BV.device).unsqueeze(1)
     drop_sorted_BV = (mass_before_BV >= limit_B1) & (limit_B1 < 1)
     drop_sorted_BV[:, 0] = False
     drop_BV = torch.zeros_like(drop_sorted_BV).scatter(1, order_BV, drop_sorted_BV)

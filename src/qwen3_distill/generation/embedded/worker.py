@@ -27,6 +27,7 @@ class EmbeddedRolloutWorker:
             device=config.device,
             dtype=config.dtype,
             max_sequences=config.max_sequences,
+            batching=config.batching,
         )
 
     async def load(self, version: WeightVersion, channel: WeightChannel) -> None:

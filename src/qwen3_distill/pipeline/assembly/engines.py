@@ -113,6 +113,7 @@ def build_engine(
                 device=generation.device,
                 dtype=generation.dtype,
                 max_sequences=generation.max_sequences,
+                batching=generation.batching,
             )
         case VllmGeneration():
             return vllm_engine(

@@ -113,6 +113,7 @@ async def teacher_sampler(
         device=embedded.device if embedded else scoring.device,
         dtype=embedded.dtype if embedded else scoring.dtype,
         max_sequences=generation.max_sequences,
+        batching=embedded.batching if embedded else "continuous",
     )
     threads = torch.get_num_threads()
     is_alone = samples_elsewhere(generation) and learns_elsewhere(config.training)

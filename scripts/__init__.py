@@ -1,0 +1,1 @@
+"""Scripts of the repository. `lab` makes the lab models."""
