@@ -110,7 +110,7 @@ class RealPass:
     """The teacher's, where it samples."""
     results: list[ScoreResult] = field(default_factory=list)
     grad_norm: float = math.nan
-    """Of the step that was taken last."""
+    """The step's gradient norm, once it was taken."""
     processes: set[Process] = field(default_factory=set)
     before: set[Process] = field(default_factory=descendants)
     is_closed: bool = False
