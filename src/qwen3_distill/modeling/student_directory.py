@@ -135,7 +135,8 @@ def check_student(model_dir: str | Path, *, weights: bool = True) -> None:
     """
     read_student_files(model_dir, weights=weights)
     load_identity(model_dir, weights=weights)
-    stored_shapes(model_dir)
+    if weights:
+        stored_shapes(model_dir)
 
 
 def stored_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
