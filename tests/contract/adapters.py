@@ -35,6 +35,7 @@ from qwen3_distill.training.settings import LearnerSettings, Training
 from qwen3_distill.types import SampledRequest, ScoreRequest, WeightVersion
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.contract.builders import run, with_module
+from tests.contract.fleet_adapter import RolloutFleetAdapter, TeacherFleetAdapter
 from tests.contract.plain_teacher import PlainTeacherAdapter
 from tests.contract.pooled_host import PooledHost
 from tests.contract.sglang_adapter import SglangTeacherAdapter
@@ -375,6 +376,8 @@ ENGINES = [
     pytest.param(EmbeddedEngineAdapter("cpu", "static"), id="embedded_static"),
     pytest.param(EmbeddedProcessAdapter(), id="embedded_process"),
     pytest.param(EmbeddedProcessAdapter(SocketHost), id="embedded_over_socket"),
+    pytest.param(RolloutFleetAdapter(1), id="fleet_of_one"),
+    pytest.param(RolloutFleetAdapter(3), id="fleet_of_three"),
     pytest.param(EmbeddedEngineAdapter("cuda"), id="embedded_cuda", marks=pytest.mark.gpu),
     pytest.param(
         EmbeddedEngineAdapter("cuda", "static"), id="embedded_static_cuda", marks=pytest.mark.gpu
@@ -384,6 +387,8 @@ ENGINES = [
 TEACHERS = [
     pytest.param(EmbeddedTeacherAdapter("cpu"), id="embedded"),
     pytest.param(SocketTeacherAdapter(), id="embedded_over_socket"),
+    pytest.param(TeacherFleetAdapter(1), id="fleet_of_one"),
+    pytest.param(TeacherFleetAdapter(3), id="fleet_of_three"),
     pytest.param(
         PlainTeacherAdapter(pooled("tests.contract.plain_teacher_pool_worker", LocalProcess)),
         id="plain",
