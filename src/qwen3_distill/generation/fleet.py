@@ -24,7 +24,9 @@ Deliver = Callable[[int, WeightVersion, WeightChannel], Awaitable[WeightChannel]
 """Brings a version to where a replica runs; returns a channel that can be used there."""
 
 
-async def already_there(index: int, version: WeightVersion, channel: WeightChannel) -> WeightChannel:
+async def already_there(
+    index: int, version: WeightVersion, channel: WeightChannel
+) -> WeightChannel:
     """A `Deliver` for replicas that can use the run's channel itself."""
     return channel
 

@@ -56,11 +56,13 @@ class ChildProcess:
     Args:
         name: names the process in errors.
         log: file that takes its output; appended to.
+        remove: folders that are removed should this process die without ending the command.
     """
 
-    def __init__(self, name: str, log: Path) -> None:
+    def __init__(self, name: str, log: Path, remove: Sequence[Path] = ()) -> None:
         self.name = name
         self._log = log
+        self._remove = tuple(remove)
         self._log_start = 0
         self._process: asyncio.subprocess.Process | None = None
 
@@ -94,6 +96,7 @@ class ChildProcess:
                 "-S",
                 str(_GUARD),
                 str(os.getpid()),
+                *(f"--remove={folder}" for folder in self._remove),
                 *command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,

@@ -13,7 +13,6 @@ from qwen3_distill.errors import EngineLost, EngineStartError
 from qwen3_distill.hosts.fleet_state import FleetState, MemberState
 
 
-
 class Engine(Protocol):
     """What a fleet's member must be able to do to be started again."""
 

@@ -13,10 +13,12 @@ from qwen3_distill.config import (
     RunConfig,
     TrainingConfig,
 )
+from qwen3_distill.config.cluster import WITH_LEARNER
 from qwen3_distill.ports import WeightChannel
 from qwen3_distill.weights.directory import DirectoryChannel
 from qwen3_distill.weights.ipc import IpcChannel
 from qwen3_distill.weights.memory import MemoryChannel
+from qwen3_distill.weights.store import SharedFolderChannel, StoreChannel
 
 _PREFIX = "qwen3-distill-weights-"
 
@@ -68,9 +70,16 @@ def build_channel(config: RunConfig, folder: Path | None) -> WeightChannel:
     Args:
         folder: where the channel keeps its files; None: both are in this process.
     """
-    generation = config.generation
+    generation, cluster = config.generation, config.cluster
+    if cluster is not None and cluster.weights_folder is not None:
+        return SharedFolderChannel(Path(cluster.weights_folder))
     if folder is None:
         return MemoryChannel()
+    if cluster is not None and cluster.rollouts is not None:
+        if cluster.address is not None and cluster.rollouts.where != WITH_LEARNER:
+            return StoreChannel(folder)
+        if cluster.rollouts.where != WITH_LEARNER or cluster.rollouts.replicas > 1:
+            return DirectoryChannel(folder)
     if isinstance(generation, EmbeddedGeneration):
         return DirectoryChannel(folder)
     # IPC hands out the very weights that are trained. An engine that is restarted while a step is

@@ -14,8 +14,10 @@ from qwen3_distill.config import (
     SglangScoring,
 )
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
+from qwen3_distill.hosts.host import MakeHost
 from qwen3_distill.modeling.loading import resolve_dtype
 from qwen3_distill.pipeline.assembly.channel import learns_elsewhere, samples_elsewhere
+from qwen3_distill.pipeline.assembly.fleet import RunCluster, require_cluster
 from qwen3_distill.pipeline.assembly.plan import engine_log, plan_memory, require_plan
 from qwen3_distill.planning.device import detect_memory
 from qwen3_distill.planning.plan import MemoryPlan
@@ -23,7 +25,9 @@ from qwen3_distill.ports import Sampler, TeacherScorer
 from qwen3_distill.scoring.cache import CachedTeacher
 from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
+from qwen3_distill.scoring.fleet import TeacherFleet
 from qwen3_distill.scoring.sampling import TeacherSampler
+from qwen3_distill.scoring.sglang.hosted import HostedSglangTeacher, hosted_sglang_teacher
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.types import SampledRequest, TopKRequest
 from qwen3_distill.weights.directory import publish_directory
@@ -33,8 +37,51 @@ _AUDIT_BATCH_TOKENS = 16384
 _AUDIT_CHUNK_TOKENS = 1024
 
 
-def build_teacher(config: RunConfig, plan: MemoryPlan | None) -> TeacherScorer:
-    """Build the teacher, with the score request that the objective needs."""
+def build_teacher(
+    config: RunConfig, plan: MemoryPlan | None, cluster: RunCluster | None = None
+) -> TeacherScorer:
+    """Build the teacher, with the score request that the objective needs.
+
+    Args:
+        cluster: where the teachers of ``cluster.teachers`` run.
+
+    Raises:
+        ConfigError: the config has such teachers, and there is no cluster for them.
+    """
+    if config.cluster is None or config.cluster.teachers is None:
+        return _build_local_teacher(config, plan)
+    fleet = require_cluster(cluster, "teachers").teacher_fleet(
+        lambda member, make_host, suffix: _build_member(member, plan, make_host, suffix)
+    )
+    scoring = config.teacher
+    request = config.objective.score_request or SampledRequest()  # one that only samples
+    if isinstance(scoring, SglangScoring) and scoring.cache:
+        return CachedTeacher(fleet, request, scoring.cache)
+    return fleet
+
+
+def _build_member(
+    config: RunConfig, plan: MemoryPlan | None, make_host: MakeHost, suffix: str
+) -> TeacherScorer:
+    """Build one teacher of a fleet."""
+    scoring = config.teacher
+    request = config.objective.score_request or SampledRequest()  # one that only samples
+    if isinstance(scoring, EmbeddedScoring):
+        log = engine_log(config, f"teacher{suffix}")
+        return hosted_embedded_teacher(scoring, request=request, log=log, make_host=make_host)
+    plan = require_plan(plan)
+    fraction = scoring.memory_fraction
+    return hosted_sglang_teacher(
+        scoring,
+        request=request,
+        memory_fraction=plan.sglang_memory_fraction if fraction is None else fraction,
+        max_total_tokens=plan.sglang_max_total_tokens,
+        log=engine_log(config, f"sglang{suffix}"),
+        make_host=make_host,
+    )
+
+
+def _build_local_teacher(config: RunConfig, plan: MemoryPlan | None) -> TeacherScorer:
     scoring = config.teacher
     request = config.objective.score_request or SampledRequest()  # one that only samples
     match scoring:
@@ -94,6 +141,11 @@ async def teacher_sampler(
 ) -> AsyncIterator[Sampler]:
     """Open a sampler that answers as the teacher: the scoring server, or an embedded engine."""
     server = teacher.inner if isinstance(teacher, CachedTeacher) else teacher
+    if isinstance(server, TeacherFleet):
+        server = server.teachers[0]
+    if isinstance(server, HostedSglangTeacher):
+        yield server
+        return
     if isinstance(server, SglangTeacher):
         yield server.sampler()
         return

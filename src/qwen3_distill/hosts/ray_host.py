@@ -1,0 +1,381 @@
+"""A host in a Ray cluster: an actor on a node runs the worker there as a process of that node.
+
+The engine keeps its own environment and knows nothing of Ray. Every answer is fetched by a call
+with a deadline, since an actor whose node died may answer for a while longer, or never.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from qwen3_distill.errors import DistillError, EngineError, EngineLost
+from qwen3_distill.hosts.cluster import Place, answer_of
+from qwen3_distill.hosts.frames import End, Error, Value
+from qwen3_distill.hosts.host import WorkerSpec
+from qwen3_distill.hosts.process import LocalProcess
+
+_Kind: TypeAlias = Literal["start", "call", "quiet", "stream"]
+_POLL_S = 5.0
+"""How long the actor waits for an answer before it says that there is none yet."""
+_LOG_BYTES = 1 << 18
+"""The most of a worker's output that one answer carries."""
+_TAIL_BYTES = 4000
+_OWN_VARIABLES = ("OMP_NUM_THREADS",)
+"""Variables that Ray sets in its actors, and that engines read: they get the run's values."""
+
+
+class RayHost:
+    """A `Host` whose worker runs in a place of a cluster.
+
+    The worker's output is copied into the spec's log file here.
+
+    Args:
+        spec: the worker.
+        place: where it runs.
+    """
+
+    def __init__(self, spec: WorkerSpec, place: Place) -> None:
+        self._spec = spec
+        self.place = place
+        self._actor: Any = None
+        self._death: EngineLost | None = None
+        self._next_call = 0
+        self._log_start = 0
+
+    @property
+    def name(self) -> str:
+        return self._spec.name
+
+    @property
+    def is_running(self) -> bool:
+        return self._actor is not None and self._death is None
+
+    @property
+    def actor(self) -> Any:
+        """The Ray actor; for tests that strike it."""
+        return self._actor
+
+    async def start(self, environment: Mapping[str, str] | None = None) -> None:
+        await self.close()
+        facts = await self.place.ready()
+        variables = {name: os.environ.get(name) for name in _OWN_VARIABLES}
+        devices = {} if facts.devices is None else {"CUDA_VISIBLE_DEVICES": ",".join(facts.devices)}
+        self._spec.log.parent.mkdir(parents=True, exist_ok=True)
+        self._log_start = self._spec.log.stat().st_size if self._spec.log.exists() else 0
+        import ray
+
+        root = self.place.cluster.scratch_root
+        self._death = None
+        self._actor = (
+            ray.remote(_HostActor)
+            .options(
+                num_cpus=0,
+                max_restarts=0,
+                max_task_retries=0,
+                scheduling_strategy=self.place.strategy(),
+            )
+            .remote(self._spec, variables, None if root is None else str(root))
+        )
+        await self._first("start", "start", {**(environment or {}), **devices})
+
+    async def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
+        return await self._first("call", method, *arguments, timeout_s=timeout_s)
+
+    async def call_without_heartbeat(self, method: str, *arguments: Any, timeout_s: float) -> Any:
+        return await self._first("quiet", method, *arguments, timeout_s=timeout_s)
+
+    async def stream(self, method: str, *arguments: Any) -> AsyncGenerator[Any, None]:
+        answers = self._answers("stream", method, arguments, None)
+        async with contextlib.aclosing(answers):
+            async for answer in answers:
+                if isinstance(answer, End):
+                    return
+                yield self._value(answer)
+
+    async def receive(self, files: Mapping[str, Any], digests: Mapping[str, str]) -> Path:
+        """Write files of Ray's object store into a folder of the node, and compare their digests.
+
+        The files of the last two calls stay.
+
+        Args:
+            files: references to the contents, by name.
+            digests: of the contents, by name.
+
+        Returns:
+            The folder on the node.
+
+        Raises:
+            EngineLost: a file cannot be fetched any more, or is not the one that was sent.
+        """
+        actor = self._running()
+        ref = actor.receive.remote(dict(digests), list(files), *files.values())
+        # Longer than a call: gigabytes cross the network here.
+        limit_s = 5 * self.place.cluster.config.call_timeout_s
+        try:
+            return Path(await answer_of(ref, limit_s, self.name))
+        except EngineLost as error:
+            self._lose(error)
+            raise
+
+    async def close(self) -> None:
+        actor, self._actor = self._actor, None
+        if actor is None:
+            return
+        if self._death is None:
+            with contextlib.suppress(EngineLost):
+                reply = actor.close.remote()
+                self._copy_log(await answer_of(reply, 45.0, self.name))
+        self.place.cluster.kill(actor)
+
+    def kill(self) -> None:
+        if self._actor is not None:
+            self._actor.kill.remote()
+
+    def output(self) -> str:
+        try:
+            with self._spec.log.open("rb") as log:
+                log.seek(self._log_start)
+                return log.read().decode(errors="replace").strip()
+        except OSError:
+            return ""
+
+    def last_output(self) -> str:
+        tail = self.output()[-_TAIL_BYTES:]
+        return f"; the end of {self._spec.log}:\n{tail}" if tail else f"; {self._spec.log} is empty"
+
+    def _running(self) -> Any:
+        if self._death is not None:
+            raise self._death
+        if self._actor is None:
+            raise EngineLost(f"{self.name} is not running: start it first")
+        return self._actor
+
+    async def _first(
+        self, kind: _Kind, method: str, *arguments: Any, timeout_s: float | None = None
+    ) -> Any:
+        answers = self._answers(kind, method, arguments, timeout_s)
+        async with contextlib.aclosing(answers):
+            async for answer in answers:
+                return self._value(answer)
+        raise EngineError(f"{self.name}: {method} gave no answer")
+
+    async def _answers(
+        self, kind: _Kind, method: str, arguments: tuple[Any, ...], timeout_s: float | None
+    ) -> AsyncGenerator[Value | End | Error, None]:
+        """Make a call and yield what comes back; an end of the stream comes last."""
+        actor = self._running()
+        call = self._next_call
+        self._next_call += 1
+        payload = pickle.dumps(arguments, protocol=pickle.HIGHEST_PROTOCOL)
+        waiting = actor.begin.remote(call, kind, method, payload, timeout_s)
+        is_over = False
+        try:
+            while True:
+                for answer in await self._next(actor, waiting):
+                    is_over = is_over or kind != "stream" or not isinstance(answer, Value)
+                    yield answer
+                if is_over:
+                    return
+                waiting = actor.poll.remote(call)
+        finally:
+            if not is_over and self._death is None and actor is self._actor:
+                actor.end.remote(call)
+
+    async def _next(self, actor: Any, waiting: Any) -> list[Value | End | Error]:
+        limit_s = self.place.cluster.config.call_timeout_s + _POLL_S
+        try:
+            reply = await answer_of(waiting, limit_s, self._who())
+        except EngineLost as error:
+            if actor is self._actor:
+                self._lose(error)
+            raise
+        answers, log = pickle.loads(reply)
+        self._copy_log(log)
+        return answers
+
+    def _who(self) -> str:
+        facts = self.place.facts
+        return f"{self.name} on node {facts.address}" if facts else self.name
+
+    def _lose(self, error: EngineLost) -> None:
+        """End what is left of an actor that does not answer: it could come back later."""
+        self._death = error
+        if self._actor is not None:
+            self.place.cluster.kill(self._actor)
+
+    def _copy_log(self, text: bytes) -> None:
+        if text:
+            with self._spec.log.open("ab") as log:
+                log.write(text)
+
+    def _value(self, answer: Value | End | Error) -> Any:
+        match answer:
+            case Value(_, value):
+                return value
+            case Error(_, EngineLost() as error):
+                self._lose(error)
+                raise error
+            case Error(_, DistillError() as error):
+                raise error
+            case Error(_, text):
+                raise EngineError(f"{self.name}: {text}")
+            case End():
+                raise EngineError(f"{self.name}: a generator was called as a method")
+
+
+class _Pending:
+    """A call's answers that were not fetched yet."""
+
+    def __init__(self, kind: _Kind) -> None:
+        self._kind = kind
+        self.answers: list[Value | End | Error] = []
+        self.arrived = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+
+    def put(self, answer: Value | End | Error) -> None:
+        self.answers.append(answer)
+        self.arrived.set()
+
+    def is_last(self, answer: Value | End | Error) -> bool:
+        return self._kind != "stream" or not isinstance(answer, Value)
+
+
+class _HostActor:
+    """Runs on a node: owns the worker's process there.
+
+    Args:
+        spec: the worker; its log file is replaced by one of this node.
+        variables: of the run's process; None: not set there.
+        scratch_root: folder for this actor's files; None: in memory.
+    """
+
+    def __init__(
+        self, spec: WorkerSpec, variables: Mapping[str, str | None], scratch_root: str | None
+    ) -> None:
+        for name, value in variables.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        self._scratch = Path(
+            tempfile.mkdtemp(prefix="qwen3-distill-host-", dir=scratch_root or memory)
+        )
+        self._log = self._scratch / "log"
+        self._log_sent = 0
+        self._host = LocalProcess(replace(spec, log=self._log, remove=(self._scratch,)))
+        self._pending: dict[int, _Pending] = {}
+        self._num_received = 0
+
+    async def begin(
+        self, call: int, kind: _Kind, method: str, payload: bytes, timeout_s: float | None
+    ) -> bytes:
+        """Begin a call; return its first answers, like `poll`."""
+        pending = self._pending[call] = _Pending(kind)
+        arguments = pickle.loads(payload)
+        pending.task = asyncio.create_task(
+            self._run(call, pending, kind, method, arguments, timeout_s)
+        )
+        return await self.poll(call)
+
+    async def poll(self, call: int) -> bytes:
+        """Wait a while for answers of a call; return them, pickled, with the worker's output."""
+        pending = self._pending[call]
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(pending.arrived.wait(), _POLL_S)
+        answers, pending.answers = pending.answers, []
+        pending.arrived.clear()
+        if any(pending.is_last(answer) for answer in answers):
+            self._pending.pop(call, None)
+        return pickle.dumps((answers, self._new_output()), protocol=pickle.HIGHEST_PROTOCOL)
+
+    async def end(self, call: int) -> None:
+        """End a call whose answers nobody wants any more."""
+        pending = self._pending.pop(call, None)
+        if pending is not None and pending.task is not None:
+            pending.task.cancel()
+            await asyncio.gather(pending.task, return_exceptions=True)
+
+    async def receive(self, digests: dict[str, str], names: list[str], *contents: Any) -> str:
+        """See `RayHost.receive`."""
+        self._num_received += 1
+        folder = self._scratch / f"received-{self._num_received}"
+        await asyncio.to_thread(_write_checked, folder, digests, names, contents)
+        shutil.rmtree(self._scratch / f"received-{self._num_received - 2}", ignore_errors=True)
+        return str(folder)
+
+    async def close(self) -> bytes:
+        """End the worker; return the rest of its output."""
+        await self._host.close()
+        rest = self._new_output()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        return rest
+
+    async def kill(self) -> None:
+        self._host.kill()
+
+    async def pids(self) -> tuple[int, int | None]:
+        """This actor's process, and the worker's guard; for tests that strike them."""
+        return os.getpid(), self._host.pid
+
+    async def _run(
+        self,
+        call: int,
+        pending: _Pending,
+        kind: _Kind,
+        method: str,
+        arguments: tuple[Any, ...],
+        timeout_s: float | None,
+    ) -> None:
+        host = self._host
+        try:
+            if kind == "stream":
+                stream = host.stream(method, *arguments)
+                async with contextlib.aclosing(stream):
+                    async for value in stream:
+                        pending.put(Value(call, value))
+                pending.put(End(call))
+            elif kind == "start":
+                await host.start(*arguments)
+                pending.put(Value(call, None))
+            elif kind == "quiet":
+                assert timeout_s is not None
+                value = await host.call_without_heartbeat(method, *arguments, timeout_s=timeout_s)
+                pending.put(Value(call, value))
+            else:
+                value = await host.call(method, *arguments, timeout_s=timeout_s)
+                pending.put(Value(call, value))
+        except DistillError as error:
+            pending.put(Error(call, error))
+        except Exception as error:  # noqa: BLE001 - the boundary: every failure becomes an answer
+            pending.put(Error(call, f"{method}: {type(error).__name__}: {error}"))
+
+    def _new_output(self) -> bytes:
+        try:
+            with self._log.open("rb") as log:
+                log.seek(self._log_sent)
+                text = log.read(_LOG_BYTES)
+        except OSError:
+            return b""
+        self._log_sent += len(text)
+        return text
+
+
+def _write_checked(
+    folder: Path, digests: dict[str, str], names: list[str], contents: tuple[Any, ...]
+) -> None:
+    folder.mkdir()
+    for name, content in zip(names, contents, strict=True):
+        found = hashlib.blake2b(content).hexdigest()
+        if found != digests[name]:
+            raise EngineLost(f"{name} arrived with digest {found[:12]}, sent {digests[name][:12]}")
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)

@@ -1,0 +1,188 @@
+"""Puts the engines of a run's `cluster` section into their places, as fleets."""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
+from qwen3_distill.config import ClusterConfig, ClusterEngines, RunConfig
+from qwen3_distill.config.cluster import OWN, WITH_LEARNER
+from qwen3_distill.errors import ConfigError
+from qwen3_distill.generation.fleet import RolloutFleet
+from qwen3_distill.hosts.cluster import Cluster, Place
+from qwen3_distill.hosts.host import MakeHost, WorkerSpec
+from qwen3_distill.hosts.places import PlaceSpec
+from qwen3_distill.hosts.ray_host import RayHost
+from qwen3_distill.pipeline.assembly.plan import engine_log
+from qwen3_distill.ports import StreamingRolloutEngine, TeacherScorer, WeightChannel
+from qwen3_distill.scoring.fleet import TeacherFleet
+from qwen3_distill.types import WeightVersion
+from qwen3_distill.weights.store import deliver
+
+BuildEngine: TypeAlias = Callable[[RunConfig, MakeHost, str], StreamingRolloutEngine]
+BuildTeacher: TypeAlias = Callable[[RunConfig, MakeHost, str], TeacherScorer]
+"""Both build one member: from a config without restarts, a place, and a suffix of file names."""
+
+
+def ignore(message: str) -> None:
+    """A ``warn`` for callers who have nobody to tell."""
+
+
+def require_cluster(cluster: "RunCluster | None", name: str) -> "RunCluster":
+    """Return the cluster of a run.
+
+    Raises:
+        ConfigError: the command has none: it starts one engine, on this machine.
+    """
+    if cluster is None:
+        raise ConfigError(
+            f"this command runs engines on this machine only, and the config has cluster.{name}; "
+            "add cluster=null to the command"
+        )
+    return cluster
+
+
+class RunCluster:
+    """The places of a run's engines.
+
+    Args:
+        config: the run.
+        section: its ``cluster``.
+        warn: told of engines that are lost.
+    """
+
+    def __init__(
+        self, config: RunConfig, section: ClusterConfig, warn: Callable[[str], None]
+    ) -> None:
+        config = _absolute(config)
+        self._config = config
+        self._section = section
+        self._warn = warn
+        self.cluster = Cluster(section, log=engine_log(config, "ray"))
+        self._learner: Place | None = None
+        if section.learner is not None:
+            needs = _needs("training", config.training.interpreter, config.student.model)
+            self._learner = self.cluster.place(
+                PlaceSpec(
+                    name="the learner",
+                    cards=section.learner.cards,
+                    on_this_machine=True,  # it writes the run folder
+                    needs=needs,
+                )
+            )
+
+    def learner_host(self, spec: WorkerSpec) -> RayHost:
+        """Make the learner's host."""
+        assert self._learner is not None
+        return RayHost(spec, self._learner)
+
+    def rollout_fleet(self, build: BuildEngine) -> RolloutFleet:
+        """Build the rollout engines, one in each place."""
+        section, config = self._section.rollouts, self._config
+        assert section is not None
+        hosts: dict[int, RayHost] = {}
+        needs = _needs("generation", config.generation.interpreter, config.student.model)
+        member = _without_restarts(config, "generation")
+        engines = [
+            build(member, self._keep_host(hosts, i, "rollout replica", section, needs), f"-{i}")
+            for i in range(section.replicas)
+        ]
+
+        async def bring(
+            index: int, version: WeightVersion, channel: WeightChannel
+        ) -> WeightChannel:
+            on_this_machine = self._section.address is None or section.where == WITH_LEARNER
+            return channel if on_this_machine else await deliver(version, channel, hosts[index])
+
+        return RolloutFleet(
+            engines,
+            max_restarts=config.generation.max_restarts,
+            minimum=section.minimum,
+            deliver=bring,
+            warn=self._warn,
+        )
+
+    def teacher_fleet(self, build: BuildTeacher) -> TeacherFleet:
+        """Build the teachers, one in each place."""
+        section, config = self._section.teachers, self._config
+        assert section is not None
+        needs = _needs("scoring", config.scoring.interpreter, config.scoring.model)
+        member = _without_restarts(config, "scoring")
+        teachers = [
+            build(member, self._keep_host({}, i, "teacher", section, needs), f"-{i}")
+            for i in range(section.replicas)
+        ]
+        return TeacherFleet(
+            teachers,
+            max_restarts=config.scoring.max_restarts,
+            minimum=section.minimum,
+            warn=self._warn,
+        )
+
+    async def start(self, say: Callable[[str], None]) -> None:
+        """Connect to Ray and reserve the places; see `Cluster.start`."""
+        self.cluster.say = say
+        await self.cluster.start()
+
+    async def close(self) -> None:
+        """Give the places back."""
+        await self.cluster.close()
+
+    def _keep_host(
+        self,
+        hosts: dict[int, RayHost],
+        index: int,
+        name: str,
+        section: ClusterEngines,
+        needs: dict[str, str],
+    ) -> MakeHost:
+        """Return what makes the host of a member, and keeps it by the member's index."""
+        if section.where == WITH_LEARNER:
+            place = self._learner
+            assert place is not None
+        else:
+            place = self.cluster.place(
+                PlaceSpec(
+                    name=f"{name} {index}",
+                    cards=section.cards,
+                    resource=None if section.where == OWN else section.where,
+                    needs=needs,
+                )
+            )
+
+        def make(spec: WorkerSpec, place: Place) -> RayHost:
+            hosts[index] = RayHost(spec, place)
+            return hosts[index]
+
+        return partial(make, place=place)
+
+
+def _without_restarts(config: RunConfig, section: str) -> RunConfig:
+    """Copy the config for a member of a fleet: the fleet restarts it, and counts."""
+    member = getattr(config, section).model_copy(update={"max_restarts": 0})
+    return config.model_copy(update={section: member})
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """Copy the config with whole paths: another node's processes run in another directory."""
+    changes: dict[str, object] = {
+        "student": config.student.model_copy(
+            update={"model": os.path.abspath(config.student.model)}
+        )
+    }
+    for name in ("generation", "scoring", "training"):
+        section = getattr(config, name)
+        update = {}
+        if section.kind != "embedded" and section.python and os.sep in section.python:
+            update["python"] = os.path.abspath(section.python)
+        if name == "scoring":
+            update["model"] = os.path.abspath(section.model)
+        changes[name] = section.model_copy(update=update)
+    return config.model_copy(update=changes)
+
+
+def _needs(section: str, interpreter: str | None, model: str) -> dict[str, str]:
+    """The files that a node must have, by setting."""
+    role = "scoring.model" if section == "scoring" else "student.model"
+    return {f"{section}.python": interpreter or sys.executable, role: model}
