@@ -8,6 +8,9 @@ by number, so that several may share them. Ray restarts nothing: the fleets deci
 import asyncio
 import contextlib
 import importlib.util
+import logging
+import os
+import shutil
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -154,7 +157,7 @@ class Cluster:
             ConfigError: Ray is not installed, cannot be reached, or lacks what is asked for.
             EngineStartError: Ray does not start, or a node cannot be used.
         """
-        if importlib.util.find_spec("ray") is None:
+        if not ray_is_installed():
             raise ConfigError(
                 "the config has a cluster section, and Ray is not installed; "
                 "pip install 'qwen3-distill[cluster]'"
@@ -276,6 +279,9 @@ class Cluster:
         self._variables.enter_context(environment({"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}))
         import ray
 
+        # It warns of the thread that it is started in.
+        logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
+
         def connect() -> None:
             ray.init(address=address, log_to_driver=False, configure_logging=False)
 
@@ -326,6 +332,10 @@ class _Keeper:
         )
 
 
+def ray_is_installed() -> bool:
+    return importlib.util.find_spec("ray") is not None
+
+
 async def answer_of(ref: Any, timeout_s: float, who: str) -> Any:
     """Await an actor's answer.
 
@@ -367,9 +377,6 @@ def _check_node(spec: PlaceSpec, facts: NodeFacts) -> None:
 
 
 def _is_there(path: str) -> bool:
-    import os
-    import shutil
-
     return os.path.exists(path) or (os.sep not in path and shutil.which(path) is not None)
 
 

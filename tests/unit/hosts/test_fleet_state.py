@@ -65,7 +65,7 @@ def test_a_member_is_retired_when_its_restarts_are_used_up() -> None:
     assert state.state(0) is MemberState.RETIRED
     with pytest.raises(ValueError, match="retired, not lost"):
         state.restarting(0)
-    with pytest.raises(EngineLost, match="fewer than the minimum of 2.*\n.*member 0: second"):
+    with pytest.raises(EngineLost, match=r"fewer than the minimum of 2.*\n.*member 0: second"):
         state.check()
 
 

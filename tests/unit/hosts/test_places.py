@@ -41,7 +41,7 @@ def test_more_cards_than_there_are_are_refused_with_both_numbers() -> None:
 
 
 def test_a_resource_that_no_node_has_is_named() -> None:
-    with pytest.raises(ConfigError, match="'spark2'.*no node of the cluster has it"):
+    with pytest.raises(ConfigError, match=r"'spark2'.*no node of the cluster has it"):
         check_fit([place("teacher 0", resource="spark2")], NODES, "GPU")
 
 
