@@ -9,25 +9,27 @@ from typing_extensions import Self
 
 CARD = "slot"
 """The resource that stands for a card."""
-_CARDS = 4
+_HEAD_CARDS, _CARDS = 1, 4
 _NUM_NODES = 3
 _STORE_BYTES = 80 << 20
 
 
 class RayNodes:
-    """The nodes; the first one, which has no cards to lose, is that of the driver."""
+    """The nodes. The driver is on the first, which has a card for the learner only: a driver dies
+    with the raylet of its node, and only its own death is to be struck by name."""
 
     def __init__(self) -> None:
         self._cluster: Any = None
 
     def __enter__(self) -> Self:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        from ray.cluster_utils import Cluster
+        from ray.cluster_utils import Cluster  # noqa: PLC0415 - an extra
 
         Path("/tmp/ray").mkdir(exist_ok=True)  # where `Cluster` writes its address
         self._cluster = Cluster()
-        for _ in range(_NUM_NODES):
-            self._add()
+        self._add(_HEAD_CARDS)
+        for _ in range(_NUM_NODES - 1):
+            self._add(_CARDS)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -42,14 +44,14 @@ class RayNodes:
         for node in self._cluster.list_all_nodes():
             if not node.any_processes_alive() or _raylet_is_dead(node):
                 self._cluster.remove_node(node, allow_graceful=False)
-                self._add()
+                self._add(_CARDS)
                 time.sleep(1.0)
 
-    def _add(self) -> None:
+    def _add(self, cards: int) -> None:
         self._cluster.add_node(
             num_cpus=2,
             num_gpus=0,
-            resources={CARD: _CARDS},
+            resources={CARD: cards},
             object_store_memory=_STORE_BYTES,
             include_dashboard=False,
         )

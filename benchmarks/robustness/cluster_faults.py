@@ -37,6 +37,7 @@ from qwen3_distill.recording.jsonl import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 STEPS, ROLLOUTS = 8, 16
+STAGES = ("generation", "scoring", "training")
 TARGETS = ("replica", "teacher", "learner", "raylet", "driver")
 FAULTS = ("kill", "hang", "slow")
 DELAY_S = 0.7
@@ -54,7 +55,10 @@ SETTINGS = (
     "pipeline={kind: streaming, max_staleness_steps: 2, max_in_flight: 16, stall_timeout_s: 240}",
     *(f"{stage}.own_process=true" for stage in ("generation", "scoring", "training")),
     *(f"{stage}.threads=1" for stage in ("generation", "scoring", "training")),
-    *(f"{stage}.hang_timeout_s={CALL_TIMEOUT_S}" for stage in ("generation", "scoring", "training")),
+    *(
+        f"{stage}.hang_timeout_s={CALL_TIMEOUT_S}"
+        for stage in ("generation", "scoring", "training")
+    ),
 )
 
 

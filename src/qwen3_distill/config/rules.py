@@ -417,16 +417,32 @@ def cluster_channel_reaches_engines(config: "RunConfig") -> None:
 
 
 def tensor_parallelism_is_the_cards(config: "RunConfig") -> None:
-    generation, cluster = config.generation, config.cluster
-    if generation.kind != "vllm" or cluster is None or cluster.rollouts is None:
+    generation, scoring, cluster = config.generation, config.scoring, config.cluster
+    if cluster is None:
         return
-    stated = generation.engine_arguments.get("tensor_parallel_size", 1)
-    if stated != max(1, cluster.rollouts.cards):
+    if cluster.rollouts is not None and cluster.rollouts.cards > 1:
         raise ValueError(
-            f"cluster.rollouts.cards={cluster.rollouts.cards} and generation.engine_arguments."
-            f"tensor_parallel_size={stated}: a rollout engine uses one card for each part of the "
-            "model; give both the same number"
+            f"cluster.rollouts.cards={cluster.rollouts.cards}: a rollout engine has one card, "
+            "since weights that are divided over cards could not be read back and compared; "
+            "raise cluster.rollouts.replicas"
         )
+    if generation.kind == "vllm" and cluster.rollouts is not None:
+        stated = generation.engine_arguments.get("tensor_parallel_size", 1)
+        if stated != 1:
+            raise ValueError(
+                f"generation.engine_arguments.tensor_parallel_size={stated}: a rollout engine of "
+                "a cluster has one card; raise cluster.rollouts.replicas"
+            )
+    if scoring.kind == "sglang" and cluster.teachers is not None:
+        names = ("tp-size", "tp_size", "tensor-parallel-size", "tensor_parallel_size", "tp")
+        given = [scoring.server_arguments[n] for n in names if n in scoring.server_arguments]
+        parts = given[0] if given else 1
+        if parts != max(1, cluster.teachers.cards):
+            raise ValueError(
+                f"cluster.teachers.cards={cluster.teachers.cards} and "
+                f"scoring.server_arguments.tp-size={parts}: a teacher has one card for each part "
+                "of its model; give both the same number"
+            )
 
 
 RULES: tuple[Callable[["RunConfig"], None], ...] = (

@@ -50,6 +50,17 @@ def test_a_cluster_section_that_contradicts_itself_is_refused(
         ),
         (
             {"cluster": {"rollouts": {"cards": 2}}, "generation": {"kind": "vllm"}},
+            "raise cluster.rollouts.replicas",
+        ),
+        (
+            {
+                "cluster": {"teachers": {"cards": 2}},
+                "scoring": {
+                    "kind": "sglang",
+                    "model": "teacher",
+                    "server_arguments": {"tp-size": 4},
+                },
+            },
             "give both the same number",
         ),
     ],

@@ -78,13 +78,18 @@ def build_parts(config: RunConfig, warn: Callable[[str], None] = ignore) -> Part
     problems = check_problems(config.student, evaluation, text) if evaluation else None
     plan = plan_memory(config)
     cluster = None if config.cluster is None else RunCluster(config, config.cluster, warn)
-    teacher = None if config.loaded_teacher is None else build_teacher(config, plan, cluster)
+    teacher = None
+    if config.loaded_teacher is not None:
+        teacher_plan = plan if cluster is None else plan_memory(config, "teacher")
+        teacher = build_teacher(config, teacher_plan, cluster)
     scratch = run_channel_folder(config)
     channel = build_channel(config, scratch)
     return Parts(
         config=config,
         prompts=prompts,
-        engine=build_engine(config, plan, cluster=cluster),
+        engine=build_engine(
+            config, plan_memory(config, "student") if cluster else plan, cluster=cluster
+        ),
         teacher=teacher,
         view=SameView(),
         learner=build_learner(config, teacher, plan, cluster),
