@@ -199,12 +199,10 @@ class Cluster:
             bundle[self.config.card_resource] = spec.cards
         if spec.resource is not None:
             bundle[spec.resource] = _TOKEN_CPU
-        labels = {"ray.io/node-id": self._this_node()} if spec.on_this_machine else None
-        return placement_group(
-            [bundle],
-            strategy="STRICT_PACK",
-            bundle_label_selector=None if labels is None else [labels],
-        )
+        if not spec.on_this_machine:
+            return placement_group([bundle], strategy="STRICT_PACK")
+        labels = [{"ray.io/node-id": self._this_node()}]
+        return placement_group([bundle], strategy="STRICT_PACK", bundle_label_selector=labels)
 
     def remove_group(self, group: Any) -> None:
         from ray.util.placement_group import remove_placement_group

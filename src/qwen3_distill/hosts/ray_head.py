@@ -17,9 +17,9 @@ import ray
 def main() -> None:
     """Start Ray, write its address into the file, and wait to be ended."""
     file = Path(sys.argv[1])
-    context = ray.init(address="local", **json.loads(sys.argv[2]))
+    ray.init(address="local", **json.loads(sys.argv[2]))
     unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(context.address_info["gcs_address"])
+    unfinished.write_text(ray.get_runtime_context().gcs_address)
     unfinished.replace(file)
     while True:
         signal.pause()
