@@ -14,7 +14,7 @@ from itertools import groupby
 
 from qwen3_distill.errors import EngineError, EngineLost, WeightVersionError
 from qwen3_distill.hosts.fleet_state import FleetState, MemberState
-from qwen3_distill.hosts.members import Members
+from qwen3_distill.hosts.members import Members, Span, no_span
 from qwen3_distill.hosts.routing import OutstandingTokens
 from qwen3_distill.ports import StreamingRolloutEngine, WeightChannel
 from qwen3_distill.types import Rollout, RolloutPrefix, RolloutRequest, WeightVersion
@@ -83,6 +83,10 @@ class RolloutFleet:
         self._missing: list[dict[str, RolloutRequest]] = []
         """Per call of `generate`: the requests it has yet to answer, by id."""
         self._tokens_sampled = [0] * len(replicas)
+        self._loaded: dict[int, WeightVersion] = {}
+        """The version that each replica was seen to serve last."""
+        self.span: Span = no_span
+        """Records that a replica works; set by the run's recorder."""
 
     @property
     def replicas(self) -> tuple[StreamingRolloutEngine, ...]:
@@ -107,6 +111,9 @@ class RolloutFleet:
             found[f"fleet/rollout_{i}_tokens"] = self._tokens_sampled[i]
             found[f"fleet/rollout_{i}_restarts"] = self._state.restarts_of(i)
             found[f"fleet/rollout_{i}_queue_tokens"] = self._outstanding.of(i)
+            if self._served is not None and i in self._loaded:
+                lag = self._served.step - self._loaded[i].step
+                found[f"fleet/rollout_{i}_lag_steps"] = lag
         return found
 
     @property
@@ -244,9 +251,10 @@ class RolloutFleet:
         """Put a replica's rollouts into ``events``, and then how its answer ended."""
         try:
             stream = self.replicas[replica].generate(batch)
-            async with contextlib.aclosing(stream):  # type: ignore[type-var]
-                async for rollout in stream:
-                    events.put_nowait((replica, rollout))
+            with self.span(f"rollout_{replica}", f"{len(batch)} rollouts"):
+                async with contextlib.aclosing(stream):  # type: ignore[type-var]
+                    async for rollout in stream:
+                        events.put_nowait((replica, rollout))
             events.put_nowait(_Ended(replica, start, batch, None))
         except EngineLost as error:
             events.put_nowait(_Ended(replica, start, batch, error))
@@ -306,6 +314,7 @@ class RolloutFleet:
                         self._problems[index] = error
                         return
                     continue
+                self._loaded[index] = wanted.version
                 if self._wanted is wanted:
                     self._state.verified(index, start)
                     self._members.notify()

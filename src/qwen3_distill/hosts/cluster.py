@@ -33,7 +33,7 @@ _TOKEN_CPU = 0.001
 
 @dataclass(frozen=True, kw_only=True)
 class NodeFacts:
-    """What a keeper tells of its node."""
+    """A keeper's report about its node."""
 
     address: str
     node_id: str

@@ -21,7 +21,7 @@ from qwen3_distill.errors import EngineLost
 
 
 class MemberState(str, Enum):
-    """What a member of a fleet may be given."""
+    """The state of a fleet's member decides whether it gets work."""
 
     STARTING = "starting"
     """Its engine is being started."""

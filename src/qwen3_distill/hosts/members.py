@@ -7,6 +7,7 @@ engine that Ray had restarted would serve old weights, and nobody would know.
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Generic, Protocol, TypeVar
 
 from qwen3_distill.errors import EngineLost, EngineStartError
@@ -14,11 +15,20 @@ from qwen3_distill.hosts.fleet_state import FleetState, MemberState
 
 
 class Engine(Protocol):
-    """What a fleet's member must be able to do to be started again."""
+    """A fleet's member can be started again after it was closed."""
 
     async def start(self) -> None: ...
 
     async def close(self) -> None: ...
+
+
+Span = Callable[[str, str], AbstractContextManager[None]]
+"""Records that a member, whose name comes first, works on something in the block."""
+
+
+def no_span(member: str, work: str) -> AbstractContextManager[None]:
+    """A `Span` of a fleet that nobody watches."""
+    return contextlib.nullcontext()
 
 
 EngineT = TypeVar("EngineT", bound=Engine)

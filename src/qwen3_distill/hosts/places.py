@@ -1,4 +1,4 @@
-"""What a run asks of a cluster, and whether the cluster has it. No Ray here."""
+"""Checks whether a cluster has the places that a run asks for. No Ray here."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

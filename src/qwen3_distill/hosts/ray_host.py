@@ -20,6 +20,7 @@ from qwen3_distill.errors import DistillError, EngineError, EngineLost
 from qwen3_distill.hosts.cluster import Place, answer_of
 from qwen3_distill.hosts.frames import End, Error, Value
 from qwen3_distill.hosts.host import WorkerSpec
+from qwen3_distill.hosts.mps import LOG_VARIABLE, PIPE_VARIABLE
 from qwen3_distill.hosts.process import LocalProcess
 
 _Kind: TypeAlias = Literal["start", "call", "quiet", "stream"]
@@ -30,6 +31,8 @@ _LOG_BYTES = 1 << 18
 _TAIL_BYTES = 4000
 _OWN_VARIABLES = ("OMP_NUM_THREADS",)
 """Variables that Ray sets in its actors, and that engines read: they get the run's values."""
+_MACHINE_VARIABLES = (PIPE_VARIABLE, LOG_VARIABLE)
+"""Variables of an MPS daemon, which serves engines of the run's own machine only."""
 
 
 class RayHost:
@@ -66,7 +69,10 @@ class RayHost:
     async def start(self, environment: Mapping[str, str] | None = None) -> None:
         await self.close()
         facts = await self.place.ready()
-        variables = {name: os.environ.get(name) for name in _OWN_VARIABLES}
+        names = _OWN_VARIABLES
+        if self.place.spec.on_this_machine:
+            names += _MACHINE_VARIABLES
+        variables = {name: os.environ.get(name) for name in names}
         devices = {} if facts.devices is None else {"CUDA_VISIBLE_DEVICES": ",".join(facts.devices)}
         self._spec.log.parent.mkdir(parents=True, exist_ok=True)
         self._log_start = self._spec.log.stat().st_size if self._spec.log.exists() else 0

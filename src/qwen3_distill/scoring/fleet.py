@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from qwen3_distill.errors import EngineError, EngineLost, HandshakeError
 from qwen3_distill.hosts.fleet_state import FleetState
-from qwen3_distill.hosts.members import Members
+from qwen3_distill.hosts.members import Members, Span, no_span
 from qwen3_distill.hosts.routing import OutstandingTokens
 from qwen3_distill.ports import TeacherScorer
 from qwen3_distill.scoring.handshake import check_lengths
@@ -40,6 +40,8 @@ class TeacherFleet:
         self._outstanding = OutstandingTokens(len(teachers))
         self._teacher_id: str | None = None
         self._tokens_scored = [0] * len(teachers)
+        self.span: Span = no_span
+        """Records that a teacher works; set by the run's recorder."""
 
     @property
     def teachers(self) -> tuple[TeacherScorer, ...]:
@@ -130,7 +132,8 @@ class TeacherFleet:
         start = self._state.start_of(teacher)
         tokens = sum(int(jobs[index].token_ids.size) for index in share)
         try:
-            answers = await self.teachers[teacher].score([jobs[index] for index in share])
+            with self.span(f"teacher_{teacher}", f"{len(share)} jobs"):
+                answers = await self.teachers[teacher].score([jobs[index] for index in share])
         except EngineLost as error:
             self._members.report_lost(teacher, start, error)
         else:

@@ -12,6 +12,7 @@ from qwen3_distill.errors import ConfigError
 from qwen3_distill.generation.fleet import RolloutFleet
 from qwen3_distill.hosts.cluster import Cluster, Place
 from qwen3_distill.hosts.host import MakeHost, WorkerSpec
+from qwen3_distill.hosts.members import Span
 from qwen3_distill.hosts.places import PlaceSpec
 from qwen3_distill.hosts.ray_host import RayHost
 from qwen3_distill.pipeline.assembly.plan import engine_log
@@ -60,6 +61,7 @@ class RunCluster:
         self._section = section
         self._warn = warn
         self.cluster = Cluster(section, log=engine_log(config, "ray"))
+        self._fleets: list[RolloutFleet | TeacherFleet] = []
         self._learner: Place | None = None
         if section.learner is not None:
             needs = _needs("training", config.training.interpreter, config.student.model)
@@ -95,13 +97,15 @@ class RunCluster:
             on_this_machine = self._section.address is None or section.where == WITH_LEARNER
             return channel if on_this_machine else await deliver(version, channel, hosts[index])
 
-        return RolloutFleet(
+        fleet = RolloutFleet(
             engines,
             max_restarts=config.generation.max_restarts,
             minimum=section.minimum,
             deliver=bring,
             warn=self._warn,
         )
+        self._fleets.append(fleet)
+        return fleet
 
     def teacher_fleet(self, build: BuildTeacher) -> TeacherFleet:
         """Build the teachers, one in each place."""
@@ -113,12 +117,19 @@ class RunCluster:
             build(member, self._keep_host({}, i, "teacher", section, needs), f"-{i}")
             for i in range(section.replicas)
         ]
-        return TeacherFleet(
+        fleet = TeacherFleet(
             teachers,
             max_restarts=config.scoring.max_restarts,
             minimum=section.minimum,
             warn=self._warn,
         )
+        self._fleets.append(fleet)
+        return fleet
+
+    def observe(self, span: Span) -> None:
+        """Have the work of every engine of the fleets recorded, each on a track of its own."""
+        for fleet in self._fleets:
+            fleet.span = span
 
     async def start(self, say: Callable[[str], None]) -> None:
         """Connect to Ray and reserve the places; see `Cluster.start`."""
