@@ -49,7 +49,7 @@ def test_an_address_without_a_cluster_is_refused(
 def test_more_cards_than_the_cluster_has_are_refused(refuses: Any) -> None:
     section = {"address": THREE_NODES.address, "card_resource": CARD}
     refuses(
-        section | {"rollouts": {"replicas": 4, "cards": 2}},
+        section | {"rollouts": {"replicas": 8}},
         ["asks for 8 cards (slot) and the cluster has 6", "rollout replica"],
     )
     refuses(

@@ -40,7 +40,7 @@ LOCAL: Values = {
 
 
 def in_cluster(**sections: Any) -> Values:
-    cluster = {"address": THREE_NODES.address, "card_resource": CARD, "call_timeout_s": 20.0}
+    cluster = {"address": THREE_NODES.address, "card_resource": CARD, "call_timeout_s": 25.0}
     return LOCAL | {"cluster": cluster | sections}
 
 
@@ -135,8 +135,8 @@ def test_a_teacher_elsewhere_that_is_killed_twice_changes_nothing(
     def adapt(parts: Parts) -> Parts:
         assert isinstance(parts.teacher, TeacherFleet)
         host = host_of(parts.teacher.teachers[0])
-        once: Any = StruckTeacher(parts.teacher, 1, host.kill)
-        twice: Any = StruckTeacher(once, 3, host.kill)
+        once: Any = StruckTeacher(parts.teacher, 0, host.kill)
+        twice: Any = StruckTeacher(once, 2, host.kill)
         return replace(parts, teacher=twice)
 
     sections = in_cluster(teachers={"where": "spark"})

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from qwen3_distill.errors import DistillError, EngineError, EngineLost
+from qwen3_distill.errors import DistillError, EngineError, EngineLost, EngineStartError
 from qwen3_distill.hosts.cluster import Place, answer_of
 from qwen3_distill.hosts.frames import End, Error, Value
 from qwen3_distill.hosts.host import WorkerSpec
@@ -90,7 +90,13 @@ class RayHost:
             )
             .remote(self._spec, variables, None if root is None else str(root))
         )
-        await self._first("start", "start", {**(environment or {}), **devices})
+        try:
+            # The actor's process starts, which takes longer than a call.
+            limit_s = self.place.cluster.config.place_timeout_s
+            await answer_of(self._actor.pids.remote(), limit_s, self._who())
+            await self._first("start", "start", {**(environment or {}), **devices})
+        except EngineLost as error:
+            raise EngineStartError(f"{self._who()} does not start: {error}") from None
 
     async def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
         return await self._first("call", method, *arguments, timeout_s=timeout_s)
