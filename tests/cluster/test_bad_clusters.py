@@ -45,6 +45,15 @@ def test_an_address_without_a_cluster_is_refused(
     refuses({"rollouts": {}, "address": address}, words)
 
 
+def test_a_command_that_starts_one_engine_refuses_a_fleet(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    values = tiny_values(tiny_models, tmp_path / "run", OWN | {"cluster": {"rollouts": {}}})
+    file = write_config(tmp_path / "config.yaml", values)
+    words = ["runs engines on this machine only", "cluster.rollouts", "cluster=null"]
+    refused("generate", "--config", file, words=words)
+
+
 @pytest.mark.cluster
 def test_more_cards_than_the_cluster_has_are_refused(refuses: Any) -> None:
     section = {"address": THREE_NODES.address, "card_resource": CARD}

@@ -408,6 +408,9 @@ class SocketLearnerAdapter(EmbeddedLearnerAdapter):
     device: Device = "cpu"
     pool_module: str = "tests.contract.learner_pool_worker"
 
+    def make_host(self) -> MakeHost:
+        return pooled_over_socket(self.pool_module)
+
     def supports(self, objective: ObjectiveConfig) -> bool:
         """Objectives over the teacher's hidden states stay in one process."""
         if objective.kind == "sampled_reverse_kl":
@@ -419,7 +422,7 @@ class SocketLearnerAdapter(EmbeddedLearnerAdapter):
         learner = hosted_embedded_learner(
             wanted.settings(model_dir, training),
             log=LOGS / "far-learner.log",
-            make_host=pooled_over_socket(self.pool_module),
+            make_host=self.make_host(),
         )
         run(learner.start())
         return learner
@@ -456,6 +459,11 @@ def pooled_rank(rank: int) -> MakeHost:
         return PooledHost(spec.name, LocalProcess, pool)
 
     return make
+class ClusterLearnerAdapter(SocketLearnerAdapter):
+    """The embedded learner in a place of a Ray cluster."""
+
+    def make_host(self) -> MakeHost:
+        return pooled(self.pool_module, ray_hosts({}, 0), "-cluster")
 
 
 ENGINES = [
@@ -495,6 +503,7 @@ LEARNERS = [
     pytest.param(EmbeddedLearnerAdapter("cpu"), id="embedded"),
     pytest.param(SocketLearnerAdapter(), id="embedded_over_socket"),
     pytest.param(GroupLearnerAdapter(), id="group_of_two"),
+    pytest.param(ClusterLearnerAdapter(), id="cluster", marks=pytest.mark.cluster),
     pytest.param(EmbeddedLearnerAdapter("cuda"), id="embedded_cuda", marks=pytest.mark.gpu),
     pytest.param(UnslothLearnerAdapter(), id="unsloth", marks=pytest.mark.unsloth),
 ]

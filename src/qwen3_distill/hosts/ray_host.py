@@ -93,7 +93,9 @@ class RayHost:
         try:
             # The actor's process starts, which takes longer than a call.
             limit_s = self.place.cluster.config.place_timeout_s
-            await answer_of(self._actor.pids.remote(), limit_s, self._who())
+            node_id = await answer_of(self._actor.node_id.remote(), limit_s, self._who())
+            if node_id != facts.node_id:  # the cards are numbered by the keeper's node
+                raise EngineLost("its node died meanwhile, and its place moved to another one")
             await self._first("start", "start", {**(environment or {}), **devices})
         except EngineLost as error:
             raise EngineStartError(f"{self._who()} does not start: {error}") from None
@@ -332,6 +334,11 @@ class _HostActor:
 
     async def kill(self) -> None:
         self._host.kill()
+
+    async def node_id(self) -> str:
+        import ray
+
+        return ray.get_runtime_context().get_node_id()
 
     async def pids(self) -> tuple[int, int | None]:
         """This actor's process, and the worker's guard; for tests that strike them."""
