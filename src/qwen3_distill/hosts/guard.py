@@ -63,9 +63,20 @@ def main() -> None:
 
 def _end_everything(signum: int, frame: FrameType | None) -> None:
     _kill_descendants()
-    if os.getppid() != _parent:
+    if _parent_is_dead():
         _remove_folders()
     os._exit(128 + signum)
+
+
+def _parent_is_dead() -> bool:
+    """Whether the parent has died, or its first thread has, while others of it are still dying."""
+    if os.getppid() != _parent:
+        return True
+    try:
+        with open(f"/proc/{_parent}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+    except OSError:
+        return True
 
 
 def _remove_folders() -> None:
