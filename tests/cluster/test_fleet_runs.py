@@ -19,7 +19,6 @@ from tests.cluster.nodes import CARD, THREE_NODES
 from tests.pipeline.builders import (
     RecordingReporter,
     Values,
-    read_json,
     run_to_end,
     same_result,
     student_bytes,
@@ -72,6 +71,17 @@ def test_one_replica_and_one_teacher_give_the_one_machine_run_bit_for_bit(
 ) -> None:
     sections = in_cluster(rollouts={}, teachers={"where": "spark"})
     run_to_end(tiny_config(tiny_models, run_dir, sections))
+    assert student_bytes(run_dir) == student_bytes(local_run)
+
+
+def test_all_three_on_one_card_give_the_one_machine_run_bit_for_bit(
+    tiny_models: TinyModels, run_dir: Path, local_run: Path
+) -> None:
+    sections = in_cluster(
+        learner={}, rollouts={"where": "with_learner"}, teachers={"where": "with_learner"}
+    )
+    training = {"training.own_process": True, "training.threads": 1}
+    run_to_end(tiny_config(tiny_models, run_dir, sections | training))
     assert student_bytes(run_dir) == student_bytes(local_run)
 
 
@@ -181,9 +191,3 @@ def test_a_raylet_that_dies_takes_its_replica_to_another_node(
             THREE_NODES.add(1)
     assert any("rollout replica 1 was lost" in loss for loss in losses)
     assert_nothing_lost_or_twice(run_dir, 16)
-
-
-def test_the_manifest_has_the_cluster_section(
-    tiny_models: TinyModels, run_dir: Path, local_run: Path
-) -> None:
-    assert read_json(local_run / "config.json")["cluster"] is None
