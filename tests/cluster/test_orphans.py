@@ -37,7 +37,7 @@ def files_of_ray() -> set[Path]:
     return {
         path
         for folder in ("/tmp", "/dev/shm")
-        for pattern in ("q3d-ray-*", "qwen3-distill-host-*", "ray/session_*", "plasma*")
+        for pattern in ("q3d-ray-*", "plasma*")
         for path in Path(folder).glob(pattern)
     }
 

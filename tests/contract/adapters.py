@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -408,9 +409,6 @@ class SocketLearnerAdapter(EmbeddedLearnerAdapter):
     device: Device = "cpu"
     pool_module: str = "tests.contract.learner_pool_worker"
 
-    def make_host(self) -> MakeHost:
-        return pooled_over_socket(self.pool_module)
-
     def supports(self, objective: ObjectiveConfig) -> bool:
         """Objectives over the teacher's hidden states stay in one process."""
         if objective.kind == "sampled_reverse_kl":
@@ -422,7 +420,7 @@ class SocketLearnerAdapter(EmbeddedLearnerAdapter):
         learner = hosted_embedded_learner(
             wanted.settings(model_dir, training),
             log=LOGS / "far-learner.log",
-            make_host=self.make_host(),
+            make_host=pooled_over_socket(self.pool_module),
         )
         run(learner.start())
         return learner
@@ -444,10 +442,15 @@ def group_training(wanted: LearnerCase) -> EmbeddedTraining:
     return embedded_training(wanted, device="cpu", own_process=True, threads=1)
 
 
-def build_group(settings: LearnerSettings[EmbeddedTraining], num_ranks: int) -> GroupLearner:
+def build_group(
+    settings: LearnerSettings[EmbeddedTraining],
+    num_ranks: int,
+    make_host: Callable[[int], MakeHost] | None = None,
+) -> GroupLearner:
     """Make a group whose ranks are in pools of their own, so that they compute concurrently."""
+    host_of = make_host or pooled_rank
     ranks = [
-        hosted_embedded_learner(settings, log=LOGS / f"rank{rank}.log", make_host=pooled_rank(rank))
+        hosted_embedded_learner(settings, log=LOGS / f"rank{rank}.log", make_host=host_of(rank))
         for rank in range(num_ranks)
     ]
     return GroupLearner(ranks, timeout_s=60.0)
@@ -459,11 +462,21 @@ def pooled_rank(rank: int) -> MakeHost:
         return PooledHost(spec.name, LocalProcess, pool)
 
     return make
-class ClusterLearnerAdapter(SocketLearnerAdapter):
-    """The embedded learner in a place of a Ray cluster."""
 
-    def make_host(self) -> MakeHost:
-        return pooled(self.pool_module, ray_hosts({}, 0), "-cluster")
+
+@dataclass(frozen=True)
+class ClusterLearnerAdapter(GroupLearnerAdapter):
+    """A group of two ranks, each in a place of a Ray cluster."""
+
+    def build(self, model_dir: Path, wanted: LearnerCase) -> ReplayingLearner:
+        settings = wanted.settings(model_dir, group_training(wanted))
+        group = build_group(settings, self.num_ranks, ray_rank)
+        run(group.start())
+        return group
+
+
+def ray_rank(rank: int) -> MakeHost:
+    return pooled("tests.contract.learner_pool_worker", ray_hosts({}, rank), f"-rank-{rank}")
 
 
 ENGINES = [

@@ -51,10 +51,13 @@ class ClusterEngines(Schema):
 
 
 class ClusterLearner(Schema):
-    """The learner, on cards that Ray reserves for it, on the machine of the run."""
+    """The learner, on cards that Ray reserves for it."""
 
-    cards: Annotated[int, Field(ge=0)] = 1
-    """Cards of the learner; 0: none, it computes on the CPU."""
+    ranks: PositiveInt = 1
+    """Ranks that take each step together, a part of its rollouts each. The first is on the machine
+    of the run. A run continues bit for bit with the same number of ranks only."""
+    cards: Annotated[int, Field(ge=0, le=1)] = 1
+    """Cards of each rank; 0: none, it computes on the CPU."""
 
 
 class ClusterConfig(Schema):
@@ -105,6 +108,12 @@ class ClusterConfig(Schema):
                 raise ValueError(
                     f"cluster.{name}.where={WITH_LEARNER} needs cluster.learner, which says how "
                     "many cards it has; add `learner: {}`"
+                )
+            if engines.replicas > self.learner.ranks:
+                raise ValueError(
+                    f"cluster.{name}.where={WITH_LEARNER} with replicas={engines.replicas}, and "
+                    f"the learner has {self.learner.ranks} ranks to share cards with; raise "
+                    "cluster.learner.ranks, or lower replicas"
                 )
             if engines.cards != self.learner.cards:
                 raise ValueError(

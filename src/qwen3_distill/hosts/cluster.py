@@ -95,6 +95,14 @@ class Place:
         """Ray's scheduling strategy for an actor in this place."""
         return self.cluster.strategy(self._reserve())
 
+    def free_address(self) -> str:
+        """Return a free ``host:port`` of the node, which is this machine."""
+        assert self.spec.on_this_machine
+        assert self._facts is not None
+        with contextlib.closing(socket.socket()) as free:
+            free.bind((self._facts.address, 0))
+            return f"{self._facts.address}:{free.getsockname()[1]}"
+
     def release(self) -> None:
         """Give the cards back."""
         if self._keeper is not None:

@@ -20,8 +20,12 @@ OWN_PROCESS = {"generation.own_process": True, "scoring.own_process": True}
         ({"rollouts": {"replicas": 2, "minimum": 3}}, "minimum=3 of replicas=2"),
         ({"rollouts": {"where": "with_learner"}}, "needs cluster.learner"),
         (
-            {"learner": {"cards": 1}, "teachers": {"where": "with_learner", "cards": 2}},
+            {"learner": {}, "teachers": {"where": "with_learner", "cards": 2}},
             "give both the same number",
+        ),
+        (
+            {"learner": {}, "rollouts": {"where": "with_learner", "replicas": 2}},
+            "raise cluster.learner.ranks",
         ),
         ({"teachers": {"where": "spark2"}}, "set cluster.address"),
         ({"teachers": {"where": "two words"}}, "is no place"),

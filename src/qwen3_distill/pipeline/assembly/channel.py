@@ -76,10 +76,9 @@ def build_channel(config: RunConfig, folder: Path | None) -> WeightChannel:
     if folder is None:
         return MemoryChannel()
     if cluster is not None and cluster.rollouts is not None:
-        if cluster.address is not None and cluster.rollouts.where != WITH_LEARNER:
-            return StoreChannel(folder)
         if cluster.rollouts.where != WITH_LEARNER or cluster.rollouts.replicas > 1:
-            return DirectoryChannel(folder)
+            is_here = cluster.address is None  # a Ray of the run's own has this machine only
+            return DirectoryChannel(folder) if is_here else StoreChannel(folder)
     if isinstance(generation, EmbeddedGeneration):
         return DirectoryChannel(folder)
     # IPC hands out the very weights that are trained. An engine that is restarted while a step is

@@ -58,6 +58,7 @@ from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from qwen3_distill.scoring.views import SameView
 from qwen3_distill.training.embedded.hosted import hosted_embedded_learner
 from qwen3_distill.training.embedded.student import build_embedded_learner
+from qwen3_distill.training.hosted import HostedLearner
 from qwen3_distill.training.settings import LearnerSettings, Training
 from qwen3_distill.training.unsloth.learner import unsloth_learner
 from qwen3_distill.types import HiddenRequest
@@ -236,27 +237,46 @@ def build_learner(
     plan: MemoryPlan | None,
     cluster: RunCluster | None = None,
 ) -> ReplayingLearner:
-    """Build the learner, with the teacher's output head where the objective needs it."""
+    """Build the learner, with the teacher's output head where the objective needs it.
+
+    Args:
+        cluster: where the ranks of ``cluster.learner`` run.
+
+    Raises:
+        ConfigError: the config has such ranks, and there is no cluster for them.
+    """
     training = config.training
-    make_host: MakeHost = LocalProcess
     if config.cluster is not None and config.cluster.learner is not None:
-        make_host = require_cluster(cluster, "learner").learner_host
+        return require_cluster(cluster, "learner").learner(
+            lambda make_host, suffix: _hosted_learner(config, plan, make_host, suffix)
+        )
+    if isinstance(training, EmbeddedTraining) and not training.own_process:
+        needs_head = isinstance(config.objective.score_request, HiddenRequest)
+        return build_embedded_learner(
+            _learner_settings(config, training),
+            teacher_head_VD=_output_head(teacher) if needs_head else None,
+        )
+    return _hosted_learner(config, plan)
+
+
+def _hosted_learner(
+    config: RunConfig,
+    plan: MemoryPlan | None,
+    make_host: MakeHost = LocalProcess,
+    suffix: str = "",
+) -> HostedLearner:
+    """Build a learner, or a rank of one, in a process of its own."""
+    training = config.training
     match training:
-        case EmbeddedTraining(own_process=True):
-            settings = _learner_settings(config, training)
-            return hosted_embedded_learner(
-                settings, log=engine_log(config, "learner"), make_host=make_host
-            )
         case EmbeddedTraining():
-            needs_head = isinstance(config.objective.score_request, HiddenRequest)
-            return build_embedded_learner(
-                _learner_settings(config, training),
-                teacher_head_VD=_output_head(teacher) if needs_head else None,
-            )
+            settings = _learner_settings(config, training)
+            log = engine_log(config, f"learner{suffix}")
+            return hosted_embedded_learner(settings, log=log, make_host=make_host)
         case UnslothTraining():
             memory_bytes = require_plan(plan).learner_memory_bytes
             settings = _learner_settings(config, training, memory_bytes)
-            return unsloth_learner(settings, log=engine_log(config, "unsloth"), make_host=make_host)
+            log = engine_log(config, f"unsloth{suffix}")
+            return unsloth_learner(settings, log=log, make_host=make_host)
 
 
 def _learner_settings(

@@ -16,14 +16,22 @@ from qwen3_distill.hosts.members import Span
 from qwen3_distill.hosts.places import PlaceSpec
 from qwen3_distill.hosts.ray_host import RayHost
 from qwen3_distill.pipeline.assembly.plan import engine_log
-from qwen3_distill.ports import StreamingRolloutEngine, TeacherScorer, WeightChannel
+from qwen3_distill.ports import (
+    ReplayingLearner,
+    StreamingRolloutEngine,
+    TeacherScorer,
+    WeightChannel,
+)
 from qwen3_distill.scoring.fleet import TeacherFleet
+from qwen3_distill.training.group import GroupLearner
+from qwen3_distill.training.hosted import HostedLearner
 from qwen3_distill.types import WeightVersion
 from qwen3_distill.weights.store import deliver
 
 BuildEngine: TypeAlias = Callable[[RunConfig, MakeHost, str], StreamingRolloutEngine]
 BuildTeacher: TypeAlias = Callable[[RunConfig, MakeHost, str], TeacherScorer]
-"""Both build one member: from a config without restarts, a place, and a suffix of file names."""
+BuildRank: TypeAlias = Callable[[MakeHost, str], HostedLearner]
+"""They build one member: from a config without restarts, a place, and a suffix of file names."""
 
 
 def ignore(message: str) -> None:
@@ -62,22 +70,34 @@ class RunCluster:
         self._warn = warn
         self.cluster = Cluster(section, log=engine_log(config, "ray"))
         self._fleets: list[RolloutFleet | TeacherFleet] = []
-        self._learner: Place | None = None
+        self._ranks: list[Place] = []
         if section.learner is not None:
             needs = _needs("training", config.training.interpreter, config.student.model)
-            self._learner = self.cluster.place(
-                PlaceSpec(
-                    name="the learner",
-                    cards=section.learner.cards,
-                    on_this_machine=True,  # it writes the run folder
-                    needs=needs,
+            self._ranks = [
+                self.cluster.place(
+                    PlaceSpec(
+                        name=f"rank {rank} of the learner",
+                        cards=section.learner.cards,
+                        on_this_machine=rank == 0,  # it writes the run folder
+                        needs=needs,
+                    )
                 )
-            )
+                for rank in range(section.learner.ranks)
+            ]
 
-    def learner_host(self, spec: WorkerSpec) -> RayHost:
-        """Make the learner's host."""
-        assert self._learner is not None
-        return RayHost(spec, self._learner)
+    def learner(self, build: BuildRank) -> ReplayingLearner:
+        """Build the learner: one host, or a group of ranks with one each."""
+        ranks = [
+            build(partial(RayHost, place=place), f"-{i}" if len(self._ranks) > 1 else "")
+            for i, place in enumerate(self._ranks)
+        ]
+        if len(ranks) == 1:
+            return ranks[0]
+        return GroupLearner(
+            ranks,
+            timeout_s=self._config.training.hang_timeout_s,
+            rendezvous=self._ranks[0].free_address,
+        )
 
     def rollout_fleet(self, build: BuildEngine) -> RolloutFleet:
         """Build the rollout engines, one in each place."""
@@ -94,8 +114,9 @@ class RunCluster:
         async def bring(
             index: int, version: WeightVersion, channel: WeightChannel
         ) -> WeightChannel:
-            on_this_machine = self._section.address is None or section.where == WITH_LEARNER
-            return channel if on_this_machine else await deliver(version, channel, hosts[index])
+            host = hosts[index]
+            is_here = self._section.address is None or host.place.spec.on_this_machine
+            return channel if is_here else await deliver(version, channel, host)
 
         fleet = RolloutFleet(
             engines,
@@ -150,8 +171,7 @@ class RunCluster:
     ) -> MakeHost:
         """Return what makes the host of a member, and keeps it by the member's index."""
         if section.where == WITH_LEARNER:
-            place = self._learner
-            assert place is not None
+            place = self._ranks[index]
         else:
             place = self.cluster.place(
                 PlaceSpec(
