@@ -43,7 +43,7 @@ class _Member:
     first_start: int = 1
     """Number of the start from which its restarts count."""
     reason: str = ""
-    """How it was lost last."""
+    """The cause of its last loss."""
 
 
 class FleetState:
@@ -70,7 +70,7 @@ class FleetState:
         return self._members[index].start
 
     def reason(self, index: int) -> str:
-        """How a member was lost last; empty if it never was."""
+        """The cause of a member's last loss; empty if there was none."""
         return self._members[index].reason
 
     def in_state(self, *states: MemberState) -> list[int]:
