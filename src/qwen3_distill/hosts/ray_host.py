@@ -321,7 +321,7 @@ class _HostActor:
         """See `RayHost.receive`."""
         self._num_received += 1
         folder = self._scratch / f"received-{self._num_received}"
-        await asyncio.to_thread(_write_checked, folder, digests, names, contents)
+        await asyncio.to_thread(write_checked, folder, digests, names, contents)
         shutil.rmtree(self._scratch / f"received-{self._num_received - 2}", ignore_errors=True)
         return str(folder)
 
@@ -387,9 +387,14 @@ class _HostActor:
         return text
 
 
-def _write_checked(
+def write_checked(
     folder: Path, digests: dict[str, str], names: list[str], contents: tuple[Any, ...]
 ) -> None:
+    """Write files below a new folder; see `RayHost.receive`.
+
+    Raises:
+        EngineLost: a content has another digest. It is not written.
+    """
     folder.mkdir()
     for name, content in zip(names, contents, strict=True):
         found = hashlib.blake2b(content).hexdigest()

@@ -78,7 +78,8 @@ class StoreChannel:
             if stored is None:
                 stored = await asyncio.to_thread(self._put, version)
                 self._stored[version] = stored
-                for old in sorted(self._stored, key=lambda held: held.step)[:-_KEPT]:
+                # In the order of publishing: a learner that was lost publishes earlier steps again.
+                for old in list(self._stored)[:-_KEPT]:
                     del self._stored[old]  # Ray frees what nobody refers to
         folder = await host.receive(stored.references, stored.digests)
         return DirectoryChannel(folder)
