@@ -32,7 +32,7 @@ def engine_environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
-def _private(path: str, flags: int) -> int:
+def private(path: str, flags: int) -> int:
     """Open a log that only this user may read: a process may print its variables."""
     return os.open(path, flags, 0o600)
 
@@ -88,7 +88,7 @@ class ChildProcess:
                 "interpreter of an environment that has the engine (docs/engines/install.md)"
             )
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._log, "ab", opener=_private) as log:
+        with open(self._log, "ab", opener=private) as log:
             self._log_start = log.tell()
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,

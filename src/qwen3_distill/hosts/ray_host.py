@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from qwen3_distill.errors import DistillError, EngineError, EngineLost, EngineStartError
+from qwen3_distill.hosts.child import private
 from qwen3_distill.hosts.cluster import Place, answer_of
 from qwen3_distill.hosts.frames import End, Error, Value
 from qwen3_distill.hosts.host import WorkerSpec
 from qwen3_distill.hosts.mps import LOG_VARIABLE, PIPE_VARIABLE
 from qwen3_distill.hosts.process import LocalProcess
+from qwen3_distill.utils.printable import printable
+from qwen3_distill.utils.secrets import is_secret_name, remember_secret, without_secrets
 
 _Kind: TypeAlias = Literal["start", "call", "quiet", "stream"]
 _POLL_S = 5.0
@@ -47,6 +50,9 @@ class RayHost:
 
     def __init__(self, spec: WorkerSpec, place: Place) -> None:
         self._spec = spec
+        for name, value in spec.environment.items():
+            if is_secret_name(name):
+                remember_secret(value)  # the worker's output is shown here, too
         self.place = place
         self._actor: Any = None
         self._death: EngineLost | None = None
@@ -163,7 +169,9 @@ class RayHost:
 
     def last_output(self) -> str:
         tail = self.output()[-_TAIL_BYTES:]
-        return f"; the end of {self._spec.log}:\n{tail}" if tail else f"; {self._spec.log} is empty"
+        if not tail:
+            return f"; {self._spec.log} is empty"
+        return f"; the end of {self._spec.log}:\n{printable(without_secrets(tail))}"
 
     def _running(self) -> Any:
         if self._death is not None:
@@ -227,7 +235,7 @@ class RayHost:
 
     def _copy_log(self, text: bytes) -> None:
         if text:
-            with self._spec.log.open("ab") as log:
+            with open(self._spec.log, "ab", opener=private) as log:
                 log.write(text)
 
     def _value(self, answer: Value | End | Error) -> Any:

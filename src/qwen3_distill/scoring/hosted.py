@@ -74,7 +74,7 @@ class HostedTeacher:
         await self._restarts.start()
 
     async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
-        return _checked(await self._ask("score", list(jobs)), jobs)
+        return checked_results(await self._ask("score", list(jobs)), jobs)
 
     async def close(self) -> None:
         await self._restarts.close()
@@ -97,7 +97,7 @@ class HostedTeacher:
             raise self._opening.explained(error, self._host) from None
 
 
-def _checked(results: Any, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
+def checked_results(results: Any, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
     """Return a worker's results if they are one a job, each with a value for every scored token.
 
     Raises:

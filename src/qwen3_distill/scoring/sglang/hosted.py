@@ -8,7 +8,7 @@ from qwen3_distill.config import SglangScoring
 from qwen3_distill.hosts.host import MakeHost, WorkerSpec
 from qwen3_distill.hosts.opening import Opening
 from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.scoring.hosted import HostedTeacher
+from qwen3_distill.scoring.hosted import HostedTeacher, checked_results
 from qwen3_distill.scoring.sglang.server import MemoryFraction
 from qwen3_distill.types import Rollout, RolloutRequest, ScoreRequest, ScoreResult, ScoringJob
 
@@ -48,7 +48,7 @@ class HostedSglangTeacher(HostedTeacher):
 
     async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
         results, self._worker_counters = await self._ask("score", list(jobs))
-        return results
+        return checked_results(results, jobs)
 
     async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncGenerator[Rollout, None]:
         """Answer as the teacher (see `Sampler.generate`)."""
