@@ -484,7 +484,6 @@ ENGINES = [
     pytest.param(EmbeddedEngineAdapter("cpu", "static"), id="embedded_static"),
     pytest.param(EmbeddedProcessAdapter(), id="embedded_process"),
     pytest.param(EmbeddedProcessAdapter(SocketHost), id="embedded_over_socket"),
-    pytest.param(RolloutFleetAdapter(1), id="fleet_of_one"),
     pytest.param(RolloutFleetAdapter(3), id="fleet_of_three"),
     pytest.param(ClusterRolloutsAdapter(), id="cluster_fleet", marks=pytest.mark.cluster),
     pytest.param(EmbeddedEngineAdapter("cuda"), id="embedded_cuda", marks=pytest.mark.gpu),
@@ -496,7 +495,6 @@ ENGINES = [
 TEACHERS = [
     pytest.param(EmbeddedTeacherAdapter("cpu"), id="embedded"),
     pytest.param(SocketTeacherAdapter(), id="embedded_over_socket"),
-    pytest.param(TeacherFleetAdapter(1), id="fleet_of_one"),
     pytest.param(TeacherFleetAdapter(3), id="fleet_of_three"),
     pytest.param(ClusterTeachersAdapter(), id="cluster_fleet", marks=pytest.mark.cluster),
     pytest.param(

@@ -191,7 +191,7 @@ class Cluster:
             import ray
 
             self._is_connected = False
-            await asyncio.to_thread(ray.shutdown)
+            ray.shutdown()
         if self._own is not None:
             await self._own.close()
             self._own = None
@@ -361,7 +361,8 @@ async def answer_of(ref: Any, timeout_s: float, who: str) -> Any:
     except RayTaskError as error:
         raise EngineLost(f"{who} failed: {_last_words(error)}") from error
     except RayError as error:
-        raise EngineLost(f"{who} died: {_last_words(error)}") from None
+        what = _last_words(error).partition(" Worker exit type")[0]  # general advice follows
+        raise EngineLost(f"{who} died: {what}") from None
     finally:
         answer.cancel()
     raise EngineLost(f"{who} did not answer for {timeout_s:g} s")
