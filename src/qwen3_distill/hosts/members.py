@@ -31,6 +31,10 @@ def no_span(member: str, work: str) -> AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
+def _say_nothing(text: str) -> None:
+    """Say nothing: nobody listens yet."""
+
+
 EngineT = TypeVar("EngineT", bound=Engine)
 Verify = Callable[[int, int], Awaitable[None]]
 """Brings a started member, given by index and number of its start, to SERVING if what it holds is
@@ -59,6 +63,8 @@ class Members(Generic[EngineT]):
         self.what = what
         self.engines = tuple(engines)
         self.state = state
+        self.say: Callable[[str], None] = _say_nothing
+        """Told what is waited for."""
         self._verify = verify
         self._warn = warn
         self._changed = asyncio.Event()
@@ -124,6 +130,7 @@ class Members(Generic[EngineT]):
             is_awaited = self.state.in_state(MemberState.STARTING, MemberState.LOST)
             if not is_awaited and not self._restarting:
                 return []  # the caller knows why a member that runs is not verified
+            self.say(f"waiting for {self.awaited}")
             self._changed.clear()
             await self._changed.wait()
 

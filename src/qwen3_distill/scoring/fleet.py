@@ -51,6 +51,10 @@ class TeacherFleet:
     def state(self) -> FleetState:
         return self._state
 
+    def tell(self, say: Callable[[str], None]) -> None:
+        """Tell ``say`` whenever nothing serves, and what is waited for."""
+        self._members.say = say
+
     @property
     def awaited(self) -> str:
         """The teachers that do not serve, in words; empty if all do."""

@@ -155,6 +155,8 @@ class RunCluster:
     async def start(self, say: Callable[[str], None]) -> None:
         """Connect to Ray and reserve the places; see `Cluster.start`."""
         self.cluster.say = say
+        for fleet in self._fleets:
+            fleet.tell(say)
         await self.cluster.start()
 
     async def close(self) -> None:
