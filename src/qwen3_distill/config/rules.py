@@ -390,13 +390,16 @@ def cluster_engines_have_own_process(config: "RunConfig") -> None:
     for name, (key, section) in sections.items():
         if getattr(config.cluster, name) is None:
             continue
+        if section is None:
+            raise ValueError("cluster.teachers starts teachers, and scoring is null: drop it")
         if section.kind == "embedded" and not section.own_process:
             raise ValueError(
                 f"cluster.{name} with {key}.own_process=false: an engine in the run's own process "
                 f"cannot be on another card or node; set {key}.own_process=true"
             )
     scoring = config.scoring
-    if config.cluster.teachers is not None and scoring.kind == "sglang" and scoring.urls:
+    is_served = scoring is not None and scoring.kind == "sglang"
+    if config.cluster.teachers is not None and is_served and scoring.urls:
         raise ValueError(
             "cluster.teachers starts teachers, and scoring.urls names servers that run already: "
             "drop one of the two"
@@ -433,7 +436,7 @@ def tensor_parallelism_is_the_cards(config: "RunConfig") -> None:
                 f"generation.engine_arguments.tensor_parallel_size={stated}: a rollout engine of "
                 "a cluster has one card; raise cluster.rollouts.replicas"
             )
-    if scoring.kind == "sglang" and cluster.teachers is not None:
+    if scoring is not None and scoring.kind == "sglang" and cluster.teachers is not None:
         names = ("tp-size", "tp_size", "tensor-parallel-size", "tensor_parallel_size", "tp")
         given = [scoring.server_arguments[n] for n in names if n in scoring.server_arguments]
         parts = given[0] if given else 1

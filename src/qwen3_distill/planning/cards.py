@@ -35,8 +35,9 @@ def plan_cards(
     Raises:
         ConfigError: an engine does not fit its card, or its cards do not divide its heads.
     """
-    if config.cluster is not None and config.cluster.teachers is not None:
-        shape = teacher_shape or read_shape(config.scoring.model)
+    scoring = config.loaded_teacher
+    if scoring is not None and config.cluster is not None and config.cluster.teachers is not None:
+        shape = teacher_shape or read_shape(scoring.model)
         _check_heads("cluster.teachers", config.cluster.teachers, shape)
     found = []
     for what, engines in _kinds(config):

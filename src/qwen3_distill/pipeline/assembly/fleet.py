@@ -132,7 +132,8 @@ class RunCluster:
         """Build the teachers, one in each place."""
         section, config = self._section.teachers, self._config
         assert section is not None
-        needs = _needs("scoring", config.scoring.interpreter, config.scoring.model)
+        scoring = config.teacher
+        needs = _needs("scoring", scoring.interpreter, scoring.model)
         member = _without_restarts(config, "scoring")
         teachers = [
             build(member, self._keep_host({}, i, "teacher", section, needs), f"-{i}")
@@ -140,7 +141,7 @@ class RunCluster:
         ]
         fleet = TeacherFleet(
             teachers,
-            max_restarts=config.scoring.max_restarts,
+            max_restarts=scoring.max_restarts,
             minimum=section.minimum,
             warn=self._warn,
         )
@@ -206,6 +207,8 @@ def _absolute(config: RunConfig) -> RunConfig:
     }
     for name in ("generation", "scoring", "training"):
         section = getattr(config, name)
+        if section is None:  # no teacher
+            continue
         update = {}
         if section.kind != "embedded" and section.python and os.sep in section.python:
             update["python"] = os.path.abspath(section.python)

@@ -140,9 +140,7 @@ async def teacher_sampler(
     config: RunConfig, teacher: TeacherScorer | None
 ) -> AsyncIterator[Sampler]:
     """Open a sampler that answers as the teacher: the scoring server, or an embedded engine."""
-    server = teacher.inner if isinstance(teacher, CachedTeacher) else teacher
-    if isinstance(server, TeacherFleet):
-        server = server.teachers[0]
+    server = _server_of(teacher)
     if isinstance(server, HostedSglangTeacher):
         yield server
         return
@@ -182,6 +180,12 @@ async def _embedded_sampler(
     return engine
 
 
+def _server_of(teacher: TeacherScorer | None) -> TeacherScorer | None:
+    """Return the teacher that answers: without its cache, and of a fleet the first."""
+    server = teacher.inner if isinstance(teacher, CachedTeacher) else teacher
+    return server.teachers[0] if isinstance(server, TeacherFleet) else server
+
+
 def build_teacher_rollouts(
     config: RunConfig, teacher: TeacherScorer | None
 ) -> TeacherSampler | None:
@@ -196,7 +200,10 @@ def build_teacher_rollouts(
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[Sampler]:
-        server = teacher.inner if isinstance(teacher, CachedTeacher) else teacher
+        server = _server_of(teacher)
+        if isinstance(server, HostedSglangTeacher):
+            yield server
+            return
         if isinstance(server, SglangTeacher):
             yield server.sampler()
             return
