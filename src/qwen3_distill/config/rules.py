@@ -398,8 +398,9 @@ def cluster_engines_have_own_process(config: "RunConfig") -> None:
                 f"cannot be on another card or node; set {key}.own_process=true"
             )
     scoring = config.scoring
-    is_served = scoring is not None and scoring.kind == "sglang"
-    if config.cluster.teachers is not None and is_served and scoring.urls:
+    if scoring is None or scoring.kind != "sglang" or config.cluster.teachers is None:
+        return
+    if scoring.urls:
         raise ValueError(
             "cluster.teachers starts teachers, and scoring.urls names servers that run already: "
             "drop one of the two"
