@@ -68,6 +68,14 @@ class MemoryPlan:
         return _fraction(self.teacher_static_bytes, free_bytes)
 
 
+def fraction_of_free_memory(plan: MemoryPlan) -> float:
+    """Return the share of the memory that is free here and now that a plan's server needs.
+
+    A function of a module: it is sent to a server's worker on another node.
+    """
+    return plan.teacher_memory_fraction(detect_memory().free_bytes)
+
+
 def make_plan(
     config: RunConfig,
     *,

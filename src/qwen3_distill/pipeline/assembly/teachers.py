@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import torch
 
@@ -19,8 +20,7 @@ from qwen3_distill.modeling.loading import resolve_dtype
 from qwen3_distill.pipeline.assembly.channel import learns_elsewhere, samples_elsewhere
 from qwen3_distill.pipeline.assembly.fleet import RunCluster, require_cluster
 from qwen3_distill.pipeline.assembly.plan import engine_log, plan_memory, require_plan
-from qwen3_distill.planning.device import detect_memory
-from qwen3_distill.planning.plan import MemoryPlan
+from qwen3_distill.planning.plan import MemoryPlan, fraction_of_free_memory
 from qwen3_distill.ports import Sampler, TeacherScorer
 from qwen3_distill.scoring.cache import CachedTeacher
 from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
@@ -70,11 +70,10 @@ def _build_member(
         log = engine_log(config, f"teacher{suffix}")
         return hosted_embedded_teacher(scoring, request=request, log=log, make_host=make_host)
     plan = require_plan(plan)
-    fraction = scoring.memory_fraction
     return hosted_sglang_teacher(
         scoring,
         request=request,
-        memory_fraction=plan.sglang_memory_fraction if fraction is None else fraction,
+        memory_fraction=_memory_fraction(scoring, config.planning, plan),
         max_total_tokens=plan.sglang_max_total_tokens,
         log=engine_log(config, f"sglang{suffix}"),
         make_host=make_host,
@@ -120,7 +119,7 @@ def _memory_fraction(
         return scoring.memory_fraction
     if planning.device_memory_gib is not None:  # a stated size says nothing of what is free
         return plan.sglang_memory_fraction
-    return lambda: plan.teacher_memory_fraction(detect_memory().free_bytes)
+    return partial(fraction_of_free_memory, plan)
 
 
 def with_embedded_teacher_here(config: RunConfig) -> RunConfig:
