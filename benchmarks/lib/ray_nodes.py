@@ -22,7 +22,7 @@ class RayNodes:
         self._cluster: Any = None
 
     def __enter__(self) -> Self:
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
         from ray.cluster_utils import Cluster  # noqa: PLC0415 - an extra
 
         Path("/tmp/ray").mkdir(exist_ok=True)  # where `Cluster` writes its address

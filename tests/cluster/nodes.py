@@ -29,7 +29,7 @@ class ThreeNodes:
     @property
     def cluster(self) -> Any:
         if self._cluster is None:
-            os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+            os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
             from ray.cluster_utils import Cluster
 
             atexit.register(self.close)

@@ -45,6 +45,7 @@ class OwnRay:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self._token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # by default 15, which every engine would inherit
         }
         if self._interface == _LOOPBACK:
             # Ray replaces the loopback by an outside address unless it may not form a cluster.

@@ -286,6 +286,8 @@ class _HostActor:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+        with contextlib.suppress(OSError):  # Ray's workers are nice, and engines would inherit it
+            os.setpriority(os.PRIO_PROCESS, 0, 0)
         memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self._scratch = Path(
             tempfile.mkdtemp(prefix="qwen3-distill-host-", dir=scratch_root or memory)
