@@ -286,8 +286,6 @@ class _HostActor:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-        with contextlib.suppress(OSError):  # Ray's workers are nice, and engines would inherit it
-            os.setpriority(os.PRIO_PROCESS, 0, 0)
         memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self._scratch = Path(
             tempfile.mkdtemp(prefix="qwen3-distill-host-", dir=scratch_root or memory)
@@ -372,6 +370,8 @@ class _HostActor:
                         pending.put(Value(call, value))
                 pending.put(End(call))
             elif kind == "start":
+                with contextlib.suppress(OSError):  # the worker would inherit Ray's low priority
+                    os.setpriority(os.PRIO_PROCESS, 0, 0)  # of this thread, which starts it
                 await host.start(*arguments)
                 pending.put(Value(call, None))
             elif kind == "quiet":
