@@ -6,8 +6,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
 
-from qwen3_distill.config import ClusterConfig, ClusterEngines, RunConfig
+from qwen3_distill.config import (
+    ClusterConfig,
+    ClusterEngines,
+    GenerationConfig,
+    RunConfig,
+    ScoringConfig,
+    TrainingConfig,
+)
 from qwen3_distill.config.cluster import OWN, WITH_LEARNER
+from qwen3_distill.environments.installed import engine_python
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.generation.fleet import RolloutFleet
 from qwen3_distill.hosts.cluster import Cluster, Place
@@ -72,7 +80,7 @@ class RunCluster:
         self._fleets: list[RolloutFleet | TeacherFleet] = []
         self._ranks: list[Place] = []
         if section.learner is not None:
-            needs = _needs("training", config.training.interpreter, config.student.model)
+            needs = _needs("training", config.training, config.student.model)
             self._ranks = [
                 self.cluster.place(
                     PlaceSpec(
@@ -104,7 +112,7 @@ class RunCluster:
         section, config = self._section.rollouts, self._config
         assert section is not None
         hosts: dict[int, RayHost] = {}
-        needs = _needs("generation", config.generation.interpreter, config.student.model)
+        needs = _needs("generation", config.generation, config.student.model)
         member = _without_restarts(config, "generation")
         engines = [
             build(member, self._keep_host(hosts, i, "rollout replica", section, needs), f"-{i}")
@@ -133,7 +141,7 @@ class RunCluster:
         section, config = self._section.teachers, self._config
         assert section is not None
         scoring = config.teacher
-        needs = _needs("scoring", scoring.interpreter, scoring.model)
+        needs = _needs("scoring", scoring, scoring.model)
         member = _without_restarts(config, "scoring")
         teachers = [
             build(member, self._keep_host({}, i, "teacher", section, needs), f"-{i}")
@@ -218,7 +226,12 @@ def _absolute(config: RunConfig) -> RunConfig:
     return config.model_copy(update=changes)
 
 
-def _needs(section: str, interpreter: str | None, model: str) -> dict[str, str]:
-    """The files that a node must have, by setting."""
-    role = "scoring.model" if section == "scoring" else "student.model"
-    return {f"{section}.python": interpreter or sys.executable, role: model}
+def _needs(
+    name: str, section: GenerationConfig | ScoringConfig | TrainingConfig, model: str
+) -> dict[str, str]:
+    """List the files that a node must have, by setting: an interpreter and the model."""
+    python = section.interpreter or sys.executable
+    if section.kind in ("vllm", "unsloth"):  # SGLang's is found on its node
+        python = engine_python(section.kind, name, section.interpreter)
+    role = "scoring.model" if name == "scoring" else "student.model"
+    return {f"{name}.python": python, role: model}
