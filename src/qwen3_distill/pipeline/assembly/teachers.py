@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Literal
 
 import torch
 
@@ -168,10 +169,19 @@ async def teacher_sampler(
 
 
 async def _embedded_sampler(
-    scoring: EmbeddedScoring, *, device: str, dtype: str, max_sequences: int
+    scoring: EmbeddedScoring,
+    *,
+    device: str,
+    dtype: str,
+    max_sequences: int,
+    batching: Literal["continuous", "static"] = "continuous",
 ) -> EmbeddedRolloutEngine:
     engine = EmbeddedRolloutEngine(
-        scoring.model, device=device, dtype=dtype, max_sequences=max_sequences
+        scoring.model,
+        device=device,
+        dtype=dtype,
+        max_sequences=max_sequences,
+        batching=batching,
     )
     channel = MemoryChannel()
     version = publish_directory(scoring.model, channel, dtype=resolve_dtype(scoring.dtype))
