@@ -135,15 +135,12 @@ class RayHost:
         Raises:
             EngineLost: a file cannot be fetched any more, or is not the one that was sent.
         """
-        actor = self._running()
-        ref = actor.receive.remote(dict(digests), list(files), *files.values())
-        # Longer than a call: gigabytes cross the network here.
-        limit_s = 5 * self.place.cluster.config.call_timeout_s
-        try:
-            return Path(await answer_of(ref, limit_s, self.name))
-        except EngineLost as error:
-            self._lose(error)
-            raise
+        actor, call = self._running(), self._number()
+        waiting = actor.begin_receive.remote(call, dict(digests), dict(files))
+        async with contextlib.aclosing(self._follow(actor, call, "call", waiting)) as answers:
+            async for answer in answers:
+                return Path(self._value(answer))
+        raise EngineError(f"{self.name} gave no answer about {', '.join(files)}")
 
     async def close(self) -> None:
         actor, self._actor = self._actor, None
@@ -193,11 +190,21 @@ class RayHost:
         self, kind: _Kind, method: str, arguments: tuple[Any, ...], timeout_s: float | None
     ) -> AsyncGenerator[Value | End | Error, None]:
         """Make a call and yield what comes back; an end of the stream comes last."""
-        actor = self._running()
-        call = self._next_call
-        self._next_call += 1
+        actor, call = self._running(), self._number()
         payload = pickle.dumps(arguments, protocol=pickle.HIGHEST_PROTOCOL)
         waiting = actor.begin.remote(call, kind, method, payload, timeout_s)
+        async with contextlib.aclosing(self._follow(actor, call, kind, waiting)) as answers:
+            async for answer in answers:
+                yield answer
+
+    def _number(self) -> int:
+        self._next_call += 1
+        return self._next_call - 1
+
+    async def _follow(
+        self, actor: Any, call: int, kind: _Kind, waiting: Any
+    ) -> AsyncGenerator[Value | End | Error, None]:
+        """Yield the answers of a call that was begun; ``waiting`` is the reply with the first."""
         is_over = False
         try:
             while True:
@@ -325,13 +332,31 @@ class _HostActor:
             pending.task.cancel()
             await asyncio.gather(pending.task, return_exceptions=True)
 
-    async def receive(self, digests: dict[str, str], names: list[str], *contents: Any) -> str:
-        """See `RayHost.receive`."""
+    async def begin_receive(
+        self, call: int, digests: dict[str, str], files: dict[str, Any]
+    ) -> bytes:
+        """Begin to fetch and write files (see `RayHost.receive`); return like `poll`."""
+        pending = self._pending[call] = _Pending("call")
+        pending.task = asyncio.create_task(self._receive(call, pending, digests, files))
+        return await self.poll(call)
+
+    async def _receive(
+        self, call: int, pending: _Pending, digests: dict[str, str], files: dict[str, Any]
+    ) -> None:
         self._num_received += 1
         folder = self._scratch / f"received-{self._num_received}"
-        await asyncio.to_thread(write_checked, folder, digests, names, contents)
-        shutil.rmtree(self._scratch / f"received-{self._num_received - 2}", ignore_errors=True)
-        return str(folder)
+        try:
+            contents = [await reference for reference in files.values()]
+            await asyncio.to_thread(write_checked, folder, digests, list(files), tuple(contents))
+        except DistillError as error:
+            pending.put(Error(call, error))
+        except Exception as error:  # noqa: BLE001 - Ray's errors: a lost object, a full store
+            text = str(error).strip().splitlines() or [type(error).__name__]
+            pending.put(Error(call, EngineLost(f"the files cannot be fetched: {text[-1]}")))
+        else:
+            pending.put(Value(call, str(folder)))
+        old = self._scratch / f"received-{self._num_received - 2}"
+        shutil.rmtree(old, ignore_errors=True)
 
     async def close(self) -> bytes:
         """End the worker; return the rest of its output."""
