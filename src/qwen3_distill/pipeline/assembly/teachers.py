@@ -2,6 +2,8 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
+from typing import Literal
 
 import torch
 
@@ -14,16 +16,19 @@ from qwen3_distill.config import (
     SglangScoring,
 )
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
+from qwen3_distill.hosts.host import MakeHost
 from qwen3_distill.modeling.loading import resolve_dtype
 from qwen3_distill.pipeline.assembly.channel import learns_elsewhere, samples_elsewhere
+from qwen3_distill.pipeline.assembly.fleet import RunCluster, require_cluster
 from qwen3_distill.pipeline.assembly.plan import engine_log, plan_memory, require_plan
-from qwen3_distill.planning.device import detect_memory
-from qwen3_distill.planning.plan import MemoryPlan
+from qwen3_distill.planning.plan import MemoryPlan, fraction_of_free_memory
 from qwen3_distill.ports import Sampler, TeacherScorer
 from qwen3_distill.scoring.cache import CachedTeacher
 from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
+from qwen3_distill.scoring.fleet import TeacherFleet
 from qwen3_distill.scoring.sampling import TeacherSampler
+from qwen3_distill.scoring.sglang.hosted import HostedSglangTeacher, hosted_sglang_teacher
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.types import SampledRequest, TopKRequest
 from qwen3_distill.weights.directory import publish_directory
@@ -33,8 +38,50 @@ _AUDIT_BATCH_TOKENS = 16384
 _AUDIT_CHUNK_TOKENS = 1024
 
 
-def build_teacher(config: RunConfig, plan: MemoryPlan | None) -> TeacherScorer:
-    """Build the teacher, with the score request that the objective needs."""
+def build_teacher(
+    config: RunConfig, plan: MemoryPlan | None, cluster: RunCluster | None = None
+) -> TeacherScorer:
+    """Build the teacher, with the score request that the objective needs.
+
+    Args:
+        cluster: where the teachers of ``cluster.teachers`` run.
+
+    Raises:
+        ConfigError: the config has such teachers, and there is no cluster for them.
+    """
+    if config.cluster is None or config.cluster.teachers is None:
+        return _build_local_teacher(config, plan)
+    fleet = require_cluster(cluster, "teachers").teacher_fleet(
+        lambda member, make_host, suffix: _build_member(member, plan, make_host, suffix)
+    )
+    scoring = config.teacher
+    request = config.objective.score_request or SampledRequest()  # one that only samples
+    if isinstance(scoring, SglangScoring) and scoring.cache:
+        return CachedTeacher(fleet, request, scoring.cache)
+    return fleet
+
+
+def _build_member(
+    config: RunConfig, plan: MemoryPlan | None, make_host: MakeHost, suffix: str
+) -> TeacherScorer:
+    """Build one teacher of a fleet."""
+    scoring = config.teacher
+    request = config.objective.score_request or SampledRequest()  # one that only samples
+    if isinstance(scoring, EmbeddedScoring):
+        log = engine_log(config, f"teacher{suffix}")
+        return hosted_embedded_teacher(scoring, request=request, log=log, make_host=make_host)
+    plan = require_plan(plan)
+    return hosted_sglang_teacher(
+        scoring,
+        request=request,
+        memory_fraction=_memory_fraction(scoring, config.planning, plan),
+        max_total_tokens=plan.sglang_max_total_tokens,
+        log=engine_log(config, f"sglang{suffix}"),
+        make_host=make_host,
+    )
+
+
+def _build_local_teacher(config: RunConfig, plan: MemoryPlan | None) -> TeacherScorer:
     scoring = config.teacher
     request = config.objective.score_request or SampledRequest()  # one that only samples
     match scoring:
@@ -73,7 +120,7 @@ def _memory_fraction(
         return scoring.memory_fraction
     if planning.device_memory_gib is not None:  # a stated size says nothing of what is free
         return plan.sglang_memory_fraction
-    return lambda: plan.teacher_memory_fraction(detect_memory().free_bytes)
+    return partial(fraction_of_free_memory, plan)
 
 
 def with_embedded_teacher_here(config: RunConfig) -> RunConfig:
@@ -93,7 +140,10 @@ async def teacher_sampler(
     config: RunConfig, teacher: TeacherScorer | None
 ) -> AsyncIterator[Sampler]:
     """Open a sampler that answers as the teacher: the scoring server, or an embedded engine."""
-    server = teacher.inner if isinstance(teacher, CachedTeacher) else teacher
+    server = _server_of(teacher)
+    if isinstance(server, HostedSglangTeacher):
+        yield server
+        return
     if isinstance(server, SglangTeacher):
         yield server.sampler()
         return
@@ -119,15 +169,30 @@ async def teacher_sampler(
 
 
 async def _embedded_sampler(
-    scoring: EmbeddedScoring, *, device: str, dtype: str, max_sequences: int
+    scoring: EmbeddedScoring,
+    *,
+    device: str,
+    dtype: str,
+    max_sequences: int,
+    batching: Literal["continuous", "static"] = "continuous",
 ) -> EmbeddedRolloutEngine:
     engine = EmbeddedRolloutEngine(
-        scoring.model, device=device, dtype=dtype, max_sequences=max_sequences
+        scoring.model,
+        device=device,
+        dtype=dtype,
+        max_sequences=max_sequences,
+        batching=batching,
     )
     channel = MemoryChannel()
     version = publish_directory(scoring.model, channel, dtype=resolve_dtype(scoring.dtype))
     await engine.load(version, channel)
     return engine
+
+
+def _server_of(teacher: TeacherScorer | None) -> TeacherScorer | None:
+    """Return the teacher that answers: without its cache, and of a fleet the first."""
+    server = teacher.inner if isinstance(teacher, CachedTeacher) else teacher
+    return server.teachers[0] if isinstance(server, TeacherFleet) else server
 
 
 def build_teacher_rollouts(
@@ -144,7 +209,10 @@ def build_teacher_rollouts(
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[Sampler]:
-        server = teacher.inner if isinstance(teacher, CachedTeacher) else teacher
+        server = _server_of(teacher)
+        if isinstance(server, HostedSglangTeacher):
+            yield server
+            return
         if isinstance(server, SglangTeacher):
             yield server.sampler()
             return
