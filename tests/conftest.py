@@ -16,6 +16,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require-gpu", action="store_true", help="fail, not skip, where there is no CUDA device"
     )
+    parser.addoption(
+        "--cluster", action="store_true", help="run, not skip, the tests that start Ray"
+    )
     engines.add_options(parser)
 
 
@@ -25,6 +28,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     engines.skip_what_is_not_installed(items)
+    if not config.getoption("--cluster"):
+        for item in items:
+            if "cluster" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="starts Ray: make test-cluster"))
     if torch.cuda.is_available() or config.getoption("--require-gpu"):
         return
     for item in items:

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -22,9 +23,11 @@ from qwen3_distill.config import (
 from qwen3_distill.errors import WeightVersionError
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
 from qwen3_distill.generation.embedded.hosted import hosted_embedded_engine
+from qwen3_distill.generation.fleet import RolloutFleet
 from qwen3_distill.generation.hosted import HostedRolloutEngine
 from qwen3_distill.hosts.host import Host, MakeHost, WorkerSpec
 from qwen3_distill.hosts.process import LocalProcess
+from qwen3_distill.hosts.ray_host import RayHost
 from qwen3_distill.ports import ReplayingLearner, StreamingRolloutEngine, TeacherScorer
 from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
@@ -35,6 +38,14 @@ from qwen3_distill.training.settings import LearnerSettings, Training
 from qwen3_distill.types import SampledRequest, ScoreRequest, WeightVersion
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.contract.builders import run, with_module
+from tests.contract.fleet_adapter import (
+    RolloutFleetAdapter,
+    TeacherFleetAdapter,
+    ray_hosts,
+    rollout_fleet,
+    teacher_fleet,
+    through_store,
+)
 from tests.contract.plain_teacher import PlainTeacherAdapter
 from tests.contract.pooled_host import PooledHost
 from tests.contract.sglang_adapter import SglangTeacherAdapter
@@ -260,14 +271,92 @@ def embedded_training(wanted: LearnerCase, **changes: Any) -> EmbeddedTraining:
     return EmbeddedTraining.model_validate(values | changes)
 
 
+# --- In a cluster of three nodes ----------------------------------------------------------------
+
+
+@dataclass
+class ClusterRolloutsAdapter:
+    """Two replicas on nodes of a Ray cluster; a start takes seconds, so the last are kept."""
+
+    keeps_cache_over_updates: bool = True
+    _kept: dict[tuple[str, int], RolloutFleet] = field(default_factory=dict)
+
+    def build(self, model_dir: Path, *, max_sequences: int = 64) -> StreamingRolloutEngine:
+        key = (str(model_dir), max_sequences)
+        fleet = self._kept.pop(key, None)
+        while len(self._kept) >= 2:
+            run(self._kept.pop(next(iter(self._kept))).close())
+        if fleet is None:
+            hosts: dict[int, RayHost] = {}
+            replicas = [
+                hosted_embedded_engine(
+                    model_dir,
+                    EmbeddedGeneration(
+                        kind="embedded",
+                        device="cpu",
+                        own_process=True,
+                        threads=1,
+                        max_sequences=max_sequences,
+                        max_restarts=0,
+                    ),
+                    log=LOGS / f"cluster-rollouts-{i}.log",
+                    make_host=with_module(
+                        "tests.contract.slow_embedded_worker", ray_hosts(hosts, i)
+                    ),
+                )
+                for i in range(2)
+            ]
+            fleet = rollout_fleet(replicas, deliver=through_store(hosts))
+        self._kept[key] = fleet
+        with contextlib.suppress(WeightVersionError):  # serves nothing from here on
+            run(fleet.load(WeightVersion(step=0, digest="absent"), MemoryChannel()))
+        return fleet
+
+
+@dataclass(frozen=True)
+class ClusterTeachersAdapter(EmbeddedTeacherAdapter):
+    """Two teachers on nodes of a Ray cluster."""
+
+    device: Device = "cpu"
+
+    def build(
+        self,
+        model_dir: Path,
+        request: ScoreRequest = SampledRequest(),  # noqa: B008 - frozen
+        *,
+        batch_tokens: int = 16384,
+        chunk_tokens: int = 1024,
+    ) -> TeacherScorer:
+        config = EmbeddedScoring(
+            kind="embedded",
+            model=str(model_dir),
+            device="cpu",
+            dtype="float32",
+            batch_tokens=batch_tokens,
+            chunk_tokens=chunk_tokens,
+            own_process=True,
+            threads=1,
+        )
+        teachers = [
+            hosted_embedded_teacher(
+                config,
+                request=request,
+                log=LOGS / f"cluster-teacher-{i}.log",
+                make_host=pooled("tests.contract.teacher_pool_worker", ray_hosts({}, i), f"-{i}"),
+            )
+            for i in range(2)
+        ]
+        return teacher_fleet(teachers)
+
+
 # --- On the far side of a TCP socket ------------------------------------------------------------
 
 
-def pooled(module: str, make_host: MakeHost) -> MakeHost:
-    """A worker that shares a process with others of its kind."""
+def pooled(module: str, make_host: MakeHost, suffix: str = "") -> MakeHost:
+    """A worker that shares a process with others of its kind, and of the same suffix."""
 
     def make(spec: WorkerSpec) -> Host:
-        pool = replace(spec, name=f"{spec.name} pool", module=module)
+        pool = replace(spec, name=f"{spec.name} pool{suffix}", module=module)
         return PooledHost(spec.name, make_host, pool)
 
     return make
@@ -353,10 +442,15 @@ def group_training(wanted: LearnerCase) -> EmbeddedTraining:
     return embedded_training(wanted, device="cpu", own_process=True, threads=1)
 
 
-def build_group(settings: LearnerSettings[EmbeddedTraining], num_ranks: int) -> GroupLearner:
+def build_group(
+    settings: LearnerSettings[EmbeddedTraining],
+    num_ranks: int,
+    make_host: Callable[[int], MakeHost] | None = None,
+) -> GroupLearner:
     """Make a group whose ranks are in pools of their own, so that they compute concurrently."""
+    host_of = make_host or pooled_rank
     ranks = [
-        hosted_embedded_learner(settings, log=LOGS / f"rank{rank}.log", make_host=pooled_rank(rank))
+        hosted_embedded_learner(settings, log=LOGS / f"rank{rank}.log", make_host=host_of(rank))
         for rank in range(num_ranks)
     ]
     return GroupLearner(ranks, timeout_s=60.0)
@@ -370,11 +464,28 @@ def pooled_rank(rank: int) -> MakeHost:
     return make
 
 
+@dataclass(frozen=True)
+class ClusterLearnerAdapter(GroupLearnerAdapter):
+    """A group of two ranks, each in a place of a Ray cluster."""
+
+    def build(self, model_dir: Path, wanted: LearnerCase) -> ReplayingLearner:
+        settings = wanted.settings(model_dir, group_training(wanted))
+        group = build_group(settings, self.num_ranks, ray_rank)
+        run(group.start())
+        return group
+
+
+def ray_rank(rank: int) -> MakeHost:
+    return pooled("tests.contract.learner_pool_worker", ray_hosts({}, rank), f"-rank-{rank}")
+
+
 ENGINES = [
     pytest.param(EmbeddedEngineAdapter("cpu"), id="embedded"),
     pytest.param(EmbeddedEngineAdapter("cpu", "static"), id="embedded_static"),
     pytest.param(EmbeddedProcessAdapter(), id="embedded_process"),
     pytest.param(EmbeddedProcessAdapter(SocketHost), id="embedded_over_socket"),
+    pytest.param(RolloutFleetAdapter(3), id="fleet_of_three"),
+    pytest.param(ClusterRolloutsAdapter(), id="cluster_fleet", marks=pytest.mark.cluster),
     pytest.param(EmbeddedEngineAdapter("cuda"), id="embedded_cuda", marks=pytest.mark.gpu),
     pytest.param(
         EmbeddedEngineAdapter("cuda", "static"), id="embedded_static_cuda", marks=pytest.mark.gpu
@@ -384,6 +495,8 @@ ENGINES = [
 TEACHERS = [
     pytest.param(EmbeddedTeacherAdapter("cpu"), id="embedded"),
     pytest.param(SocketTeacherAdapter(), id="embedded_over_socket"),
+    pytest.param(TeacherFleetAdapter(3), id="fleet_of_three"),
+    pytest.param(ClusterTeachersAdapter(), id="cluster_fleet", marks=pytest.mark.cluster),
     pytest.param(
         PlainTeacherAdapter(pooled("tests.contract.plain_teacher_pool_worker", LocalProcess)),
         id="plain",
@@ -401,6 +514,7 @@ LEARNERS = [
     pytest.param(EmbeddedLearnerAdapter("cpu"), id="embedded"),
     pytest.param(SocketLearnerAdapter(), id="embedded_over_socket"),
     pytest.param(GroupLearnerAdapter(), id="group_of_two"),
+    pytest.param(ClusterLearnerAdapter(), id="cluster", marks=pytest.mark.cluster),
     pytest.param(EmbeddedLearnerAdapter("cuda"), id="embedded_cuda", marks=pytest.mark.gpu),
     pytest.param(UnslothLearnerAdapter(), id="unsloth", marks=pytest.mark.unsloth),
 ]

@@ -54,20 +54,23 @@ def plan(
     settings = load_config(config, overrides or ())
     from qwen3_distill.modeling.shapes import named_shape
     from qwen3_distill.pipeline.models import localize
-    from qwen3_distill.planning.plan import make_plan
+    from qwen3_distill.planning.cards import plan_cards
     from qwen3_distill.planning.table import plan_settings, plan_table
 
     shapes = {"student": shape_student, "teacher": shape_teacher}
     read = [role for role, shape in shapes.items() if shape is None]
     settings = localize(settings, say=say, warn=warn, roles=read, datasets=False).config
-    planned = make_plan(
+    cards = plan_cards(
         settings,
         device_memory_bytes=None if device_memory_gib is None else int(device_memory_gib * 2**30),
         student_shape=None if shape_student is None else named_shape(shape_student),
         teacher_shape=None if shape_teacher is None else named_shape(shape_teacher),
     )
-    TerminalConsole().print(plan_table(planned))
-    say(f"planned settings: {plan_settings(settings, planned)}")
+    for card in cards:
+        title = card.what if settings.cluster is not None else None
+        TerminalConsole().print(plan_table(card.plan, title))
+    if settings.cluster is None:
+        say(f"planned settings: {plan_settings(settings, cards[0].plan)}")
 
 
 def report(

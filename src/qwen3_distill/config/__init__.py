@@ -4,6 +4,11 @@
 what must hold between sections. `load.load_config` reads a file. Nothing here imports torch.
 """
 
+from qwen3_distill.config.cluster import (
+    ClusterConfig,
+    ClusterEngines,
+    ClusterLearner,
+)
 from qwen3_distill.config.data import (
     ChoiceVerifier,
     EvaluationConfig,
@@ -91,6 +96,9 @@ __all__ = [
     "BaselineConfig",
     "CheckpointConfig",
     "ChoiceVerifier",
+    "ClusterConfig",
+    "ClusterEngines",
+    "ClusterLearner",
     "ConstantSchedule",
     "CostConfig",
     "CrossEntropy",

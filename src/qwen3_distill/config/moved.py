@@ -18,6 +18,7 @@ PATH_SETTINGS = (
     "training.python",
     "scoring.cache",
     "scoring.api_key_file",
+    "cluster.weights_folder",
 )
 """Settings that hold a path, ``output_dir`` aside."""
 _HUB_NAMES = {

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from qwen3_distill.config.base import PathText, PositiveInt, Schema
+from qwen3_distill.config.cluster import ClusterConfig
 from qwen3_distill.config.data import (
     EvaluationConfig,
     PromptsConfig,
@@ -75,6 +76,9 @@ class RunConfig(Schema):
     cost: CostConfig = Field(default_factory=CostConfig)
     pipeline: PipelineConfig = Field(default_factory=lambda: SequentialPipeline(kind="sequential"))
     planning: PlanningConfig = Field(default_factory=PlanningConfig)
+    cluster: ClusterConfig | None = None
+    """Engines on several cards or machines; see docs/cluster.md. Null: on this machine, without
+    Ray."""
 
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
@@ -111,7 +115,13 @@ class RunConfig(Schema):
         """Maximum rollouts in flight of a streaming pipeline."""
         pipeline = self.pipeline
         limit = pipeline.max_in_flight if pipeline.kind == "streaming" else None
-        return limit or self.generation.max_sequences
+        return limit or self.generation.max_sequences * self.num_rollout_engines
+
+    @property
+    def num_rollout_engines(self) -> int:
+        """Engines that sample concurrently, each `generation.max_sequences` rollouts."""
+        fleet = None if self.cluster is None else self.cluster.rollouts
+        return 1 if fleet is None else fleet.replicas
 
     @property
     def max_steps_ahead(self) -> int:

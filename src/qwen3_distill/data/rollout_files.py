@@ -4,30 +4,36 @@ One row per rollout. The columns are the fields of `qwen3_distill.types.Rollout`
 types document them. A file of scored rollouts adds the teacher's columns.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from qwen3_distill.data.rollout_columns import (
+    KIND_OF_SCORE,
+    KINDS,
+    OLDEST_READABLE,
+    ROLLOUT_COLUMNS,
+    SCORE_COLUMNS,
+    SCORED_COLUMNS,
+    Column,
+    Item,
+    schema_of,
+)
 from qwen3_distill.errors import AlignmentError, DataError
 from qwen3_distill.types import (
-    FinishReason,
     HiddenScore,
     Prompt,
     Rollout,
     SamplingSpec,
     ScoredRollout,
-    TeacherScore,
-    TokenSpan,
     TopKScore,
     TrainingRollout,
-    VersionSpan,
-    WeightVersion,
 )
 from qwen3_distill.utils.files import atomic_path
 from qwen3_distill.utils.shown import shortened
@@ -40,178 +46,8 @@ SCHEMA_VERSION = 4
 Older files are read too. Those of version 2 have no column ``sampled``: their responses were
 sampled as a whole. Those of version 2 and 3 have no column ``sampled_by_teacher``: the student
 sampled them."""
-OLDEST_READABLE = 2
 VERSION_KEY = b"qwen3_distill.rollouts.schema_version"
 """Key of the Parquet metadata that holds the file's schema version."""
-
-_KINDS: dict[str, type[TeacherScore]] = {
-    "sampled": TeacherScore,
-    "top_k": TopKScore,
-    "hidden": HiddenScore,
-}
-_KIND_OF_SCORE = {score: kind for kind, score in _KINDS.items()}
-
-
-class _Item(NamedTuple):
-    """A row as records."""
-
-    step: int
-    rollout: Rollout
-    response_text: str
-    score: TeacherScore | None = None
-    score_kind: str | None = None
-
-
-# --- Values of columns ----------------------------------------------------------------------------
-
-
-def _unchanged(value: Any) -> Any:
-    return value
-
-
-def _scalar(value: pa.Scalar) -> Any:
-    return value.as_py()
-
-
-def _vector(value: pa.Scalar) -> np.ndarray:
-    return value.values.to_numpy(zero_copy_only=False)
-
-
-def _matrix(value: pa.Scalar) -> np.ndarray:
-    lines = value.values
-    if lines is None:
-        raise DataError("is null, but score_kind asks for it")
-    lengths = np.unique(np.diff(lines.offsets.to_numpy()))
-    if len(lengths) != 1:
-        raise DataError(f"has lines of {lengths.tolist()} values, not of one")
-    return lines.flatten().to_numpy(zero_copy_only=False).reshape(len(lines), -1)
-
-
-def _sampled_rows(spans: Sequence[TokenSpan]) -> list[dict[str, int]]:
-    return [{"start": span.start, "stop": span.stop} for span in spans]
-
-
-def _sampled_spans(value: pa.Scalar) -> tuple[TokenSpan, ...]:
-    if not len(value):
-        raise DataError("has no span, expected at least one")
-    return tuple(TokenSpan(start=row["start"], stop=row["stop"]) for row in value.as_py())
-
-
-def _version_rows(spans: Sequence[VersionSpan]) -> list[dict[str, Any]]:
-    return [
-        {"start": s.start, "stop": s.stop, "step": s.version.step, "digest": s.version.digest}
-        for s in spans
-    ]
-
-
-def _version_spans(value: pa.Scalar) -> tuple[VersionSpan, ...]:
-    return tuple(
-        VersionSpan(
-            start=row["start"],
-            stop=row["stop"],
-            version=WeightVersion(step=row["step"], digest=row["digest"]),
-        )
-        for row in value.as_py()
-    )
-
-
-# --- The columns ----------------------------------------------------------------------------------
-
-
-class _Column(NamedTuple):
-    name: str
-    type: pa.DataType
-    path: str
-    """The field of `_Item`, e.g. ``rollout.prompt.token_ids``."""
-    write: Callable[[Any], Any] = _unchanged
-    """Converts the field's value to the column's."""
-    read: Callable[[pa.Scalar], Any] = _scalar
-    """Converts the column's value to the field's."""
-    since: int = OLDEST_READABLE
-    """Schema version that introduced the column."""
-    nullable: bool = False
-    """Null where the row's kind of score does not have the field."""
-
-    @property
-    def record(self) -> str:
-        return self.path.rpartition(".")[0]
-
-    @property
-    def field(self) -> str:
-        return self.path.rpartition(".")[2]
-
-
-_STRING, _INT32, _FLOAT32 = pa.string(), pa.int32(), pa.float32()
-_IDS, _FLOATS = pa.list_(_INT32), pa.list_(_FLOAT32)
-_SPAN = [("start", _INT32), ("stop", _INT32)]
-_SPANS = pa.list_(pa.struct(_SPAN))
-_VERSIONS = pa.list_(pa.struct([*_SPAN, ("step", pa.int64()), ("digest", _STRING)]))
-_TASK_DATA = pa.map_(_STRING, _STRING)
-
-_ROLLOUT_COLUMNS = (
-    _Column("step", pa.int64(), "step"),  # that the rollout was drawn for
-    _Column("rollout_id", _STRING, "rollout.rollout_id"),
-    _Column("prompt_id", _STRING, "rollout.prompt.prompt_id"),
-    _Column("prompt_ids", _IDS, "rollout.prompt.token_ids", read=_vector),
-    _Column(
-        "task_data",
-        _TASK_DATA,
-        "rollout.prompt.task_data",
-        lambda task_data: list(task_data.items()),
-        lambda value: dict(value.as_py()),
-    ),
-    _Column("temperature", pa.float64(), "rollout.sampling.temperature"),
-    _Column("top_p", pa.float64(), "rollout.sampling.top_p"),
-    _Column("top_k", _INT32, "rollout.sampling.top_k"),
-    _Column("max_new_tokens", _INT32, "rollout.sampling.max_new_tokens"),
-    _Column("seed", pa.uint64(), "rollout.sampling.seed"),
-    _Column("response_ids", _IDS, "rollout.response_ids", read=_vector),
-    _Column("sampled", _SPANS, "rollout.sampled", _sampled_rows, _sampled_spans, since=3),
-    _Column("behavior_logprobs", _FLOATS, "rollout.behavior_logprobs", read=_vector),
-    _Column(
-        "finish_reason",  # stop | length | harvested
-        _STRING,
-        "rollout.finish_reason",
-        lambda reason: reason.value,
-        lambda value: FinishReason(value.as_py()),
-    ),
-    _Column("continues_at", _INT32, "rollout.continues_at"),
-    _Column("versions", _VERSIONS, "rollout.versions", _version_rows, _version_spans),
-    _Column(  # empty: the student sampled it
-        "sampled_by_teacher",
-        _STRING,
-        "rollout.teacher_id",
-        lambda teacher_id: teacher_id or "",
-        lambda value: value.as_py() or None,
-        since=4,
-    ),
-    _Column("response_text", _STRING, "response_text"),  # for people; never read back
-)
-_SCORE_COLUMNS = (
-    _Column("score_kind", _STRING, "score_kind"),  # a key of `_KINDS`
-    _Column("teacher_id", _STRING, "score.teacher_id"),
-    _Column("teacher_logprobs", _FLOATS, "score.logprobs", read=_vector),
-    _Column("candidate_ids", pa.list_(_IDS), "score.candidate_ids", read=_matrix, nullable=True),
-    _Column(
-        "candidate_logprobs",
-        pa.list_(_FLOATS),
-        "score.candidate_logprobs",
-        read=_matrix,
-        nullable=True,
-    ),
-    _Column("hidden", pa.list_(_FLOATS), "score.hidden", read=_matrix, nullable=True),
-)
-_SCORED_COLUMNS = (*_ROLLOUT_COLUMNS, *_SCORE_COLUMNS)
-
-
-def _schema(columns: Iterable[_Column]) -> pa.Schema:
-    return pa.schema([pa.field(c.name, c.type, nullable=c.nullable) for c in columns])
-
-
-ROLLOUT_SCHEMA = _schema(_ROLLOUT_COLUMNS)
-"""Columns of a rollout file."""
-SCORED_SCHEMA = _schema(_SCORED_COLUMNS)
-"""Columns of a file of scored rollouts. Such a file is a rollout file too."""
 
 
 # --- Writing --------------------------------------------------------------------------------------
@@ -229,10 +65,10 @@ def write_rollouts(
         RunFolderError: the file cannot be written.
     """
     items = [
-        _Item(step, rollout, decode(rollout.response_ids.tolist()))
+        Item(step, rollout, decode(rollout.response_ids.tolist()))
         for step, rollout in step_rollouts
     ]
-    _write(path, items, _ROLLOUT_COLUMNS)
+    _write(path, items, ROLLOUT_COLUMNS)
 
 
 def write_scored(
@@ -240,16 +76,16 @@ def write_scored(
 ) -> None:
     """Write (step, scored rollout) pairs; see `write_rollouts`."""
     items = [
-        _Item(
+        Item(
             step,
             scored.rollout,
             decode(scored.rollout.response_ids.tolist()),
             scored.score,
-            _KIND_OF_SCORE[type(scored.score)],  # a KeyError is a kind without columns
+            KIND_OF_SCORE[type(scored.score)],  # a KeyError is a kind without columns
         )
         for step, scored in step_scored
     ]
-    _write(path, items, _SCORED_COLUMNS)
+    _write(path, items, SCORED_COLUMNS)
 
 
 def write_training(
@@ -263,17 +99,17 @@ def write_training(
         write_rollouts(path, [(step, item.rollout) for step, item in rollouts], decode)
 
 
-def _write(path: str | Path, items: Sequence[_Item], columns: Sequence[_Column]) -> None:
+def _write(path: str | Path, items: Sequence[Item], columns: Sequence[Column]) -> None:
     metadata = {VERSION_KEY: str(SCHEMA_VERSION).encode()}
     table = pa.Table.from_arrays(
         [_array(column, items) for column in columns],
-        schema=_schema(columns).with_metadata(metadata),
+        schema=schema_of(columns).with_metadata(metadata),
     )
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
-def _array(column: _Column, items: Sequence[_Item]) -> pa.Array:
+def _array(column: Column, items: Sequence[Item]) -> pa.Array:
     field = attrgetter(column.path)
     if not column.nullable:
         return pa.array([column.write(field(item)) for item in items], column.type)
@@ -320,7 +156,7 @@ def read_rollouts(path: str | Path, *, vocab_size: int | None = None) -> list[tu
             twice in a step, or a token id outside of the vocabulary.
     """
     path = Path(path)
-    records = _read(path, _ROLLOUT_COLUMNS, _rollout)
+    records = _read(path, ROLLOUT_COLUMNS, _rollout)
     _check_together(path, [(step, rollout) for step, rollout in records])
     for row, (_, rollout) in enumerate(records):
         _check_vocabulary(f"{path}, row {row}", _id_arrays(rollout), vocab_size)
@@ -340,7 +176,7 @@ def read_scored(
         DataError: as `read_rollouts`, or hidden states of another size.
     """
     path = Path(path)
-    records = _read(path, _SCORED_COLUMNS, _scored)
+    records = _read(path, SCORED_COLUMNS, _scored)
     _check_together(path, [(step, scored.rollout) for step, scored in records])
     for row, (_, scored) in enumerate(records):
         where, arrays = f"{path}, row {row}", _id_arrays(scored.rollout)
@@ -409,7 +245,7 @@ def _columns_of(path: Path) -> list[str]:
 class _Row:
     """One row of a file; a column is converted when it is asked for."""
 
-    def __init__(self, columns: dict[str, _Column], arrays: dict[str, pa.Array], row: int) -> None:
+    def __init__(self, columns: dict[str, Column], arrays: dict[str, pa.Array], row: int) -> None:
         self._columns = columns
         self._arrays = arrays
         self._row = row
@@ -435,16 +271,16 @@ def _rollout(row: _Row) -> Rollout:
 
 def _scored(row: _Row) -> ScoredRollout:
     rollout, kind = _rollout(row), row["score_kind"]
-    if kind not in _KINDS:
-        raise DataError(f"score_kind is {kind!r}, expected {list(_KINDS)}")
-    wanted = _fields(_KINDS[kind])
-    columns = [c for c in _SCORE_COLUMNS if c.record == "score" and c.field in wanted]
-    score = _KINDS[kind](**{column.field: row[column.name] for column in columns})
+    if kind not in KINDS:
+        raise DataError(f"score_kind is {kind!r}, expected {list(KINDS)}")
+    wanted = _fields(KINDS[kind])
+    columns = [c for c in SCORE_COLUMNS if c.record == "score" and c.field in wanted]
+    score = KINDS[kind](**{column.field: row[column.name] for column in columns})
     return ScoredRollout(rollout=rollout, score=score)
 
 
 def _read(
-    path: Path, columns: Sequence[_Column], build: Callable[[_Row], Any]
+    path: Path, columns: Sequence[Column], build: Callable[[_Row], Any]
 ) -> list[tuple[int, Any]]:
     found, arrays = _checked_columns(path, columns)
     records: list[tuple[int, Any]] = []
@@ -460,8 +296,8 @@ def _read(
 
 
 def _checked_columns(
-    path: Path, columns: Sequence[_Column]
-) -> tuple[dict[str, _Column], dict[str, pa.Array]]:
+    path: Path, columns: Sequence[Column]
+) -> tuple[dict[str, Column], dict[str, pa.Array]]:
     """The file's columns: types and version checked, no nulls but those that are allowed."""
     if not path.is_file():
         state = "is a folder" if path.is_dir() else "does not exist"
@@ -509,7 +345,7 @@ def _schema_version(path: Path, schema: pa.Schema) -> int:
     return readable[found]
 
 
-def _check_types(path: Path, found: pa.Schema, expected: dict[str, _Column]) -> None:
+def _check_types(path: Path, found: pa.Schema, expected: dict[str, Column]) -> None:
     for name, column in expected.items():
         if name not in found.names:
             kind = "a file of scored rollouts" if "score_kind" in expected else "a rollout file"

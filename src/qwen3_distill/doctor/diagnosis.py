@@ -195,7 +195,7 @@ async def _examine_engines(
     keeps_logs = False
     try:
         say("loading models")
-        parts = adapt(build_parts(config, request))
+        parts = adapt(build_parts(config, warn=say, score_request=request))
         engines = RealPass(parts, config, num_rollouts, say, request)
         for stage in _STAGES:
             if stage.needs_scores and request is None:

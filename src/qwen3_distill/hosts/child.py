@@ -32,7 +32,7 @@ def engine_environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
-def _private(path: str, flags: int) -> int:
+def private(path: str, flags: int) -> int:
     """Open a log that only this user may read: a process may print its variables."""
     return os.open(path, flags, 0o600)
 
@@ -56,11 +56,13 @@ class ChildProcess:
     Args:
         name: names the process in errors.
         log: file that takes its output; appended to.
+        remove: folders that are removed should this process die without ending the command.
     """
 
-    def __init__(self, name: str, log: Path) -> None:
+    def __init__(self, name: str, log: Path, remove: Sequence[Path] = ()) -> None:
         self.name = name
         self._log = log
+        self._remove = tuple(remove)
         self._log_start = 0
         self._process: asyncio.subprocess.Process | None = None
 
@@ -86,7 +88,7 @@ class ChildProcess:
                 "interpreter of an environment that has the engine (docs/engines/install.md)"
             )
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._log, "ab", opener=_private) as log:
+        with open(self._log, "ab", opener=private) as log:
             self._log_start = log.tell()
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -94,6 +96,7 @@ class ChildProcess:
                 "-S",
                 str(_GUARD),
                 str(os.getpid()),
+                *(f"--remove={folder}" for folder in self._remove),
                 *command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,

@@ -1,17 +1,19 @@
 """Runs a command that must not outlive its caller. Standard library only.
 
-    python -I -S guard.py PARENT_PID COMMAND...
+    python -I -S guard.py PARENT_PID [--remove=FOLDER]... COMMAND...
 
 Engines start processes of their own, and some survive the death of the one that started them. The
 guard is the parent of them all: orphans are handed to it (child subreaper). It ends every one of
 them when the command ends, on SIGTERM, and when its own parent dies, even by SIGKILL (parent-death
 signal). Without Linux's prctl only the process group is ended. It also deletes their shared-memory
-files, which a process killed by SIGKILL leaves behind.
+files, which a process killed by SIGKILL leaves behind, and when its parent has died, the folders
+that it was given.
 """
 
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,14 +28,24 @@ _SHARED = ("psm_", "sem.mp-", "sglang_")
 """Name prefixes: Python's shared memory, its semaphores, SGLang's shared memory."""
 
 
+_REMOVE = "--remove="
+_folders: list[str] = []
+"""Folders of the parent, removed when it is gone: it can no longer do so."""
+_parent = 0
+
+
 def main() -> None:
-    parent, command = int(sys.argv[1]), sys.argv[2:]
+    global _parent
+    _parent, command = int(sys.argv[1]), sys.argv[2:]
+    while command and command[0].startswith(_REMOVE):
+        _folders.append(command.pop(0)[len(_REMOVE) :])
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     signal.signal(signal.SIGTERM, _end_everything)
-    if os.getppid() != parent:  # it died before the signal was arranged
+    if os.getppid() != _parent:  # it died before the signal was arranged
+        _remove_folders()
         sys.exit(1)
     try:
         child = subprocess.Popen(command)
@@ -51,7 +63,25 @@ def main() -> None:
 
 def _end_everything(signum: int, frame: FrameType | None) -> None:
     _kill_descendants()
+    if _parent_is_dead():
+        _remove_folders()
     os._exit(128 + signum)
+
+
+def _parent_is_dead() -> bool:
+    """Whether the parent has died, or its first thread has, while others of it are still dying."""
+    if os.getppid() != _parent:
+        return True
+    try:
+        with open(f"/proc/{_parent}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+    except OSError:
+        return True
+
+
+def _remove_folders() -> None:
+    for folder in _folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _kill_descendants() -> None:

@@ -31,6 +31,8 @@ class WorkerSpec:
     one that died; None: no limit. Longer than the longest method that blocks the loop."""
     start_timeout_s: float = 120.0
     """Until the worker connects, which is after its module's imports."""
+    remove: tuple[Path, ...] = ()
+    """Folders that are removed should this process die without ending the worker."""
 
 
 class Host(Protocol):

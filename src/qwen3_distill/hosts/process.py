@@ -23,7 +23,7 @@ class LocalProcess:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
-        self._process = ChildProcess(spec.name, spec.log)
+        self._process = ChildProcess(spec.name, spec.log, spec.remove)
         self._connection: Connection | None = None
         self._is_open = False
         self._watching: asyncio.Task[None] | None = None

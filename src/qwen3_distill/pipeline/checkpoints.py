@@ -17,6 +17,7 @@ from qwen3_distill.errors import CheckpointError
 from qwen3_distill.pipeline.identity import RunIdentity
 from qwen3_distill.pipeline.run_folder import full_disk_named
 from qwen3_distill.ports import Learner
+from qwen3_distill.recording.records import is_count
 from qwen3_distill.types import RunCursor, WeightVersion
 from qwen3_distill.utils.files import file_sha256, sync
 from qwen3_distill.utils.json_text import read_json_object
@@ -139,7 +140,7 @@ def _cursor_of(raw: dict[str, Any], step: int) -> RunCursor:
     if not isinstance(version, dict) or not isinstance(outstanding, list):
         raise ValueError(f"{_CURSOR} holds no cursor")
     counts = [raw.get("step"), raw.get("prompts_drawn"), version.get("step"), *outstanding]
-    if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+    if not all(is_count(count) and count < 2**63 for count in counts):
         raise ValueError(f"{_CURSOR} has a count that is none: {shown(counts)}")
     if raw["step"] != step or version["step"] != step or not isinstance(version.get("digest"), str):
         raise ValueError(f"{_CURSOR} is not of step {step}")

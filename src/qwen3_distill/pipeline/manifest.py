@@ -16,6 +16,7 @@ import torch
 import qwen3_distill
 from qwen3_distill.config import JsonlPrompts, ParquetPrompts, RunConfig
 from qwen3_distill.hosts.child import engine_environment
+from qwen3_distill.recording.records import is_count
 from qwen3_distill.types import ModelIdentity
 from qwen3_distill.utils.files import file_sha256
 from qwen3_distill.utils.json_text import read_json
@@ -140,9 +141,9 @@ def recorded_identity(run_folder: Path) -> ModelIdentity | None:
         values = {name: record[name] for name in ModelIdentity.__dataclass_fields__}
         texts = [values[name] for name in ("name", "tokenizer_digest", "chat_template_digest")]
         counts = [values["vocab_size"], values["context_length"], *values["eos_ids"]]
-        if not all(type(text) is str for text in texts):
+        if not all(isinstance(text, str) for text in texts):
             return None
-        if not all(type(count) is int for count in counts):
+        if not all(map(is_count, counts)):
             return None
         return ModelIdentity(**{**values, "eos_ids": frozenset(values["eos_ids"])})
     except (OSError, ValueError, KeyError, TypeError):

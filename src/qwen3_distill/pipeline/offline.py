@@ -232,14 +232,7 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
     local = localize(config, say=say, warn=say)
     config = local.config
     needs_scores = config.objective.score_request is not None
-    vocab_size = load_identity(config.student.model, weights=False).vocab_size
-    rows: list[tuple[int, TrainingRollout]]
-    if needs_scores:
-        hidden_size = read_shape(config.teacher.model).hidden_size
-        rows = [*read_scored(scored, vocab_size=vocab_size, hidden_size=hidden_size)]
-    else:
-        rows = read_training(scored, vocab_size=vocab_size)
-    _require_rows(rows, scored)
+    rows = _read_rows(config, scored)
     local.fetch_weights(say)
     check_student(config.student.model)
     plan = plan_memory(config)
@@ -272,9 +265,18 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
         return f"student after {asyncio.run(update_steps())} steps: {out}"
 
 
-def _require_rows(rows: Sequence[object], scored: Path) -> None:
+def _read_rows(config: RunConfig, scored: Path) -> list[tuple[int, TrainingRollout]]:
+    """Read the rollouts to train on, with the scores that the objective needs."""
+    vocab_size = load_identity(config.student.model, weights=False).vocab_size
+    rows: list[tuple[int, TrainingRollout]]
+    if config.objective.score_request is None:
+        rows = read_training(scored, vocab_size=vocab_size)
+    else:
+        hidden_size = read_shape(config.teacher.model).hidden_size
+        rows = [*read_scored(scored, vocab_size=vocab_size, hidden_size=hidden_size)]
     if not rows:
         raise DataError(f"{scored} has no rollouts to train on")
+    return rows
 
 
 def _batches(

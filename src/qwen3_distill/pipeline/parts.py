@@ -12,6 +12,7 @@ from typing import Any
 from qwen3_distill.config import RunConfig
 from qwen3_distill.data.prompts import PromptStream
 from qwen3_distill.modeling.loading import load_tokenizer
+from qwen3_distill.pipeline.assembly.fleet import RunCluster
 from qwen3_distill.pipeline.requests import make_batch
 from qwen3_distill.pipeline.starting import start_engines
 from qwen3_distill.ports import (
@@ -81,6 +82,8 @@ class Parts:
     data: DataRecord = field(default_factory=DataRecord)
     scratch: Path | None = None
     """Folder of the weight channel's files, removed at the end."""
+    cluster: RunCluster | None = None
+    """Where engines run that are not on this machine's own processes; ended after them."""
 
     @property
     def scorer(self) -> TeacherScorer | None:
@@ -115,6 +118,8 @@ class Parts:
             EngineStartError: one does not start; the starts of the others were cancelled.
         """
         config = self.config
+        if self.cluster is not None:
+            await self.cluster.start(say)
         starts = {
             f"the rollout engine ({config.generation.kind})": self.engine.start,
             f"the learner ({config.training.kind})": self.learner.start,
@@ -134,6 +139,8 @@ class Parts:
         maybe = (self.teacher_rollouts, self.engine, self.teacher, self.learner)
         parts = [part for part in maybe if part is not None]
         results = await asyncio.gather(*(part.close() for part in parts), return_exceptions=True)
+        if self.cluster is not None:
+            await self.cluster.close()
         if self.scratch is not None:
             shutil.rmtree(self.scratch, ignore_errors=True)
         for result in results:

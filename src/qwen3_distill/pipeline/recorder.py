@@ -124,6 +124,8 @@ class Recorder:
             title=f"{folder.path.name} from step {start_step}",
         )
         """Clock and trace of the pipeline's stages, queues and weight versions."""
+        if parts.cluster is not None:
+            parts.cluster.observe(self.trace.span)
         earlier = read_steps(folder.metrics)
         spent_s = float(earlier[-1]["wall_s"]) if earlier else 0.0
         self._clock_started = time.perf_counter() - spent_s

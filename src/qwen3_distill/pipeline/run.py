@@ -134,7 +134,7 @@ async def _run(
             daemon = MpsDaemon(engine_log(config, "mps"))
             await stack.enter_async_context(private_mps(daemon, warn))
         progress.stage("loading models")
-        parts = adapt(build_parts(config))
+        parts = adapt(build_parts(config, warn))
         stack.push_async_callback(parts.close)
         for note in parts.data.notes:
             warn(note)

@@ -47,6 +47,8 @@ MAY_CHANGE = (
     *("scoring.urls", "scoring.api_key_file", "scoring.port", "scoring.cache"),
     *("scoring.request_tokens", "scoring.request_timeout_s"),
     *("scoring.max_in_flight", "scoring.max_attempts"),
+    # Where engines run, and how many: other batches, and another order of sums over ranks.
+    "cluster",
 )
 """Settings and sections that may change when a run is resumed.
 

@@ -21,6 +21,7 @@ from qwen3_distill.replay.buffer import ReplayBuffer
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 Engine: TypeAlias = Literal["teacher", "student", "learner"]
+ENGINES: tuple[Engine, ...] = ("teacher", "student", "learner")
 
 _RUNTIME_GIB: dict[str, dict[Engine, float]] = {
     # CUDA's context and libraries.
@@ -50,11 +51,12 @@ class PlanRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """The shapes of both models."""
+    """The shapes of both models, and the engines that share the device."""
 
     student: ModelShape
     teacher: ModelShape | None
     """None: training loads no teacher."""
+    engines: frozenset[Engine] = frozenset(ENGINES)
 
 
 # --- Tokens -------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ A scoring server takes a share of the memory that it finds free. It is started f
 that this is the memory that the plan assumes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,12 @@ from qwen3_distill.modeling.shapes import ModelShape, read_shape
 from qwen3_distill.modeling.step_memory import GIB
 from qwen3_distill.planning import memory
 from qwen3_distill.planning.device import DeviceMemory, detect_memory, stated_memory
-from qwen3_distill.planning.memory import Engine, Models, PlanRow
+from qwen3_distill.planning.memory import ENGINES, Engine, Models, PlanRow
 from qwen3_distill.recording.text import gibibytes
 
 _DEFAULT_RESERVE_BYTES = 8 * GIB
 _DEFAULT_RESERVE_FRACTION = 1 / 8
 _LARGEST_FRACTION = 0.95
-ENGINES: tuple[Engine, ...] = ("teacher", "student", "learner")
 _LORA = LoraTuning(kind="lora")
 
 
@@ -69,6 +68,14 @@ class MemoryPlan:
         return _fraction(self.teacher_static_bytes, free_bytes)
 
 
+def fraction_of_free_memory(plan: MemoryPlan) -> float:
+    """Return the share of the memory that is free here and now that a plan's server needs.
+
+    A function of a module: it is sent to a server's worker on another node.
+    """
+    return plan.teacher_memory_fraction(detect_memory().free_bytes)
+
+
 def make_plan(
     config: RunConfig,
     *,
@@ -76,6 +83,7 @@ def make_plan(
     device: DeviceMemory | None = None,
     student_shape: ModelShape | None = None,
     teacher_shape: ModelShape | None = None,
+    engines: Collection[Engine] = ENGINES,
 ) -> MemoryPlan:
     """Plan a run's memory. Values that the config states are not changed.
 
@@ -86,6 +94,7 @@ def make_plan(
         device: the device itself, in place of its memory.
         student_shape: default: read from the student's directory.
         teacher_shape: default: read from the teacher's directory.
+        engines: those that share the device.
 
     Raises:
         ConfigError: the engines do not fit; names the plan, the free memory and possible savings.
@@ -97,8 +106,9 @@ def make_plan(
         device=device,
         student_shape=student_shape,
         teacher_shape=teacher_shape,
+        engines=engines,
     )
-    models = _models(config, student_shape, teacher_shape)
+    models = _models(config, student_shape, teacher_shape, engines)
     _check_what_is_stated(config, models, plan)
     if not plan.fits:
         raise ConfigError(_does_not_fit(config, models, plan))
@@ -113,20 +123,24 @@ def lay_out(
     device: DeviceMemory | None = None,
     student_shape: ModelShape | None = None,
     teacher_shape: ModelShape | None = None,
+    engines: Collection[Engine] = ENGINES,
 ) -> MemoryPlan:
     """Plan without the checks of `make_plan`: the plan may need more than is free."""
-    models = _models(config, student_shape, teacher_shape)
+    models = _models(config, student_shape, teacher_shape, engines)
     return _lay_out(config, models, device or _device(config, device_memory_bytes))
 
 
 def _models(
-    config: RunConfig, student_shape: ModelShape | None, teacher_shape: ModelShape | None
+    config: RunConfig,
+    student_shape: ModelShape | None,
+    teacher_shape: ModelShape | None,
+    engines: Collection[Engine],
 ) -> Models:
     student, teacher = student_shape or read_shape(config.student.model), None
     scoring = config.loaded_teacher
     if scoring is not None:
         teacher = teacher_shape or read_shape(scoring.model)
-    return Models(student=student, teacher=teacher)
+    return Models(student=student, teacher=teacher, engines=frozenset(engines))
 
 
 def _device(config: RunConfig, device_memory_bytes: int | None) -> DeviceMemory:
@@ -142,16 +156,17 @@ def _lay_out(
 ) -> MemoryPlan:
     """The plan; a ``thrifty`` learner recomputes all it can, however much memory it has."""
     reserve = _reserve_bytes(config, device)
-    teacher = memory.teacher_rows(config, models, device)
-    student = memory.student_rows(config, models, device)
+    engines = models.engines
+    teacher = memory.teacher_rows(config, models, device) if "teacher" in engines else []
+    student = memory.student_rows(config, models, device) if "student" in engines else []
     others = reserve + sum(row.num_bytes for row in [*teacher, *student])
     left = device.free_bytes - others
     room = _learner_bytes(config, left)
     choice = memory.checkpointing(config, models, device, 0 if thrifty else room)
-    learner = memory.learner_rows(config, models, device, choice)
+    learner = memory.learner_rows(config, models, device, choice) if "learner" in engines else []
     scoring = config.loaded_teacher
     static, cache_tokens = 0, 0
-    if scoring is not None:
+    if scoring is not None and "teacher" in engines:
         static = memory.teacher_static_bytes(config, models, device.free_bytes)
         cache_tokens = memory.teacher_cache_tokens(config, models)
     stated = scoring.memory_fraction if scoring and scoring.kind == "sglang" else None
@@ -197,7 +212,8 @@ def _fraction(static_bytes: int, free_bytes: int) -> float:
 def _check_what_is_stated(config: RunConfig, models: Models, plan: MemoryPlan) -> None:
     """Refuse stated settings that fail however much memory there is."""
     generation, training = config.generation, config.training
-    if generation.kind == "vllm" and generation.kv_cache_gib is not None:
+    engines = models.engines
+    if "student" in engines and generation.kind == "vllm" and generation.kv_cache_gib is not None:
         longest = generation.max_model_tokens or models.student.context_length
         per_token = models.student.kv_bytes_per_token(2 if generation.dtype == "bfloat16" else 4)
         if plan.vllm_kv_cache_bytes < longest * per_token:
@@ -207,8 +223,9 @@ def _check_what_is_stated(config: RunConfig, models: Models, plan: MemoryPlan) -
                 f"{longest}; raise it to {gibibytes(longest * per_token)} or lower "
                 "generation.max_model_tokens"
             )
-    _check_stated_teacher(config, models, plan)
-    if training.kind == "unsloth" and training.memory_gib is not None:
+    if "teacher" in engines:
+        _check_stated_teacher(config, models, plan)
+    if "learner" in engines and training.kind == "unsloth" and training.memory_gib is not None:
         needed = plan.engine_bytes("learner")
         if plan.learner_memory_bytes < needed:
             choice = memory.checkpointing(config, models, plan.device, plan.learner_memory_bytes)
@@ -243,7 +260,7 @@ def _check_stated_teacher(config: RunConfig, models: Models, plan: MemoryPlan) -
 
 def _check_loading(config: RunConfig, models: Models, plan: MemoryPlan) -> None:
     """Refuse a teacher whose unquantized weights do not fit while it loads."""
-    scoring = config.loaded_teacher
+    scoring = config.loaded_teacher if "teacher" in models.engines else None
     if scoring is None or scoring.kind != "sglang" or scoring.urls:
         return
     loading = memory.teacher_loading_bytes(config, models)

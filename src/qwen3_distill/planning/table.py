@@ -4,13 +4,14 @@ from rich.table import Table
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.modeling.step_memory import GIB
-from qwen3_distill.planning.plan import ENGINES, MemoryPlan
+from qwen3_distill.planning.memory import ENGINES
+from qwen3_distill.planning.plan import MemoryPlan
 from qwen3_distill.recording.text import gib
 
 
-def plan_table(plan: MemoryPlan) -> Table:
+def plan_table(plan: MemoryPlan, title: str | None = None) -> Table:
     """Every piece with its size in GiB, and the sum per engine."""
-    table = Table()
+    table = Table(title=title, title_justify="left")
     for column in ("engine", "memory", "GiB", "how"):
         table.add_column(column, justify="right" if column == "GiB" else "left")
     for engine in ENGINES:

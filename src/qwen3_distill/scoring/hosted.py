@@ -74,16 +74,20 @@ class HostedTeacher:
         await self._restarts.start()
 
     async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
-        while True:
-            start = await self._restarts.current()
-            try:
-                return _checked(await self._host.call("score", list(jobs)), jobs)
-            except EngineLost as error:
-                await self._restarts.recover(start, error)
+        return checked_results(await self._ask("score", list(jobs)), jobs)
 
     async def close(self) -> None:
         await self._restarts.close()
         self._opening.clean_up()
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        """Call the worker; repeat the call after each death."""
+        while True:
+            start = await self._restarts.current()
+            try:
+                return await self._host.call(method, *arguments)
+            except EngineLost as error:
+                await self._restarts.recover(start, error)
 
     async def _start(self) -> None:
         try:
@@ -93,7 +97,7 @@ class HostedTeacher:
             raise self._opening.explained(error, self._host) from None
 
 
-def _checked(results: Any, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
+def checked_results(results: Any, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
     """Return a worker's results if they are one a job, each with a value for every scored token.
 
     Raises:

@@ -7,18 +7,15 @@ Shape letters: B rows of a micro-batch, T positions, D hidden size.
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen3_distill.errors import (
@@ -38,6 +35,7 @@ from qwen3_distill.ports import FullWeights, WeightChannel, WeightPayload
 from qwen3_distill.replay.buffer import ReplayBuffer
 from qwen3_distill.training.batching import MicroBatch, flat_micro_batches, micro_batches
 from qwen3_distill.training.finite import FiniteCheck
+from qwen3_distill.training.learner_state import read_state, write_state
 from qwen3_distill.training.lora import adapter_weights, merged_parameters
 from qwen3_distill.training.memory_lack import memory_lack
 from qwen3_distill.training.objectives.base import (
@@ -302,22 +300,12 @@ class TorchLearner:
 
     async def save_state(self, directory: Path) -> None:
         self._require_unspoiled()
-        trained = {name: tensor.detach().contiguous() for name, tensor in self._trained.items()}
-        save_file(trained, directory / "weights.safetensors")
-        torch.save(self._optimizer.state_dict(), directory / "optimizer.pt")
-        if self._replay is not None:
-            save_file(self._replay.state_dict(), directory / "replay.safetensors")
+        write_state(directory, self._trained, self._optimizer, self._replay)
 
     async def load_state(self, directory: Path, version: WeightVersion) -> None:
-        try:
-            saved = load_file(directory / "weights.safetensors")
-            state = torch.load(directory / "optimizer.pt", weights_only=True, map_location="cpu")
-            saved_replay = directory / "replay.safetensors"
-            kept = None if self._replay is None else load_file(saved_replay)
-        except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
-            raise CheckpointError(f"{directory}: cannot be read: {error}") from error
-        if _shapes(saved) != _shapes(self._trained):
-            raise CheckpointError(f"{directory}: holds other parameters than this run trains")
+        saved, state, kept = read_state(
+            directory, self._trained, with_replay=self._replay is not None
+        )
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(saved[name])
@@ -505,7 +493,3 @@ def _mean_per_rollout(values_N: Tensor, tokens: Sequence[int]) -> Tensor:
     lengths = to_device(torch.tensor(tokens), values_N.device)
     # "unsafe" leaves out that check, with which it waits for the device.
     return torch.segment_reduce(values_N.float(), "mean", lengths=lengths, unsafe=True)
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen3_distill.data.rollout_columns import ROLLOUT_SCHEMA, SCORED_SCHEMA
 from qwen3_distill.data.rollout_files import (
-    ROLLOUT_SCHEMA,
-    SCORED_SCHEMA,
     VERSION_KEY,
     read_rollouts,
     read_scored,

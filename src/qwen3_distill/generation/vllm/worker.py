@@ -15,6 +15,7 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import asyncio
+import shutil
 import sys
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
@@ -61,6 +62,7 @@ class VllmWorker:
         self._paused = False
         self._num_outputs = 0
         self._watching: asyncio.Task[None] | None = None
+        self._own_scratch: Path | None = None
 
     async def open(self, settings: VllmSettings) -> None:
         """Start the engine.
@@ -68,6 +70,10 @@ class VllmWorker:
         Raises:
             EngineStartError: it does not start, e.g. for lack of memory, or is another version.
         """
+        scratch = Path(settings.scratch)
+        if not scratch.exists():  # it was made on another machine
+            scratch.mkdir(parents=True)
+            self._own_scratch = scratch
         compat.check_methods(AsyncLLM)
         arguments = compat.engine_arguments(settings)
         try:
@@ -160,6 +166,8 @@ class VllmWorker:
             self._watching.cancel()
         if self._engine is not None:
             self._engine.shutdown()
+        if self._own_scratch is not None:
+            shutil.rmtree(self._own_scratch, ignore_errors=True)
 
     async def _sample(self, request: RolloutRequest) -> Rollout | None:
         """Sample one rollout; return None if it was aborted."""

@@ -13,10 +13,13 @@ from qwen3_distill.config import (
     RunConfig,
     TrainingConfig,
 )
+from qwen3_distill.config.cluster import WITH_LEARNER
+from qwen3_distill.errors import ConfigError
 from qwen3_distill.ports import WeightChannel
 from qwen3_distill.weights.directory import DirectoryChannel
 from qwen3_distill.weights.ipc import IpcChannel
 from qwen3_distill.weights.memory import MemoryChannel
+from qwen3_distill.weights.store import SharedFolderChannel, StoreChannel
 
 _PREFIX = "qwen3-distill-weights-"
 
@@ -47,10 +50,16 @@ def run_channel_folder(config: RunConfig) -> Path | None:
     if not samples_elsewhere(config.generation):
         return None
     name = hashlib.sha256(str(config.output_path.resolve()).encode()).hexdigest()[:16]
-    folder = shared_memory_dir() / f"{_PREFIX}{name}"
+    shared = None if config.cluster is None else config.cluster.weights_folder
+    folder = (Path(shared) if shared else shared_memory_dir()) / f"{_PREFIX}{name}"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(mode=0o700)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"cluster.weights_folder={shared} does not exist; give a folder that all nodes mount "
+            "under the same path"
+        ) from None
     except FileExistsError:  # another user's
         return channel_folder(config.generation)
     return folder
@@ -68,9 +77,15 @@ def build_channel(config: RunConfig, folder: Path | None) -> WeightChannel:
     Args:
         folder: where the channel keeps its files; None: both are in this process.
     """
-    generation = config.generation
+    generation, cluster = config.generation, config.cluster
     if folder is None:
         return MemoryChannel()
+    if cluster is not None and cluster.weights_folder is not None:
+        return SharedFolderChannel(folder)
+    fleet = None if cluster is None else cluster.rollouts
+    if cluster and fleet and (fleet.where != WITH_LEARNER or fleet.replicas > 1):
+        is_here = cluster.address is None  # a Ray of the run's own has this machine only
+        return DirectoryChannel(folder) if is_here else StoreChannel(folder)
     if isinstance(generation, EmbeddedGeneration):
         return DirectoryChannel(folder)
     # IPC hands out the very weights that are trained. An engine that is restarted while a step is

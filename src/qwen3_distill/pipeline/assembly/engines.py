@@ -1,7 +1,7 @@
 """Builds the parts of a run, its rollout engine and its learner."""
 
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,9 @@ from qwen3_distill.environments.installed import engine_python
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
 from qwen3_distill.generation.embedded.hosted import hosted_embedded_engine
 from qwen3_distill.generation.vllm.engine import vllm_engine
+from qwen3_distill.hosts.host import MakeHost
 from qwen3_distill.hosts.mps import BELOW_NORMAL, PRIORITY_VARIABLE
+from qwen3_distill.hosts.process import LocalProcess
 from qwen3_distill.modeling.loading import resolve_dtype
 from qwen3_distill.pipeline.assembly.channel import (
     build_channel,
@@ -34,6 +36,7 @@ from qwen3_distill.pipeline.assembly.data import (
     check_problems,
     data_record,
 )
+from qwen3_distill.pipeline.assembly.fleet import RunCluster, ignore, require_cluster
 from qwen3_distill.pipeline.assembly.plan import engine_log, plan_memory, require_plan
 from qwen3_distill.pipeline.assembly.teachers import (
     build_teacher,
@@ -53,18 +56,24 @@ from qwen3_distill.ports import (
 from qwen3_distill.scoring.views import SameView
 from qwen3_distill.training.embedded.hosted import hosted_embedded_learner
 from qwen3_distill.training.embedded.student import build_embedded_learner
+from qwen3_distill.training.hosted import HostedLearner
 from qwen3_distill.training.settings import LearnerSettings, Training
 from qwen3_distill.training.unsloth.learner import unsloth_learner
 from qwen3_distill.types import HiddenRequest, ScoreRequest
 from qwen3_distill.weights.directory import publish_directory
 
 
-def build_parts(config: RunConfig, score_request: ScoreRequest | None = None) -> Parts:
+def build_parts(
+    config: RunConfig,
+    warn: Callable[[str], None] = ignore,
+    score_request: ScoreRequest | None = None,
+) -> Parts:
     """Open the data, plan the memory and build the engines.
 
     An embedded engine loads its model now, all others at `Parts.start`.
 
     Args:
+        warn: told of engines of a fleet that are lost during the run.
         score_request: what the teacher is asked for; default: what the objective needs.
     """
     text = TextTools(config.student.model)
@@ -72,16 +81,22 @@ def build_parts(config: RunConfig, score_request: ScoreRequest | None = None) ->
     evaluation = config.evaluation
     problems = check_problems(config.student, evaluation, text) if evaluation else None
     plan = plan_memory(config)
-    teacher = None if config.loaded_teacher is None else build_teacher(config, plan, score_request)
+    cluster = None if config.cluster is None else RunCluster(config, config.cluster, warn)
+    teacher = None
+    if config.loaded_teacher is not None:
+        teacher_plan = plan if cluster is None else plan_memory(config, "teacher")
+        teacher = build_teacher(config, teacher_plan, cluster, score_request)
     scratch = run_channel_folder(config)
     channel = build_channel(config, scratch)
     return Parts(
         config=config,
         prompts=prompts,
-        engine=build_engine(config, plan),
+        engine=build_engine(
+            config, plan_memory(config, "student") if cluster else plan, cluster=cluster
+        ),
         teacher=teacher,
         view=SameView(),
-        learner=build_learner(config, teacher, plan),
+        learner=build_learner(config, teacher, plan, cluster),
         channel=channel,
         text=text,
         is_correct=build_checker(config.verifier, text) if config.verifier else None,
@@ -90,22 +105,58 @@ def build_parts(config: RunConfig, score_request: ScoreRequest | None = None) ->
         samples_elsewhere=samples_elsewhere(config.generation),
         data=data_record(config, prompts, problems),
         scratch=scratch,
+        cluster=cluster,
     )
 
 
 def build_engine(
-    config: RunConfig, plan: MemoryPlan | None, model_dir: str | None = None
+    config: RunConfig,
+    plan: MemoryPlan | None,
+    model_dir: str | None = None,
+    *,
+    cluster: RunCluster | None = None,
 ) -> StreamingRolloutEngine:
     """Build the rollout engine. It has no weights: load a version before the first rollout.
 
     Args:
         model_dir: a model that is served without adapters; default: the config's student.
+        cluster: where the engines of ``cluster.rollouts`` run.
+
+    Raises:
+        ConfigError: the config has such engines, and there is no cluster for them.
+    """
+    if config.cluster is None or config.cluster.rollouts is None:
+        return build_one_engine(config, plan, model_dir)
+    members = require_cluster(cluster, "rollouts")
+    return members.rollout_fleet(
+        lambda member, make_host, name: build_one_engine(
+            member, plan, model_dir, make_host=make_host, suffix=name
+        )
+    )
+
+
+def build_one_engine(
+    config: RunConfig,
+    plan: MemoryPlan | None,
+    model_dir: str | None = None,
+    *,
+    make_host: MakeHost = LocalProcess,
+    suffix: str = "",
+) -> StreamingRolloutEngine:
+    """Build one rollout engine.
+
+    Args:
+        make_host: where it runs, if it has a process of its own.
+        suffix: of its log file's name.
     """
     generation = config.generation
     match generation:
         case EmbeddedGeneration(own_process=True):
             return hosted_embedded_engine(
-                model_dir or config.student.model, generation, log=engine_log(config, "rollouts")
+                model_dir or config.student.model,
+                generation,
+                log=engine_log(config, f"rollouts{suffix}"),
+                make_host=make_host,
             )
         case EmbeddedGeneration():
             return EmbeddedRolloutEngine(
@@ -123,7 +174,8 @@ def build_engine(
                 if model_dir is None
                 else None,
                 kv_cache_bytes=require_plan(plan).vllm_kv_cache_bytes,
-                log=engine_log(config, "vllm"),
+                log=engine_log(config, f"vllm{suffix}"),
+                make_host=make_host,
             )
 
 
@@ -183,24 +235,51 @@ async def static_samplers(
 
 
 def build_learner(
-    config: RunConfig, teacher: TeacherScorer | None, plan: MemoryPlan | None
+    config: RunConfig,
+    teacher: TeacherScorer | None,
+    plan: MemoryPlan | None,
+    cluster: RunCluster | None = None,
 ) -> ReplayingLearner:
-    """Build the learner, with the teacher's output head where the objective needs it."""
+    """Build the learner, with the teacher's output head where the objective needs it.
+
+    Args:
+        cluster: where the ranks of ``cluster.learner`` run.
+
+    Raises:
+        ConfigError: the config has such ranks, and there is no cluster for them.
+    """
+    training = config.training
+    if config.cluster is not None and config.cluster.learner is not None:
+        return require_cluster(cluster, "learner").learner(
+            lambda make_host, suffix: _hosted_learner(config, plan, make_host, suffix)
+        )
+    if isinstance(training, EmbeddedTraining) and not training.own_process:
+        needs_head = isinstance(config.objective.score_request, HiddenRequest)
+        return build_embedded_learner(
+            _learner_settings(config, training),
+            teacher_head_VD=output_head(teacher) if needs_head else None,
+        )
+    return _hosted_learner(config, plan)
+
+
+def _hosted_learner(
+    config: RunConfig,
+    plan: MemoryPlan | None,
+    make_host: MakeHost = LocalProcess,
+    suffix: str = "",
+) -> HostedLearner:
+    """Build a learner, or a rank of one, in a process of its own."""
     training = config.training
     match training:
-        case EmbeddedTraining(own_process=True):
-            settings = _learner_settings(config, training)
-            return hosted_embedded_learner(settings, log=engine_log(config, "learner"))
         case EmbeddedTraining():
-            needs_head = isinstance(config.objective.score_request, HiddenRequest)
-            return build_embedded_learner(
-                _learner_settings(config, training),
-                teacher_head_VD=output_head(teacher) if needs_head else None,
-            )
+            settings = _learner_settings(config, training)
+            log = engine_log(config, f"learner{suffix}")
+            return hosted_embedded_learner(settings, log=log, make_host=make_host)
         case UnslothTraining():
             memory_bytes = require_plan(plan).learner_memory_bytes
             settings = _learner_settings(config, training, memory_bytes)
-            return unsloth_learner(settings, log=engine_log(config, "unsloth"))
+            log = engine_log(config, f"unsloth{suffix}")
+            return unsloth_learner(settings, log=log, make_host=make_host)
 
 
 def _learner_settings(

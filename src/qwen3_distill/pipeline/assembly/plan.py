@@ -4,19 +4,23 @@ from pathlib import Path
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.pipeline.own_folder import require_own_folder
-from qwen3_distill.planning.plan import MemoryPlan, make_plan
+from qwen3_distill.planning.cards import plan_cards, plan_of
+from qwen3_distill.planning.memory import Engine
+from qwen3_distill.planning.plan import MemoryPlan
 
 
-def plan_memory(config: RunConfig) -> MemoryPlan | None:
-    """Plan the memory of each real engine; None where all are embedded and share one allocator.
+def plan_memory(config: RunConfig, engine: Engine = "learner") -> MemoryPlan | None:
+    """Plan the card of an engine; None where all are embedded and share one allocator.
+
+    Without a cluster all engines have the same card.
 
     Raises:
-        ConfigError: it does not fit.
+        ConfigError: an engine does not fit its card.
     """
     scoring = config.loaded_teacher
     kinds = {config.generation.kind, config.training.kind}
     kinds |= set() if scoring is None else {scoring.kind}
-    return None if kinds == {"embedded"} else make_plan(config)
+    return None if kinds == {"embedded"} else plan_of(engine, plan_cards(config))
 
 
 def require_plan(plan: MemoryPlan | None) -> MemoryPlan:

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,16 +16,19 @@ from qwen3_distill.config import (
     SglangScoring,
 )
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
+from qwen3_distill.hosts.host import MakeHost
 from qwen3_distill.modeling.loading import resolve_dtype
 from qwen3_distill.pipeline.assembly.channel import learns_elsewhere, samples_elsewhere
+from qwen3_distill.pipeline.assembly.fleet import RunCluster, require_cluster
 from qwen3_distill.pipeline.assembly.plan import engine_log, plan_memory, require_plan
-from qwen3_distill.planning.device import detect_memory
-from qwen3_distill.planning.plan import MemoryPlan
+from qwen3_distill.planning.plan import MemoryPlan, fraction_of_free_memory
 from qwen3_distill.ports import Sampler, TeacherScorer
 from qwen3_distill.scoring.cache import CachedTeacher
 from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
+from qwen3_distill.scoring.fleet import TeacherFleet
 from qwen3_distill.scoring.sampling import TeacherSampler
+from qwen3_distill.scoring.sglang.hosted import HostedSglangTeacher, hosted_sglang_teacher
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.types import SampledRequest, ScoreRequest, TopKRequest
 from qwen3_distill.weights.directory import publish_directory
@@ -35,16 +39,60 @@ _AUDIT_CHUNK_TOKENS = 1024
 
 
 def build_teacher(
-    config: RunConfig, plan: MemoryPlan | None, request: ScoreRequest | None = None
+    config: RunConfig,
+    plan: MemoryPlan | None,
+    cluster: RunCluster | None = None,
+    request: ScoreRequest | None = None,
 ) -> TeacherScorer:
     """Build the teacher.
 
     Args:
+        cluster: where the teachers of ``cluster.teachers`` run.
         request: what it is asked for; default: what the objective needs.
+
+    Raises:
+        ConfigError: the config has such teachers, and there is no cluster for them.
     """
-    scoring = config.teacher
     # The default's last part is that of a teacher that only samples.
     request = request or config.objective.score_request or SampledRequest()
+    if config.cluster is None or config.cluster.teachers is None:
+        return _build_local_teacher(config, plan, request)
+    fleet = require_cluster(cluster, "teachers").teacher_fleet(
+        lambda member, make_host, suffix: _build_member(member, plan, request, make_host, suffix)
+    )
+    scoring = config.teacher
+    if isinstance(scoring, SglangScoring) and scoring.cache:
+        return CachedTeacher(fleet, request, scoring.cache)
+    return fleet
+
+
+def _build_member(
+    config: RunConfig,
+    plan: MemoryPlan | None,
+    request: ScoreRequest,
+    make_host: MakeHost,
+    suffix: str,
+) -> TeacherScorer:
+    """Build one teacher of a fleet."""
+    scoring = config.teacher
+    if isinstance(scoring, EmbeddedScoring):
+        log = engine_log(config, f"teacher{suffix}")
+        return hosted_embedded_teacher(scoring, request=request, log=log, make_host=make_host)
+    plan = require_plan(plan)
+    return hosted_sglang_teacher(
+        scoring,
+        request=request,
+        memory_fraction=_memory_fraction(scoring, config.planning, plan),
+        max_total_tokens=plan.sglang_max_total_tokens,
+        log=engine_log(config, f"sglang{suffix}"),
+        make_host=make_host,
+    )
+
+
+def _build_local_teacher(
+    config: RunConfig, plan: MemoryPlan | None, request: ScoreRequest
+) -> TeacherScorer:
+    scoring = config.teacher
     match scoring:
         case EmbeddedScoring(own_process=True):
             return hosted_embedded_teacher(
@@ -81,7 +129,7 @@ def _memory_fraction(
         return scoring.memory_fraction
     if planning.device_memory_gib is not None:  # a stated size says nothing of what is free
         return plan.sglang_memory_fraction
-    return lambda: plan.teacher_memory_fraction(detect_memory().free_bytes)
+    return partial(fraction_of_free_memory, plan)
 
 
 def with_embedded_teacher_here(config: RunConfig) -> RunConfig:
@@ -101,7 +149,10 @@ async def teacher_sampler(
     config: RunConfig, teacher: TeacherScorer | None
 ) -> AsyncIterator[Sampler]:
     """Open a sampler that answers as the teacher: the scoring server, or an embedded engine."""
-    server = teacher.inner if isinstance(teacher, CachedTeacher) else teacher
+    server = _server_of(teacher)
+    if isinstance(server, HostedSglangTeacher):
+        yield server
+        return
     if isinstance(server, SglangTeacher):
         yield server.sampler()
         return
@@ -135,12 +186,22 @@ async def _embedded_sampler(
     batching: Literal["continuous", "static"] = "continuous",
 ) -> EmbeddedRolloutEngine:
     engine = EmbeddedRolloutEngine(
-        scoring.model, device=device, dtype=dtype, max_sequences=max_sequences, batching=batching
+        scoring.model,
+        device=device,
+        dtype=dtype,
+        max_sequences=max_sequences,
+        batching=batching,
     )
     channel = MemoryChannel()
     version = publish_directory(scoring.model, channel, dtype=resolve_dtype(scoring.dtype))
     await engine.load(version, channel)
     return engine
+
+
+def _server_of(teacher: TeacherScorer | None) -> TeacherScorer | None:
+    """Return the teacher that answers: without its cache, and of a fleet the first."""
+    server = teacher.inner if isinstance(teacher, CachedTeacher) else teacher
+    return server.teachers[0] if isinstance(server, TeacherFleet) else server
 
 
 def build_teacher_rollouts(
@@ -157,7 +218,10 @@ def build_teacher_rollouts(
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[Sampler]:
-        server = teacher.inner if isinstance(teacher, CachedTeacher) else teacher
+        server = _server_of(teacher)
+        if isinstance(server, HostedSglangTeacher):
+            yield server
+            return
         if isinstance(server, SglangTeacher):
             yield server.sampler()
             return
@@ -187,7 +251,7 @@ def each_server(config: RunConfig, request: ScoreRequest) -> dict[str, TeacherSc
     }
     plan = plan_memory(config)
     return {
-        url: build_teacher(config.model_copy(update={"scoring": section}), plan, request)
+        url: _build_local_teacher(config.model_copy(update={"scoring": section}), plan, request)
         for url, section in alone.items()
     }
 

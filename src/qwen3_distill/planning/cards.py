@@ -1,0 +1,92 @@
+"""Plans the memory of every kind of card of a cluster: which engines lie on it, and do they fit."""
+
+from dataclasses import dataclass
+
+from qwen3_distill.config import ClusterEngines, RunConfig
+from qwen3_distill.config.cluster import OWN, WITH_LEARNER
+from qwen3_distill.errors import ConfigError
+from qwen3_distill.modeling.shapes import ModelShape, read_shape
+from qwen3_distill.planning.memory import Engine
+from qwen3_distill.planning.plan import MemoryPlan, make_plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardPlan:
+    """The plan of cards that hold the same engines."""
+
+    what: str
+    """The cards, for people."""
+    engines: tuple[Engine, ...]
+    plan: MemoryPlan
+
+
+def plan_cards(
+    config: RunConfig,
+    *,
+    device_memory_bytes: int | None = None,
+    student_shape: ModelShape | None = None,
+    teacher_shape: ModelShape | None = None,
+) -> list[CardPlan]:
+    """Plan every kind of card; without a cluster there is one, with all engines.
+
+    Every card is assumed to have the memory of this machine's, unless the config or the argument
+    states another one.
+
+    Raises:
+        ConfigError: an engine does not fit its card, or its cards do not divide its heads.
+    """
+    scoring = config.loaded_teacher
+    if scoring is not None and config.cluster is not None and config.cluster.teachers is not None:
+        shape = teacher_shape or read_shape(scoring.model)
+        _check_heads("cluster.teachers", config.cluster.teachers, shape)
+    found = []
+    for what, engines in _kinds(config):
+        try:
+            plan = make_plan(
+                config,
+                device_memory_bytes=device_memory_bytes,
+                student_shape=student_shape,
+                teacher_shape=teacher_shape,
+                engines=engines,
+            )
+        except ConfigError as error:
+            if config.cluster is None:
+                raise
+            raise ConfigError(f"{what}: {error}") from None
+        found.append(CardPlan(what=what, engines=engines, plan=plan))
+    return found
+
+
+def plan_of(engine: Engine, plans: list[CardPlan]) -> MemoryPlan:
+    """The plan of the cards that an engine lies on."""
+    return next(card.plan for card in plans if engine in card.engines)
+
+
+def _kinds(config: RunConfig) -> list[tuple[str, tuple[Engine, ...]]]:
+    """The kinds of cards: their names, and the engines on each."""
+    cluster = config.cluster
+    if cluster is None:
+        return [("this machine's card", ("teacher", "student", "learner"))]
+    here: list[Engine] = ["learner"]
+    others: list[tuple[str, tuple[Engine, ...]]] = []
+    sections: tuple[tuple[str, Engine, ClusterEngines | None], ...] = (
+        ("teachers", "teacher", cluster.teachers),
+        ("rollouts", "student", cluster.rollouts),
+    )
+    for name, engine, section in sections:
+        if section is None or section.where == WITH_LEARNER:
+            here.append(engine)
+        else:
+            node = "any node" if section.where == OWN else f"a node with {section.where}"
+            number = f"{section.replicas} x {section.cards} cards"
+            others.append((f"cluster.{name}: {number}, {node}", (engine,)))
+    return [("the learner's card, on this machine", tuple(here)), *others]
+
+
+def _check_heads(name: str, section: ClusterEngines, shape: ModelShape) -> None:
+    cards = max(1, section.cards)
+    if shape.num_heads % cards:
+        raise ConfigError(
+            f"{name}.cards={cards} does not divide the model's {shape.num_heads} attention heads; "
+            "use a number of cards that does, and more replicas"
+        )
