@@ -12,6 +12,7 @@ from qwen3_distill.data.rollout_files import read_rollouts, write_rollouts
 from qwen3_distill.doctor.diagnosis import Diagnosis
 from qwen3_distill.environments import installed
 from qwen3_distill.errors import ConfigError
+from qwen3_distill.pipeline.assembly import machine_checks
 from qwen3_distill.pipeline.finding import Status
 from qwen3_distill.pipeline.preflight import check_before_start
 from tests.doctor.test_planted_faults import fake_engine
@@ -165,6 +166,7 @@ def test_a_run_whose_engines_are_embedded_starts_no_program_to_check(
         raise OSError
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(machine_checks, "detect_gpu", lambda: started.append("nvidia-smi"))
     world = make_world(tmp_path)
     assert check_before_start(check_config(world.values)) == []
     assert started == []
