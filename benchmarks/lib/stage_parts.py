@@ -95,6 +95,7 @@ def bare_requests(
     assert scoring.kind == "sglang"
     assert teacher.server is not None
     request = config.objective.score_request
+    assert request is not None
     jobs = jobs_of(rollouts)
     bodies = [
         score_body([jobs[index] for index in group], request)

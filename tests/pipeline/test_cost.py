@@ -50,7 +50,7 @@ class Witness:
 
     def adapt(self, parts: Parts) -> Parts:
         engine: Any = _Watched(parts.engine, generate=self._generate(parts.engine.generate))
-        teacher: Any = _Watched(parts.teacher, score=self._score(parts.teacher.score))
+        teacher: Any = _Watched(parts.teacher, score=self._score(parts.required_teacher.score))
         learner: Any = _Watched(parts.learner, update=self._update(parts.learner.update))
         return replace(parts, engine=engine, teacher=teacher, learner=learner)
 

@@ -117,6 +117,8 @@ def micro_batch(behavior_logprob_N: Tensor) -> MicroBatch:
         sequence_tokens=(size,),
         loss_tokens=(size,),
         loss_index_N=torch.arange(size),
+        by_teacher=(False,),
+        is_scored=True,
         target_N=torch.randint(0, 11, (size,), generator=generator),
         behavior_logprob_N=behavior_logprob_N,
         teacher_logprob_N=-3 * torch.rand(size, generator=generator),

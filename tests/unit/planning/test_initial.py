@@ -60,7 +60,7 @@ def card(gib: float, kind: MachineKind = "cuda") -> Machine:
 
 def chosen(made: InitialConfig) -> tuple[Any, ...]:
     config = made.config
-    generation, scoring, training = config.generation, config.scoring, config.training
+    generation, scoring, training = config.generation, config.teacher, config.training
     assert generation.kind == "vllm"
     assert scoring.kind == "sglang"
     assert training.kind == "unsloth"
@@ -97,9 +97,9 @@ def test_gb10_leaves_memory_free_and_takes_the_kernels_that_work() -> None:
     assert chosen(made) == (64, 64, "swap", 8192, 2, 4096, 1024, 4096, "auto")
     config = made.config
     assert config.planning.reserve_gib == 14
-    assert config.scoring.kind == "sglang"
-    assert config.scoring.attention_backend == "flashinfer"
-    assert config.scoring.environment == {"SGLANG_ENABLE_JIT_DEEPGEMM": "0"}
+    assert config.teacher.kind == "sglang"
+    assert config.teacher.attention_backend == "flashinfer"
+    assert config.teacher.environment == {"SGLANG_ENABLE_JIT_DEEPGEMM": "0"}
     assert config.checkpoint.every_steps == 5
     assert made.plan.device.kind == "unified"
 
@@ -159,8 +159,8 @@ def test_models_that_do_not_fit_are_refused_with_the_plan() -> None:
 def test_fp8_checkpoint_is_not_quantized_again_and_thinking_is_as_told() -> None:
     wishes = replace(WISHES, thinking=True)
     config = initial_config(facts(card(139), teacher="32B-FP8", wishes=wishes)).config
-    assert config.scoring.kind == "sglang"
-    assert config.scoring.quantization is None
+    assert config.teacher.kind == "sglang"
+    assert config.teacher.quantization is None
     assert config.student.template_arguments == {"enable_thinking": True}
 
 
