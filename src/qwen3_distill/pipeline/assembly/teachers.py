@@ -244,8 +244,8 @@ def build_teacher_rollouts(
 def each_server(config: RunConfig, request: ScoreRequest) -> dict[str, TeacherScorer]:
     """Build a teacher per existing server, by its URL; none where the run starts its own."""
     scoring = config.loaded_teacher
-    if not isinstance(scoring, SglangScoring):
-        return {}
+    if not isinstance(scoring, SglangScoring) or not scoring.urls:
+        return {}  # and no plan: it would find the memory that the run's own engines hold
     alone = {
         url: scoring.model_copy(update={"urls": (url,), "cache": None}) for url in scoring.urls
     }
