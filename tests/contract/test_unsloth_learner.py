@@ -279,13 +279,13 @@ def fake_package(directory: Path, name: str, version: str) -> None:
     [
         (
             {},
-            "unsloth is not installed for .*, expected 2026.10.9; make .*unsloth-cuda.*",
+            "unsloth is not installed for .*, expected 2026.10.9; .*engines install unsloth.*",
         ),
         ({"unsloth": "2025.1.1"}, "unsloth has version 2025.1.1"),
         ({"unsloth": "2026.10.9"}, "unsloth_zoo is not installed"),
         (
             {"unsloth": "2026.10.9", "unsloth_zoo": "2026.10.9", "transformers": "6.0.0"},
-            "transformers has version 6.0.0, expected 5.12 to 5.17; make an environment",
+            "transformers has version 6.0.0, expected 5.12 to 5.17; .*engines install unsloth",
         ),
         (
             {"unsloth": "2026.10.9", "unsloth_zoo": "2026.10.9", "transformers": "5.17.0"},

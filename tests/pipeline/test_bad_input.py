@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 from qwen3_distill.data.rollout_files import read_scored
 from qwen3_distill.errors import ConfigError
@@ -341,7 +342,7 @@ def other_template(model: Path) -> None:
 
 def other_tokenizer(model: Path) -> None:
     tokenizer = byte_tokenizer()
-    tokenizer.add_tokens(["<new>"])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.save_pretrained(model)
 
 

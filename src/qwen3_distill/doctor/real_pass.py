@@ -386,6 +386,8 @@ class RealPass:
         gap, _ = await self._trained(rollouts, results)
         tolerance = engine_tolerance_nats(self.config)
         found = f"the engine's logprobs moved by {moved:.2g} nats"
+        if math.isinf(moved):
+            found = "every answer differs from its first token on"
         if gap is not None:
             found += f", and are {gap:.2g} from the learner's"
         if gap is not None and gap > tolerance:

@@ -44,6 +44,7 @@ from qwen3_distill.training.objectives.base import (
     TensorMetric,
     check_samplers,
     read_scalars,
+    require_samplers,
 )
 from qwen3_distill.training.pass_counts import PassCounts
 from qwen3_distill.training.rank_place import StepShare, deal
@@ -185,6 +186,7 @@ class TorchLearner:
         """
         batch = share.batch
         self._check_length(share.longest_id, share.longest_tokens)
+        require_samplers(self._settings.objective, share.example_of)
         return self._step(
             _Step(
                 micros=_no_micro_batches if batch is None else partial(micro_batches, batch),

@@ -3,7 +3,7 @@
 No torch here: the controller deals shares, and a worker of unsloth imports this before unsloth.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,6 +39,8 @@ class StepShare:
     longest_id: str
     """Rollout of the whole step with the most tokens, so that all ranks refuse it, or none."""
     longest_tokens: int
+    example_of: Mapping[str, str]
+    """By sampler, the id of a rollout of the whole step, for the same reason."""
 
 
 def deal(tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
@@ -67,6 +69,7 @@ def shares_of(batch: Batch, num_ranks: int, lag_steps: int) -> list[StepShare]:
         lag_steps=lag_steps,
         longest_id=batch.scored[longest].rollout.rollout_id,
         longest_tokens=tokens[longest],
+        example_of={s.rollout.sampled_by: s.rollout.rollout_id for s in batch.scored},
     )
     return [replace(whole, batch=_part(batch, rows)) for rows in deal(tokens, num_ranks)]
 

@@ -109,7 +109,7 @@ def test_a_learner_here_is_not_started_again_and_a_hosted_one_as_often_as_its_se
     training = settings.training.model_copy(update={"max_restarts": 7})
     unsloth = LearnerSettings(
         model_dir=tiny_models.student,
-        training=UnslothTraining(kind="unsloth", max_restarts=5),
+        training=UnslothTraining(kind="unsloth", python="python3", max_restarts=5),
         objective=settings.objective,
         total_steps=9,
         seed=0,

@@ -119,7 +119,7 @@ SKEW = 0.3
 
 
 def objective(
-    ratio_cap: float | None = 1e9, token_statistics: TokenStatistics | None = None
+    ratio_cap: float | None = 1e6, token_statistics: TokenStatistics | None = None
 ) -> Objective:
     return build_objective(
         SkewedReverseKL(kind="skewed_reverse_kl", skew=SKEW, ratio_cap=ratio_cap),
@@ -158,7 +158,7 @@ def distributions() -> tuple[Tensor, Tensor, Tensor]:
     return student_V, teacher_V, old_V
 
 
-def expected_gradient(mu_V: Tensor, ratio_cap: float | None = 1e9) -> Tensor:
+def expected_gradient(mu_V: Tensor, ratio_cap: float | None = 1e6) -> Tensor:
     """Gradient by the student's logits, summed over every token with its probability under mu.
 
     The logits are the output head: one state, with a hidden size of 1.

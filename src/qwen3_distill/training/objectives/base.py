@@ -3,7 +3,7 @@
 Shape letters: B rows, T positions, N loss tokens, D hidden size, V vocabulary, K candidates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, Protocol, TypeVar
@@ -101,10 +101,19 @@ class Objective(Protocol):
 
 def check_samplers(objective: ObjectiveSchema, scored: Sequence[TrainingRollout]) -> None:
     """Raise DataError for a rollout whose sampler the objective does not learn from."""
-    for rollout in (entry.rollout for entry in scored):
-        if rollout.sampled_by not in objective.learns_from:
+    require_samplers(objective, {s.rollout.sampled_by: s.rollout.rollout_id for s in scored})
+
+
+def require_samplers(objective: ObjectiveSchema, example_of: Mapping[str, str]) -> None:
+    """Raise DataError for a sampler that the objective does not learn from.
+
+    Args:
+        example_of: by sampler, the id of a rollout of it.
+    """
+    for sampler, rollout_id in example_of.items():
+        if sampler not in objective.learns_from:
             raise DataError(
-                f"rollout {rollout.rollout_id} was sampled by the {rollout.sampled_by}, and "
+                f"rollout {rollout_id} was sampled by the {sampler}, and "
                 f"objective.kind={vars(objective)['kind']} does not learn from that: "
                 f"{objective.refusal}"
             )
