@@ -144,7 +144,8 @@ def test_the_summary_counts_what_ran_side_by_side_once(
     counts = {"tokens/generated": 1, "tokens/trained": 1}
     with RunFolder(tiny_config(tiny_models, run_dir)) as folder:
         JsonlLog(folder.metrics).log(
-            1, {"time/step_s": 10.0, "idle/all_fraction": idle, **times, **counts}
+            1,
+            {"wall_s": 10.0, "time/step_s": 10.0, "idle/all_fraction": idle, **times, **counts},
         )
         JsonlLog(folder.evaluations).log(1, {"model": "student", "wall_s": 4.0} | ACCURACY)
         summary = summarize(folder, total_wall_s=20.0)

@@ -105,7 +105,7 @@ class PrefixBudget(Schema):
 class Harvest(Schema):
     """Trains on the tokens that running rollouts have so far when a step's deadline passes."""
 
-    deadline_s: Seconds
+    deadline_s: Annotated[float, Field(ge=1e-6, le=1e7)]
     """Seconds after the previous step at which a step harvests the running rollouts."""
     min_tokens: PositiveInt = 32
     """A rollout is harvested only if it has at least this many tokens since its last harvest."""
