@@ -10,7 +10,7 @@ LOCK ?=
 ENGINE_PYTHON ?= $(PYTHON)
 ENVIRONMENT := $(ENGINE_PYTHON) src/qwen3_distill/environments/make.py
 
-.PHONY: help demo engines test test-engines test-vllm test-sglang test-unsloth test-engines-together test-transformers4 test-cluster test-gpu gpu-check fuzz check format hooks docs evidence evidence-cpu evidence-page clean
+.PHONY: help demo engines test test-engines test-vllm test-sglang test-unsloth test-engines-together test-transformers4 test-cluster test-cluster-contracts test-gpu gpu-check fuzz check format hooks docs evidence evidence-cpu evidence-page clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -47,7 +47,11 @@ test-transformers4: $(VENV)/installed-dev
 	$(BIN)/pytest tests/contract -m transformers4 --engine transformers4=$$($(ENVIRONMENT) transformers4-cpu)
 
 test-cluster: $(VENV)/installed-dev ## the tests of fleets on a Ray cluster of three nodes on this machine
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests -m cluster --cluster -W default
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/cluster -m cluster --cluster -W default
+
+# `make test` runs the same contract suites over fleets whose members are processes of this machine.
+test-cluster-contracts: $(VENV)/installed-dev ## the contract suites over fleets on that cluster (longer)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/contract -m cluster --cluster -W default
 
 test-gpu: $(VENV)/installed-dev ## the same suite with the tests that need a CUDA device
 	$(BIN)/pytest tests -m "gpu or not gpu" --require-gpu

@@ -513,6 +513,7 @@ TEACHERS = [
 LEARNERS = [
     pytest.param(EmbeddedLearnerAdapter("cpu"), id="embedded"),
     pytest.param(SocketLearnerAdapter(), id="embedded_over_socket"),
+    pytest.param(GroupLearnerAdapter(), id="group_of_two"),
     pytest.param(ClusterLearnerAdapter(), id="cluster", marks=pytest.mark.cluster),
     pytest.param(EmbeddedLearnerAdapter("cuda"), id="embedded_cuda", marks=pytest.mark.gpu),
     pytest.param(UnslothLearnerAdapter(), id="unsloth", marks=pytest.mark.unsloth),
