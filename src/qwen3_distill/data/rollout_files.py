@@ -238,7 +238,7 @@ def read_training(
 def _columns_of(path: Path) -> list[str]:
     try:
         return pq.read_schema(path.absolute()).names
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, ValueError):  # ValueError: names that are not UTF-8
         return []  # the reader says what is wrong with it
 
 

@@ -33,6 +33,7 @@ from qwen3_distill.types import FloatArray, IntArray
 from qwen3_distill.utils.files import write_json_atomic
 from qwen3_distill.utils.json_text import read_json
 from qwen3_distill.utils.paths import cache_home
+from qwen3_distill.utils.shown import shortened
 
 FORMAT = 1
 """Part of a cached answer's file name; increase it when tokens or computation change."""
@@ -188,7 +189,13 @@ class _Weights:
     def fill(self, module: torch.nn.Module, prefix: str) -> None:
         """Load the weights of a module that has none."""
         state = {name: self._whole(prefix + name) for name in module.state_dict()}
-        module.load_state_dict(state, assign=True)
+        try:
+            module.load_state_dict(state, assign=True)
+        except RuntimeError as error:  # a tensor of another shape
+            raise ModelError(
+                f"{self._directory}: weights of {prefix.rstrip('.')} do not fit config.json: "
+                f"{shortened(' '.join(str(error).split()))}; restore the file that is wrong"
+            ) from error
 
     def rows(self, name: str, ids_T: Tensor) -> Tensor:
         part = self._slice(name)
