@@ -63,6 +63,14 @@ def test_half_precision_weights_are_computed_in_float32(tmp_path: Path) -> None:
     assert gap < PARITY_NATS
 
 
+def test_weights_of_other_shapes_than_the_config_says_are_refused(tmp_path: Path) -> None:
+    model_dir = write_model(tmp_path / "model", seed=3)
+    file = model_dir / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_attention_heads": 4}))
+    with pytest.raises(ModelError, match=r"layers\.0 do not fit config\.json"):
+        layerwise_logprobs(model_dir, np.arange(5))
+
+
 def test_weights_in_several_files_are_found(tmp_path: Path) -> None:
     model_dir = write_model(tmp_path / "model", seed=3)
     ids = known_tokens(model_dir)
