@@ -173,7 +173,7 @@ def costs_of(
     percent: int,
     accounting: Accounting,
 ) -> list[Reached]:
-    """What each run costs to the level."""
+    """Return each run's cost to reach the level."""
     before = models["settings"][setting]["student"][TEMPERATURE[decoding]]["accuracy"]
     level = level_of(models, setting, decoding, percent)
     found = [reached(record["curve"], before, level, decoding, accounting.cost) for record in runs]

@@ -155,7 +155,7 @@ def _mean_curve(curves: Sequence[Row]) -> list[tuple[float, float]]:
 
 
 def section(result: Row, setting: str) -> str:
-    """What stands between a setting's marks."""
+    """Return the text that the page has between the marks of a setting."""
     return "\n\n".join(
         (
             f"![accuracy by FLOPs](images/evidence-{setting}.svg)",

@@ -114,6 +114,6 @@ EVALUATION_STEPS = (4, 8, 14, 22, 35, 60, 100)
 """Steps after which a counted run is evaluated; the last is the budget. The accuracy at step 0 is
 the warm-started student's, in ``models.json``."""
 TRIAL_SEED, TRIAL_STEPS, TRIAL_HELDOUT = 1000, 50, 1024
-"""Of a tuning trial: a seed that no counted run has, its steps and held-out problems."""
+"""A tuning trial's seed, which no counted run has, its steps, and its held-out problems."""
 TRIAL_FIRST = 1_000_000
 """Number of the first held-out problem of a trial: counted evaluations have others."""

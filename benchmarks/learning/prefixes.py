@@ -26,7 +26,7 @@ STUDENT_AND_OBJECTIVE = (
     "student.model=models/lab/student",
     "objective={kind: sampled_reverse_kl, advantage_clip: 2.0, kl_baseline: {kind: top_k, k: 16}}",
 )
-"""Those that the page's figures were measured with."""
+"""Settings that the figures of docs/measured/prefixes.md were measured with."""
 HARVEST = "pipeline.harvest={{deadline_s: 0.15, min_tokens: 8, full_length_fraction: {}}}"
 BUDGET = "pipeline.prefix={{tokens: 12, full_length_fraction: {}}}"
 CASES = {

@@ -29,6 +29,7 @@ from typing import Any
 
 from benchmarks.lib.common import RESULTS, write_result
 from benchmarks.lib.ray_nodes import CARD, RayNodes, raylet_pids
+from benchmarks.robustness.faults import settings_of
 from qwen3_distill.config.load import load_config
 from qwen3_distill.pipeline import run as run_module
 from qwen3_distill.pipeline.parts import Parts
@@ -46,20 +47,6 @@ LAST_STEPS = 2
 CALL_TIMEOUT_S = 8.0
 STARTS = 3
 """Starts of a driver that may be needed: one more than it is killed."""
-SETTINGS = (
-    f"steps={STEPS}",
-    f"prompts_per_step={ROLLOUTS}",
-    "evaluation=null",
-    "checkpoint.every_steps=2",
-    "logging.tensorboard=false",
-    "pipeline={kind: streaming, max_staleness_steps: 2, max_in_flight: 16, stall_timeout_s: 240}",
-    *(f"{stage}.own_process=true" for stage in ("generation", "scoring", "training")),
-    *(f"{stage}.threads=1" for stage in ("generation", "scoring", "training")),
-    *(
-        f"{stage}.hang_timeout_s={CALL_TIMEOUT_S}"
-        for stage in ("generation", "scoring", "training")
-    ),
-)
 
 
 class Striker:
@@ -130,7 +117,8 @@ def one_run(seed: int, folder: Path, address: str, strikes: bool) -> dict[str, A
         f"student.model={ROOT}/models/lab/student",
         f"scoring.model={ROOT}/models/lab/teacher",
     )
-    overrides = [f"output_dir={folder}", f"seed={seed}", *models, *SETTINGS]
+    settings = settings_of(STEPS, ROLLOUTS, hang_timeout_s=CALL_TIMEOUT_S, stall_s=240)
+    overrides = [f"output_dir={folder}", f"seed={seed}", *models, *settings]
     overrides.append(f"cluster={json.dumps(cluster)}")
     config = load_config(ROOT / "configs" / "demo.yaml", overrides)
     warnings: list[str] = []

@@ -44,20 +44,23 @@ DELAY_S = 0.7
 LAST_STEPS = 2
 """Last steps, which start no fault, so that it nearly always comes before the end."""
 HANG_TIMEOUT_S = 8.0
-SETTINGS = (
-    f"steps={STEPS}",
-    f"prompts_per_step={ROLLOUTS}",
-    "evaluation=null",
-    "checkpoint.every_steps=2",
-    "logging.tensorboard=false",
-    "pipeline={kind: streaming, max_staleness_steps: 2, max_in_flight: 16, stall_timeout_s: 120}",
-    *(f"{stage}.own_process=true" for stage in ("generation", "scoring", "training")),
-    *(f"{stage}.threads=1" for stage in ("generation", "scoring", "training")),
-    *(
-        f"{stage}.hang_timeout_s={HANG_TIMEOUT_S}"
-        for stage in ("generation", "scoring", "training")
-    ),
-)
+
+
+def settings_of(steps: int, rollouts: int, *, hang_timeout_s: float, stall_s: int) -> list[str]:
+    """Return the overrides of a run that is struck: streaming, every engine in its process."""
+    stages = ("generation", "scoring", "training")
+    return [
+        f"steps={steps}",
+        f"prompts_per_step={rollouts}",
+        "evaluation=null",
+        "checkpoint.every_steps=2",
+        "logging.tensorboard=false",
+        "pipeline={kind: streaming, max_staleness_steps: 2, max_in_flight: 16, "
+        f"stall_timeout_s: {stall_s}}}",
+        *(f"{stage}.own_process=true" for stage in stages),
+        *(f"{stage}.threads=1" for stage in stages),
+        *(f"{stage}.hang_timeout_s={hang_timeout_s}" for stage in stages),
+    ]
 
 
 # --- One run ------------------------------------------------------------------------------------
@@ -111,7 +114,8 @@ def one_run(seed: int, folder: Path) -> dict[str, Any]:
         f"student.model={ROOT}/models/lab/student",
         f"scoring.model={ROOT}/models/lab/teacher",
     )
-    overrides = [f"output_dir={folder}", f"seed={seed}", *models, *SETTINGS]
+    settings = settings_of(STEPS, ROLLOUTS, hang_timeout_s=HANG_TIMEOUT_S, stall_s=120)
+    overrides = [f"output_dir={folder}", f"seed={seed}", *models, *settings]
     config = load_config(ROOT / "configs" / "demo.yaml", overrides)
     warnings: list[str] = []
     began = time.perf_counter()

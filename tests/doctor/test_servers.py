@@ -9,11 +9,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from qwen3_distill.config import RunConfig
+from qwen3_distill.pipeline.assembly import teachers
 from qwen3_distill.pipeline.finding import Status
+from qwen3_distill.types import SampledRequest
 from tests.contract.sglang_adapter import sglang_config
 from tests.doctor.worlds import World, by_name, make_world, with_status
 from tests.fault_proxy import Fault, spoiled
+from tests.pipeline.builders import tiny_config
 from tests.sglang_stand_in import StandIn, StandInServer
+from tests.tiny_models import TinyModels
 
 Spoils = Callable[[dict[str, Any]], bool]
 
@@ -108,3 +115,18 @@ def test_a_server_of_another_model_does_not_start(tmp_path: Path) -> None:
     assert with_status(diagnosis, Status.FAIL) == ["engines start"]
     assert "does not score as" in by_name(diagnosis)["engines start"].verdict.found
     assert by_name(diagnosis)["engines end"].status is Status.SKIP
+
+
+def test_a_run_with_its_own_server_has_no_others_to_plan_for(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The run's engines hold the memory then, so a plan would say that nothing fits."""
+
+    def plan(config: RunConfig) -> None:
+        raise AssertionError("a plan was made")
+
+    monkeypatch.setattr(teachers, "plan_memory", plan)
+    config = tiny_config(tiny_models, tmp_path).model_copy(
+        update={"scoring": sglang_config(tiny_models.teacher, "stand_in")}
+    )
+    assert teachers.each_server(config, SampledRequest()) == {}

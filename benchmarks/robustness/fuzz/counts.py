@@ -1,4 +1,4 @@
-"""What a kind of odd inputs did, and how a kind reports its progress."""
+"""Counts what odd inputs of a kind did, and reports a kind's progress."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ _LINE_EVERY_S = 5.0
 
 @dataclass
 class Counts:
-    """What became of the inputs of one kind.
+    """Counts of what became of the inputs of one kind.
 
     ``tried`` counts all of them. An input adds to ``tracebacks`` if it raised anything but an error
     of this package, to ``wrong`` if it was read as something it does not say, to ``hangs`` if it

@@ -7,6 +7,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qwen3_distill.errors import ModelError
+from qwen3_distill.modeling.directory import weight_files
 
 
 class StoredWeights:
@@ -21,7 +22,7 @@ class StoredWeights:
     def __init__(self, model_dir: Path) -> None:
         self._directory = model_dir
         self._file_of: dict[str, Path] = {}
-        for file in sorted(model_dir.glob("*.safetensors")):
+        for file in weight_files(model_dir):
             try:
                 with safe_open(file, framework="pt") as handle:
                     self._file_of.update(dict.fromkeys(handle.keys(), file))
