@@ -16,6 +16,7 @@ from qwen3_distill.config import (
     FullTuning,
     LoraTuning,
     OptimizerConfig,
+    ProportionalLaw,
     ReplayConfig,
     SampledReverseKL,
 )
@@ -71,7 +72,13 @@ def settings_of(models: TinyModels, **changes: Any) -> LearnerSettings[EmbeddedT
         objective=SampledReverseKL(kind="sampled_reverse_kl"),
         total_steps=9,
         seed=0,
-        replay=ReplayConfig(capacity_tokens=1024, max_age_steps=8),
+        # Draws follow the priorities, which every rank learns for its own share of a step.
+        replay=ReplayConfig(
+            capacity_tokens=1024,
+            max_age_steps=8,
+            law=ProportionalLaw(kind="proportional", alpha=2.0),
+            priority_clip_nats=20.0,
+        ),
     )
 
 
@@ -187,6 +194,19 @@ def test_a_killed_rank_ends_the_group_and_the_state_goes_on(
     run(group.start())
     run(group.load_state(tmp_path, saved))
     assert run(group.update(ragged_batch())).version == following
+    run(group.close())
+
+
+def test_ranks_with_different_weights_are_refused(tiny_models: TinyModels, tmp_path: Path) -> None:
+    config = settings_of(tiny_models, tuning=LoraTuning(kind="lora", rank=4))
+    ranks = [
+        hosted_embedded_learner(replace(config, seed=seed), log=tmp_path / f"{seed}.log")
+        for seed in (0, 1)
+    ]
+    group = GroupLearner(ranks, timeout_s=60.0)
+    run(group.start())  # B is 0: their merged weights are the same still
+    with pytest.raises(LearnerLost, match="the ranks have different weights"):
+        run(group.update(ragged_batch()))
     run(group.close())
 
 
