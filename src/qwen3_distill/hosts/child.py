@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.hosts.guard import kill_group
+from qwen3_distill.utils.concurrency import result_within
 from qwen3_distill.utils.printable import printable
 from qwen3_distill.utils.secrets import is_secret_name, remember_secret, without_secrets
 
@@ -117,13 +118,13 @@ class ChildProcess:
             return
         if grace_s > 0:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._process.wait(), grace_s)
+                await result_within(grace_s, self._process.wait())
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGTERM)  # the guard kills its descendants
                 self._process.send_signal(signal.SIGCONT)  # also one that was stopped
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._process.wait(), 10)
+                await result_within(10, self._process.wait())
         self.kill()
         await self._process.wait()
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from qwen3_distill.errors import EngineStartError, MpsUnavailable
 from qwen3_distill.hosts.child import ChildProcess
+from qwen3_distill.utils.concurrency import result_within
 
 CONTROL = "nvidia-cuda-mps-control"
 PIPE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY"
@@ -128,7 +129,7 @@ class MpsDaemon:
         if self._process.is_running:
             with suppress(MpsUnavailable, OSError, asyncio.TimeoutError):
                 await self._command(f"quit -t {_CLIENTS_GRACE_S}")
-                await asyncio.wait_for(self._process.wait(), _QUIT_TIMEOUT_S)
+                await result_within(_QUIT_TIMEOUT_S, self._process.wait())
         await self._process.end()
         pipes, self._pipes = self._pipes, None
         if pipes is not None:
@@ -205,7 +206,7 @@ async def _run(
         env=dict(environment),
     )
     try:
-        output, _ = await asyncio.wait_for(process.communicate(stdin.encode()), timeout_s)
+        output, _ = await result_within(timeout_s, process.communicate(stdin.encode()))
     except asyncio.TimeoutError:
         raise MpsUnavailable(f"{command[0]} did not end within {timeout_s:.0f} s") from None
     finally:

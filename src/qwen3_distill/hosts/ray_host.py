@@ -23,6 +23,7 @@ from qwen3_distill.hosts.frames import End, Error, Value
 from qwen3_distill.hosts.host import WorkerSpec
 from qwen3_distill.hosts.mps import LOG_VARIABLE, PIPE_VARIABLE
 from qwen3_distill.hosts.process import LocalProcess
+from qwen3_distill.utils.concurrency import result_within
 from qwen3_distill.utils.printable import printable
 from qwen3_distill.utils.secrets import is_secret_name, remember_secret, without_secrets
 
@@ -318,7 +319,7 @@ class _HostActor:
         """Wait a while for answers of a call; return them, pickled, with the worker's output."""
         pending = self._pending[call]
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(pending.arrived.wait(), _POLL_S)
+            await result_within(_POLL_S, pending.arrived.wait())
         answers, pending.answers = pending.answers, []
         pending.arrived.clear()
         if any(pending.is_last(answer) for answer in answers):

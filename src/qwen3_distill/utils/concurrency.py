@@ -47,8 +47,8 @@ class TaskScope:
         while self._tasks:
             for task in self._tasks:
                 task.cancel()
-            # More than once: up to Python 3.11, `asyncio.wait_for` loses a cancellation that comes
-            # together with the result, and the task continues.
+            # More than once: up to Python 3.11, `asyncio.wait_for`, which libraries use, loses a
+            # cancellation that comes together with the result, and the task continues.
             await asyncio.wait(self._tasks, timeout=_CANCEL_AGAIN_S)
         if self._error is not None and (
             error is None or (self._interrupted and isinstance(error, asyncio.CancelledError))
@@ -100,3 +100,29 @@ async def within(timeout_s: float, work: Awaitable[Result], what: str) -> Result
     if not done:
         raise StallError(f"waited {timeout_s:.0f} s for {what}")
     return task.result()
+
+
+async def result_within(timeout_s: float, work: Awaitable[Result]) -> Result:
+    """Await ``work``, cancel it after ``timeout_s``, and return its result.
+
+    Unlike `asyncio.wait_for` before Python 3.12 it never loses a cancellation that comes together
+    with the result: a loop around it would go on for ever.
+
+    Raises:
+        asyncio.TimeoutError: it took longer; it has ended by then.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait([task], timeout=timeout_s)
+    except asyncio.CancelledError:
+        await _end(task)
+        raise
+    if not done:
+        await _end(task)
+        raise asyncio.TimeoutError
+    return task.result()
+
+
+async def _end(task: "asyncio.Future[Any]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qwen3_distill.errors import StallError
-from qwen3_distill.utils.concurrency import TaskScope, together, within
+from qwen3_distill.utils.concurrency import TaskScope, result_within, together, within
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
@@ -181,3 +181,54 @@ def test_together_is_cancelled_once_and_waits_for_what_cleans_up() -> None:
 
     run(cancel_them())
     assert seen == ["ended", "clean"]
+
+
+@pytest.mark.parametrize("error", [None, ConnectionError("it ended")])
+def test_a_cancellation_together_with_the_result_is_not_lost(error: Exception | None) -> None:
+    """A start that polls a server went on for ever when the server died in the same moment."""
+
+    async def poll(reply: "asyncio.Future[None]") -> None:
+        for _ in range(1000):
+            with contextlib.suppress(ConnectionError):
+                await result_within(5, reply)
+            await asyncio.sleep(0)
+
+    async def cancel_it() -> None:
+        reply: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        polling = asyncio.ensure_future(poll(reply))
+        await asyncio.sleep(0.01)
+        if error is None:
+            reply.set_result(None)
+        else:
+            reply.set_exception(error)
+        # One turn of the loop later the wait has its result, and its task does not know yet.
+        await asyncio.sleep(0)
+        polling.cancel()
+        await asyncio.wait([polling])
+        assert polling.cancelled()
+
+    run(cancel_it())
+
+
+def test_a_result_within_its_time_is_returned_and_a_late_one_is_cancelled() -> None:
+    seen: list[str] = []
+    assert run(result_within(5, asyncio.sleep(0, "x"))) == "x"
+    with pytest.raises(asyncio.TimeoutError):
+        run(result_within(0.01, forever(seen)))
+    assert seen == ["ended"]
+    with pytest.raises(ValueError, match="by hand"):
+        run(result_within(5, fail("by hand")))
+
+
+def test_what_is_cancelled_meanwhile_ends_before_the_wait_does() -> None:
+    seen: list[str] = []
+
+    async def cancel_it() -> None:
+        waiting = asyncio.ensure_future(result_within(5, forever(seen)))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await waiting
+        assert seen == ["ended"]
+
+    run(cancel_it())

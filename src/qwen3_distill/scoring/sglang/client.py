@@ -13,6 +13,7 @@ import httpx
 
 from qwen3_distill.errors import EngineError
 from qwen3_distill.scoring.sglang.faults import FaultKind, Refused, Unanswered
+from qwen3_distill.utils.concurrency import result_within
 from qwen3_distill.utils.secrets import remember_secret, text_of_others, without_user
 
 _CONNECT_TIMEOUT_S = 10.0
@@ -134,8 +135,8 @@ class SglangClient:
         """Return a reply's status and content; every failure of a reply becomes `Unanswered`."""
         what = f"{connection.url}: "
         try:
-            status, reply = await asyncio.wait_for(
-                self._send(f"{connection.address}/generate", body, max_bytes), limit_s
+            status, reply = await result_within(
+                limit_s, self._send(f"{connection.address}/generate", body, max_bytes)
             )
         except (asyncio.TimeoutError, httpx.TimeoutException) as error:
             raise Unanswered(

@@ -17,6 +17,7 @@ from qwen3_distill.config import SglangScoring
 from qwen3_distill.environments.installed import engine_python
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.hosts.child import ChildProcess, engine_environment, how_to_install
+from qwen3_distill.utils.concurrency import result_within
 from qwen3_distill.utils.secrets import remember_secret
 
 HOST = "127.0.0.1"
@@ -116,7 +117,7 @@ class SglangServer:
     async def ends_within(self, seconds: float) -> bool:
         """Whether the process has ended, or ends within ``seconds``."""
         try:
-            await asyncio.wait_for(self._process.wait(), seconds)
+            await result_within(seconds, self._process.wait())
         except asyncio.TimeoutError:
             return False
         return True
