@@ -77,7 +77,7 @@ from scripts.lab.tokenizer import END_ID, prompt_tokens
 VALIDATION = 512
 BATCHING: Literal["static", "continuous"] = "static"
 """How answers are sampled; ``continuous`` where no graph can be captured."""
-_CHECK_EVERY, _WEAK_CHECK_EVERY = 25, 100
+_CHECK_EVERY, _WEAK_CHECK_EVERY = 5, 100
 _FINISHED = "finished"
 """File that a teacher's directory has when its training has ended."""
 
