@@ -2,8 +2,9 @@
 
     python -m benchmarks.learning.demo_seeds --seeds 5
 
-Figures: `num_seeds`, `max_before` and `min_after` (held-out accuracy of the student), `teacher`
-(the lowest measured), `max_wall_s` (the whole command: start of the process to the report).
+Figures: `num_seeds`, `max_before` and `min_after` (held-out accuracy of the student at temperature
+1), `max_greedy_before` and `min_greedy_after` (at temperature 0), `teacher` (the lowest measured, at
+temperature 1), `max_wall_s` (the whole command: start of the process to the report).
 """
 
 import argparse
@@ -55,6 +56,8 @@ def main() -> None:
             "max_before": max(before),
             "min_after": min(after),
             "mean_after": sum(after) / len(after),
+            "max_greedy_before": max(run["second_accuracy"]["before"]["value"] for run in runs),
+            "min_greedy_after": min(run["second_accuracy"]["after"]["value"] for run in runs),
             "teacher": min(run["accuracy"]["teacher"]["value"] for run in runs),
             "max_wall_s": max(run["command_wall_s"] for run in runs),
         },
