@@ -4,7 +4,7 @@
         scoring.python=... training.python=...
 
 Runs the config as `qwen3-distill run` does, in a new folder, and compares the student's held-out
-accuracy with the runs of the embedded engines in `benchmarks/results/demo_seeds.json`: their
+accuracy with the runs of the embedded engines in `benchmarks/results/lab_seeds.json`: their
 95% intervals must overlap. Exit status 1 where they do not.
 
 Figures: accuracy `before`, `after` and of the `teacher`; `embedded_after_low`, the lower end of the
@@ -42,7 +42,7 @@ def main() -> None:
     config = load_config(arguments.config, arguments.overrides)
     folder = f"{config.output_dir}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = config.model_copy(update={"output_dir": folder})
-    lowest = lowest_embedded_interval(RESULTS / "demo_seeds.json")
+    lowest = lowest_embedded_interval(RESULTS / "lab_seeds.json")
     absent = [str(file) for file in arguments.suites if not file.is_file()]
     if absent:
         sys.exit(f"--suites: no {', '.join(absent)}; pytest writes them with --junit-xml")

@@ -126,7 +126,7 @@ def test_the_lab_pair_reaches_the_embedded_runs_accuracy(tmp_path: Path) -> None
     summary, warnings = lab_run(tmp_path / "run")
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["starts"][0]["engines"].keys() == {"vllm", "sglang", "unsloth"}
-    embedded = json.loads((ROOT / "benchmarks/results/demo_seeds.json").read_text())["figures"]
+    embedded = json.loads((ROOT / "benchmarks/results/lab_seeds.json").read_text())["figures"]
     after = summary["accuracy"]["after"]
     lowest = embedded["min_after"]
     assert after["ci_high"] >= lowest, f"{after}, the embedded runs end at {lowest} or more"
