@@ -3,7 +3,7 @@
     python -m benchmarks.learning.demo_seeds --seeds 5
 
 Figures: `num_seeds`, `max_before` and `min_after` (held-out accuracy of the student at temperature
-1), `max_greedy_before` and `min_greedy_after` (at temperature 0), `teacher` (the lowest measured, at
+1), `max_greedy_before` and `min_greedy_after` (at temperature 0), `teacher` (the lowest measured at
 temperature 1), `max_wall_s` (the whole command: start of the process to the report).
 """
 
