@@ -384,6 +384,9 @@ class EmbeddedTraining(_Embedded):
     chunk_tokens: PositiveInt = 1024
     """Rows of logits held in memory at a time."""
     gradient_checkpointing: bool = False
+    shared_prompts: bool = False
+    """Compute a prompt once for all of its answers in a step (``samples_per_prompt`` above 1): the
+    same gradient with fewer tokens. Not with ``replay``."""
 
     @model_validator(mode="after")
     def _fp8_base_is_frozen(self) -> Self:
