@@ -288,8 +288,7 @@ def replay_age_covers_updates(config: "RunConfig") -> None:
 
 
 def replay_draws_single_rollouts(config: "RunConfig") -> None:
-    training = config.training
-    if config.replay is not None and training.kind == "embedded" and training.shared_prompts:
+    if config.replay is not None and config.training.shared_prompts:
         raise ValueError(
             "training.shared_prompts=true with replay: kept rollouts are drawn one by one, and "
             "rarely have a prompt in common; set training.shared_prompts=false, or replay=null"

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.host_to_device import to_device
@@ -67,6 +69,8 @@ class PromptAttention:
 def share_prompts(model: PreTrainedModel) -> None:
     """Have a Qwen3 model attend as the `PromptAttention` says that its forward pass is given.
 
+    Without one it attends as before, with PyTorch's attention.
+
     Raises:
         ConfigError: some of its layers attend to a window only.
     """
@@ -76,6 +80,7 @@ def share_prompts(model: PreTrainedModel) -> None:
             "answers behind a shared prompt do not have; set training.shared_prompts=false"
         )
     AttentionInterface.register(_NAME, _attention_forward)
+    AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model.config._attn_implementation = _NAME
 
 
@@ -102,13 +107,16 @@ def _attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    prompt_attention: PromptAttention,
+    prompt_attention: PromptAttention | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Give transformers' attention layers, [1, heads, T, D] each, the output [1, T, H, D]."""
-    del module, attention_mask
+    if prompt_attention is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
     out_HTD = prompt_attention(
         query.squeeze(0), key.squeeze(0), value.squeeze(0), scale=scaling, dropout_p=dropout
     )

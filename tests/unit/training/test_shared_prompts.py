@@ -150,9 +150,7 @@ def alone(model: PreTrainedModel, batch: Batch, index: int) -> Tensor:
     """[R, D]: hidden states that predict a rollout's response, of the sequence by itself."""
     inner: Any = model.model
     rollout = batch.scored[index].rollout
-    attention, model.config._attn_implementation = model.config._attn_implementation, "sdpa"
     hidden_1TD = inner(input_ids=ids_of(rollout)[None, :-1], use_cache=False).last_hidden_state
-    model.config._attn_implementation = attention
     return hidden_1TD[0, rollout.prompt.token_ids.size - 1 :]
 
 
@@ -206,6 +204,18 @@ def test_answers_do_not_see_one_another_and_the_prompt_sees_none(model: PreTrain
     for place, (mine, theirs) in enumerate(zip(before, after, strict=True)):
         if place != 2:
             assert torch.equal(mine, theirs), f"answer {place} saw another one"
+
+
+def test_a_model_that_shares_prompts_attends_as_before_without_one(
+    model: PreTrainedModel,
+) -> None:
+    share_prompts(model)
+    inner: Any = model.model
+    ids = torch.tensor([[5, 6, 7, 8], [9, 1, 2, 3]])
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    ours = inner(input_ids=ids, attention_mask=mask).last_hidden_state
+    model.config._attn_implementation = "sdpa"
+    assert torch.equal(inner(input_ids=ids, attention_mask=mask).last_hidden_state, ours)
 
 
 def test_a_sliding_window_is_refused(tmp_path: Path) -> None:
