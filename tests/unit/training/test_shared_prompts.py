@@ -230,6 +230,7 @@ def test_a_sliding_window_is_refused(tmp_path: Path) -> None:
 
 
 def learner_of(models: TinyModels, **training: Any) -> EmbeddedLearner:
+    training.setdefault("micro_batch_tokens", 30)
     return build_embedded_learner(
         LearnerSettings(
             model_dir=models.student,
@@ -237,7 +238,7 @@ def learner_of(models: TinyModels, **training: Any) -> EmbeddedLearner:
                 kind="embedded",
                 device="cpu",
                 optimizer=OptimizerConfig(learning_rate=1e-3),
-                **({"micro_batch_tokens": 30} | training),
+                **training,
             ),
             objective=SampledReverseKL(kind="sampled_reverse_kl"),
             total_steps=9,
@@ -266,10 +267,12 @@ def test_a_step_is_the_one_without_shared_prompts(
     own = learner_of(tiny_models, **training)
     shared = learner_of(tiny_models, shared_prompts=True, **training)
     for _ in range(2):
-        theirs, ours = (asyncio.run(each.update(batch)) for each in (own, shared))
-        assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
-        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
-        assert ours.num_loss_tokens == theirs.num_loss_tokens
+        asyncio.run(own.update(batch))
+        asyncio.run(shared.update(batch))
+    theirs, ours = (asyncio.run(each.update(batch)) for each in (own, shared))
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+    assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
+    assert ours.num_loss_tokens == theirs.num_loss_tokens
     own_weights, shared_weights = (dict(each.payload().tensors) for each in (own, shared))
     for name, weights in own_weights.items():
         assert_close(shared_weights[name], weights, rtol=1e-3, atol=2e-5)
