@@ -6,7 +6,8 @@
 
 Every learner has a process of its own, takes the same steps of random tokens, and is closed before
 the next begins. `_top16` behind a name takes the objective over the teacher's top 16 instead of the
-sampled token. Figures: `train_<learner>_tok_s`, prompts included, its peak memory, and its ratio to
+sampled token, `_shared` computes a prompt once for all of its answers (`samples_per_prompt=4`).
+Figures: `train_<learner>_tok_s`, every answer's prompt included, its peak memory, and its ratio to
 unsloth's.
 """
 
@@ -35,12 +36,12 @@ _EMBEDDED: dict[str, dict[str, Any]] = {
     "fp8": {"base_precision": "fp8"},
     "compiled_fp8_backward": {"compiled": True, "base_precision": "fp8_backward"},
 }
-_DENSE = "_top16"
+_DENSE, _SHARED = "_top16", "_shared"
 
 
 def config_of(name: str, config: RunConfig, micro_batch_tokens: int) -> RunConfig:
     """Return the config with one learner of the table, and its objective."""
-    plain = name.removesuffix(_DENSE)
+    plain = _plain(name)
     assert isinstance(config.training, UnslothTraining)
     training: Any = config.training.model_copy(
         update={"gradient_checkpointing": "off", "micro_batch_tokens": micro_batch_tokens}
@@ -58,10 +59,16 @@ def config_of(name: str, config: RunConfig, micro_batch_tokens: int) -> RunConfi
             hang_timeout_s=config.training.hang_timeout_s,
             **_EMBEDDED[plain],
         )
+    if _SHARED in name:
+        training = training.model_copy(update={"shared_prompts": True})
     changes: dict[str, Any] = {"training": training}
     if name.endswith(_DENSE):
         changes["objective"] = TopKDivergence(kind="top_k", k=16)
     return config.model_copy(update=changes)
+
+
+def _plain(name: str) -> str:
+    return name.removesuffix(_DENSE).removesuffix(_SHARED)
 
 
 async def measure(work: Work, report: Report, names: Sequence[str], micro: int) -> None:
@@ -106,7 +113,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-sequences", type=int, default=16)
     arguments = parser.parse_args()
     wanted = arguments.learners.split(",")
-    if unknown := [name for name in wanted if name.removesuffix(_DENSE) not in names]:
+    if unknown := [name for name in wanted if _plain(name) not in names]:
         parser.error(f"no such learner: {', '.join(unknown)}; there are {', '.join(names)}")
     given = load_config(arguments.config, arguments.overrides)
     config = given.model_copy(

@@ -59,6 +59,7 @@ from tests.contract.adapters import (
 from tests.contract.builders import (
     VERSION,
     generate,
+    make_prompt,
     ragged_requests,
     run,
     synthetic_rollout,
@@ -184,12 +185,29 @@ class Bench:
         Args:
             sampled: spans of the response that were sampled, by the rollout's index; default: all.
         """
+        shapes = [(1, 1), (9, 30), (40, 2), (3, 17), (12, 1), (1, 55), (25, 8)]
+        drafts = [
+            synthetic_rollout(prompt, response, seed, sampled=sampled.get(seed, ()))
+            for seed, (prompt, response) in enumerate(shapes)
+        ]
+        return self._noisy_batch(objective, drafts)
+
+    def grouped_batch(self, objective: ObjectiveConfig) -> Batch:
+        """Like `ragged_batch`, with several answers to a prompt."""
+        drafts = [
+            replace(synthetic_rollout(size, response, 10 * size + sample), prompt=prompt)
+            for size, responses in [(9, (30, 2, 17)), (40, (12, 12)), (3, (1,)), (1, (8, 1, 25))]
+            for prompt in [make_prompt(size)]
+            for sample, response in enumerate(responses)
+        ]
+        return self._noisy_batch(
+            objective, [drafts[index] for index in (4, 0, 8, 2, 6, 1, 7, 3, 5)]
+        )
+
+    def _noisy_batch(self, objective: ObjectiveConfig, drafts: Sequence[Rollout]) -> Batch:
         rng = np.random.default_rng(5)
         rollouts = []
-        for seed, (prompt, response) in enumerate(
-            [(1, 1), (9, 30), (40, 2), (3, 17), (12, 1), (1, 55), (25, 8)]
-        ):
-            draft = synthetic_rollout(prompt, response, seed, sampled=sampled.get(seed, ()))
+        for draft in drafts:
             noisy = token_logprobs(self.student, draft) + rng.normal(size=draft.num_loss_tokens)
             rollouts.append(replace(draft, behavior_logprobs=np.minimum(noisy, 0)))
         return self.batch(

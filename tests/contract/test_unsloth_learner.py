@@ -124,6 +124,20 @@ def test_packing_takes_the_step_of_padding(
 
 
 @needs_unsloth
+@each_tuning
+@pytest.mark.parametrize("micro_batch_tokens", [8192, 90])
+def test_shared_prompts_take_the_step_of_padding(
+    bench: Bench, tuning: TuningConfig, micro_batch_tokens: int
+) -> None:
+    shares = UnslothLearnerAdapter(shared_prompts=True)
+    settings = settings_of(tuning, micro_batch_tokens=micro_batch_tokens)
+    learner = shares.build(bench.student_dir, settings)
+    assert learner.describe()["shared prompts"].startswith("on: differs from single sequences by")
+    batch = bench.grouped_batch(sampled())
+    assert_same_step(bench, (shares, settings), (ADAPTER, settings), batch)
+
+
+@needs_unsloth
 def test_packing_is_chosen_where_there_is_a_kernel_for_it(bench: Bench) -> None:
     chosen = pooled(bench.student_dir, packing="auto").describe()["packing"]
     if INSTALLED.device == "cpu":

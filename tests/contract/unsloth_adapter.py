@@ -77,6 +77,7 @@ class UnslothLearnerAdapter:
     """Learners in float32. On CUDA they add up in another order, in other kernels."""
 
     packing: bool = False
+    shared_prompts: bool = False
 
     @property
     def bitwise_repeatable(self) -> bool:
@@ -100,6 +101,7 @@ class UnslothLearnerAdapter:
             gradient_checkpointing="on" if wanted.gradient_checkpointing else "off",
             autocast=wanted.autocast,
             packing=self.packing,
+            shared_prompts=self.shared_prompts,
         )
         learner = pooled_learner(wanted.settings(model_dir, training), LOGS / "unsloth.log")
         run(learner.start())

@@ -384,6 +384,9 @@ class EmbeddedTraining(_Embedded):
     chunk_tokens: PositiveInt = 1024
     """Rows of logits held in memory at a time."""
     gradient_checkpointing: bool = False
+    shared_prompts: bool = False
+    """Compute a prompt once for all of its answers in a step (``samples_per_prompt`` above 1): the
+    same gradient with fewer tokens. Not with ``replay``."""
 
     @model_validator(mode="after")
     def _fp8_base_is_frozen(self) -> Self:
@@ -417,6 +420,10 @@ class UnslothTraining(_EngineProcess, _Watched):
     micro_batch_tokens: PositiveInt = 8192
     """Tokens per forward and backward pass, padding included. Changes memory and speed, not the
     step."""
+    shared_prompts: bool = False
+    """Compute a prompt once for all of its answers in a step (``samples_per_prompt`` above 1): the
+    same gradient with fewer tokens, checked with a few sequences at the start. ``packing`` then
+    does not matter. Not with ``replay``."""
     packing: bool | Literal["auto"] = "auto"
     """Concatenate a micro-batch's sequences instead of padding them. ``auto``: if unsloth has an
     attention kernel for it and a probe at start gives the same result as padding. ``true``: also

@@ -287,6 +287,14 @@ def replay_age_covers_updates(config: "RunConfig") -> None:
         )
 
 
+def replay_draws_single_rollouts(config: "RunConfig") -> None:
+    if config.replay is not None and config.training.shared_prompts:
+        raise ValueError(
+            "training.shared_prompts=true with replay: kept rollouts are drawn one by one, and "
+            "rarely have a prompt in common; set training.shared_prompts=false, or replay=null"
+        )
+
+
 def replay_needs_ratio(config: "RunConfig") -> None:
     objective = config.objective
     if config.replay is not None and objective.lacks_ratio:
@@ -469,6 +477,7 @@ RULES: tuple[Callable[["RunConfig"], None], ...] = (
     replay_age_covers_updates,
     harvest_and_prefix_exclude_credit_of_later_tokens,
     replay_needs_ratio,
+    replay_draws_single_rollouts,
     replay_excludes_credit_of_later_tokens,
     replay_keeps_no_hidden_states,
     replay_capacity_fits_one_step,

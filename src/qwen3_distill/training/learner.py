@@ -172,7 +172,7 @@ class TorchLearner:
         check_samplers(self._settings.objective, batch.scored)
         return self._step(
             _Step(
-                micros=partial(micro_batches, batch),
+                micros=self._split(batch),
                 denominator=batch.denominator,
                 num_loss_tokens=batch.num_loss_tokens,
                 lag_steps=batch.lag_steps(self._version),
@@ -189,7 +189,7 @@ class TorchLearner:
         require_samplers(self._settings.objective, share.example_of)
         return self._step(
             _Step(
-                micros=_no_micro_batches if batch is None else partial(micro_batches, batch),
+                micros=_no_micro_batches if batch is None else self._split(batch),
                 denominator=share.denominator,
                 num_loss_tokens=share.num_loss_tokens,
                 lag_steps=share.lag_steps,
@@ -232,6 +232,9 @@ class TorchLearner:
             Metric.last("replay/effective_sample_fraction", effective / sample.num_rollouts),
         )
         return replace(update, metrics=(*update.metrics, *metrics))
+
+    def _split(self, batch: Batch) -> _MicroBatches:
+        return partial(micro_batches, batch, shared_prompts=self.student.shares_prompts)
 
     def _own_rows(self, tokens_S: NDArray[np.int64]) -> Sequence[int]:
         """The drawn rollouts that this rank trains on; all ranks draw the same ones."""

@@ -1,6 +1,6 @@
 """Counts what the forward and backward passes of a step computed, for the cost ledger."""
 
-from qwen3_distill.training.batching import MicroBatch
+from qwen3_distill.training.batching import MicroBatch, triangle
 from qwen3_distill.types import Metric
 
 
@@ -21,12 +21,10 @@ class PassCounts:
     def add(self, micro: MicroBatch) -> None:
         rows, width = micro.input_BT.shape
         self._tokens += sum(micro.sequence_tokens)
-        self._pairs += sum(map(_triangle, micro.sequence_tokens))
+        self._pairs += micro.attention_pairs
         is_packed = rows < len(micro.sequence_tokens)  # several sequences in a row: no padding
         self._padded_tokens += rows * width
-        self._padded_pairs += (
-            sum(map(_triangle, micro.sequence_tokens)) if is_packed else rows * _triangle(width)
-        )
+        self._padded_pairs += micro.attention_pairs if is_packed else rows * triangle(width)
         loss_tokens = sum(micro.loss_tokens)
         self._loss_tokens += loss_tokens
         self._recomputed += loss_tokens if loss_tokens > self._chunk_tokens else 0
@@ -41,8 +39,3 @@ class PassCounts:
             Metric.sum("train/head_tokens", self._loss_tokens),
             Metric.sum("train/recomputed_head_tokens", self._recomputed),
         ]
-
-
-def _triangle(length: int) -> int:
-    """Pairs of a token and one that it attends to, in a sequence of this length."""
-    return length * (length + 1) // 2

@@ -30,6 +30,11 @@ class Student(Protocol):
         """Whether micro-batches are packed rather than padded."""
         ...
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a micro-batch has a prompt once, before all of its answers."""
+        ...
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context of the forward pass and the loss."""
         ...

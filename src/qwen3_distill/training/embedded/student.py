@@ -20,6 +20,7 @@ from qwen3_distill.training.learner import TorchLearner
 from qwen3_distill.training.lora import add_adapters
 from qwen3_distill.training.objectives.base import Objective
 from qwen3_distill.training.objectives.build import build_objective
+from qwen3_distill.training.prompt_attention import PromptAttention, hidden_states, share_prompts
 from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.types import Metric
 
@@ -70,16 +71,25 @@ class _EmbeddedStudent:
         if config.gradient_checkpointing:
             self.core.gradient_checkpointing_enable({"use_reentrant": False})
             self.core.enable_input_require_grads()
+        if config.shared_prompts:
+            share_prompts(base)
         self.core.train()
         if config.compiled:
             for layer in self.core.model.layers:
                 layer.compile()
+
+    @property
+    def shares_prompts(self) -> bool:
+        return self._config.shared_prompts
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         on = autocasts(self._config, on_gpu=self.device.type == "cuda")
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
 
     def hidden(self, micro: MicroBatch) -> Tensor:
+        if micro.shared is not None:
+            attention = PromptAttention(micro.shared, self.device)
+            return hidden_states(self.core, micro.input_BT, micro.position_BT, attention)
         # Right padding needs no attention mask: causal attention never looks at what follows, and
         # positions after the response carry no loss.
         return self.core.model(input_ids=micro.input_BT, use_cache=False).last_hidden_state

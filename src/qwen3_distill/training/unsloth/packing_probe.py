@@ -1,6 +1,8 @@
-"""Probing packed sequences, and recomputing layers, in a model that any library prepared."""
+"""Probing packed sequences and shared prompts, and recomputing layers, in a model that any library
+prepared."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import torch
@@ -8,11 +10,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qwen3_distill.errors import EngineStartError
+from qwen3_distill.training.batching import SharedPrompt
 
 _PROBE_LENGTHS = (19, 7, 12)
+_PROBE_PROMPTS = (
+    SharedPrompt(start=0, prompt_tokens=9, answer_tokens=(12, 5, 7)),
+    SharedPrompt(start=33, prompt_tokens=4, answer_tokens=(6, 6)),
+)
 
 PackedForward: TypeAlias = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 """From input ids [1, T], positions [1, T] and the lengths of the sequences to [1, T, D]."""
+
+
+SharedForward: TypeAlias = Callable[[Tensor, Tensor, Sequence[SharedPrompt]], Tensor]
+"""From input ids [1, T], positions [1, T] and where prompts and answers stand to [1, T, D]."""
 
 
 def recompute_first_layers(core: PreTrainedModel, count: int) -> None:
@@ -37,19 +48,63 @@ def packing_gap(core: PreTrainedModel, packed_forward: PackedForward) -> float:
 
     Rounding gives 1e-6 in float32. Sequences that see one another give about 1.
     """
+    rows = _random_rows(core, _PROBE_LENGTHS)
+    packed_1T = torch.cat(rows, dim=1)
+    positions_1T = torch.cat([torch.arange(n) for n in _PROBE_LENGTHS]).unsqueeze(0)
+    device = core.device
+    with _without_dropout(core):
+        together_1TD = packed_forward(packed_1T.to(device), positions_1T.to(device), _PROBE_LENGTHS)
+        return _gap(together_1TD, torch.cat([_alone(core, row) for row in rows], dim=1))
+
+
+@torch.no_grad()
+def shared_prompts_gap(core: PreTrainedModel, shared_forward: SharedForward) -> float:
+    """Largest difference of hidden states between answers behind a shared prompt and sequences by
+    themselves, over the largest.
+
+    Rounding gives 1e-6 in float32. Answers that see one another give about 1.
+    """
+    tokens, positions = list[Tensor](), list[Tensor]()
+    expected = list[Tensor]()
+    with _without_dropout(core):
+        for group in _PROBE_PROMPTS:
+            (prompt_1P,) = _random_rows(core, [group.prompt_tokens])
+            tokens.append(prompt_1P)
+            positions.append(torch.arange(group.prompt_tokens))
+            expected.append(_alone(core, prompt_1P))
+            for answer_1A in _random_rows(core, group.answer_tokens):
+                tokens.append(answer_1A)
+                positions.append(group.prompt_tokens + torch.arange(answer_1A.shape[1]))
+                whole = _alone(core, torch.cat([prompt_1P, answer_1A], dim=1))
+                expected.append(whole[:, group.prompt_tokens :])
+        together_1TD = shared_forward(
+            torch.cat(tokens, dim=1).to(core.device),
+            torch.cat(positions).unsqueeze(0).to(core.device),
+            _PROBE_PROMPTS,
+        )
+        return _gap(together_1TD, torch.cat(expected, dim=1))
+
+
+def _random_rows(core: PreTrainedModel, lengths: Sequence[int]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     vocabulary = core.config.vocab_size
-    rows = [torch.randint(vocabulary, (1, n), generator=generator) for n in _PROBE_LENGTHS]
-    positions = torch.cat([torch.arange(n) for n in _PROBE_LENGTHS]).unsqueeze(0)
-    device = core.device
+    return [torch.randint(vocabulary, (1, n), generator=generator) for n in lengths]
+
+
+def _alone(core: PreTrainedModel, row_1T: Tensor) -> Tensor:
+    return core.model(input_ids=row_1T.to(core.device), use_cache=False)[0]
+
+
+@contextlib.contextmanager
+def _without_dropout(core: PreTrainedModel) -> Iterator[None]:
     was_training = core.training
-    core.eval()  # dropout would differ
+    core.eval()
     try:
-        packed = torch.cat(rows, dim=1).to(device)
-        together_1TD = packed_forward(packed, positions.to(device), _PROBE_LENGTHS)
-        alone = [core.model(input_ids=row.to(device), use_cache=False)[0] for row in rows]
+        yield
     finally:
         core.train(was_training)
-    expected_1TD = torch.cat(alone, dim=1).float()
-    gap = (together_1TD.float() - expected_1TD).abs().max()
-    return float(gap / expected_1TD.abs().max())
+
+
+def _gap(found_1TD: Tensor, expected_1TD: Tensor) -> float:
+    expected_1TD = expected_1TD.float()
+    return float((found_1TD.float() - expected_1TD).abs().max() / expected_1TD.abs().max())

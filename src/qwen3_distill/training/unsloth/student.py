@@ -43,17 +43,23 @@ from qwen3_distill.modeling.step_memory import (
     usable_bytes,
 )
 from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
-from qwen3_distill.training.batching import MicroBatch
+from qwen3_distill.training.batching import MicroBatch, SharedPrompt
 from qwen3_distill.training.learner import TorchLearner
 from qwen3_distill.training.lora import check_targets, initialise_adapters
 from qwen3_distill.training.memory_lack import memory_lack
 from qwen3_distill.training.objectives.build import build_objective
+from qwen3_distill.training.prompt_attention import PromptAttention, hidden_states, share_prompts
 from qwen3_distill.training.settings import LearnerSettings
-from qwen3_distill.training.unsloth.packing_probe import packing_gap, recompute_first_layers
+from qwen3_distill.training.unsloth.attention import ATTENTION_ARGUMENT, patch_attention
+from qwen3_distill.training.unsloth.packing_probe import (
+    packing_gap,
+    recompute_first_layers,
+    shared_prompts_gap,
+)
 from qwen3_distill.types import Metric
 
 _PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 6e-2}
-"""Largest `packing_gap` with which sequences are packed."""
+"""Largest `packing_gap` with which sequences are packed; likewise `shared_prompts_gap`."""
 
 
 def open_learner(settings: LearnerSettings[UnslothTraining]) -> TorchLearner:
@@ -167,6 +173,7 @@ class UnslothStudent:
         self.core: PreTrainedModel = _load(model_dir, config, seed, plan.choice)
         _check_weights(model_dir, self.core)
         recompute_first_layers(self.core, plan.choice.recomputed_layers)
+        self.shares_prompts, self._sharing = self._decide_sharing()
         self.packs, self._packing = self._decide_packing()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -174,6 +181,8 @@ class UnslothStudent:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
 
     def hidden(self, micro: MicroBatch) -> Tensor:
+        if micro.shared is not None:
+            return self._shared_hidden(micro.input_BT, micro.position_BT, micro.shared)
         if self.packs:
             return self._packed_hidden(micro.input_BT, micro.position_BT, micro.sequence_tokens)
         # Padded on the right, without a mask: causal attention never sees what follows, and unsloth
@@ -193,6 +202,7 @@ class UnslothStudent:
             "kernels": "unsloth's fused ones" if self._fused else "Hugging Face's",
             "memory": self._plan.report(),
             "packing": self._packing,
+            "shared prompts": self._sharing,
         }
 
     def _packed_hidden(
@@ -205,6 +215,47 @@ class UnslothStudent:
         return self.core.model(
             input_ids=input_1T, position_ids=position_1T, use_cache=False, **known
         )[0]
+
+    def _shared_hidden(
+        self, input_1T: Tensor, position_1T: Tensor, shared: Sequence[SharedPrompt]
+    ) -> Tensor:
+        attention = PromptAttention(shared, self.device)
+        if not self._fused:
+            return hidden_states(self.core, input_1T, position_1T, attention)
+        return self.core.model(
+            input_ids=input_1T,
+            position_ids=position_1T,
+            use_cache=False,
+            **{ATTENTION_ARGUMENT: attention},
+        )[0]
+
+    def _decide_sharing(self) -> tuple[bool, str]:
+        """Whether prompts are shared, and why.
+
+        Raises:
+            EngineStartError: it is asked for, and answers behind a prompt have other hidden states.
+        """
+        if not self._config.shared_prompts:
+            return False, "off"
+        if self._fused:
+            patch_attention()
+        else:
+            share_prompts(self.core)
+        with self.autocast():
+            gap = shared_prompts_gap(self.core, self._shared_hidden)
+        if gap > self._tolerance:
+            raise EngineStartError(
+                "unsloth learner: training.shared_prompts=true, but answers behind a shared prompt "
+                f"differ from single sequences by {gap:.1e} of the largest hidden value, above "
+                f"{self._tolerance:.0e}; set training.shared_prompts=false"
+            )
+        return True, f"on: differs from single sequences by {gap:.1e} of the largest value"
+
+    @property
+    def _tolerance(self) -> float:
+        """Largest gap to single sequences with which rows are packed or prompts shared."""
+        on = autocasts(self._config, on_gpu=self.device.type == "cuda")
+        return _PROBE_TOLERANCE["bfloat16" if on else self._config.dtype]
 
     def _decide_packing(self) -> tuple[bool, str]:
         """Whether micro-batches are packed, and why."""
@@ -219,9 +270,7 @@ class UnslothStudent:
             return False, "off: neither flash-attn nor xformers is installed"
         with self.autocast():
             gap = packing_gap(self.core, self._packed_hidden)
-        on = autocasts(self._config, on_gpu=self.device.type == "cuda")
-        rounds = "bfloat16" if on else self._config.dtype
-        limit = _PROBE_TOLERANCE[rounds]
+        limit = self._tolerance
         if gap <= limit:
             return True, f"on: differs from single sequences by {gap:.1e} of the largest value"
         reason = (
