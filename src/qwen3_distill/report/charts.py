@@ -26,6 +26,8 @@ from qwen3_distill.report.drawing import (
 
 MAX_POINTS = 500
 """Longer series are averaged (or maximised) in buckets: no screen shows more."""
+_NAME_CHARACTER = 6.2
+"""Width of a character of a row's name; the widest names seen have 5.7."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54.0, 14.0, 12.0, 34.0
 
 
@@ -220,7 +222,8 @@ def draw_stack(chart: StackedChart) -> Figure | None:
 
 def draw_intervals(rows: Sequence[Interval]) -> Markup:
     """Draw one row per value: a dot with its interval, on a common axis."""
-    width, row, left, right = 720.0, 40.0, 128.0, 70.0
+    width, row, right = 720.0, 40.0, 70.0
+    left = max(128.0, 26 + _NAME_CHARACTER * max(len(item.name) for item in rows))
     height = row * len(rows) + 30
     low, high = _interval_axis(rows)
 

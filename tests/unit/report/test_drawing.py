@@ -2,6 +2,7 @@
 
 from xml.etree import ElementTree
 
+from qwen3_distill.report.charts import Interval, draw_intervals
 from qwen3_distill.report.drawing import Drawing
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -44,3 +45,14 @@ def test_a_file_has_its_own_style_and_escapes_what_is_written_into_it() -> None:
     assert ".train{color:#54a24b}" in (style.text or "")
     assert [text.text for text in svg.iter(f"{SVG}text")] == ["</svg><script>"]
     assert [title.text for title in svg.iter(f"{SVG}title")] == ["<b>"]
+
+
+def test_the_names_of_intervals_have_room_at_the_left() -> None:
+    """Names of a second decoding once began left of the picture."""
+    names = ["teacher", "student before, greedy", "student before, temperature 0.25"]
+    rows = [Interval(name=name, value=0.5, low=0.4, high=0.6, colour="c1") for name in names]
+    svg = ElementTree.fromstring(draw_intervals(rows))
+    ends = {text.text: float(text.attrib["x"]) for text in svg.iter() if text.text in names}
+    widest = 5.7  # of a character, as drawn
+    assert all(end >= widest * len(str(name)) for name, end in ends.items()), ends
+    assert ends.keys() == set(names)
