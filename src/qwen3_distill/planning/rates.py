@@ -1,0 +1,167 @@
+"""Holds the rates that the time plan computes with: a device's figures, and what stages reach.
+
+`Rates` are a device's peaks, or what `qwen3-distill calibrate` measured on it. `EFFICIENCY` is the
+share of them that each stage reaches. It was fitted on one kind of device, an H200 (`FITTED_ON`
+lists the results), and is used for all.
+"""
+
+from dataclasses import dataclass
+
+from qwen3_distill.planning.calibration import Calibration
+from qwen3_distill.planning.peaks import GIGA, MICRO, TERA, DevicePeaks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """The peaks of one device, in SI units."""
+
+    name: str
+    origin: str
+    """Where the figures are from, for people."""
+    calibrated: bool
+    bf16_flops: float
+    """Dense bfloat16 products per second, in operations."""
+    fp8_flops: float | None
+    """Dense FP8 products; None: FP8 weights are widened, and save memory only."""
+    fp32_flops: float
+    bandwidth: float
+    """Bytes per second."""
+    graph_kernel_s: float
+    """Least time of a kernel within a CUDA graph."""
+    launch_s: float
+    """Host's time for one kernel launched by itself."""
+
+    def products(self, *, fp8: bool) -> float:
+        """Operations per second of a linear layer's products."""
+        return self.fp8_flops if fp8 and self.fp8_flops is not None else self.bf16_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """What stages reach of a device's peaks, and what they cost besides."""
+
+    decode_products: float
+    """Share of bandwidth and of products in a decode step's linear layers."""
+    kv_reads: float
+    """Share of the bandwidth with which decode attention reads the cache."""
+    logits_passes: float
+    """Times that sampling reads or writes a float32 row of logits."""
+    decode_kernels_per_layer: float
+    """Small kernels of a layer in a decode step: norms, rotary embedding, activation."""
+    decode_step_s: float
+    """Time of a decode step that depends on neither model nor batch: the engine's scheduling."""
+    score_fp8: float
+    """Share of the FP8 peak in scoring, with a scale per channel."""
+    score_fp8_blocks: float
+    """The same with an FP8 checkpoint's scales per block."""
+    prefill: float
+    """Share of the bf16 peak in prefill and in scoring without FP8."""
+    train: float
+    """Share of the bf16 peak in the linear layers of forward and backward passes."""
+    train_masked_attention: float
+    """The same in attention over padded sequences of different lengths."""
+    publish_passes: float
+    """Times that the bandwidth passes over a student's weights when whole weights are pushed."""
+    publish_adapter_s: float
+    """Seconds to push an adapter."""
+    host_s_per_rollout: float
+    """Seconds of the controller per rollout: verifying, records, digests."""
+    streaming_mps: float
+    """Time of a streaming step over the sum of its stages' own, with MPS."""
+    streaming_slices: float
+    """The same without MPS."""
+
+
+EFFICIENCY = Efficiency(
+    decode_products=0.741,
+    kv_reads=0.592,
+    logits_passes=16.0,
+    decode_kernels_per_layer=7.01,
+    decode_step_s=0.909e-3,
+    score_fp8=0.424,
+    score_fp8_blocks=0.306,
+    prefill=0.434,
+    train=0.434,
+    train_masked_attention=0.152,
+    publish_passes=116,
+    publish_adapter_s=0.3,
+    host_s_per_rollout=4.72e-3,
+    streaming_mps=0.927,
+    streaming_slices=1.48,
+)
+
+FITTED_ON: dict[str, str] = {
+    "decode_products": "h200_decode_processes: matrix products of a decode step",
+    "kv_reads": "h200_decode_processes: attention of a decode step",
+    "logits_passes": "h200_decode_processes: sampling of a decode step",
+    "decode_kernels_per_layer": "h200_decode_processes: norms, rotary embedding, activation",
+    "decode_step_s": "h200_overlap_micro_batch_8192: longtail8 sequential, sampling",
+    "score_fp8": "h200_stages_micro_batch_5120: score",
+    "score_fp8_blocks": "h200_stages_micro_batch_5120: 32B FP8 teacher, scoring",
+    "prefill": "taken to be train",
+    "train": "h200_stages_micro_batch_5120: train_off",
+    "train_masked_attention": "h200_overlap_micro_batch_8192: longtail8 sequential, training",
+    "publish_passes": "h200_stages_micro_batch_5120: opd, publishing",
+    "publish_adapter_s": "assumed",
+    "host_s_per_rollout": "h200_shipped: step 2, host",
+    "streaming_mps": "h200_overlap_micro_batch_8192: longtail8 streaming, step",
+    "streaming_slices": "h200_overlap: longtail8 streaming without MPS, step",
+}
+"""The row of `benchmarks/results` that each share was fitted on
+(`python -m benchmarks.speed.time_plan --fit`)."""
+
+ATTENTION_SHARE = 0.5
+"""Share of the bf16 peak in attention's products outside of decoding; assumed."""
+FLOAT32_SHARE = 0.85
+"""Share of the float32 peak in float32 products; assumed."""
+BANDWIDTH_SHARE = 0.8
+"""Share of the bandwidth in passes over logits, casts and optimizer states; assumed."""
+EAGER_KERNELS_PER_LAYER = 14
+"""Kernels of a layer's decode step in vLLM without CUDA graphs; assumed."""
+EMBEDDED_KERNELS_PER_LAYER = 40
+"""The same in the embedded engine, which fuses nothing; assumed."""
+TRAIN_KERNELS_PER_LAYER = 90
+"""Kernels of a layer's forward and backward pass in training; assumed."""
+ADAPTER_KERNELS_PER_LAYER = 8
+"""Further kernels of a layer's decode step with an adapter beside the weights; assumed."""
+
+REFERENCE_BF16 = 0.767
+"""Share of its bf16 peak that `calibrate`'s products reach on an H200."""
+REFERENCE_FP8 = 0.717
+REFERENCE_BANDWIDTH = 0.88
+REFERENCE_FP32 = 0.75
+
+
+def peak_rates(device: DevicePeaks) -> Rates:
+    """Return the rates of a device's data sheet."""
+    return Rates(
+        name=device.label,
+        origin=f"peak figures: {device.source}",
+        calibrated=False,
+        bf16_flops=device.bf16_tflops * TERA,
+        fp8_flops=None if device.fp8_tflops is None else device.fp8_tflops * TERA,
+        fp32_flops=device.fp32_tflops * TERA,
+        bandwidth=device.bandwidth_gbs * GIGA,
+        graph_kernel_s=device.graph_kernel_us * MICRO,
+        launch_s=device.launch_us * MICRO,
+    )
+
+
+def calibrated_rates(measured: Calibration) -> Rates:
+    """Return the rates of a device that `calibrate` measured.
+
+    Shares of `EFFICIENCY` are those of an H200's peaks. So a measured figure is divided by the
+    share of its peak that the same measurement reaches there.
+    """
+    fp8 = measured.fp8_tflops
+    return Rates(
+        name=measured.device,
+        origin=f"measured by `qwen3-distill calibrate` on {measured.measured_at}",
+        calibrated=True,
+        bf16_flops=measured.bf16_tflops * TERA / REFERENCE_BF16,
+        fp8_flops=None if fp8 is None else fp8 * TERA / REFERENCE_FP8,
+        fp32_flops=measured.fp32_tflops * TERA / REFERENCE_FP32,
+        bandwidth=measured.bandwidth_gbs * GIGA / REFERENCE_BANDWIDTH,
+        graph_kernel_s=(measured.graph_kernel_us or measured.launch_us) * MICRO,
+        launch_s=measured.launch_us * MICRO,
+    )
