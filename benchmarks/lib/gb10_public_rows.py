@@ -2,8 +2,8 @@
 
 None of them fitted a share: the shares are those of an H200, the peaks those of data sheets. The
 launch times of `planning.peaks` were assumed knowing the rows without CUDA graphs, so these do not
-count as held out. Left out are models that are not dense transformers with a full cache, and rows whose own source doubts
-them. Sources name the author, the place and the date.
+count as held out. Left out are models that are not dense transformers with a full cache, and rows
+that their own source doubts. Sources name the author, the place and the date.
 """
 
 from collections.abc import Iterator

@@ -267,15 +267,19 @@ def fit(rows: Sequence[Row]) -> Efficiency:
     for name in _ORDER:
         row = fitted[name]
 
-        def excess(value: float, name: str = name, row: Row = row) -> float:
-            changes = {name: value} | ({"prefill": value} if name == "train" else {})
-            return row.error(replace(share, **changes))
+        def excess(
+            value: float, name: str = name, row: Row = row, rest: Efficiency = share
+        ) -> float:
+            return row.error(_with(rest, name, value))
 
         value = _root(excess, getattr(share, name))
-        share = replace(share, **{name: value})
-        if name == "train":
-            share = replace(share, prefill=value)
+        share = _with(share, name, value)
     return share
+
+
+def _with(share: Efficiency, name: str, value: float) -> Efficiency:
+    changes = {name: value} | ({"prefill": value} if name == "train" else {})
+    return replace(share, **changes)
 
 
 def _root(excess: Callable[[float], float], start: float) -> float:

@@ -9,13 +9,13 @@ compares with the committed H200 results and with public GB10 rows, without a GP
 
 prints the shares that the fitting rows give, for `planning/rates.py`.
 
-    python -m benchmarks.speed.time_plan --measure --device h200 --models models --name h200_time_plan \
-        'generation.environment={...}' 'scoring.environment={...}'
+    python -m benchmarks.speed.time_plan --measure --device h200 --name h200_time_plan \
+        --models models 'generation.environment={...}' 'scoring.environment={...}'
 
 runs steps of six configs with the real engines (`benchmarks.speed.stages --parts opd`, minutes
-each), and compares them. None of them fitted anything. ``--models`` has `random-4B` and `random-8B`,
-Qwen3 directories with random weights. What was measured is kept after every config; the same
-command goes on with those that are missing.
+each), and compares them. None of them fitted anything. ``--models`` has `random-4B` and
+`random-8B`, Qwen3 directories with random weights. What was measured is kept after every config;
+the same command goes on with those that are missing.
 """
 
 import argparse

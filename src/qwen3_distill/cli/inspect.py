@@ -1,6 +1,5 @@
 """Commands that read a config or a run folder and start no engine."""
 
-import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -21,56 +20,6 @@ from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import dump_config, load_config
 from qwen3_distill.config.redaction import recordable
 from qwen3_distill.errors import RunFolderError
-from qwen3_distill.recording.terminal import TerminalConsole
-
-
-def _refuse_nan(value: float | None) -> float | None:
-    """Refuse NaN, which passes an option's range because no comparison with it holds."""
-    if value is not None and math.isnan(value):
-        raise typer.BadParameter("nan is not a number of GiB")
-    return value
-
-
-def plan(
-    config: ConfigOption,
-    overrides: Overrides = None,
-    shape_student: Annotated[
-        str | None, typer.Option(help="Plan with this Qwen3, e.g. 4B, instead of the directory.")
-    ] = None,
-    shape_teacher: Annotated[
-        str | None, typer.Option(help="The same for the teacher, e.g. 32B or 32B-FP8.")
-    ] = None,
-    device_memory_gib: Annotated[
-        float | None,
-        typer.Option(
-            min=0.001,
-            max=1_000_000,
-            callback=_refuse_nan,
-            help="Memory to plan for; default: what is free now.",
-        ),
-    ] = None,
-) -> None:
-    """Show how the engines share the memory. Exit status 2, with advice, if it does not fit."""
-    settings = load_config(config, overrides or ())
-    from qwen3_distill.modeling.shapes import named_shape
-    from qwen3_distill.pipeline.models import localize
-    from qwen3_distill.planning.cards import plan_cards
-    from qwen3_distill.planning.table import plan_settings, plan_table
-
-    shapes = {"student": shape_student, "teacher": shape_teacher}
-    read = [role for role, shape in shapes.items() if shape is None]
-    settings = localize(settings, say=say, warn=warn, roles=read, datasets=False).config
-    cards = plan_cards(
-        settings,
-        device_memory_bytes=None if device_memory_gib is None else int(device_memory_gib * 2**30),
-        student_shape=None if shape_student is None else named_shape(shape_student),
-        teacher_shape=None if shape_teacher is None else named_shape(shape_teacher),
-    )
-    for card in cards:
-        title = card.what if settings.cluster is not None else None
-        TerminalConsole().print(plan_table(card.plan, title))
-    if settings.cluster is None:
-        say(f"planned settings: {plan_settings(settings, cards[0].plan)}")
 
 
 def report(

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import qwen3_distill
-from qwen3_distill.cli import engines, inspect, offline, run, status
+from qwen3_distill.cli import engines, inspect, offline, planning, run, status
 from qwen3_distill.cli.cost import cost
 from qwen3_distill.cli.doctor import doctor
 from qwen3_distill.cli.export import export
@@ -48,7 +48,8 @@ app.command()(offline.train)
 app.command("eval")(offline.evaluate)
 app.command("audit-teacher")(offline.audit_teacher)
 app.command()(doctor)
-app.command()(inspect.plan)
+app.command()(planning.plan)
+app.command()(planning.calibrate)
 app.command()(inspect.report)
 app.command()(cost)
 app.command()(export)

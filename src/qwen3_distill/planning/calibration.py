@@ -1,7 +1,7 @@
 """Keeps what `qwen3-distill calibrate` measured, one small file per device in the user's cache."""
 
-import json
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -104,6 +104,18 @@ def _checked(values: dict[str, Any], file: Path) -> Calibration:
     return Calibration(**given)
 
 
-def as_text(measured: Calibration) -> str:
-    """Return the record as JSON, for programs."""
-    return json.dumps({"schema": SCHEMA, **asdict(measured)}, indent=2)
+def cpu_name() -> str:
+    """Return the processor's name with the number of cores that this process may use."""
+    model = "CPU"
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name" and value.strip():
+            model = value.strip()
+            break
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return f"{model}, {cores} cores"

@@ -26,6 +26,8 @@ class Rates:
     fp32_flops: float
     bandwidth: float
     """Bytes per second."""
+    weight_bandwidth: float
+    """Bytes per second of weights that few rows pass through."""
     graph_kernel_s: float
     """Least time of a kernel within a CUDA graph."""
     launch_s: float
@@ -126,10 +128,13 @@ ADAPTER_KERNELS_PER_LAYER = 8
 """Further kernels of a layer's decode step with an adapter beside the weights; assumed."""
 
 REFERENCE_BF16 = 0.767
-"""Share of its bf16 peak that `calibrate`'s products reach on an H200."""
+"""Share of its peak that `calibrate` reaches on an H200, where the shares above were fitted: here in
+bfloat16 products. Those of bfloat16 and FP8 are of the frozen layers of a 4B model there (759 and
+1,420 TFLOP/s); the others are assumed until `calibrate` was run on one."""
 REFERENCE_FP8 = 0.717
-REFERENCE_BANDWIDTH = 0.88
 REFERENCE_FP32 = 0.75
+REFERENCE_BANDWIDTH = 0.88
+REFERENCE_DECODE = 0.8
 
 
 def peak_rates(device: DevicePeaks) -> Rates:
@@ -142,6 +147,7 @@ def peak_rates(device: DevicePeaks) -> Rates:
         fp8_flops=None if device.fp8_tflops is None else device.fp8_tflops * TERA,
         fp32_flops=device.fp32_tflops * TERA,
         bandwidth=device.bandwidth_gbs * GIGA,
+        weight_bandwidth=device.bandwidth_gbs * GIGA,
         graph_kernel_s=device.graph_kernel_us * MICRO,
         launch_s=device.launch_us * MICRO,
     )
@@ -162,6 +168,7 @@ def calibrated_rates(measured: Calibration) -> Rates:
         fp8_flops=None if fp8 is None else fp8 * TERA / REFERENCE_FP8,
         fp32_flops=measured.fp32_tflops * TERA / REFERENCE_FP32,
         bandwidth=measured.bandwidth_gbs * GIGA / REFERENCE_BANDWIDTH,
+        weight_bandwidth=measured.decode_gbs * GIGA / REFERENCE_DECODE,
         graph_kernel_s=(measured.graph_kernel_us or measured.launch_us) * MICRO,
         launch_s=measured.launch_us * MICRO,
     )

@@ -112,7 +112,7 @@ def decode_step(
 ) -> StageTime:
     """Predict one decode step of ``batch`` sequences, without reading their caches."""
     shape = model.shape
-    weights_s = model.read_bytes / rates.bandwidth
+    weights_s = model.read_bytes / rates.weight_bandwidth
     products_s = 2 * shape.linear_parameters * batch / model.products(rates)
     products_s += head_flops(shape, batch) / rates.bf16_flops
     both = math.hypot(weights_s, products_s) / share.decode_products

@@ -70,6 +70,12 @@ class TimePlan:
         return self.new_tokens / self.step_s
 
     @property
+    def bound(self) -> str:
+        """The longest stage and what bounds it."""
+        stage = max(self.stages, key=lambda name: self.stages[name].seconds)
+        return f"{stage} ({self.stages[stage].bound})"
+
+    @property
     def money(self) -> float | None:
         """Price of the devices for the run; None without a price."""
         if self.price_per_device_hour is None:

@@ -1,0 +1,245 @@
+"""Searches settings for the most tokens per second that the memory plan allows.
+
+Settings of speed and memory are searched together; those that change what is learned (rollouts of a
+step, samples of a prompt, streaming) only in variants of their own, each named.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwen3_distill.config import RunConfig
+from qwen3_distill.config.load import check_config, dump_config
+from qwen3_distill.errors import ConfigError
+from qwen3_distill.modeling.shapes import ModelShape
+from qwen3_distill.planning import memory
+from qwen3_distill.planning.device import DeviceMemory
+from qwen3_distill.planning.memory import Models
+from qwen3_distill.planning.plan import MemoryPlan, lay_out, make_plan
+from qwen3_distill.planning.rates import Rates
+from qwen3_distill.planning.time_plan import Assumed, Planned, TimePlan, plan_time
+
+_GAIN = 1.02
+"""Least gain in tokens per second that is worth a suggestion."""
+_SEQUENCES = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
+_MICRO_BATCHES = (2048, 4096, 5120, 8192, 10240, 16384, 20480)
+_SWEEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """What settings are searched for."""
+
+    config: RunConfig
+    student: ModelShape
+    teacher: ModelShape | None
+    device: DeviceMemory
+    rates: Rates
+    assumed: Assumed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """Settings with their plans of memory and time."""
+
+    overrides: tuple[str, ...]
+    """What to type after ``--config FILE``."""
+    meaning: tuple[str, ...]
+    """What it changes in the optimization; empty: nothing."""
+    config: RunConfig
+    memory: MemoryPlan
+    plan: TimePlan
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """Settings that change the optimization, and how."""
+
+    changes: dict[str, Any]
+    meaning: tuple[str, ...]
+
+
+def suggest(situation: Situation, count: int = 3) -> list[Suggestion]:
+    """Return the fastest settings that fit: ``count`` of each kind, the fastest first.
+
+    Raises:
+        ConfigError: the run has a cluster, whose cards are not searched.
+    """
+    config = situation.config
+    if config.cluster is not None:
+        raise ConfigError(
+            "--suggest is for runs on one device, and the config has a cluster; drop --suggest"
+        )
+    now = _evaluate(situation, {}, ())
+    least = now.plan.tokens_per_s * _GAIN if now is not None else 0.0
+    kept: list[Suggestion] = []
+    changed: list[Suggestion] = []
+    for variant in _variants(config, situation.device):
+        best = _search(situation, variant)
+        if best is not None and best.plan.tokens_per_s > least and _is_planned(situation, best):
+            (changed if best.meaning else kept).append(best)
+    ranked = [sorted(group, key=lambda each: -each.plan.tokens_per_s) for group in (kept, changed)]
+    return [*ranked[0][:count], *ranked[1][:count]]
+
+
+def evaluated(situation: Situation, laid_out: MemoryPlan) -> TimePlan:
+    """Return the time plan of the config itself.
+
+    Args:
+        laid_out: memory of the card that the learner is on.
+    """
+    planned = Planned(
+        config=situation.config,
+        student=situation.student,
+        teacher=situation.teacher,
+        recomputed_layers=recomputed_layers(situation.config, situation, laid_out),
+    )
+    return plan_time(planned, situation.rates, situation.assumed)
+
+
+def _variants(config: RunConfig, device: DeviceMemory) -> Iterator[_Variant]:
+    """Iterate over changes of the optimization, none first."""
+    pipelines: list[dict[str, Any] | None] = [None]
+    if config.pipeline.kind == "sequential":
+        # MPS is not known to work where CPU and GPU share the memory.
+        mps = device.kind != "unified"
+        pipelines.append(
+            {"kind": "streaming", "mps": mps, "max_staleness_steps": 8, "max_steps_ahead": 3}
+        )
+    for pipeline in pipelines:
+        for times in (1, 2, 4):
+            for samples in dict.fromkeys((config.samples_per_prompt, 4)):
+                variant = _variant(config, pipeline, times, samples)
+                if variant is not None:
+                    yield variant
+
+
+def _variant(
+    config: RunConfig, pipeline: dict[str, Any] | None, times: int, samples: int
+) -> _Variant | None:
+    changes: dict[str, Any] = {}
+    meaning: list[str] = []
+    before, rollouts = config.rollouts_per_step, config.rollouts_per_step * times
+    if rollouts % samples:
+        return None
+    if (prompts := rollouts // samples) != config.prompts_per_step:
+        changes["prompts_per_step"] = prompts
+    if times > 1:
+        meaning.append(f"the batch: {before} -> {rollouts} rollouts of an optimizer step")
+    if samples != config.samples_per_prompt:
+        changes["samples_per_prompt"] = samples
+        had = config.samples_per_prompt
+        meaning.append(f"the batch: {samples} answers of a prompt instead of {had}")
+    if pipeline is not None:
+        changes["pipeline"] = pipeline
+        meaning.append("on-policy: a token may be 8 steps old when it is trained on (streaming)")
+    return _Variant(changes, tuple(meaning))
+
+
+def _search(situation: Situation, variant: _Variant) -> Suggestion | None:
+    """Improve one setting after another, as long as it gains."""
+    best = _evaluate(situation, variant.changes, variant.meaning)
+    changes = dict(variant.changes)
+    for _ in range(_SWEEPS):
+        improved = False
+        for key, values in _settings(situation.config):
+            for value in values:
+                tried = _evaluate(situation, changes | {key: value}, variant.meaning)
+                if tried is not None and _is_faster(tried, best):
+                    best, improved = tried, True
+                    changes = changes | {key: value}
+        if not improved:
+            break
+    return best
+
+
+def _is_faster(tried: Suggestion, best: Suggestion | None) -> bool:
+    """Whether it is faster by more than a thousandth: a tie keeps the setting that is there."""
+    return best is None or tried.plan.tokens_per_s > 1.001 * best.plan.tokens_per_s
+
+
+def _settings(config: RunConfig) -> Iterator[tuple[str, Sequence[Any]]]:
+    """Iterate over settings that change speed and memory only."""
+    yield "generation.max_sequences", _SEQUENCES
+    if config.generation.kind == "vllm" and config.training.tuning.kind == "lora":
+        yield "generation.adapters", ("merge", "swap")
+    yield "training.micro_batch_tokens", _MICRO_BATCHES
+
+
+def _evaluate(
+    situation: Situation, changes: dict[str, Any], meaning: tuple[str, ...]
+) -> Suggestion | None:
+    """Plan memory and time of changed settings; None if they are refused or do not fit."""
+    try:
+        config = _changed(situation.config, changes) if changes else situation.config
+    except ConfigError:
+        return None
+    shapes = {"student_shape": situation.student, "teacher_shape": situation.teacher}
+    laid_out = lay_out(config, device=situation.device, **shapes)
+    if not laid_out.fits:
+        return None
+    planned = Planned(
+        config=config,
+        student=situation.student,
+        teacher=situation.teacher,
+        recomputed_layers=recomputed_layers(config, situation, laid_out),
+    )
+    return Suggestion(
+        overrides=tuple(f"{key}={_value(value)}" for key, value in changes.items()),
+        meaning=(*meaning, *_in_flight_meaning(situation.config, config)),
+        config=config,
+        memory=laid_out,
+        plan=plan_time(planned, situation.rates, situation.assumed),
+    )
+
+
+def _in_flight_meaning(before: RunConfig, after: RunConfig) -> Iterator[str]:
+    """Say that rollouts in flight decide how old tokens are, where the run streams already."""
+    was, now = before.max_in_flight, after.max_in_flight
+    if before.pipeline.kind == "streaming" and was != now:
+        yield f"how old tokens are: {was} -> {now} rollouts in flight"
+
+
+def recomputed_layers(config: RunConfig, situation: Situation, laid_out: MemoryPlan) -> int:
+    """Return how many layers of the student the learner recomputes with a memory plan."""
+    models = Models(student=situation.student, teacher=situation.teacher)
+    room = laid_out.learner_memory_bytes
+    return memory.checkpointing(config, models, laid_out.device, room).recomputed_layers
+
+
+def _is_planned(situation: Situation, found: Suggestion) -> bool:
+    """Whether the whole memory plan accepts it, loading included."""
+    try:
+        make_plan(
+            found.config,
+            device=situation.device,
+            student_shape=situation.student,
+            teacher_shape=situation.teacher,
+        )
+    except ConfigError:
+        return False
+    return True
+
+
+def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """Return the checked config with other settings.
+
+    Raises:
+        ConfigError: they are refused.
+    """
+    values = dump_config(config)
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        place = values
+        for section in sections:
+            place = place[section]
+        place[name] = value
+    return check_config(values, "suggested settings")
+
+
+def _value(value: Any) -> str:
+    """Write a value as an override of the command line."""
+    if not isinstance(value, dict):
+        return str(value)
+    inner = ", ".join(f"{key}: {_value(each).lower()}" for key, each in value.items())
+    return f"'{{{inner}}}'"
