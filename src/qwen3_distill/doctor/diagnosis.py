@@ -12,6 +12,7 @@ from typing import Any
 from qwen3_distill.config import RunConfig
 from qwen3_distill.doctor.precision import compare_with_unquantized, quantized_directory
 from qwen3_distill.doctor.real_pass import RealPass, examined, score_request
+from qwen3_distill.doctor.speed import DEVICE_SPEED, check_speed
 from qwen3_distill.doctor.tolerances import QUANTIZED_BROKEN_NATS, QUANTIZED_NOTICEABLE_NATS
 from qwen3_distill.errors import DistillError
 from qwen3_distill.pipeline.assembly.engines import build_parts
@@ -129,7 +130,7 @@ _STAGES = (
     _Stage(name=_CLOSE, find=RealPass.close, needs=(_START,)),
 )
 
-ENGINE_CHECKS = (*(stage.name for stage in _STAGES), _PRECISION)
+ENGINE_CHECKS = (DEVICE_SPEED, *(stage.name for stage in _STAGES), _PRECISION)
 """Names of the checks that start engines, in their order."""
 
 
@@ -186,6 +187,8 @@ async def _examine_engines(
     add: Tell,
     adapt: Callable[[Parts], Parts],
 ) -> None:
+    say(f"checking: {DEVICE_SPEED}")
+    add(await _timed(DEVICE_SPEED, asyncio.to_thread(check_speed)))
     local.fetch_weights(say)
     folder = Path(tempfile.mkdtemp(prefix="qwen3-distill-doctor-"))
     config = examined(local.config, str(folder / "run"))

@@ -209,3 +209,11 @@ def _graph_us(meter: _Meter) -> float:
         for _ in range(_TINY):
             value.add_(1)
     return meter.best_s(graph.replay) / _TINY * 1e6
+
+
+def quick_speed(device: torch.device) -> tuple[float, float]:
+    """Measure copies (GB/s) and bfloat16 products (TFLOP/s) for about two seconds in all."""
+    meter = _Meter(device, 1.0)
+    return _copy_gbs(meter, _SMALL_GPU.copy_bytes), _product_tflops(
+        meter, _SMALL_GPU.matrix, torch.bfloat16
+    )

@@ -55,7 +55,8 @@ def _head(facts: Facts, plan_lines: Sequence[str]) -> list[str]:
     if machine.kind == "unified":
         lines += [
             "This project has not been run on such a machine: from the engines' sources and",
-            "others' reports.",
+            "others' reports. `qwen3-distill plan` predicts its times, `qwen3-distill doctor`",
+            "looks at its clock and bandwidth.",
         ]
     if machine.kind == "cpu":
         lines += ["No GPU is used: all engines are PyTorch on the CPU."]
@@ -150,11 +151,11 @@ def _generation(facts: Facts, rung: Rung) -> list[str]:
     unified = facts.machine.kind == "unified"
     lines = ["generation:", "  kind: vllm"]
     if unified:
-        lines.append(
-            _line(
-                "  dtype: bfloat16", "FP8 for the student is unreliable on compute capability 12.1"
-            )
-        )
+        lines += [
+            "  # As the learner computes. FP8 per channel would halve the reads; by blocks it",
+            "  # fails in vLLM 0.26 on this GPU.",
+            "  dtype: bfloat16",
+        ]
     else:
         lines.append("  dtype: bfloat16")
     if not unified and facts.trains_adapters:
@@ -167,7 +168,7 @@ def _generation(facts: Facts, rung: Rung) -> list[str]:
     lines.append(_line(f"  max_sequences: {rung.max_sequences}", why))
     lines.append(_line(f"  max_model_tokens: {_model_tokens(facts)}", "prompt and answer"))
     if unified:
-        lines.append(_line("  float32_head: true", "logprobs with less noise"))
+        lines.append(_line("  float32_head: true", "logprobs with less noise; free in vLLM 0.26"))
     return lines
 
 
@@ -183,14 +184,19 @@ def _scoring(facts: Facts, rung: Rung) -> list[str]:
         lines.append(_line("  quantization: null", "the checkpoint is in FP8"))
     elif unified:
         lines += [
-            "  # Made at start from the bfloat16 weights, per channel: kernels that work on it.",
-            "  # Qwen's own FP8 checkpoints load in half the memory and use blocks instead.",
+            "  # Made at start from the bfloat16 weights, per channel: kernels that work here.",
+            "  # For that the whole bfloat16 weights are loaded: drop the page cache before a run.",
+            "  # Qwen's own FP8 checkpoints load in half the memory, but use blocks: their kernels",
+            "  # are unproven on this GPU.",
             "  quantization: fp8",
         ]
     else:
         lines.append(_line("  quantization: fp8", "made at start from the bfloat16 weights"))
     if unified:
-        lines += ["  attention_backend: flashinfer", "  float32_head: true"]
+        lines += [
+            "  attention_backend: flashinfer",
+            _line("  float32_head: true", "less noise, and dear here: enable-tf32-matmul below"),
+        ]
     lines += [
         f"  request_tokens: {rung.request_tokens}",
         f"  max_in_flight: {rung.max_in_flight}",
@@ -203,12 +209,17 @@ def _scoring(facts: Facts, rung: Rung) -> list[str]:
         lines += [
             "  environment:",
             '    SGLANG_ENABLE_JIT_DEEPGEMM: "0"    # it takes this GPU for one it has kernels for',
-            "  server_arguments: {watchdog-timeout: 600}",
+            "  # The float32 head multiplies bfloat16 values, which TF32 holds exactly.",
+            "  server_arguments: {watchdog-timeout: 600, enable-tf32-matmul: true}",
         ]
     return lines
 
 
 def _training(facts: Facts, rung: Rung) -> list[str]:
+    unified = facts.machine.kind == "unified"
+    why = (
+        "larger ones gain nothing here" if unified else "with small ones the GPU waits for the host"
+    )
     lines = ["training:", "  kind: unsloth"]
     if facts.trains_adapters:
         lines += [
@@ -220,12 +231,9 @@ def _training(facts: Facts, rung: Rung) -> list[str]:
         lines += ["  dtype: float32", *_full_tuning()]
     lines += [
         f"  max_model_tokens: {_model_tokens(facts)}",
-        _line(
-            f"  micro_batch_tokens: {rung.micro_batch_tokens}",
-            "with small ones the GPU waits for the host",
-        ),
+        _line(f"  micro_batch_tokens: {rung.micro_batch_tokens}", why),
     ]
-    if facts.machine.kind == "unified":
+    if unified:
         lines.append(
             "  # Not `unsloth`: it moves activations to the host's memory, which here is the same."
         )

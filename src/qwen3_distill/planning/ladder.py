@@ -87,9 +87,9 @@ _LOWERING: tuple[dict[str, int], ...] = (
 
 def _unified_first() -> Rung:
     return Rung(
-        max_sequences=64,
-        micro_batch_tokens=4096,
-        chunk_tokens=1024,
+        max_sequences=128,  # decodes half as fast again as 64: docs/measured/time-plan.md
+        micro_batch_tokens=2048,  # as fast as larger ones there, and leaves room for the cache
+        chunk_tokens=2048,
         chunked_prefill_tokens=4096,
         request_tokens=8192,
         max_in_flight=2,

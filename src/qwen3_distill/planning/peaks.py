@@ -38,6 +38,8 @@ class DevicePeaks:
     """Time of the host for one kernel that PyTorch launches, in microseconds."""
     source: str
     """Where the figures are from."""
+    unified: bool = False
+    """Whether CPU and GPU share one memory."""
 
 
 _LAUNCHES = "launch times assumed"
@@ -55,6 +57,7 @@ DEVICES: tuple[DevicePeaks, ...] = (
         launch_us=10.0,
         source="NVIDIA DGX Spark data sheet: 273 GB/s, 1 PFLOP sparse FP4, of which dense FP8 is a "
         f"quarter and bf16 an eighth; fp32: huggingface.js PR 1861; {_LAUNCHES}",
+        unified=True,
     ),
     DevicePeaks(
         key="h200",

@@ -8,7 +8,7 @@ lists the results), and is used for all.
 from dataclasses import dataclass
 
 from qwen3_distill.planning.calibration import Calibration
-from qwen3_distill.planning.peaks import GIGA, MICRO, TERA, DevicePeaks
+from qwen3_distill.planning.peaks import GIGA, MICRO, TERA, DevicePeaks, find_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,8 @@ class Rates:
     """Least time of a kernel within a CUDA graph."""
     launch_s: float
     """Host's time for one kernel launched by itself."""
+    unified: bool = False
+    """Whether CPU and GPU share one memory."""
 
     def products(self, *, fp8: bool) -> float:
         """Operations per second of a linear layer's products."""
@@ -128,9 +130,9 @@ ADAPTER_KERNELS_PER_LAYER = 8
 """Further kernels of a layer's decode step with an adapter beside the weights; assumed."""
 
 REFERENCE_BF16 = 0.767
-"""Share of its peak that `calibrate` reaches on an H200, where the shares above were fitted: here in
-bfloat16 products. Those of bfloat16 and FP8 are of the frozen layers of a 4B model there (759 and
-1,420 TFLOP/s); the others are assumed until `calibrate` was run on one."""
+"""Share of its bfloat16 peak that `calibrate` reaches on an H200, where the shares were fitted.
+This one and that of FP8 are of the frozen layers of a 4B model there (759 and 1,420 TFLOP/s); the
+others are assumed until `calibrate` was run on one."""
 REFERENCE_FP8 = 0.717
 REFERENCE_FP32 = 0.75
 REFERENCE_BANDWIDTH = 0.88
@@ -150,6 +152,7 @@ def peak_rates(device: DevicePeaks) -> Rates:
         weight_bandwidth=device.bandwidth_gbs * GIGA,
         graph_kernel_s=device.graph_kernel_us * MICRO,
         launch_s=device.launch_us * MICRO,
+        unified=device.unified,
     )
 
 
@@ -159,7 +162,7 @@ def calibrated_rates(measured: Calibration) -> Rates:
     Shares of `EFFICIENCY` are those of an H200's peaks. So a measured figure is divided by the
     share of its peak that the same measurement reaches there.
     """
-    fp8 = measured.fp8_tflops
+    fp8, known = measured.fp8_tflops, find_device(measured.device)
     return Rates(
         name=measured.device,
         origin=f"measured by `qwen3-distill calibrate` on {measured.measured_at}",
@@ -171,4 +174,5 @@ def calibrated_rates(measured: Calibration) -> Rates:
         weight_bandwidth=measured.decode_gbs * GIGA / REFERENCE_DECODE,
         graph_kernel_s=(measured.graph_kernel_us or measured.launch_us) * MICRO,
         launch_s=measured.launch_us * MICRO,
+        unified=measured.kind == "cpu" or (known is not None and known.unified),
     )

@@ -71,6 +71,8 @@ class Model:
     """Whether FP8 has a scale per block instead of per channel."""
     float32_head: bool = False
     """Whether the output head multiplies in float32 after casting it for every part."""
+    tf32_head: bool = False
+    """Whether that product is in TF32."""
     linear_bytes: int | None = None
     """Bytes of the linear layers where they are in yet another format."""
     kv_itemsize: int | None = None
@@ -223,7 +225,10 @@ def scoring(
     head = head_flops(shape, 1) * rows
     logits = rows * shape.vocab_size * 20
     if model.float32_head:
-        head_s = head / (shares.FLOAT32_SHARE * rates.fp32_flops)
+        head_rate = shares.FLOAT32_SHARE * rates.fp32_flops
+        if model.tf32_head:  # half as many products as in bfloat16
+            head_rate = max(head_rate, share.prefill * rates.bf16_flops / 2)
+        head_s = head / head_rate
         logits += 10 * shape.hidden_size * shape.vocab_size * math.ceil(rows / chunk_tokens)
     else:
         head_s = head / (share.prefill * rates.bf16_flops)

@@ -74,12 +74,23 @@ def suggest(situation: Situation, count: int = 3) -> list[Suggestion]:
     least = now.plan.tokens_per_s * _GAIN if now is not None else 0.0
     kept: list[Suggestion] = []
     changed: list[Suggestion] = []
-    for variant in _variants(config, situation.device):
+    for variant in _variants(config, situation.device, situation.rates):
         best = _search(situation, variant)
         if best is not None and best.plan.tokens_per_s > least and _is_planned(situation, best):
             (changed if best.meaning else kept).append(best)
-    ranked = [sorted(group, key=lambda each: -each.plan.tokens_per_s) for group in (kept, changed)]
-    return [*ranked[0][:count], *ranked[1][:count]]
+    return [*_best(kept, count), *_best(changed, count)]
+
+
+def _best(found: list[Suggestion], count: int) -> list[Suggestion]:
+    """Return the fastest, without those that change more than another that is as fast."""
+    ranked = sorted(found, key=lambda each: -each.plan.tokens_per_s)
+    chosen: list[Suggestion] = []
+    for one in ranked:
+        rate = one.plan.tokens_per_s / _GAIN
+        rivals = [other for other in ranked if other is not one and other.plan.tokens_per_s > rate]
+        if not any(len(other.meaning) < len(one.meaning) for other in rivals):
+            chosen.append(one)
+    return chosen[:count]
 
 
 def evaluated(situation: Situation, laid_out: MemoryPlan) -> TimePlan:
@@ -97,12 +108,12 @@ def evaluated(situation: Situation, laid_out: MemoryPlan) -> TimePlan:
     return plan_time(planned, situation.rates, situation.assumed)
 
 
-def _variants(config: RunConfig, device: DeviceMemory) -> Iterator[_Variant]:
+def _variants(config: RunConfig, device: DeviceMemory, rates: Rates) -> Iterator[_Variant]:
     """Iterate over changes of the optimization, none first."""
     pipelines: list[dict[str, Any] | None] = [None]
     if config.pipeline.kind == "sequential":
         # MPS is not known to work where CPU and GPU share the memory.
-        mps = device.kind != "unified"
+        mps = device.kind != "unified" and not rates.unified
         pipelines.append(
             {"kind": "streaming", "mps": mps, "max_staleness_steps": 8, "max_steps_ahead": 3}
         )

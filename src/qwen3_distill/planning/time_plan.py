@@ -160,6 +160,7 @@ def teacher_model(planned: Planned) -> Model:
         fp8=shape.fp8_checkpoint or online,
         fp8_blocks=shape.fp8_checkpoint,
         float32_head=bool(getattr(scoring, "float32_head", False)),
+        tf32_head=bool(getattr(scoring, "server_arguments", {}).get("enable-tf32-matmul", False)),
     )
 
 
