@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ _OF_RECORD = {
 }
 
 
+@cache
+def _config(overrides: tuple[str, ...]) -> RunConfig:
+    return load_config(CONFIG, overrides)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """Work that was measured: the config's changes, lengths, models and the card."""
@@ -40,8 +46,8 @@ class Case:
 
     def config(self) -> RunConfig:
         """Return the run that was measured."""
-        given = [f"sampling.max_new_tokens={self.max_new_tokens}", "evaluation=null"]
-        return load_config(CONFIG, [*given, *self.overrides])
+        given = (f"sampling.max_new_tokens={self.max_new_tokens}", "evaluation=null")
+        return _config((*given, *self.overrides))
 
     def plan(self, share: Efficiency = EFFICIENCY) -> TimePlan:
         """Predict it."""

@@ -1,4 +1,4 @@
-"""Checks that the GPU is as fast as its kind: a throttled one only wastes time, and says nothing."""
+"""Checks that the GPU is as fast as its kind: a throttled one says nothing, and wastes time."""
 
 from qwen3_distill.pipeline.finding import Verdict, doubtful, good, skipped
 from qwen3_distill.planning.device_speed import Speed, measure_speed, slow_parts

@@ -1,16 +1,13 @@
 """Looks for two seconds at how fast the GPU here is: its clock under load, and its bandwidth.
 
 A device that is throttled or stuck in a low-power state computes the same results several times
-slower, and nothing else says so. Measured in a process of its own, so that its memory is free again
-before an engine starts:
-
-    python -m qwen3_distill.planning.device_speed
+slower, and nothing else says so. `planning.speed_probe` measures in a process of its own, so that
+its memory is free again before an engine starts.
 """
 
 import json
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass
 
 from qwen3_distill.planning.peaks import DevicePeaks
@@ -37,7 +34,7 @@ class Speed:
 
 def measure_speed() -> Speed | str:
     """Measure the first GPU in a process of its own; a text says why it was not measured."""
-    command = [sys.executable, "-m", "qwen3_distill.planning.device_speed"]
+    command = [sys.executable, "-m", "qwen3_distill.planning.speed_probe"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
     except (OSError, subprocess.SubprocessError) as error:
@@ -65,40 +62,3 @@ def slow_parts(speed: Speed, peaks: DevicePeaks | None) -> list[str]:
     if clock is not None and highest is not None and clock < _LEAST_CLOCK * highest:
         found.append(f"the clock under load is {clock:,.0f} of {highest:,.0f} MHz")
     return found
-
-
-def _clocks() -> tuple[float | None, float | None]:
-    """Ask the driver for the clock now and the highest one."""
-    command = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm"]
-    command.append("--format=csv,noheader,nounits")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        now, highest = (field.strip() for field in done.stdout.splitlines()[0].split(","))
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None, None
-    return _number(now), _number(highest)
-
-
-def _number(text: str) -> float | None:
-    return float(text) if text.replace(".", "", 1).isdigit() else None
-
-
-def _main() -> None:
-    import torch
-
-    from qwen3_distill.planning.calibrate import choose_device, quick_speed
-
-    clocks: list[tuple[float | None, float | None]] = []
-    asking = threading.Timer(0.7, lambda: clocks.append(_clocks()))
-    device = choose_device("cuda")
-    torch.cuda.init()
-    asking.start()
-    copy_gbs, bf16_tflops = quick_speed(device)
-    asking.join()
-    now, highest = clocks[0] if clocks else (None, None)
-    record = {"copy_gbs": copy_gbs, "bf16_tflops": bf16_tflops}
-    print(json.dumps(record | {"clock_mhz": now, "highest_mhz": highest}))
-
-
-if __name__ == "__main__":
-    _main()

@@ -7,6 +7,7 @@ neither hides the other wholly. Formulas and what they leave out: docs/guide/tim
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
@@ -265,7 +266,7 @@ def training(
     kernels = shape.num_layers * work.kernels_per_layer * rates.launch_s
     memory = shares.BANDWIDTH_SHARE * rates.bandwidth
     compute_s, waiting_s, cast_s = 0.0, 0.0, 0.0
-    for lengths in work.micro_batches:
+    for lengths, times in Counter(map(tuple, work.micro_batches)).items():
         ragged = not work.packed and min(lengths) < max(lengths)
         trained = TrainedTokens(
             tokens=sum(lengths) if work.packed else len(lengths) * max(lengths),
@@ -280,10 +281,10 @@ def training(
         passes = 3 * shape.num_layers + work.recomputed_layers
         reached = share.train_masked_attention if ragged else shares.ATTENTION_SHARE
         own += 4 * shape.query_size * passes * pairs / (reached * peak)
-        compute_s += own
-        waiting_s += max(0.0, kernels - own)
+        compute_s += times * own
+        waiting_s += times * max(0.0, kernels - own)
         if work.float32_weights and not work.float32:
-            cast_s += 6 * shape.num_parameters / memory
+            cast_s += times * 6 * shape.num_parameters / memory
     full = work.tuning.kind == "full"
     optimizer_s = 28 * shape.num_parameters / memory if full else 0.0
     step = StageTime(

@@ -183,6 +183,7 @@ def _evaluate(
     """Plan memory and time of changed settings; None if they are refused or do not fit."""
     try:
         config = _changed(situation.config, changes) if changes else situation.config
+        timed = config.model_copy(update={"evaluation": None})  # no part of tokens per second
     except ConfigError:
         return None
     shapes = {"student_shape": situation.student, "teacher_shape": situation.teacher}
@@ -190,7 +191,7 @@ def _evaluate(
     if not laid_out.fits:
         return None
     planned = Planned(
-        config=config,
+        config=timed,
         student=situation.student,
         teacher=situation.teacher,
         recomputed_layers=recomputed_layers(config, situation, laid_out),

@@ -41,6 +41,8 @@ class Answers:
                 f"--response-tokens {self.median_tokens}: expected 1 to {self.max_tokens}, the "
                 "longest answer by sampling.max_new_tokens"
             )
+        if self.tail == 1:
+            return [self.median_tokens] * count
         spread, normal = math.log(self.tail) / _Z_99, NormalDist()
         found = []
         # Steps of the golden ratio mix them: neighbours are far apart.

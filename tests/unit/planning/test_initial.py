@@ -94,11 +94,13 @@ def test_streaming_on_an_h200_gets_those_of_its_measurements() -> None:
 
 def test_gb10_leaves_memory_free_and_takes_the_kernels_that_work() -> None:
     made = initial_config(facts(MACHINES["gb10"], teacher="32B"))
-    assert chosen(made) == (64, 64, "swap", 8192, 2, 4096, 1024, 4096, "auto")
+    assert chosen(made) == (128, 128, "swap", 8192, 2, 4096, 2048, 2048, "auto")
+    assert recomputed_layers(made.plan) == 0
     config = made.config
     assert config.planning.reserve_gib == 14
     assert config.teacher.kind == "sglang"
     assert config.teacher.attention_backend == "flashinfer"
+    assert config.teacher.server_arguments["enable-tf32-matmul"] is True
     assert config.teacher.environment == {"SGLANG_ENABLE_JIT_DEEPGEMM": "0"}
     assert config.checkpoint.every_steps == 5
     assert made.plan.device.kind == "unified"

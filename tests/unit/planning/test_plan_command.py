@@ -1,10 +1,15 @@
-"""`qwen3-distill plan`."""
+"""`qwen3-distill plan` and `calibrate`."""
 
+import json
+import re
 from pathlib import Path
 
+import pytest
 import yaml
 
-from tests.pipeline.builders import call_cli
+from qwen3_distill.planning import calibrate as calibrate_module
+from qwen3_distill.planning import device_rates
+from tests.pipeline.builders import call_cli, refused
 from tests.tiny_models import TinyModels
 
 
@@ -44,3 +49,104 @@ def test_command_plans_shapes_without_directories(tiny_models: TinyModels, tmp_p
     assert small.code == 2
     assert "What would free memory" in small.err
     assert call_cli("plan", "-c", str(file), "--shape-teacher", "31B").code == 2
+
+
+# --- Time ---------------------------------------------------------------------------------------
+
+SHAPES = ("--shape-student", "4B", "--shape-teacher", "8B", "--device-memory-gib", "140")
+
+
+@pytest.fixture
+def config(tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A config on a machine without a GPU and without a calibration."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(device_rates, "detect_gpu", lambda: None)
+    return write_config(tmp_path, tiny_models)
+
+
+def test_command_predicts_times_with_their_bounds(config: Path) -> None:
+    price = "cost.price_per_device_hour=3.5"
+    result = call_cli("plan", "-c", config, *SHAPES, "--device", "h200", price)
+    assert (result.code, result.err) == (0, "")
+    for words in (
+        *("sampling", "scoring", "training", "publishing", "host"),
+        *("KV bandwidth", "compute", "new tokens/s", "the run: 1 steps in", "USD for 1 device"),
+        *("assumed: prompts of 256 tokens, answers of 512", "H200 data sheet", "not counted:"),
+    ):
+        assert words in result.out, words
+
+
+def test_lengths_are_options(config: Path) -> None:
+    call = ("plan", "-c", config, *SHAPES, "--device", "h200")
+    result = call_cli(*call, "--prompt-tokens", "77", "--response-tokens", "99", "--tail", "3")
+    assert "prompts of 77 tokens, answers of 99 in the median, 3 times that" in result.out
+    assert "money: give a price" in result.out
+    for wrong in (("--response-tokens", "513"), ("--tail", "0.5"), ("--tail", "nan")):
+        assert call_cli(*call, *wrong).code == 2, wrong
+
+
+def test_unknown_device_is_refused_and_an_unknown_machine_is_a_note(config: Path) -> None:
+    refused(
+        *("plan", "-c", config, *SHAPES, "--device", "cray"),
+        words=("--device cray", "h100-sxm", "calibrate"),
+    )
+    result = call_cli("plan", "-c", config, *SHAPES)
+    assert result.code == 0
+    assert "key-value cache" in result.out
+    assert "Time of a step" not in result.out
+    assert "no GPU here" in result.err
+    assert "qwen3-distill calibrate" in result.err
+    refused("plan", "-c", config, *SHAPES, "--suggest", words=("no GPU here", "calibrate"))
+
+
+def test_calibration_of_this_cpu_is_used(config: Path, tmp_path: Path) -> None:
+    result = call_cli("calibrate", "--device", "cpu", "--seconds", "0.1")
+    assert (result.code, result.err) == (0, "")
+    assert "a CPU" in result.out
+    (file,) = (tmp_path / "cache/qwen3-distill/calibration").iterdir()
+    assert str(file) in result.out
+    planned = call_cli("plan", "-c", config, *SHAPES)
+    assert planned.code == 0
+    assert "measured by `qwen3-distill calibrate`" in planned.out
+    file.write_text("{}")
+    refused("plan", "-c", config, *SHAPES, words=(str(file), "schema", "calibrate"))
+
+
+def test_calibration_as_json_is_only_that(config: Path) -> None:
+    result = call_cli("calibrate", "--device", "cpu", "--seconds", "0.1", "--json")
+    record = json.loads(result.out)
+    assert record["kind"] == "cpu"
+    assert record["fp8_tflops"] is None
+    assert record["launch_us"] > 0
+
+
+def test_interrupted_calibration_writes_nothing(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate_module, "calibrate", interrupted)
+    result = call_cli("calibrate", "--device", "cpu")
+    assert (result.code, "nothing was written" in result.err) == (130, True)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_suggestions_can_be_typed(config: Path) -> None:
+    few = ("generation.max_sequences=32", "training.micro_batch_tokens=1024")
+    call = ("plan", "-c", config, *SHAPES, "--device", "h200", *few)
+    before = call_cli(*call, "--suggest")
+    assert before.code == 0, before.err
+    lines = before.out.splitlines()
+    title = lines.index("The same optimization, other settings of speed and memory:")
+    overrides = lines[title + 2].split()
+    assert any(each.startswith("generation.max_sequences=") for each in overrides)
+    after = call_cli(*call, *overrides)
+    assert after.code == 0
+
+    def rate(out: str) -> int:
+        return int(re.search(r"([\d,]+) new tokens/s", out)[1].replace(",", ""))  # type: ignore[index]
+
+    assert rate(after.out) > 1.2 * rate(before.out)
+    assert "Another optimization" in before.out
+    assert "    changes: " in before.out

@@ -1,0 +1,231 @@
+"""Peak figures, calibrations, and which of them a plan takes."""
+
+import json
+import math
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen3_distill.doctor.speed import judged
+from qwen3_distill.errors import ConfigError
+from qwen3_distill.pipeline.finding import Status
+from qwen3_distill.planning import calibrate as calibrate_module
+from qwen3_distill.planning import device_rates
+from qwen3_distill.planning.calibrate import calibrate, choose_device
+from qwen3_distill.planning.calibration import (
+    Calibration,
+    calibration_file,
+    cpu_name,
+    load_calibration,
+    save_calibration,
+)
+from qwen3_distill.planning.device_rates import UnknownDevice, rates_here, rates_of
+from qwen3_distill.planning.device_speed import Speed, slow_parts
+from qwen3_distill.planning.gpu import Gpu
+from qwen3_distill.planning.peaks import DEVICES, find_device, named_device
+from qwen3_distill.planning.rates import (
+    EFFICIENCY,
+    FITTED_ON,
+    REFERENCE_BF16,
+    REFERENCE_DECODE,
+    calibrated_rates,
+    peak_rates,
+)
+
+GB10 = named_device("gb10")
+MEASURED = Calibration(
+    device="NVIDIA GB10",
+    kind="cuda",
+    measured_at="2026-11-28 12:00 UTC",
+    torch="2.11.0",
+    bf16_tflops=80.0,
+    fp8_tflops=None,
+    fp32_tflops=20.0,
+    bandwidth_gbs=215.0,
+    decode_gbs=220.0,
+    launch_us=8.0,
+    graph_kernel_us=2.5,
+)
+
+
+# --- The table ----------------------------------------------------------------------------------
+
+
+def test_every_device_is_complete_and_named_once() -> None:
+    wanted = {"gb10", "h100-sxm", "h100-pcie", "h200", "a100-sxm", "l40s", "rtx-5090", "b200"}
+    assert wanted <= {device.key for device in DEVICES}
+    assert len({device.key for device in DEVICES}) == len(DEVICES)
+    for device in DEVICES:
+        assert device.source
+        for field in fields(device):
+            value = getattr(device, field.name)
+            if isinstance(value, float | int) and not isinstance(value, bool):
+                assert value > 0, (device.key, field.name)
+        assert device.fp8_tflops is None or device.fp8_tflops == pytest.approx(
+            2 * device.bf16_tflops, rel=0.02
+        )
+        assert named_device(device.key) is device
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA GB10", "gb10"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H200 NVL", "h200-nvl"),
+        ("NVIDIA H100 80GB HBM3", "h100-sxm"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA A100-SXM4-80GB", "a100-sxm"),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA GeForce RTX 5090", "rtx-5090"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA GB200", "gb200"),
+        ("NVIDIA L40", None),
+        ("NVIDIA GeForce RTX 5090 Laptop GPU", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_names_of_the_driver_find_their_device_and_no_other(name: str, key: str | None) -> None:
+    matching = [device.key for device in DEVICES if find_device(name) is device]
+    assert matching == ([] if key is None else [key])
+
+
+def test_unknown_name_says_what_is_known_and_how_to_measure() -> None:
+    with pytest.raises(ConfigError, match=r"--device gtx.*expected one of gb10.*calibrate"):
+        rates_of("gtx")
+
+
+def test_every_share_says_what_it_was_fitted_on() -> None:
+    assert {field.name for field in fields(EFFICIENCY)} == set(FITTED_ON)
+
+
+# --- Files --------------------------------------------------------------------------------------
+
+
+def test_calibration_is_read_back(tmp_path: Path) -> None:
+    assert load_calibration("NVIDIA GB10", tmp_path) is None
+    file = save_calibration(MEASURED, tmp_path / "new")
+    assert file == calibration_file("NVIDIA GB10", tmp_path / "new")
+    assert load_calibration("NVIDIA GB10", tmp_path / "new") == MEASURED
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"schema": 2}, "schema is 2"),
+        ({"bf16_tflops": 0}, "bf16_tflops"),
+        ({"bf16_tflops": "80"}, "bf16_tflops"),
+        ({"bandwidth_gbs": None}, "bandwidth_gbs"),
+        ({"launch_us": True}, "launch_us"),
+        ({"device": 7}, "device"),
+    ],
+)
+def test_damaged_calibration_is_refused(
+    tmp_path: Path, change: dict[str, object], word: str
+) -> None:
+    file = save_calibration(MEASURED, tmp_path)
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ConfigError, match=rf"{word}.*calibrate"):
+        load_calibration("NVIDIA GB10", tmp_path)
+    file.write_text("{")
+    with pytest.raises(ConfigError, match="calibrate"):
+        load_calibration("NVIDIA GB10", tmp_path)
+
+
+# --- Which rates --------------------------------------------------------------------------------
+
+
+def gpu(name: str) -> Gpu:
+    return Gpu(name=name, driver="580.1", capability=(12, 1), memory="[N/A]")
+
+
+def test_a_calibrated_device_is_taken_as_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_rates, "detect_gpu", lambda: gpu("NVIDIA GB10"))
+    assert rates_here(tmp_path) == peak_rates(GB10)
+    save_calibration(MEASURED, tmp_path)
+    found = rates_here(tmp_path)
+    assert found.calibrated
+    assert "2026-11-28" in found.origin
+    assert found.bf16_flops == pytest.approx(80e12 / REFERENCE_BF16)
+    assert found.weight_bandwidth == pytest.approx(220e9 / REFERENCE_DECODE)
+    assert found.launch_s == pytest.approx(8e-6)
+    assert found.fp8_flops is None
+    assert found.unified
+
+
+def test_unknown_gpu_and_uncalibrated_cpu_are_told_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_rates, "detect_gpu", lambda: gpu("NVIDIA XYZ"))
+    with pytest.raises(UnknownDevice, match=r"NVIDIA XYZ are not known.*calibrate.*--device gb10"):
+        rates_here(tmp_path)
+    monkeypatch.setattr(device_rates, "detect_gpu", lambda: None)
+    with pytest.raises(UnknownDevice, match=r"no GPU here.*calibrate"):
+        rates_here(tmp_path)
+    save_calibration(replace(MEASURED, device=cpu_name(), kind="cpu"), tmp_path)
+    assert rates_here(tmp_path).name == cpu_name()
+
+
+def test_a_device_that_reaches_what_the_reference_does_has_its_peaks() -> None:
+    h200 = named_device("h200")
+    measured = replace(MEASURED, bf16_tflops=REFERENCE_BF16 * h200.bf16_tflops)
+    assert calibrated_rates(measured).bf16_flops == pytest.approx(peak_rates(h200).bf16_flops)
+
+
+# --- Measuring ----------------------------------------------------------------------------------
+
+
+def test_cpu_is_measured_and_says_so() -> None:
+    lines: list[str] = []
+    found = calibrate(torch.device("cpu"), 0.1, lines.append)
+    assert (found.kind, found.device) == ("cpu", cpu_name())
+    assert (found.fp8_tflops, found.graph_kernel_us) == (None, None)
+    for name in ("bf16_tflops", "fp32_tflops", "bandwidth_gbs", "decode_gbs", "launch_us"):
+        value = getattr(found, name)
+        assert math.isfinite(value)
+        assert value > 0
+    assert lines[0].startswith("a CPU")
+    assert sum("not available" in line for line in lines) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_pytorch_cannot_use_is_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_device("cpu").type == "cpu"
+    monkeypatch.setattr(calibrate_module, "detect_gpu", lambda: None)
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(ConfigError, match="no NVIDIA driver"):
+        choose_device("cuda")
+    monkeypatch.setattr(calibrate_module, "detect_gpu", lambda: gpu("NVIDIA GB10"))
+    with pytest.raises(ConfigError, match=r"shows NVIDIA GB10.*--device cpu"):
+        choose_device("auto")
+
+
+# --- The doctor's look --------------------------------------------------------------------------
+
+GOOD = Speed(copy_gbs=215, bf16_tflops=80, clock_mhz=2400, highest_mhz=3003)
+
+
+def test_a_device_in_order_passes_and_a_slow_one_is_named() -> None:
+    assert slow_parts(GOOD, GB10) == []
+    assert judged("NVIDIA GB10", GOOD).status is Status.PASS
+    for change, words in (
+        ({"copy_gbs": 120.0}, "copies reach 120 GB/s"),
+        ({"bf16_tflops": 30.0}, "30 TFLOP/s"),
+        ({"clock_mhz": 850.0}, "850 of 3,003 MHz"),
+    ):
+        verdict = judged("NVIDIA GB10", replace(GOOD, **change))
+        assert verdict.status is Status.WARN
+        assert words in verdict.found
+        assert verdict.change
+    assert slow_parts(replace(GOOD, clock_mhz=None, highest_mhz=None), None) == []
+    assert judged("NVIDIA GB10", "it was not measured: no CUDA").status is Status.SKIP
