@@ -13,7 +13,7 @@ prints the shares that the fitting rows give, for `planning/rates.py`.
         --models models 'generation.environment={...}' 'scoring.environment={...}'
 
 runs steps of six configs with the real engines (`benchmarks.speed.stages --parts opd`, minutes
-each), and compares them. None of them fitted anything. ``--models`` has `random-4B` and
+each), and compares them, after `qwen3-distill calibrate`. None of them fitted anything. ``--models`` has `random-4B` and
 `random-8B`, Qwen3 directories with random weights. What was measured is kept after every config;
 the same command goes on with those that are missing.
 """
@@ -29,7 +29,7 @@ from typing import Any
 
 from benchmarks.lib.common import RESULTS, merge_result, write_result
 from benchmarks.lib.gb10_public_rows import checked_rows
-from benchmarks.lib.time_plan_rows import CONFIG, Case, Row, committed_rows, fit
+from benchmarks.lib.time_plan_rows import CONFIG, Case, Row, committed_rows, fit, gb10_predictions
 from qwen3_distill.planning.peaks import DEVICES
 from qwen3_distill.planning.rates import FITTED_ON
 
@@ -96,6 +96,7 @@ def compare() -> tuple[dict[str, float], dict[str, Any]]:
         "held_out": [row.as_record() for row in rows if row.fits is None],
         "fitted": [row.as_record() for row in rows if row.fits is not None],
         "gb10": gb10,
+        "gb10_predicted": gb10_predictions(),
         "note": "Held-out rows of files that also fitted a share, or that repeat one, are of the "
         "same kind of card and models; h200_time_plan.json is of configs that nothing fitted.",
     }
@@ -124,6 +125,12 @@ def measure(arguments: argparse.Namespace) -> Path:
     folder: Path = arguments.results
     file = folder / f"{arguments.name}.json"
     parts: dict[str, Any] = json.loads(file.read_text())["parts"] if file.is_file() else {}
+    command = [sys.executable, "-m", "qwen3_distill.cli.main", "calibrate", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"the device was not calibrated: {done.stderr.strip()}")
+    calibration = json.loads(done.stdout)
+    print(done.stdout, flush=True)
     for number, setting in enumerate(SETTINGS, start=1):
         print(f"{number} of {len(SETTINGS)}: {setting.name}", flush=True)
         if setting.name in parts:
@@ -136,6 +143,7 @@ def measure(arguments: argparse.Namespace) -> Path:
             figures,
             folder=folder,
             parts=parts,
+            calibration=calibration,
             rows=[row.as_record() for row in rows],
         )
         print(json.dumps(figures), flush=True)
