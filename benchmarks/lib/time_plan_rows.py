@@ -226,6 +226,8 @@ def _overlap_rows(source: str, micro_batch: int) -> Iterator[Row]:
                 for what, key in _OF_RECORD.items():
                     yield _row(source, label, what, record[key], case)
             what = "step" if kind == "streaming" else "step without host"
+            if any(each.startswith(f"{source}: {label}, ") for each in FITTED) and what != "step":
+                continue  # it contains stages that fitted
             yield _row(source, label, what, record["time/step_s"], case)
 
 

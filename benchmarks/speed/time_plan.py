@@ -12,10 +12,10 @@ prints the shares that the fitting rows give, for `planning/rates.py`.
     python -m benchmarks.speed.time_plan --measure --device h200 --name h200_time_plan \
         --models models 'generation.environment={...}' 'scoring.environment={...}'
 
-runs steps of six configs with the real engines (`benchmarks.speed.stages --parts opd`, minutes
-each), and compares them, after `qwen3-distill calibrate`. None of them fitted anything. ``--models`` has `random-4B` and
-`random-8B`, Qwen3 directories with random weights. What was measured is kept after every config;
-the same command goes on with those that are missing.
+runs `qwen3-distill calibrate`, then steps of six configs with the real engines (`benchmarks.speed.
+stages --parts opd`, minutes each), and compares them. None of them fitted anything. ``--models`` has
+`random-4B` and `random-8B` (`scripts/make_shape_model.py`). What was measured is kept after every
+config; the same command goes on with those that are missing.
 """
 
 import argparse
