@@ -135,6 +135,28 @@ def gb10_predictions() -> dict[str, dict[str, float]]:
     return found
 
 
+def gb10_head_costs() -> dict[str, float]:
+    """Predict what the teacher's float32 head adds to its scoring on a GB10, in percent."""
+    found = {}
+    for teacher in ("32B", "8B"):
+        scored = []
+        for head in ("true", "false"):
+            config = load_config(CONFIG.with_name("gb10.yaml"), [f"scoring.float32_head={head}"])
+            planned = Planned(
+                config=config,
+                student=named_shape("4B"),
+                teacher=named_shape(teacher),
+                recomputed_layers=0,
+            )
+            lengths = assumed_lengths(config, prompt_tokens=110, response_tokens=280, tail=1.5)
+            plan = plan_time(planned, peak_rates(named_device("gb10")), lengths)
+            scored.append(plan.stages["scoring"].seconds)
+        found[f"gb10_predicted_float32_head_{teacher.lower()}_pct"] = 100 * (
+            scored[0] / scored[1] - 1
+        )
+    return found
+
+
 def read(name: str, folder: Path = RESULTS) -> dict[str, Any]:
     """Read a committed result."""
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))

@@ -13,9 +13,9 @@ prints the shares that the fitting rows give, for `planning/rates.py`.
         --models models 'generation.environment={...}' 'scoring.environment={...}'
 
 runs `qwen3-distill calibrate`, then steps of six configs with the real engines (`benchmarks.speed.
-stages --parts opd`, minutes each), and compares them. None of them fitted anything. ``--models`` has
-`random-4B` and `random-8B` (`scripts/make_shape_model.py`). What was measured is kept after every
-config; the same command goes on with those that are missing.
+stages --parts opd`, minutes each), and compares them. None of them fitted anything. ``--models``
+has `random-4B` and `random-8B` (`scripts/make_shape_model.py`). What was measured is kept after
+every config; the same command goes on with those that are missing.
 """
 
 import argparse
@@ -29,7 +29,15 @@ from typing import Any
 
 from benchmarks.lib.common import RESULTS, merge_result, write_result
 from benchmarks.lib.gb10_public_rows import checked_rows
-from benchmarks.lib.time_plan_rows import CONFIG, Case, Row, committed_rows, fit, gb10_predictions
+from benchmarks.lib.time_plan_rows import (
+    CONFIG,
+    Case,
+    Row,
+    committed_rows,
+    fit,
+    gb10_head_costs,
+    gb10_predictions,
+)
 from qwen3_distill.planning.peaks import DEVICES
 from qwen3_distill.planning.rates import FITTED_ON
 
@@ -90,6 +98,7 @@ def compare() -> tuple[dict[str, float], dict[str, Any]]:
         **error_figures([row for row in rows if row.fits is None]),
         "gb10_public_error_pct": _mean_abs(counted),  # type: ignore[arg-type]
         "gb10_public_rows": len(counted),
+        **gb10_head_costs(),
     }
     details = {
         "fitted_on": FITTED_ON,

@@ -1,5 +1,6 @@
-"""Plans how one device's memory is divided among the engines, before anything starts.
+"""Plans how one device's memory is divided among the engines, and predicts a run's time.
 
-Entry point: `plan.make_plan`. `device` asks how much memory is free, `memory` sizes every piece,
-`table` prints the plan. Nothing here allocates memory or touches the GPU.
+Memory: `plan.make_plan`. `device` asks how much is free, `memory` sizes every piece, `table` prints
+the plan. Time: `time_plan.plan_time`, by the formulas of `roofline` with the rates of `rates`;
+`suggest` searches with both. Only `calibrate` and `speed_probe` allocate memory or touch the GPU.
 """

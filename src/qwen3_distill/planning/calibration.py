@@ -18,7 +18,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What one device reached, measured in about a minute."""
+    """The figures that one device reached, measured in about a minute."""
 
     device: str
     """Its name: the driver's, or the processor's with its threads."""

@@ -23,7 +23,7 @@ _TIMEOUT_S = 120
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """What a GPU did under a short load."""
+    """The figures of a GPU under a short load."""
 
     copy_gbs: float
     bf16_tflops: float

@@ -42,7 +42,7 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """What stages reach of a device's peaks, and what they cost besides."""
+    """Shares of a device's peaks that stages reach, and their costs besides."""
 
     decode_products: float
     """Share of bandwidth and of products in a decode step's linear layers."""

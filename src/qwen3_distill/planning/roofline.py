@@ -42,7 +42,7 @@ class StageTime:
 
     @property
     def bound(self) -> Bound:
-        """What takes the largest part."""
+        """The bound that takes the largest part."""
         return max(self.parts, key=lambda bound: self.parts[bound])
 
     def times(self, factor: float) -> "StageTime":

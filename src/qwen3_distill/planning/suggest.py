@@ -28,7 +28,7 @@ _SWEEPS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """What settings are searched for."""
+    """A run, its device and its assumed lengths: settings are searched for it."""
 
     config: RunConfig
     student: ModelShape
@@ -43,9 +43,9 @@ class Suggestion:
     """Settings with their plans of memory and time."""
 
     overrides: tuple[str, ...]
-    """What to type after ``--config FILE``."""
+    """Words to type after ``--config FILE``."""
     meaning: tuple[str, ...]
-    """What it changes in the optimization; empty: nothing."""
+    """Changes of the optimization, for people; empty: none."""
     config: RunConfig
     memory: MemoryPlan
     plan: TimePlan

@@ -57,12 +57,12 @@ class TimePlan:
     run_s: float
     """Seconds of all steps, evaluations and checkpoints; starts are left out."""
     evaluation_s: float
-    """Of these, seconds of evaluations."""
+    """Seconds of evaluations, a part of `run_s`."""
     devices: int
     price_per_device_hour: float | None
     currency: str
     notes: tuple[str, ...]
-    """What the prediction leaves out for this config."""
+    """Parts of this config's time that are left out."""
 
     @property
     def tokens_per_s(self) -> float:
