@@ -116,7 +116,7 @@ def plan_time(
         prompt_tokens=assumed.prompt_tokens,
         samples_per_prompt=config.samples_per_prompt,
     )
-    stages = {
+    stages: dict[Stage, StageTime] = {
         stage: time.times(_times_per_step(config, stage) / _devices_of(config, stage))
         for stage, time in _stages(planned, rates, rollouts, share).items()
     }
