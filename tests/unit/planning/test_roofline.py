@@ -37,6 +37,9 @@ def test_one_sequence_reads_the_weights_and_many_compute() -> None:
     least = STUDENT.read_bytes / H200.bandwidth / EFFICIENCY.decode_products
     assert one.parts["weight bandwidth"] == pytest.approx(least, rel=1e-3)
     assert one.bound == "weight bandwidth"
+    quick = faster(H200, weight_bandwidth=2)  # as a calibration may find
+    half = decode_step(STUDENT, quick, Decoding(max_sequences=1), 1)
+    assert half.parts["weight bandwidth"] == pytest.approx(least / 2, rel=1e-3)
     many = decode_step(STUDENT, H200, Decoding(max_sequences=4096), 4096)
     shape = STUDENT.shape
     products = 2 * 4096 * (shape.linear_parameters + shape.vocab_size * shape.hidden_size)
