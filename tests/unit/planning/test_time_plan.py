@@ -93,6 +93,17 @@ def test_teachers_on_cards_of_their_own_take_their_share_out() -> None:
     assert any("cards" in note for note in spread.notes)
 
 
+def test_what_is_left_out_of_a_config_is_named() -> None:
+    shared = ("training.shared_prompts=true", "samples_per_prompt=4")
+    for overrides, words in (
+        (shared, "shared_prompts"),
+        (("objective={kind: top_k, k: 16}",), "candidates of the teacher"),
+        (("generation={kind: embedded}",), "embedded engines"),
+    ):
+        assert any(words in note for note in plan_of(load("h200", *overrides)).notes), words
+        assert not any(words in note for note in plan_of(load("h200")).notes), words
+
+
 def test_impossible_lengths_are_refused() -> None:
     config = load("h200")
     with pytest.raises(ConfigError, match=r"--response-tokens 513: expected 1 to 512"):
