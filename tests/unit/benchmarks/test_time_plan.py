@@ -22,13 +22,10 @@ def test_measured_steps_become_rows_with_their_errors() -> None:
     setting = SETTINGS[0]
     plan = setting.case.plan()
     stages = {
-        key: 2 * plan.stages[what].seconds
-        for key, what in (
-            ("generate", "sampling"),
-            ("score", "scoring"),
-            ("train", "training"),
-            ("publish", "publishing"),
-        )
+        "generate": 2 * plan.stages["sampling"].seconds,
+        "score": 2 * plan.stages["scoring"].seconds,
+        "train": 2 * plan.stages["training"].seconds,
+        "publish": 2 * plan.stages["publishing"].seconds,
     }
     parts = {setting.name: {"case": asdict(setting.case), "steps": [stages]}}
     rows = measured_rows(parts, "h200")
