@@ -4,12 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests import engines, session_folder
 from tests.tiny_models import TinyModels, write_tiny_models
 
 # Tiny models gain nothing from a second thread, and lose much where the cores are shared.
 torch.set_num_threads(1)
+
+# How long an example takes is the machine's affair.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

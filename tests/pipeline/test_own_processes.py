@@ -97,7 +97,7 @@ class Starting:
         self._seen.append(f"{self._name} begins")
         self.begun.set()
         if self._after is not None:
-            await asyncio.wait_for(self._after.wait(), 5)
+            await asyncio.wait_for(self._after.wait(), 60)
         self._seen.append(f"{self._name} is there")
 
 
