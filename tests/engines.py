@@ -7,17 +7,17 @@ A test that needs an engine carries its marker and is skipped where the engine i
 """
 
 import os
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import pytest
 
+from tests.session_folder import FOLDER
+
 ENGINE_NAMES = ("vllm", "sglang", "unsloth", "transformers4")
 """The last is no engine, but the older generation of the library that reads models."""
 Device = Literal["cpu", "cuda"]
-LOGS = Path(tempfile.gettempdir()) / "qwen3-distill-tests" / str(os.getpid())
+LOGS = FOLDER / "logs" / str(os.getpid())
 """Of this process alone: an engine that fails is explained by what its log says."""
 
 

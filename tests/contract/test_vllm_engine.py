@@ -17,6 +17,10 @@ from torch import Tensor
 from qwen3_distill.config import LoraTuning
 from qwen3_distill.errors import EngineLost, EngineStartError, WeightVersionError
 from qwen3_distill.generation.hosted import HostedRolloutEngine
+from qwen3_distill.generation.vllm.engine import vllm_engine
+from qwen3_distill.generation.vllm.settings import VllmSettings
+from qwen3_distill.hosts.host import Host, WorkerSpec
+from qwen3_distill.hosts.process import LocalProcess
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.ports import LoraWeights
 from qwen3_distill.types import Rollout, RolloutRequest, WeightVersion
@@ -44,9 +48,14 @@ from tests.contract.reference import (
     reference_model,
     swapped_logprobs,
 )
-from tests.contract.vllm_adapter import build_vllm, environment_with_tests, vllm_config
+from tests.contract.vllm_adapter import (
+    KV_CACHE_BYTES,
+    build_vllm,
+    environment_with_tests,
+    vllm_config,
+)
 from tests.engines import INSTALLED
-from tests.tiny_models import TinyModels
+from tests.tiny_models import EOS_ID, TinyModels
 
 pytestmark = pytest.mark.vllm
 
@@ -490,13 +499,48 @@ def test_an_unknown_engine_argument_is_named(tiny_models: TinyModels) -> None:
         build_vllm(tiny_models.student, engine_arguments={"max_seqs": 3})
 
 
+@pytest.fixture(scope="module")
+def unopened(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """A worker's process that has imported vLLM, which takes seconds, and opened no engine."""
+    hosts: list[LocalProcess] = []
+    log = tmp_path_factory.mktemp("unopened") / "log"
+
+    def make_host(spec: WorkerSpec) -> Host:
+        hosts.append(LocalProcess(spec))
+        return hosts[-1]
+
+    vllm_engine(
+        tiny_models.student,
+        vllm_config(),
+        lora=None,
+        kv_cache_bytes=KV_CACHE_BYTES,
+        log=log,
+        make_host=make_host,
+    )
+    (host,) = hosts
+    run(host.start())
+    yield host
+    run(host.close())
+
+
 @pytest.mark.parametrize("value", ["no", "false", 0])
 def test_a_flag_that_is_neither_true_nor_false_is_named(
-    tiny_models: TinyModels, value: object
+    tiny_models: TinyModels, unopened: Host, value: object
 ) -> None:
+    settings = VllmSettings(
+        model_dir=str(tiny_models.student),
+        dtype="float32",
+        eos_ids=(EOS_ID,),
+        max_sequences=4,
+        max_model_tokens=64,
+        kv_cache_bytes=KV_CACHE_BYTES,
+        stream_interval=1,
+        lora_rank=None,
+        engine_arguments={"disable_log_stats": value},
+    )
     words = f"disable_log_stats is {value!r} .* true or false"
     with pytest.raises(EngineStartError, match=words):
-        build_vllm(tiny_models.student, engine_arguments={"disable_log_stats": value})
+        run(unopened.call("open", settings, timeout_s=60.0))
 
 
 @pytest.mark.skipif(not ON_GPU, reason="vLLM rounds weights to FP8 on a GPU only")

@@ -183,15 +183,15 @@ def refused(*arguments: str | Path, words: Iterable[str], code: int = 2) -> str:
     return result.err
 
 
-def slowed(method: str) -> Callable[[Parts], Parts]:
-    """An ``adapt`` for `run`: the learner waits 0.1 s before ``method``; other tasks continue."""
+def slowed(method: str, delay_s: float = 0.1) -> Callable[[Parts], Parts]:
+    """An ``adapt`` for `run`: the learner waits before ``method``; other tasks continue."""
 
     def adapt(parts: Parts) -> Parts:
         learner: Any = parts.learner
         at_once = getattr(learner, method)
 
         async def slow(*arguments: Any) -> Any:
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(delay_s)
             return await at_once(*arguments)
 
         setattr(learner, method, slow)

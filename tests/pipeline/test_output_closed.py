@@ -50,7 +50,7 @@ def test_run_goes_on_without_its_output(
     streams |= {"stdout": closed, "stderr": closed} if name == "both" else {name: closed}
     process = start("run", "--config", config, **streams)
     os.close(closed)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert read_json(run_dir / "summary.json")["steps"] == 2
     assert (run_dir / "student" / "config.json").exists()
@@ -72,7 +72,7 @@ def test_reader_that_ends_in_the_middle_ends_no_run(
     assert process.stdout is not None
     assert process.stdout.readline().startswith(b"checking")
     process.stdout.close()
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=300) == 0
     assert process.stderr is not None
     assert process.stderr.read().count(b"standard output is closed") == 1
     process.stderr.close()
@@ -85,7 +85,7 @@ def test_exit_status_is_the_works(tiny_models: TinyModels, run_dir: Path, tmp_pa
     closed = closed_pipe()
     process = start("run", "--config", config, stdout=closed, stderr=closed)
     os.close(closed)
-    assert process.wait(timeout=120) == 2
+    assert process.wait(timeout=300) == 2
 
 
 def test_offline_stage_writes_its_file_without_its_output(
@@ -96,7 +96,7 @@ def test_offline_stage_writes_its_file_without_its_output(
     command = ("generate", "--config", config, "--out", out)
     process = start(*command, stdout=closed, stderr=subprocess.PIPE)
     os.close(closed)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert (process.returncode, out.exists()) == (0, True)
     assert err.decode().count("the work goes on") == 1
 
@@ -108,7 +108,7 @@ def test_command_whose_output_is_the_result_ends_quietly(command: list[str]) -> 
     closed = closed_pipe()
     process = start(*command, stdout=closed, stderr=subprocess.PIPE)
     os.close(closed)
-    assert process.communicate(timeout=120)[1] == b""
+    assert process.communicate(timeout=300)[1] == b""
     assert process.returncode == 0
 
 
@@ -120,7 +120,7 @@ def test_descriptors_that_the_caller_closed_are_not_given_to_files(
     done = subprocess.run(
         [*shell, sys.executable, "run", "--config", str(config)],
         check=False,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0
     assert (run_dir / ".lock").read_bytes() == b""
@@ -183,4 +183,4 @@ def test_output_that_would_block_is_waited_for(monkeypatch: pytest.MonkeyPatch) 
                 sys.stdout.write("x" * 9_999 + "\n")
                 sys.stdout.flush()
         sink.close()
-        assert process.communicate(timeout=20)[0].strip() == b"1000000"
+        assert process.communicate(timeout=300)[0].strip() == b"1000000"

@@ -66,19 +66,48 @@ def lab_run(
     return warnings
 
 
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an undisturbed run in one process."""
-    output = tmp_path_factory.mktemp("calm") / "run"
-    assert lab_run(output) == []
+EVALUATED = (
+    *(setting for setting in SHORT if not setting.startswith("evaluation")),
+    "evaluation.num_problems=20",
+    "evaluation.final_num_problems=20",
+)
+
+
+def evaluated_run(output: Path, *overrides: str) -> Path:
+    config = lab_config(output, *overrides, short=EVALUATED)
+    assert run(config, SilentReporter(), raise_warning) is not None
     return output
 
 
-def test_processes_change_nothing_bit_for_bit(tmp_path: Path, calm: Path) -> None:
-    output = tmp_path / "run"
-    assert lab_run(output, *OWN_PROCESSES) == []
-    assert student_bytes(output) == student_bytes(calm)
-    assert timeless(output / "ledger.jsonl") == timeless(calm / "ledger.jsonl")
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run in one process."""
+    return evaluated_run(tmp_path_factory.mktemp("calm") / "run")
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the same run in three processes."""
+    return evaluated_run(tmp_path_factory.mktemp("apart") / "run", *OWN_PROCESSES)
+
+
+def test_processes_change_nothing_bit_for_bit(calm: Path, apart: Path) -> None:
+    assert student_bytes(apart) == student_bytes(calm)
+    assert timeless(apart / "ledger.jsonl") == timeless(calm / "ledger.jsonl")
+
+
+def test_evaluations_side_by_side_are_those_of_one_after_another(calm: Path, apart: Path) -> None:
+    records, times = {}, {}
+    for folder in (calm, apart):
+        lines = timeless(folder / "evaluations.jsonl")
+        records[folder] = sorted(lines, key=lambda line: (line["step"], line["model"]))
+        each = [line["wall_s"] for line in read_jsonl(folder / "evaluations.jsonl")]
+        summed = read_json(folder / "summary.json")["wall_s"]["evaluate"]
+        times[folder] = summed / sum(each)
+    assert len(records[calm]) == 3 * 2  # the teacher, before and after, at two temperatures
+    assert records[apart] == records[calm]
+    assert times[calm] == pytest.approx(1, abs=0.02)
+    assert times[apart] < 0.95  # what ran side by side is counted once
 
 
 # --- Starting -----------------------------------------------------------------------------------
@@ -97,7 +126,7 @@ class Starting:
         self._seen.append(f"{self._name} begins")
         self.begun.set()
         if self._after is not None:
-            await asyncio.wait_for(self._after.wait(), 5)
+            await asyncio.wait_for(self._after.wait(), 60)
         self._seen.append(f"{self._name} is there")
 
 
@@ -163,23 +192,6 @@ def test_an_engine_that_does_not_start_leaves_no_process_of_the_others(tmp_path:
         assert worker.pid is not None
         with pytest.raises(ProcessLookupError):
             os.killpg(worker.pid, 0)
-
-
-def test_evaluations_side_by_side_are_those_of_one_after_another(tmp_path: Path) -> None:
-    small = ("steps=1", "evaluation.num_problems=20", "evaluation.final_num_problems=20")
-    evaluated = tuple(s for s in SHORT if not s.startswith(("steps", "evaluation"))) + small
-    records, times = {}, {}
-    for name, more in (("one", ()), ("other", OWN_PROCESSES)):
-        config = lab_config(tmp_path / name, *evaluated, *more, short=())
-        assert run(config, SilentReporter(), raise_warning) is not None
-        lines = timeless(tmp_path / name / "evaluations.jsonl")
-        records[name] = sorted(lines, key=lambda line: (line["step"], line["model"]))
-        each = [line["wall_s"] for line in read_jsonl(tmp_path / name / "evaluations.jsonl")]
-        summed = read_json(tmp_path / name / "summary.json")["wall_s"]["evaluate"]
-        times[name] = summed / sum(each)
-    assert records["one"] == records["other"]
-    assert times["one"] == pytest.approx(1, abs=0.02)
-    assert times["other"] < 0.95  # what ran side by side is counted once
 
 
 # --- Each process struck once -------------------------------------------------------------------

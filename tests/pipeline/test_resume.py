@@ -61,7 +61,7 @@ LONG = {
     | {"every_steps": 15, "num_problems": 24, "sampling": {"max_new_tokens": 32}},
     "logging.tensorboard": True,
 }
-TIMEOUT_S = 60.0
+TIMEOUT_S = 300.0
 
 
 @pytest.fixture(scope="module")

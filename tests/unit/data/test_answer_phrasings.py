@@ -352,6 +352,6 @@ def test_no_text_is_an_error_or_a_wrong_reference(verifier: Verifier, text: str)
     "unit", ["1 ", "$1 ", "1-", "(1,", r"\text{", "1 or ", "**", r"\( 1 ", "⅓ "]
 )
 def test_a_degenerate_response_is_read_in_a_moment(verifier: Verifier, unit: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     final_answer(unit * 4000)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1

@@ -127,10 +127,10 @@ def test_a_bad_pattern_is_refused_in_the_config(pattern: str, message: str) -> N
 
 
 def test_a_pattern_that_backtracks_for_ever_is_an_error_with_the_row() -> None:
-    verifier = RegexGroupVerifier(RegexVerifier(kind="regex", pattern=r"((?:a+)+)$"), timeout_s=0.5)
+    verifier = RegexGroupVerifier(RegexVerifier(kind="regex", pattern=r"((?:a+)+)$"), timeout_s=2)
     assert verifier.correct(prompt("aa"), "aa") is True
     start = time.monotonic()
-    with pytest.raises(EngineError, match=r"p:3: verifier.pattern=.* more than 0.5 s"):
+    with pytest.raises(EngineError, match=r"p:3: verifier.pattern=.* more than 2 s"):
         verifier.correct(prompt("aa"), "a" * 40 + "b")
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     assert verifier.correct(prompt("aa"), "aa") is True, "the next answer is judged"

@@ -86,7 +86,7 @@ def math_verifier() -> Verifier:
 
 @pytest.fixture(scope="module")
 def hasty() -> MathEqualityVerifier:
-    return MathEqualityVerifier(timeout_s=1.5)
+    return MathEqualityVerifier(timeout_s=2.5)
 
 
 # --- Procedural task ----------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_endless_computation_is_not_correct_and_the_next_answer_is_judged(
     assert hasty.correct(prompt("42"), "42") is True
     start = time.monotonic()
     assert hasty.correct(prompt("42"), response) is False
-    assert 1.4 < time.monotonic() - start < 8
+    assert 2.4 < time.monotonic() - start < 30
     assert hasty.correct(prompt("42"), "42") is True
 
 
@@ -279,9 +279,9 @@ def test_process_ends_with_the_verifier(started: list["subprocess.Popen[str]"]) 
 
 
 def test_time_between_questions_does_not_count(started: list["subprocess.Popen[str]"]) -> None:
-    verifier = MathEqualityVerifier(timeout_s=0.5)
+    verifier = MathEqualityVerifier(timeout_s=2)
     assert verifier.correct(prompt("x"), "$x$")
-    time.sleep(0.8)
+    time.sleep(2.2)
     assert verifier.correct(prompt("x"), "$x$")
     assert len(started) == 1
 
