@@ -17,6 +17,11 @@ _REVISION = git_revision(Path(__file__).parent) or {"commit": "unknown", "dirty"
 """The commit of the imported code: others may be made while a long benchmark runs."""
 
 
+def commit() -> str:
+    """Return the commit of the imported code, with "+changes" if files differ from it."""
+    return _REVISION["commit"] + ("+changes" if _REVISION["dirty"] else "")
+
+
 def command_line() -> str:
     """Return the command that runs this benchmark, as a user types it."""
     script = Path(sys.argv[0])
@@ -36,7 +41,7 @@ def write_result(
         {
             "name": name,
             "command": command_line(),
-            "commit": _REVISION["commit"] + ("+changes" if _REVISION["dirty"] else ""),
+            "commit": commit(),
             "machine": machine(),
             "versions": versions(),
             "figures": figures,

@@ -1,15 +1,16 @@
 """Repeats one start, and kills and resumes one run, and counts the results that differ.
 
-    python -m benchmarks.robustness.repeatable --starts 2000 --interrupted 100
+    python -m benchmarks.robustness.repeatable --starts 2000 --resumes 100
 
 A start is a forked process that loads the lab student and samples one batch on the CPU with two
-threads; token ids and logprobs must be the same bits in every start. An interrupted run is a short
-run of the lab pair that is killed (SIGKILL) at a random moment and started again; its ledger and
-its student must be the bits of a run that was left alone. ``--resume`` continues from the result;
-``--unsettled`` leaves out what settles the vector math first, as a negative control.
+threads; token ids and logprobs must be the same bits in every start. A resume is a short run of
+the lab pair that is killed (SIGKILL) at a random moment after its first checkpoint and started
+again; its ledger and its student must be the bits of a run that was left alone. ``--resume``
+continues from the result, at the same commit only; ``--unsettled`` leaves out what settles the
+vector math first, as a negative control.
 
-Figures: ``starts``, ``differing_starts``, ``interrupted``, ``differing_runs``, ``killed`` (runs
-that were killed before their end).
+Figures: ``starts``, ``different_starts``, ``resumes``, ``different_resumes``. A run that ended
+before its moment is run again and counted in ``ended_early``.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +32,7 @@ from typing import Any
 import torch
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401 - so that no fork imports it
 
-from benchmarks.lib.common import RESULTS, write_result
+from benchmarks.lib.common import RESULTS, commit, write_result
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import load_config
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
@@ -100,7 +102,7 @@ def forked_start(config: RunConfig) -> str:
     return digest
 
 
-# --- Interrupted runs ---------------------------------------------------------------------------
+# --- Resumes ------------------------------------------------------------------------------------
 
 
 def run_command(folder: Path) -> list[str]:
@@ -109,11 +111,23 @@ def run_command(folder: Path) -> list[str]:
     return [*command, f"output_dir={folder}", *MODELS, *RUN]
 
 
-def run_quietly(folder: Path, timeout_s: float | None = None) -> None:
-    """Run the command to its end, or kill it (SIGKILL) after a time and raise TimeoutExpired."""
+def started(folder: Path) -> subprocess.Popen[bytes]:
     quiet = subprocess.DEVNULL
-    command = run_command(folder)
-    subprocess.run(command, stdout=quiet, stderr=quiet, timeout=timeout_s, check=True)
+    return subprocess.Popen(run_command(folder), stdout=quiet, stderr=quiet)
+
+
+def wait_for_checkpoint(process: subprocess.Popen[bytes], folder: Path) -> bool:
+    """Wait for a run's first checkpoint; return False if the run ended without one."""
+    while process.poll() is None:
+        if any(folder.glob("checkpoints/step-*")):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    if code := process.wait():
+        raise SystemExit(f"a run ended with status {code}: {process.args}")
 
 
 def result_of(folder: Path) -> str:
@@ -122,38 +136,71 @@ def result_of(folder: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def one_run(kill_after_s: float | None) -> tuple[str, bool, float]:
-    """Run, killed once after some seconds; return the result, whether it was killed, seconds."""
-    began, killed = time.perf_counter(), False
+def run_alone() -> tuple[str, float]:
+    """Run to the end; return the result, and the seconds from the first checkpoint to the end."""
     with tempfile.TemporaryDirectory(prefix="qwen3-distill-repeatable-") as name:
-        folder = Path(name) / "run"
-        if kill_after_s is not None:
-            try:
-                run_quietly(folder, kill_after_s)
-            except subprocess.TimeoutExpired:  # it was killed with SIGKILL
-                killed = True
-        run_quietly(folder)
-        return result_of(folder), killed, time.perf_counter() - began
+        process = started(folder := Path(name) / "run")
+        wait_for_checkpoint(process, folder)
+        began = time.perf_counter()
+        finish(process)
+        return result_of(folder), time.perf_counter() - began
+
+
+def run_resumed(kill_after_s: float) -> str | None:
+    """Kill a run some seconds after its first checkpoint, start it again and return its result.
+
+    Returns:
+        None if the run had ended before.
+    """
+    with tempfile.TemporaryDirectory(prefix="qwen3-distill-repeatable-") as name:
+        process = started(folder := Path(name) / "run")
+        if wait_for_checkpoint(process, folder):
+            time.sleep(kill_after_s)
+            process.kill()
+        if process.wait() == 0:
+            return None
+        if process.returncode != -signal.SIGKILL:
+            raise SystemExit(f"a run ended with status {process.returncode}: {process.args}")
+        finish(started(folder))
+        return result_of(folder)
 
 
 # --- All of them --------------------------------------------------------------------------------
 
 
-def differing(counts: dict[str, int]) -> int:
+def different(counts: dict[str, int]) -> int:
     """Return how many results differ from the most frequent one."""
     return sum(counts.values()) - max(counts.values(), default=0)
 
 
-def report(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
-    starts, runs = found["starts"], found["runs"]
-    figures: dict[str, float] = {
-        "starts": sum(starts.values()),
-        "differing_starts": differing(starts),
-        "interrupted": len(runs),
-        "differing_runs": sum(run["result"] != found["reference"] for run in runs),
-        "killed": sum(run["killed"] for run in runs),
+def figures_of(found: dict[str, Any]) -> dict[str, float]:
+    return {
+        "starts": sum(found["starts"].values()),
+        "different_starts": different(found["starts"]),
+        "resumes": len(found["runs"]),
+        "different_resumes": sum(run["result"] != found["reference"] for run in found["runs"]),
+        "ended_early": found["ended_early"],
     }
-    write_result(arguments.name, figures, folder=arguments.results, **found)
+
+
+def write(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+    write_result(arguments.name, figures_of(found), folder=arguments.results, **found)
+
+
+def earlier_results(file: Path) -> dict[str, Any]:
+    """Read what was found so far.
+
+    Raises:
+        SystemExit: it was found at another commit.
+    """
+    content = json.loads(file.read_text())
+    if content["commit"] != commit():
+        raise SystemExit(f"{file} is of commit {content['commit']}, not {commit()}; move it away")
+    return {key: content[key] for key in nothing_found()}
+
+
+def nothing_found() -> dict[str, Any]:
+    return {"starts": {}, "reference": None, "rest_s": None, "runs": [], "ended_early": 0}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -161,7 +208,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--starts", type=int, default=2000)
-    parser.add_argument("--interrupted", type=int, default=100)
+    parser.add_argument("--resumes", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--resume", action="store_true", help="results so far are kept")
     parser.add_argument("--unsettled", action="store_true", help="negative control")
@@ -170,35 +217,55 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    found: dict[str, Any] = {"starts": {}, "reference": None, "reference_s": None, "runs": []}
-    earlier = arguments.results / f"{arguments.name}.json"
-    if arguments.resume and earlier.exists():
-        content = json.loads(earlier.read_text())
-        found = {key: content[key] for key in found}
-    if arguments.unsettled:
-        loading.settle_vector_math = functools.cache(lambda: None)
+def repeat_starts(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     config = load_config(ROOT / "configs" / "demo.yaml", ["output_dir=unused", *MODELS, *RUN])
     sampling = config.sampling.model_copy(update={"max_new_tokens": NEW_TOKENS})
     config = config.model_copy(update={"sampling": sampling})
-    counts = Counter[str](found["starts"])
-    for number in range(sum(counts.values()) + 1, arguments.starts + 1):
+    counts, began = Counter[str](found["starts"]), time.perf_counter()
+    first = sum(counts.values()) + 1
+    for number in range(first, arguments.starts + 1):
         counts[forked_start(config)] += 1
         if number % 50 == 0 or number == arguments.starts:
             found["starts"] = dict(counts)
-            report(arguments, found)
-            print(f"[{number}/{arguments.starts} starts] {dict(counts)}", flush=True)
-    if arguments.interrupted and found["reference"] is None:
-        found["reference"], _, found["reference_s"] = one_run(None)
-    for number in range(len(found["runs"]), arguments.interrupted):
-        moment = random.Random(f"{arguments.seed}/{number}").uniform(0.2, 1) * found["reference_s"]
-        result, killed, _ = one_run(moment)
-        found["runs"].append({"result": result, "killed": killed, "kill_after_s": moment})
-        report(arguments, found)
-        print(f"[{number + 1}/{arguments.interrupted} runs] {found['runs'][-1]}", flush=True)
-    bad = differing(counts) or any(run["result"] != found["reference"] for run in found["runs"])
-    sys.exit(1 if bad else 0)
+            write(arguments, found)
+            left = _left_s(began, number + 1 - first, arguments.starts - number)
+            print(f"[{number}/{arguments.starts} starts, {left}] {dict(counts)}", flush=True)
+
+
+def repeat_resumes(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+    if arguments.resumes and found["reference"] is None:
+        found["reference"], found["rest_s"] = run_alone()
+    began, first = time.perf_counter(), len(found["runs"])
+    while (number := len(found["runs"])) < arguments.resumes:
+        drawn = random.Random(f"{arguments.seed}/{number + found['ended_early']}")
+        moment = drawn.uniform(0, 1) * found["rest_s"]
+        result = run_resumed(moment)
+        if result is None:
+            found["ended_early"] += 1
+        else:
+            found["runs"].append({"result": result, "kill_after_s": moment})
+        write(arguments, found)
+        done = len(found["runs"]) - first
+        left = _left_s(began, done, arguments.resumes - first - done)
+        print(f"[{first + done}/{arguments.resumes} resumes, {left}] {result}", flush=True)
+
+
+def _left_s(began: float, done: int, left: int) -> str:
+    seconds = (time.perf_counter() - began) / max(done, 1)
+    return f"{seconds:.2f} s each, {seconds * left:.0f} s left"
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    found, earlier = nothing_found(), arguments.results / f"{arguments.name}.json"
+    if arguments.resume and earlier.exists():
+        found = earlier_results(earlier)
+    if arguments.unsettled:
+        loading.settle_vector_math = functools.cache(lambda: None)
+    repeat_starts(arguments, found)
+    repeat_resumes(arguments, found)
+    figures = figures_of(found)
+    sys.exit(1 if figures["different_starts"] or figures["different_resumes"] else 0)
 
 
 if __name__ == "__main__":

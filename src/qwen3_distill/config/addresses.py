@@ -34,7 +34,7 @@ def checked_url(url: str) -> str:
     if "?" in url or "#" in url or "\\" in url:
         raise ValueError(f"{shown} has a ?, # or \\, and /generate is put at its end; {_EXAMPLE}")
     _check_user(parts, shown)
-    if not _is_host(parts.hostname or ""):
+    if not _is_host(parts.hostname or "") or not _can_be_asked(url):
         raise ValueError(
             f"{shown} has no host that can be looked up: a name of letters, digits, - and . with "
             f"at most 63 characters between dots, or an IP address; {_EXAMPLE}"
@@ -56,12 +56,10 @@ def _check_user(parts: SplitResult, shown: str) -> None:
 
 
 def _is_host(host: str) -> bool:
-    if ":" in host:
-        return _is_ipv6(host)
+    if ":" in host:  # a zone (%eth0) is taken as it stands: %25eth0 would be another one
+        return "%25" not in host and _is_ipv6(host)
     labels = host.removesuffix(".").split(".")
-    if len(host) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
-        return False
-    return not any(label.startswith("xn--") for label in labels) or _is_international(host)
+    return len(host) <= 253 and all(_LABEL.fullmatch(label) for label in labels)
 
 
 def _is_ipv6(host: str) -> bool:
@@ -72,12 +70,13 @@ def _is_ipv6(host: str) -> bool:
     return True
 
 
-def _is_international(host: str) -> bool:
-    """Whether the HTTP client can decode an ``xn--`` name."""
-    import httpx  # noqa: PLC0415 - loaded for such a name only
+def _can_be_asked(url: str) -> bool:
+    """Whether the HTTP client takes the address: it decodes ``xn--`` names, and reads brackets and
+    numbers by other rules."""
+    import httpx  # noqa: PLC0415 - loaded for served teachers only
 
     try:
-        return bool(httpx.URL(f"http://{host}").host)
+        return bool(httpx.URL(url).host)
     except (httpx.InvalidURL, UnicodeError):  # `idna.IDNAError` is a UnicodeError
         return False
 

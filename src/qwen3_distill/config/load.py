@@ -18,7 +18,7 @@ from qwen3_distill.config.moved import find_paths
 from qwen3_distill.config.overrides import apply_override, run_schema
 from qwen3_distill.config.redaction import may_be_secret, not_recorded
 from qwen3_distill.config.schema import locate, option_schemas
-from qwen3_distill.config.yaml12 import parse_yaml
+from qwen3_distill.config.yaml12 import MAX_CHARACTERS, parse_yaml
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.utils.printable import excerpt
 from qwen3_distill.utils.secrets import without_user
@@ -54,10 +54,19 @@ def load_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     """Return the file's values with the overrides applied, unchecked."""
     file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        with file.open("rb") as opened:  # bounded: it may be a model's weights, or a device
+            content = opened.read(4 * MAX_CHARACTERS + 1)
+        if len(content) > 4 * MAX_CHARACTERS:
+            raise ConfigError(
+                f"config file {file} has more than {4 * MAX_CHARACTERS:,} bytes; check that it is "
+                "a config"
+            )
+        text = content.decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"config file {file} does not exist (working directory {Path.cwd()})")
-    except (OSError, UnicodeDecodeError) as error:
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a null character in the path
         raise ConfigError(f"config file {file} cannot be read: {error}") from error
     values = parse_yaml(text, str(file))
     if not isinstance(values, dict):
@@ -74,6 +83,11 @@ def check_config(values: dict[str, Any], source: str = "config") -> RunConfig:
     Raises:
         ConfigError: one line per problem.
     """
+    for keys in _halves_of_characters(values, ()):
+        raise ConfigError(
+            f"{source}: {shown('.'.join(keys))[1:-1]}: has half of a character (a lone surrogate, "
+            "\\ud800 to \\udfff); write the whole character"
+        )
     try:
         return RunConfig.model_validate_json(json.dumps(values))
     except ValidationError as error:
@@ -109,6 +123,26 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, values
+
+
+_HALF = re.compile("[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]")
+"""A surrogate without its other half; two halves in a row become the character."""
+
+
+def _halves_of_characters(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Yield where a text or a key has a lone surrogate, which no file and no JSON has a form for.
+
+    The value itself is not shown: it may be a secret.
+    """
+    if isinstance(value, str) and _HALF.search(value):
+        yield keys
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            yield from _halves_of_characters(str(key), (*keys, str(key)))
+            yield from _halves_of_characters(child, (*keys, str(key)))
+    elif isinstance(value, list):
+        for child in value:
+            yield from _halves_of_characters(child, keys)
 
 
 _MOST_LINES, _LINE_LENGTH = 20, 600

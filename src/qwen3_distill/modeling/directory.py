@@ -1,5 +1,6 @@
 """Checks model directories. No torch."""
 
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ SUPPORTED_MODEL_TYPES = ("qwen3",)
 INDEX = "model.safetensors.index.json"
 _QUANTIZED_BY_FILE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Files beside ``config.json`` in which GPTQ, AWQ and ModelOpt describe quantized weights."""
+_READ = (".json", ".jinja", ".safetensors", ".txt", ".model")
+"""Endings of the files that readers of a model open."""
 _ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Values of a config's attention that are no code from elsewhere. None of them is used: each engine
 chooses its own."""
@@ -43,6 +46,7 @@ def check_model_dir(path: str | Path, *, weights: bool = True) -> Path:
             f"model directory {directory} does not exist (working directory {Path.cwd()}); give "
             "the path of a Hugging Face model directory, or a hub id such as Qwen/Qwen3-4B"
         )
+    _refuse_pipes(directory)
     config_file = directory / CONFIG
     if not config_file.is_file():
         raise ModelError(f"{directory} has no config.json: not a Hugging Face model directory")
@@ -80,12 +84,18 @@ def weight_files(directory: Path) -> list[Path]:
         found = sorted(directory.glob("*.safetensors"))
         if not found:
             raise ModelError(f"{directory} has no *.safetensors file: the weights are missing")
+        if unreadable := [path.name for path in found if not path.is_file()]:
+            raise ModelError(
+                f"{directory}: {shown(unreadable)}: a folder, or a link to no file; fetch the "
+                "weights again"
+            )
         return found
     names = read_json_object(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ModelError(f"{index} has no weight_map; restore it from where the model came from")
     for name in names.values():
-        if not isinstance(name, str) or not name.endswith(".safetensors") or "/" in name:
+        is_name = isinstance(name, str) and name.endswith(".safetensors") and len(name) < 256
+        if not is_name or "/" in name:
             raise ModelError(
                 f"{index} names {shown(name)}, expected a *.safetensors file in its own directory; "
                 "restore it from where the model came from"
@@ -97,6 +107,20 @@ def weight_files(directory: Path) -> list[Path]:
             f"{directory} lacks {shown(missing)}, which {INDEX} names: the weights are missing"
         )
     return files
+
+
+def _refuse_pipes(directory: Path) -> None:
+    """Refuse what a reader would wait for without an end: pipes, sockets and devices."""
+    for path in (path for path in directory.iterdir() if path.suffix in _READ):
+        try:
+            mode = path.stat().st_mode
+        except OSError:  # a link to nothing; who needs the file says so
+            continue
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise ModelError(
+                f"{directory}: {shown(path.name)} is a pipe, a socket or a device, expected files; "
+                "remove it"
+            )
 
 
 def _refuse_quantized(directory: Path, config: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from qwen3_distill.modeling.cpu_warmup import settle_vector_math
 from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.modeling.directory import check_model_dir, weight_files
 from qwen3_distill.modeling.loading import load_model_config, load_tokenizer
+from qwen3_distill.modeling.weight_headers import check_weight_headers
 from qwen3_distill.types import FloatArray, IntArray
 from qwen3_distill.utils.files import write_json_atomic
 from qwen3_distill.utils.json_text import read_json
@@ -63,6 +64,7 @@ def known_answer(model_dir: str | Path) -> KnownAnswer:
         ModelError: the weights cannot be read, or are quantized in an unknown way.
     """
     directory = check_model_dir(model_dir)
+    check_weight_headers(directory)
     kept = _cache_folder() / f"{directory_digest(directory)}-{FORMAT}.json"
     token_ids = known_tokens(directory)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -100,6 +102,7 @@ def layerwise_logprobs(model_dir: str | Path, token_ids: IntArray) -> NDArray[np
         ModelError: a weight is missing, unreadable, or quantized in an unknown way.
     """
     directory = check_model_dir(model_dir)
+    check_weight_headers(directory)
     settle_vector_math()
     # Eager attention: only the mask below decides which tokens a token attends to.
     config: Any = load_model_config(directory, attn_implementation="eager")
@@ -125,7 +128,13 @@ def layerwise_logprobs(model_dir: str | Path, token_ids: IntArray) -> NDArray[np
         weights.fill(norm, "model.norm.")
         hidden_TD = norm(hidden_1TD)[0]
         head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        return _target_logprobs(weights, head, hidden_TD[:-1], ids_T[1:], config.vocab_size)
+        logprobs = _target_logprobs(weights, head, hidden_TD[:-1], ids_T[1:], config.vocab_size)
+    if not np.isfinite(logprobs).all():
+        raise ModelError(
+            f"{directory}: its logprobs are not finite, so a weight is NaN or infinite; fetch the "
+            "model again"
+        )
+    return logprobs
 
 
 def _causal_mask(length: int) -> Tensor:

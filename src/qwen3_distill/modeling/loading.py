@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,7 +18,8 @@ from transformers import (
 from qwen3_distill.errors import ConfigError, ModelError
 from qwen3_distill.modeling.config_file import CONFIG, read_json_object
 from qwen3_distill.modeling.cpu_warmup import settle_vector_math
-from qwen3_distill.modeling.directory import check_model_dir, weight_files
+from qwen3_distill.modeling.directory import check_model_dir
+from qwen3_distill.modeling.weight_headers import check_weight_headers
 from qwen3_distill.types import ModelIdentity
 from qwen3_distill.utils.shown import shortened, shown
 
@@ -57,7 +57,7 @@ def load_model(path: str | Path, *, device: torch.device, dtype: torch.dtype) ->
         ModelError: the directory does not hold a complete Qwen3 model.
     """
     directory = check_model_dir(path)
-    _check_embedding(directory)
+    check_weight_headers(directory)  # before a model of its config's sizes is made
     settle_vector_math()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -78,29 +78,33 @@ def load_model(path: str | Path, *, device: torch.device, dtype: torch.dtype) ->
         raise ModelError(f"{directory}: weights are missing: {', '.join(missing[:5])} ...")
     if mismatched := sorted(map(str, info.get("mismatched_keys", ()))):
         raise ModelError(f"{directory}: weights of another size: {shown(mismatched)}")
-    return model.to(device).eval()
+    loaded_model = model.to(device).eval()
+    _require_finite(directory, loaded_model)
+    if loaded_model.config.tie_word_embeddings != is_tied(loaded_model):
+        # transformers 5 leaves a stored head that differs apart, other readers do not.
+        raise ModelError(
+            f"{directory / CONFIG}: tie_word_embeddings is true, but the stored output head and "
+            "embedding are two matrices; set it to false, or restore the weights"
+        )
+    return loaded_model
 
 
-def _check_embedding(directory: Path) -> None:
-    """Compare the stored embedding with the config, before a model of its sizes is made.
+def is_tied(model: PreTrainedModel) -> bool:
+    """Return whether the output head is the embedding itself."""
+    embedding: Any = model.get_input_embeddings()
+    return output_head(model) is embedding.weight
 
-    Raises:
-        ModelError: it is missing, damaged, or of other sizes.
-    """
-    config, name = read_json_object(directory / CONFIG), "model.embed_tokens.weight"
-    expected = [config.get("vocab_size"), config.get("hidden_size")]
-    try:
-        for file in weight_files(directory):
-            with safe_open(file, framework="pt") as handle:
-                if name in handle.keys():  # noqa: SIM118 - a handle is no mapping
-                    found = list(handle.get_slice(name).get_shape())
-                    if found != expected:
-                        raise ModelError(
-                            f"{directory}: {name} is of size {found}, but config.json says "
-                            f"{shown(expected)}: they are of two models"
-                        )
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{directory}: cannot be loaded: {error}") from error
+
+def _require_finite(directory: Path, model: PreTrainedModel) -> None:
+    """Raise if a weight is NaN or infinite: one number of each tensor is read from the device."""
+    names, largest = list[str](), list[torch.Tensor]()
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.element_size() > 1:
+            names.append(name)
+            largest.append(torch.linalg.vector_norm(weight.detach(), ord=torch.inf).float())
+    finite = torch.stack(largest).isfinite().tolist()
+    if bad := [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]:
+        raise ModelError(f"{directory}: weights are not finite: {shown(bad)}; fetch it again")
 
 
 def output_head(model: PreTrainedModel) -> torch.Tensor:

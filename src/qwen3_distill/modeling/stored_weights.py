@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qwen3_distill.errors import ModelError
 from qwen3_distill.modeling.directory import weight_files
+from qwen3_distill.modeling.weight_headers import stored_headers
 
 
 class StoredWeights:
@@ -22,6 +23,7 @@ class StoredWeights:
     def __init__(self, model_dir: Path) -> None:
         self._directory = model_dir
         self._file_of: dict[str, Path] = {}
+        stored_headers(model_dir)  # refuses what two files hold
         for file in weight_files(model_dir):
             try:
                 with safe_open(file, framework="pt") as handle:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from qwen3_distill.errors import ModelError, RunFolderError
@@ -25,8 +25,9 @@ from qwen3_distill.modeling.config_file import (
     rope_parameters,
     spelled_for_both,
 )
-from qwen3_distill.modeling.directory import check_model_dir, weight_files
+from qwen3_distill.modeling.directory import check_model_dir
 from qwen3_distill.modeling.loading import load_identity
+from qwen3_distill.modeling.weight_headers import check_weight_headers, stored_headers
 from qwen3_distill.utils.files import sync
 from qwen3_distill.utils.json_text import parse_json
 
@@ -136,7 +137,7 @@ def check_student(model_dir: str | Path, *, weights: bool = True) -> None:
     read_student_files(model_dir, weights=weights)
     load_identity(model_dir, weights=weights)
     if weights:
-        stored_shapes(model_dir)
+        check_weight_headers(Path(model_dir))
 
 
 def stored_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
@@ -145,17 +146,7 @@ def stored_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
     Raises:
         ModelError: a file is damaged.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in weight_files(Path(model_dir)):
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 - a handle is no mapping
-                    shapes[name] = tuple(handle.get_slice(name).get_shape())
-        except (OSError, SafetensorError) as error:
-            raise ModelError(
-                f"{file} cannot be loaded: {error}; fetch it again: it may be half a download"
-            ) from error
-    return shapes
+    return {name: header.shape for name, header in stored_headers(Path(model_dir)).items()}
 
 
 def write_student(files: StudentFiles, weights: dict[str, Tensor], directory: Path) -> None:

@@ -9,6 +9,7 @@ from qwen3_distill.modeling.directory import check_model_dir
 from qwen3_distill.modeling.hub import is_snapshot, missing_weights
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.modeling.student_directory import check_student
+from qwen3_distill.modeling.weight_headers import check_weight_headers
 from qwen3_distill.pipeline.disk_space import check_download_space, check_run_space
 from qwen3_distill.pipeline.finding import Check, Verdict, bad, doubtful, good, skipped
 from qwen3_distill.pipeline.first_prompt import first_prompt, unended_turns
@@ -65,8 +66,10 @@ def check_teacher_files(config: RunConfig) -> Verdict:
     if config.scoring is None:
         return skipped(NO_TEACHER)
     model = config.scoring.model
-    check_model_dir(model, weights=_are_there(model))
+    directory = check_model_dir(model, weights=_are_there(model))
     identity_of(model)
+    if _are_there(model):
+        check_weight_headers(directory)
     return _described(model)
 
 

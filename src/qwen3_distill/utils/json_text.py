@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qwen3_distill.utils.shown import shortened
+from qwen3_distill.utils.shown import shortened, shown
 
 MAX_DEPTH = 64
 """Deepest nesting that is read; code that walks a value may recurse."""
@@ -14,12 +14,12 @@ def parse_json(content: bytes | str) -> Any:
     """Parse JSON text in UTF-8.
 
     Raises:
-        ValueError: it is not JSON, not UTF-8, nested deeper than `MAX_DEPTH`, or has a number of
-            thousands of digits.
+        ValueError: it is not JSON (NaN and Infinity are none), not UTF-8, nested deeper than
+            `MAX_DEPTH`, has a key twice in one object, or a number of thousands of digits.
     """
     try:
         text = content.decode("utf-8") if isinstance(content, bytes) else content
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique_pairs, parse_constant=_refuse)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:
@@ -27,6 +27,22 @@ def parse_json(content: bytes | str) -> Any:
     if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(value):
         raise ValueError("it is nested too deeply")
     return value
+
+
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object's fields; by default the last of two equal keys would win.
+
+    Raises:
+        ValueError: a key stands twice.
+    """
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f"a key stands twice among {shown([key for key, _ in pairs])}")
+    return fields
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def _is_deep(value: Any) -> bool:

@@ -2,9 +2,14 @@
 
 import os
 import re
+import unicodedata
 from pathlib import Path
 
+from qwen3_distill.utils.shown import shown
+
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_NOT_IN_PATHS = ("Cc", "Zl", "Zp")
+"""Unicode categories: control characters and breaks of lines."""
 _VARIABLE = re.compile(r"\$[A-Za-z_{(]")
 
 
@@ -15,13 +20,15 @@ def plain_path(text: str) -> str:
     to expand in another way.
 
     Raises:
-        ValueError: the text is empty, a URL, or has a variable or a null character; says what to
-            write.
+        ValueError: the text is empty, too long, a URL, or has a variable or a control character;
+            says what to write.
     """
     if not text.strip():
         raise ValueError(f"expected a path, got {text!r}")
-    if "\0" in text:
-        raise ValueError(f"{text!r} has a null character, which no path may have")
+    if odd := next((char for char in text if unicodedata.category(char) in _NOT_IN_PATHS), None):
+        raise ValueError(f"{shown(text)} has {odd!r}, a control character; write a path without it")
+    if len(os.fsencode(text)) > 4000 or any(len(os.fsencode(p)) > 255 for p in text.split("/")):
+        raise ValueError(f"{shown(text)} is longer than any path, or has a name longer than any")
     if _URL.match(text):
         raise ValueError(f"{text!r} is a URL, expected {_instead_of_url(text)}")
     if found := _VARIABLE.search(text):

@@ -63,7 +63,7 @@ def test_kinds_share_one_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             command.main()
         assert end.value.code == 1
     figures = json.loads(out.read_text())["figures"]
-    assert figures["replies"], figures["files"] == (3, 2)
+    assert (figures["replies"], figures["files"]) == (3, 2)
     assert (figures["wrong"], figures["hangs"], figures["tracebacks"]) == (1, 1, 0)
 
 

@@ -67,7 +67,7 @@ def test_weights_of_other_shapes_than_the_config_says_are_refused(tmp_path: Path
     model_dir = write_model(tmp_path / "model", seed=3)
     file = model_dir / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_attention_heads": 4}))
-    with pytest.raises(ModelError, match=r"layers\.0 do not fit config\.json"):
+    with pytest.raises(ModelError, match=r"q_proj\.weight is of size \[64, 32\], but config\.json"):
         layerwise_logprobs(model_dir, np.arange(5))
 
 
@@ -146,10 +146,10 @@ def test_a_missing_or_damaged_weight_is_named(tmp_path: Path) -> None:
     weights = load_file(model_dir / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, model_dir / "model.safetensors")
-    with pytest.raises(ModelError, match=r"no weight model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(ModelError, match=r"missing: model.layers.1.mlp.up_proj.weight"):
         known_answer(model_dir)
     (model_dir / "model.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(ModelError, match="weights cannot be read"):
+    with pytest.raises(ModelError, match="cannot be loaded"):
         known_answer(model_dir)
 
 

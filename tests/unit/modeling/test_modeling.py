@@ -291,7 +291,7 @@ def truncated_weights(path: Path) -> None:
         (no_weights, "no .*safetensors file: the weights are missing"),
         (missing_tensor, "weights are missing: model.layers.1.mlp.up_proj.weight"),
         (missing_head, "weights are missing: lm_head.weight"),
-        (other_shape, "cannot be loaded"),
+        (other_shape, "is of size"),
         (truncated_weights, "cannot be loaded"),
     ],
 )

@@ -61,7 +61,12 @@ def test_home_directory_is_expanded_once(
         ("runs/$(date)", "has a variable"),
         ("", "expected a path"),
         ("  ", "expected a path"),
-        ("a\0b", "null character"),
+        ("a\0b", "control character"),
+        ("a\nb", "control character"),
+        ("runs/demo\n", "control character"),
+        ("a\u2028b", "control character"),
+        ("x" * 256, "longer than any"),
+        ("x/" * 2001, "longer than any"),
         ("~no-such-user/x", "not known.*\\./~no-such-user"),
     ],
 )

@@ -6,16 +6,20 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
 from qwen3_distill.config import ParquetPrompts
 from qwen3_distill.data.sources.fields import Row, check_columns, wanted_columns
-from qwen3_distill.errors import DataError
+from qwen3_distill.errors import DataError, DistillError
+from qwen3_distill.utils.json_text import unique_pairs
 from qwen3_distill.utils.shown import shortened, shown
 
 MAX_LINE_BYTES = 64 << 20
 """Longest line that is read, also of a compressed file."""
+MAX_BLANK_LINES = 10_000
+"""Most blank lines at a file's end."""
 
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
@@ -33,6 +37,11 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
                 )
             if not line.strip():
                 first_blank = first_blank or number
+                if number - first_blank >= MAX_BLANK_LINES:
+                    raise DataError(
+                        f"{path} has more than {MAX_BLANK_LINES:,} blank lines from line "
+                        f"{first_blank} on; remove them"
+                    )
                 continue
             if first_blank is not None:
                 raise DataError(
@@ -42,17 +51,12 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
             yield f"{path}, line {number}", _json_object(line, f"{path}, line {number}")
 
 
-def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object's fields; by default the last of two equal keys would win."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError(f"a key stands twice among {shown([key for key, _ in pairs])}")
-    return fields
-
-
 def _json_object(line: bytes, where: str) -> Mapping[str, Any]:
     try:
-        value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_refuse_duplicate_keys)
+        # A float would change the digits of a reference answer.
+        value = json.loads(
+            line.decode("utf-8-sig"), object_pairs_hook=unique_pairs, parse_float=Decimal
+        )
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 ({error}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
@@ -60,7 +64,8 @@ def _json_object(line: bytes, where: str) -> Mapping[str, Any]:
             f"{where} is not valid JSON ({error.msg} at column {error.colno}), expected one JSON "
             "object on every line"
         ) from error
-    except (ValueError, RecursionError) as error:  # a key twice, a number or a nesting too large
+    except (ValueError, ArithmeticError, RecursionError) as error:
+        # a key twice, a number or a nesting too large
         reason = shortened(str(error))
         raise DataError(f"{where} cannot be read as JSON ({reason}); correct the line") from error
     if not isinstance(value, dict):
@@ -82,6 +87,7 @@ def parquet_rows(path: Path, config: ParquetPrompts) -> Iterator[Row]:
             names = file.schema_arrow.names
             check_columns(names, config, str(path))
             columns = wanted_columns(config, names)
+            _refuse_duplicate_columns(names, columns, str(path))
             for number, row in enumerate(_batched_rows(file, columns, str(path))):
                 yield f"{path}, row {number}", row
     except (pa.ArrowException, OSError, *_NO_PYTHON_VALUE) as error:
@@ -93,15 +99,39 @@ def parquet_rows(path: Path, config: ParquetPrompts) -> Iterator[Row]:
         ) from error
 
 
+def _refuse_duplicate_columns(names: list[str], wanted: list[str], file_name: str) -> None:
+    """Raise if two columns have the name of one that is read: the last one would be taken."""
+    for name in wanted:
+        if names.count(name) > 1:
+            raise DataError(
+                f"{file_name} has {names.count(name)} columns named {shown(name)}; expected one, "
+                "rename or remove the others"
+            )
+
+
+def _with_own_digits(column: Any) -> Any:
+    """Return a column of short floats as decimals: a float32 0.1 is 0.1, not 0.10000000149."""
+    import pyarrow as pa
+
+    if column.type not in (pa.float16(), pa.float32()):
+        return column
+    digits = [None if value is None else float(str(value)) for value in column.to_numpy(False)]
+    return pa.array(digits, pa.float64(), mask=column.is_null().to_numpy(False))
+
+
 _NO_PYTHON_VALUE = (ValueError, OverflowError, TypeError, ArithmeticError, LookupError)
 
 
 def _batched_rows(file: Any, columns: list[str], file_name: str) -> Iterator[Mapping[str, Any]]:
     """Yield rows in pieces of bounded size; a value that Python has no form for is an error."""
+    import pyarrow as pa
+
     first = 0
     for batch in file.iter_batches(batch_size=1024, columns=columns):
         try:
-            rows = batch.to_pylist()
+            rows = pa.record_batch(
+                [_with_own_digits(column) for column in batch.columns], batch.schema.names
+            ).to_pylist()
         except _NO_PYTHON_VALUE as error:  # a date beyond year 9999, bytes that are no UTF-8
             raise DataError(
                 f"{file_name}, rows {first} to {first + batch.num_rows - 1}: a value of the "
@@ -121,8 +151,13 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
     """
     kind = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
     if kind is None:
-        with path.open("rb") as file:
-            yield file
+        try:
+            with path.open("rb") as file:
+                yield file
+        except OSError as error:
+            if isinstance(error, DistillError):
+                raise
+            raise DataError(f"prompt file {path} cannot be read: {error.strerror}") from error
         return
     import pyarrow as pa
 

@@ -15,6 +15,8 @@ from qwen3_distill.errors import DataError
 from qwen3_distill.utils.shown import shown
 
 _ROLES: tuple[Role, ...] = get_args(Role)
+_MAX_DIGITS = 1200
+"""Most digits of a number that is a reference answer, and its largest exponent."""
 _SHAREGPT: dict[str, Role] = {
     "human": "user",
     "gpt": "assistant",
@@ -82,7 +84,7 @@ def _messages(value: Any, where: str) -> list[Message]:
         messages = [_message(item, f"{where}, message {i}") for i, item in enumerate(turns)]
     else:
         raise DataError(
-            f"{where} is of type {type(value).__name__}, expected a string or a list of messages "
+            f"{where} is of type {_type_name(value)}, expected a string or a list of messages "
             'such as [{"role": "user", "content": "..."}]'
         )
     if not messages or not messages[-1].content.strip():
@@ -100,7 +102,7 @@ def _messages(value: Any, where: str) -> list[Message]:
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, Mapping):
         raise DataError(
-            f"{where} is of type {type(value).__name__}, expected an object with role and content"
+            f"{where} is of type {_type_name(value)}, expected an object with role and content"
         )
     # Columnar files give every message all keys that any message has, null where it has none.
     given = {key: item for key, item in value.items() if item is not None}
@@ -126,7 +128,7 @@ def _content(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise DataError(f"{where} has content of type {type(value).__name__}, expected a string")
+        raise DataError(f"{where} has content of type {_type_name(value)}, expected a string")
     texts: list[str] = []
     for index, part in enumerate(value):
         # Columnar files give every part all keys that any part has.
@@ -149,7 +151,11 @@ def _content(value: Any, where: str) -> str:
 
 def _answer(value: Any, where: str) -> str:
     """Return a reference answer as text; a number in decimal digits, 3.0 as ``3``."""
-    if isinstance(value, float | Decimal) and math.isfinite(value):
+    if isinstance(value, Decimal):
+        _, digits, exponent = value.as_tuple()
+        if max(len(digits), abs(int(exponent))) > _MAX_DIGITS:
+            raise DataError(f"{where} is a number of more than {_MAX_DIGITS} digits")
+    if isinstance(value, Decimal) or (isinstance(value, float) and math.isfinite(value)):
         value = _decimal_digits(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
         number = f" ({value})" if isinstance(value, float) else ""
@@ -163,6 +169,10 @@ def _answer(value: Any, where: str) -> str:
         raise DataError(f"{where} is empty, expected a reference answer")
     _require_encodable(str(value), where)
     return str(value)
+
+
+def _type_name(value: Any) -> str:
+    return "number" if isinstance(value, Decimal) else type(value).__name__
 
 
 def _decimal_digits(value: float | Decimal) -> str:

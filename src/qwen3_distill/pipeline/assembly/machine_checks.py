@@ -1,6 +1,5 @@
 """Checks whether this machine has what the engines of a config need, one `Check` each."""
 
-import json
 import re
 import shutil
 from contextlib import suppress
@@ -38,6 +37,7 @@ from qwen3_distill.pipeline.finding import (
 from qwen3_distill.pipeline.manifest import engine_versions
 from qwen3_distill.planning.gpu import detect_gpu
 from qwen3_distill.recording.text import gibibytes
+from qwen3_distill.utils.json_text import read_json_object
 
 _OLDEST_DRIVER = 580
 """The first driver of CUDA 13, for which the engines of `environments` are built."""
@@ -237,7 +237,7 @@ def quantization_of(config: RunConfig) -> str | None:
         return str(quantization)
     file = Path(scoring.model) / "config.json"
     with suppress(OSError, ValueError, AttributeError):
-        settings = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
+        settings = read_json_object(file).get("quantization_config")
         return None if settings is None else str(settings.get("quant_method"))
     return None
 
