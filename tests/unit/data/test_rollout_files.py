@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from qwen3_distill.data.rollout_columns import ROLLOUT_SCHEMA, SCORED_SCHEMA
 from qwen3_distill.data.rollout_files import (
+    SCHEMA_VERSION,
     VERSION_KEY,
     read_rollouts,
     read_scored,
@@ -216,7 +217,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
 # --- Files that are not what they should be -----------------------------------------------------
 
 
-def rewrite(path: Path, table: pa.Table, version: str | None = "4") -> None:
+def rewrite(path: Path, table: pa.Table, version: str | None = str(SCHEMA_VERSION)) -> None:
     metadata = {} if version is None else {VERSION_KEY: version.encode()}
     pq.write_table(table.replace_schema_metadata(metadata), path)
 
@@ -308,8 +309,8 @@ def test_other_schema_versions_are_refused(tmp_path: Path, version: Any, named: 
     write_sample(path)
     rewrite(path, pq.read_table(path), version)
     message = (
-        rf"s\.parquet has rollout schema version {named}, expected '2' or '3' or '4'; read it "
-        "with the version of this package that wrote it"
+        rf"s\.parquet has rollout schema version {named}, expected '2' or '3' or '4' or '5'; "
+        "read it with the version of this package that wrote it"
     )
     for read in (read_rollouts, read_scored):
         with pytest.raises(DataError, match=message):

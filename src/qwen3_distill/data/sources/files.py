@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from qwen3_distill.config import ParquetPrompts
+from qwen3_distill.config import ContextConfig, ParquetPrompts
 from qwen3_distill.data.sources.fields import Row, check_columns, wanted_columns
 from qwen3_distill.errors import DataError
 from qwen3_distill.utils.shown import shortened, shown
@@ -71,7 +71,9 @@ def _json_object(line: bytes, where: str) -> Mapping[str, Any]:
     return value
 
 
-def parquet_rows(path: Path, config: ParquetPrompts) -> Iterator[Row]:
+def parquet_rows(
+    path: Path, config: ParquetPrompts, context: ContextConfig | None = None
+) -> Iterator[Row]:
     """Yield the rows of a Parquet file; only the columns that the config names are read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -80,8 +82,8 @@ def parquet_rows(path: Path, config: ParquetPrompts) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path.absolute()) as file:
             names = file.schema_arrow.names
-            check_columns(names, config, str(path))
-            columns = wanted_columns(config, names)
+            check_columns(names, config, str(path), context)
+            columns = wanted_columns(config, names, context)
             for number, row in enumerate(_batched_rows(file, columns, str(path))):
                 yield f"{path}, row {number}", row
     except (pa.ArrowException, OSError, *_NO_PYTHON_VALUE) as error:
