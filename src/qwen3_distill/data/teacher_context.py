@@ -5,7 +5,13 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 import numpy as np
-from jinja2 import StrictUndefined, TemplateError, Undefined, UndefinedError
+from jinja2 import (
+    StrictUndefined,
+    TemplateError,
+    TemplateRuntimeError,
+    Undefined,
+    UndefinedError,
+)
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import missing
 
@@ -171,7 +177,7 @@ class _Missing(StrictUndefined):
         hint: str | None = None,
         obj: Any = missing,
         name: str | None = None,
-        exc: type[TemplateError] = UndefinedError,
+        exc: type[TemplateRuntimeError] = UndefinedError,
     ) -> None:
         super().__init__(hint or _explained(obj, name), obj, name, exc)
 
