@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.data.rollout_files import read_rollouts, read_scored
-from qwen3_distill.errors import WeightVersionError
+from qwen3_distill.errors import CheckpointError, WeightVersionError
 from qwen3_distill.modeling.loading import load_tokenizer
 from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.run import run

@@ -422,10 +422,11 @@ def test_what_the_teacher_reads_is_kept(tmp_path: Path) -> None:
     write_rollouts(path, [(1, same), (2, told)], decode)
     assert_same(read_rollouts(path), [(1, same), (2, told)])
     assert pq.read_table(path)["teacher_prompt_ids"].to_pylist() == [[], [7, 8, 9, 10]]
-    tall = replace(told, prompt=replace(told.prompt, teacher_ids=np.array([7, 152_000])))
+    above = 2**31 - 1
+    tall = replace(told, prompt=replace(told.prompt, teacher_ids=np.array([7, above])))
     write_rollouts(path, [(1, tall)], decode)
-    with pytest.raises(DataError, match=r"row 0 has the token id 152000 in teacher_prompt_ids"):
-        read_rollouts(path, vocab_size=151_936)
+    with pytest.raises(DataError, match=rf"row 0 has the token id {above} in teacher_prompt_ids"):
+        read_rollouts(path, vocab_size=above)
 
 
 def test_a_file_of_schema_4_was_scored_behind_the_students_prompt(tmp_path: Path) -> None:
