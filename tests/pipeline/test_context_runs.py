@@ -383,6 +383,15 @@ def test_a_context_that_cannot_be_is_refused_before_the_run(
     refused("config", "check", "--config", file, words=words)
 
 
+def test_the_check_of_a_config_shows_what_the_teacher_reads(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    values = tiny_values(tiny_models, tmp_path / "run", told(tmp_path))
+    checked = call_cli("config", "check", "--config", write_config(tmp_path / "c.yaml", values))
+    shown = "  | <|user|>Know: a<|end|><|user|>q0? It is 0.<|end|><|assistant|>"
+    assert checked.out.splitlines()[-2:] == ["the teacher reads instead:", shown]
+
+
 @pytest.mark.parametrize("name", ["score", "train"])
 def test_a_stage_by_itself_has_no_student_to_follow(stages: Path, name: str) -> None:
     options = {

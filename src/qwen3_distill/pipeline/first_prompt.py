@@ -56,6 +56,7 @@ def first_prompt(config: RunConfig, text: TextTools) -> PromptView:
         prompt.token_ids.tolist(),
         template_arguments=arguments,
         eos_ids=identity.eos_ids,
+        teacher_ids=None if prompt.teacher_ids is None else prompt.teacher_ids.tolist(),
     )
 
 
@@ -74,6 +75,7 @@ def prompt_record(view: PromptView) -> dict[str, Any]:
         "thinking": view.thinking,
         "end_of_turn": None if view.end_of_turn is None else asdict(view.end_of_turn),
         "end_tokens": [asdict(token) for token in view.end_tokens],
+        **({} if view.teacher_text is None else {"teacher_text": view.teacher_text}),
     }
 
 
