@@ -14,6 +14,7 @@ without a hint, at temperature 1, mean over seeds, into ``benchmarks/results/tea
 """
 
 import argparse
+import asyncio
 import json
 import random
 import shutil
@@ -29,14 +30,17 @@ from numpy.typing import NDArray
 from benchmarks.evidence.training import IGNORED, Example, Schedule, collate, train
 from benchmarks.lib.common import RESULTS, merge_result
 from benchmarks.lib.sweep import Sweep
-from qwen3_distill.config import RunConfig
+from qwen3_distill.config import RunConfig, SamplingConfig
 from qwen3_distill.config.load import check_config
 from qwen3_distill.data.tasks import TASKS
+from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
 from qwen3_distill.modeling.loading import load_model
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.recording.console import SilentReporter
+from qwen3_distill.types import Prompt, Rollout, RolloutRequest
 from qwen3_distill.utils.files import atomic_path, write_json_atomic
-from scripts.lab.sampling import sample
+from qwen3_distill.weights.directory import publish_directory
+from qwen3_distill.weights.memory import MemoryChannel
 from scripts.lab.tokenizer import ASSISTANT_ID, END_ID, USER_ID, prompt_tokens
 
 STUDENT = Path("models/lab/student")
@@ -46,6 +50,7 @@ ROWS = 4096
 WARM_FIRST, OWN_ANSWERS = 10_000_000, 2048
 """Number of the first problem of the warm start, and how many answers of its own it repeats."""
 WARM_ROWS, WARM_RATE = 64, 1e-3
+MAX_NEW_TOKENS = 80
 ARMS = ("hinted", "shuffled")
 
 
@@ -69,16 +74,33 @@ def hinted_example(index: int) -> Example:
 
 def own_examples(count: int) -> list[Example]:
     """Return the student's own answers at temperature 1, without a hint."""
-    model: Any = load_model(STUDENT, device=torch.device("cpu"), dtype=torch.float32)
-    first = WARM_FIRST + 10_000_000
-    prompts = [prompt_tokens(TASK.problem("train", first + i).text) for i in range(count)]
-    generator = torch.Generator().manual_seed(0)
+    rollouts = asyncio.run(_own_answers(count))
     found: list[Example] = []
-    for start in range(0, count, 512):
-        asked = prompts[start : start + 512]
-        for prompt, answer in zip(asked, sample(model, asked, generator), strict=True):
-            found.append(Example([*prompt, *answer], [*[IGNORED] * len(prompt), *answer]))
+    for rollout in rollouts:
+        asked, answer = rollout.prompt.token_ids.tolist(), rollout.response_ids.tolist()
+        found.append(Example([*asked, *answer], [*[IGNORED] * len(asked), *answer]))
     return found
+
+
+async def _own_answers(count: int) -> list[Rollout]:
+    engine = EmbeddedRolloutEngine(STUDENT, device="cpu", dtype="float32", max_sequences=256)
+    channel = MemoryChannel()
+    await engine.load(publish_directory(STUDENT, channel, dtype=torch.float32), channel)
+    first = WARM_FIRST + 10_000_000
+    requests = [
+        RolloutRequest(
+            rollout_id=str(number),
+            prompt=Prompt(
+                prompt_id=str(number),
+                token_ids=np.array(prompt_tokens(TASK.problem("train", first + number).text)),
+            ),
+            sampling=SamplingConfig(max_new_tokens=MAX_NEW_TOKENS).spec(number),
+        )
+        for number in range(count)
+    ]
+    rollouts = {rollout.rollout_id: rollout async for rollout in engine.generate(requests)}
+    await engine.close()
+    return [rollouts[request.rollout_id] for request in requests]
 
 
 def warm_batches(steps: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
@@ -126,7 +148,7 @@ def write_rows(folder: Path, arm: str) -> None:
 
 def arm_config(arm: str, seed: int, folder: Path, steps: int, problems: int) -> RunConfig:
     """Return the config of a run: the demo's, with the student as its own teacher."""
-    sampling = {"temperature": 1.0, "max_new_tokens": 80}
+    sampling = {"temperature": 1.0, "max_new_tokens": MAX_NEW_TOKENS}
     return check_config(
         {
             "output_dir": str(folder / arm / str(seed)),
