@@ -39,7 +39,7 @@ def context(
 def text(tokenizer: PreTrainedTokenizerFast, prompt: RawPrompt, **settings: Any) -> str:
     """What the teacher reads, in one line a message, without the generation prompt."""
     ids = context(tokenizer, **settings).ids(prompt, 10)
-    whole = tokenizer.decode(ids.tolist())
+    whole: Any = tokenizer.decode(ids.tolist())
     assert whole.endswith("<|im_start|>assistant\n")
     turns = whole.removesuffix("<|im_start|>assistant\n").split("<|im_start|>")[1:]
     return " | ".join(turn.removesuffix("\n").removesuffix("<|im_end|>") for turn in turns)
