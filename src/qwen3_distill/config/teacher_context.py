@@ -1,4 +1,4 @@
-"""What the teacher is told besides the prompt, and how often a student's own copy is renewed."""
+"""Settings of any teacher: its context besides the prompt, and a self-teacher's refresh."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal, TypeAlias
@@ -52,7 +52,7 @@ class ContextExample(Schema):
 
 
 class ContextConfig(Schema):
-    """What the teacher reads in place of the student's prompt; see docs/guide/teachers.md.
+    """Messages that the teacher reads in place of the prompt; see docs/guide/teachers.md.
 
     The texts are Jinja templates over ``prompt`` (the last user message), ``system`` (the system
     message, else empty), ``answer`` (the reference answer), ``messages`` and ``row`` (the row's
@@ -150,7 +150,7 @@ class TeacherConfig(Schema):
     """Settings that a teacher has on every engine."""
 
     context: ContextConfig | None = None
-    """What the teacher is told besides the prompt: a hint, the reference answer, other
+    """Messages for the teacher besides the prompt: a hint, the reference answer, other
     instructions. Null: it reads the student's prompt."""
     refresh: RefreshConfig | None = None
     """With ``model: student`` the teacher is the student itself: as it was at the start (``kind:

@@ -51,7 +51,7 @@ class PromptView:
     end_tokens: tuple[NamedToken, ...]
     """The tokens that end a rollout."""
     teacher_text: str | None = None
-    """What the teacher reads in place of the prompt; None: the same."""
+    """The prompt as the teacher reads it, where it has a context of its own; else None."""
 
     @property
     def special_tokens(self) -> list[tuple[NamedToken, int]]:

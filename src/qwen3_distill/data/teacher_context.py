@@ -168,7 +168,7 @@ class _Row:
 
 
 class _Missing(StrictUndefined):
-    """What a template reads and is not there; used in any way but ``is defined`` it is an error."""
+    """A value that is not there; to use it in any way but ``is defined`` is an error."""
 
     __slots__ = ()
 
