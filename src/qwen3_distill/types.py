@@ -105,7 +105,7 @@ class Prompt:
     task_data: Mapping[str, str] = field(default_factory=dict)
     """Input of the verifier, e.g. ``{"answer": "42"}``."""
     teacher_ids: IntArray | None = None
-    """Tokens that the teacher reads in place of ``token_ids`` (``scoring.context``); None: the same."""
+    """Tokens for the teacher in place of ``token_ids`` (``scoring.context``); None: the same ones."""
 
     def __post_init__(self) -> None:
         for name in ("token_ids", "teacher_ids"):
