@@ -105,7 +105,7 @@ class Prompt:
     task_data: Mapping[str, str] = field(default_factory=dict)
     """Input of the verifier, e.g. ``{"answer": "42"}``."""
     teacher_ids: IntArray | None = None
-    """Tokens for the teacher in place of ``token_ids`` (``scoring.context``); None: the same ones."""
+    """Tokens for the teacher in place of ``token_ids`` (``scoring.context``); None: the same."""
 
     def __post_init__(self) -> None:
         for name in ("token_ids", "teacher_ids"):
