@@ -177,7 +177,7 @@ class StreamingRolloutEngine(RolloutEngine, Protocol):
 
 
 class TeacherScorer(Protocol):
-    """Scores tokens under a frozen teacher. Knows jobs, not rollouts (`scoring/views.py`)."""
+    """Scores tokens under a teacher. Knows jobs, not rollouts (`scoring/views.py`)."""
 
     async def start(self) -> None: ...
 
@@ -191,7 +191,7 @@ class TeacherScorer(Protocol):
 
     @property
     def teacher_id(self) -> str:
-        """Names the exact weights and their precision."""
+        """Names the exact weights in use and their precision."""
         ...
 
     @property
@@ -216,6 +216,39 @@ class TeacherScorer(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class FollowingTeacher(TeacherScorer, Protocol):
+    """A teacher whose weights follow the student's; they are a part of the run's state."""
+
+    @property
+    def initial_teacher_id(self) -> str:
+        """Names the weights that the run begins with; `teacher_id` those in use now."""
+        ...
+
+    async def follow(self, version: WeightVersion, channel: WeightChannel) -> None:
+        """Take a step's weights into account. Every step comes once; a repeated one is ignored.
+
+        Raises:
+            WeightVersionError: a step was left out, or the channel's weights are not ``version``.
+        """
+        ...
+
+    async def reset(self) -> None:
+        """Go back to the weights that the run begins with."""
+        ...
+
+    async def save_state(self, directory: Path) -> None:
+        """Write everything that `load_state` needs to go on bit for bit."""
+        ...
+
+    async def load_state(self, directory: Path, version: WeightVersion) -> None:
+        """Restore `save_state`'s files.
+
+        Raises:
+            CheckpointError: the files do not hold the state after ``version``.
+        """
+        ...
 
 
 class Learner(Protocol):

@@ -104,17 +104,35 @@ class Prompt:
     token_ids: IntArray
     task_data: Mapping[str, str] = field(default_factory=dict)
     """Input of the verifier, e.g. ``{"answer": "42"}``."""
+    teacher_ids: IntArray | None = None
+    """Tokens for the teacher in place of ``token_ids`` (``scoring.context``); None: the same."""
 
     def __post_init__(self) -> None:
-        ids = _checked_ids(self.token_ids, 1, f"prompt {self.prompt_id}: token_ids")
-        if ids.size == 0:
-            raise DataError(f"prompt {self.prompt_id} has no tokens")
-        object.__setattr__(self, "token_ids", ids)
+        for name in ("token_ids", "teacher_ids"):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            ids = _checked_ids(given, 1, f"prompt {self.prompt_id}: {name}")
+            if ids.size == 0:
+                raise DataError(f"prompt {self.prompt_id} has no tokens in {name}")
+            object.__setattr__(self, name, ids)
         object.__setattr__(self, "task_data", MappingProxyType(dict(self.task_data)))
+
+    def followed_by(self, response_ids: IntArray) -> "Prompt":
+        """Return the prompt of a piece: response tokens follow, for student and teacher alike."""
+        teacher_ids = self.teacher_ids
+        if teacher_ids is not None:
+            teacher_ids = np.concatenate([teacher_ids, response_ids])
+        return Prompt(
+            prompt_id=self.prompt_id,
+            token_ids=np.concatenate([self.token_ids, response_ids]),
+            task_data=self.task_data,
+            teacher_ids=teacher_ids,
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as a call: a read-only mapping has no pickle, and prompts go to processes."""
-        values = {"prompt_id": self.prompt_id, "token_ids": self.token_ids}
+        values = {name: getattr(self, name) for name in ("prompt_id", "token_ids", "teacher_ids")}
         return _prompt_again, (values | {"task_data": dict(self.task_data)},)
 
 
@@ -215,7 +233,8 @@ class Rollout:
     Raises:
         AlignmentError: lengths disagree, a logprob is not finite, the sampled spans are empty, out
             of order, without a gap between them or outside of the response, the version spans do
-            not tile ``[0, S)``, or a teacher's answer has any.
+            not tile ``[0, S)``, or a teacher's answer has any; or a piece's teacher would not read
+            the response tokens before the piece.
     """
 
     rollout_id: str
@@ -265,8 +284,20 @@ class Rollout:
                 f"{what}: version spans {[(s.start, s.stop) for s in self.versions]} do not tile "
                 f"its {logprobs.size} sampled tokens"
             )
+        self._check_teacher_ids()
         object.__setattr__(self, "response_ids", ids)
         object.__setattr__(self, "behavior_logprobs", logprobs)
+
+    def _check_teacher_ids(self) -> None:
+        before, teacher_ids = self.continues_at, self.prompt.teacher_ids
+        if not before or teacher_ids is None:
+            return
+        is_whole = teacher_ids.size > before and self.prompt.token_ids.size > before
+        if not is_whole or (teacher_ids[-before:] != self.prompt.token_ids[-before:]).any():
+            raise AlignmentError(
+                f"rollout {self.rollout_id} continues at response token {before}, and what the "
+                f"teacher reads does not end with the {before} tokens before it"
+            )
 
     @property
     def num_tokens(self) -> int:

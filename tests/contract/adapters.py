@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import pytest
+import torch
 from torch import Tensor
 
 from qwen3_distill.config import (
@@ -17,6 +18,7 @@ from qwen3_distill.config import (
     FullTuning,
     ObjectiveConfig,
     OptimizerConfig,
+    RefreshedEvery,
     ReplayConfig,
     TuningConfig,
 )
@@ -29,6 +31,7 @@ from qwen3_distill.hosts.host import Host, MakeHost, WorkerSpec
 from qwen3_distill.hosts.process import LocalProcess
 from qwen3_distill.hosts.ray_host import RayHost
 from qwen3_distill.ports import ReplayingLearner, StreamingRolloutEngine, TeacherScorer
+from qwen3_distill.scoring.embedded.following import FollowingEmbeddedTeacher
 from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from qwen3_distill.training.embedded.hosted import hosted_embedded_learner
@@ -37,7 +40,7 @@ from qwen3_distill.training.group import GroupLearner
 from qwen3_distill.training.settings import LearnerSettings, Training
 from qwen3_distill.types import SampledRequest, ScoreRequest, WeightVersion
 from qwen3_distill.weights.memory import MemoryChannel
-from tests.contract.builders import run, with_module
+from tests.contract.builders import directory_weights, published, run, with_module
 from tests.contract.fleet_adapter import (
     RolloutFleetAdapter,
     TeacherFleetAdapter,
@@ -233,6 +236,32 @@ class EmbeddedTeacherAdapter:
             batch_tokens=batch_tokens,
             chunk_tokens=chunk_tokens,
         )
+
+
+@dataclass(frozen=True)
+class FollowingTeacherAdapter(EmbeddedTeacherAdapter):
+    """A teacher that took its weights from a student after a step: those of its directory."""
+
+    device: Device = "cpu"
+
+    def build(
+        self,
+        model_dir: Path,
+        request: ScoreRequest = SampledRequest(),  # noqa: B008 - frozen
+        *,
+        batch_tokens: int = 16384,
+        chunk_tokens: int = 1024,
+    ) -> TeacherScorer:
+        built = super().build(
+            model_dir, request, batch_tokens=batch_tokens, chunk_tokens=chunk_tokens
+        )
+        assert isinstance(built, EmbeddedTeacher)
+        teacher = FollowingEmbeddedTeacher(built, RefreshedEvery(kind="every", steps=1))
+        with torch.no_grad():
+            for tensor in built.weights.values():
+                tensor.zero_()
+        run(teacher.follow(*published(directory_weights(model_dir), 1)))
+        return teacher
 
 
 @dataclass(frozen=True)
@@ -494,6 +523,7 @@ ENGINES = [
 ]
 TEACHERS = [
     pytest.param(EmbeddedTeacherAdapter("cpu"), id="embedded"),
+    pytest.param(FollowingTeacherAdapter(), id="following"),
     pytest.param(SocketTeacherAdapter(), id="embedded_over_socket"),
     pytest.param(TeacherFleetAdapter(3), id="fleet_of_three"),
     pytest.param(ClusterTeachersAdapter(), id="cluster_fleet", marks=pytest.mark.cluster),

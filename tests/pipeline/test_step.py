@@ -18,6 +18,7 @@ class FakeParts:
 
     def __init__(self, *, refusals: int, switches: bool) -> None:
         self.learner = self.engine = self.channel = self
+        self.following = None
         self.calls: list[str] = []
         self._refusals, self._switches = refusals, switches
 

@@ -88,6 +88,13 @@ from qwen3_distill.config.operation import (
 )
 from qwen3_distill.config.rollouts import RolloutsConfig, SampledBy
 from qwen3_distill.config.run import RunConfig
+from qwen3_distill.config.teacher_context import (
+    ContextConfig,
+    MovingAverage,
+    NeverRefreshed,
+    RefreshConfig,
+    RefreshedEvery,
+)
 
 __all__ = [
     "MIN_PRIORITY_NATS",
@@ -100,6 +107,7 @@ __all__ = [
     "ClusterEngines",
     "ClusterLearner",
     "ConstantSchedule",
+    "ContextConfig",
     "CostConfig",
     "CrossEntropy",
     "EmbeddedGeneration",
@@ -118,6 +126,8 @@ __all__ = [
     "LoggingConfig",
     "LoraTuning",
     "MathVerifier",
+    "MovingAverage",
+    "NeverRefreshed",
     "NoBaseline",
     "ObjectiveConfig",
     "ObjectiveSchema",
@@ -131,6 +141,8 @@ __all__ = [
     "ProportionalLaw",
     "PythonVerifier",
     "RankLaw",
+    "RefreshConfig",
+    "RefreshedEvery",
     "RegexVerifier",
     "ReplayConfig",
     "ReplayLaw",

@@ -21,6 +21,7 @@ from qwen3_distill.config.base import (
     Threads,
 )
 from qwen3_distill.config.learning import FullTuning, LoraTuning, OptimizerConfig, TuningConfig
+from qwen3_distill.config.teacher_context import TeacherConfig
 from qwen3_distill.utils.secrets import is_secret_name
 
 VLLM_MAX_RANK = 512
@@ -204,12 +205,13 @@ GenerationConfig: TypeAlias = Annotated[
 ]
 
 
-class EmbeddedScoring(_Embedded):
+class EmbeddedScoring(_Embedded, TeacherConfig):
     """The teacher on PyTorch."""
 
     kind: Literal["embedded"]
     model: PathText
-    """The teacher: a directory (Hugging Face layout) or a hub id, as ``student.model``."""
+    """The teacher: a directory (Hugging Face layout) or a hub id, as ``student.model``; or the word
+    ``student``, see `refresh`."""
     device: Device = "auto"
     dtype: Dtype = "float32"
     batch_tokens: PositiveInt = 16384
@@ -242,13 +244,14 @@ SGLANG_OPTIONS = {
 """Options of SGLang's server that may not be in ``server_arguments``, and what sets them."""
 
 
-class SglangScoring(_EngineProcess):
+class SglangScoring(_EngineProcess, TeacherConfig):
     """The teacher in SGLang servers: one that the run starts, or existing ones."""
 
     kind: Literal["sglang"]
     model: PathText
-    """The teacher: a directory (Hugging Face layout) or a hub id, as ``student.model``. Tokenizer,
-    vocabulary and the known answer are read from it, also for the servers in `urls`."""
+    """The teacher: a directory (Hugging Face layout) or a hub id, as ``student.model``; or the word
+    ``student``, see `refresh`. Tokenizer, vocabulary and the known answer are read from it, also
+    for the servers in `urls`."""
     urls: tuple[str, ...] = ()
     """Existing servers, e.g. ``http://10.0.0.2:30000``; requests are balanced over them. Empty:
     the run starts one on loopback."""

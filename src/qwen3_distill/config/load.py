@@ -18,6 +18,7 @@ from qwen3_distill.config.moved import find_paths
 from qwen3_distill.config.overrides import apply_override, run_schema
 from qwen3_distill.config.redaction import may_be_secret, not_recorded
 from qwen3_distill.config.schema import locate, option_schemas
+from qwen3_distill.config.self_teacher import with_student_as_teacher
 from qwen3_distill.config.yaml12 import MAX_CHARACTERS, parse_yaml
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.utils.printable import excerpt
@@ -89,7 +90,7 @@ def check_config(values: dict[str, Any], source: str = "config") -> RunConfig:
             "\\ud800 to \\udfff); write the whole character"
         )
     try:
-        return RunConfig.model_validate_json(json.dumps(values))
+        return RunConfig.model_validate_json(json.dumps(with_student_as_teacher(values)))
     except ValidationError as error:
         lines = [
             shortened(without_user(_explain(problem)), _LINE_LENGTH) for problem in error.errors()

@@ -50,6 +50,8 @@ class PromptView:
     """None: the template renders no conversation that ends with an assistant's message."""
     end_tokens: tuple[NamedToken, ...]
     """The tokens that end a rollout."""
+    teacher_text: str | None = None
+    """The prompt as the teacher reads it, where it has a context of its own; else None."""
 
     @property
     def special_tokens(self) -> list[tuple[NamedToken, int]]:
@@ -82,7 +84,14 @@ class PromptView:
             f"first prompt ({self.prompt_id}), as the student's chat template renders it:",
             *(f"  | {_printable(line)}" for line in text.split("\n")),
             *(f"{name}: {_printable(value)}" for name, value in self.facts()),
+            *self._teacher_lines(),
         ]
+
+    def _teacher_lines(self) -> list[str]:
+        if self.teacher_text is None:
+            return []
+        lines = self.teacher_text.split("\n")
+        return ["the teacher reads instead:", *(f"  | {_printable(line)}" for line in lines)]
 
 
 _THINKING = {
@@ -99,6 +108,7 @@ def view_prompt(
     *,
     template_arguments: Mapping[str, Any],
     eos_ids: Collection[int],
+    teacher_ids: Sequence[int] | None = None,
 ) -> PromptView:
     """Describe a rendered prompt and what its template does."""
     pieces = _pieces(tokenizer, token_ids)
@@ -109,6 +119,7 @@ def view_prompt(
         thinking=_thinking("".join(text for text, _ in pieces), template_of(tokenizer) or ""),
         end_of_turn=end_of_turn(tokenizer, template_arguments),
         end_tokens=tuple(name_token(tokenizer, token_id) for token_id in sorted(eos_ids)),
+        teacher_text=None if teacher_ids is None else tokenizer.decode(list(teacher_ids)),
     )
 
 

@@ -1,8 +1,8 @@
 """Renders raw prompts to token ids, and gives the order in which a run draws them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,13 @@ from qwen3_distill.types import Prompt
 from qwen3_distill.utils.seeds import derive_seed
 from qwen3_distill.utils.shown import shortened, shown
 
+if TYPE_CHECKING:
+    from qwen3_distill.data.teacher_context import TeacherContext
+
+Who = Literal["student", "teacher"]
+"""Whose chat template renders messages."""
 _TASK_PROMPTS_CHECKED = 1000
+_ENDLESS_SEARCH = 1_000_000
 _PROBE = "qwen3distillprobe"
 """Text that no template contains."""
 
@@ -45,6 +51,7 @@ def render(
     context_length: int,
     max_new_tokens: int,
     template_arguments: Mapping[str, Any] = MappingProxyType({}),
+    context: "TeacherContext | None" = None,
 ) -> Prompt:
     """Render ``raw`` with the student's chat template, up to where the response begins.
 
@@ -52,12 +59,13 @@ def render(
         context_length: Positions of the model: prompt and response together must fit.
         max_new_tokens: Longest response that will be sampled.
         template_arguments: Passed to the template, e.g. ``{"enable_thinking": False}``.
+        context: Renders what the teacher reads instead; None: it reads the same tokens.
 
     Raises:
         DataError: the tokenizer has no chat template or the template refuses the messages.
-        PromptTooLong: prompt and response do not fit the context.
+        PromptTooLong: prompt and response do not fit the context, the student's or the teacher's.
     """
-    token_ids = _template_ids(raw, tokenizer, template_arguments)
+    token_ids = template_ids(raw, tokenizer, template_arguments)
     if len(token_ids) + max_new_tokens > context_length:
         raise PromptTooLong(
             f"prompt {raw.prompt_id} (numbered from 0) has {len(token_ids)} tokens, and with "
@@ -69,17 +77,27 @@ def render(
         prompt_id=raw.prompt_id,
         token_ids=np.asarray(token_ids, dtype=np.int32),
         task_data=raw.task_data,
+        teacher_ids=None if context is None else context.ids(raw, max_new_tokens),
     )
 
 
-def _template_ids(
-    raw: RawPrompt, tokenizer: ChatTokenizer, template_arguments: Mapping[str, Any]
+def template_ids(
+    raw: RawPrompt,
+    tokenizer: ChatTokenizer,
+    template_arguments: Mapping[str, Any],
+    *,
+    who: Who = "student",
 ) -> list[int]:
+    """Render messages with a chat template; return the token ids up to the response's start.
+
+    Raises:
+        DataError: the tokenizer has no chat template or the template refuses the messages.
+    """
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
         raise DataError(
-            "the student's tokenizer has no chat template, so prompts cannot be rendered; use an "
+            f"the {who}'s tokenizer has no chat template, so prompts cannot be rendered; use an "
             "instruction-tuned student, or put chat_template.jinja into its directory"
         )
     try:
@@ -99,15 +117,15 @@ def _template_ids(
         ) from error
     except TemplateFault as error:
         raise DataError(
-            f"prompt {raw.prompt_id}: the student's chat template fails ({error}); correct the "
+            f"prompt {raw.prompt_id}: the {who}'s chat template fails ({error}); correct the "
             "template, or take another model"
         ) from error
     except TemplateError as error:
         roles = [message.role for message in raw.messages]
         raise DataError(
-            f"prompt {raw.prompt_id}: the student's chat template refuses messages of the roles "
+            f"prompt {raw.prompt_id}: the {who}'s chat template refuses messages of the roles "
             f"{shown(roles)} ({shortened(str(error))}); change the messages, or unset "
-            "prompts.system"
+            + ("prompts.system" if who == "student" else "scoring.context.system")
         ) from error
 
 
@@ -115,6 +133,8 @@ def check_roles(
     raw: RawPrompt,
     tokenizer: ChatTokenizer,
     template_arguments: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    who: Who = "student",
 ) -> None:
     """Check that every message of a role other than the assistant's reaches the prompt's text.
 
@@ -131,7 +151,7 @@ def check_roles(
         text = _role_text(tokenizer, probed, template_arguments)
         if isinstance(text, str) and _PROBE not in text:
             raise DataError(
-                f"prompt {raw.prompt_id} (numbered from 0): the student's chat template leaves out "
+                f"prompt {raw.prompt_id} (numbered from 0): the {who}'s chat template leaves out "
                 f"message {index} of role {message.role!r}, expected it to render every message; "
                 "change the message's role, or remove it"
             )
@@ -181,6 +201,7 @@ class PromptStream:
         context_length: int,
         max_new_tokens: int,
         template_arguments: Mapping[str, Any] = MappingProxyType({}),
+        context: "TeacherContext | None" = None,
     ) -> None:
         check_template_arguments(template_of(tokenizer), template_arguments)
         self.source = source
@@ -193,8 +214,14 @@ class PromptStream:
         self._context_length = context_length
         self._max_new_tokens = max_new_tokens
         self._template_arguments = template_arguments
+        self._context = context
         self._epoch = -1
         self._permutation: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    @property
+    def has_context(self) -> bool:
+        """Whether the teacher reads something else than the student's prompts."""
+        return self._context is not None
 
     def take(self, start: int, count: int) -> list[Prompt]:
         """Return prompts number ``start`` to ``start + count - 1``, rendered.
@@ -206,6 +233,22 @@ class PromptStream:
         if start < 0 or count < 0:
             raise ValueError(f"start={start}, count={count}: expected both >= 0")
         return [self._prompt(number) for number in range(start, start + count)]
+
+    def find(self, prompt_ids: Collection[str]) -> dict[str, Prompt]:
+        """Return the prompts of these ids, rendered; without those that the source does not have.
+
+        Of an endless source the first ones are looked through, a million at most.
+
+        Raises:
+            DataError: a prompt cannot be rendered, see `render`.
+        """
+        found: dict[str, Prompt] = {}
+        for index in range(self.source.num_prompts or _ENDLESS_SEARCH):
+            if len(found) == len(prompt_ids):
+                break
+            if (prompt_id := self.source.get(index).prompt_id) in prompt_ids:
+                found[prompt_id] = self._render(index)
+        return found
 
     def check(self) -> None:
         """Render every prompt of a finite source, so that a bad one fails now.
@@ -226,6 +269,8 @@ class PromptStream:
             if roles not in seen:
                 seen.add(roles)
                 check_roles(raw, self._tokenizer, self._template_arguments)
+                if self._context is not None:
+                    self._context.check_roles(raw)
 
     def drop_too_long(self) -> None:
         """Leave out the prompts of a finite source that do not fit the context, and count them.
@@ -248,6 +293,8 @@ class PromptStream:
             f"{len(dropped)} of {len(dropped) + len(kept)} prompts do not fit the context of "
             f"{self._context_length} tokens with max_new_tokens={self._max_new_tokens}"
         )
+        if self._context is not None:
+            what += f", or with scoring.context the teacher's of {self._context.context_length}"
         if not kept:
             raise DataError(f"{what}: none is left; lower max_new_tokens or shorten the prompts")
         self.source, self.num_dropped = FixedSource(kept), len(dropped)
@@ -263,6 +310,7 @@ class PromptStream:
             self._context_length,
             self._max_new_tokens,
             self._template_arguments,
+            self._context,
         )
 
     def _index(self, number: int) -> int:

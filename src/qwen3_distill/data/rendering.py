@@ -11,13 +11,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
 from qwen3_distill.data import template_probe
 from qwen3_distill.utils.shown import shortened
+
+Result = TypeVar("Result")
 
 PROBE_S = 30.0
 """Limit of the first rendering, the process's start included."""
@@ -38,10 +40,27 @@ def apply_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], **argu
         TypeError: the template does not take one of ``arguments``.
         ValueError: as TypeError.
     """
-    _probe_once(tokenizer, messages, arguments)
+    template = arguments.get("chat_template") or tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    plain = {name: value for name, value in arguments.items() if _is_plain(value)}
+    if isinstance(template, str):
+        probe_once(template, {**plain, "messages": list(messages)})
+    return within_limits(lambda: tokenizer.apply_chat_template(list(messages), **arguments))
+
+
+def within_limits(render: Callable[[], Result]) -> Result:
+    """Render a template that was probed, within the limit on time.
+
+    Raises:
+        TemplateError: the template refuses its values; a `TemplateFault` if it fails otherwise, or
+            takes too long.
+        TypeError: the template does not take one of its values.
+        ValueError: as TypeError.
+    """
     try:
         with _time_limit(RENDER_S):
-            return tokenizer.apply_chat_template(list(messages), **arguments)
+            return render()
     except (TemplateError, TypeError, ValueError):
         raise
     except _TooLong:
@@ -103,25 +122,22 @@ _time_limit = _Watchdog().limit
 _probed: set[str] = set()
 
 
-def _probe_once(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any]
-) -> None:
+def probe_once(template: str, values: Mapping[str, Any]) -> None:
     """Render in another process, unless this process has done so with the same template.
+
+    Args:
+        values: what the template reads; those that JSON has no form for go as their text.
 
     Raises:
         TemplateFault: it took too long, or too much memory.
     """
-    template = arguments.get("chat_template") or tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not isinstance(template, str) or template in _probed:
+    if template in _probed:
         return
-    names = {name: value for name, value in arguments.items() if _is_plain(value)}
-    request = {"template": template, "messages": list(messages), "arguments": names}
+    request = json.dumps({"template": template, "values": values}, default=str)
     try:
         done = subprocess.run(
             [sys.executable, "-c", template_probe.CODE],
-            input=json.dumps(request).encode(),
+            input=request.encode(),
             capture_output=True,
             timeout=PROBE_S,
         )

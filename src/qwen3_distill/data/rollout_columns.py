@@ -58,6 +58,10 @@ def _vector(value: pa.Scalar) -> np.ndarray:
     return value.values.to_numpy(zero_copy_only=False)
 
 
+def _ids_or_none(value: pa.Scalar) -> np.ndarray | None:
+    return _vector(value) if len(value) else None
+
+
 def _matrix(value: pa.Scalar) -> np.ndarray:
     lines = value.values
     if lines is None:
@@ -140,6 +144,14 @@ ROLLOUT_COLUMNS = (
         "rollout.prompt.task_data",
         lambda task_data: list(task_data.items()),
         lambda value: dict(value.as_py()),
+    ),
+    Column(  # what the teacher reads in place of prompt_ids; empty: the same
+        "teacher_prompt_ids",
+        _IDS,
+        "rollout.prompt.teacher_ids",
+        lambda ids: [] if ids is None else ids,
+        _ids_or_none,
+        since=5,
     ),
     Column("temperature", pa.float64(), "rollout.sampling.temperature"),
     Column("top_p", pa.float64(), "rollout.sampling.top_p"),

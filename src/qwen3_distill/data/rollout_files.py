@@ -40,12 +40,13 @@ from qwen3_distill.utils.shown import shortened
 
 Decode: TypeAlias = Callable[[Sequence[int]], str]
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Schema number of the files that are written.
 
 Older files are read too. Those of version 2 have no column ``sampled``: their responses were
 sampled as a whole. Those of version 2 and 3 have no column ``sampled_by_teacher``: the student
-sampled them."""
+sampled them. Those before version 5 have no column ``teacher_prompt_ids``: the teacher read the
+student's prompt."""
 VERSION_KEY = b"qwen3_distill.rollouts.schema_version"
 """Key of the Parquet metadata that holds the file's schema version."""
 
@@ -194,7 +195,10 @@ def read_scored(
 
 
 def _id_arrays(rollout: Rollout) -> dict[str, Any]:
-    return {"prompt_ids": rollout.prompt.token_ids, "response_ids": rollout.response_ids}
+    arrays = {"prompt_ids": rollout.prompt.token_ids, "response_ids": rollout.response_ids}
+    if rollout.prompt.teacher_ids is not None:
+        arrays["teacher_prompt_ids"] = rollout.prompt.teacher_ids
+    return arrays
 
 
 def _check_vocabulary(where: str, arrays: Mapping[str, Any], vocab_size: int | None) -> None:

@@ -36,8 +36,8 @@ try:
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: form
     template = environment.from_string(request["template"])
-    values = {{"tools": None, "documents": None, **request["arguments"]}}
-    for part in template.generate(messages=request["messages"], **values):
+    values = {{"tools": None, "documents": None, **request["values"]}}
+    for part in template.generate(**values):
         pass
 except MemoryError:
     sys.exit({NO_MEMORY})

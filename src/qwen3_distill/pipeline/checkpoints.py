@@ -16,7 +16,7 @@ from typing import Any
 from qwen3_distill.errors import CheckpointError
 from qwen3_distill.pipeline.identity import RunIdentity
 from qwen3_distill.pipeline.run_folder import full_disk_named
-from qwen3_distill.ports import Learner
+from qwen3_distill.ports import FollowingTeacher, Learner
 from qwen3_distill.recording.records import is_count
 from qwen3_distill.types import RunCursor, WeightVersion
 from qwen3_distill.utils.files import file_sha256, sync
@@ -45,14 +45,20 @@ class CheckpointStore:
         names = (_NAME.fullmatch(path.name) for path in self._directory.glob("step-*"))
         return sorted(int(name[1]) for name in names if name)
 
-    async def save(self, learner: Learner, cursor: RunCursor) -> None:
-        """Write a checkpoint and remove the oldest ones beyond ``keep_last``."""
+    async def save(
+        self, learner: Learner, cursor: RunCursor, teacher: FollowingTeacher | None = None
+    ) -> None:
+        """Write a checkpoint and remove the oldest ones beyond ``keep_last``.
+
+        Args:
+            teacher: one that follows the student, whose state belongs to the run's.
+        """
         self._directory.mkdir(parents=True, exist_ok=True)
         for leftover in self._directory.glob(".unfinished-*"):  # of a crash
             shutil.rmtree(leftover)
         temporary = self._directory / f".unfinished-{cursor.step:06d}"
         try:
-            await _write(temporary, learner, asdict(cursor) | asdict(self._identity))
+            await _write(temporary, learner, teacher, asdict(cursor) | asdict(self._identity))
         except Exception:  # half a checkpoint is useless, and the disk may be full
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -65,11 +71,17 @@ class CheckpointStore:
         for step in up_to_here[: -self._keep_last]:
             shutil.rmtree(self._path(step))
 
-    async def restore(self, learner: Learner, warn: Callable[[str], None]) -> RunCursor | None:
+    async def restore(
+        self,
+        learner: Learner,
+        warn: Callable[[str], None],
+        teacher: FollowingTeacher | None = None,
+    ) -> RunCursor | None:
         """Load the newest intact checkpoint into the learner; None if there is no checkpoint.
 
         Args:
             warn: told which checkpoints were skipped, and why.
+            teacher: one that follows the student; without a checkpoint it is reset.
 
         Raises:
             CheckpointError: there are checkpoints, but none can be read; or one is of another run.
@@ -81,6 +93,8 @@ class CheckpointStore:
             try:
                 cursor = self._read_cursor(step)
                 await learner.load_state(self._path(step), cursor.weight_version)
+                if teacher is not None:
+                    await teacher.load_state(self._path(step), cursor.weight_version)
             except CheckpointError as error:
                 warn(f"checkpoint of step {step} is corrupt and passed over: {error}")
                 continue
@@ -90,6 +104,8 @@ class CheckpointStore:
                 f"none of the checkpoints in {self._directory} can be read; restore them from a "
                 "copy, or remove the run folder to start again"
             )
+        if teacher is not None:
+            await teacher.reset()
         return None
 
     def _path(self, step: int) -> Path:
@@ -152,11 +168,15 @@ def _cursor_of(raw: dict[str, Any], step: int) -> RunCursor:
     )
 
 
-async def _write(directory: Path, learner: Learner, cursor: dict[str, Any]) -> None:
+async def _write(
+    directory: Path, learner: Learner, teacher: FollowingTeacher | None, cursor: dict[str, Any]
+) -> None:
     """Write all files of a checkpoint and flush them to disk."""
     directory.mkdir()
     with full_disk_named(directory):
         await learner.save_state(directory)
+        if teacher is not None:
+            await teacher.save_state(directory)
     _write_json(directory / _CURSOR, cursor)
     digests = {path.name: file_sha256(path) for path in sorted(directory.iterdir())}
     _write_json(directory / _DIGESTS, digests)

@@ -18,11 +18,13 @@ import numpy as np
 from qwen3_distill.config import RunConfig, needs_hidden_states
 from qwen3_distill.data.rollout_files import read_training, write_training
 from qwen3_distill.errors import DataError, RunFolderError
+from qwen3_distill.pipeline.file_context import items_in_own_context
 from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.recorder import Ledger, Recorder, StepRecord
 from qwen3_distill.pipeline.requests import requests_for_step
 from qwen3_distill.pipeline.sampler_check import check_sampled_by_student
 from qwen3_distill.pipeline.step import (
+    context_metrics,
     needs_new_weights,
     ready_to_train,
     sample,
@@ -80,7 +82,10 @@ async def run_offline(parts: Parts, recorder: Recorder, cursor: RunCursor) -> Ru
                 cursor=cursor,
                 scored=batch,
                 update=update,
-                metrics=[Metric.last("offline/epoch", epoch)],
+                metrics=[
+                    Metric.last("offline/epoch", epoch),
+                    *await context_metrics(parts, trace, cursor.step, batch),
+                ],
                 ledger=Ledger(trained=" ".join(map(str, indices)), dropped=""),
                 is_fresh=epoch == 0 and config.rollouts.source != "file",
             )
@@ -215,7 +220,13 @@ class _Collector:
                 )
         if objective.needs_ratio and self._cursor.step == 0:
             check_sampled_by_student(rollouts, file, self._config, self._parts.learner.version)
-        yield from rows
+        items = items_in_own_context(
+            [item for _, item in rows],
+            file,
+            lambda: self._parts.prompts,
+            has=self._parts.prompts.has_context,
+        )
+        yield from ((step, item) for (step, _), item in zip(rows, items, strict=True))
 
     def _fits(self, item: TrainingRollout) -> bool:
         """Whether a rollout has the score that the objective and the teacher would give it."""

@@ -156,7 +156,8 @@ def check_lengths(config: RunConfig) -> Verdict:
     longest = 0
     parts: list[str] = []
     for name, prompts, sampling in _sampled_from(config):
-        stream = build_stream(config.student, prompts, text, sampling, seed=0)
+        told = config.scoring if prompts is config.prompts else None
+        stream = build_stream(config.student, prompts, text, sampling, seed=0, scoring=told)
         stream.check()
         lengths = _lengths(stream)
         longest = max(longest, max(lengths) + sampling.max_new_tokens)

@@ -15,6 +15,7 @@ from qwen3_distill.data.prompt_view import (
 from qwen3_distill.data.prompts import PromptStream, PromptTooLong
 from qwen3_distill.data.sources import FixedSource, PromptSource, build_source
 from qwen3_distill.modeling.loading import load_identity, load_tokenizer
+from qwen3_distill.pipeline.assembly.data import build_context
 from qwen3_distill.pipeline.parts import TextTools
 
 
@@ -36,14 +37,17 @@ def first_prompt(config: RunConfig, text: TextTools) -> PromptView:
             context_length=identity.context_length,
             max_new_tokens=config.sampling.max_new_tokens,
             template_arguments=arguments,
+            context=build_context(config.student, config.scoring),
         )
 
+    told = None if config.scoring is None else config.scoring.context
     try:
-        (prompt,) = stream(build_source(config.prompts.model_copy(update={"limit": 1}))).take(0, 1)
+        first = build_source(config.prompts.model_copy(update={"limit": 1}), told)
+        (prompt,) = stream(first).take(0, 1)
     except PromptTooLong:
         if isinstance(config.prompts, TaskPrompts) or config.prompts.too_long != "drop":
             raise
-        kept = stream(build_source(config.prompts))
+        kept = stream(build_source(config.prompts, told))
         kept.drop_too_long()
         (prompt,) = stream(FixedSource([kept.source.get(0)])).take(0, 1)
     return view_prompt(
@@ -52,6 +56,7 @@ def first_prompt(config: RunConfig, text: TextTools) -> PromptView:
         prompt.token_ids.tolist(),
         template_arguments=arguments,
         eos_ids=identity.eos_ids,
+        teacher_ids=None if prompt.teacher_ids is None else prompt.teacher_ids.tolist(),
     )
 
 
@@ -70,6 +75,7 @@ def prompt_record(view: PromptView) -> dict[str, Any]:
         "thinking": view.thinking,
         "end_of_turn": None if view.end_of_turn is None else asdict(view.end_of_turn),
         "end_tokens": [asdict(token) for token in view.end_tokens],
+        **({} if view.teacher_text is None else {"teacher_text": view.teacher_text}),
     }
 
 

@@ -37,6 +37,7 @@ from qwen3_distill.pipeline.ready import Ready, whole_groups, whole_prompts
 from qwen3_distill.pipeline.recorder import Ledger, StepRecord, ledger_entry
 from qwen3_distill.pipeline.requests import is_full_length, request_number, with_prefix_budget
 from qwen3_distill.pipeline.step import (
+    context_metrics,
     needs_rollouts,
     sampler_of,
     traced_push,
@@ -378,11 +379,15 @@ class RolloutFlow:
         drops, self._drops = self._drops, Drops()
         if self._config.max_steps_ahead > 0:
             self.allow_new_rollouts()
+        scored = [item.scored for item in batch]
+        comparing = context_metrics(self._parts, self._trace, self.cursor.step, scored)
+        compared = await self.within_stall_timeout(comparing, "the teacher's scores of a sample")
         return StepRecord(
             cursor=self.cursor,
-            scored=[item.scored for item in batch],
+            scored=scored,
             update=update,
             metrics=[
+                *compared,
                 Metric.mean("staleness/age_steps", sum(ages), len(ages)),
                 Metric.sum("staleness/pieces", sum(not item.rollout.is_whole for item in batch)),
                 *drops.metrics(),

@@ -8,14 +8,11 @@ a token's loss does not depend on later tokens, so any prefix is as good a sampl
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from qwen3_distill.errors import DataError
 from qwen3_distill.types import (
     FinishReason,
     FloatArray,
     IntArray,
-    Prompt,
     Rollout,
     RolloutPrefix,
     RolloutRequest,
@@ -60,14 +57,9 @@ class _Answer:
     versions: tuple[VersionSpan, ...]
 
     def piece(self, start: int, finish_reason: FinishReason) -> Rollout:
-        whole = self.request.prompt
-        prompt = whole
+        prompt = self.request.prompt
         if start:
-            prompt = Prompt(
-                prompt_id=whole.prompt_id,
-                token_ids=np.concatenate([whole.token_ids, self.response_ids[:start]]),
-                task_data=whole.task_data,
-            )
+            prompt = prompt.followed_by(self.response_ids[:start])
         return Rollout(
             rollout_id=f"{self.request.rollout_id}/from-{start:06d}",
             prompt=prompt,

@@ -33,6 +33,7 @@ from qwen3_distill.pipeline.assembly.data import (
     build_checker,
     build_problems,
     build_prompts,
+    build_training_stream,
     check_problems,
 )
 from qwen3_distill.pipeline.assembly.engines import build_learner, static_engine, static_samplers
@@ -40,9 +41,12 @@ from qwen3_distill.pipeline.assembly.machine import require_machine
 from qwen3_distill.pipeline.assembly.plan import plan_memory
 from qwen3_distill.pipeline.assembly.teachers import (
     build_teacher,
+    build_view,
+    require_frozen_teacher,
     with_embedded_teacher_here,
 )
 from qwen3_distill.pipeline.disk_space import check_student_space
+from qwen3_distill.pipeline.file_context import check_scored_by, in_own_context
 from qwen3_distill.pipeline.first_prompt import template_notes
 from qwen3_distill.pipeline.manifest import recorded_identity
 from qwen3_distill.pipeline.models import local_model, localize, localize_again
@@ -58,10 +62,9 @@ from qwen3_distill.pipeline.sampler_check import (
     check_sampled_by_student,
     require_ratio_off_policy,
 )
-from qwen3_distill.ports import Learner, Sampler, TeacherScorer
+from qwen3_distill.ports import Learner, Sampler
 from qwen3_distill.recording.text import clock, temperature_text
 from qwen3_distill.scoring.handshake import check_compatible
-from qwen3_distill.scoring.views import SameView
 from qwen3_distill.types import Batch, Rollout, ScoredRollout, TrainingRollout
 from qwen3_distill.utils.files import check_writable, content_of, is_replaceable, write_json_atomic
 from qwen3_distill.utils.seeds import derive_seed
@@ -172,6 +175,7 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
     Returns:
         A line for the user: how much was written, and where.
     """
+    require_frozen_teacher(config)
     if config.objective.score_request is None:
         raise ConfigError(
             f"objective.kind={config.objective.kind} needs no scores; train on the rollouts as "
@@ -185,11 +189,18 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
     rows = read_rollouts(rollouts, vocab_size=student.vocab_size)
     if not rows:
         raise DataError(f"{rollouts} has no rollouts to score")
-    view = SameView()
+    view, text = build_view(config), TextTools(config.student.model)
     view.check(student, load_identity(config.teacher.model, weights=False))
+    given = in_own_context(
+        [rollout for _, rollout in rows],
+        rollouts,
+        lambda: build_training_stream(config, text),
+        has=config.teacher.context is not None,
+    )
+    rows = [(step, rollout) for (step, _), rollout in zip(rows, given, strict=True)]
     local.fetch_weights(say, ("teacher",))
     teacher = build_teacher(config, plan_memory(config))
-    decode = TextTools(config.student.model).decode
+    decode = text.decode
     check_writable(out)
     scored: list[tuple[int, ScoredRollout]] = []
 
@@ -225,6 +236,7 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
             "this config has a `replay` section, but the offline stage trains once on each "
             "rollout; set replay=null"
         )
+    require_frozen_teacher(config)
     if off_policy:
         require_ratio_off_policy(config)
     _require_empty(out)
@@ -232,16 +244,15 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
     local = localize(config, say=say, warn=say)
     config = local.config
     needs_scores = config.objective.score_request is not None
-    rows = _read_rows(config, scored)
+    rows, text = _read_rows(config, scored), TextTools(config.student.model)
     local.fetch_weights(say)
     check_student(config.student.model)
     plan = plan_memory(config)
     # Not started: for its id and head.
     teacher = build_teacher(with_embedded_teacher_here(config), plan) if needs_scores else None
     if teacher is not None:
-        _check_scored_by(teacher, rows, scored)
+        check_scored_by(teacher, rows, scored, config, text)
     check_student_space(config, out)
-    text = TextTools(config.student.model)
     is_correct = build_checker(config.verifier, text) if config.verifier else None
     learner = build_learner(config, teacher, plan)
     batches = _batches(config, rows, is_correct)
@@ -297,18 +308,6 @@ def _batches(
                 is_correct=is_correct,
                 scale=objective.group_scale,
             ),
-        )
-
-
-def _check_scored_by(
-    teacher: TeacherScorer, rows: Sequence[tuple[int, TrainingRollout]], scored: Path
-) -> None:
-    scores = [item.score for _, item in rows if isinstance(item, ScoredRollout)]
-    strangers = {score.teacher_id for score in scores} - {teacher.teacher_id}
-    if strangers:
-        raise DataError(
-            f"{scored} was scored by {', '.join(sorted(strangers))}, but the config's teacher is "
-            f"{teacher.teacher_id}"
         )
 
 

@@ -16,12 +16,14 @@ from qwen3_distill.pipeline.assembly.fleet import RunCluster
 from qwen3_distill.pipeline.requests import make_batch
 from qwen3_distill.pipeline.starting import start_engines
 from qwen3_distill.ports import (
+    FollowingTeacher,
     ReplayingLearner,
     Sampler,
     StreamingRolloutEngine,
     TeacherScorer,
     WeightChannel,
 )
+from qwen3_distill.scoring.context import ContextComparison
 from qwen3_distill.scoring.sampling import TeacherSampler
 from qwen3_distill.scoring.views import TeacherView
 from qwen3_distill.types import Batch, Rollout, TrainingRollout
@@ -84,6 +86,10 @@ class Parts:
     """Folder of the weight channel's files, removed at the end."""
     cluster: RunCluster | None = None
     """Where engines run that are not on this machine's own processes; ended after them."""
+    following: FollowingTeacher | None = None
+    """The teacher, if its weights follow the student's."""
+    comparison: ContextComparison | None = None
+    """Compares the teacher with and without its context; None: it has none."""
 
     @property
     def scorer(self) -> TeacherScorer | None:

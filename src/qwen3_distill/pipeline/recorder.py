@@ -172,7 +172,8 @@ class Recorder:
         if cursor.step == self._last_checkpoint_step:
             return
         with self.trace.span("checkpoint", f"checkpoint {cursor.step}"):
-            await self._checkpoints.save(self._parts.learner, cursor)
+            parts = self._parts
+            await self._checkpoints.save(parts.learner, cursor, parts.following)
         self._last_checkpoint_step = cursor.step
         if self._cost is not None:
             self._cost.write("checkpoint")

@@ -18,6 +18,7 @@ from qwen3_distill.pipeline.assembly.cost import build_cost_model
 from qwen3_distill.pipeline.assembly.engines import build_parts, engine_interpreters
 from qwen3_distill.pipeline.assembly.machine import require_machine
 from qwen3_distill.pipeline.assembly.plan import engine_log
+from qwen3_distill.pipeline.assembly.teachers import build_view
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.collected import run_offline
 from qwen3_distill.pipeline.first_prompt import first_prompt, prompt_record, template_notes
@@ -49,7 +50,6 @@ from qwen3_distill.ports import Learner
 from qwen3_distill.recording.console import ProgressReporter
 from qwen3_distill.recording.cost_ledger import CostLedger
 from qwen3_distill.recording.heartbeat import HeartbeatReporter
-from qwen3_distill.scoring.views import SameView
 from qwen3_distill.training.schedule import extended_rate
 from qwen3_distill.types import RunCursor
 from qwen3_distill.utils.files import write_json_atomic
@@ -117,7 +117,7 @@ async def _run(
         warn(note)
     if config.scoring is not None:
         progress.stage("checking that student and teacher match")
-        SameView().check(
+        build_view(config).check(
             load_identity(config.student.model, weights=False),
             load_identity(config.scoring.model, weights=False),
         )
@@ -229,7 +229,7 @@ async def _restore(
     """Load the newest checkpoint into the learner; return its cursor, or that of the start."""
     keep_last = parts.config.checkpoint.keep_last
     store = CheckpointStore(folder.checkpoints, keep_last=keep_last, identity=folder.identity)
-    cursor = await store.restore(parts.learner, warn)
+    cursor = await store.restore(parts.learner, warn, parts.following)
     if cursor is None:
         return RunCursor(step=0, prompts_drawn=0, weight_version=parts.learner.version)
     progress.stage(f"continuing from the checkpoint of step {cursor.step}")
@@ -243,7 +243,9 @@ def _inputs(parts: Parts) -> dict[str, dict[str, Any]]:
     inputs = {"student": student, "data": data_digests(parts.config)}
     teacher = parts.teacher
     if teacher is not None:
-        inputs["teacher"] = {"id": teacher.teacher_id, **identity_record(teacher.identity)}
+        following = parts.following
+        begins_as = teacher.teacher_id if following is None else following.initial_teacher_id
+        inputs["teacher"] = {"id": begins_as, **identity_record(teacher.identity)}
     return inputs
 
 

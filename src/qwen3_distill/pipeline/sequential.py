@@ -11,6 +11,7 @@ from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.recorder import Ledger, Recorder, StepRecord, ledger_entry
 from qwen3_distill.pipeline.requests import requests_for_step
 from qwen3_distill.pipeline.step import (
+    context_metrics,
     needs_new_weights,
     needs_rollouts,
     ready_to_train,
@@ -64,7 +65,10 @@ async def run_sequential(parts: Parts, recorder: Recorder, cursor: RunCursor) ->
                 cursor=cursor,
                 scored=scored,
                 update=update,
-                metrics=[Metric.sum("score/dropped_rollouts", len(rollouts) - len(scored))],
+                metrics=[
+                    Metric.sum("score/dropped_rollouts", len(rollouts) - len(scored)),
+                    *await context_metrics(parts, trace, cursor.step, scored),
+                ],
                 ledger=_ledger(rollouts, scored, first),
             )
         )

@@ -11,6 +11,7 @@ from qwen3_distill.ports import Sampler, TeacherScorer
 from qwen3_distill.recording.trace import WEIGHTS, Trace
 from qwen3_distill.scoring.views import TeacherView
 from qwen3_distill.types import (
+    Metric,
     Rollout,
     RolloutRequest,
     ScoredRollout,
@@ -32,7 +33,8 @@ async def traced_push(parts: Parts, trace: Trace) -> None:
 async def push_weights(parts: Parts) -> None:
     """Publish the learner's weights and load them into the engine, which compares their digest.
 
-    Both happen twice where the channel had to switch to another transport.
+    Both happen twice where the channel had to switch to another transport. A teacher that follows
+    the student takes the same weights.
     """
     version = await parts.learner.publish(parts.channel)
     try:
@@ -42,6 +44,23 @@ async def push_weights(parts: Parts) -> None:
             raise
         version = await parts.learner.publish(parts.channel)
         await parts.engine.load(version, parts.channel)
+    if parts.following is not None:
+        await parts.following.follow(version, parts.channel)
+
+
+async def context_metrics(
+    parts: Parts, trace: Trace, step: int, scored: Sequence[TrainingRollout]
+) -> list[Metric]:
+    """Measure what the teacher's context tells it, on rollouts of a finished step, if that is due.
+
+    Args:
+        step: finished steps.
+    """
+    if parts.comparison is None or parts.scorer is None or not parts.comparison.is_due(step):
+        return []
+    with trace.span("score", "context"):
+        rollouts = [item.rollout for item in scored]
+        return await parts.comparison.metrics(parts.scorer, rollouts)
 
 
 async def generate(engine: Sampler, requests: Sequence[RolloutRequest]) -> list[Rollout]:

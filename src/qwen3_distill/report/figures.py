@@ -101,7 +101,7 @@ def response_figures(run: RunFiles) -> list[Figure]:
 
 
 def health_figures(run: RunFiles) -> list[Figure]:
-    """Numerical gap, importance ratio, gradient norm and weight lag over steps."""
+    """Numerical gap, importance ratio, gradient norm, weight lag and context over steps."""
     engine = LineChart(
         title="Learner against engine",
         lines=[_metric_line(run, "health/learner_vs_engine_abs_nats", "mean |gap|, nats", "c4")],
@@ -131,7 +131,17 @@ def health_figures(run: RunFiles) -> list[Figure]:
         ],
         note="Age of the oldest token that a step trained on.",
     )
-    return _drawn([engine, ratio, gradient, lag])
+    context = LineChart(
+        title="The teacher with and without its context",
+        lines=[
+            Line(name="with, mean nats", points=run.points("context/with_nats"), colour="c2"),
+            Line(name="without", points=run.points("context/without_nats"), colour="c6"),
+        ],
+        y_floor=None,
+        note="The teacher's log-probability of the student's tokens, on a few rollouts. What lies "
+        "between the lines is what the context tells it.",
+    )
+    return _drawn([engine, ratio, gradient, lag, context])
 
 
 _HEALTH_ROWS = (
@@ -142,6 +152,7 @@ _HEALTH_ROWS = (
     ("loss/advantage_abs_nats", "mean size of the advantage, nats"),
     ("optim/grad_norm", "gradient norm"),
     ("weights/lag_steps", "weight lag, steps"),
+    ("context/abs_difference_nats", "teacher with against without its context, nats"),
 )
 
 

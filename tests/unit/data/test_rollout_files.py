@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from qwen3_distill.data.rollout_columns import ROLLOUT_SCHEMA, SCORED_SCHEMA
 from qwen3_distill.data.rollout_files import (
+    SCHEMA_VERSION,
     VERSION_KEY,
     read_rollouts,
     read_scored,
@@ -216,7 +217,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
 # --- Files that are not what they should be -----------------------------------------------------
 
 
-def rewrite(path: Path, table: pa.Table, version: str | None = "4") -> None:
+def rewrite(path: Path, table: pa.Table, version: str | None = str(SCHEMA_VERSION)) -> None:
     metadata = {} if version is None else {VERSION_KEY: version.encode()}
     pq.write_table(table.replace_schema_metadata(metadata), path)
 
@@ -301,15 +302,15 @@ def test_unscored_file_is_not_a_scored_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "named"), [(None, "'none'"), ("1", "'1'"), ("5", "'5'"), ("2.5", "'2.5'")]
+    ("version", "named"), [(None, "'none'"), ("1", "'1'"), ("6", "'6'"), ("2.5", "'2.5'")]
 )
 def test_other_schema_versions_are_refused(tmp_path: Path, version: Any, named: str) -> None:
     path = tmp_path / "s.parquet"
     write_sample(path)
     rewrite(path, pq.read_table(path), version)
     message = (
-        rf"s\.parquet has rollout schema version {named}, expected '2' or '3' or '4'; read it "
-        "with the version of this package that wrote it"
+        rf"s\.parquet has rollout schema version {named}, expected '2' or '3' or '4' or '5'; "
+        "read it with the version of this package that wrote it"
     )
     for read in (read_rollouts, read_scored):
         with pytest.raises(DataError, match=message):
@@ -412,6 +413,27 @@ def test_a_file_of_schema_3_was_sampled_by_the_student(tmp_path: Path, taught: R
     rewrite(path, pq.read_table(path), "3")
     with pytest.raises(DataError, match=r"row 0 .*do not tile"):  # not taken for the student's
         read_rollouts(path)
+
+
+def test_what_the_teacher_reads_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    same, told = (rollout(np.random.default_rng(seed), 4, 0) for seed in (1, 2))
+    told = replace(told, prompt=replace(told.prompt, teacher_ids=np.array([7, 8, 9, 10])))
+    write_rollouts(path, [(1, same), (2, told)], decode)
+    assert_same(read_rollouts(path), [(1, same), (2, told)])
+    assert pq.read_table(path)["teacher_prompt_ids"].to_pylist() == [[], [7, 8, 9, 10]]
+    above = 2**31 - 1
+    tall = replace(told, prompt=replace(told.prompt, teacher_ids=np.array([7, above])))
+    write_rollouts(path, [(1, tall)], decode)
+    with pytest.raises(DataError, match=rf"row 0 has the token id {above} in teacher_prompt_ids"):
+        read_rollouts(path, vocab_size=above)
+
+
+def test_a_file_of_schema_4_was_scored_behind_the_students_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    rows = write_sample(path)
+    rewrite(path, pq.read_table(path).drop_columns(["teacher_prompt_ids"]), "4")
+    assert_same(read_scored(path), rows)
 
 
 def test_training_rollouts_keep_the_scores_that_a_file_has(tmp_path: Path) -> None:

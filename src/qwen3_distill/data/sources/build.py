@@ -3,7 +3,13 @@
 from itertools import islice
 from pathlib import Path
 
-from qwen3_distill.config import JsonlPrompts, ParquetPrompts, PromptsConfig, TaskPrompts
+from qwen3_distill.config import (
+    ContextConfig,
+    JsonlPrompts,
+    ParquetPrompts,
+    PromptsConfig,
+    TaskPrompts,
+)
 from qwen3_distill.data.sources.dataset import dataset_name, dataset_rows
 from qwen3_distill.data.sources.fields import read_field
 from qwen3_distill.data.sources.files import jsonl_rows, parquet_rows
@@ -13,8 +19,11 @@ from qwen3_distill.data.tasks import TASKS
 from qwen3_distill.errors import DataError
 
 
-def build_source(config: PromptsConfig) -> PromptSource:
+def build_source(config: PromptsConfig, context: ContextConfig | None = None) -> PromptSource:
     """Build the source that ``config`` describes.
+
+    Args:
+        context: the teacher's, whose templates read fields of the rows; None: no row is kept.
 
     Raises:
         DataError: a file or dataset cannot be read, is empty, or has a row that is not a prompt.
@@ -25,13 +34,14 @@ def build_source(config: PromptsConfig) -> PromptSource:
     if isinstance(config, JsonlPrompts):
         name, rows = Path(config.path).name, jsonl_rows(Path(config.path))
     elif isinstance(config, ParquetPrompts):
-        name, rows = Path(config.path).name, parquet_rows(Path(config.path), config)
+        name, rows = Path(config.path).name, parquet_rows(Path(config.path), config, context)
     else:
-        name, rows = dataset_name(config), dataset_rows(config)
+        name, rows = dataset_name(config), dataset_rows(config, context)
     prompts: list[RawPrompt] = []
     answered = 0
     for number, (where, row) in enumerate(islice(rows, config.limit)):
-        prompts.append(raw_prompt(row, where, f"{name}:{number}", config))
+        prompt_id = f"{name}:{number}"
+        prompts.append(raw_prompt(row, where, prompt_id, config, keeps_row=context is not None))
         answered += has_final_answer(read_field(row, config.prompt_field, "prompt_field", where))
     if not prompts:
         raise DataError(f"{config.path} has no rows, expected at least one prompt; check the path")

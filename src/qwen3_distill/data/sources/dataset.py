@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwen3_distill.config import HuggingFacePrompts
+from qwen3_distill.config import ContextConfig, HuggingFacePrompts
 from qwen3_distill.data.sources.fields import Row, check_columns, wanted_columns
 from qwen3_distill.errors import DataError
 from qwen3_distill.utils.shown import shortened
@@ -19,12 +19,12 @@ def dataset_name(config: HuggingFacePrompts) -> str:
     return "/".join([name, *([config.name] if config.name else []), config.split])
 
 
-def dataset_rows(config: HuggingFacePrompts) -> Iterator[Row]:
+def dataset_rows(config: HuggingFacePrompts, context: ContextConfig | None = None) -> Iterator[Row]:
     """Yield the rows of a dataset's split; only the columns that the config names are read."""
     where = dataset_name(config)
     dataset = _load_dataset(config, where)
-    check_columns(dataset.column_names, config, where)
-    columns = wanted_columns(config, dataset.column_names)
+    check_columns(dataset.column_names, config, where, context)
+    columns = wanted_columns(config, dataset.column_names, context)
     rows = iter(dataset.select_columns(columns))
     for number in range(len(dataset)):
         try:

@@ -4,7 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeAlias
 
-from qwen3_distill.config import HuggingFacePrompts, JsonlPrompts, ParquetPrompts
+from qwen3_distill.config import (
+    ContextConfig,
+    HuggingFacePrompts,
+    JsonlPrompts,
+    ParquetPrompts,
+)
 from qwen3_distill.errors import DataError
 from qwen3_distill.utils.shown import shown
 
@@ -30,7 +35,8 @@ def read_field(row: Mapping[str, Any], path: str, setting: str, where: str) -> A
         if isinstance(node, Mapping) and part in node:
             node = node[part]
         elif isinstance(node, Mapping):
-            raise DataError(_missing(part if depth else parts[0], node, setting, place))
+            name = part if depth else parts[0]
+            raise DataError(missing_field(name, node, f"prompts.{setting}", place))
         elif isinstance(node, Sequence) and not isinstance(node, str) and _is_position(part, node):
             node = node[int(part)]
         else:
@@ -42,15 +48,22 @@ def read_field(row: Mapping[str, Any], path: str, setting: str, where: str) -> A
     return node
 
 
-def wanted_columns(config: RowPrompts, names: Sequence[str]) -> list[str]:
-    """Return the columns that hold the config's fields."""
+def wanted_columns(
+    config: RowPrompts, names: Sequence[str], context: ContextConfig | None = None
+) -> list[str]:
+    """Return the columns that hold the config's fields, and those that the context reads."""
+    if context is not None and context.row_fields is None:
+        return list(names)
     fields = [config.prompt_field, config.answer_field]
+    fields += [] if context is None else sorted(context.row_fields or ())
     columns = [name if name in names else name.split(".")[0] for name in fields if name is not None]
     return list(dict.fromkeys(columns))
 
 
-def check_columns(present: Iterable[str], config: RowPrompts, where: str) -> None:
-    """Check that the columns of the config's fields exist.
+def check_columns(
+    present: Iterable[str], config: RowPrompts, where: str, context: ContextConfig | None = None
+) -> None:
+    """Check that the columns of the config's fields, and of the context's, exist.
 
     Raises:
         DataError: one does not; the message names the nearest.
@@ -60,16 +73,20 @@ def check_columns(present: Iterable[str], config: RowPrompts, where: str) -> Non
     for setting, name in settings.items():
         if name is None or name in present or name.split(".")[0] in present:
             continue
-        raise DataError(_missing(name.split(".")[0], present, setting, where))
+        raise DataError(missing_field(name.split(".")[0], present, f"prompts.{setting}", where))
+    for name in () if context is None else sorted(context.row_fields or ()):
+        if name not in present:
+            raise DataError(missing_field(name, present, "scoring.context", where))
 
 
-def _missing(name: str, present: Iterable[str], setting: str, where: str) -> str:
+def missing_field(name: str, present: Iterable[str], setting: str, where: str) -> str:
+    """Describe a field that a row does not have, with those that it has."""
     present = list(present)
     near = get_close_matches(name, [each for each in present[:200] if len(each) < 200], n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return (
         f"{where} has no field {shown(name)}{hint}; its fields are {shown(present)}. Change "
-        f"prompts.{setting} or the data"
+        f"{setting} or the data"
     )
 
 

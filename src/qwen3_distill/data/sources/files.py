@@ -10,7 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
-from qwen3_distill.config import ParquetPrompts
+from qwen3_distill.config import ContextConfig, ParquetPrompts
 from qwen3_distill.data.sources.fields import Row, check_columns, wanted_columns
 from qwen3_distill.errors import DataError, DistillError
 from qwen3_distill.utils.json_text import unique_pairs
@@ -76,7 +76,9 @@ def _json_object(line: bytes, where: str) -> Mapping[str, Any]:
     return value
 
 
-def parquet_rows(path: Path, config: ParquetPrompts) -> Iterator[Row]:
+def parquet_rows(
+    path: Path, config: ParquetPrompts, context: ContextConfig | None = None
+) -> Iterator[Row]:
     """Yield the rows of a Parquet file; only the columns that the config names are read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -85,8 +87,8 @@ def parquet_rows(path: Path, config: ParquetPrompts) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path.absolute()) as file:
             names = file.schema_arrow.names
-            check_columns(names, config, str(path))
-            columns = wanted_columns(config, names)
+            check_columns(names, config, str(path), context)
+            columns = wanted_columns(config, names, context)
             _refuse_duplicate_columns(names, columns, str(path))
             for number, row in enumerate(_batched_rows(file, columns, str(path))):
                 yield f"{path}, row {number}", row

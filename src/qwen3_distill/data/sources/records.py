@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from qwen3_distill.data.tasks import Task
 from qwen3_distill.errors import DataError
@@ -32,6 +32,8 @@ class RawPrompt:
     messages: tuple[Message, ...]
     task_data: Mapping[str, str] = field(default_factory=dict)
     """Input of the verifier: `ANSWER_KEY`, `PROBLEM_KEY`; empty without an answer."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the row for the teacher's context; empty without one."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "task_data", MappingProxyType(dict(self.task_data)))
@@ -107,6 +109,7 @@ class TaskSource:
             prompt_id=problem.problem_id,
             messages=(Message(role="user", content=problem.text),),
             task_data={PROBLEM_KEY: problem.text, ANSWER_KEY: problem.answer},
+            row={PROBLEM_KEY: problem.text, ANSWER_KEY: problem.answer},
         )
 
 

@@ -26,8 +26,18 @@ _SHAREGPT: dict[str, Role] = {
 """ShareGPT's ``from`` to roles."""
 
 
-def raw_prompt(row: Mapping[str, Any], where: str, prompt_id: str, config: RowPrompts) -> RawPrompt:
+def raw_prompt(
+    row: Mapping[str, Any],
+    where: str,
+    prompt_id: str,
+    config: RowPrompts,
+    *,
+    keeps_row: bool = False,
+) -> RawPrompt:
     """Return the prompt of a row.
+
+    Args:
+        keeps_row: keep the row's fields with the prompt.
 
     Raises:
         DataError: the row is not a prompt, or has no usable reference answer.
@@ -50,6 +60,7 @@ def raw_prompt(row: Mapping[str, Any], where: str, prompt_id: str, config: RowPr
         prompt_id=prompt_id,
         messages=tuple(_with_suffix(messages, config.suffix)),
         task_data=task_data,
+        row=row if keeps_row else {},
     )
 
 

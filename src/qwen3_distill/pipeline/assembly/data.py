@@ -7,6 +7,7 @@ from qwen3_distill.config import (
     PromptsConfig,
     RunConfig,
     SamplingConfig,
+    ScoringConfig,
     StudentConfig,
     TaskPrompts,
     VerifierConfig,
@@ -14,8 +15,9 @@ from qwen3_distill.config import (
 from qwen3_distill.data.overlap import Overlap, find_overlap
 from qwen3_distill.data.prompts import PromptStream
 from qwen3_distill.data.sources import PromptSource, build_source
+from qwen3_distill.data.teacher_context import TeacherContext
 from qwen3_distill.data.verifiers import build_verifier, check_references
-from qwen3_distill.modeling.loading import load_identity
+from qwen3_distill.modeling.loading import load_identity, load_tokenizer
 from qwen3_distill.pipeline.parts import DataRecord, TextTools
 from qwen3_distill.types import Prompt, Rollout
 
@@ -26,11 +28,27 @@ def build_prompts(config: RunConfig, text: TextTools) -> PromptStream:
     Raises:
         DataError: one does not fit the student's context, or has no usable reference answer.
     """
-    prompts = build_stream(config.student, config.prompts, text, config.sampling, seed=config.seed)
+    prompts = build_training_stream(config, text)
     prompts.check()
     if config.verifier is not None:
         check_references(config.verifier, prompts.source)
     return prompts
+
+
+def build_training_stream(config: RunConfig, text: TextTools) -> PromptStream:
+    """Open the training prompts, with the teacher's context if it has one; nothing is checked.
+
+    Raises:
+        DataError: they cannot be read, or none is left.
+    """
+    return build_stream(
+        config.student,
+        config.prompts,
+        text,
+        config.sampling,
+        seed=config.seed,
+        scoring=config.scoring,
+    )
 
 
 def data_record(
@@ -110,20 +128,37 @@ def build_stream(
     sampling: SamplingConfig,
     *,
     seed: int,
+    scoring: ScoringConfig | None = None,
 ) -> PromptStream:
     """Open prompts in the order of a seed, without those that are too long if they are dropped.
+
+    Args:
+        scoring: the teacher, whose context is rendered with the prompts; None: they have none.
 
     Raises:
         DataError: they cannot be read, or none is left.
     """
     stream = PromptStream(
-        build_source(prompts),
+        build_source(prompts, None if scoring is None else scoring.context),
         text.tokenizer,
         seed=seed,
         context_length=load_identity(student.model, weights=False).context_length,
         max_new_tokens=sampling.max_new_tokens,
         template_arguments=student.template_arguments,
+        context=build_context(student, scoring),
     )
     if not isinstance(prompts, TaskPrompts) and prompts.too_long == "drop":
         stream.drop_too_long()
     return stream
+
+
+def build_context(student: StudentConfig, scoring: ScoringConfig | None) -> TeacherContext | None:
+    """Build what renders the teacher's context of a prompt; None if it reads the prompt itself."""
+    if scoring is None or scoring.context is None:
+        return None
+    return TeacherContext(
+        scoring.context,
+        load_tokenizer(scoring.model, weights=False),
+        context_length=load_identity(scoring.model, weights=False).context_length,
+        template_arguments=student.template_arguments,
+    )

@@ -39,8 +39,11 @@ from qwen3_distill.pipeline.assembly.data import (
 from qwen3_distill.pipeline.assembly.fleet import RunCluster, ignore, require_cluster
 from qwen3_distill.pipeline.assembly.plan import engine_log, plan_memory, require_plan
 from qwen3_distill.pipeline.assembly.teachers import (
+    build_comparison,
     build_teacher,
     build_teacher_rollouts,
+    build_view,
+    following,
     output_head,
     teacher_sampler,
 )
@@ -53,7 +56,6 @@ from qwen3_distill.ports import (
     StreamingRolloutEngine,
     TeacherScorer,
 )
-from qwen3_distill.scoring.views import SameView
 from qwen3_distill.training.embedded.hosted import hosted_embedded_learner
 from qwen3_distill.training.embedded.student import build_embedded_learner
 from qwen3_distill.training.hosted import HostedLearner
@@ -95,7 +97,7 @@ def build_parts(
             config, plan_memory(config, "student") if cluster else plan, cluster=cluster
         ),
         teacher=teacher,
-        view=SameView(),
+        view=build_view(config),
         learner=build_learner(config, teacher, plan, cluster),
         channel=channel,
         text=text,
@@ -106,6 +108,8 @@ def build_parts(
         data=data_record(config, prompts, problems),
         scratch=scratch,
         cluster=cluster,
+        following=following(teacher),
+        comparison=build_comparison(config),
     )
 
 

@@ -10,11 +10,14 @@ import torch
 from qwen3_distill.config import (
     EmbeddedGeneration,
     EmbeddedScoring,
+    MovingAverage,
     PlanningConfig,
+    RefreshedEvery,
     RunConfig,
     ScoringConfig,
     SglangScoring,
 )
+from qwen3_distill.errors import ConfigError
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
 from qwen3_distill.hosts.host import MakeHost
 from qwen3_distill.modeling.loading import resolve_dtype
@@ -22,20 +25,44 @@ from qwen3_distill.pipeline.assembly.channel import learns_elsewhere, samples_el
 from qwen3_distill.pipeline.assembly.fleet import RunCluster, require_cluster
 from qwen3_distill.pipeline.assembly.plan import engine_log, plan_memory, require_plan
 from qwen3_distill.planning.plan import MemoryPlan, fraction_of_free_memory
-from qwen3_distill.ports import Sampler, TeacherScorer
+from qwen3_distill.ports import FollowingTeacher, Sampler, TeacherScorer
 from qwen3_distill.scoring.cache import CachedTeacher
+from qwen3_distill.scoring.context import ContextComparison, ContextView
+from qwen3_distill.scoring.embedded.following import FollowingEmbeddedTeacher
 from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from qwen3_distill.scoring.fleet import TeacherFleet
 from qwen3_distill.scoring.sampling import TeacherSampler
 from qwen3_distill.scoring.sglang.hosted import HostedSglangTeacher, hosted_sglang_teacher
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
+from qwen3_distill.scoring.views import SameView, TeacherView
 from qwen3_distill.types import SampledRequest, ScoreRequest, TopKRequest
 from qwen3_distill.weights.directory import publish_directory
 from qwen3_distill.weights.memory import MemoryChannel
 
 _AUDIT_BATCH_TOKENS = 16384
 _AUDIT_CHUNK_TOKENS = 1024
+
+
+def build_view(config: RunConfig) -> TeacherView:
+    """Build the view of the config's teacher."""
+    scoring = config.scoring
+    return SameView() if scoring is None or scoring.context is None else ContextView()
+
+
+def require_frozen_teacher(config: RunConfig) -> None:
+    """Check that the teacher stays as it is at the start, for a stage that runs by itself.
+
+    Raises:
+        ConfigError: it follows the student.
+    """
+    refresh = None if config.scoring is None else config.scoring.refresh
+    if refresh is not None and refresh.kind != "never":
+        raise ConfigError(
+            f"scoring.refresh.kind={refresh.kind}: the teacher follows the student during a run, "
+            "and this stage has none to follow; set scoring.refresh={kind: never}, or use "
+            "`qwen3-distill run`"
+        )
 
 
 def build_teacher(
@@ -99,7 +126,7 @@ def _build_local_teacher(
                 scoring, request=request, log=engine_log(config, "teacher")
             )
         case EmbeddedScoring():
-            return EmbeddedTeacher(
+            teacher = EmbeddedTeacher(
                 scoring.model,
                 request=request,
                 device=scoring.device,
@@ -107,6 +134,9 @@ def _build_local_teacher(
                 batch_tokens=scoring.batch_tokens,
                 chunk_tokens=scoring.chunk_tokens,
             )
+            if isinstance(scoring.refresh, RefreshedEvery | MovingAverage):
+                return FollowingEmbeddedTeacher(teacher, scoring.refresh)
+            return teacher
         case SglangScoring():
             teacher = SglangTeacher(
                 scoring,
@@ -263,7 +293,23 @@ def asked_at(teacher: TeacherScorer, temperature: float) -> TeacherScorer | None
 
 def output_head(teacher: TeacherScorer | None) -> torch.Tensor | None:
     """Return [V, D], the teacher's output head, where it is in this process."""
-    return teacher.output_head if isinstance(teacher, EmbeddedTeacher) else None
+    is_here = isinstance(teacher, EmbeddedTeacher | FollowingEmbeddedTeacher)
+    return teacher.output_head if is_here else None
+
+
+def following(teacher: TeacherScorer | None) -> FollowingTeacher | None:
+    """Return the teacher if its weights follow the student's."""
+    return teacher if isinstance(teacher, FollowingEmbeddedTeacher) else None
+
+
+def build_comparison(config: RunConfig) -> ContextComparison | None:
+    """Build the comparison of the teacher with and without its context; None if it has none."""
+    context = None if config.scoring is None else config.scoring.context
+    if context is None:
+        return None
+    return ContextComparison(
+        every_steps=context.compare_every_steps, num_rollouts=context.compare_rollouts
+    )
 
 
 def build_audited_teacher(config: RunConfig, request: TopKRequest) -> TeacherScorer:

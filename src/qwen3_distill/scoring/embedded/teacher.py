@@ -64,8 +64,9 @@ class EmbeddedTeacher:
         self._request = request
         self._batch_tokens = batch_tokens
         self._chunk_tokens = chunk_tokens
-        digest = weights_digest(dict(self._model.named_parameters()))
-        self._teacher_id = f"{model_label(model_dir)}#{digest}@{dtype}"
+        self._model_dir, self._name, self._dtype = model_dir, model_label(model_dir), dtype
+        self._teacher_id = ""
+        self.weights_changed()
 
     async def start(self) -> None:
         return None
@@ -81,6 +82,20 @@ class EmbeddedTeacher:
     @property
     def teacher_id(self) -> str:
         return self._teacher_id
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters in use, by name. Whoever changes them calls `weights_changed` then."""
+        return {name: each.detach() for name, each in self._model.named_parameters()}
+
+    def stored_weights(self) -> dict[str, Tensor]:
+        """Read the weights of the teacher's directory again."""
+        model = load_model(self._model_dir, device=self._device, dtype=resolve_dtype(self._dtype))
+        return {name: each.detach() for name, each in model.named_parameters()}
+
+    def weights_changed(self) -> None:
+        """Read the weights in use, and name the teacher by them from now on."""
+        self._teacher_id = f"{self._name}#{weights_digest(self.weights)}@{self._dtype}"
 
     @property
     def max_dropped_fraction(self) -> float:
