@@ -61,11 +61,10 @@ class KeepsGradient(EmbeddedLearner):
 
     gradient: dict[str, Tensor]
 
-    def _reduce(self, parameters: Iterable[Tensor]) -> None:
-        del parameters
+    def _reduce(self) -> None:
         self.gradient = {
             name: parameter.grad.clone()
-            for name, parameter in self._trained.items()
+            for name, parameter in self._weights.named.items()
             if parameter.grad is not None
         }
 
