@@ -3,7 +3,6 @@
 Shape letters: M tokens, N outputs, K inputs.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 

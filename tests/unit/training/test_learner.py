@@ -1,7 +1,7 @@
 """The shared learner where memory runs out, and the probes of the model below the head."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
