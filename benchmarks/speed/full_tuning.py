@@ -22,6 +22,8 @@ Writes ``benchmarks/results/full_tuning_x2.json``: ``full_ft_tok_s`` (prompts co
 import argparse
 import asyncio
 import contextlib
+import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -163,15 +165,15 @@ async def check(work: Work, report: Report) -> None:
     report.add("check", figures, model=work.config.student.model, ranks_then_one=numbers)
 
 
-async def run(arguments: argparse.Namespace) -> None:
+async def run_part(arguments: argparse.Namespace) -> None:
     report = Report(arguments.name, arguments.results)
-    with tempfile.TemporaryDirectory(prefix="qwen3-distill-full-tuning-") as temporary:
-        folder = Path(temporary)
-        config = config_of(arguments, arguments.model, folder / "run")
-        await measure(work_of(arguments, config), report, folder)
-        if arguments.check:
-            small = config_of(arguments, arguments.check, folder / "check")
-            await check(work_of(arguments, small), report)
+    model = arguments.check if arguments.part == "check" else arguments.model
+    with tempfile.TemporaryDirectory(prefix="qwen3-distill-full-tuning-") as folder:
+        work = work_of(arguments, config_of(arguments, model, Path(folder) / "run"))
+        if arguments.part == "check":
+            await check(work, report)
+        else:
+            await measure(work, report, Path(folder))
 
 
 def main() -> None:
@@ -189,7 +191,15 @@ def main() -> None:
     parser.add_argument("--micro-batch-sequences", type=int, default=16)
     parser.add_argument("--name", default="full_tuning_x2", help="of the result")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
-    asyncio.run(run(parser.parse_args()))
+    parser.add_argument("--part", choices=("measure", "check"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part:
+        asyncio.run(run_part(arguments))
+        return
+    # A process has one Ray.
+    for part in ("measure", "check") if arguments.check else ("measure",):
+        command = [sys.executable, "-m", "benchmarks.speed.full_tuning", *sys.argv[1:]]
+        subprocess.run([*command, "--part", part], check=True)
 
 
 if __name__ == "__main__":
