@@ -51,7 +51,7 @@ from qwen3_distill.training.rank_place import StepShare, deal
 from qwen3_distill.training.ranks import Ranks
 from qwen3_distill.training.schedule import learning_rate_factor
 from qwen3_distill.training.settings import AnyLearnerSettings
-from qwen3_distill.training.step import Step, StepGradient, no_micro_batches
+from qwen3_distill.training.step import MicroBatches, Step, StepGradient, no_micro_batches
 from qwen3_distill.training.student import Student
 from qwen3_distill.training.trained import TrainedWeights
 from qwen3_distill.types import (
@@ -204,7 +204,7 @@ class TorchLearner:
         )
         return replace(update, metrics=(*update.metrics, *metrics))
 
-    def _split(self, batch: Batch) -> _MicroBatches:
+    def _split(self, batch: Batch) -> MicroBatches:
         return partial(micro_batches, batch, shared_prompts=self.student.shares_prompts)
 
     def _own_rows(self, tokens_S: NDArray[np.int64]) -> Sequence[int]:

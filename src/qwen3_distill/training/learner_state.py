@@ -146,13 +146,14 @@ def _joined_state(
 ) -> dict[str, Any]:
     """Join the ranks' optimizer states, and take a part of the moments that are divided."""
     moments: dict[int, dict[str, Tensor]] = {}
-    for index in states[0]["state"]:
+    first: Mapping[int, Mapping[str, Tensor]] = states[0]["state"]
+    for index, values in first.items():
         found = [state["state"][index] for state in states if index in state["state"]]
         moments[index] = {
             key: part.of(names[index], _joined([of_rank[key] for of_rank in found])).clone()
             if value.dim()
             else value.clone()  # the number of steps
-            for key, value in found[0].items()
+            for key, value in values.items()
         }
     return {**states[0], "state": moments}
 
