@@ -115,25 +115,26 @@ async def started(config: RunConfig) -> AsyncIterator[Learner]:
 
 
 async def measure(work: Work, report: Report, folder: Path) -> None:
-    on_gpu = work.config.training.device == "cuda"
+    learner = None if work.config.cluster is None else work.config.cluster.learner
+    on_gpu = learner is not None and learner.cards > 0
     with peak_memory() if on_gpu else contextlib.nullcontext([]) as on_cards:
-        async with started(work.config) as learner:
-            _, first_s = await timed(learner.update(work.batch(max(4, work.sequences // 4))))
+        async with started(work.config) as group:
+            _, first_s = await timed(group.update(work.batch(max(4, work.sequences // 4))))
             batch, steps, allocated = work.batch(work.sequences), [], []
             for _ in range(work.rounds):
-                update, step_s = await timed(learner.update(batch))
+                update, step_s = await timed(group.update(batch))
                 steps.append(step_s)
                 allocated.append(peak_gib(update))
                 print(f"step: {step_s:.1f} s, loss {update.loss:.4f}", flush=True)
             with tempfile.TemporaryDirectory(dir=shared_memory_dir()) as memory:
                 channel = DirectoryChannel(Path(memory))
-                await learner.publish(channel)  # the first one imports what the channel needs
-                version, publish_s = await timed(learner.publish(channel))
+                await group.publish(channel)  # the first one imports what the channel needs
+                version, publish_s = await timed(group.publish(channel))
                 if weights_digest(channel.fetch(version).tensors) != version.digest:
                     raise RuntimeError("what was published has another digest than the step")
             state = folder / "state"
             state.mkdir()
-            _, save_s = await timed(learner.save_state(state))
+            _, save_s = await timed(group.save_state(state))
     tokens = total_tokens([scored.rollout for scored in batch.scored])
     plan = lay_out(work.config, engines=("learner",))
     figures = {

@@ -379,7 +379,7 @@ def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
         section = getattr(config, section_name) or ClusterConfig(learner=ClusterLearner())
         if key == "training.tuning":
             value = _LORA
-        if key == "cluster.learner":
+        elif key == "cluster.learner":
             value = ClusterLearner.model_validate(parse_yaml(value, key))
         section = section.model_copy(update={name: value})
         config = config.model_copy(update={section_name: section})
