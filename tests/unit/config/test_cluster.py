@@ -83,7 +83,10 @@ SHARDED = {"cluster": {"learner": {"ranks": 2, "sharded": True}}, "training.own_
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"training.kind": "unsloth", "training.dtype": "float32"}, "onto one card"),
+        (
+            {"training": {"kind": "unsloth", "dtype": "float32", "tuning": {"kind": "full"}}},
+            "onto one card",
+        ),
         ({"training.tuning": {"kind": "lora"}}, "adapters are small"),
         ({"training.compiled": True}, "use compiled=false"),
         (
