@@ -16,7 +16,7 @@ from qwen3_distill.training.ranks import Ranks
 
 
 class TrainedWeights:
-    """What a learner does with its weights besides computing with them.
+    """Holds the trained weights of a learner: sums and clips their gradients, yields them whole.
 
     Args:
         core: the student, adapters inside it when tuning is LoRA.
@@ -25,15 +25,15 @@ class TrainedWeights:
     def __init__(self, core: PreTrainedModel) -> None:
         self._core = core
         self.part: Part = WHOLE
-        """What of them this rank holds."""
+        """The part of the weights that this rank holds."""
         self.named: dict[str, Tensor] = {
             name: parameter
             for name, parameter in core.named_parameters()
             if parameter.requires_grad
         }
-        """What the optimizer steps, by name."""
+        """The tensors that the optimizer steps, by name."""
         self.shapes = {name: parameter.shape for name, parameter in self.named.items()}
-        """Of the whole weights."""
+        """The whole weights' shapes, by name."""
 
     def published(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every weight of the model without adapters, whole, the adapters merged in."""
