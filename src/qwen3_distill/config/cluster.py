@@ -58,6 +58,19 @@ class ClusterLearner(Schema):
     of the run. A run continues bit for bit with the same number of ranks only."""
     cards: Annotated[int, Field(ge=0, le=1)] = 1
     """Cards of each rank; 0: none, it computes on the CPU."""
+    sharded: bool = False
+    """Divide the layers' weights, gradients and moments over the ranks, for full tuning that does
+    not fit one card (``training.kind: embedded``). A layer is gathered for each of its passes, so
+    where whole ones fit, they are faster. A checkpoint may be continued either way."""
+
+    @model_validator(mode="after")
+    def _divides_over_several(self) -> Self:
+        if self.sharded and self.ranks == 1:
+            raise ValueError(
+                "cluster.learner.sharded with ranks=1: there is no other rank to divide the "
+                "weights with; raise ranks, or use sharded=false"
+            )
+        return self
 
 
 class ClusterConfig(Schema):

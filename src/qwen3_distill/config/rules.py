@@ -7,7 +7,7 @@ below in the order of `RULES`; the first that is broken is reported.
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from qwen3_distill.config.cluster import WITH_LEARNER
+from qwen3_distill.config.cluster_rules import CLUSTER_RULES
 from qwen3_distill.config.data import PromptsConfig, VerifierConfig
 from qwen3_distill.config.engines import VLLM_MAX_RANK
 from qwen3_distill.config.objective import needs_hidden_states
@@ -388,76 +388,6 @@ def verifier_fits_prompts(config: "RunConfig") -> None:
             )
 
 
-def cluster_engines_have_own_process(config: "RunConfig") -> None:
-    if config.cluster is None:
-        return
-    sections = {
-        "rollouts": ("generation", config.generation),
-        "teachers": ("scoring", config.scoring),
-        "learner": ("training", config.training),
-    }
-    for name, (key, section) in sections.items():
-        if getattr(config.cluster, name) is None:
-            continue
-        if section is None:
-            raise ValueError("cluster.teachers starts teachers, and scoring is null: drop it")
-        if section.kind == "embedded" and not section.own_process:
-            raise ValueError(
-                f"cluster.{name} with {key}.own_process=false: an engine in the run's own process "
-                f"cannot be on another card or node; set {key}.own_process=true"
-            )
-    scoring = config.scoring
-    if scoring is None or scoring.kind != "sglang" or config.cluster.teachers is None:
-        return
-    if scoring.urls:
-        raise ValueError(
-            "cluster.teachers starts teachers, and scoring.urls names servers that run already: "
-            "drop one of the two"
-        )
-
-
-def cluster_channel_reaches_engines(config: "RunConfig") -> None:
-    cluster, generation = config.cluster, config.generation
-    if cluster is None or generation.kind != "vllm" or generation.full_weights != "ipc":
-        return
-    engines = cluster.rollouts
-    apart = engines is not None and (engines.where != WITH_LEARNER or engines.replicas > 1)
-    if apart or (engines is None and cluster.learner is not None):
-        raise ValueError(
-            "generation.full_weights=ipc reaches an engine on the learner's card only, and "
-            "cluster puts them apart: use full_weights=auto or directory"
-        )
-
-
-def tensor_parallelism_is_the_cards(config: "RunConfig") -> None:
-    generation, scoring, cluster = config.generation, config.scoring, config.cluster
-    if cluster is None:
-        return
-    if cluster.rollouts is not None and cluster.rollouts.cards > 1:
-        raise ValueError(
-            f"cluster.rollouts.cards={cluster.rollouts.cards}: a rollout engine has one card, "
-            "since weights that are divided over cards could not be read back and compared; "
-            "raise cluster.rollouts.replicas"
-        )
-    if generation.kind == "vllm" and cluster.rollouts is not None:
-        stated = generation.engine_arguments.get("tensor_parallel_size", 1)
-        if stated != 1:
-            raise ValueError(
-                f"generation.engine_arguments.tensor_parallel_size={stated}: a rollout engine of "
-                "a cluster has one card; raise cluster.rollouts.replicas"
-            )
-    if scoring is not None and scoring.kind == "sglang" and cluster.teachers is not None:
-        names = ("tp-size", "tp_size", "tensor-parallel-size", "tensor_parallel_size", "tp")
-        given = [scoring.server_arguments[n] for n in names if n in scoring.server_arguments]
-        parts = given[0] if given else 1
-        if parts != max(1, cluster.teachers.cards):
-            raise ValueError(
-                f"cluster.teachers.cards={cluster.teachers.cards} and "
-                f"scoring.server_arguments.tp-size={parts}: a teacher has one card for each part "
-                "of its model; give both the same number"
-            )
-
-
 RULES: tuple[Callable[["RunConfig"], None], ...] = (
     objective_has_its_teacher,
     evaluation_starts_no_server,
@@ -485,9 +415,7 @@ RULES: tuple[Callable[["RunConfig"], None], ...] = (
     evaluation_split_is_held_out,
     task_reward_needs_verifier_and_samples,
     verifier_fits_prompts,
-    cluster_engines_have_own_process,
-    cluster_channel_reaches_engines,
-    tensor_parallelism_is_the_cards,
+    *CLUSTER_RULES,
     *TEACHER_RULES,
 )
 """In the order in which they are checked."""

@@ -74,6 +74,11 @@ _ADAM_BYTES = 16
 """Bytes of an adapter's parameter: weight, gradient and two moments in float32."""
 _FULL_COPIES = 4
 """Copies that full tuning keeps of a parameter, in its dtype: weight, gradient, two moments."""
+_GATHERED_LAYERS = 4
+"""Layers' matrices, in the dtype of the computation, that exist at a time where ranks divide them:
+the one that computes, the one that is gathered meanwhile and its buffer, and a gradient."""
+_SUMMED_LAYERS = 2
+"""Layers' gradients, in the dtype of the weights, that are being summed over the ranks."""
 
 
 def activation_bytes(shape: ModelShape, tuning: TuningConfig, arithmetic: Arithmetic) -> int:
@@ -88,19 +93,28 @@ def activation_bytes(shape: ModelShape, tuning: TuningConfig, arithmetic: Arithm
 
 
 def weight_bytes(
-    shape: ModelShape, tuning: TuningConfig, *, base_bytes: int, arithmetic: Arithmetic
+    shape: ModelShape,
+    tuning: TuningConfig,
+    *,
+    base_bytes: int,
+    arithmetic: Arithmetic,
+    shards: int = 1,
 ) -> int:
     """Bytes of weights, gradients and moments, which do not depend on the batch.
 
     Args:
         base_bytes: bytes of one weight of the model.
+        shards: ranks over which full tuning divides the layers' matrices.
     """
     if isinstance(tuning, LoraTuning):
         adapters = _ADAM_BYTES * shape.lora_parameters(tuning.rank, tuning.target_modules)
         return shape.weight_bytes(base_bytes) + adapters
     # Autocast keeps a bfloat16 copy of every matrix from its first use to the backward pass.
     copies = 2 if arithmetic == "bfloat16" and base_bytes == 4 else 0
-    return shape.weight_bytes(_FULL_COPIES * base_bytes + copies)
+    if shards == 1:
+        return shape.weight_bytes(_FULL_COPIES * base_bytes + copies)
+    whole = (_FULL_COPIES * base_bytes + copies) * (shape.num_parameters - shape.linear_parameters)
+    return whole + _FULL_COPIES * base_bytes * -(-shape.linear_parameters // shards)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +145,8 @@ class MemoryModel:
     """Rows of float32 logits, or of tensors of their size, that exist at a time."""
     merged_bytes: int = 0
     """Bytes of layers with merged adapters, kept for an engine that takes merged weights."""
+    shards: int = 1
+    """Ranks over which the layers' matrices are divided."""
 
     @classmethod
     def of(
@@ -140,11 +156,13 @@ class MemoryModel:
         *,
         on_gpu: bool,
         merges: bool,
+        shards: int = 1,
     ) -> "MemoryModel":
         """The model of a learner's memory.
 
         Args:
             merges: whether an engine takes merged weights.
+            shards: ranks over which the layers' matrices are divided.
         """
         base_bytes = 4 if training.dtype == "float32" else 2
         merged = 0
@@ -162,15 +180,29 @@ class MemoryModel:
                 else _LOGIT_COPIES * training.chunk_tokens
             ),
             merged_bytes=merged,
+            shards=shards,
         )
 
     @property
     def fixed_bytes(self) -> int:
         """Bytes that are allocated before, during and after every step."""
         weights = weight_bytes(
-            self.shape, self.tuning, base_bytes=self.base_bytes, arithmetic=self.arithmetic
+            self.shape,
+            self.tuning,
+            base_bytes=self.base_bytes,
+            arithmetic=self.arithmetic,
+            shards=self.shards,
         )
-        return weights + self.merged_bytes
+        return weights + self.merged_bytes + self.gathered_bytes
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of the layers that are gathered, and whose gradients are summed, in a step."""
+        if self.shards == 1:
+            return 0
+        layer = self.shape.linear_parameters // self.shape.num_layers
+        computed = _GATHERED_LAYERS * min(self.base_bytes, _WIDTH[self.arithmetic])
+        return layer * (computed + _SUMMED_LAYERS * self.base_bytes)
 
     def peak_bytes(self, tokens: int, choice: Checkpointing) -> int:
         """Peak bytes of a step whose largest micro-batch holds ``tokens`` tokens."""

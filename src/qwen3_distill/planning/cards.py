@@ -80,7 +80,12 @@ def _kinds(config: RunConfig) -> list[tuple[str, tuple[Engine, ...]]]:
             node = "any node" if section.where == OWN else f"a node with {section.where}"
             number = f"{section.replicas} x {section.cards} cards"
             others.append((f"cluster.{name}: {number}, {node}", (engine,)))
-    return [("the learner's card, on this machine", tuple(here)), *others]
+    learner = cluster.learner
+    if learner is not None and learner.sharded:
+        where = f"each of the learner's {learner.ranks} cards, which divide weights and optimizer"
+    else:
+        where = "the learner's card, on this machine"
+    return [(where, tuple(here)), *others]
 
 
 def _check_heads(name: str, section: ClusterEngines, shape: ModelShape) -> None:

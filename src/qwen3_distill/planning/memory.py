@@ -262,7 +262,19 @@ def step_memory(config: RunConfig, models: Models, device: DeviceMemory) -> Memo
     """The memory model of the learner's steps, the same that the learner uses."""
     training = config.training
     on_gpu = device.kind != "cpu" and not (training.kind == "embedded" and training.device == "cpu")
-    return MemoryModel.of(models.student, training, on_gpu=on_gpu, merges=_learner_merges(config))
+    return MemoryModel.of(
+        models.student,
+        training,
+        on_gpu=on_gpu,
+        merges=_learner_merges(config),
+        shards=_learner_shards(config),
+    )
+
+
+def _learner_shards(config: RunConfig) -> int:
+    """Ranks that divide the layers' weights, gradients and moments."""
+    learner = None if config.cluster is None else config.cluster.learner
+    return learner.ranks if learner is not None and learner.sharded else 1
 
 
 def checkpointing(
@@ -323,13 +335,24 @@ def learner_rows(
 def _learner_state_rows(config: RunConfig, models: Models, model: MemoryModel) -> list[PlanRow]:
     """Rows of weights, gradients and AdamW's two moments."""
     shape, training = models.student, config.training
-    weights = _weights_row("learner", shape, _ITEMSIZE[training.dtype], quantized=False)
-    state = model.fixed_bytes - weights.num_bytes - model.merged_bytes
+    itemsize = _ITEMSIZE[training.dtype]
+    weights = _weights_row("learner", shape, itemsize, quantized=False)
+    if model.shards > 1:
+        elsewhere = shape.linear_parameters - -(-shape.linear_parameters // model.shards)
+        how = f"{weights.how}; 1/{model.shards} of the layers"
+        weights = _row("learner", "weights", weights.num_bytes - itemsize * elsewhere, how)
+    state = model.fixed_bytes - weights.num_bytes - model.merged_bytes - model.gathered_bytes
     if training.tuning.kind == "full":
         how = f"gradients and two moments, {training.dtype}"
-        if model.arithmetic == "bfloat16" and training.dtype == "float32":
+        if model.shards > 1:
+            how += f"; 1/{model.shards} of the layers'"
+        elif model.arithmetic == "bfloat16" and training.dtype == "float32":
             how += ", and bfloat16 copies of the weights"
-        return [weights, _row("learner", "optimizer", state, how)]
+        rows = [weights, _row("learner", "optimizer", state, how)]
+        if model.gathered_bytes:
+            how = "gathered for a pass, and gradients on their way; estimate"
+            rows.append(_row("learner", "layers of all ranks", model.gathered_bytes, how))
+        return rows
     how = f"rank {training.tuning.rank}, float32: weights, gradients, two moments"
     rows = [weights, _row("learner", "adapters and optimizer", state, how)]
     if model.merged_bytes:

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qwen3_distill.config import LoraTuning, RunConfig
+from qwen3_distill.config import ClusterConfig, ClusterLearner, LoraTuning, RunConfig
+from qwen3_distill.config.yaml12 import parse_yaml
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.shapes import ModelShape, read_shape
 from qwen3_distill.modeling.step_memory import GIB
@@ -341,6 +342,8 @@ def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], RunConfig]]:
             candidates.append({"scoring.chunked_prefill_tokens": half})
     if training.tuning.kind == "full":
         candidates.append({"training.tuning": "{kind: lora}"})
+    if (sharded := _sharded(config)) is not None:
+        candidates.append(sharded)
     if training.micro_batch_tokens > 1024:
         candidates.append({"training.micro_batch_tokens": training.micro_batch_tokens // 2})
     checkpointing = training.gradient_checkpointing
@@ -356,13 +359,28 @@ def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], RunConfig]]:
         yield changes, _changed(config, changes)
 
 
+def _sharded(config: RunConfig) -> dict[str, Any] | None:
+    """The change to ranks that divide the weights of full tuning; None: they cannot, or do."""
+    training = config.training
+    learner = None if config.cluster is None else config.cluster.learner
+    if training.kind != "embedded" or training.tuning.kind != "full":
+        return None
+    if training.compiled or (learner is not None and learner.sharded):
+        return None
+    ranks = max(2, 1 if learner is None else learner.ranks)
+    changes: dict[str, Any] = {} if training.own_process else {"training.own_process": True}
+    return changes | {"cluster.learner": f"{{ranks: {ranks}, sharded: true}}"}
+
+
 def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
     """A copy with other settings, not validated: it is measured, never run."""
     for key, value in changes.items():
         section_name, name = key.split(".")
-        section = getattr(config, section_name)
+        section = getattr(config, section_name) or ClusterConfig(learner=ClusterLearner())
         if key == "training.tuning":
             value = _LORA
+        elif key == "cluster.learner":
+            value = ClusterLearner.model_validate(parse_yaml(value, key))
         section = section.model_copy(update={name: value})
         config = config.model_copy(update={section_name: section})
     return config

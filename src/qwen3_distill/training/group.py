@@ -6,6 +6,9 @@ a step's rollouts are dealt to the ranks by their tokens, every rank divides by 
 the whole step, and the gradients are added up once, before clipping. All ranks then take the same
 optimizer step on the same numbers, and the digest of the weights is compared after it.
 
+In a sharded group the ranks divide the trained weights, their gradients and moments, too
+(`sharding`). Then each saves its own part, and all take part when whole weights are looked at.
+
 A rank that fails leaves the others waiting in the sum. So the whole group is ended with it, and the
 caller starts the group again and loads the last checkpoint, as for a single learner that is lost.
 """
@@ -44,6 +47,7 @@ class GroupLearner:
     Args:
         ranks: one hosted learner per rank, all of the same settings; rank 0 saves and publishes.
         timeout_s: how long the group may take to form, and a rank may wait for the others.
+        sharded: divide the student's layers, their gradients and moments over the ranks.
         rendezvous: returns an address at which rank 0 can be reached by all; asked for before each
             start.
 
@@ -56,12 +60,14 @@ class GroupLearner:
         ranks: Sequence[HostedLearner],
         *,
         timeout_s: float,
+        sharded: bool = False,
         rendezvous: Callable[[], str] = loopback_address,
     ) -> None:
         if not ranks:
             raise ConfigError("a group of learners needs at least one rank")
         self._ranks = tuple(ranks)
         self._timeout_s = timeout_s
+        self._sharded = sharded
         self._rendezvous = rendezvous
 
     @property
@@ -82,7 +88,8 @@ class GroupLearner:
 
     def describe(self) -> Mapping[str, str]:
         """How rank 0 runs, and the number of ranks, for people; after `start`."""
-        return {**self._ranks[0].describe(), "ranks": str(len(self._ranks))}
+        divided = ", weights and optimizer divided over them" if self._sharded else ""
+        return {**self._ranks[0].describe(), "ranks": f"{len(self._ranks)}{divided}"}
 
     async def start(self) -> None:
         """Start all ranks; they meet while they are opened.
@@ -94,7 +101,11 @@ class GroupLearner:
         address = self._rendezvous()
         for index, rank in enumerate(self._ranks):
             rank.place = RankPlace(
-                index=index, count=len(self._ranks), address=address, timeout_s=self._timeout_s
+                index=index,
+                count=len(self._ranks),
+                address=address,
+                timeout_s=self._timeout_s,
+                sharded=self._sharded,
             )
         try:
             await together(*(rank.start() for rank in self._ranks))
@@ -120,19 +131,45 @@ class GroupLearner:
         )
 
     async def publish(self, channel: WeightChannel) -> WeightVersion:
-        return await self._ranks[0].publish(channel)
+        return await self._first(self._ranks[0].publish(channel))
 
     async def save_state(self, directory: Path) -> None:
-        await self._ranks[0].save_state(directory)
+        if not self._sharded:
+            return await self._ranks[0].save_state(directory)
+        writes = [rank.save_state(directory) for rank in self._ranks]
+        # No rank waits for another here, so what one of them raises (a full disk) is the error.
+        for failed in await asyncio.gather(*writes, return_exceptions=True):
+            if failed is not None:
+                raise failed
 
     async def load_state(self, directory: Path, version: WeightVersion) -> None:
         await self._each(rank.load_state(directory, version) for rank in self._ranks)
 
     async def save_student(self, directory: Path) -> None:
-        await self._ranks[0].save_student(directory)
+        await self._first(self._ranks[0].save_student(directory))
 
     async def close(self) -> None:
         await asyncio.gather(*(rank.close() for rank in self._ranks))
+
+    async def _first(self, call: Coroutine[Any, Any, Result]) -> Result:
+        """Make a call of rank 0 that looks at whole weights; the others take part in gathering.
+
+        What rank 0 raises after that, such as a full disk, concerns no other rank.
+
+        Raises:
+            LearnerLost: a rank died or failed meanwhile; the group was ended.
+        """
+        if not self._sharded:
+            return await call
+        gathers = (rank.gather() for rank in self._ranks[1:])
+        own, *others = await self._each([_outcome(call), *map(_outcome, gathers)])
+        failed = [other for other in others if isinstance(other, BaseException)]
+        if any(type(error) is not type(own) for error in failed):
+            await self.close()
+            raise LearnerLost(f"the weights could not be gathered from all ranks: {failed[0]}")
+        if isinstance(own, BaseException):
+            raise own
+        return own
 
     async def _each(self, calls: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
         """Make one call per rank; end the group unless all ranks return, or all raise the same.
@@ -189,3 +226,13 @@ class GroupLearner:
                 "different numbers, so the group cannot go on; use cards of one kind, and check "
                 "their memory if they are"
             )
+
+
+async def _outcome(call: Coroutine[Any, Any, Result | None]) -> Any:
+    """Return what a call returns or raises; only the loss of a rank is raised."""
+    try:
+        return await call
+    except LearnerLost:
+        raise
+    except Exception as error:  # noqa: BLE001 - judged by the caller
+        return error

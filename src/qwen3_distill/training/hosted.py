@@ -108,6 +108,10 @@ class HostedLearner:
         channel.publish(version, payload)
         return version
 
+    async def gather(self) -> None:
+        """Take part in what the first rank of a group that divides its weights publishes."""
+        await self._call("gather")
+
     async def save_state(self, directory: Path) -> None:
         await self._call("save_state", directory.resolve())
 

@@ -7,11 +7,11 @@ Shape letters: B rows of a micro-batch, T positions, D hidden size.
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from qwen3_distill.replay.buffer import ReplayBuffer
 from qwen3_distill.training.batching import MicroBatch, flat_micro_batches, micro_batches
 from qwen3_distill.training.finite import FiniteCheck
 from qwen3_distill.training.learner_state import read_state, write_state
-from qwen3_distill.training.lora import adapter_weights, merged_parameters
+from qwen3_distill.training.lora import adapter_weights
 from qwen3_distill.training.memory_lack import memory_lack
 from qwen3_distill.training.objectives.base import (
     LossTerms,
@@ -51,7 +51,9 @@ from qwen3_distill.training.rank_place import StepShare, deal
 from qwen3_distill.training.ranks import Ranks
 from qwen3_distill.training.schedule import learning_rate_factor
 from qwen3_distill.training.settings import AnyLearnerSettings
+from qwen3_distill.training.step import MicroBatches, Step, StepGradient, no_micro_batches
 from qwen3_distill.training.student import Student
+from qwen3_distill.training.trained import TrainedWeights
 from qwen3_distill.types import (
     Batch,
     Metric,
@@ -66,35 +68,6 @@ from qwen3_distill.utils.seeds import derive_seed
 _GIB = 1 << 30
 
 
-class _MicroBatches(Protocol):
-    """Splits a step's rollouts; see `micro_batches`."""
-
-    def __call__(self, max_tokens: int, *, packed: bool) -> Iterator[MicroBatch]: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Step:
-    """The rollouts of one optimizer step."""
-
-    micros: _MicroBatches
-    denominator: float
-    """sum_i w_i n_i over the whole step: every micro-batch divides by this."""
-    num_loss_tokens: int
-    lag_steps: int
-    """Age of the oldest token."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Gradient:
-    """Numbers of a step's accumulated gradient; the gradient itself is in the parameters."""
-
-    loss: float
-    norm: float
-    metrics: list[Metric]
-    magnitude_S: Tensor
-    """[S] mean magnitude of each rollout's tokens, on the device."""
-
-
 class TorchLearner:
     """A `ReplayingLearner` on PyTorch.
 
@@ -106,6 +79,7 @@ class TorchLearner:
         student: the model of ``settings``, loaded.
         objective: that of ``settings``, built.
         replay: keeps rollouts on the student's device; None: `update` alone trains.
+        weights: the student's trained weights; None: they are whole on this rank.
     """
 
     def __init__(
@@ -114,6 +88,7 @@ class TorchLearner:
         student: Student,
         objective: Objective,
         replay: ReplayBuffer | None = None,
+        weights: TrainedWeights | None = None,
     ) -> None:
         self.student = student
         self._settings = settings
@@ -123,14 +98,10 @@ class TorchLearner:
         self._files = read_student_files(settings.model_dir)
         embedding: Any = student.core.get_input_embeddings()
         self._files.check_tied(output_head(student.core) is embedding.weight)
-        self._trained = {
-            name: parameter
-            for name, parameter in student.core.named_parameters()
-            if parameter.requires_grad
-        }
+        self._weights = weights or TrainedWeights(student.core)
         optimizer = settings.training.optimizer
         self._optimizer = torch.optim.AdamW(
-            self._trained.values(),
+            self._weights.named.values(),
             lr=optimizer.learning_rate,
             betas=optimizer.betas,
             eps=optimizer.eps,
@@ -171,7 +142,7 @@ class TorchLearner:
         self._check_lengths(batch.scored)
         check_samplers(self._settings.objective, batch.scored)
         return self._step(
-            _Step(
+            Step(
                 micros=self._split(batch),
                 denominator=batch.denominator,
                 num_loss_tokens=batch.num_loss_tokens,
@@ -188,8 +159,8 @@ class TorchLearner:
         self._check_length(share.longest_id, share.longest_tokens)
         require_samplers(self._settings.objective, share.example_of)
         return self._step(
-            _Step(
-                micros=_no_micro_batches if batch is None else self._split(batch),
+            Step(
+                micros=no_micro_batches if batch is None else self._split(batch),
                 denominator=share.denominator,
                 num_loss_tokens=share.num_loss_tokens,
                 lag_steps=share.lag_steps,
@@ -217,7 +188,7 @@ class TorchLearner:
         on_device_S = torch.from_numpy(sample.weights_S).to(flat.token_id_F.device)
         rows = self._own_rows(flat.tokens_S)
         update, magnitude_S = self._step(
-            _Step(
+            Step(
                 micros=partial(flat_micro_batches, flat, on_device_S, rows=rows),
                 denominator=float(weights_S @ flat.loss_tokens_S),
                 num_loss_tokens=int(flat.loss_tokens_S.sum()),
@@ -233,7 +204,7 @@ class TorchLearner:
         )
         return replace(update, metrics=(*update.metrics, *metrics))
 
-    def _split(self, batch: Batch) -> _MicroBatches:
+    def _split(self, batch: Batch) -> MicroBatches:
         return partial(micro_batches, batch, shared_prompts=self.student.shares_prompts)
 
     def _own_rows(self, tokens_S: NDArray[np.int64]) -> Sequence[int]:
@@ -257,13 +228,13 @@ class TorchLearner:
             raise ConfigError("this learner keeps no rollouts; add a `replay` section")
         return self._replay
 
-    def _step(self, work: "_Step") -> tuple[Update, Tensor]:
+    def _step(self, work: Step) -> tuple[Update, Tensor]:
         """Take an optimizer step; also [S], each rollout's mean magnitude."""
         self._require_unspoiled()
         step = self._version.step
         rank = () if self._ranks is None else (self._ranks.place.index,)
         torch.manual_seed(derive_seed(self._settings.seed, "dropout", step, *rank))
-        self._optimizer.zero_grad(set_to_none=True)
+        self._weights.drop_gradients()
         if self.student.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.student.device)
         with self._memory_watched(f"step {step}", "nothing was stepped"):
@@ -271,7 +242,7 @@ class TorchLearner:
             self._require_finite(step, gradient.loss, gradient.norm)
             learning_rate = self._set_learning_rate(step)
             self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
+            self._weights.drop_gradients()
         with self._memory_watched(f"step {step}", "it was stepped, but cannot be published"):
             self._version = WeightVersion(step=step + 1, digest=self._stepped_digest(step))
         update = Update(
@@ -297,22 +268,31 @@ class TorchLearner:
     def payload(self) -> WeightPayload:
         """The current version's weights, on the learner's device."""
         self._require_unspoiled()
-        core = self.student.core
         adapter = self._settings.published_adapter
         if adapter is not None:
-            return adapter_weights(core, adapter)
-        return FullWeights(tensors=dict(merged_parameters(core)))
+            return adapter_weights(self.student.core, adapter)
+        if self._weights.part.count > 1:  # never whole on the device
+            return FullWeights(tensors={n: t.cpu() for n, t in self._weights.published()})
+        return FullWeights(tensors=dict(self._weights.published()))
+
+    def gather(self) -> None:
+        """Take part in the gathering of whole weights, which another rank publishes or saves."""
+        self._require_unspoiled()
+        for _ in self._weights.published():
+            pass
 
     async def save_state(self, directory: Path) -> None:
         self._require_unspoiled()
-        write_state(directory, self._trained, self._optimizer, self._replay)
+        weights = self._weights
+        write_state(directory, weights.named, self._optimizer, self._replay, weights.part)
 
     async def load_state(self, directory: Path, version: WeightVersion) -> None:
+        weights, with_replay = self._weights, self._replay is not None
         saved, state, kept = read_state(
-            directory, self._trained, with_replay=self._replay is not None
+            directory, weights.shapes, with_replay=with_replay, part=weights.part
         )
         with torch.no_grad():
-            for name, parameter in self._trained.items():
+            for name, parameter in weights.named.items():
                 parameter.copy_(saved[name])
         self._spoiled = None
         self._optimizer.load_state_dict(state)
@@ -332,7 +312,7 @@ class TorchLearner:
         self._require_unspoiled()
         check = FiniteCheck()
         # No second model is made: an engine may have patched the model's class in this process.
-        merged = check.passing(merged_parameters(self.student.core))
+        merged = check.passing(self._weights.published())
         weights = {name: tensor.cpu() for name, tensor in merged}
         check.require()
         write_student(self._files, weights, directory)
@@ -341,14 +321,14 @@ class TorchLearner:
         if self._ranks is not None:
             self._ranks.leave()
 
-    def _gradient(self, work: "_Step") -> "_Gradient":
+    def _gradient(self, work: Step) -> StepGradient:
         """Accumulate and clip the step's gradient."""
         losses, pending = list[Tensor](), list[TensorMetric]()
         rollouts, magnitudes = list[int](), list[Tensor]()
         counts = PassCounts(self._settings.training.chunk_tokens)
-        for micro in work.micros(
-            self._settings.training.micro_batch_tokens, packed=self.student.packs
-        ):
+        max_tokens = self._settings.training.micro_batch_tokens
+        micros = work.micros(max_tokens, packed=self.student.packs)
+        for micro in self._weights.passes(micros):
             terms = self._terms(micro.to(self.student.device), work.denominator)
             terms.loss.backward()
             counts.add(micro)
@@ -356,13 +336,13 @@ class TorchLearner:
             pending.extend(terms.metrics)
             rollouts.extend(micro.rollouts)
             magnitudes.append(_mean_per_rollout(terms.magnitude_N, micro.loss_tokens))
-        self._reduce(self._trained.values())
+        self._reduce()
         losses = self._losses_of_all_ranks(losses)
         max_norm = self._settings.training.optimizer.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), max_norm)
+        norm = self._weights.clip_gradients(max_norm)
         values = read_scalars([norm, *losses, *(metric.total for metric in pending)])
         totals = values[1 + len(losses) :]
-        return _Gradient(
+        return StepGradient(
             loss=sum(values[1 : 1 + len(losses)]),
             norm=values[0],
             metrics=[
@@ -377,15 +357,14 @@ class TorchLearner:
             return torch.zeros(0, device=self.student.device)
         return torch.cat(list(magnitudes))[np.argsort(rollouts).tolist()]
 
-    def _reduce(self, parameters: Iterable[Tensor]) -> None:
+    def _reduce(self) -> None:
         """Add up the accumulated gradients of several ranks, in place.
 
         Called once per step, between the last micro-batch's backward pass and the clipping, which
         needs the whole step's gradient. Every rank divides by the whole step's denominator, so
         ranks add up their gradients and do not average them.
         """
-        if self._ranks is not None:
-            self._ranks.add_gradients(parameters)
+        self._weights.add_up_gradients(self._ranks)
 
     def _losses_of_all_ranks(self, losses: list[Tensor]) -> list[Tensor]:
         """The step's loss, so that all ranks refuse a step whose loss is not finite, or none."""
@@ -407,7 +386,7 @@ class TorchLearner:
         with memory_lack() as lack:
             yield
         if lack.text is not None:
-            self._optimizer.zero_grad(set_to_none=True)
+            self._weights.drop_gradients()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             raise EngineError(
@@ -442,7 +421,7 @@ class TorchLearner:
 
     def _require_finite(self, step: int, loss: float, grad_norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self._optimizer.zero_grad(set_to_none=True)
+            self._weights.drop_gradients()
             raise NonFiniteError(
                 f"step {step}: loss={loss}, grad_norm={grad_norm}; the optimizer was not stepped. "
                 "A lower learning_rate or advantage_clip, in a new output_dir, is the usual remedy"
@@ -465,7 +444,7 @@ class TorchLearner:
         if self._settings.published_adapter is not None:
             digest = weights_digest(check.passing(self.payload().tensors.items()))
         else:
-            digest = weights_digest(check.passing(merged_parameters(self.student.core)))
+            digest = weights_digest(check.passing(self._weights.published()))
         check.require()  # computed with the digest, which waited for the device
         return digest
 
@@ -484,11 +463,6 @@ class TorchLearner:
     def _require_unspoiled(self) -> None:
         if self._spoiled is not None:
             raise NonFiniteError(self._spoiled)
-
-
-def _no_micro_batches(max_tokens: int, *, packed: bool) -> Iterator[MicroBatch]:
-    del max_tokens, packed
-    return iter(())
 
 
 def _mean_per_rollout(values_N: Tensor, tokens: Sequence[int]) -> Tensor:

@@ -25,22 +25,27 @@ class LearnerService:
 
     def __init__(self) -> None:
         self.learner: TorchLearner | None = None
-        self._place: RankPlace | None = None
+        self.place: RankPlace | None = None
+        """This learner's rank in a group; None: it steps alone."""
         self._channel: WeightChannel | None = None
         """The channel last published to: it may hold tensors that engines are reading."""
 
     def _serve(self, learner: "TorchLearner") -> "tuple[WeightVersion, dict[str, str]]":
         """Serve an open learner from now on; return its version and a description."""
-        if self._place is not None:
+        if self.place is not None and not self.place.sharded:
             from qwen3_distill.training.ranks import Ranks  # noqa: PLC0415 - imports torch
 
-            learner.join(Ranks(self._place, learner.student.device))
+            learner.join(Ranks(self.place, learner.student.device))
         self.learner = learner
         return learner.version, learner.student.describe()
 
     def take_place(self, place: RankPlace) -> None:
         """Note this learner's rank; it meets the others when it is opened."""
-        self._place = place
+        self.place = place
+
+    def gather(self) -> None:
+        """Take part in the gathering of the whole weights that the first rank looks at."""
+        self._open.gather()
 
     async def update_share(self, share: StepShare) -> Update:
         return await self._open.update_share(share)

@@ -22,6 +22,8 @@ class RankPlace:
     """``host:port`` at which rank 0 listens while the group forms."""
     timeout_s: float
     """How long the group may take to form, and a rank may wait for the others in a step."""
+    sharded: bool = False
+    """Whether the ranks divide the student's layers, their gradients and moments."""
 
 
 @dataclass(frozen=True, kw_only=True)

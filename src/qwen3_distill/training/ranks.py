@@ -1,8 +1,8 @@
 """The sums over ranks that a learner takes in a step, on torch.distributed.
 
-A step has no collective inside a forward or backward pass, so ranks may have any number of
-micro-batches, also none. Gradients are added, not averaged: every rank has already divided by the
-whole step's denominator.
+Unless the ranks divide the weights (`sharding`), a step has no collective inside a forward or
+backward pass, so ranks may have any number of micro-batches, also none. Gradients are added, not
+averaged: every rank has already divided by the whole step's denominator.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
+from torch.distributed.device_mesh import DeviceMesh
 
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.training.rank_place import RankPlace
@@ -34,8 +35,9 @@ class Ranks:
 
     def __init__(self, place: RankPlace, device: torch.device) -> None:
         self.place = place
+        self.device = device
         try:
-            self._group = _group(place, device)
+            self._group = _default_group(place, device) if place.sharded else _group(place, device)
             self.add(torch.zeros(1, device=device))  # connects all ranks now, not in a step
         except (RuntimeError, ValueError) as error:  # torch's for all that goes wrong here
             raise EngineStartError(
@@ -57,16 +59,40 @@ class Ranks:
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
 
+    def mesh(self) -> DeviceMesh:
+        """Return the ranks as a line of devices, over which weights can be divided."""
+        return DeviceMesh.from_group(self._group, self.device.type)
+
     def leave(self) -> None:
         """Leave the group. The other ranks need not have left."""
-        self._group.shutdown()
+        if self.place.sharded:
+            dist.destroy_process_group()
+        else:
+            self._group.shutdown()
+
+
+def _default_group(place: RankPlace, device: torch.device) -> Any:
+    """Form torch's default group, which FSDP needs: a process has one such learner."""
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=_store(place),
+        rank=place.index,
+        world_size=place.count,
+        timeout=timedelta(seconds=place.timeout_s),
+    )
+    return dist.group.WORLD
+
+
+def _store(place: RankPlace) -> TCPStore:
+    host, port = place.address.rsplit(":", 1)
+    timeout = timedelta(seconds=place.timeout_s)
+    return TCPStore(host, int(port), place.count, is_master=place.index == 0, timeout=timeout)
 
 
 def _group(place: RankPlace, device: torch.device) -> Any:
     """Form a group of this learner's own: torch's default one exists once per process."""
-    host, port = place.address.rsplit(":", 1)
     timeout = timedelta(seconds=place.timeout_s)
-    store = TCPStore(host, int(port), place.count, is_master=place.index == 0, timeout=timeout)
+    store = _store(place)
     if device.type == "cuda":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout

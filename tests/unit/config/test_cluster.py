@@ -30,6 +30,7 @@ OWN_PROCESS = {"generation.own_process": True, "scoring.own_process": True}
         ({"teachers": {"where": "spark2"}}, "set cluster.address"),
         ({"teachers": {"where": "two words"}}, "is no place"),
         ({"teachers": {}, "address": "10.0.0.1:6379", "cards_here": 2}, "cluster.cards_here"),
+        ({"learner": {"sharded": True}}, "sharded with ranks=1.*raise ranks"),
     ],
 )
 def test_a_cluster_section_that_contradicts_itself_is_refused(
@@ -74,6 +75,37 @@ def test_a_cluster_that_the_engines_cannot_have_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         check_config(tiny_values(tiny_models, tmp_path / "run", changes))
+
+
+SHARDED = {"cluster": {"learner": {"ranks": 2, "sharded": True}}, "training.own_process": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"training": {"kind": "unsloth", "dtype": "float32", "tuning": {"kind": "full"}}},
+            "onto one card",
+        ),
+        ({"training.tuning": {"kind": "lora"}}, "adapters are small"),
+        ({"training.compiled": True}, "use compiled=false"),
+        (
+            # Nothing else refuses it: the engine is on the learner's card.
+            {
+                "generation": {"kind": "vllm", "full_weights": "ipc"},
+                "cluster.rollouts": {"where": "with_learner"},
+            },
+            "no card has all of them",
+        ),
+    ],
+)
+def test_a_learner_that_cannot_divide_its_weights_is_refused(
+    tiny_models: TinyModels, tmp_path: Any, changes: dict[str, Any], words: str
+) -> None:
+    full = SHARDED | {"training.tuning": {"kind": "full"}}
+    check_config(tiny_values(tiny_models, tmp_path / "run", full))
+    with pytest.raises(ConfigError, match=words):
+        check_config(tiny_values(tiny_models, tmp_path / "run", full | changes))
 
 
 def test_rollouts_in_flight_grow_with_the_replicas(tiny_models: TinyModels, tmp_path: Any) -> None:

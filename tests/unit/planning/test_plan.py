@@ -11,6 +11,7 @@ from qwen3_distill.config.load import check_config, load_config
 from qwen3_distill.errors import ConfigError, ModelError
 from qwen3_distill.modeling.shapes import named_shape
 from qwen3_distill.modeling.step_memory import GIB, Checkpointing
+from qwen3_distill.planning.cards import CardPlan, plan_cards
 from qwen3_distill.planning.device import DeviceMemory
 from qwen3_distill.planning.memory import Models, PlanRow, checkpointing, step_memory
 from qwen3_distill.planning.plan import MemoryPlan, lay_out, make_plan
@@ -300,6 +301,47 @@ def test_full_tuning_counts_gradients_and_moments_of_every_weight() -> None:
     assert size(autocast, "learner", "optimizer") == 3.5 * weights
     plain = planned(config(training={**training, "autocast": "off"}), 200, teacher="8B")
     assert size(plain, "learner", "optimizer") == 3 * weights
+
+
+def full_tuning(**learner: Any) -> RunConfig:
+    """Full tuning of the embedded learner on a card of its own."""
+    training = {"kind": "embedded", "own_process": True, "dtype": "float32"}
+    training |= {"tuning": {"kind": "full"}, "gradient_checkpointing": True}
+    sections = {"rollouts": {}, "teachers": {}, "learner": learner}
+    return config(training=training, cluster=sections)
+
+
+def learners_card(run: RunConfig, gib: int) -> CardPlan:
+    shapes = {"student_shape": named_shape("4B"), "teacher_shape": named_shape("8B")}
+    return plan_cards(run, device_memory_bytes=gib * GIB, **shapes)[0]
+
+
+def test_ranks_that_divide_the_states_fit_cards_that_whole_ones_do_not() -> None:
+    shape = named_shape("4B")
+    card = learners_card(full_tuning(ranks=2, sharded=True), 80)
+    assert card.what == "each of the learner's 2 cards, which divide weights and optimizer"
+    parts = shape.linear_parameters // 2 + shape.num_parameters - shape.linear_parameters
+    assert size(card.plan, "learner", "weights") == 4 * parts
+    copies = 2 * (shape.num_parameters - shape.linear_parameters)
+    assert size(card.plan, "learner", "optimizer") == 12 * parts + copies
+    layer = shape.linear_parameters / shape.num_layers
+    assert 8 * layer <= size(card.plan, "learner", "layers of all ranks") <= 20 * layer
+    four = learners_card(full_tuning(ranks=4, sharded=True), 80)
+    assert four.plan.engine_bytes("learner") < card.plan.engine_bytes("learner")
+
+
+def test_advice_for_full_tuning_names_the_division_and_frees_what_it_says() -> None:
+    with pytest.raises(ConfigError, match="the engines need") as caught:
+        learners_card(full_tuning(), 60)
+    advice = str(caught.value).partition("What would free memory:")[2]
+    found = re.search(r"cluster.learner=\{ranks: 2, sharded: true\}: ([\d.]+) GiB", advice)
+    assert found is not None
+    whole = learners_card(full_tuning(), 500).plan.required_bytes
+    divided = learners_card(full_tuning(ranks=2, sharded=True), 500).plan.required_bytes
+    assert float(found[1]) == pytest.approx((whole - divided) / GIB, abs=0.051)
+    with pytest.raises(ConfigError, match="the engines need") as caught:
+        learners_card(full_tuning(ranks=2, sharded=True), 20)
+    assert "cluster.learner=" not in str(caught.value)
 
 
 def test_micro_batch_holds_one_sequence_at_least() -> None:

@@ -3,7 +3,6 @@
 Shape letters: M tokens, N outputs, K inputs.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +60,10 @@ class KeepsGradient(EmbeddedLearner):
 
     gradient: dict[str, Tensor]
 
-    def _reduce(self, parameters: Iterable[Tensor]) -> None:
-        del parameters
+    def _reduce(self) -> None:
         self.gradient = {
             name: parameter.grad.clone()
-            for name, parameter in self._trained.items()
+            for name, parameter in self._weights.named.items()
             if parameter.grad is not None
         }
 

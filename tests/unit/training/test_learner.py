@@ -1,7 +1,7 @@
 """The shared learner where memory runs out, and the probes of the model below the head."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -87,9 +87,9 @@ def test_several_ranks_may_combine_their_gradients_between_the_last_backward_pas
     class TwoEqualRanks(EmbeddedLearner):
         num_reductions = 0
 
-        def _reduce(self, parameters: Iterable[Tensor]) -> None:
+        def _reduce(self) -> None:
             self.num_reductions += 1
-            for parameter in parameters:
+            for parameter in self._weights.named.values():
                 assert parameter.grad is not None
                 parameter.grad.mul_(2)
 

@@ -101,9 +101,11 @@ class RunCluster:
         ]
         if len(ranks) == 1:
             return ranks[0]
+        section = self._section.learner
         return GroupLearner(
             ranks,
             timeout_s=self._config.training.hang_timeout_s,
+            sharded=section is not None and section.sharded,
             rendezvous=self._ranks[0].free_address,
         )
 

@@ -21,7 +21,9 @@ from qwen3_distill.training.lora import add_adapters
 from qwen3_distill.training.objectives.base import Objective
 from qwen3_distill.training.objectives.build import build_objective
 from qwen3_distill.training.prompt_attention import PromptAttention, hidden_states, share_prompts
+from qwen3_distill.training.ranks import Ranks
 from qwen3_distill.training.settings import LearnerSettings
+from qwen3_distill.training.sharding import ShardedWeights, shard_layers
 from qwen3_distill.types import Metric
 
 
@@ -33,17 +35,26 @@ class EmbeddedLearner(TorchLearner):
         settings: LearnerSettings[EmbeddedTraining],
         objective: Objective,
         replay: ReplayBuffer | None = None,
+        shards: Ranks | None = None,
     ) -> None:
-        super().__init__(settings, _EmbeddedStudent(settings), objective, replay)
+        student = _EmbeddedStudent(settings, shards)
+        weights = None if shards is None else ShardedWeights(student, shards)
+        super().__init__(settings, student, objective, replay, weights)
+        if shards is not None:
+            self.join(shards)
 
 
 def build_embedded_learner(
-    settings: LearnerSettings[EmbeddedTraining], *, teacher_head_VD: Tensor | None = None
+    settings: LearnerSettings[EmbeddedTraining],
+    *,
+    teacher_head_VD: Tensor | None = None,
+    shards: Ranks | None = None,
 ) -> EmbeddedLearner:
     """Build a learner with the objective and the replay buffer of its settings.
 
     Args:
         teacher_head_VD: the teacher's output head, for objectives over hidden states.
+        shards: the ranks over which weights, gradients and moments are divided; None: whole here.
     """
     training, objective = settings.training, settings.objective
     buffer = None
@@ -53,17 +64,22 @@ def build_embedded_learner(
     built = build_objective(
         objective, teacher_head_VD=teacher_head_VD, chunk_tokens=training.chunk_tokens
     )
-    return EmbeddedLearner(settings, built, buffer)
+    return EmbeddedLearner(settings, built, buffer, shards)
 
 
 class _EmbeddedStudent:
     packs = False
 
-    def __init__(self, settings: LearnerSettings[EmbeddedTraining]) -> None:
+    def __init__(
+        self, settings: LearnerSettings[EmbeddedTraining], shards: Ranks | None = None
+    ) -> None:
         config = self._config = settings.training
         self.device = resolve_device(config.device)
-        base = load_model(settings.model_dir, device=self.device, dtype=resolve_dtype(config.dtype))
+        loads_on = self.device if shards is None else torch.device("cpu")
+        base = load_model(settings.model_dir, device=loads_on, dtype=resolve_dtype(config.dtype))
         self.core: PreTrainedModel = base
+        if shards is not None:
+            shard_layers(base, shards, computes_in=torch.bfloat16 if self._autocasts else None)
         if isinstance(config.tuning, LoraTuning):
             self.core = add_adapters(base, config.tuning, settings.seed)
         if config.base_precision != "as_loaded":
@@ -82,9 +98,12 @@ class _EmbeddedStudent:
     def shares_prompts(self) -> bool:
         return self._config.shared_prompts
 
+    @property
+    def _autocasts(self) -> bool:
+        return autocasts(self._config, on_gpu=self.device.type == "cuda")
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        on = autocasts(self._config, on_gpu=self.device.type == "cuda")
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._autocasts)
 
     def hidden(self, micro: MicroBatch) -> Tensor:
         if micro.shared is not None:

@@ -4,8 +4,10 @@ import torch
 
 from qwen3_distill.config import EmbeddedTraining
 from qwen3_distill.hosts.serve import serve_worker
+from qwen3_distill.modeling.loading import resolve_device
 from qwen3_distill.training.embedded.student import build_embedded_learner
 from qwen3_distill.training.learner_service import LearnerService
+from qwen3_distill.training.ranks import Ranks
 from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.types import WeightVersion
 
@@ -19,7 +21,10 @@ class EmbeddedLearnerWorker(LearnerService):
         """Load the student; return its first version, and a description."""
         if settings.training.threads is not None:
             torch.set_num_threads(settings.training.threads)
-        return self._serve(build_embedded_learner(settings))
+        ranks = None
+        if self.place is not None and self.place.sharded:
+            ranks = Ranks(self.place, resolve_device(settings.training.device))
+        return self._serve(build_embedded_learner(settings, shards=ranks))
 
 
 if __name__ == "__main__":
