@@ -153,8 +153,12 @@ def _attend(
     """Return the outputs [H, ., D] of a prompt and of its answers, in the order of the row."""
     first, middle = group.start, group.start + group.prompt_tokens
     stop = middle + sum(group.answer_tokens)
-    prompt = [values[None, :, first:middle] for values in (query_HTD, key_GTD, value_GTD)]
-    parts = [scaled_dot_product_attention(*prompt, is_causal=True, **options).squeeze(0)]
+    query, *prompt = (values[None, :, first:middle] for values in (query_HTD, key_GTD, value_GTD))
+    parts = [
+        scaled_dot_product_attention(
+            query, prompt[0], prompt[1], is_causal=True, **options
+        ).squeeze(0)
+    ]
     if middle == stop:
         return parts
     query_MHAD, *answers = (
@@ -162,7 +166,7 @@ def _attend(
     )
     key_MGLD, value_MGLD = (
         torch.cat([of_prompt.expand(len(of_answer), -1, -1, -1), of_answer], dim=2)
-        for of_prompt, of_answer in zip(prompt[1:], answers, strict=True)
+        for of_prompt, of_answer in zip(prompt, answers, strict=True)
     )
     # The last query attends to all keys, the one before to all but one: an answer's token to the
     # prompt and its own answer. Padding stands behind the tokens, and none of them looks there.
