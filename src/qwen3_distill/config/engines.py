@@ -21,6 +21,7 @@ from qwen3_distill.config.base import (
     Threads,
 )
 from qwen3_distill.config.learning import FullTuning, LoraTuning, OptimizerConfig, TuningConfig
+from qwen3_distill.config.tokenizer import TeacherTokenizer
 from qwen3_distill.utils.secrets import is_secret_name
 
 VLLM_MAX_RANK = 512
@@ -204,7 +205,7 @@ GenerationConfig: TypeAlias = Annotated[
 ]
 
 
-class EmbeddedScoring(_Embedded):
+class EmbeddedScoring(_Embedded, TeacherTokenizer):
     """The teacher on PyTorch."""
 
     kind: Literal["embedded"]
@@ -242,7 +243,7 @@ SGLANG_OPTIONS = {
 """Options of SGLang's server that may not be in ``server_arguments``, and what sets them."""
 
 
-class SglangScoring(_EngineProcess):
+class SglangScoring(_EngineProcess, TeacherTokenizer):
     """The teacher in SGLang servers: one that the run starts, or existing ones."""
 
     kind: Literal["sglang"]

@@ -11,6 +11,7 @@ from qwen3_distill.config.cluster import WITH_LEARNER
 from qwen3_distill.config.data import PromptsConfig, VerifierConfig
 from qwen3_distill.config.engines import VLLM_MAX_RANK
 from qwen3_distill.config.objective import needs_hidden_states
+from qwen3_distill.config.tokenizer import own_tokenizer_has_scores_of_spans
 
 if TYPE_CHECKING:
     from qwen3_distill.config.run import RunConfig
@@ -487,5 +488,6 @@ RULES: tuple[Callable[["RunConfig"], None], ...] = (
     cluster_engines_have_own_process,
     cluster_channel_reaches_engines,
     tensor_parallelism_is_the_cards,
+    own_tokenizer_has_scores_of_spans,
 )
 """In the order in which they are checked."""

@@ -69,6 +69,7 @@ def render(
         prompt_id=raw.prompt_id,
         token_ids=np.asarray(token_ids, dtype=np.int32),
         task_data=raw.task_data,
+        messages=tuple((message.role, message.content) for message in raw.messages),
     )
 
 

@@ -20,6 +20,7 @@ from qwen3_distill.pipeline.assembly.teachers import (
     build_audited_teacher,
     build_unquantized_teacher,
 )
+from qwen3_distill.pipeline.assembly.views import refuse_own_tokenizer
 from qwen3_distill.pipeline.models import local_model, localize
 from qwen3_distill.pipeline.own_folder import input_paths, refuse_inputs_as_output
 from qwen3_distill.pipeline.parts import TextTools
@@ -59,6 +60,7 @@ def audit_teacher(
     Raises:
         ConfigError: the teacher's directory is itself quantized and ``unquantized`` is None.
     """
+    refuse_own_tokenizer(config, "a comparison of precisions")
     named = config.teacher.model
     local = localize(config, say=say, warn=say)
     if unquantized is None:

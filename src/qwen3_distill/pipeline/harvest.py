@@ -67,6 +67,7 @@ class _Answer:
                 prompt_id=whole.prompt_id,
                 token_ids=np.concatenate([whole.token_ids, self.response_ids[:start]]),
                 task_data=whole.task_data,
+                messages=whole.messages,
             )
         return Rollout(
             rollout_id=f"{self.request.rollout_id}/from-{start:06d}",

@@ -42,6 +42,7 @@ from qwen3_distill.pipeline.assembly.teachers import (
     build_teacher,
     with_embedded_teacher_here,
 )
+from qwen3_distill.pipeline.assembly.views import refuse_own_tokenizer
 from qwen3_distill.pipeline.disk_space import check_student_space
 from qwen3_distill.pipeline.first_prompt import template_notes
 from qwen3_distill.pipeline.manifest import recorded_identity
@@ -177,6 +178,7 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
             f"objective.kind={config.objective.kind} needs no scores; train on the rollouts as "
             "they are, or set the objective that the scores are for"
         )
+    refuse_own_tokenizer(config, "the command `score`")
     require_machine(config, ("scoring",))
     local = localize(config, say=say, warn=say)
     config = local.config
@@ -198,7 +200,7 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
             await teacher.start()
             for step, group in _steps(rows):
                 items = await pipeline_step.score(teacher, view, group)
-                scored.extend((step, item) for item in items)
+                scored.extend((step, item) for item in items if isinstance(item, ScoredRollout))
                 say(f"step {step}: {len(items)} of {len(group)} rollouts scored")
         finally:
             await teacher.close()
@@ -225,6 +227,7 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
             "this config has a `replay` section, but the offline stage trains once on each "
             "rollout; set replay=null"
         )
+    refuse_own_tokenizer(config, "the command `train`")
     if off_policy:
         require_ratio_off_policy(config)
     _require_empty(out)

@@ -18,6 +18,7 @@ from qwen3_distill.pipeline.assembly.cost import build_cost_model
 from qwen3_distill.pipeline.assembly.engines import build_parts, engine_interpreters
 from qwen3_distill.pipeline.assembly.machine import require_machine
 from qwen3_distill.pipeline.assembly.plan import engine_log
+from qwen3_distill.pipeline.assembly.views import build_view, special_token_lines
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.collected import run_offline
 from qwen3_distill.pipeline.first_prompt import first_prompt, prompt_record, template_notes
@@ -49,7 +50,6 @@ from qwen3_distill.ports import Learner
 from qwen3_distill.recording.console import ProgressReporter
 from qwen3_distill.recording.cost_ledger import CostLedger
 from qwen3_distill.recording.heartbeat import HeartbeatReporter
-from qwen3_distill.scoring.views import SameView
 from qwen3_distill.training.schedule import extended_rate
 from qwen3_distill.types import RunCursor
 from qwen3_distill.utils.files import write_json_atomic
@@ -117,7 +117,7 @@ async def _run(
         warn(note)
     if config.scoring is not None:
         progress.stage("checking that student and teacher match")
-        SameView().check(
+        build_view(config).check(
             load_identity(config.student.model, weights=False),
             load_identity(config.scoring.model, weights=False),
         )
@@ -139,7 +139,7 @@ async def _run(
         for note in parts.data.notes:
             warn(note)
         await parts.start(progress.stage)
-        write_json_atomic(folder.prompt, prompt_record(prompt))
+        write_json_atomic(folder.prompt, prompt_record(prompt, special_token_lines(config)))
         cost_model = build_cost_model(config)
         cost = CostLedger(folder.cost, config.cost, began=began, unknown=cost_model.unknown)
         meter = Meter(cost_model, cost)

@@ -44,6 +44,7 @@ from qwen3_distill.pipeline.assembly.teachers import (
     output_head,
     teacher_sampler,
 )
+from qwen3_distill.pipeline.assembly.views import build_view
 from qwen3_distill.pipeline.manifest import EngineInterpreter
 from qwen3_distill.pipeline.parts import Parts, TextTools
 from qwen3_distill.planning.plan import MemoryPlan
@@ -53,7 +54,6 @@ from qwen3_distill.ports import (
     StreamingRolloutEngine,
     TeacherScorer,
 )
-from qwen3_distill.scoring.views import SameView
 from qwen3_distill.training.embedded.hosted import hosted_embedded_learner
 from qwen3_distill.training.embedded.student import build_embedded_learner
 from qwen3_distill.training.hosted import HostedLearner
@@ -95,7 +95,7 @@ def build_parts(
             config, plan_memory(config, "student") if cluster else plan, cluster=cluster
         ),
         teacher=teacher,
-        view=SameView(),
+        view=build_view(config),
         learner=build_learner(config, teacher, plan, cluster),
         channel=channel,
         text=text,
