@@ -102,7 +102,8 @@ def test_streaming_with_room_for_what_arrives_old_is_good() -> None:
 def test_every_rule_is_run() -> None:
     functions = inspect.getmembers(rules, inspect.isfunction)
     written = {f for _, f in functions if f.__module__ == rules.__name__}
-    assert written - {rules.check_rules} == set(rules.RULES)
+    here = {rule for rule in rules.RULES if rule.__module__ == rules.__name__}
+    assert written - {rules.check_rules} == here
     assert len(rules.RULES) == len(set(rules.RULES))
 
 

@@ -33,7 +33,7 @@ OWN = {"scoring.tokenizer": "own"}
             "pipeline.harvest: a piece of an answer",
         ),
         (
-            {"pipeline": {"kind": "streaming", "prefix": {}}},
+            {"pipeline": {"kind": "streaming", "prefix": {"tokens": 4}}},
             "pipeline.prefix: a piece of an answer",
         ),
         ({"evaluation": EVALUATION | {"teacher": True}}, "evaluation.teacher=true: "),

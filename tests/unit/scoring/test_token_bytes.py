@@ -73,7 +73,7 @@ def test_a_prefix_space_and_a_canonical_normal_form_are_left_out() -> None:
 )
 def test_a_tokenizer_that_changes_text_is_refused(normalizer: object) -> None:
     sequence = normalizers.Sequence([normalizers.NFD(), normalizer])
-    with pytest.raises(HandshakeError, match="changes text.*gives every text back byte for byte"):
+    with pytest.raises(HandshakeError, match=r"changes text.*gives every text back byte for byte"):
         ByteTokenizer(byte_level(normalizer=sequence), "t")
 
 

@@ -123,7 +123,7 @@ tilings = st.lists(st.integers(1, 4), min_size=1, max_size=5)
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(tilings, st.integers(0, 3)), min_size=1, max_size=4), st.booleans())
 def test_a_span_is_one_action_in_any_split(rows: list[tuple[list[int], int]], packed: bool) -> None:
-    """By hand: every token of a span has the span's whole signal and ratio; dropped ones nothing."""
+    """By hand: each token of a span has the span's whole signal and ratio, dropped ones nothing."""
     items = [
         by_span(synthetic_rollout(2 + i, sum(spans) + dropped), i, spans)
         for i, (spans, dropped) in enumerate(rows)

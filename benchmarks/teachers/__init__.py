@@ -1,0 +1,1 @@
+"""Measures teachers that see something else than the student's tokens."""
