@@ -61,10 +61,9 @@ def audit_teacher(
         ConfigError: the teacher's directory is itself quantized and ``unquantized`` is None.
     """
     refuse_own_tokenizer(config, "a comparison of precisions")
-    named = config.teacher.model
     local = localize(config, say=say, warn=say)
     if unquantized is None:
-        _refuse_quantized(local.config.teacher.model, named)
+        _refuse_quantized(local.config.teacher.model, config.teacher.model)
     config, scoring = local.config, local.config.teacher
     if out is not None:
         inputs = {**input_paths(config), "--unquantized": unquantized or scoring.model}

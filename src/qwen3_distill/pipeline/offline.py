@@ -139,8 +139,7 @@ def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, s
             "mixture"
         )
     require_machine(config, ("generation",))
-    local = localize(config, say=say, warn=say)
-    config = local.config
+    config = (local := localize(config, say=say, warn=say)).config
     refuse_inputs_as_output(out, input_paths(config))
     text = TextTools(config.student.model)
     prompts = build_prompts(config, text)
@@ -180,8 +179,7 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
         )
     refuse_own_tokenizer(config, "the command `score`")
     require_machine(config, ("scoring",))
-    local = localize(config, say=say, warn=say)
-    config = local.config
+    config = (local := localize(config, say=say, warn=say)).config
     refuse_inputs_as_output(out, {**input_paths(config), "--rollouts": rollouts})
     student = load_identity(config.student.model, weights=False)
     rows = read_rollouts(rollouts, vocab_size=student.vocab_size)
@@ -232,8 +230,7 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
         require_ratio_off_policy(config)
     _require_empty(out)
     require_machine(config, ("training",))
-    local = localize(config, say=say, warn=say)
-    config = local.config
+    config = (local := localize(config, say=say, warn=say)).config
     needs_scores = config.objective.score_request is not None
     rows = _read_rows(config, scored)
     local.fetch_weights(say)

@@ -2,9 +2,8 @@
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.data.sources import RawPrompt, build_source
-from qwen3_distill.pipeline.assembly.views import build_view, special_token_lines
+from qwen3_distill.pipeline.assembly.views import build_own_view, special_token_lines
 from qwen3_distill.pipeline.finding import Check, Verdict, bad, good, skipped
-from qwen3_distill.scoring.aligned_view import AlignedView
 from qwen3_distill.types import Prompt
 
 SAMPLE = 64
@@ -30,8 +29,8 @@ def check_teacher_prompts(config: RunConfig) -> Verdict:
     Raises:
         DataError: it cannot render one.
     """
-    view = build_view(config)
-    if not isinstance(view, AlignedView):
+    view = build_own_view(config)
+    if view is None:
         return skipped("the teacher reads the student's own tokens")
     source = build_source(config.prompts)
     total = source.num_prompts or SAMPLE

@@ -19,7 +19,7 @@ class TurnEnds:
     """The tokens that end an answer of one model."""
 
     of_template: int | None
-    """What its chat template writes after an answer; None: nothing."""
+    """The token that its chat template writes after an answer; None: there is none."""
     eos_ids: frozenset[int]
 
     def end(self) -> int | None:

@@ -37,7 +37,7 @@ class Alignment:
     token_ids: tuple[int, ...]
     """The teacher's tokens, up to the last one of a span."""
     scored: tuple[TokenSpan, ...]
-    """Those of `token_ids` that are in spans."""
+    """The spans of `token_ids` that both models score."""
     student_tokens: IntArray
     """[P] sampled tokens of each span, from the first sampled token on."""
     teacher_tokens: IntArray

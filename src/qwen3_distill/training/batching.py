@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qwen3_distill.modeling.host_to_device import to_device
-from qwen3_distill.replay.flat import Counts, FlatRollouts, flatten, spans
+from qwen3_distill.replay.flat import Counts, Flags, FlatRollouts, flatten, spans
 from qwen3_distill.types import Batch
 from qwen3_distill.utils.batches import padded_batches
 
@@ -297,18 +297,36 @@ def _lay_out(
         "task_advantage_N": rewards_S[row_N],
     }
     if flat.span_logprob_F is not None and flat.is_span_start_F is not None:
-        is_start_N = flat.is_span_start_F[slot_N]
-        starts_P = np.flatnonzero(is_start_N)
-        ends_S = np.cumsum(loss_S)
-        return AlignedMicroBatch(
-            **common,
-            span_tokens_P=moved(np.diff(starts_P, append=len(slot_N))),
-            span_logprob_P=flat.span_logprob_F.index_select(0, moved(slot_N[starts_P])),
-            spans_per_sequence=tuple(
-                np.add.reduceat(is_start_N, ends_S - loss_S, dtype=np.int64).tolist()
-            ),
-        )
+        starts_N = flat.is_span_start_F[slot_N]
+        return _of_spans(flat.span_logprob_F, slot_N, starts_N, loss_S, common)
     return _of_score_kind(flat, target_N, common)
+
+
+def _of_spans(
+    span_logprob_F: Tensor,
+    slot_N: Counts,
+    is_start_N: Flags,
+    loss_S: Counts,
+    common: dict[str, Any],
+) -> AlignedMicroBatch:
+    """Build the micro-batch of rollouts that are scored by spans.
+
+    Args:
+        slot_N: of the loss tokens, in the flat rollouts.
+        is_start_N: whether a span begins at each.
+        loss_S: loss tokens of each rollout.
+    """
+    device = span_logprob_F.device
+    starts_P = np.flatnonzero(is_start_N)
+    slot_P = to_device(torch.from_numpy(slot_N[starts_P]), device)
+    tokens_P = np.diff(starts_P, append=len(slot_N))
+    first_S = np.cumsum(loss_S) - loss_S
+    return AlignedMicroBatch(
+        **common,
+        span_tokens_P=to_device(torch.from_numpy(tokens_P), device),
+        span_logprob_P=span_logprob_F.index_select(0, slot_P),
+        spans_per_sequence=tuple(np.add.reduceat(is_start_N, first_S, dtype=np.int64).tolist()),
+    )
 
 
 def _of_score_kind(flat: FlatRollouts, target_N: Tensor, common: dict[str, Any]) -> MicroBatch:

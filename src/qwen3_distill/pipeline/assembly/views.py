@@ -2,7 +2,11 @@
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import ConfigError
-from qwen3_distill.scoring.aligned_view import own_tokenizer_view, special_tokens_of
+from qwen3_distill.scoring.aligned_view import (
+    AlignedView,
+    own_tokenizer_view,
+    special_tokens_of,
+)
 from qwen3_distill.scoring.views import SameView, TeacherView
 
 
@@ -13,9 +17,18 @@ def build_view(config: RunConfig) -> TeacherView:
         HandshakeError: the teacher's own tokens cannot be aligned with the student's.
         ModelError: a file is missing or damaged.
     """
+    return build_own_view(config) or SameView()
+
+
+def build_own_view(config: RunConfig) -> AlignedView | None:
+    """Build the view of a teacher with a tokenizer of its own; None of another teacher.
+
+    Raises:
+        HandshakeError: see `build_view`.
+    """
     scoring = config.scoring
     if scoring is None or not scoring.has_own_tokenizer:
-        return SameView()
+        return None
     return own_tokenizer_view(
         config.student.model,
         scoring.model,
