@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ TEMPLATE = (
 MERGES = tuple((a, b) for a in "1+-*" for b in "0123456789")
 SEED = 0
 ROWS = 64
+_Batch: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 def build_tokenizer() -> Tokenizer:
@@ -44,7 +46,7 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _batches(tokenizer: Tokenizer, steps: int) -> Iterator[tuple[NDArray[np.int64], ...]]:
+def _batches(tokenizer: Tokenizer, steps: int) -> Iterator[_Batch]:
     """Yield [B, T] inputs and targets of worked solutions, in the teacher's own tokens."""
     task = TASKS["chain"]
     bos, turn, stop, reply = range(len(SPECIAL))
@@ -82,7 +84,7 @@ def make_teacher(directory: Path, steps: int) -> None:
     tokenizer = build_tokenizer()
     end = SPECIAL.index("<|stop|>")
     torch.manual_seed(SEED)
-    model = Qwen3ForCausalLM(
+    model: Any = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=tokenizer.get_vocab_size(),
             hidden_size=256,

@@ -56,7 +56,9 @@ def test_text_that_spells_a_special_token_is_text() -> None:
     for name in (*STUDENT_SPECIAL, *THINK):
         assert backend.token_to_id(name) in backend.encode(name).ids  # as the tokenizer reads it
         assert tokenizer.encode(name.encode()).token_ids == tuple(name.encode())
-        assert tokenizer.bytes_of(backend.token_to_id(name)) is None
+        index = backend.token_to_id(name)
+        assert index is not None
+        assert tokenizer.bytes_of(index) is None
     assert tokenizer.special_ids == {backend.token_to_id(name) for name in STUDENT_SPECIAL}
 
 
