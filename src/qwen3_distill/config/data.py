@@ -285,6 +285,20 @@ _TEMPLATE_CALL = {
 """Arguments of `apply_chat_template` that do not reach the template, or that rendering sets."""
 
 
+def refuse_template_call(arguments: dict[str, bool | int | str]) -> dict[str, bool | int | str]:
+    """Return arguments of a chat template unchanged.
+
+    Raises:
+        ValueError: one of them is the call's own, and does not reach the template.
+    """
+    if taken := _TEMPLATE_CALL & arguments.keys():
+        raise ValueError(
+            f"{', '.join(sorted(taken))} may not be set: the template does not take it, "
+            "and prompts are always rendered up to where the answer begins"
+        )
+    return arguments
+
+
 class StudentConfig(Schema):
     """The model that is trained."""
 
@@ -300,9 +314,4 @@ class StudentConfig(Schema):
     def _template_arguments_reach_template(
         cls, arguments: dict[str, bool | int | str]
     ) -> dict[str, bool | int | str]:
-        if taken := _TEMPLATE_CALL & arguments.keys():
-            raise ValueError(
-                f"{', '.join(sorted(taken))} may not be set: the template does not take it, "
-                "and prompts are always rendered up to where the answer begins"
-            )
-        return arguments
+        return refuse_template_call(arguments)

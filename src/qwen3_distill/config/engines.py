@@ -22,6 +22,7 @@ from qwen3_distill.config.base import (
 )
 from qwen3_distill.config.learning import FullTuning, LoraTuning, OptimizerConfig, TuningConfig
 from qwen3_distill.config.teacher_context import TeacherConfig
+from qwen3_distill.config.tokenizer import TeacherTokenizer
 from qwen3_distill.utils.secrets import is_secret_name
 
 VLLM_MAX_RANK = 512
@@ -205,7 +206,7 @@ GenerationConfig: TypeAlias = Annotated[
 ]
 
 
-class EmbeddedScoring(_Embedded, TeacherConfig):
+class EmbeddedScoring(_Embedded, TeacherConfig, TeacherTokenizer):
     """The teacher on PyTorch."""
 
     kind: Literal["embedded"]
@@ -244,7 +245,7 @@ SGLANG_OPTIONS = {
 """Options of SGLang's server that may not be in ``server_arguments``, and what sets them."""
 
 
-class SglangScoring(_EngineProcess, TeacherConfig):
+class SglangScoring(_EngineProcess, TeacherConfig, TeacherTokenizer):
     """The teacher in SGLang servers: one that the run starts, or existing ones."""
 
     kind: Literal["sglang"]

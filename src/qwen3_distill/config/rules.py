@@ -12,6 +12,7 @@ from qwen3_distill.config.data import PromptsConfig, VerifierConfig
 from qwen3_distill.config.engines import VLLM_MAX_RANK
 from qwen3_distill.config.objective import needs_hidden_states
 from qwen3_distill.config.self_teacher import TEACHER_RULES
+from qwen3_distill.config.tokenizer import TOKENIZER_RULES
 
 if TYPE_CHECKING:
     from qwen3_distill.config.run import RunConfig
@@ -417,5 +418,6 @@ RULES: tuple[Callable[["RunConfig"], None], ...] = (
     verifier_fits_prompts,
     *CLUSTER_RULES,
     *TEACHER_RULES,
+    *TOKENIZER_RULES,
 )
 """In the order in which they are checked."""

@@ -78,6 +78,7 @@ def render(
         token_ids=np.asarray(token_ids, dtype=np.int32),
         task_data=raw.task_data,
         teacher_ids=None if context is None else context.ids(raw, max_new_tokens),
+        messages=tuple((message.role, message.content) for message in raw.messages),
     )
 
 

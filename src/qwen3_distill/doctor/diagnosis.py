@@ -243,6 +243,8 @@ async def _precision(engines: RealPass, unquantized: str | None, say: Say) -> Ve
     config = engines.config
     if quantization_of(config) is None:
         return skipped("the teacher is not quantized")
+    if config.teacher.has_own_tokenizer:
+        return skipped("scoring.tokenizer=own: precisions are compared on the student's own tokens")
     if detect_gpu() is None:
         return skipped("there is no GPU to compute the unquantized scores on")
     served = [result for result in engines.results if isinstance(result, TopKScore)]

@@ -32,7 +32,6 @@ from qwen3_distill.types import (
     Rollout,
     RolloutRequest,
     SampledRequest,
-    ScoredRollout,
     ScoreFailure,
     ScoreRequest,
     ScoreResult,
@@ -41,6 +40,7 @@ from qwen3_distill.types import (
     TopKRequest,
     TopKScore,
     TrainingRollout,
+    UnalignedRollout,
     Update,
 )
 
@@ -229,7 +229,22 @@ class RealPass:
 
     @property
     def _jobs(self) -> list[ScoringJob]:
-        return [self.parts.view.job(rollout) for rollout in self.rollouts]
+        return self._jobs_of(self.rollouts)
+
+    def _jobs_of(self, rollouts: list[Rollout]) -> list[ScoringJob]:
+        """Return the jobs of rollouts.
+
+        Raises:
+            EngineError: one cannot be aligned with the teacher's tokens.
+        """
+        asked = [self.parts.view.job(rollout) for rollout in rollouts]
+        for job in asked:
+            if isinstance(job, UnalignedRollout):
+                raise EngineError(
+                    f"rollout {job.rollout_id} cannot be aligned with the teacher's tokens: "
+                    f"{job.reason}"
+                )
+        return [job for job in asked if isinstance(job, ScoringJob)]
 
     async def score(self) -> Verdict:
         """Score all rollouts in one call."""
@@ -380,8 +395,7 @@ class RealPass:
                 return bad(f"rollout {rollout.rollout_id} {problem}", "see docs/engines/weights.md")
         results: list[ScoreResult] = []
         if self.request is not None:
-            jobs = [self.parts.view.job(rollout) for rollout in rollouts]
-            results = await self.parts.required_teacher.score(jobs)
+            results = await self.parts.required_teacher.score(self._jobs_of(rollouts))
         moved = _moved(self.rollouts, rollouts)
         gap, _ = await self._trained(rollouts, results)
         tolerance = engine_tolerance_nats(self.config)
@@ -426,7 +440,7 @@ class RealPass:
                 raise EngineError(
                     f"rollout {failed[0].rollout_id} got no score: {failed[0].reason}"
                 )
-            update = await self._step([s for s in scored if isinstance(s, ScoredRollout)])
+            update = await self._step([s for s in scored if isinstance(s, TrainingRollout)])
         found = [metric.value for metric in update.metrics if metric.key == _ENGINE_GAP]
         if not found:
             raise EngineError(f"the learner reports no {_ENGINE_GAP}")

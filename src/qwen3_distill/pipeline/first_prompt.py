@@ -1,5 +1,6 @@
 """Renders a config's first prompt, and notes what its chat template does that may surprise."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -65,12 +66,18 @@ def template_notes(config: RunConfig, text: TextTools) -> list[str]:
     return [*_ineffective_arguments(config, text), *unended_turns(config)]
 
 
-def prompt_record(view: PromptView) -> dict[str, Any]:
-    """Return the content of ``prompt.json``."""
+def prompt_record(view: PromptView, special_tokens: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return the content of ``prompt.json``.
+
+    Args:
+        special_tokens: the student's special tokens, each with the teacher's; None: they are the
+            same.
+    """
+    mapped = [["special token, and the teacher's", line] for line in special_tokens or ()]
     return {
         "prompt_id": view.prompt_id,
         "pieces": [list(piece) for piece in view.pieces],
-        "facts": [list(fact) for fact in view.facts()],
+        "facts": [*([*fact] for fact in view.facts()), *mapped],
         "num_tokens": view.num_tokens,
         "thinking": view.thinking,
         "end_of_turn": None if view.end_of_turn is None else asdict(view.end_of_turn),

@@ -41,10 +41,10 @@ from qwen3_distill.pipeline.assembly.machine import require_machine
 from qwen3_distill.pipeline.assembly.plan import plan_memory
 from qwen3_distill.pipeline.assembly.teachers import (
     build_teacher,
-    build_view,
     require_frozen_teacher,
     with_embedded_teacher_here,
 )
+from qwen3_distill.pipeline.assembly.views import build_view, refuse_own_tokenizer
 from qwen3_distill.pipeline.disk_space import check_student_space
 from qwen3_distill.pipeline.file_context import check_scored_by, in_own_context
 from qwen3_distill.pipeline.first_prompt import template_notes
@@ -141,8 +141,7 @@ def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, s
             "mixture"
         )
     require_machine(config, ("generation",))
-    local = localize(config, say=say, warn=say)
-    config = local.config
+    config = (local := localize(config, say=say, warn=say)).config
     refuse_inputs_as_output(out, input_paths(config))
     text = TextTools(config.student.model)
     prompts = build_prompts(config, text)
@@ -181,9 +180,9 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
             f"objective.kind={config.objective.kind} needs no scores; train on the rollouts as "
             "they are, or set the objective that the scores are for"
         )
+    refuse_own_tokenizer(config, "the command `score`")
     require_machine(config, ("scoring",))
-    local = localize(config, say=say, warn=say)
-    config = local.config
+    config = (local := localize(config, say=say, warn=say)).config
     refuse_inputs_as_output(out, {**input_paths(config), "--rollouts": rollouts})
     student = load_identity(config.student.model, weights=False)
     rows = read_rollouts(rollouts, vocab_size=student.vocab_size)
@@ -209,7 +208,7 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
             await teacher.start()
             for step, group in _steps(rows):
                 items = await pipeline_step.score(teacher, view, group)
-                scored.extend((step, item) for item in items)
+                scored.extend((step, item) for item in items if isinstance(item, ScoredRollout))
                 say(f"step {step}: {len(items)} of {len(group)} rollouts scored")
         finally:
             await teacher.close()
@@ -237,12 +236,12 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
             "rollout; set replay=null"
         )
     require_frozen_teacher(config)
+    refuse_own_tokenizer(config, "the command `train`")
     if off_policy:
         require_ratio_off_policy(config)
     _require_empty(out)
     require_machine(config, ("training",))
-    local = localize(config, say=say, warn=say)
-    config = local.config
+    config = (local := localize(config, say=say, warn=say)).config
     needs_scores = config.objective.score_request is not None
     rows, text = _read_rows(config, scored), TextTools(config.student.model)
     local.fetch_weights(say)

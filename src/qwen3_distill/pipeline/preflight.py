@@ -15,6 +15,7 @@ from qwen3_distill.pipeline.assembly.machine_checks import MACHINE_CHECKS
 from qwen3_distill.pipeline.data_checks import DATA_CHECKS, TRAINING_FILE
 from qwen3_distill.pipeline.finding import Check, Finding, Status, ask
 from qwen3_distill.pipeline.model_checks import DISK_CHECKS, FILE_CHECKS, PAIR_CHECKS
+from qwen3_distill.pipeline.tokenizer_checks import TOKENIZER_CHECKS
 
 CHECKS: tuple[Check, ...] = (
     *FILE_CHECKS,
@@ -22,6 +23,7 @@ CHECKS: tuple[Check, ...] = (
     *DISK_CHECKS,
     *MACHINE_CHECKS,
     *PAIR_CHECKS,
+    *TOKENIZER_CHECKS,
 )
 """Every check that starts no engine, in the order in which they are made."""
 

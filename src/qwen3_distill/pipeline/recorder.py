@@ -29,6 +29,7 @@ from qwen3_distill.recording.records import read_evaluations, read_ledger, read_
 from qwen3_distill.recording.trace import Trace
 from qwen3_distill.recording.trackers import open_trackers
 from qwen3_distill.types import (
+    AlignedRollout,
     Batch,
     FinishReason,
     Metric,
@@ -285,6 +286,11 @@ class Recorder:
             ),
             Metric.sum("tokens/trained", update.num_loss_tokens),
         ]
+        aligned = [item for item in done.scored if isinstance(item, AlignedRollout)]
+        if aligned:
+            sampled = sum(item.rollout.num_loss_tokens for item in aligned)
+            unaligned = sampled - sum(item.num_loss_tokens for item in aligned)
+            metrics.append(Metric.sum("tokens/unaligned", unaligned))
         metrics += self._metrics_by_sampler(rollouts)
         return {"wall_s": self.wall_s, **combine(metrics)}
 

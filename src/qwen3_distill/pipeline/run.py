@@ -18,7 +18,7 @@ from qwen3_distill.pipeline.assembly.cost import build_cost_model
 from qwen3_distill.pipeline.assembly.engines import build_parts, engine_interpreters
 from qwen3_distill.pipeline.assembly.machine import require_machine
 from qwen3_distill.pipeline.assembly.plan import engine_log
-from qwen3_distill.pipeline.assembly.teachers import build_view
+from qwen3_distill.pipeline.assembly.views import build_view, special_token_lines
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.collected import run_offline
 from qwen3_distill.pipeline.first_prompt import first_prompt, prompt_record, template_notes
@@ -139,7 +139,7 @@ async def _run(
         for note in parts.data.notes:
             warn(note)
         await parts.start(progress.stage)
-        write_json_atomic(folder.prompt, prompt_record(prompt))
+        write_json_atomic(folder.prompt, prompt_record(prompt, special_token_lines(config)))
         cost_model = build_cost_model(config)
         cost = CostLedger(folder.cost, config.cost, began=began, unknown=cost_model.unknown)
         meter = Meter(cost_model, cost)

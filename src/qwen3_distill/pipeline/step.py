@@ -11,12 +11,15 @@ from qwen3_distill.ports import Sampler, TeacherScorer
 from qwen3_distill.recording.trace import WEIGHTS, Trace
 from qwen3_distill.scoring.views import TeacherView
 from qwen3_distill.types import (
+    AlignedRollout,
     Metric,
     Rollout,
     RolloutRequest,
     ScoredRollout,
     ScoreFailure,
+    ScoringJob,
     TrainingRollout,
+    UnalignedRollout,
     Update,
 )
 from qwen3_distill.utils.concurrency import together
@@ -128,22 +131,30 @@ async def ready_to_train(parts: Parts, rollouts: Sequence[Rollout]) -> list[Trai
 
 async def score_each(
     teacher: TeacherScorer, view: TeacherView, rollouts: Sequence[Rollout]
-) -> list[ScoredRollout | ScoreFailure]:
+) -> list[ScoredRollout | AlignedRollout | ScoreFailure]:
     """Score rollouts; return each one scored, or why it is not, in the order given."""
-    results = await teacher.score([view.job(rollout) for rollout in rollouts])
+    asked = [view.job(rollout) for rollout in rollouts]
+    jobs = [job for job in asked if isinstance(job, ScoringJob)]
+    answers = iter(await teacher.score(jobs) if jobs else [])
+    results = [next(answers) if isinstance(job, ScoringJob) else job for job in asked]
     return [view.scored(rollout, result) for rollout, result in zip(rollouts, results, strict=True)]
 
 
 async def score(
     teacher: TeacherScorer, view: TeacherView, rollouts: Sequence[Rollout]
-) -> list[ScoredRollout]:
+) -> list[ScoredRollout | AlignedRollout]:
     """Score rollouts; leave out those without a score.
 
     Raises:
-        EngineError: more than the teacher's ``max_dropped_fraction`` of them have none.
+        EngineError: more than the teacher's ``max_dropped_fraction`` of them have none, or none of
+            them can be aligned with the teacher's tokens.
     """
     results = await score_each(teacher, view, rollouts)
-    dropped = [result for result in results if isinstance(result, ScoreFailure)]
+    unaligned = [result for result in results if isinstance(result, UnalignedRollout)]
+    if unaligned and len(unaligned) == len(rollouts):
+        raise EngineError(none_aligned(len(rollouts), unaligned[0].reason))
+    failed = [result for result in results if isinstance(result, ScoreFailure)]
+    dropped = [result for result in failed if not isinstance(result, UnalignedRollout)]
     if len(dropped) > teacher.max_dropped_fraction * len(rollouts):
         raise EngineError(
             f"{len(dropped)} of {len(rollouts)} rollouts got no score from {teacher.teacher_id}, "
@@ -152,6 +163,15 @@ async def score(
             f"{dropped[0].reason}"
         )
     return [result for result in results if not isinstance(result, ScoreFailure)]
+
+
+def none_aligned(num_rollouts: int, reason: str) -> str:
+    """Describe a step of which no rollout could be aligned with the teacher's tokens."""
+    return (
+        f"none of {num_rollouts} rollouts can be aligned with the teacher's tokens, so there is "
+        f"nothing to train on; the first: {reason}. See the mapping of special tokens that "
+        "`qwen3-distill config check` lists, and scoring.special_tokens"
+    )
 
 
 def needs_rollouts(replay: ReplayConfig | None, step: int) -> bool:

@@ -42,11 +42,11 @@ from qwen3_distill.pipeline.assembly.teachers import (
     build_comparison,
     build_teacher,
     build_teacher_rollouts,
-    build_view,
     following,
     output_head,
     teacher_sampler,
 )
+from qwen3_distill.pipeline.assembly.views import build_view
 from qwen3_distill.pipeline.manifest import EngineInterpreter
 from qwen3_distill.pipeline.parts import Parts, TextTools
 from qwen3_distill.planning.plan import MemoryPlan

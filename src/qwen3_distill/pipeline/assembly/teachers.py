@@ -27,7 +27,7 @@ from qwen3_distill.pipeline.assembly.plan import engine_log, plan_memory, requir
 from qwen3_distill.planning.plan import MemoryPlan, fraction_of_free_memory
 from qwen3_distill.ports import FollowingTeacher, Sampler, TeacherScorer
 from qwen3_distill.scoring.cache import CachedTeacher
-from qwen3_distill.scoring.context import ContextComparison, ContextView
+from qwen3_distill.scoring.context import ContextComparison
 from qwen3_distill.scoring.embedded.following import FollowingEmbeddedTeacher
 from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
@@ -35,19 +35,12 @@ from qwen3_distill.scoring.fleet import TeacherFleet
 from qwen3_distill.scoring.sampling import TeacherSampler
 from qwen3_distill.scoring.sglang.hosted import HostedSglangTeacher, hosted_sglang_teacher
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
-from qwen3_distill.scoring.views import SameView, TeacherView
 from qwen3_distill.types import SampledRequest, ScoreRequest, TopKRequest
 from qwen3_distill.weights.directory import publish_directory
 from qwen3_distill.weights.memory import MemoryChannel
 
 _AUDIT_BATCH_TOKENS = 16384
 _AUDIT_CHUNK_TOKENS = 1024
-
-
-def build_view(config: RunConfig) -> TeacherView:
-    """Build the view of the config's teacher."""
-    scoring = config.scoring
-    return SameView() if scoring is None or scoring.context is None else ContextView()
 
 
 def require_frozen_teacher(config: RunConfig) -> None:
