@@ -88,6 +88,12 @@ from qwen3_distill.config.operation import (
 )
 from qwen3_distill.config.rollouts import RolloutsConfig, SampledBy
 from qwen3_distill.config.run import RunConfig
+from qwen3_distill.config.several import (
+    EnsembleScoring,
+    NamedTeacher,
+    SeveralScoring,
+    TeachersConfig,
+)
 
 __all__ = [
     "MIN_PRIORITY_NATS",
@@ -105,6 +111,7 @@ __all__ = [
     "EmbeddedGeneration",
     "EmbeddedScoring",
     "EmbeddedTraining",
+    "EnsembleScoring",
     "EvaluationConfig",
     "ExactVerifier",
     "FullBaseline",
@@ -118,6 +125,7 @@ __all__ = [
     "LoggingConfig",
     "LoraTuning",
     "MathVerifier",
+    "NamedTeacher",
     "NoBaseline",
     "ObjectiveConfig",
     "ObjectiveSchema",
@@ -143,12 +151,14 @@ __all__ = [
     "ScheduleConfig",
     "ScoringConfig",
     "SequentialPipeline",
+    "SeveralScoring",
     "SglangScoring",
     "StreamingPipeline",
     "StudentConfig",
     "TaskName",
     "TaskPrompts",
     "TaskVerifier",
+    "TeachersConfig",
     "TopKBaseline",
     "TopKDivergence",
     "TrackerConfig",
