@@ -103,7 +103,8 @@ class Prompt:
     """Permanent name, e.g. ``"train.jsonl:17"``."""
     token_ids: IntArray
     task_data: Mapping[str, str] = field(default_factory=dict)
-    """Input of the verifier, e.g. ``{"answer": "42"}``."""
+    """Input of the verifier, e.g. ``{"answer": "42"}``; where there are several teachers the tag,
+    too (``data/tags.py``)."""
 
     def __post_init__(self) -> None:
         ids = _checked_ids(self.token_ids, 1, f"prompt {self.prompt_id}: token_ids")
@@ -334,6 +335,8 @@ class ScoringJob:
     """[J] everything that the teacher reads, its context first."""
     scored: tuple[TokenSpan, ...]
     """Which of ``token_ids`` get a score; the first span starts at 1 or later."""
+    tag: str | None = None
+    """Which of several teachers scores; None: there is one."""
 
     def __post_init__(self) -> None:
         what = f"scoring job of {self.rollout_id}"

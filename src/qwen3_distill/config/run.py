@@ -36,6 +36,7 @@ from qwen3_distill.config.operation import (
 from qwen3_distill.config.rollouts import RolloutsConfig
 from qwen3_distill.config.rules import check_rules
 from qwen3_distill.config.several import (
+    EnsembleScoring,
     NamedTeacher,
     SeveralScoring,
     TeachersConfig,
@@ -68,8 +69,8 @@ class RunConfig(Schema):
     generation: GenerationConfig
     """The engine that samples from the student."""
     scoring: TeachersConfig | None = None
-    """The teacher and the engine that scores with it, or several. Null: no teacher; only for an objective that
-    needs no scores, on rollouts that no teacher samples."""
+    """The teacher and the engine that scores with it, or several. Null: no teacher; only for an
+    objective that needs no scores, on rollouts that no teacher samples."""
     training: TrainingConfig
     """The learner."""
     objective: ObjectiveConfig
@@ -102,10 +103,10 @@ class RunConfig(Schema):
             return self
         tagging = Tagging(scoring.by, tuple(scoring.teachers))
         if not isinstance(self.prompts, TaskPrompts):
-            self.__dict__["prompts"] = self.prompts.tagged(tagging)
+            object.__setattr__(self, "prompts", self.prompts.tagged(tagging))
         if evaluation is not None and not isinstance(evaluation.prompts, TaskPrompts):
             tagged = {"prompts": evaluation.prompts.tagged(tagging)}
-            self.__dict__["evaluation"] = evaluation.model_copy(update=tagged)
+            object.__setattr__(self, "evaluation", evaluation.model_copy(update=tagged))
         return self
 
     @property
@@ -119,16 +120,16 @@ class RunConfig(Schema):
         Raises:
             ConfigError: there is none, or there are several.
         """
-        found = self.teachers
-        if not found:
+        scoring = self.scoring
+        if scoring is None:
             raise ConfigError("this needs a teacher, and scoring is null; add a `scoring` section")
-        if len(found) > 1:
-            names = ", ".join(teacher.setting for teacher in found)
+        if isinstance(scoring, SeveralScoring | EnsembleScoring):
+            names = ", ".join(teacher.setting for teacher in self.teachers)
             raise ConfigError(
-                f"this needs one teacher, and there are {len(found)} ({names}); use a config whose "
-                "`scoring` is one of these sections"
+                f"this needs one teacher, and scoring.kind={scoring.kind} has several ({names}); "
+                "use a config whose `scoring` is one of these sections"
             )
-        return found[0].section
+        return scoring
 
     @property
     def teachers(self) -> tuple[NamedTeacher, ...]:
@@ -161,6 +162,11 @@ class RunConfig(Schema):
     def tags(self) -> tuple[str, ...]:
         """The tags of the prompts; empty unless every tag has a teacher of its own."""
         return tuple(self.scoring.teachers) if isinstance(self.scoring, SeveralScoring) else ()
+
+    @property
+    def tag_weights(self) -> Mapping[str, float] | None:
+        """Weight of every tag's prompts; None: a tag weighs as much as it has rows."""
+        return self.scoring.weights if isinstance(self.scoring, SeveralScoring) else None
 
     def with_teacher(self, teacher: NamedTeacher) -> Self:
         """Copy the config with one of its teachers alone. It is measured or checked, never run."""

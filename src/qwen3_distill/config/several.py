@@ -54,8 +54,8 @@ class SeveralScoring(Schema):
     """Field of a prompt's row that names its teacher, e.g. ``task``; dots lead into objects, as in
     `prompt_field`. The held-out problems need it too."""
     teachers: Annotated[dict[Tag, TaggedScoring], Field(min_length=2)]
-    """By value of that field, the teacher: any kind of `scoring` but ``several``. A row with another
-    value is an error before the run."""
+    """By value of that field, the teacher: any kind of `scoring` but ``several``. A row with
+    another value is an error before the run."""
     weights: dict[str, PositiveFloat] | None = None
     """Weight of every tag's prompts among those that a run draws, relative to the others. Null:
     every row is drawn once an epoch, so a tag weighs as much as it has rows."""

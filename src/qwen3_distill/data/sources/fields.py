@@ -18,11 +18,15 @@ def read_field(row: Mapping[str, Any], path: str, setting: str, where: str) -> A
 
     A key that has the dots in its name comes first. Negative positions count from the end.
 
+    Args:
+        setting: that names the field, for the error: of `prompts`, or with dots of the config.
+
     Raises:
         DataError: there is no such field.
     """
     if path in row:
         return row[path]
+    setting = setting if "." in setting else f"prompts.{setting}"
     node: Any = row
     parts = path.split(".")
     for depth, part in enumerate(parts):
@@ -37,14 +41,15 @@ def read_field(row: Mapping[str, Any], path: str, setting: str, where: str) -> A
             size = f" of {len(node)}" if isinstance(node, list) else ""
             raise DataError(
                 f"{place} is of type {type(node).__name__}{size} and has no {part!r}, expected "
-                f"an object or a list that has it; change prompts.{setting} or the data"
+                f"an object or a list that has it; change {setting} or the data"
             )
     return node
 
 
 def wanted_columns(config: RowPrompts, names: Sequence[str]) -> list[str]:
     """Return the columns that hold the config's fields."""
-    fields = [config.prompt_field, config.answer_field]
+    tag_field = config.tagging.field if config.tagging else None
+    fields = [config.prompt_field, config.answer_field, tag_field]
     columns = [name if name in names else name.split(".")[0] for name in fields if name is not None]
     return list(dict.fromkeys(columns))
 
@@ -57,7 +62,9 @@ def check_columns(present: Iterable[str], config: RowPrompts, where: str) -> Non
     """
     present = list(present)
     settings = {"prompt_field": config.prompt_field, "answer_field": config.answer_field}
-    for setting, name in settings.items():
+    named = {f"prompts.{setting}": name for setting, name in settings.items()}
+    named |= {"scoring.by": config.tagging.field} if config.tagging else {}
+    for setting, name in named.items():
         if name is None or name in present or name.split(".")[0] in present:
             continue
         raise DataError(_missing(name.split(".")[0], present, setting, where))
@@ -69,7 +76,7 @@ def _missing(name: str, present: Iterable[str], setting: str, where: str) -> str
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return (
         f"{where} has no field {shown(name)}{hint}; its fields are {shown(present)}. Change "
-        f"prompts.{setting} or the data"
+        f"{setting} or the data"
     )
 
 

@@ -1,6 +1,6 @@
 """Builds prompts, checkers and held-out problems."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from qwen3_distill.config import (
     EvaluationConfig,
@@ -26,7 +26,14 @@ def build_prompts(config: RunConfig, text: TextTools) -> PromptStream:
     Raises:
         DataError: one does not fit the student's context, or has no usable reference answer.
     """
-    prompts = build_stream(config.student, config.prompts, text, config.sampling, seed=config.seed)
+    prompts = build_stream(
+        config.student,
+        config.prompts,
+        text,
+        config.sampling,
+        seed=config.seed,
+        tag_weights=config.tag_weights,
+    )
     prompts.check()
     if config.verifier is not None:
         check_references(config.verifier, prompts.source)
@@ -110,8 +117,12 @@ def build_stream(
     sampling: SamplingConfig,
     *,
     seed: int,
+    tag_weights: Mapping[str, float] | None = None,
 ) -> PromptStream:
     """Open prompts in the order of a seed, without those that are too long if they are dropped.
+
+    Args:
+        tag_weights: see `PromptStream`.
 
     Raises:
         DataError: they cannot be read, or none is left.
@@ -123,6 +134,7 @@ def build_stream(
         context_length=load_identity(student.model, weights=False).context_length,
         max_new_tokens=sampling.max_new_tokens,
         template_arguments=student.template_arguments,
+        tag_weights=tag_weights,
     )
     if not isinstance(prompts, TaskPrompts) and prompts.too_long == "drop":
         stream.drop_too_long()
