@@ -1,6 +1,7 @@
 """Several teachers: one for every tag of the prompts, or a mean of several."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import Field, StringConstraints, model_validator
@@ -150,6 +151,30 @@ def with_sections(scoring: Any, sections: Mapping[str, ScoringConfig]) -> Any:
             return scoring.model_copy(update={"members": tuple(members)})
         case _:
             return sections.get("", scoring)
+
+
+def teacher_values(values: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the section of every teacher in a config's unchecked values, with its setting."""
+    yield from _teacher_values("scoring", values.get("scoring"))
+
+
+def _teacher_values(setting: str, node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not isinstance(node, dict):
+        return
+    yield setting, node
+    teachers, members = node.get("teachers"), node.get("members")
+    for tag, inner in teachers.items() if isinstance(teachers, dict) else ():
+        yield from _teacher_values(f"{setting}.teachers.{tag}", inner)
+    for index, inner in enumerate(members) if isinstance(members, list) else ():
+        yield from _teacher_values(f"{setting}.members.{index}", inner)
+
+
+def as_of_one_teacher(key: str) -> str:
+    """Return a setting of one of several teachers as if it were the only one.
+
+    ``scoring.teachers.math.urls`` becomes ``scoring.urls``; other settings stay.
+    """
+    return re.sub(r"^scoring(\.teachers\.[^.]+)?(\.members\.\d+)?\.", "scoring.", key)
 
 
 def _below(tag: str, sections: Mapping[str, ScoringConfig]) -> dict[str, ScoringConfig]:

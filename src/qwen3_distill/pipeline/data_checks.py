@@ -198,8 +198,9 @@ def _lengths(stream: PromptStream) -> list[int]:
 def _limits(config: RunConfig) -> Mapping[str, int]:
     """Return the limits on prompt plus response, by setting; a model's context among them."""
     contexts = {"the student's context": identity_of(config.student.model).context_length}
-    if config.scoring is not None:
-        contexts["the teacher's context"] = identity_of(config.scoring.model).context_length
+    for teacher in config.teachers:
+        whose = f"the context of teacher {teacher.name}" if teacher.name else "the teacher's context"
+        contexts[whose] = identity_of(teacher.section.model).context_length
     return sequence_limits(config) | contexts
 
 

@@ -91,8 +91,7 @@ def _ineffective_arguments(config: RunConfig, text: TextTools) -> list[str]:
 def unended_turns(config: RunConfig) -> list[str]:
     """Note the models whose template ends a turn with a token that ends no rollout."""
     models = {"student": config.student.model}
-    if config.scoring is not None:
-        models["teacher"] = config.scoring.model
+    models |= {teacher.role: teacher.section.model for teacher in config.teachers}
     found: dict[tuple[NamedToken | None, frozenset[int], str], list[str]] = {}
     for who, model in models.items():
         tokenizer = load_tokenizer(model, weights=False)

@@ -18,6 +18,7 @@ from qwen3_distill.pipeline.assembly.cost import build_cost_model
 from qwen3_distill.pipeline.assembly.engines import build_parts, engine_interpreters
 from qwen3_distill.pipeline.assembly.machine import require_machine
 from qwen3_distill.pipeline.assembly.plan import engine_log
+from qwen3_distill.pipeline.assembly.teachers import build_view, teacher_records
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.collected import run_offline
 from qwen3_distill.pipeline.first_prompt import first_prompt, prompt_record, template_notes
@@ -49,7 +50,6 @@ from qwen3_distill.ports import Learner
 from qwen3_distill.recording.console import ProgressReporter
 from qwen3_distill.recording.cost_ledger import CostLedger
 from qwen3_distill.recording.heartbeat import HeartbeatReporter
-from qwen3_distill.scoring.views import SameView
 from qwen3_distill.training.schedule import extended_rate
 from qwen3_distill.types import RunCursor
 from qwen3_distill.utils.files import write_json_atomic
@@ -115,11 +115,11 @@ async def _run(
     refuse_inputs_as_student(config)
     for note in check_before_start(config, reads_prompts=False):  # `build_parts` reads them
         warn(note)
-    if config.scoring is not None:
-        progress.stage("checking that student and teacher match")
-        SameView().check(
+    for teacher in config.teachers:
+        progress.stage(f"checking that student and {teacher.role} match")
+        build_view(config).check(
             load_identity(config.student.model, weights=False),
-            load_identity(config.scoring.model, weights=False),
+            load_identity(teacher.section.model, weights=False),
         )
     text = TextTools(config.student.model)
     prompt = first_prompt(config, text)
@@ -241,9 +241,8 @@ def _inputs(parts: Parts) -> dict[str, dict[str, Any]]:
     weights = directory_digest(parts.config.student.model)
     student = {**identity_record(parts.learner.identity), "weights_digest": weights}
     inputs = {"student": student, "data": data_digests(parts.config)}
-    teacher = parts.teacher
-    if teacher is not None:
-        inputs["teacher"] = {"id": teacher.teacher_id, **identity_record(teacher.identity)}
+    if parts.teacher is not None:
+        inputs |= teacher_records(parts.teacher)
     return inputs
 
 

@@ -41,6 +41,7 @@ from qwen3_distill.pipeline.assembly.plan import engine_log, plan_memory, requir
 from qwen3_distill.pipeline.assembly.teachers import (
     build_teacher,
     build_teacher_rollouts,
+    build_view,
     output_head,
     teacher_sampler,
 )
@@ -53,7 +54,6 @@ from qwen3_distill.ports import (
     StreamingRolloutEngine,
     TeacherScorer,
 )
-from qwen3_distill.scoring.views import SameView
 from qwen3_distill.training.embedded.hosted import hosted_embedded_learner
 from qwen3_distill.training.embedded.student import build_embedded_learner
 from qwen3_distill.training.hosted import HostedLearner
@@ -83,7 +83,7 @@ def build_parts(
     plan = plan_memory(config)
     cluster = None if config.cluster is None else RunCluster(config, config.cluster, warn)
     teacher = None
-    if config.loaded_teacher is not None:
+    if config.loaded_teachers:
         teacher_plan = plan if cluster is None else plan_memory(config, "teacher")
         teacher = build_teacher(config, teacher_plan, cluster, score_request)
     scratch = run_channel_folder(config)
@@ -95,7 +95,7 @@ def build_parts(
             config, plan_memory(config, "student") if cluster else plan, cluster=cluster
         ),
         teacher=teacher,
-        view=SameView(),
+        view=build_view(config),
         learner=build_learner(config, teacher, plan, cluster),
         channel=channel,
         text=text,
@@ -302,11 +302,11 @@ def engine_interpreters(config: RunConfig) -> dict[str, EngineInterpreter]:
     found: dict[str, EngineInterpreter] = {}
     sections = {
         "generation": config.generation,
-        "scoring": config.loaded_teacher,
+        **{teacher.setting: teacher.section for teacher in config.loaded_teachers},
         "training": config.training,
     }
     for name, section in sections.items():
-        if section is None or section.kind == "embedded":
+        if section.kind == "embedded":
             continue
         if section.kind == "sglang" and section.urls:
             continue
