@@ -28,7 +28,8 @@ _HUB_NAMES = {
     "prompts.path": "prompts",
     "evaluation.prompts.path": "evaluation.prompts",
 }
-"""Names in the manifest's record of the hub, of the settings that may hold a hub id; those of teachers: `_hub_name`."""
+"""Names in the manifest's record of the hub, of the settings that may hold a hub id. Those of
+teachers: `_hub_name`."""
 
 
 def find_paths(values: dict[str, Any], file: Path) -> None:

@@ -11,8 +11,7 @@ from qwen3_distill.config.cluster import WITH_LEARNER
 from qwen3_distill.config.data import PromptsConfig, VerifierConfig
 from qwen3_distill.config.engines import VLLM_MAX_RANK
 from qwen3_distill.config.objective import needs_hidden_states
-from qwen3_distill.config.several import EnsembleScoring, NamedTeacher, SeveralScoring
-from qwen3_distill.types import TopKRequest
+from qwen3_distill.config.several_rules import SEVERAL_RULES
 
 if TYPE_CHECKING:
     from qwen3_distill.config.run import RunConfig
@@ -184,13 +183,8 @@ def full_vocabulary_needs_one_process(config: "RunConfig") -> None:
     objective, scoring, training = config.objective, config.scoring, config.training
     if not needs_hidden_states(objective) or scoring is None:
         return
-    if isinstance(scoring, SeveralScoring | EnsembleScoring):
-        raise ValueError(
-            f"objective.kind={objective.kind} over the full vocabulary with "
-            f"scoring.kind={scoring.kind}: the learner rebuilds the distribution with the output "
-            "head of one teacher, and every teacher has its own; use objective.kind=top_k, or "
-            "objective.kl_baseline.kind=top_k or none"
-        )
+    if scoring.kind in ("several", "ensemble"):
+        return  # refused by a rule of their own
     if scoring.kind != "embedded" or training.kind != "embedded":
         raise ValueError(
             f"objective.kind={objective.kind} over the full vocabulary needs the teacher's "
@@ -205,67 +199,6 @@ def full_vocabulary_needs_one_process(config: "RunConfig") -> None:
             "own_process=false for both, or objective.kind=top_k, or "
             "objective.kl_baseline.kind=top_k"
         )
-
-
-def ensembles_average_what_they_know(config: "RunConfig") -> None:
-    """Candidates are averaged exactly only where every member's whole distribution is at hand."""
-    if not isinstance(config.objective.score_request, TopKRequest):
-        return
-    for setting, members in _ensembles(config).items():
-        for member in members:
-            section = member.section
-            if section.kind == "embedded" and not section.own_process:
-                continue
-            change = "own_process=false" if section.kind == "embedded" else "kind=embedded"
-            raise ValueError(
-                f"objective.kind={config.objective.kind} asks for the most likely tokens of an "
-                f"ensemble, and {member.setting} gives only its own most likely ones: for the "
-                "others' candidates its logprobs are not known, so there is no mean. Use "
-                f"{change} for all members of {setting}, or an objective over the sampled token"
-            )
-
-
-def ensembles_sample_nothing(config: "RunConfig") -> None:
-    ensembles = _ensembles(config)
-    if not ensembles:
-        return
-    setting = next(iter(ensembles))
-    if "teacher" in config.rollouts.samplers:
-        raise ValueError(
-            f"rollouts.source={config.rollouts.source} with {setting}.kind=ensemble: a mean of "
-            "several models is not sampled from; use rollouts.source=student, or one teacher"
-        )
-    if config.evaluation is not None and config.evaluation.teacher:
-        raise ValueError(
-            f"evaluation.teacher=true with {setting}.kind=ensemble: a mean of several models is "
-            "not sampled from, so it has no accuracy; set evaluation.teacher=false"
-        )
-
-
-def _ensembles(config: "RunConfig") -> dict[str, list[NamedTeacher]]:
-    """Return the members of every ensemble, by its setting."""
-    found: dict[str, list[NamedTeacher]] = {}
-    for teacher in config.teachers:
-        setting, _, is_member = teacher.setting.partition(".members.")
-        if is_member:
-            found.setdefault(setting, []).append(teacher)
-    return found
-
-
-def several_teachers_need_tagged_rows(config: "RunConfig") -> None:
-    scoring, evaluation = config.scoring, config.evaluation
-    if not isinstance(scoring, SeveralScoring):
-        return
-    sections = {"prompts": config.prompts}
-    if evaluation is not None:
-        sections["evaluation.prompts"] = evaluation.prompts
-    for name, prompts in sections.items():
-        if prompts.kind == "task":
-            raise ValueError(
-                f"scoring.kind=several with {name}.kind=task: a procedural task's problems have no "
-                f"field {scoring.by!r} that names a teacher; write them to a file whose rows have "
-                "it, and use kind=jsonl"
-            )
 
 
 def quantization_needs_ratio(config: "RunConfig") -> None:
@@ -460,22 +393,17 @@ def verifier_fits_prompts(config: "RunConfig") -> None:
 def cluster_engines_have_own_process(config: "RunConfig") -> None:
     if config.cluster is None:
         return
+    if config.cluster.teachers is not None and config.scoring is None:
+        raise ValueError("cluster.teachers starts teachers, and scoring is null: drop it")
     sections = {
         "rollouts": ("generation", config.generation),
-        "teachers": ("scoring", config.scoring),
+        "teachers": ("scoring", None if config.cluster.teachers is None else config.teacher),
         "learner": ("training", config.training),
     }
     for name, (key, section) in sections.items():
         if getattr(config.cluster, name) is None:
             continue
-        if section is None:
-            raise ValueError("cluster.teachers starts teachers, and scoring is null: drop it")
-        if isinstance(section, SeveralScoring | EnsembleScoring):
-            raise ValueError(
-                f"cluster.teachers with scoring.kind={section.kind}: a fleet is of one teacher. "
-                "Drop cluster.teachers, so that all run on this machine, or start servers "
-                "elsewhere and name them in each teacher's urls"
-            )
+        assert section is not None, "a teacher is required above"
         if section.kind == "embedded" and not section.own_process:
             raise ValueError(
                 f"cluster.{name} with {key}.own_process=false: an engine in the run's own process "
@@ -541,10 +469,8 @@ RULES: tuple[Callable[["RunConfig"], None], ...] = (
     offline_needs_ratio,
     harvest_needs_the_student_alone,
     replay_keeps_rollouts_of_the_student,
+    *SEVERAL_RULES,
     full_vocabulary_needs_one_process,
-    ensembles_average_what_they_know,
-    ensembles_sample_nothing,
-    several_teachers_need_tagged_rows,
     quantization_needs_ratio,
     lora_rank_fits_vllm,
     top_p_and_top_k_bias_sampled_tokens,

@@ -240,6 +240,11 @@ async def _precision(engines: RealPass, unquantized: str | None, say: Say) -> Ve
     config = engines.config
     if quantization_of(config) is None:
         return skipped("the teacher is not quantized")
+    if len(config.teachers) > 1:
+        return skipped(
+            "there are several teachers: measure each with `qwen3-distill audit-teacher` and a "
+            "config that has it alone"
+        )
     if detect_gpu() is None:
         return skipped("there is no GPU to compute the unquantized scores on")
     served = [result for result in engines.results if isinstance(result, TopKScore)]

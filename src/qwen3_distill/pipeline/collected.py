@@ -30,6 +30,7 @@ from qwen3_distill.pipeline.step import (
     traced_push,
 )
 from qwen3_distill.recording.text import clock
+from qwen3_distill.scoring.by_tag import teacher_id_for
 from qwen3_distill.types import (
     HiddenScore,
     Metric,
@@ -213,6 +214,8 @@ class _Collector:
                     f"{rollout.sampled_by}, and objective.kind={objective.kind} does not learn "
                     f"from that: {objective.refusal}"
                 )
+        for rollout in rollouts if self._parts.scorer is not None else ():
+            self._parts.view.job(rollout)  # a rollout without a teacher is refused now
         if objective.needs_ratio and self._cursor.step == 0:
             check_sampled_by_student(rollouts, file, self._config, self._parts.learner.version)
         yield from rows
@@ -223,7 +226,7 @@ class _Collector:
         if not isinstance(item, ScoredRollout) or scorer is None:
             return False
         score = item.score
-        if score.teacher_id != scorer.teacher_id:
+        if score.teacher_id != teacher_id_for(scorer, item.rollout):
             return False
         if isinstance(request, TopKRequest):
             return isinstance(score, TopKScore) and score.candidate_ids.shape[1] == request.k

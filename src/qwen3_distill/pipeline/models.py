@@ -136,9 +136,7 @@ def localize(
         update = {"model": sources["student"].directory}
         changes["student"] = config.student.model_copy(update=update)
     sections = {
-        teacher.name: teacher.section.model_copy(
-            update={"model": sources[teacher.role].directory}
-        )
+        teacher.name: teacher.section.model_copy(update={"model": sources[teacher.role].directory})
         for teacher in config.teachers
         if teacher.role in sources
     }
@@ -146,7 +144,9 @@ def localize(
         prompts = pinned(evaluation.prompts, "evaluation.prompts")
         changes["evaluation"] = evaluation.model_copy(update={"prompts": prompts})
     return LocalConfig(
-        config=config.with_sections(sections).model_copy(update=changes), sources=sources, datasets=found_datasets
+        config=config.with_sections(sections).model_copy(update=changes),
+        sources=sources,
+        datasets=found_datasets,
     )
 
 

@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from itertools import chain, count, groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +39,7 @@ from qwen3_distill.pipeline.assembly.machine import require_machine
 from qwen3_distill.pipeline.assembly.plan import plan_memory
 from qwen3_distill.pipeline.assembly.teachers import (
     build_teacher,
+    build_view,
     with_embedded_teacher_here,
 )
 from qwen3_distill.pipeline.disk_space import check_student_space
@@ -60,8 +60,8 @@ from qwen3_distill.pipeline.sampler_check import (
 )
 from qwen3_distill.ports import Learner, Sampler, TeacherScorer
 from qwen3_distill.recording.text import clock, temperature_text
+from qwen3_distill.scoring.by_tag import teacher_id_for
 from qwen3_distill.scoring.handshake import check_compatible
-from qwen3_distill.scoring.views import SameView
 from qwen3_distill.types import Batch, Rollout, ScoredRollout, TrainingRollout
 from qwen3_distill.utils.files import check_writable, content_of, is_replaceable, write_json_atomic
 from qwen3_distill.utils.seeds import derive_seed
@@ -185,8 +185,11 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
     rows = read_rollouts(rollouts, vocab_size=student.vocab_size)
     if not rows:
         raise DataError(f"{rollouts} has no rollouts to score")
-    view = SameView()
-    view.check(student, load_identity(config.teacher.model, weights=False))
+    view = build_view(config)
+    for _, rollout in rows:
+        view.job(rollout)  # one without a teacher is refused before anything is downloaded
+    for one in config.teachers:
+        view.check(student, load_identity(one.section.model, weights=False))
     local.fetch_weights(say, ("teacher",))
     teacher = build_teacher(config, plan_memory(config))
     decode = TextTools(config.student.model).decode
@@ -272,7 +275,9 @@ def _read_rows(config: RunConfig, scored: Path) -> list[tuple[int, TrainingRollo
     if config.objective.score_request is None:
         rows = read_training(scored, vocab_size=vocab_size)
     else:
-        hidden_size = read_shape(config.teacher.model).hidden_size
+        # Only one teacher has a head that reads hidden states.
+        is_one = len(config.teachers) == 1
+        hidden_size = read_shape(config.teacher.model).hidden_size if is_one else None
         rows = [*read_scored(scored, vocab_size=vocab_size, hidden_size=hidden_size)]
     if not rows:
         raise DataError(f"{scored} has no rollouts to train on")
@@ -303,13 +308,14 @@ def _batches(
 def _check_scored_by(
     teacher: TeacherScorer, rows: Sequence[tuple[int, TrainingRollout]], scored: Path
 ) -> None:
-    scores = [item.score for _, item in rows if isinstance(item, ScoredRollout)]
-    strangers = {score.teacher_id for score in scores} - {teacher.teacher_id}
-    if strangers:
-        raise DataError(
-            f"{scored} was scored by {', '.join(sorted(strangers))}, but the config's teacher is "
-            f"{teacher.teacher_id}"
-        )
+    items = [item for _, item in rows if isinstance(item, ScoredRollout)]
+    for item in items:
+        expected = teacher_id_for(teacher, item.rollout)
+        if item.score.teacher_id != expected:
+            raise DataError(
+                f"{scored}: rollout {item.rollout.rollout_id} was scored by "
+                f"{item.score.teacher_id}, but the config's teacher is {expected}"
+            )
 
 
 class _Stopped(KeyboardInterrupt):
@@ -458,11 +464,11 @@ def evaluate_directory(
         async with static_engine(config, directory) as engine:
             result = await measure(engine, first)
             say(_accuracy_line(model, result))  # before the file, which may fail to be written
-            record: dict[str, Any] = {"model": model, **asdict(result)}
+            record: dict[str, Any] = {"model": model, **result.record()}
             if second is not None:
                 again = await measure(engine, second)
                 say(_accuracy_line(f"{model}, {temperature_text(second)}", again))
-                record["second"] = {"temperature": second, **asdict(again)}
+                record["second"] = {"temperature": second, **again.record()}
             return record
 
     say(f"evaluating {model} on {len(problems)} problems")

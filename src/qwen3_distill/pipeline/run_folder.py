@@ -317,7 +317,8 @@ class RunFolder:
         """Whether a path setting names the same file as before, from another working directory."""
         before, now = _setting(old, key), _setting(self._values, key)
         directory = run_directory(self.config)
-        if as_of_one_teacher(key) not in PATH_SETTINGS or directory is None or not isinstance(before, str):
+        is_path = as_of_one_teacher(key) in PATH_SETTINGS
+        if not is_path or directory is None or not isinstance(before, str):
             return False
         return isinstance(now, str) and os.path.realpath(now) == os.path.realpath(
             directory / before

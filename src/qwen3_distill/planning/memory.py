@@ -162,9 +162,7 @@ def _student_working_row(config: RunConfig, models: Models) -> PlanRow:
 # --- Teacher ------------------------------------------------------------------------------------
 
 
-def each_teacher(
-    config: RunConfig, models: Models
-) -> list[tuple[NamedTeacher, RunConfig, Models]]:
+def each_teacher(config: RunConfig, models: Models) -> list[tuple[NamedTeacher, RunConfig, Models]]:
     """List the loaded teachers in the order in which they start.
 
     Returns:

@@ -282,9 +282,7 @@ def _check_what_is_stated(config: RunConfig, models: Models, plan: MemoryPlan) -
             )
     if "teacher" in engines:
         for teacher, one, its_models in memory.each_teacher(config, models):
-            _check_stated_teacher(
-                one, its_models, plan.for_teacher(teacher.name), teacher.setting
-            )
+            _check_stated_teacher(one, its_models, plan.for_teacher(teacher.name), teacher.setting)
     if "learner" in engines and training.kind == "unsloth" and training.memory_gib is not None:
         needed = plan.engine_bytes("learner")
         if plan.learner_memory_bytes < needed:
@@ -315,8 +313,8 @@ def _check_stated_teacher(
     longest = memory.longest_sequence_tokens(config, models)
     if plan.sglang_max_total_tokens <= longest:
         raise ConfigError(
-            f"{setting}.max_total_tokens={plan.sglang_max_total_tokens} cannot hold one sequence of "
-            f"{longest} tokens; raise it, or leave it out to have it planned"
+            f"{setting}.max_total_tokens={plan.sglang_max_total_tokens} cannot hold one sequence "
+            f"of {longest} tokens; raise it, or leave it out to have it planned"
         )
 
 

@@ -87,7 +87,7 @@ class TeachersByTag:
 
     @property
     def counters(self) -> Mapping[str, float]:
-        """Sums over the teachers, and every teacher's own as ``by_tag/{tag}/...``."""
+        """Sums over the teachers, and every teacher's own as ``by_tag/{tag}_...``."""
         return merged({f"by_tag/{tag}": one.counters for tag, one in self.teachers.items()})
 
     @property
@@ -241,7 +241,7 @@ class SamplerByTag:
         try:
             async for rollout in self._samplers[tag].generate(requests):
                 events.put_nowait(rollout)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - handed to the consumer
             events.put_nowait(error)
         else:
             events.put_nowait(None)

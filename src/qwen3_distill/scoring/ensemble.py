@@ -51,10 +51,8 @@ class EnsembleTeacher:
 
     @property
     def counters(self) -> Mapping[str, float]:
-        """Sums over the members, and every member's own as ``ensemble/{index}/...``."""
-        return merged(
-            {f"ensemble/{index}": one.counters for index, one in enumerate(self.members)}
-        )
+        """Sums over the members, and every member's own as ``ensemble/{index}_...``."""
+        return merged({f"ensemble/{index}": one.counters for index, one in enumerate(self.members)})
 
     @property
     def max_dropped_fraction(self) -> float:

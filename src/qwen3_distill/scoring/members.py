@@ -51,12 +51,12 @@ def merged(counters: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Return the sums of counters, and each one's own under its prefix.
 
     Args:
-        counters: by prefix. ``score/cache_hits`` becomes ``{prefix}/score_cache_hits`` as well.
+        counters: by prefix. ``score/cache_hits`` becomes ``{prefix}_score_cache_hits`` as well.
     """
     found: dict[str, float] = {}
     for own in counters.values():
         for key, value in own.items():
             found[key] = found.get(key, 0.0) + value
     for prefix, own in counters.items():
-        found |= {f"{prefix}/{key.replace('/', '_')}": value for key, value in own.items()}
+        found |= {f"{prefix}_{key.replace('/', '_')}": value for key, value in own.items()}
     return found

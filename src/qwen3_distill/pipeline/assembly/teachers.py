@@ -31,8 +31,8 @@ from qwen3_distill.ports import Sampler, TeacherScorer
 from qwen3_distill.scoring.by_tag import (
     SamplerByTag,
     TagSampler,
-    TeachersByTag,
     TeacherSamplersByTag,
+    TeachersByTag,
     ViewByTag,
 )
 from qwen3_distill.scoring.cache import CachedTeacher
@@ -81,9 +81,7 @@ def build_teacher(
     return fleet
 
 
-def build_local(
-    config: RunConfig, plan: MemoryPlan | None, request: ScoreRequest
-) -> TeacherScorer:
+def build_local(config: RunConfig, plan: MemoryPlan | None, request: ScoreRequest) -> TeacherScorer:
     """Build the teacher on this machine, or all of several."""
     scoring = config.scoring
     if isinstance(scoring, SeveralScoring):
@@ -231,9 +229,7 @@ def with_embedded_teacher_here(config: RunConfig) -> RunConfig:
     """
     return config.with_sections(
         {
-            teacher.name: teacher.section.model_copy(
-                update={"own_process": False, "threads": None}
-            )
+            teacher.name: teacher.section.model_copy(update={"own_process": False, "threads": None})
             for teacher in config.loaded_teachers
             if isinstance(teacher.section, EmbeddedScoring)
         }
@@ -324,9 +320,7 @@ def _server_of(teacher: TeacherScorer | None) -> TeacherScorer | None:
     return server.teachers[0] if isinstance(server, TeacherFleet) else server
 
 
-def build_teacher_rollouts(
-    config: RunConfig, teacher: TeacherScorer | None
-) -> TagSampler | None:
+def build_teacher_rollouts(config: RunConfig, teacher: TeacherScorer | None) -> TagSampler | None:
     """Build what samples the teacher's answers to train on; None if the teacher samples none.
 
     The scoring server samples itself. An embedded engine loads the teacher a second time, where
@@ -337,8 +331,7 @@ def build_teacher_rollouts(
     assert teacher is not None, "a teacher that samples is loaded"
     if config.tags:
         samplers = {
-            tag: build_teacher_rollouts(one, _of_tag(teacher, tag))
-            for tag, one in _by_tag(config)
+            tag: build_teacher_rollouts(one, _of_tag(teacher, tag)) for tag, one in _by_tag(config)
         }
         return TeacherSamplersByTag({tag: one for tag, one in samplers.items() if one})
 

@@ -167,8 +167,6 @@ def score_record(request: ScoreRequest, teacher_id: str, parts: tuple[Tensor, ..
                 candidate_logprobs=parts[2].numpy(),
             )
         case HiddenRequest():
-            return HiddenScore(
-                teacher_id=teacher_id, logprobs=logprobs_S, hidden=parts[1].numpy()
-            )
+            return HiddenScore(teacher_id=teacher_id, logprobs=logprobs_S, hidden=parts[1].numpy())
         case SampledRequest():
             return TeacherScore(teacher_id=teacher_id, logprobs=logprobs_S)
