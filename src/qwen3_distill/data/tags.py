@@ -26,13 +26,13 @@ class TagSchedule:
     """The tag of every prompt that a run draws, by its number, so that tags have their weights.
 
     Number n gets the tag whose count among the numbers before lies furthest below its share of
-    n + 1; of equal ones the first. So among any first n numbers every tag has its share of n, less
+    n + 1; of equal ones the first by name. So among any first n numbers every tag has its share of n, less
     than one prompt apart for two tags, and the order follows from the weights alone.
     """
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         total = sum(weights.values())
-        self._shares = {tag: weight / total for tag, weight in weights.items()}
+        self._shares = {tag: weight / total for tag, weight in sorted(weights.items())}
         self._drawn: Counter[str] = Counter()
         self._places: list[tuple[str, int]] = []
 

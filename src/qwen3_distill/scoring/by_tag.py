@@ -83,7 +83,7 @@ class TeachersByTag:
     @property
     def teacher_id(self) -> str:
         """All ids with their tags. No score carries it: a score names its own teacher."""
-        return " ".join(f"{tag}={name}" for tag, name in self.ids.items())
+        return " ".join(f"{tag}={name}" for tag, name in sorted(self.ids.items()))
 
     @property
     def counters(self) -> Mapping[str, float]:
