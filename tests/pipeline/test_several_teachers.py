@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qwen3_distill.data.rollout_files import read_scored, read_training
-from qwen3_distill.errors import DataError, EngineError
+from qwen3_distill.errors import ConfigError, EngineError
 from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.run import run
 from qwen3_distill.recording.console import SilentReporter
@@ -31,6 +31,7 @@ from tests.pipeline.builders import (
 from tests.pipeline.builders import tiny_values as single_values
 from tests.tiny_models import TinyModels, write_model
 
+HARVEST = {"deadline_s": 1e-4, "min_tokens": 1}
 ROWS = [
     {"prompt": f"{tag} question {number}", "answer": "4", "task": {"name": tag}}
     for number in range(3)
@@ -115,7 +116,11 @@ def assert_scored_by_own_teacher(
     [
         {"kind": "sequential"},
         {"kind": "streaming"},
-        {"kind": "streaming", "max_staleness_steps": 2, "harvest": {"deadline_s": 0.05}},
+        {
+            "kind": "streaming",
+            "max_staleness_steps": 2,
+            "harvest": {"deadline_s": 1e-4, "min_tokens": 1},
+        },
         {"kind": "offline", "collect_steps": 2},
     ],
     ids=lambda pipeline: "+".join(pipeline),
@@ -310,12 +315,12 @@ def test_a_file_of_rollouts_without_tags_is_refused(
         tmp_path / "config.yaml", single_values(tiny_models, tmp_path / "b", several)
     )
     command = ("score", "--config", config, "--rollouts", rollouts, "--out", tmp_path / "s.parquet")
-    refused(*command, words=["has no tag", "math, code"])
+    refused(*command, words=["has no tag", "code, math"])
     offline = {
         "pipeline": {"kind": "offline"},
         "rollouts": {"source": "file", "file": str(rollouts)},
     }
-    with pytest.raises(DataError, match="has no tag, expected one of math, code"):
+    with pytest.raises(ConfigError, match="has no tag, expected one of math, code"):
         run_to_end(tiny_config(tiny_models, tmp_path / "c", several | offline))
 
 
@@ -366,7 +371,7 @@ def test_the_doctor_has_a_line_for_each_teacher(
     config = write_config(tmp_path / "config.yaml", values)
     result = call_cli("doctor", "--config", config, "--json")
     report = json.loads(result.out)
-    checks = {line["check"]: line for line in report["checks"]}
+    checks = {line["check"]: line for line in report["findings"]}
     for name in ("teacher files", "tokenizer", "chat template"):
         assert checks[f"{name} (math)"]["status"] == checks[f"{name} (code)"]["status"] == "pass"
     assert "from math" in checks["scores"]["found"]

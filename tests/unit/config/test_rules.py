@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from qwen3_distill.config import RunConfig, rules
+from qwen3_distill.config import RunConfig, rules, several_rules
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.replay.buffer import build_replay
 
@@ -100,8 +100,12 @@ def test_streaming_with_room_for_what_arrives_old_is_good() -> None:
 
 
 def test_every_rule_is_run() -> None:
-    functions = inspect.getmembers(rules, inspect.isfunction)
-    written = {f for _, f in functions if f.__module__ == rules.__name__}
+    written = {
+        function
+        for module in (rules, several_rules)
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__ and not name.startswith("_")
+    }
     assert written - {rules.check_rules} == set(rules.RULES)
     assert len(rules.RULES) == len(set(rules.RULES))
 
