@@ -26,8 +26,8 @@ class TagSchedule:
     """The tag of every prompt that a run draws, by its number, so that tags have their weights.
 
     Number n gets the tag whose count among the numbers before lies furthest below its share of
-    n + 1; of equal ones the first by name. So among any first n numbers every tag has its share of n, less
-    than one prompt apart for two tags, and the order follows from the weights alone.
+    n + 1; of equal ones the first by name. So among any first n numbers every tag has its share of
+    n, less than one prompt apart for two tags, and the order follows from the weights alone.
     """
 
     def __init__(self, weights: Mapping[str, float]) -> None:

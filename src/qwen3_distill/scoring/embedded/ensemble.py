@@ -13,7 +13,12 @@ from torch import Tensor
 
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.head import logits_of, map_chunks
-from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher, chunk_outputs, score_record
+from qwen3_distill.scoring.embedded.teacher import (
+    EmbeddedTeacher,
+    check_candidates,
+    chunk_outputs,
+    score_record,
+)
 from qwen3_distill.scoring.ensemble import ensemble_id
 from qwen3_distill.scoring.handshake import check_lengths
 from qwen3_distill.types import (
@@ -40,7 +45,8 @@ class EmbeddedEnsemble:
         batch_tokens, chunk_tokens: as for a teacher; logits of a chunk exist once a member.
 
     Raises:
-        ConfigError: hidden states are asked for: a mean of distributions has none.
+        ConfigError: hidden states are asked for, and a mean of distributions has none; or more
+            candidates than the vocabulary has tokens.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class EmbeddedEnsemble:
                 "the objective asks for hidden states, and the mean of several distributions has "
                 "none; use objective.kind=top_k"
             )
+        check_candidates(request, members[0].identity)
         self.members = tuple(members)
         self._shares = tuple(shares)
         self._log_shares = [math.log(share) for share in shares]

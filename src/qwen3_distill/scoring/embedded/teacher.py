@@ -56,11 +56,7 @@ class EmbeddedTeacher:
         self._device = resolve_device(device)
         self._model = load_model(model_dir, device=self._device, dtype=resolve_dtype(dtype))
         self._model.requires_grad_(False)
-        if isinstance(request, TopKRequest) and request.k > self._identity.vocab_size:
-            raise ConfigError(
-                f"the objective asks for the top {request.k} tokens, and the teacher's vocabulary "
-                f"has {self._identity.vocab_size}; lower k"
-            )
+        check_candidates(request, self._identity)
         self._request = request
         self._batch_tokens = batch_tokens
         self._chunk_tokens = chunk_tokens
@@ -138,6 +134,15 @@ class EmbeddedTeacher:
     def _chunk_scores(self, hidden_CD: Tensor, target_C: Tensor) -> tuple[Tensor, ...]:
         logprob_CV = torch.log_softmax(logits_of(hidden_CD, self.output_head), dim=-1)
         return chunk_outputs(self._request, logprob_CV, target_C, hidden_CD)
+
+
+def check_candidates(request: ScoreRequest, identity: ModelIdentity) -> None:
+    """Raise ConfigError if more candidates are asked for than the vocabulary has tokens."""
+    if isinstance(request, TopKRequest) and request.k > identity.vocab_size:
+        raise ConfigError(
+            f"the objective asks for the top {request.k} tokens, and the teacher's vocabulary "
+            f"has {identity.vocab_size}; lower k"
+        )
 
 
 def chunk_outputs(

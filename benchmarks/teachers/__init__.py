@@ -1,0 +1,1 @@
+"""Benchmarks of the teacher's side: several teachers, other contexts, other tokenizers."""
