@@ -62,8 +62,13 @@ class CountingTeacher:
         self.asked: list[str] = []
         self.log: list[str] = faults.get("log", [])
 
-    starts_first = property(lambda self: self.faults.get("starts_first", False))
-    max_dropped_fraction = property(lambda self: self.faults.get("max_dropped_fraction", 0.0))
+    @property
+    def starts_first(self) -> bool:
+        return self.faults.get("starts_first", False)
+
+    @property
+    def max_dropped_fraction(self) -> float:
+        return self.faults.get("max_dropped_fraction", 0.0)
 
     @property
     def counters(self) -> Mapping[str, float]:
