@@ -253,17 +253,11 @@ class RealPass:
         tags = Counter(job.tag for job in self._jobs if job.tag is not None)
         whose = ", ".join(f"{count} from {tag}" for tag, count in tags.items())
         found = f"{len(self.results)} of {len(self.results)} rollouts got one"
-        return self._with_silent_teachers(f"{found} ({whose})" if whose else found, set(tags))
-
-    def _with_silent_teachers(self, found: str, asked: set[str]) -> Verdict:
-        """Say which of several teachers no rollout went to."""
-        silent = [tag for tag in self.config.tags if tag not in asked]
-        if not silent:
-            return good(found)
-        return doubtful(
-            f"{found}; none went to {', '.join(silent)}",
-            "examine more rollouts with --rollouts, or see that the prompts have rows of every tag",
-        )
+        found += f" ({whose})" if whose else ""
+        if silent := [tag for tag in self.config.tags if tag not in tags]:
+            change = "raise --rollouts, or see that the prompts have rows of every tag"
+            return doubtful(f"{found}, none from {', '.join(silent)}", change)
+        return good(found)
 
     async def score_alone(self) -> Verdict:
         """Score each rollout again, alone."""

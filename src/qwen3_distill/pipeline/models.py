@@ -106,14 +106,7 @@ def localize(
         DataError: the same of a dataset.
     """
     earlier = {name: HubCommit(**record) for name, record in (recorded or {}).items()}
-    named = {"student": ("student.model", config.student.model)}
-    for teacher in config.teachers:
-        named[teacher.role] = f"{teacher.setting}.model", teacher.section.model
-    sources = {
-        role: locate_model(name, setting, recorded=earlier.get(role), say=say, warn=warn)
-        for role, (setting, name) in named.items()
-        if _belongs(role, roles)
-    }
+    sources = _located(config, roles, earlier, say, warn)
     found_datasets: dict[str, HubCommit] = {}
 
     def pinned(prompts: PromptsConfig, setting: str) -> PromptsConfig:
@@ -148,6 +141,24 @@ def localize(
         sources=sources,
         datasets=found_datasets,
     )
+
+
+def _located(
+    config: RunConfig,
+    roles: Sequence[str],
+    earlier: Mapping[str, HubCommit],
+    say: Say,
+    warn: Say,
+) -> dict[str, ModelSource]:
+    """Find the models of some roles; return their sources by role."""
+    named = {"student": ("student.model", config.student.model)}
+    for teacher in config.teachers:
+        named[teacher.role] = f"{teacher.setting}.model", teacher.section.model
+    return {
+        role: locate_model(name, setting, recorded=earlier.get(role), say=say, warn=warn)
+        for role, (setting, name) in named.items()
+        if _belongs(role, roles)
+    }
 
 
 def localize_again(

@@ -39,7 +39,7 @@ from qwen3_distill.pipeline.assembly.machine import require_machine
 from qwen3_distill.pipeline.assembly.plan import plan_memory
 from qwen3_distill.pipeline.assembly.teachers import (
     build_teacher,
-    build_view,
+    checked_view,
     with_embedded_teacher_here,
 )
 from qwen3_distill.pipeline.disk_space import check_student_space
@@ -185,11 +185,7 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
     rows = read_rollouts(rollouts, vocab_size=student.vocab_size)
     if not rows:
         raise DataError(f"{rollouts} has no rollouts to score")
-    view = build_view(config)
-    for _, rollout in rows:
-        view.job(rollout)  # one without a teacher is refused before anything is downloaded
-    for one in config.teachers:
-        view.check(student, load_identity(one.section.model, weights=False))
+    view = checked_view(config, [rollout for _, rollout in rows])
     local.fetch_weights(say, ("teacher",))
     teacher = build_teacher(config, plan_memory(config))
     decode = TextTools(config.student.model).decode
@@ -275,9 +271,8 @@ def _read_rows(config: RunConfig, scored: Path) -> list[tuple[int, TrainingRollo
     if config.objective.score_request is None:
         rows = read_training(scored, vocab_size=vocab_size)
     else:
-        # Only one teacher has a head that reads hidden states.
-        is_one = len(config.teachers) == 1
-        hidden_size = read_shape(config.teacher.model).hidden_size if is_one else None
+        one = len(config.teachers) == 1  # only then a head reads hidden states
+        hidden_size = read_shape(config.teacher.model).hidden_size if one else None
         rows = [*read_scored(scored, vocab_size=vocab_size, hidden_size=hidden_size)]
     if not rows:
         raise DataError(f"{scored} has no rollouts to train on")
@@ -308,13 +303,12 @@ def _batches(
 def _check_scored_by(
     teacher: TeacherScorer, rows: Sequence[tuple[int, TrainingRollout]], scored: Path
 ) -> None:
-    items = [item for _, item in rows if isinstance(item, ScoredRollout)]
-    for item in items:
+    for item in (item for _, item in rows if isinstance(item, ScoredRollout)):
         expected = teacher_id_for(teacher, item.rollout)
         if item.score.teacher_id != expected:
+            found = f"{item.score.teacher_id} ({item.rollout.rollout_id})"
             raise DataError(
-                f"{scored}: rollout {item.rollout.rollout_id} was scored by "
-                f"{item.score.teacher_id}, but the config's teacher is {expected}"
+                f"{scored} was scored by {found}, but the config's teacher is {expected}"
             )
 
 

@@ -255,7 +255,8 @@ def expected_mean(models: Sequence[Path], shares: Sequence[float], rollout: Roll
     """[R, V] log of the mean, from whole distributions in float64."""
     with torch.no_grad():
         parts = [response_logprobs(reference_model(m), rollout).double().exp() for m in models]
-    return sum(share * part for share, part in zip(shares, parts, strict=True)).log().numpy()
+    weighted = [share * part for share, part in zip(shares, parts, strict=True)]
+    return torch.stack(weighted).sum(0).log().numpy()
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.25, 0.75), (0.9, 0.1)])

@@ -21,7 +21,7 @@ from qwen3_distill.config import (
 )
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
 from qwen3_distill.hosts.host import MakeHost
-from qwen3_distill.modeling.loading import resolve_dtype
+from qwen3_distill.modeling.loading import load_identity, resolve_dtype
 from qwen3_distill.pipeline.assembly.channel import learns_elsewhere, samples_elsewhere
 from qwen3_distill.pipeline.assembly.fleet import RunCluster, require_cluster
 from qwen3_distill.pipeline.assembly.plan import engine_log, plan_memory, require_plan
@@ -45,7 +45,7 @@ from qwen3_distill.scoring.sampling import TeacherSampler
 from qwen3_distill.scoring.sglang.hosted import HostedSglangTeacher, hosted_sglang_teacher
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.scoring.views import SameView, TeacherView
-from qwen3_distill.types import SampledRequest, ScoreRequest, TopKRequest
+from qwen3_distill.types import Rollout, SampledRequest, ScoreRequest, TopKRequest
 from qwen3_distill.weights.directory import publish_directory
 from qwen3_distill.weights.memory import MemoryChannel
 
@@ -149,6 +149,22 @@ def build_view(config: RunConfig) -> TeacherView:
     if not config.tags:
         return SameView()
     return ViewByTag({tag: SameView() for tag in config.tags})
+
+
+def checked_view(config: RunConfig, rollouts: Sequence[Rollout]) -> TeacherView:
+    """Build the view, and check that every teacher fits the student and every rollout has one.
+
+    Raises:
+        HandshakeError: a teacher does not fit.
+        DataError: a rollout has no teacher.
+    """
+    view = build_view(config)
+    for rollout in rollouts:
+        view.job(rollout)
+    student = load_identity(config.student.model, weights=False)
+    for teacher in config.teachers:
+        view.check(student, load_identity(teacher.section.model, weights=False))
+    return view
 
 
 def _build_member(
