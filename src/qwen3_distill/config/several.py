@@ -90,7 +90,7 @@ TeachersConfig: TypeAlias = Annotated[
     EmbeddedScoring | SglangScoring | EnsembleScoring | SeveralScoring,
     Field(discriminator="kind"),
 ]
-"""What `scoring` may be."""
+"""The section `scoring`: one teacher or several."""
 
 
 class NamedTeacher(NamedTuple):

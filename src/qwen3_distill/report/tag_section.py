@@ -19,12 +19,12 @@ class TagRow:
     tag: str
     teacher: str
     share: str
-    """Of the rollouts that the steps trained on."""
+    """Share of the rollouts that the steps trained on."""
     before: str
     after: str
     teacher_accuracy: str
     kl: str
-    """Of the last step, at the sampled tokens, in nats a token."""
+    """Mean of the last step over the sampled tokens, in nats a token."""
 
 
 def tag_rows(run: RunFiles) -> Sequence[TagRow]:

@@ -1,4 +1,4 @@
-"""What teachers that consist of several share: how these start and end, and their counters."""
+"""Starts and closes the members of several teachers, and merges their counters."""
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
