@@ -103,7 +103,8 @@ class Prompt:
     """Permanent name, e.g. ``"train.jsonl:17"``."""
     token_ids: IntArray
     task_data: Mapping[str, str] = field(default_factory=dict)
-    """Input of the verifier, e.g. ``{"answer": "42"}``."""
+    """Input of the verifier, e.g. ``{"answer": "42"}``; where there are several teachers the tag,
+    too (``data/tags.py``)."""
     teacher_ids: IntArray | None = None
     """Tokens for the teacher in place of ``token_ids`` (``scoring.context``); None: the same."""
     messages: tuple[tuple[str, str], ...] = ()
@@ -372,6 +373,8 @@ class ScoringJob:
     """[J] everything that the teacher reads, its context first."""
     scored: tuple[TokenSpan, ...]
     """Which of ``token_ids`` get a score; the first span starts at 1 or later."""
+    tag: str | None = None
+    """Which of several teachers scores; None: there is one."""
 
     def __post_init__(self) -> None:
         what = f"scoring job of {self.rollout_id}"

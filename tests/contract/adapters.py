@@ -31,6 +31,7 @@ from qwen3_distill.hosts.host import Host, MakeHost, WorkerSpec
 from qwen3_distill.hosts.process import LocalProcess
 from qwen3_distill.hosts.ray_host import RayHost
 from qwen3_distill.ports import ReplayingLearner, StreamingRolloutEngine, TeacherScorer
+from qwen3_distill.scoring.embedded.ensemble import EmbeddedEnsemble
 from qwen3_distill.scoring.embedded.following import FollowingEmbeddedTeacher
 from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
@@ -236,6 +237,30 @@ class EmbeddedTeacherAdapter:
             batch_tokens=batch_tokens,
             chunk_tokens=chunk_tokens,
         )
+
+
+@dataclass(frozen=True)
+class EnsembleAdapter(EmbeddedTeacherAdapter):
+    """The mean of a teacher with itself, which is that teacher."""
+
+    gives_hidden_states: bool = False
+
+    def build(
+        self,
+        model_dir: Path,
+        request: ScoreRequest = SampledRequest(),  # noqa: B008 - frozen
+        *,
+        batch_tokens: int = 16384,
+        chunk_tokens: int = 1024,
+    ) -> TeacherScorer:
+        sizes = {"batch_tokens": batch_tokens, "chunk_tokens": chunk_tokens}
+        members = [
+            EmbeddedTeacher(
+                model_dir, request=SampledRequest(), device=self.device, dtype="float32", **sizes
+            )
+            for _ in range(2)
+        ]
+        return EmbeddedEnsemble(members, (0.25, 0.75), request=request, **sizes)
 
 
 @dataclass(frozen=True)
@@ -523,6 +548,7 @@ ENGINES = [
 ]
 TEACHERS = [
     pytest.param(EmbeddedTeacherAdapter("cpu"), id="embedded"),
+    pytest.param(EnsembleAdapter("cpu"), id="embedded_ensemble"),
     pytest.param(FollowingTeacherAdapter(), id="following"),
     pytest.param(SocketTeacherAdapter(), id="embedded_over_socket"),
     pytest.param(TeacherFleetAdapter(3), id="fleet_of_three"),

@@ -88,6 +88,12 @@ from qwen3_distill.config.operation import (
 )
 from qwen3_distill.config.rollouts import RolloutsConfig, SampledBy
 from qwen3_distill.config.run import RunConfig
+from qwen3_distill.config.several import (
+    EnsembleScoring,
+    NamedTeacher,
+    SeveralScoring,
+    TeachersConfig,
+)
 from qwen3_distill.config.teacher_context import (
     ContextConfig,
     MovingAverage,
@@ -113,6 +119,7 @@ __all__ = [
     "EmbeddedGeneration",
     "EmbeddedScoring",
     "EmbeddedTraining",
+    "EnsembleScoring",
     "EvaluationConfig",
     "ExactVerifier",
     "FullBaseline",
@@ -127,6 +134,7 @@ __all__ = [
     "LoraTuning",
     "MathVerifier",
     "MovingAverage",
+    "NamedTeacher",
     "NeverRefreshed",
     "NoBaseline",
     "ObjectiveConfig",
@@ -155,12 +163,14 @@ __all__ = [
     "ScheduleConfig",
     "ScoringConfig",
     "SequentialPipeline",
+    "SeveralScoring",
     "SglangScoring",
     "StreamingPipeline",
     "StudentConfig",
     "TaskName",
     "TaskPrompts",
     "TaskVerifier",
+    "TeachersConfig",
     "TopKBaseline",
     "TopKDivergence",
     "TrackerConfig",

@@ -12,16 +12,17 @@ if TYPE_CHECKING:
 def cluster_engines_have_own_process(config: "RunConfig") -> None:
     if config.cluster is None:
         return
+    if config.cluster.teachers is not None and config.scoring is None:
+        raise ValueError("cluster.teachers starts teachers, and scoring is null: drop it")
     sections = {
         "rollouts": ("generation", config.generation),
-        "teachers": ("scoring", config.scoring),
+        "teachers": ("scoring", None if config.cluster.teachers is None else config.teacher),
         "learner": ("training", config.training),
     }
     for name, (key, section) in sections.items():
         if getattr(config.cluster, name) is None:
             continue
-        if section is None:
-            raise ValueError("cluster.teachers starts teachers, and scoring is null: drop it")
+        assert section is not None, "a teacher is required above"
         if section.kind == "embedded" and not section.own_process:
             raise ValueError(
                 f"cluster.{name} with {key}.own_process=false: an engine in the run's own process "

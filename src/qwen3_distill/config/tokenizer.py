@@ -61,7 +61,7 @@ def own_tokenizer_reads_the_prompt(config: "RunConfig") -> None:
     Raises:
         ValueError: the config has a teacher with a tokenizer of its own and one of them.
     """
-    scoring = config.scoring
+    scoring = config.only_teacher
     if scoring is None or not scoring.has_own_tokenizer:
         return
     if scoring.context is not None:
@@ -83,7 +83,8 @@ def own_tokenizer_has_scores_of_spans(config: "RunConfig") -> None:
     Raises:
         ValueError: the config has such a teacher and such a setting.
     """
-    if config.scoring is None or not config.scoring.has_own_tokenizer:
+    teacher = config.only_teacher
+    if teacher is None or not teacher.has_own_tokenizer:
         return
     request, pipeline = config.objective.score_request, config.pipeline
     baseline = getattr(config.objective, "kl_baseline", None)

@@ -243,6 +243,11 @@ async def _precision(engines: RealPass, unquantized: str | None, say: Say) -> Ve
     config = engines.config
     if quantization_of(config) is None:
         return skipped("the teacher is not quantized")
+    if len(config.teachers) > 1:
+        return skipped(
+            "there are several teachers: measure each with `qwen3-distill audit-teacher` and a "
+            "config that has it alone"
+        )
     if config.teacher.has_own_tokenizer:
         return skipped("scoring.tokenizer=own: precisions are compared on the student's own tokens")
     if detect_gpu() is None:

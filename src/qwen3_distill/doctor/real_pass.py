@@ -5,6 +5,7 @@ samples again. Then the engines are closed.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -77,21 +78,30 @@ def examined(config: RunConfig, output_dir: str) -> RunConfig:
         "output_dir": output_dir,
         "training": training.model_copy(update={"optimizer": optimizer}),
     }
-    if config.scoring is not None and config.scoring.cache_folder is not None:
-        changes["scoring"] = config.scoring.model_copy(update={"cache": None})
-    return config.model_copy(update=changes)
+    uncached = {
+        teacher.name: teacher.section.model_copy(update={"cache": None})
+        for teacher in config.teachers
+        if teacher.section.cache_folder is not None
+    }
+    return config.with_sections(uncached).model_copy(update=changes)
 
 
 def score_request(config: RunConfig) -> ScoreRequest | None:
     """Return the objective's request, with some candidates where it asks for the scores alone.
 
-    None: the objective needs no scores.
+    None: the objective needs no scores. An ensemble has no candidates for every kind of member, so
+    with one the objective's own request is made.
     """
     request = config.objective.score_request
-    if isinstance(request, SampledRequest):
-        vocab_size = load_identity(config.teacher.model, weights=False).vocab_size
+    if isinstance(request, SampledRequest) and not has_ensemble(config):
+        vocab_size = load_identity(config.teachers[0].section.model, weights=False).vocab_size
         return TopKRequest(k=min(CANDIDATES, vocab_size))
     return request
+
+
+def has_ensemble(config: RunConfig) -> bool:
+    """Whether a teacher is a mean of several."""
+    return any(".members." in teacher.setting for teacher in config.teachers)
 
 
 @dataclass
@@ -255,7 +265,14 @@ class RealPass:
                 f"{len(failed)} of {len(self.results)} rollouts got no score: {failed[0].reason}",
                 "see the server's log, and docs/engines/failures.md",
             )
-        return good(f"{len(self.results)} of {len(self.results)} rollouts got one")
+        tags = Counter(job.tag for job in self._jobs if job.tag is not None)
+        whose = ", ".join(f"{count} from {tag}" for tag, count in tags.items())
+        found = f"{len(self.results)} of {len(self.results)} rollouts got one"
+        found += f" ({whose})" if whose else ""
+        if silent := [tag for tag in self.config.tags if tag not in tags]:
+            change = "raise --rollouts, or see that the prompts have rows of every tag"
+            return doubtful(f"{found}, none from {', '.join(silent)}", change)
+        return good(found)
 
     async def score_alone(self) -> Verdict:
         """Score each rollout again, alone."""
@@ -312,6 +329,8 @@ class RealPass:
 
     async def teacher_is_awake(self) -> Verdict:
         """Compare the teacher's scores and entropy with those of a model without weights."""
+        if has_ensemble(self.config) and isinstance(self.request, SampledRequest):
+            return skipped("an ensemble was asked for no candidates, so its entropy is not known")
         scores = [result for result in self.results if isinstance(result, TeacherScore)]
         uniform = math.log(self.parts.required_teacher.identity.vocab_size)
         mean = float(np.concatenate([score.logprobs for score in scores]).mean())

@@ -23,6 +23,7 @@ from qwen3_distill.pipeline.assembly.machine_checks import sequence_limits
 from qwen3_distill.pipeline.finding import Check, Verdict, bad, doubtful, good, skipped
 from qwen3_distill.pipeline.model_checks import identity_of
 from qwen3_distill.pipeline.parts import TextTools
+from qwen3_distill.scoring.by_tag import required_tag
 from qwen3_distill.training.objectives.base import check_samplers
 from qwen3_distill.types import Prompt
 
@@ -87,6 +88,10 @@ def check_rollouts_file(config: RunConfig) -> Verdict:
     if not rows:
         return bad(f"{file} has no rollouts to train on", "give another rollouts.file")
     check_samplers(config.objective, rows)
+    if config.tags and config.objective.score_request is not None:
+        known = dict.fromkeys(config.tags)
+        for item in rows:
+            required_tag(item.rollout.prompt, known, f"{file}: rollout {item.rollout.rollout_id}")
     return good(f"{len(rows):,} rollouts")
 
 
@@ -156,7 +161,7 @@ def check_lengths(config: RunConfig) -> Verdict:
     longest = 0
     parts: list[str] = []
     for name, prompts, sampling in _sampled_from(config):
-        told = config.scoring if prompts is config.prompts else None
+        told = config.only_teacher if prompts is config.prompts else None
         stream = build_stream(config.student, prompts, text, sampling, seed=0, scoring=told)
         stream.check()
         lengths = _lengths(stream)
@@ -199,8 +204,11 @@ def _lengths(stream: PromptStream) -> list[int]:
 def _limits(config: RunConfig) -> Mapping[str, int]:
     """Return the limits on prompt plus response, by setting; a model's context among them."""
     contexts = {"the student's context": identity_of(config.student.model).context_length}
-    if config.scoring is not None:
-        contexts["the teacher's context"] = identity_of(config.scoring.model).context_length
+    for teacher in config.teachers:
+        whose = (
+            f"the context of teacher {teacher.name}" if teacher.name else "the teacher's context"
+        )
+        contexts[whose] = identity_of(teacher.section.model).context_length
     return sequence_limits(config) | contexts
 
 

@@ -38,10 +38,11 @@ def first_prompt(config: RunConfig, text: TextTools) -> PromptView:
             context_length=identity.context_length,
             max_new_tokens=config.sampling.max_new_tokens,
             template_arguments=arguments,
-            context=build_context(config.student, config.scoring),
+            context=build_context(config.student, config.only_teacher),
         )
 
-    told = None if config.scoring is None else config.scoring.context
+    teacher = config.only_teacher
+    told = None if teacher is None else teacher.context
     try:
         first = build_source(config.prompts.model_copy(update={"limit": 1}), told)
         (prompt,) = stream(first).take(0, 1)
@@ -104,8 +105,7 @@ def _ineffective_arguments(config: RunConfig, text: TextTools) -> list[str]:
 def unended_turns(config: RunConfig) -> list[str]:
     """Note the models whose template ends a turn with a token that ends no rollout."""
     models = {"student": config.student.model}
-    if config.scoring is not None:
-        models["teacher"] = config.scoring.model
+    models |= {teacher.role: teacher.section.model for teacher in config.teachers}
     found: dict[tuple[NamedToken | None, frozenset[int], str], list[str]] = {}
     for who, model in models.items():
         tokenizer = load_tokenizer(model, weights=False)

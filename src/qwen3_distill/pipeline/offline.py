@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from itertools import chain, count, groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,7 +43,7 @@ from qwen3_distill.pipeline.assembly.teachers import (
     require_frozen_teacher,
     with_embedded_teacher_here,
 )
-from qwen3_distill.pipeline.assembly.views import build_view, refuse_own_tokenizer
+from qwen3_distill.pipeline.assembly.views import checked_view, has_context, refuse_own_tokenizer
 from qwen3_distill.pipeline.disk_space import check_student_space
 from qwen3_distill.pipeline.file_context import check_scored_by, in_own_context
 from qwen3_distill.pipeline.first_prompt import template_notes
@@ -188,15 +187,15 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
     rows = read_rollouts(rollouts, vocab_size=student.vocab_size)
     if not rows:
         raise DataError(f"{rollouts} has no rollouts to score")
-    view, text = build_view(config), TextTools(config.student.model)
-    view.check(student, load_identity(config.teacher.model, weights=False))
+    text = TextTools(config.student.model)
     given = in_own_context(
         [rollout for _, rollout in rows],
         rollouts,
         lambda: build_training_stream(config, text),
-        has=config.teacher.context is not None,
+        has=has_context(config),
     )
     rows = [(step, rollout) for (step, _), rollout in zip(rows, given, strict=True)]
+    view = checked_view(config, given)
     local.fetch_weights(say, ("teacher",))
     teacher = build_teacher(config, plan_memory(config))
     decode = text.decode
@@ -282,7 +281,8 @@ def _read_rows(config: RunConfig, scored: Path) -> list[tuple[int, TrainingRollo
     if config.objective.score_request is None:
         rows = read_training(scored, vocab_size=vocab_size)
     else:
-        hidden_size = read_shape(config.teacher.model).hidden_size
+        one = len(config.teachers) == 1  # only then a head reads hidden states
+        hidden_size = read_shape(config.teacher.model).hidden_size if one else None
         rows = [*read_scored(scored, vocab_size=vocab_size, hidden_size=hidden_size)]
     if not rows:
         raise DataError(f"{scored} has no rollouts to train on")
@@ -456,11 +456,11 @@ def evaluate_directory(
         async with static_engine(config, directory) as engine:
             result = await measure(engine, first)
             say(_accuracy_line(model, result))  # before the file, which may fail to be written
-            record: dict[str, Any] = {"model": model, **asdict(result)}
+            record: dict[str, Any] = {"model": model, **result.record()}
             if second is not None:
                 again = await measure(engine, second)
                 say(_accuracy_line(f"{model}, {temperature_text(second)}", again))
-                record["second"] = {"temperature": second, **asdict(again)}
+                record["second"] = {"temperature": second, **again.record()}
             return record
 
     say(f"evaluating {model} on {len(problems)} problems")

@@ -29,12 +29,15 @@ CHECKS: tuple[Check, ...] = (
 
 
 def findings(config: RunConfig, checks: tuple[Check, ...] = CHECKS) -> Iterator[Finding]:
-    """Yield one finding per check, as they are made."""
+    """Yield one finding per check, as they are made; where teachers differ, one for each."""
     statuses: dict[str, Status] = {}
     for check in checks:
-        finding = ask(check, config, statuses)
-        statuses[check.name] = finding.status
-        yield finding
+        found: list[Status] = []
+        for name, asked in check.each(config):
+            finding = ask(check, asked, statuses, name)
+            found.append(finding.status)
+            yield finding
+        statuses[check.name] = Status.FAIL if Status.FAIL in found else found[-1]
 
 
 def check_before_start(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:

@@ -9,6 +9,7 @@ from qwen3_distill.pipeline.recorder import Recorder
 from qwen3_distill.pipeline.requests import in_request_order, is_teachers
 from qwen3_distill.ports import Sampler, TeacherScorer
 from qwen3_distill.recording.trace import WEIGHTS, Trace
+from qwen3_distill.scoring.by_tag import teacher_id_for
 from qwen3_distill.scoring.views import TeacherView
 from qwen3_distill.types import (
     AlignedRollout,
@@ -154,14 +155,17 @@ async def score(
     if unaligned and len(unaligned) == len(rollouts):
         raise EngineError(none_aligned(len(rollouts), unaligned[0].reason))
     failed = [result for result in results if isinstance(result, ScoreFailure)]
-    dropped = [result for result in failed if not isinstance(result, UnalignedRollout)]
-    if len(dropped) > teacher.max_dropped_fraction * len(rollouts):
-        raise EngineError(
-            f"{len(dropped)} of {len(rollouts)} rollouts got no score from {teacher.teacher_id}, "
-            f"more than the {teacher.max_dropped_fraction:.0%} that may be dropped "
-            f"(scoring.max_dropped_fraction); the first: {dropped[0].rollout_id}: "
-            f"{dropped[0].reason}"
-        )
+    failures = [result for result in failed if not isinstance(result, UnalignedRollout)]
+    # Each of several teachers by itself: else all rollouts of one could be dropped.
+    for rollout_ids in _by_teacher(teacher, rollouts):
+        dropped = [failure for failure in failures if failure.rollout_id in rollout_ids]
+        if len(dropped) > teacher.max_dropped_fraction * len(rollout_ids):
+            raise EngineError(
+                f"{len(dropped)} of {len(rollout_ids)} rollouts got no score from "
+                f"{teacher.teacher_id}, more than the {teacher.max_dropped_fraction:.0%} that may "
+                f"be dropped (scoring.max_dropped_fraction); the first: {dropped[0].rollout_id}: "
+                f"{dropped[0].reason}"
+            )
     return [result for result in results if not isinstance(result, ScoreFailure)]
 
 
@@ -172,6 +176,14 @@ def none_aligned(num_rollouts: int, reason: str) -> str:
         f"nothing to train on; the first: {reason}. See the mapping of special tokens that "
         "`qwen3-distill config check` lists, and scoring.special_tokens"
     )
+
+
+def _by_teacher(teacher: TeacherScorer, rollouts: Sequence[Rollout]) -> list[list[str]]:
+    """Group the rollouts' ids by the teacher that must score them."""
+    groups: dict[str, list[str]] = {}
+    for rollout in rollouts:
+        groups.setdefault(teacher_id_for(teacher, rollout), []).append(rollout.rollout_id)
+    return list(groups.values())
 
 
 def needs_rollouts(replay: ReplayConfig | None, step: int) -> bool:

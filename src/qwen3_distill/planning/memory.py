@@ -9,10 +9,11 @@ estimates; a comment says which figures were measured (Qwen3-4B shape, one H200,
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
-from qwen3_distill.config import RunConfig, candidates_per_token
+from qwen3_distill.config import NamedTeacher, RunConfig, candidates_per_token
 from qwen3_distill.modeling.shapes import ModelShape
 from qwen3_distill.modeling.step_memory import GIB, Checkpointing, MemoryModel, usable_bytes
 from qwen3_distill.planning.device import DeviceMemory
@@ -47,15 +48,28 @@ class PlanRow:
     num_bytes: int
     how: str
     """How the size follows from the config, for people."""
+    name: str = ""
+    """Which of several teachers."""
+
+    @property
+    def label(self) -> str:
+        """The engine, for people: ``teacher math``."""
+        return f"{self.engine} {self.name}".rstrip()
+
+    @property
+    def of(self) -> tuple[Engine, str]:
+        return self.engine, self.name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """The shapes of both models, and the engines that share the device."""
+    """The shapes of all models, and the engines that share the device."""
 
     student: ModelShape
     teacher: ModelShape | None
-    """None: training loads no teacher."""
+    """The one teacher's; None: training loads none."""
+    teachers: Mapping[str, ModelShape] = field(default_factory=dict)
+    """By `NamedTeacher.name`, where there are several."""
     engines: frozenset[Engine] = frozenset(ENGINES)
 
 
@@ -146,6 +160,29 @@ def _student_working_row(config: RunConfig, models: Models) -> PlanRow:
 
 
 # --- Teacher ------------------------------------------------------------------------------------
+
+
+def each_teacher(config: RunConfig, models: Models) -> list[tuple[NamedTeacher, RunConfig, Models]]:
+    """List the loaded teachers in the order in which they start.
+
+    Returns:
+        Each with the config and the models of a run that has it alone.
+    """
+    return [
+        (
+            teacher,
+            config.with_teacher(teacher),
+            replace(models, teacher=models.teachers.get(teacher.name, models.teacher)),
+        )
+        for teacher in sorted(config.loaded_teachers, key=_start_rank)
+    ]
+
+
+def _start_rank(teacher: NamedTeacher) -> int:
+    """Embedded teachers of this process load when they are built, servers start before others."""
+    if teacher.section.kind != "embedded":
+        return 1
+    return 2 if teacher.section.own_process else 0
 
 
 def teacher_cache_tokens(config: RunConfig, models: Models) -> int:

@@ -1,6 +1,6 @@
 """Builds prompts, checkers and held-out problems."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from qwen3_distill.config import (
     EvaluationConfig,
@@ -47,7 +47,8 @@ def build_training_stream(config: RunConfig, text: TextTools) -> PromptStream:
         text,
         config.sampling,
         seed=config.seed,
-        scoring=config.scoring,
+        scoring=config.only_teacher,
+        tag_weights=config.tag_weights,
     )
 
 
@@ -129,11 +130,13 @@ def build_stream(
     *,
     seed: int,
     scoring: ScoringConfig | None = None,
+    tag_weights: Mapping[str, float] | None = None,
 ) -> PromptStream:
     """Open prompts in the order of a seed, without those that are too long if they are dropped.
 
     Args:
         scoring: the teacher, whose context is rendered with the prompts; None: they have none.
+        tag_weights: see `PromptStream`.
 
     Raises:
         DataError: they cannot be read, or none is left.
@@ -146,6 +149,7 @@ def build_stream(
         max_new_tokens=sampling.max_new_tokens,
         template_arguments=student.template_arguments,
         context=build_context(student, scoring),
+        tag_weights=tag_weights,
     )
     if not isinstance(prompts, TaskPrompts) and prompts.too_long == "drop":
         stream.drop_too_long()

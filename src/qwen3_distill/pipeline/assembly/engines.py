@@ -85,7 +85,7 @@ def build_parts(
     plan = plan_memory(config)
     cluster = None if config.cluster is None else RunCluster(config, config.cluster, warn)
     teacher = None
-    if config.loaded_teacher is not None:
+    if config.loaded_teachers:
         teacher_plan = plan if cluster is None else plan_memory(config, "teacher")
         teacher = build_teacher(config, teacher_plan, cluster, score_request)
     scratch = run_channel_folder(config)
@@ -306,11 +306,11 @@ def engine_interpreters(config: RunConfig) -> dict[str, EngineInterpreter]:
     found: dict[str, EngineInterpreter] = {}
     sections = {
         "generation": config.generation,
-        "scoring": config.loaded_teacher,
+        **{teacher.setting: teacher.section for teacher in config.loaded_teachers},
         "training": config.training,
     }
     for name, section in sections.items():
-        if section is None or section.kind == "embedded":
+        if section.kind == "embedded":
             continue
         if section.kind == "sglang" and section.urls:
             continue

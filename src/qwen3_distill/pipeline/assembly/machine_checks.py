@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from qwen3_distill.config import LoraTuning, RunConfig
+from qwen3_distill.config import LoraTuning, RunConfig, ScoringConfig
 from qwen3_distill.environments.installed import machine_kind
 from qwen3_distill.environments.pins import tested_versions
 from qwen3_distill.errors import ModelError
@@ -20,7 +20,7 @@ from qwen3_distill.pipeline.assembly.machine import (
     device_problem,
     interpreter_problem,
     missing_environments,
-    section_of,
+    sections_of,
 )
 from qwen3_distill.pipeline.assembly.plan import plan_memory
 from qwen3_distill.pipeline.disk_space import student_bytes
@@ -73,12 +73,11 @@ def check_interpreter(name: Name, config: RunConfig) -> Verdict:
     """
     if (lacking := interpreter_problem(config, name)) is not None:
         return problem(lacking)
-    section = section_of(config, name)
-    if section is None:
+    sections = sections_of(config, name).values()
+    if not sections:
         return skipped("training loads no teacher")
-    if section.interpreter is None:
-        return skipped("none is stated")
-    return good(section.interpreter)
+    stated = dict.fromkeys(one.interpreter for one in sections if one.interpreter is not None)
+    return good(", ".join(stated)) if stated else skipped("none is stated")
 
 
 def check_driver(config: RunConfig) -> Verdict:
@@ -105,16 +104,16 @@ def check_driver(config: RunConfig) -> Verdict:
 def check_fp8(config: RunConfig) -> Verdict:
     """Check that the GPU computes in FP8 where the config asks for it."""
     users = [
-        f"{name}.quantization=fp8"
+        f"{setting}.quantization=fp8"
         for name in _QUANTIZABLE
-        if getattr(section_of(config, name), "quantization", None) == "fp8"
-        and not getattr(section_of(config, name), "urls", ())
+        for setting, section in sections_of(config, name).items()
+        if getattr(section, "quantization", None) == "fp8" and not getattr(section, "urls", ())
     ]
-    teacher = config.loaded_teacher
-    if teacher is not None and not getattr(teacher, "urls", ()):
-        with suppress(ModelError):
-            if read_shape(teacher.model).fp8_checkpoint:
-                users.append("scoring.model is an FP8 checkpoint")
+    for teacher in config.loaded_teachers:
+        if not getattr(teacher.section, "urls", ()):
+            with suppress(ModelError):
+                if read_shape(teacher.section.model).fp8_checkpoint:
+                    users.append(f"{teacher.setting}.model is an FP8 checkpoint")
     if not users:
         return skipped("nothing is quantized here")
     what = ", ".join(users)
@@ -228,11 +227,13 @@ def sequence_limits(config: RunConfig) -> dict[str, int]:
 def quantization_of(config: RunConfig) -> str | None:
     """Return how the teacher's weights are quantized: by its server, or in its directory.
 
-    None: they are not, or there is no teacher.
+    None: they are not, or there is no teacher. Of several teachers, the first quantized one's.
     """
-    scoring = config.scoring
-    if scoring is None:
-        return None
+    found = (_quantization(teacher.section) for teacher in config.teachers)
+    return next((quantization for quantization in found if quantization is not None), None)
+
+
+def _quantization(scoring: ScoringConfig) -> str | None:
     if (quantization := getattr(scoring, "quantization", None)) is not None:
         return str(quantization)
     file = Path(scoring.model) / "config.json"

@@ -1,14 +1,19 @@
 """Builds the view by which the config's teacher reads rollouts."""
 
+from collections.abc import Sequence
+
 from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import ConfigError
+from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.scoring.aligned_view import (
     AlignedView,
     own_tokenizer_view,
     special_tokens_of,
 )
+from qwen3_distill.scoring.by_tag import ViewByTag
 from qwen3_distill.scoring.context import ContextView
 from qwen3_distill.scoring.views import SameView, TeacherView
+from qwen3_distill.types import Rollout
 
 
 def build_view(config: RunConfig) -> TeacherView:
@@ -18,9 +23,33 @@ def build_view(config: RunConfig) -> TeacherView:
         HandshakeError: the teacher's own tokens cannot be aligned with the student's.
         ModelError: a file is missing or damaged.
     """
-    if config.scoring is not None and config.scoring.context is not None:
+    if config.tags:  # a rule: several teachers read the student's own tokens
+        return ViewByTag({tag: SameView() for tag in config.tags})
+    if has_context(config):
         return ContextView()
     return build_own_view(config) or SameView()
+
+
+def checked_view(config: RunConfig, rollouts: Sequence[Rollout]) -> TeacherView:
+    """Build the view, and check that every teacher fits the student and every rollout has one.
+
+    Raises:
+        HandshakeError: a teacher does not fit.
+        DataError: a rollout has no teacher.
+    """
+    view = build_view(config)
+    for rollout in rollouts:
+        view.job(rollout)
+    student = load_identity(config.student.model, weights=False)
+    for teacher in config.teachers:
+        view.check(student, load_identity(teacher.section.model, weights=False))
+    return view
+
+
+def has_context(config: RunConfig) -> bool:
+    """Return whether the teacher reads something else than the student's prompts."""
+    teacher = config.only_teacher
+    return teacher is not None and teacher.context is not None
 
 
 def build_own_view(config: RunConfig) -> AlignedView | None:
@@ -29,14 +58,14 @@ def build_own_view(config: RunConfig) -> AlignedView | None:
     Raises:
         HandshakeError: see `build_view`.
     """
-    scoring = config.scoring
-    if scoring is None or not scoring.has_own_tokenizer:
+    teacher = config.only_teacher
+    if teacher is None or not teacher.has_own_tokenizer:
         return None
     return own_tokenizer_view(
         config.student.model,
-        scoring.model,
-        special_tokens=scoring.special_tokens,
-        template_arguments=scoring.template_arguments,
+        teacher.model,
+        special_tokens=teacher.special_tokens,
+        template_arguments=teacher.template_arguments,
     )
 
 
@@ -46,11 +75,11 @@ def special_token_lines(config: RunConfig) -> tuple[str, ...] | None:
     Raises:
         HandshakeError: see `build_view`.
     """
-    scoring = config.scoring
-    if scoring is None or not scoring.has_own_tokenizer:
+    teacher = config.only_teacher
+    if teacher is None or not teacher.has_own_tokenizer:
         return None
     found = special_tokens_of(
-        config.student.model, scoring.model, scoring.special_tokens, scoring.template_arguments
+        config.student.model, teacher.model, teacher.special_tokens, teacher.template_arguments
     )
     return ("the tokenizers are the same, token by token",) if found is None else found.lines
 
@@ -64,7 +93,8 @@ def refuse_own_tokenizer(config: RunConfig, what: str) -> None:
     Raises:
         ConfigError: the config has such a teacher.
     """
-    if config.scoring is not None and config.scoring.has_own_tokenizer:
+    teacher = config.only_teacher
+    if teacher is not None and teacher.has_own_tokenizer:
         raise ConfigError(
             f"scoring.tokenizer=own with {what}: it needs a score per token, and this teacher "
             "scores spans of tokens; use `qwen3-distill run`, or a teacher with the student's "
