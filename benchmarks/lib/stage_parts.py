@@ -18,7 +18,7 @@ from qwen3_distill.pipeline.step import generate, push_weights, score
 from qwen3_distill.ports import Learner, RolloutEngine, TeacherScorer
 from qwen3_distill.recording.jsonl import STEP_STAGES
 from qwen3_distill.recording.trace import Trace
-from qwen3_distill.scoring.sglang.groups import request_groups
+from qwen3_distill.scoring.served.groups import request_groups
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.scoring.sglang.wire import score_body
 from qwen3_distill.scoring.views import SameView

@@ -24,8 +24,9 @@ from qwen3_distill.errors import (
     HandshakeError,
 )
 from qwen3_distill.ports import CACHED_TOKENS
-from qwen3_distill.scoring.sglang import client, readiness
-from qwen3_distill.scoring.sglang.teacher import DROPPED, SglangTeacher
+from qwen3_distill.scoring.served import client, readiness
+from qwen3_distill.scoring.served.teacher import DROPPED
+from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.types import (
     Rollout,
     SampledRequest,

@@ -9,8 +9,8 @@ import pytest
 from qwen3_distill.config import SglangScoring
 from qwen3_distill.errors import DataError, EngineError
 from qwen3_distill.modeling.digest import directory_digest
-from qwen3_distill.scoring.sglang import client
-from qwen3_distill.scoring.sglang.endpoint import RESTARTS
+from qwen3_distill.scoring.served import client
+from qwen3_distill.scoring.served.endpoint import RESTARTS
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.types import FinishReason, Rollout, RolloutRequest, SampledRequest
 from tests.contract.builders import make_prompt, make_request, make_spec, ragged_requests, run

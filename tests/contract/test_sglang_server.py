@@ -15,7 +15,7 @@ import pytest
 
 from qwen3_distill.errors import ConfigError, EngineLost, EngineStartError
 from qwen3_distill.ports import CACHED_TOKENS
-from qwen3_distill.scoring.sglang.endpoint import RESTARTS
+from qwen3_distill.scoring.served.endpoint import RESTARTS
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.types import SampledRequest, TeacherScore
 from tests.contract.builders import jobs_of, run, scores_of, synthetic_rollout

@@ -46,6 +46,8 @@ class MemoryPlan:
     Unused if the servers run elsewhere."""
     sglang_max_total_tokens: int
     """Tokens of the scoring server's key-value cache."""
+    teacher_cache_bytes: int
+    """The same in bytes: vLLM's server is told a size."""
     learner_memory_bytes: int
     """The learner's share of the device, its process's context included."""
     teacher_static_bytes: int
@@ -166,10 +168,11 @@ def _lay_out(
     choice = memory.checkpointing(config, models, device, 0 if thrifty else room)
     learner = memory.learner_rows(config, models, device, choice) if "learner" in engines else []
     scoring = config.loaded_teacher
-    static, cache_tokens = 0, 0
+    static, cache_tokens, cache_bytes = 0, 0, 0
     if scoring is not None and "teacher" in engines:
         static = memory.teacher_static_bytes(config, models, device.free_bytes)
         cache_tokens = memory.teacher_cache_tokens(config, models)
+        cache_bytes = memory.teacher_cache_bytes(config, models)
     stated = scoring.memory_fraction if scoring and scoring.kind == "sglang" else None
     if stated is not None:
         fraction = stated
@@ -185,6 +188,7 @@ def _lay_out(
         vllm_kv_cache_bytes=memory.student_cache_bytes(config, models),
         sglang_memory_fraction=fraction,
         sglang_max_total_tokens=cache_tokens,
+        teacher_cache_bytes=cache_bytes,
         learner_memory_bytes=room,
         teacher_static_bytes=static,
     )
@@ -240,9 +244,9 @@ def _check_what_is_stated(config: RunConfig, models: Models, plan: MemoryPlan) -
 
 def _check_stated_teacher(config: RunConfig, models: Models, plan: MemoryPlan) -> None:
     scoring = config.loaded_teacher
-    if scoring is None or scoring.kind != "sglang":
+    if scoring is None or scoring.kind == "embedded":
         return
-    if not scoring.urls and scoring.memory_fraction is not None:
+    if scoring.kind == "sglang" and not scoring.urls and scoring.memory_fraction is not None:
         weights = memory.teacher_weight_bytes(config, models)
         if plan.teacher_static_bytes <= weights:
             raise ConfigError(
@@ -252,6 +256,8 @@ def _check_stated_teacher(config: RunConfig, models: Models, plan: MemoryPlan) -
                 f"{gibibytes(weights)}; raise it, or leave it out to have it planned"
             )
     longest = memory.longest_sequence_tokens(config, models)
+    if scoring.kind == "vllm" and not scoring.urls:
+        longest = memory.vllm_teacher_tokens(config, models)
     if plan.sglang_max_total_tokens <= longest:
         raise ConfigError(
             f"scoring.max_total_tokens={plan.sglang_max_total_tokens} cannot hold one sequence of "
@@ -262,7 +268,7 @@ def _check_stated_teacher(config: RunConfig, models: Models, plan: MemoryPlan) -
 def _check_loading(config: RunConfig, models: Models, plan: MemoryPlan) -> None:
     """Refuse a teacher whose unquantized weights do not fit while it loads."""
     scoring = config.loaded_teacher if "teacher" in models.engines else None
-    if scoring is None or scoring.kind != "sglang" or scoring.urls:
+    if scoring is None or scoring.kind == "embedded" or scoring.urls:
         return
     loading = memory.teacher_loading_bytes(config, models)
     room = plan.device.free_bytes - plan.reserve_bytes
@@ -324,16 +330,19 @@ def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], RunConfig]]:
     lora = training.tuning.kind == "lora"
     if generation.kind == "vllm" and generation.adapters == "merge" and lora:
         candidates.append({"generation.adapters": "swap"})
-    if scoring is not None and scoring.kind == "sglang" and not scoring.urls:
+    if scoring is not None and scoring.kind != "embedded" and not scoring.urls:
         if scoring.quantization is None:
             candidates.append({"scoring.quantization": "fp8"})
-        if scoring.memory_fraction is not None:
+        if scoring.kind == "vllm" and scoring.max_model_tokens is None:
+            planned = config.planning.prompt_tokens + config.sampling.max_new_tokens
+            candidates.append({"scoring.max_model_tokens": planned})
+        if scoring.kind == "sglang" and scoring.memory_fraction is not None:
             candidates.append({"scoring.memory_fraction": None})
         elif scoring.max_total_tokens is not None:
             candidates.append({"scoring.max_total_tokens": scoring.max_total_tokens // 2})
         else:
             candidates.append({"scoring.request_tokens": scoring.request_tokens // 2})
-        if scoring.chunk_tokens > 512:
+        if scoring.kind == "sglang" and scoring.chunk_tokens > 512:
             candidates.append({"scoring.chunk_tokens": scoring.chunk_tokens // 2})
         if scoring.decode_graphs:
             candidates.append({"scoring.decode_graphs": False})

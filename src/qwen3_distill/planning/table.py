@@ -31,8 +31,9 @@ def plan_settings(config: RunConfig, plan: MemoryPlan) -> str:
     """The plan as settings for a config, for the engines that have any."""
     settings = []
     scoring = config.loaded_teacher
-    if scoring is not None and scoring.kind == "sglang" and not scoring.urls:
-        settings.append(f"scoring.memory_fraction={plan.sglang_memory_fraction}")
+    if scoring is not None and scoring.kind != "embedded" and not scoring.urls:
+        if scoring.kind == "sglang":
+            settings.append(f"scoring.memory_fraction={plan.sglang_memory_fraction}")
         settings.append(f"scoring.max_total_tokens={plan.sglang_max_total_tokens}")
     if config.generation.kind == "vllm":
         settings.append(f"generation.kv_cache_gib={plan.vllm_kv_cache_bytes / GIB:.2f}")

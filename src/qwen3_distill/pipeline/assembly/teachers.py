@@ -15,7 +15,9 @@ from qwen3_distill.config import (
     RefreshedEvery,
     RunConfig,
     ScoringConfig,
+    ServedScoring,
     SglangScoring,
+    VllmScoring,
 )
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
@@ -33,9 +35,13 @@ from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from qwen3_distill.scoring.fleet import TeacherFleet
 from qwen3_distill.scoring.sampling import TeacherSampler
-from qwen3_distill.scoring.sglang.hosted import HostedSglangTeacher, hosted_sglang_teacher
+from qwen3_distill.scoring.served.hosted import HostedServedTeacher
+from qwen3_distill.scoring.served.teacher import ServedTeacher
+from qwen3_distill.scoring.sglang.hosted import hosted_sglang_teacher
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.scoring.views import SameView, TeacherView
+from qwen3_distill.scoring.vllm.hosted import hosted_vllm_teacher
+from qwen3_distill.scoring.vllm.teacher import VllmTeacher
 from qwen3_distill.types import SampledRequest, ScoreRequest, TopKRequest
 from qwen3_distill.weights.directory import publish_directory
 from qwen3_distill.weights.memory import MemoryChannel
@@ -88,7 +94,7 @@ def build_teacher(
         lambda member, make_host, suffix: _build_member(member, plan, request, make_host, suffix)
     )
     scoring = config.teacher
-    if isinstance(scoring, SglangScoring) and scoring.cache:
+    if isinstance(scoring, ServedScoring) and scoring.cache:
         return CachedTeacher(fleet, request, scoring.cache)
     return fleet
 
@@ -106,6 +112,14 @@ def _build_member(
         log = engine_log(config, f"teacher{suffix}")
         return hosted_embedded_teacher(scoring, request=request, log=log, make_host=make_host)
     plan = require_plan(plan)
+    if isinstance(scoring, VllmScoring):
+        return hosted_vllm_teacher(
+            scoring,
+            request=request,
+            kv_cache_bytes=plan.teacher_cache_bytes,
+            log=engine_log(config, f"vllm-teacher{suffix}"),
+            make_host=make_host,
+        )
     return hosted_sglang_teacher(
         scoring,
         request=request,
@@ -137,15 +151,31 @@ def _build_local_teacher(
             if isinstance(scoring.refresh, RefreshedEvery | MovingAverage):
                 return FollowingEmbeddedTeacher(teacher, scoring.refresh)
             return teacher
-        case SglangScoring():
-            teacher = SglangTeacher(
-                scoring,
-                request=request,
-                memory_fraction=_memory_fraction(scoring, config.planning, require_plan(plan)),
-                max_total_tokens=require_plan(plan).sglang_max_total_tokens,
-                log=engine_log(config, "sglang"),
-            )
+        case SglangScoring() | VllmScoring():
+            teacher = _served(config, scoring, require_plan(plan), request)
             return CachedTeacher(teacher, request, scoring.cache) if scoring.cache else teacher
+
+
+def _served(
+    config: RunConfig,
+    scoring: SglangScoring | VllmScoring,
+    plan: MemoryPlan,
+    request: ScoreRequest,
+) -> ServedTeacher:
+    if isinstance(scoring, VllmScoring):
+        return VllmTeacher(
+            scoring,
+            request=request,
+            kv_cache_bytes=plan.teacher_cache_bytes,
+            log=engine_log(config, "vllm-teacher"),
+        )
+    return SglangTeacher(
+        scoring,
+        request=request,
+        memory_fraction=_memory_fraction(scoring, config.planning, plan),
+        max_total_tokens=plan.sglang_max_total_tokens,
+        log=engine_log(config, "sglang"),
+    )
 
 
 def _memory_fraction(
@@ -180,10 +210,10 @@ async def teacher_sampler(
 ) -> AsyncIterator[Sampler]:
     """Open a sampler that answers as the teacher: the scoring server, or an embedded engine."""
     server = _server_of(teacher)
-    if isinstance(server, HostedSglangTeacher):
+    if isinstance(server, HostedServedTeacher):
         yield server
         return
-    if isinstance(server, SglangTeacher):
+    if isinstance(server, ServedTeacher):
         yield server.sampler()
         return
     scoring = config.teacher
@@ -249,10 +279,10 @@ def build_teacher_rollouts(
     @asynccontextmanager
     async def opened() -> AsyncIterator[Sampler]:
         server = _server_of(teacher)
-        if isinstance(server, HostedSglangTeacher):
+        if isinstance(server, HostedServedTeacher):
             yield server
             return
-        if isinstance(server, SglangTeacher):
+        if isinstance(server, ServedTeacher):
             yield server.sampler()
             return
         scoring = config.teacher
@@ -274,7 +304,7 @@ def build_teacher_rollouts(
 def each_server(config: RunConfig, request: ScoreRequest) -> dict[str, TeacherScorer]:
     """Build a teacher per existing server, by its URL; none where the run starts its own."""
     scoring = config.loaded_teacher
-    if not isinstance(scoring, SglangScoring) or not scoring.urls:
+    if not isinstance(scoring, ServedScoring) or not scoring.urls:
         return {}  # and no plan: it would find the memory that the run's own engines hold
     alone = {
         url: scoring.model_copy(update={"urls": (url,), "cache": None}) for url in scoring.urls
@@ -288,7 +318,7 @@ def each_server(config: RunConfig, request: ScoreRequest) -> dict[str, TeacherSc
 
 def asked_at(teacher: TeacherScorer, temperature: float) -> TeacherScorer | None:
     """Return the teacher with another temperature in its requests; None if they have none."""
-    return teacher.asked_at(temperature) if isinstance(teacher, SglangTeacher) else None
+    return teacher.asked_at(temperature) if isinstance(teacher, ServedTeacher) else None
 
 
 def output_head(teacher: TeacherScorer | None) -> torch.Tensor | None:
@@ -318,6 +348,8 @@ def build_audited_teacher(config: RunConfig, request: TopKRequest) -> TeacherSco
     if isinstance(scoring, EmbeddedScoring):
         return _embedded(scoring.model, request, device=scoring.device, dtype=scoring.dtype)
     plan = require_plan(plan_memory(config))
+    if isinstance(scoring, VllmScoring):
+        return _served(config, scoring, plan, request)
     return SglangTeacher(
         scoring,
         request=request,
