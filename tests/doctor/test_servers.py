@@ -15,7 +15,7 @@ from qwen3_distill.config import RunConfig
 from qwen3_distill.pipeline.assembly import teachers
 from qwen3_distill.pipeline.finding import Status
 from qwen3_distill.types import SampledRequest
-from tests.contract.sglang_adapter import sglang_config
+from tests.contract.served_adapter import sglang_config
 from tests.doctor.worlds import World, by_name, make_world, with_status
 from tests.fault_proxy import Fault, spoiled
 from tests.pipeline.builders import tiny_config

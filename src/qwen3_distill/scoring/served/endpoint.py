@@ -139,6 +139,7 @@ class ServedEndpoint:
                 eos_ids,
                 vocab_size=self._identity.vocab_size,
                 max_attempts=self.config.max_attempts,
+                count=self.count,
             )
         self._sampling_checked = start
 

@@ -131,11 +131,13 @@ async def check_sampling(
     *,
     vocab_size: int,
     max_attempts: int,
+    count: Callable[[str], None],
 ) -> None:
     """Raise unless a server's logprobs are those of the distribution that it samples from.
 
     Args:
         probe: a request whose sampled tokens all have probability 1.
+        count: called with the metric key of every retry.
 
     Raises:
         EngineError: they are others, or there is no answer.
@@ -145,6 +147,7 @@ async def check_sampling(
     fault = Fault(FaultKind.CONNECTION, "not asked")
     for attempt in range(max_attempts):
         if attempt:
+            count(f"evaluate/retried_{fault.kind.value}")
             await asyncio.sleep(backoff_s(attempt))
         try:
             reply = await client.post(
