@@ -51,7 +51,7 @@ from tests.contract.fleet_adapter import (
 )
 from tests.contract.plain_teacher import PlainTeacherAdapter
 from tests.contract.pooled_host import PooledHost
-from tests.contract.served_adapter import SERVED, Served, ServedTeacherAdapter
+from tests.contract.served_adapter import SERVED_TEACHERS, Served, ServedTeacherAdapter
 from tests.contract.socket_host import SocketHost
 from tests.contract.unsloth_adapter import UnslothLearnerAdapter
 from tests.contract.vllm_adapter import VllmEngineAdapter
@@ -532,7 +532,7 @@ TEACHERS = [
         id="plain",
     ),
     pytest.param(EmbeddedTeacherAdapter("cuda"), id="embedded_cuda", marks=pytest.mark.gpu),
-    *(pytest.param(one.values[0].adapter, id=one.id, marks=one.marks) for one in SERVED),
+    *SERVED_TEACHERS,
     pytest.param(
         ServedTeacherAdapter(Served("sglang", "real"), quantization="fp8"),
         id="sglang_fp8",

@@ -258,3 +258,11 @@ class ServedTeacherAdapter:
             model_dir, quantization=self.quantization, request_tokens=batch_tokens, **changes
         )
         return PooledTeacher(config, request)
+
+
+SERVED_TEACHERS = [
+    pytest.param(SGLANG_STAND_IN.adapter, id="sglang_stand_in"),
+    pytest.param(VLLM_STAND_IN.adapter, id="vllm_stand_in"),
+    pytest.param(Served("sglang", "real").adapter, id="sglang", marks=pytest.mark.sglang),
+    pytest.param(Served("vllm", "real").adapter, id="vllm", marks=pytest.mark.vllm),
+]

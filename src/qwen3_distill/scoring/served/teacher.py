@@ -102,6 +102,11 @@ class ServedTeacher:
         return self._wire.starts_first
 
     @property
+    def wire(self) -> Wire:
+        """The interface of its servers."""
+        return self._wire
+
+    @property
     def server(self) -> EngineServer | None:
         """The server that is started here; None if the servers run elsewhere."""
         return self._endpoint.server
