@@ -45,7 +45,7 @@ def test_a_run_trains_as_with_the_embedded_teacher(
     ours, theirs = steps_of(tmp_path / "served"), steps_of(tmp_path / "embedded")
     assert len(ours) == len(theirs) == 2
     for one, other in zip(ours, theirs, strict=True):
-        assert one["train/loss"] == pytest.approx(other["train/loss"], abs=1e-4)
+        assert one["loss/objective"] == pytest.approx(other["loss/objective"], abs=1e-4)
 
 
 @pytest.mark.parametrize("served", VLLM)
