@@ -249,7 +249,7 @@ class RealPass:
             found_N,
             "the same tokens alone and in a batch",
             "the scores depend on the batch: update the server, or set scoring.attention_backend, "
-            "e.g. triton",
+            "e.g. triton (vLLM: server_arguments.attention-backend)",
         )
 
     async def score_by_each_server(self) -> Verdict:
@@ -283,7 +283,7 @@ class RealPass:
             gaps(teacher.teacher_id, other, self.results),
             f"temperature 1 and {OTHER_TEMPERATURE} in the request",
             "the server applies a temperature to the logprobs of given tokens: use a tested "
-            "version of SGLang (docs/engines/install.md)",
+            "version of its engine (docs/engines/install.md)",
         )
 
     def _compared(self, gap_N: FloatArray, what: str, change: str) -> Verdict:

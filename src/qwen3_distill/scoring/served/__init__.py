@@ -1,4 +1,4 @@
-"""What teachers in servers have in common, whichever engine serves.
+"""The common part of teachers in servers, whichever engine serves.
 
 `ServedTeacher` scores jobs and `ServedSampler` answers prompts, both through `ServedEndpoint`: it
 starts, checks and restarts the server. What an engine is asked, and how its replies are read, is

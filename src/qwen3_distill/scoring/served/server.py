@@ -36,11 +36,11 @@ class EngineServer(ABC):
     """
 
     kind: ClassVar[str]
-    """As in ``scoring.kind``; also the name of the Python package."""
+    """The value of ``scoring.kind``, and the name of the engine's Python package."""
     engine: ClassVar[str]
     """The engine's name in errors."""
     module: ClassVar[str]
-    """What ``python -m`` runs."""
+    """The module that ``python -m`` runs."""
     unknown: ClassVar["re.Pattern[str]"]
     """How the engine's log ends when it lacks an option, module or name that we use."""
 

@@ -1,4 +1,4 @@
-"""What a kind of server is asked, and how its replies are read: the functions of its `wire`."""
+"""The interface of a kind of server: what it is asked, and how its replies are read."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class Wire:
     """The interface of a kind of server."""
 
     kind: str
-    """As in ``scoring.kind`` and in a teacher's id."""
+    """The value of ``scoring.kind``, also in a teacher's id."""
     engine: str
     """The server's name in errors."""
     path: str

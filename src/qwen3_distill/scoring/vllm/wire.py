@@ -53,7 +53,7 @@ from qwen3_distill.types import (
 )
 
 MINUS_INFINITY = -9999.0
-"""What vLLM writes for a logprob of minus infinity."""
+"""vLLM's number for a logprob of minus infinity."""
 MAX_JOBS = 512
 """vLLM takes 1,024 prompts in a request, if it is not told otherwise."""
 _BYTES_PER_SEQUENCE = 8 << 10
