@@ -115,6 +115,8 @@ def test_a_request_asks_for_the_prompts_logprobs() -> None:
     assert body["return_token_ids"] is True
     assert body["add_special_tokens"] is False
     assert json.loads(score_body([JOB], TOP_2))["prompt_logprobs"] == 2
+    assert body["temperature"] == 1.0
+    assert json.loads(score_body([JOB], SAMPLED, temperature=0.3))["temperature"] == 0.3
 
 
 def test_an_answer_is_sampled_as_asked_whatever_the_servers_defaults_are() -> None:
