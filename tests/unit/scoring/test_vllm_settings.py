@@ -80,10 +80,12 @@ def test_more_candidates_than_the_vocabulary_are_refused(tiny_models: TinyModels
 
 def test_the_teacher_id_names_weights_engine_and_precision(tiny_models: TinyModels) -> None:
     digest = directory_digest(tiny_models.teacher)[:16]
-    ids = [
-        teacher_with(tiny_models.teacher, **values).teacher_id
-        for values in ({}, {"quantization": None}, {"quantization": None, "float32_head": True})
+    settings: list[dict[str, Any]] = [
+        {},
+        {"quantization": None},
+        {"quantization": None, "float32_head": True},
     ]
+    ids = [teacher_with(tiny_models.teacher, **values).teacher_id for values in settings]
     assert ids == [
         f"teacher#{digest}@vllm-fp8",
         f"teacher#{digest}@vllm-bfloat16",
