@@ -52,7 +52,7 @@ from tests.contract.fleet_adapter import (
 )
 from tests.contract.plain_teacher import PlainTeacherAdapter
 from tests.contract.pooled_host import PooledHost
-from tests.contract.sglang_adapter import SglangTeacherAdapter
+from tests.contract.served_adapter import SERVED_TEACHERS, Served, ServedTeacherAdapter
 from tests.contract.socket_host import SocketHost
 from tests.contract.unsloth_adapter import UnslothLearnerAdapter
 from tests.contract.vllm_adapter import VllmEngineAdapter
@@ -558,10 +558,9 @@ TEACHERS = [
         id="plain",
     ),
     pytest.param(EmbeddedTeacherAdapter("cuda"), id="embedded_cuda", marks=pytest.mark.gpu),
-    pytest.param(SglangTeacherAdapter("stand_in"), id="sglang_stand_in"),
-    pytest.param(SglangTeacherAdapter("real"), id="sglang", marks=pytest.mark.sglang),
+    *SERVED_TEACHERS,
     pytest.param(
-        SglangTeacherAdapter("real", quantization="fp8"),
+        ServedTeacherAdapter(Served("sglang", "real"), quantization="fp8"),
         id="sglang_fp8",
         marks=[pytest.mark.sglang, pytest.mark.gpu],
     ),

@@ -17,7 +17,7 @@ from benchmarks.robustness.fuzz.counts import Counts, Progress
 from benchmarks.robustness.fuzz.mutations import mutated
 from benchmarks.robustness.fuzz.reply_meaning import Asked, Odd, Said, logprob, meaning
 from benchmarks.robustness.fuzz.watchdog import Hang, time_limit
-from qwen3_distill.scoring.sglang.faults import Fault, ReplyError
+from qwen3_distill.scoring.served.faults import Fault, ReplyError
 from qwen3_distill.scoring.sglang.wire import read_answer, read_scores
 from qwen3_distill.types import (
     Prompt,

@@ -21,7 +21,6 @@ from qwen3_distill.config.data import (
 from qwen3_distill.config.engines import (
     GenerationConfig,
     PlanningConfig,
-    ScoringConfig,
     TrainingConfig,
 )
 from qwen3_distill.config.learning import ReplayConfig
@@ -35,6 +34,7 @@ from qwen3_distill.config.operation import (
 )
 from qwen3_distill.config.rollouts import RolloutsConfig
 from qwen3_distill.config.rules import check_rules
+from qwen3_distill.config.scoring import ScoringConfig
 from qwen3_distill.config.several import (
     EnsembleScoring,
     NamedTeacher,

@@ -8,7 +8,12 @@ from pydantic import Field, StringConstraints, model_validator
 from typing_extensions import Self
 
 from qwen3_distill.config.base import PositiveFloat, Schema
-from qwen3_distill.config.engines import EmbeddedScoring, ScoringConfig, SglangScoring
+from qwen3_distill.config.scoring import (
+    EmbeddedScoring,
+    ScoringConfig,
+    SglangScoring,
+    VllmScoring,
+)
 
 Tag: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 """It names metrics, log files and settings: letters, digits, ``_`` and ``-`` only."""
@@ -42,7 +47,7 @@ class EnsembleScoring(Schema):
 
 
 TaggedScoring: TypeAlias = Annotated[
-    EmbeddedScoring | SglangScoring | EnsembleScoring, Field(discriminator="kind")
+    EmbeddedScoring | SglangScoring | VllmScoring | EnsembleScoring, Field(discriminator="kind")
 ]
 """The teacher of a tag."""
 
@@ -87,7 +92,7 @@ class SeveralScoring(Schema):
 
 
 TeachersConfig: TypeAlias = Annotated[
-    EmbeddedScoring | SglangScoring | EnsembleScoring | SeveralScoring,
+    EmbeddedScoring | SglangScoring | VllmScoring | EnsembleScoring | SeveralScoring,
     Field(discriminator="kind"),
 ]
 """The section `scoring`: one teacher or several."""

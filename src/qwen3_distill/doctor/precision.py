@@ -14,12 +14,12 @@ from qwen3_distill.modeling.directory import check_model_dir
 from qwen3_distill.modeling.hub import is_snapshot
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.pipeline import step as pipeline_step
-from qwen3_distill.pipeline.assembly.data import build_prompts
-from qwen3_distill.pipeline.assembly.engines import static_engine
-from qwen3_distill.pipeline.assembly.teachers import (
+from qwen3_distill.pipeline.assembly.audited_teachers import (
     build_audited_teacher,
     build_unquantized_teacher,
 )
+from qwen3_distill.pipeline.assembly.data import build_prompts
+from qwen3_distill.pipeline.assembly.engines import static_engine
 from qwen3_distill.pipeline.assembly.views import refuse_own_tokenizer
 from qwen3_distill.pipeline.models import local_model, localize
 from qwen3_distill.pipeline.own_folder import input_paths, refuse_inputs_as_output

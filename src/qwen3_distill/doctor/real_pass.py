@@ -12,14 +12,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from qwen3_distill.config import RunConfig
-from qwen3_distill.config.learning import ConstantSchedule
 from qwen3_distill.config.rollouts import RolloutsConfig
 from qwen3_distill.data.rollout_files import read_training
 from qwen3_distill.doctor.entropy import full_entropy, lowest_entropy
+from qwen3_distill.doctor.examined import has_ensemble
 from qwen3_distill.doctor.processes import Process, descendants, left_after
 from qwen3_distill.doctor.tolerances import engine_tolerance_nats, teacher_tolerance_nats
 from qwen3_distill.errors import EngineError
-from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.pipeline.assembly.teachers import asked_at, each_server, output_head
 from qwen3_distill.pipeline.finding import Verdict, bad, doubtful, good, skipped
 from qwen3_distill.pipeline.parts import Parts
@@ -38,7 +37,6 @@ from qwen3_distill.types import (
     ScoreResult,
     ScoringJob,
     TeacherScore,
-    TopKRequest,
     TopKScore,
     TrainingRollout,
     UnalignedRollout,
@@ -47,61 +45,14 @@ from qwen3_distill.types import (
 
 Say = Callable[[str], None]
 
-CANDIDATES = 20
-"""The teacher's most likely tokens that are asked for, where the objective asks for none."""
 OTHER_TEMPERATURE = 0.3
 ASLEEP = 0.7
 """A mean entropy above this share of ln V is that of a model without weights."""
 FOREIGN = 0.9
 """Below this share of -ln V, the teacher's mean score is one of tokens that it would not write."""
-_FULL_RATE, _LORA_RATE = 5e-3, 3e-2
-"""Learning rates of the one step, so large that old weights cannot be taken for new ones."""
 END_PATIENCE_S = 10.0
 """How long a closed engine's processes may take to end."""
 _ENGINE_GAP = "health/learner_vs_engine_abs_nats"
-
-
-def examined(config: RunConfig, output_dir: str) -> RunConfig:
-    """Return a run's config as the doctor runs it: elsewhere, without cached scores.
-
-    The learning rate is raised, because one usual step changes too little to be told from rounding.
-    """
-    training = config.training
-    rate = _FULL_RATE if training.tuning.kind == "full" else _LORA_RATE
-    optimizer = training.optimizer.model_copy(
-        update={
-            "learning_rate": max(rate, training.optimizer.learning_rate),
-            "schedule": ConstantSchedule(kind="constant"),
-        }
-    )
-    changes: dict[str, object] = {
-        "output_dir": output_dir,
-        "training": training.model_copy(update={"optimizer": optimizer}),
-    }
-    uncached = {
-        teacher.name: teacher.section.model_copy(update={"cache": None})
-        for teacher in config.teachers
-        if teacher.section.cache_folder is not None
-    }
-    return config.with_sections(uncached).model_copy(update=changes)
-
-
-def score_request(config: RunConfig) -> ScoreRequest | None:
-    """Return the objective's request, with some candidates where it asks for the scores alone.
-
-    None: the objective needs no scores. An ensemble has no candidates for every kind of member, so
-    with one the objective's own request is made.
-    """
-    request = config.objective.score_request
-    if isinstance(request, SampledRequest) and not has_ensemble(config):
-        vocab_size = load_identity(config.teachers[0].section.model, weights=False).vocab_size
-        return TopKRequest(k=min(CANDIDATES, vocab_size))
-    return request
-
-
-def has_ensemble(config: RunConfig) -> bool:
-    """Whether a teacher is a mean of several."""
-    return any(".members." in teacher.setting for teacher in config.teachers)
 
 
 @dataclass
@@ -281,7 +232,7 @@ class RealPass:
             found_N,
             "the same tokens alone and in a batch",
             "the scores depend on the batch: update the server, or set scoring.attention_backend, "
-            "e.g. triton",
+            "e.g. triton (vLLM: server_arguments.attention-backend)",
         )
 
     async def score_by_each_server(self) -> Verdict:
@@ -315,7 +266,7 @@ class RealPass:
             gaps(teacher.teacher_id, other, self.results),
             f"temperature 1 and {OTHER_TEMPERATURE} in the request",
             "the server applies a temperature to the logprobs of given tokens: use a tested "
-            "version of SGLang (docs/engines/install.md)",
+            "version of its engine (docs/engines/install.md)",
         )
 
     def _compared(self, gap_N: FloatArray, what: str, change: str) -> Verdict:

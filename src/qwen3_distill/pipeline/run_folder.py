@@ -42,6 +42,7 @@ MAY_CHANGE = (
     *("generation.max_batched_tokens", "generation.kv_cache_gib"),
     *("scoring.batch_tokens", "scoring.chunk_tokens", "scoring.chunked_prefill_tokens"),
     *("scoring.memory_fraction", "scoring.max_total_tokens"),
+    *("scoring.max_model_tokens", "scoring.max_sequences"),
     *("training.micro_batch_tokens", "training.chunk_tokens", "training.memory_gib"),
     "training.gradient_checkpointing",
     # Where the teacher is reached, how often and for how long; what answers there is checked.

@@ -45,6 +45,7 @@ class TeacherShare:
     static_bytes: int
     memory_fraction: float
     max_total_tokens: int
+    cache_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +62,14 @@ class MemoryPlan:
     Unused if the servers run elsewhere."""
     sglang_max_total_tokens: int
     """Tokens of the scoring server's key-value cache."""
+    teacher_cache_bytes: int
+    """The same in bytes: vLLM's server is told a size."""
     learner_memory_bytes: int
     """The learner's share of the device, its process's context included."""
     teacher_static_bytes: int
     """Weights and cache of the scoring server, with a margin for errors of measurement."""
     teachers: Mapping[str, TeacherShare] = field(default_factory=dict)
-    """By name, every teacher's share; the three settings above are the first one's."""
+    """By name, every teacher's share; the four settings of a teacher above are the first one's."""
 
     @property
     def required_bytes(self) -> int:
@@ -92,6 +95,7 @@ class MemoryPlan:
             self,
             sglang_memory_fraction=share.memory_fraction,
             sglang_max_total_tokens=share.max_total_tokens,
+            teacher_cache_bytes=share.cache_bytes,
             teacher_static_bytes=share.static_bytes,
         )
 
@@ -202,7 +206,7 @@ def _lay_out(
     room = _learner_bytes(config, left)
     choice = memory.checkpointing(config, models, device, 0 if thrifty else room)
     learner = memory.learner_rows(config, models, device, choice) if "learner" in engines else []
-    none = TeacherShare(static_bytes=0, memory_fraction=0.0, max_total_tokens=0)
+    none = TeacherShare(static_bytes=0, memory_fraction=0.0, max_total_tokens=0, cache_bytes=0)
     first = next(iter(shares.values()), none)
     return MemoryPlan(
         device=device,
@@ -211,6 +215,7 @@ def _lay_out(
         vllm_kv_cache_bytes=memory.student_cache_bytes(config, models),
         sglang_memory_fraction=first.memory_fraction,
         sglang_max_total_tokens=first.max_total_tokens,
+        teacher_cache_bytes=first.cache_bytes,
         learner_memory_bytes=room,
         teacher_static_bytes=first.static_bytes,
         teachers=shares,
@@ -250,6 +255,7 @@ def _share(config: RunConfig, models: Models, free_bytes: int) -> TeacherShare:
         static_bytes=static,
         memory_fraction=_fraction(static, free_bytes) if stated is None else stated,
         max_total_tokens=memory.teacher_cache_tokens(config, models),
+        cache_bytes=memory.teacher_cache_bytes(config, models),
     )
 
 
@@ -306,9 +312,9 @@ def _check_stated_teacher(
     config: RunConfig, models: Models, plan: MemoryPlan, setting: str
 ) -> None:
     scoring = config.teacher
-    if scoring.kind != "sglang":
+    if scoring.kind == "embedded":
         return
-    if not scoring.urls and scoring.memory_fraction is not None:
+    if scoring.kind == "sglang" and not scoring.urls and scoring.memory_fraction is not None:
         weights = memory.teacher_weight_bytes(config, models)
         if plan.teacher_static_bytes <= weights:
             raise ConfigError(
@@ -318,6 +324,8 @@ def _check_stated_teacher(
                 f"{gibibytes(weights)}; raise it, or leave it out to have it planned"
             )
     longest = memory.longest_sequence_tokens(config, models)
+    if scoring.kind == "vllm" and not scoring.urls:
+        longest = memory.vllm_teacher_tokens(config, models)
     if plan.sglang_max_total_tokens <= longest:
         raise ConfigError(
             f"{setting}.max_total_tokens={plan.sglang_max_total_tokens} cannot hold one sequence "
@@ -332,7 +340,7 @@ def _check_loading(config: RunConfig, models: Models, plan: MemoryPlan) -> None:
     held = 0
     for teacher, one, its_models in memory.each_teacher(config, models):
         scoring = one.teacher
-        if scoring.kind == "sglang" and not scoring.urls:
+        if scoring.kind != "embedded" and not scoring.urls:
             loading = memory.teacher_loading_bytes(one, its_models)
             room = plan.device.free_bytes - plan.reserve_bytes - held
             if loading > room:
@@ -397,7 +405,7 @@ def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], RunConfig]]:
     for teacher in config.loaded_teachers:
         candidates += [
             {f"{teacher.setting}.{key}": value for key, value in changes.items()}
-            for changes in _teacher_changes(teacher.section)
+            for changes in _teacher_changes(config, teacher.section)
         ]
     if training.tuning.kind == "full":
         candidates.append({"training.tuning": "{kind: lora}"})
@@ -418,19 +426,22 @@ def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], RunConfig]]:
         yield changes, _changed(config, changes)
 
 
-def _teacher_changes(scoring: ScoringConfig) -> Iterator[dict[str, Any]]:
+def _teacher_changes(config: RunConfig, scoring: ScoringConfig) -> Iterator[dict[str, Any]]:
     """Changes of a teacher's section that may save memory."""
-    if scoring.kind != "sglang" or scoring.urls:
+    if scoring.kind == "embedded" or scoring.urls:
         return
     if scoring.quantization is None:
         yield {"quantization": "fp8"}
-    if scoring.memory_fraction is not None:
+    if scoring.kind == "vllm" and scoring.max_model_tokens is None:
+        planned = config.planning.prompt_tokens + config.sampling.max_new_tokens
+        yield {"max_model_tokens": planned}
+    if scoring.kind == "sglang" and scoring.memory_fraction is not None:
         yield {"memory_fraction": None}
     elif scoring.max_total_tokens is not None:
         yield {"max_total_tokens": scoring.max_total_tokens // 2}
     else:
         yield {"request_tokens": scoring.request_tokens // 2}
-    if scoring.chunk_tokens > 512:
+    if scoring.kind == "sglang" and scoring.chunk_tokens > 512:
         yield {"chunk_tokens": scoring.chunk_tokens // 2}
     if scoring.decode_graphs:
         yield {"decode_graphs": False}

@@ -31,10 +31,13 @@ def plan_settings(config: RunConfig, plan: MemoryPlan) -> str:
     """The plan as settings for a config, for the engines that have any."""
     settings = []
     for teacher in config.loaded_teachers:
-        if teacher.section.kind == "sglang" and not teacher.section.urls:
-            share = plan.teachers[teacher.name]
+        section = teacher.section
+        if section.kind == "embedded" or section.urls:
+            continue
+        share = plan.teachers[teacher.name]
+        if section.kind == "sglang":
             settings.append(f"{teacher.setting}.memory_fraction={share.memory_fraction}")
-            settings.append(f"{teacher.setting}.max_total_tokens={share.max_total_tokens}")
+        settings.append(f"{teacher.setting}.max_total_tokens={share.max_total_tokens}")
     if config.generation.kind == "vllm":
         settings.append(f"generation.kv_cache_gib={plan.vllm_kv_cache_bytes / GIB:.2f}")
     if config.training.kind == "unsloth":

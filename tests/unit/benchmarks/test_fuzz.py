@@ -10,7 +10,8 @@ import pytest
 from benchmarks.robustness.fuzz import __main__ as command
 from benchmarks.robustness.fuzz import http_replies, kinds, odd_server, replies
 from benchmarks.robustness.fuzz.counts import Counts
-from qwen3_distill.scoring.sglang import json_values, wire
+from qwen3_distill.scoring.served import json_values
+from qwen3_distill.scoring.sglang import wire
 from qwen3_distill.utils import secrets
 
 

@@ -105,6 +105,11 @@ def view() -> ViewByTag:
     return ViewByTag({"a": SameView(), "b": SameView()})
 
 
+def jobs_of(rollouts: Sequence[Rollout]) -> list[ScoringJob]:
+    jobs = [view().job(rollout) for rollout in rollouts]
+    return [job for job in jobs if isinstance(job, ScoringJob)]
+
+
 # --- Routing --------------------------------------------------------------------------------------
 
 
@@ -116,7 +121,7 @@ def test_every_job_reaches_its_tags_teacher_in_any_order(
     a, b = CountingTeacher(identity, "A"), CountingTeacher(identity, "B")
     rollouts = [tagged(r, tag) for r, tag in zip(ROLLOUTS, tags, strict=True)]
     router = TeachersByTag({"a": a, "b": b})
-    results = asyncio.run(router.score([view().job(r) for r in rollouts]))
+    results = asyncio.run(router.score(jobs_of(rollouts)))
     for rollout, tag, result in zip(rollouts, tags, results, strict=True):
         scored = view().scored(rollout, result)
         assert not isinstance(scored, ScoreFailure)
@@ -131,7 +136,7 @@ def test_a_score_of_another_teacher_is_refused(identity: ModelIdentity) -> None:
         {"a": CountingTeacher(identity, "A", answers_as="B"), "b": CountingTeacher(identity, "B")}
     )
     with pytest.raises(EngineError, match=r"has the tag 'a', whose teacher is A, .*scored by B"):
-        asyncio.run(router.score([view().job(tagged(ROLLOUTS[0], "a"))]))
+        asyncio.run(router.score(jobs_of([tagged(ROLLOUTS[0], "a")])))
 
 
 @pytest.mark.parametrize("tag", [None, "c"])
@@ -156,7 +161,7 @@ def test_failures_keep_their_places(identity: ModelIdentity) -> None:
         "a": CountingTeacher(identity, "A", fails=failing),
         "b": CountingTeacher(identity, "B"),
     }
-    jobs = [view().job(tagged(r, "ab"[i % 2 == 0])) for i, r in enumerate(ROLLOUTS)]
+    jobs = jobs_of([tagged(r, "ab"[i % 2 == 0]) for i, r in enumerate(ROLLOUTS)])
     results = asyncio.run(TeachersByTag(teachers).score(jobs))
     assert [isinstance(r, ScoreFailure) for r in results] == [i == 1 for i in range(6)]
 

@@ -15,7 +15,7 @@ from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.ports import TeacherScorer
 from qwen3_distill.scoring.context import ContextComparison, ContextView
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
-from qwen3_distill.scoring.views import SameView, TeacherView
+from qwen3_distill.scoring.views import SameView
 from qwen3_distill.types import (
     Rollout,
     SampledRequest,
@@ -29,7 +29,7 @@ from tests.contract.builders import synthetic_rollout
 from tests.tiny_models import TinyModels
 from tests.unit.scoring.test_views import rollout_with
 
-VIEW: TeacherView = ContextView()
+VIEW = ContextView()
 
 
 def told(rollout: Rollout, *teacher_ids: int) -> Rollout:

@@ -12,9 +12,11 @@ from qwen3_distill.config import (
     GenerationConfig,
     LoraTuning,
     RunConfig,
+    SglangScoring,
     TuningConfig,
     UnslothTraining,
     VllmGeneration,
+    VllmScoring,
 )
 from qwen3_distill.environments.installed import engine_python
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
@@ -302,7 +304,10 @@ def _learner_settings(
 
 
 def engine_interpreters(config: RunConfig) -> dict[str, EngineInterpreter]:
-    """List the engines that have an interpreter of their own on this machine, by kind."""
+    """List the engines that have an interpreter of their own on this machine, by kind.
+
+    A second vLLM in another interpreter, the teacher's, has the name ``vllm:scoring``.
+    """
     found: dict[str, EngineInterpreter] = {}
     sections = {
         "generation": config.generation,
@@ -312,8 +317,10 @@ def engine_interpreters(config: RunConfig) -> dict[str, EngineInterpreter]:
     for name, section in sections.items():
         if section.kind == "embedded":
             continue
-        if section.kind == "sglang" and section.urls:
+        if isinstance(section, SglangScoring | VllmScoring) and section.urls:
             continue
         python = engine_python(section.kind, name, section.python)
-        found[section.kind] = EngineInterpreter(python, section.environment)
+        same = found.get(section.kind)
+        kind = section.kind if same is None or same.python == python else f"{section.kind}:{name}"
+        found.setdefault(kind, EngineInterpreter(python, section.environment))
     return found

@@ -7,7 +7,7 @@ from qwen3_distill.config import (
     GenerationConfig,
     RunConfig,
     ScoringConfig,
-    SglangScoring,
+    ServedScoring,
     TrainingConfig,
     UnslothTraining,
     VllmGeneration,
@@ -117,7 +117,7 @@ def _is_looked_up(section: Section) -> bool:
     match section:
         case VllmGeneration() | UnslothTraining():
             return section.python is None
-        case SglangScoring():
+        case ServedScoring():
             return section.python is None and not section.urls
         case _:
             return False

@@ -139,7 +139,7 @@ def check_versions(config: RunConfig) -> Verdict:
         return skipped(_ALL_EMBEDDED)
     found = engine_versions(interpreters)
     silent = [kind for kind in interpreters if kind not in found]
-    verdicts = [_judged(kind, versions) for kind, versions in found.items()]
+    verdicts = [_judged(kind.partition(":")[0], versions) for kind, versions in found.items()]
     for status in (Status.FAIL, Status.WARN):
         if worst := [verdict for verdict in verdicts if verdict.status is status]:
             return replace(worst[0], found=", ".join(verdict.found for verdict in worst))

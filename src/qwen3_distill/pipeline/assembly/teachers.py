@@ -16,10 +16,11 @@ from qwen3_distill.config import (
     PlanningConfig,
     RefreshedEvery,
     RunConfig,
-    ScoringConfig,
+    ServedScoring,
     SeveralScoring,
     SglangScoring,
     TeachersConfig,
+    VllmScoring,
 )
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
@@ -46,14 +47,15 @@ from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
 from qwen3_distill.scoring.ensemble import EnsembleTeacher
 from qwen3_distill.scoring.fleet import TeacherFleet
 from qwen3_distill.scoring.sampling import TeacherSampler
-from qwen3_distill.scoring.sglang.hosted import HostedSglangTeacher, hosted_sglang_teacher
+from qwen3_distill.scoring.served.hosted import HostedServedTeacher
+from qwen3_distill.scoring.served.teacher import ServedTeacher
+from qwen3_distill.scoring.sglang.hosted import hosted_sglang_teacher
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
-from qwen3_distill.types import SampledRequest, ScoreRequest, TopKRequest
+from qwen3_distill.scoring.vllm.hosted import hosted_vllm_teacher
+from qwen3_distill.scoring.vllm.teacher import VllmTeacher
+from qwen3_distill.types import SampledRequest, ScoreRequest
 from qwen3_distill.weights.directory import publish_directory
 from qwen3_distill.weights.memory import MemoryChannel
-
-_AUDIT_BATCH_TOKENS = 16384
-_AUDIT_CHUNK_TOKENS = 1024
 
 
 def require_frozen_teacher(config: RunConfig) -> None:
@@ -95,7 +97,7 @@ def build_teacher(
         lambda member, make_host, suffix: _build_member(member, plan, request, make_host, suffix)
     )
     scoring = config.teacher
-    if isinstance(scoring, SglangScoring) and scoring.cache:
+    if isinstance(scoring, ServedScoring) and scoring.cache:
         return CachedTeacher(fleet, request, scoring.cache)
     return fleet
 
@@ -176,6 +178,14 @@ def _build_member(
         log = engine_log(config, f"teacher{suffix}")
         return hosted_embedded_teacher(scoring, request=request, log=log, make_host=make_host)
     plan = require_plan(plan)
+    if isinstance(scoring, VllmScoring):
+        return hosted_vllm_teacher(
+            scoring,
+            request=request,
+            kv_cache_bytes=plan.teacher_cache_bytes,
+            log=engine_log(config, f"vllm-teacher{suffix}"),
+            make_host=make_host,
+        )
     return hosted_sglang_teacher(
         scoring,
         request=request,
@@ -212,15 +222,37 @@ def _build_local_teacher(
             if isinstance(scoring.refresh, RefreshedEvery | MovingAverage):
                 return FollowingEmbeddedTeacher(teacher, scoring.refresh)
             return teacher
-        case SglangScoring():
-            teacher = SglangTeacher(
-                scoring,
-                request=request,
-                memory_fraction=_memory_fraction(scoring, config.planning, require_plan(plan)),
-                max_total_tokens=require_plan(plan).sglang_max_total_tokens,
-                log=engine_log(config, f"sglang{suffix}"),
-            )
+        case SglangScoring() | VllmScoring():
+            teacher = build_served(config, scoring, require_plan(plan), request, suffix)
             return CachedTeacher(teacher, request, scoring.cache) if scoring.cache else teacher
+
+
+def build_served(
+    config: RunConfig,
+    scoring: SglangScoring | VllmScoring,
+    plan: MemoryPlan,
+    request: ScoreRequest,
+    suffix: str,
+) -> ServedTeacher:
+    """Build the teacher in servers.
+
+    Args:
+        suffix: of its log file's name.
+    """
+    if isinstance(scoring, VllmScoring):
+        return VllmTeacher(
+            scoring,
+            request=request,
+            kv_cache_bytes=plan.teacher_cache_bytes,
+            log=engine_log(config, f"vllm-teacher{suffix}"),
+        )
+    return SglangTeacher(
+        scoring,
+        request=request,
+        memory_fraction=_memory_fraction(scoring, config.planning, plan),
+        max_total_tokens=plan.sglang_max_total_tokens,
+        log=engine_log(config, f"sglang{suffix}"),
+    )
 
 
 def _memory_fraction(
@@ -268,10 +300,10 @@ async def teacher_sampler(
             yield SamplerByTag(samplers)
         return
     server = _server_of(teacher)
-    if isinstance(server, HostedSglangTeacher):
+    if isinstance(server, HostedServedTeacher):
         yield server
         return
-    if isinstance(server, SglangTeacher):
+    if isinstance(server, ServedTeacher):
         yield server.sampler()
         return
     scoring = config.teacher
@@ -353,10 +385,10 @@ def build_teacher_rollouts(config: RunConfig, teacher: TeacherScorer | None) -> 
     @asynccontextmanager
     async def opened() -> AsyncIterator[Sampler]:
         server = _server_of(teacher)
-        if isinstance(server, HostedSglangTeacher):
+        if isinstance(server, HostedServedTeacher):
             yield server
             return
-        if isinstance(server, SglangTeacher):
+        if isinstance(server, ServedTeacher):
             yield server.sampler()
             return
         scoring = config.teacher
@@ -380,7 +412,7 @@ def each_server(config: RunConfig, request: ScoreRequest) -> dict[str, TeacherSc
     if config.tags:
         return {}  # the servers of different teachers give different scores
     scoring = config.loaded_teacher if len(config.loaded_teachers) == 1 else None
-    if not isinstance(scoring, SglangScoring) or not scoring.urls:
+    if not isinstance(scoring, ServedScoring) or not scoring.urls:
         return {}  # and no plan: it would find the memory that the run's own engines hold
     alone = {
         url: scoring.model_copy(update={"urls": (url,), "cache": None}) for url in scoring.urls
@@ -397,7 +429,7 @@ def asked_at(teacher: TeacherScorer, temperature: float) -> TeacherScorer | None
 
     Of several teachers, those without one are asked as before.
     """
-    if isinstance(teacher, SglangTeacher):
+    if isinstance(teacher, ServedTeacher):
         return teacher.asked_at(temperature)
     if isinstance(teacher, TeachersByTag):
         others = {tag: asked_at(one, temperature) for tag, one in teacher.teachers.items()}
@@ -425,42 +457,4 @@ def build_comparison(config: RunConfig) -> ContextComparison | None:
         return None
     return ContextComparison(
         every_steps=context.compare_every_steps, num_rollouts=context.compare_rollouts
-    )
-
-
-def build_audited_teacher(config: RunConfig, request: TopKRequest) -> TeacherScorer:
-    """Build the configured teacher for a precision audit: without its cache, with ``request``."""
-    scoring = config.teacher
-    if isinstance(scoring, EmbeddedScoring):
-        return _embedded(scoring.model, request, device=scoring.device, dtype=scoring.dtype)
-    plan = require_plan(plan_memory(config))
-    return SglangTeacher(
-        scoring,
-        request=request,
-        memory_fraction=plan.sglang_memory_fraction,
-        max_total_tokens=plan.sglang_max_total_tokens,
-        log=engine_log(config, "sglang"),
-    )
-
-
-def build_unquantized_teacher(
-    scoring: ScoringConfig, model_dir: str, request: TopKRequest
-) -> TeacherScorer:
-    """Build the embedded teacher that a precision audit compares the configured one with.
-
-    An embedded teacher already has the precision that its config asks for, so it is compared with
-    the same weights in float32.
-    """
-    dtype = "float32" if isinstance(scoring, EmbeddedScoring) else scoring.dtype
-    return _embedded(model_dir, request, device=scoring.device, dtype=dtype)
-
-
-def _embedded(model_dir: str, request: TopKRequest, *, device: str, dtype: str) -> EmbeddedTeacher:
-    return EmbeddedTeacher(
-        model_dir,
-        request=request,
-        device=device,
-        dtype=dtype,
-        batch_tokens=_AUDIT_BATCH_TOKENS,
-        chunk_tokens=_AUDIT_CHUNK_TOKENS,
     )
