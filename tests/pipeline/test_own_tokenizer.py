@@ -226,6 +226,21 @@ def test_what_cannot_be_scored_is_said(pair: TinyModels, tmp_path: Path) -> None
         view.job(rollout_of([65]))
 
 
+def test_a_servers_longest_sequence_is_the_teachers_context(
+    pair: TinyModels, tmp_path: Path
+) -> None:
+    served = {"kind": "vllm", "model": str(pair.teacher), "tokenizer": "own"}
+    for stated, expected in ((None, 1024), (64, 64), (4096, 1024)):
+        scoring = served | {"max_model_tokens": stated}
+        view = build_view(tiny_config(pair, tmp_path / "run", {"scoring": scoring}))
+        assert isinstance(view, AlignedView)
+        assert view.context_length == expected
+    short = tiny_config(pair, tmp_path / "run", {"scoring": served | {"max_model_tokens": 24}})
+    job = build_view(short).job(with_messages("a" * 20))
+    assert isinstance(job, UnalignedRollout)
+    assert "the teacher's context is 24" in job.reason
+
+
 def test_special_tokens_of_the_same_tokenizer_are_refused(
     tiny_models: TinyModels, tmp_path: Path
 ) -> None:

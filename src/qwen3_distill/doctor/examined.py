@@ -1,4 +1,4 @@
-"""What the doctor runs of a config, and what it asks the teacher for."""
+"""Prepares a config for the doctor, and chooses what its teacher is asked for."""
 
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.learning import ConstantSchedule

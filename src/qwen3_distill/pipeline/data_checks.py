@@ -158,7 +158,7 @@ def check_lengths(config: RunConfig) -> Verdict:
         DataError: a prompt cannot be rendered, or does not fit the student's context.
     """
     text = TextTools(config.student.model)
-    longest = 0
+    longest = read_by_teacher = 0
     parts: list[str] = []
     for name, prompts, sampling in _sampled_from(config):
         told = config.only_teacher if prompts is config.prompts else None
@@ -166,17 +166,21 @@ def check_lengths(config: RunConfig) -> Verdict:
         stream.check()
         lengths = _lengths(stream)
         longest = max(longest, max(lengths) + sampling.max_new_tokens)
+        if name == "prompts" or (config.evaluation is not None and config.evaluation.teacher):
+            read_by_teacher = longest
         parts.append(
             f"{name} of {statistics.median(lengths):.0f} tokens (at most {max(lengths)} of "
             f"{len(lengths)}) and answers of {sampling.max_new_tokens}"
         )
     found = ", ".join(parts)
-    short = {name: limit for name, limit in _limits(config).items() if limit < longest}
+    limits = {name: (limit, longest) for name, limit in _limits(config).items()}
+    limits |= {name: (limit, read_by_teacher) for name, limit in _server_limits(config).items()}
+    short = {name: both for name, both in limits.items() if both[0] < both[1]}
     if short:
-        name, limit = min(short.items(), key=lambda item: item[1])
+        name, (limit, needed) = min(short.items(), key=lambda item: item[1])
         return bad(
-            f"{found}: {longest} tokens together, {name} is {limit}",
-            f"raise {name} to {longest} or more, or lower sampling.max_new_tokens",
+            f"{found}: {needed} tokens together, {name} is {limit}",
+            f"raise {name} to {needed} or more, or lower sampling.max_new_tokens",
         )
     planned = config.planning.prompt_tokens
     limit = config.sampling.max_new_tokens
@@ -210,6 +214,16 @@ def _limits(config: RunConfig) -> Mapping[str, int]:
         )
         contexts[whose] = identity_of(teacher.section.model).context_length
     return sequence_limits(config) | contexts
+
+
+def _server_limits(config: RunConfig) -> Mapping[str, int]:
+    """Return the limits of the teachers' servers on the student's tokens, by setting."""
+    stated = {
+        f"{teacher.setting}.max_model_tokens": getattr(teacher.section, "max_model_tokens", None)
+        for teacher in config.loaded_teachers
+        if not teacher.section.has_own_tokenizer  # it reads others: `tokenizer_checks`
+    }
+    return {name: limit for name, limit in stated.items() if limit is not None}
 
 
 def check_spread(config: RunConfig) -> Verdict:

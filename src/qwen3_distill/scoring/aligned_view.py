@@ -212,8 +212,12 @@ def own_tokenizer_view(
     *,
     special_tokens: Mapping[str, str],
     template_arguments: Mapping[str, Any],
+    context_length: int | None = None,
 ) -> AlignedView:
     """Build the view of a teacher from the files of both models, without their weights.
+
+    Args:
+        context_length: The teacher's positions; None: those of its model.
 
     Raises:
         HandshakeError: the tokenizers cannot be aligned, or a special token has no counterpart.
@@ -227,7 +231,7 @@ def own_tokenizer_view(
     if special is not None:
         aligner = OwnTokens(_byte_tokenizer(student_dir), _byte_tokenizer(teacher_dir), special)
     prompts = TeacherPrompts(tokenizer, teacher.name, template_arguments)
-    return AlignedView(prompts, aligner, teacher.context_length)
+    return AlignedView(prompts, aligner, context_length or teacher.context_length)
 
 
 def special_tokens_of(

@@ -40,9 +40,10 @@ def test_sglang_finds_the_memory_before_vllm_starts() -> None:
     other = several(math=SGLANG, code=VLLM)
     both, alone = plan_of(run).for_teacher("math"), plan_of(other).for_teacher("math")
     assert both.sglang_memory_fraction == alone.sglang_memory_fraction
-    assert both.sglang_memory_fraction == planned(
-        config(scoring=SGLANG), 141, teacher="8B"
-    ).sglang_memory_fraction
+    assert (
+        both.sglang_memory_fraction
+        == planned(config(scoring=SGLANG), 141, teacher="8B").sglang_memory_fraction
+    )
 
 
 def test_the_plans_settings_name_each_teacher() -> None:

@@ -156,6 +156,13 @@ def build_stream(
     return stream
 
 
+def teacher_context_length(scoring: ScoringConfig) -> int:
+    """Return the teacher's positions: those of its model, or fewer where its server is told so."""
+    positions = load_identity(scoring.model, weights=False).context_length
+    stated = scoring.max_model_tokens if scoring.kind == "vllm" else None
+    return positions if stated is None else min(stated, positions)
+
+
 def build_context(student: StudentConfig, scoring: ScoringConfig | None) -> TeacherContext | None:
     """Build what renders the teacher's context of a prompt; None if it reads the prompt itself."""
     if scoring is None or scoring.context is None:
@@ -163,6 +170,6 @@ def build_context(student: StudentConfig, scoring: ScoringConfig | None) -> Teac
     return TeacherContext(
         scoring.context,
         load_tokenizer(scoring.model, weights=False),
-        context_length=load_identity(scoring.model, weights=False).context_length,
+        context_length=teacher_context_length(scoring),
         template_arguments=student.template_arguments,
     )

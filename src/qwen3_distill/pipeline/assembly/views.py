@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from qwen3_distill.config import RunConfig
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.loading import load_identity
+from qwen3_distill.pipeline.assembly.data import teacher_context_length
 from qwen3_distill.scoring.aligned_view import (
     AlignedView,
     own_tokenizer_view,
@@ -66,6 +67,7 @@ def build_own_view(config: RunConfig) -> AlignedView | None:
         teacher.model,
         special_tokens=teacher.special_tokens,
         template_arguments=teacher.template_arguments,
+        context_length=teacher_context_length(teacher),
     )
 
 
