@@ -27,7 +27,7 @@ class Header(NamedTuple):
     """The type and the shape of a stored tensor."""
 
     dtype: str
-    """Its name in safetensors, e.g. ``BF16``."""
+    """safetensors' name of it, e.g. ``BF16``."""
     shape: tuple[int, ...]
 
 
