@@ -194,10 +194,10 @@ def test_texts_are_read_as_they_were_given(suffix: str, field: str) -> None:
     assert config.prompts.path == "a b/c#d"
 
 
-def test_name_with_a_line_break_stays_in_its_comment() -> None:
+def test_name_with_a_line_break_is_refused_and_not_read_as_a_setting() -> None:
     student = replace(model("4B"), name="a\nsteps: 7")
-    config = initial_config(facts(card(139), student=student)).config
-    assert (config.student.model, config.steps) == ("a\nsteps: 7", 100)
+    with pytest.raises(ConfigError, match=r"student\.model: 'a\\nsteps: 7' has .*control char"):
+        initial_config(facts(card(139), student=student))
 
 
 @pytest.mark.parametrize(("held_out", "verifier"), [(None, "math"), ("test", None)])
