@@ -19,7 +19,7 @@ from qwen3_distill.data.sources import PromptSource, RawPrompt, build_source
 from qwen3_distill.data.sources.records import ANSWER_KEY
 from qwen3_distill.data.verifiers import build_verifier, check_references
 from qwen3_distill.pipeline.assembly.data import build_stream, overlap_of
-from qwen3_distill.pipeline.assembly.machine_checks import sequence_limits
+from qwen3_distill.pipeline.assembly.machine_checks import sequence_limits, server_limits
 from qwen3_distill.pipeline.finding import Check, Verdict, bad, doubtful, good, skipped
 from qwen3_distill.pipeline.model_checks import identity_of
 from qwen3_distill.pipeline.parts import TextTools
@@ -174,7 +174,7 @@ def check_lengths(config: RunConfig) -> Verdict:
         )
     found = ", ".join(parts)
     limits = {name: (limit, longest) for name, limit in _limits(config).items()}
-    limits |= {name: (limit, read_by_teacher) for name, limit in _server_limits(config).items()}
+    limits |= {name: (limit, read_by_teacher) for name, limit in server_limits(config).items()}
     short = {name: both for name, both in limits.items() if both[0] < both[1]}
     if short:
         name, (limit, needed) = min(short.items(), key=lambda item: item[1])
@@ -214,16 +214,6 @@ def _limits(config: RunConfig) -> Mapping[str, int]:
         )
         contexts[whose] = identity_of(teacher.section.model).context_length
     return sequence_limits(config) | contexts
-
-
-def _server_limits(config: RunConfig) -> Mapping[str, int]:
-    """Return the limits of the teachers' servers on the student's tokens, by setting."""
-    stated = {
-        f"{teacher.setting}.max_model_tokens": getattr(teacher.section, "max_model_tokens", None)
-        for teacher in config.loaded_teachers
-        if not teacher.section.has_own_tokenizer  # it reads others: `tokenizer_checks`
-    }
-    return {name: limit for name, limit in stated.items() if limit is not None}
 
 
 def check_spread(config: RunConfig) -> Verdict:

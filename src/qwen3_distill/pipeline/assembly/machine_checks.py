@@ -224,6 +224,16 @@ def sequence_limits(config: RunConfig) -> dict[str, int]:
     return {name: limit for name, limit in limits.items() if limit is not None}
 
 
+def server_limits(config: RunConfig) -> dict[str, int]:
+    """Return the limits of the teachers' servers on the student's tokens, by setting."""
+    stated = {
+        f"{teacher.setting}.max_model_tokens": getattr(teacher.section, "max_model_tokens", None)
+        for teacher in config.loaded_teachers
+        if not teacher.section.has_own_tokenizer  # it reads others: `tokenizer_checks`
+    }
+    return {name: limit for name, limit in stated.items() if limit is not None}
+
+
 def quantization_of(config: RunConfig) -> str | None:
     """Return how the teacher's weights are quantized: by its server, or in its directory.
 
