@@ -306,7 +306,8 @@ def _learner_settings(
 def engine_interpreters(config: RunConfig) -> dict[str, EngineInterpreter]:
     """List the engines that have an interpreter of their own on this machine, by kind.
 
-    A second vLLM in another interpreter, the teacher's, has the name ``vllm:scoring``.
+    A teacher's in another interpreter has its setting in the name: ``vllm:scoring``,
+    ``vllm:scoring.teachers.math``.
     """
     found: dict[str, EngineInterpreter] = {}
     sections = {
