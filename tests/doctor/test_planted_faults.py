@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from qwen3_distill.doctor import real_pass
@@ -39,6 +40,12 @@ def _tokenizer(world: World, patch: pytest.MonkeyPatch) -> None:
 
 def _vocabulary(world: World, patch: pytest.MonkeyPatch) -> None:
     world.edit_json(world.teacher / "config.json", vocab_size=272)
+    file = world.teacher / "model.safetensors"
+    weights = load_file(file)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = 272 - len(weights[name])
+        weights[name] = torch.cat([weights[name], weights[name][:rows]])
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def _chat_template(world: World, patch: pytest.MonkeyPatch) -> None:

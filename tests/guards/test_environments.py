@@ -109,8 +109,10 @@ def test_environment_is_made_once_also_after_a_killed_build_and_anew_when_its_fi
     (python.parents[1] / "mark").touch()
     assert script.interpreter("small", sys.executable, cache) == python
     assert (python.parents[1] / "mark").exists(), "made a second time"
-    pip = (python.parent / "pip").read_text().splitlines()[0]
-    assert pip.startswith(f"#!{python}"), "scripts point to the temporary place"
+    # Where the path is too long for the first line, pip's script begins with a shell that runs it.
+    pip = (python.parent / "pip").read_text()
+    assert str(python) in "".join(pip.splitlines(keepends=True)[:3])
+    assert ".partial" not in pip, "scripts point to the temporary place"
     (compiled,) = python.parents[1].glob("lib/python*/site-packages/__pycache__/helper.*.pyc")
     code = marshal.loads(compiled.read_bytes()[16:])
     assert code.co_filename.startswith(str(python.parents[1])), "tracebacks name another place"

@@ -20,8 +20,8 @@ def settle_vector_math() -> None:
     The math library chooses the code of a function at its first call. When two threads made that
     call at once, the second one's rows of the rotary embedding differed in the last bits: in about
     1 of 100 starts a run had other numbers than its repetition. With one serial call before, it
-    was 0 of 1,593 starts. Takes less than 10 ms; neither the number of threads nor the random
-    state changes.
+    was 0 of 2,000 starts (benchmarks/results/repeatable.json). Takes less than 10 ms; neither the
+    number of threads nor the random state changes.
     """
     with torch.inference_mode():
         for dtype in (torch.float32, torch.float64, torch.bfloat16):

@@ -386,8 +386,11 @@ class RolloutFlow:
         if self._config.max_steps_ahead > 0:
             self.allow_new_rollouts()
         scored = [item.scored for item in batch]
-        comparing = context_metrics(self._parts, self._trace, self.cursor.step, scored)
-        compared = await self.within_stall_timeout(comparing, "the teacher's scores of a sample")
+        compared = list[Metric]()
+        if self._parts.compares_context(self.cursor.step):
+            comparing = context_metrics(self._parts, self._trace, self.cursor.step, scored)
+            what = "the teacher's scores of a sample"
+            compared = await self.within_stall_timeout(comparing, what)
         return StepRecord(
             cursor=self.cursor,
             scored=scored,

@@ -102,6 +102,14 @@ class Parts:
         assert self.teacher is not None, "training needs no teacher"
         return self.teacher
 
+    def compares_context(self, step: int) -> bool:
+        """Whether to measure what the teacher's context tells it, after ``step`` finished steps."""
+        return (
+            self.scorer is not None
+            and self.comparison is not None
+            and (self.comparison.is_due(step))
+        )
+
     @property
     def counters(self) -> dict[str, float]:
         """Counts of engine and teacher since the start, by metric key."""

@@ -60,8 +60,10 @@ async def context_metrics(
     Args:
         step: finished steps.
     """
-    if parts.comparison is None or parts.scorer is None or not parts.comparison.is_due(step):
+    if not parts.compares_context(step):
         return []
+    assert parts.comparison is not None
+    assert parts.scorer is not None
     with trace.span("score", "context"):
         rollouts = [item.rollout for item in scored]
         return await parts.comparison.metrics(parts.scorer, rollouts)
