@@ -63,7 +63,7 @@ def saved(config: RunConfig) -> list[ScoredRollout]:
 
 
 def expected_context(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[int]:
-    """What the teacher should read, written down again; response tokens before a piece follow."""
+    """Return the ids that the teacher should read, made anew; those before a piece follow."""
     row = ROWS[int(rollout.prompt.prompt_id.rpartition(":")[2])]
     text = (
         f"<|user|>Know: {row['hint']}<|end|><|user|>{row['prompt']} It is {row['answer']}.<|end|>"

@@ -105,7 +105,7 @@ def layerwise_logprobs(model_dir: str | Path, token_ids: IntArray) -> NDArray[np
     check_weight_headers(directory)
     settle_vector_math()
     # Eager attention: only the mask below decides which tokens a token attends to.
-    config: Any = load_model_config(directory, attn_implementation="eager")
+    config: Any = load_model_config(directory, attention="eager")
     ids_T = torch.from_numpy(token_ids.astype(np.int64))
     with _open_weights(directory, config) as weights:
         hidden_1TD = weights.rows("model.embed_tokens.weight", ids_T).unsqueeze(0)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -59,11 +59,12 @@ def load_model(path: str | Path, *, device: torch.device, dtype: torch.dtype) ->
     directory = check_model_dir(path)
     check_weight_headers(directory)  # before a model of its config's sizes is made
     settle_vector_math()
+    config = load_model_config(directory, attention="sdpa")  # never what the directory asks for
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
+            config=config,
             dtype=dtype,
-            attn_implementation="sdpa",  # never what the directory asks for
             trust_remote_code=False,
             output_loading_info=True,
         )
@@ -138,14 +139,20 @@ def load_tokenizer(path: str | Path, *, weights: bool = True) -> PreTrainedToken
     return tokenizer
 
 
-def load_model_config(directory: Path, **settings: Any) -> Any:
+def load_model_config(directory: Path, attention: Literal["eager", "sdpa"] | None = None) -> Any:
     """Read a model directory's config as transformers does.
+
+    Args:
+        attention: of the layers that are built from it; None: transformers' choice.
 
     Raises:
         ModelError: transformers does not take it.
     """
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False, **settings)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        # After reading: a directory's own `_attn_implementation` would win over an argument.
+        config._attn_implementation = attention
+        return config
     except Exception as error:  # transformers raises many kinds, by what is wrong
         reason = shortened(" ".join(str(error).split()))
         raise ModelError(f"{directory / CONFIG} cannot be read: {reason}") from error

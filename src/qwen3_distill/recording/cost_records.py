@@ -125,15 +125,28 @@ def fold(
                 totals.devices = record["devices"]
                 totals.unknown |= record["unknown"]
                 price, currency = record["price_per_device_hour"], record["currency"]
-            work = priced(record["work"], price, currency)
-            totals.add(work, priced(record["evaluation"], price, currency), is_kept=is_kept)
+            work = priced(_amounts_of(record, "work"), price, currency)
+            evaluation = priced(_amounts_of(record, "evaluation"), price, currency)
+            totals.add(work, evaluation, is_kept=is_kept)
             if is_kept:
-                unused = record["unused"]
+                unused = _amounts_of(record, "unused")
                 if with_points and record["kind"] in ("step", "start"):
                     _add_point(totals, record["step"])
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{name} is not a cost ledger: {error!r}; restore the file") from error
     return totals
+
+
+def _amounts_of(record: Mapping[str, Any], key: str) -> Amounts:
+    """Return a line's amounts; raise TypeError for what is no object of numbers."""
+    amounts = record[key]
+    if not isinstance(amounts, dict) or not all(map(_is_number, amounts.values())):
+        raise TypeError(f"{key} is no object of numbers")
+    return amounts
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def add_to(sums: dict[str, float], amounts: Amounts) -> None:

@@ -1,4 +1,4 @@
-"""What a teacher is told: the messages, the row's fields in them, and what is refused."""
+"""A teacher's context: its messages, the row's fields in them, and what is refused."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def context(
 
 
 def text(tokenizer: PreTrainedTokenizerFast, prompt: RawPrompt, **settings: Any) -> str:
-    """What the teacher reads, in one line a message, without the generation prompt."""
+    """Return the teacher's messages, a line each, without the generation prompt."""
     ids = context(tokenizer, **settings).ids(prompt, 10)
     whole: Any = tokenizer.decode(ids.tolist())
     assert whole.endswith("<|im_start|>assistant\n")

@@ -12,7 +12,7 @@ from qwen3_distill.config import CostConfig
 from qwen3_distill.errors import DataError
 from qwen3_distill.recording.clock import StepClock
 from qwen3_distill.recording.cost_ledger import PART_INTERVAL_S, CostLedger
-from qwen3_distill.recording.cost_records import CostTotals, area, read_cost
+from qwen3_distill.recording.cost_records import CostTotals, area, fold, read_cost
 
 FLOPS = "flops/train"
 
@@ -198,6 +198,18 @@ def test_points_hold_the_cost_before_the_evaluation_of_their_step(tmp_path: Path
     assert [point.step for point in points] == [0, 1, 2, 3]
     assert [point.marginal["flops"] for point in points] == [0, 10, 20, 30]
     assert [point.total["flops"] for point in points] == [0, 10, 1020, 2035]
+
+
+@pytest.mark.parametrize("odd", ["text", [["a", 1]], {"device_s/train": "1"}, {"a": True}, None])
+@pytest.mark.parametrize("key", ["work", "evaluation", "unused"])
+def test_amounts_of_another_form_are_refused(key: str, odd: object) -> None:
+    start = {
+        **{"step": 0, "kind": "start", "devices": 1, "unknown": {}, "work": {}, "evaluation": {}},
+        **{"unused": {}, "price_per_device_hour": None, "currency": "USD"},
+    }
+    fold([start])
+    with pytest.raises(DataError, match=rf"not a cost ledger.*{key} is no object of numbers"):
+        fold([start | {key: odd}])
 
 
 def test_no_ledger_and_a_damaged_one_are_told_apart(tmp_path: Path) -> None:

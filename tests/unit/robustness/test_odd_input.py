@@ -8,7 +8,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +20,8 @@ from qwen3_distill.data.rendering import TemplateFault, apply_template
 from qwen3_distill.errors import ConfigError, DataError, ModelError
 from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.modeling.directory import check_model_dir
+from qwen3_distill.modeling.known_answer import layerwise_logprobs
+from qwen3_distill.modeling.loading import load_model
 from qwen3_distill.recording.records import read_evaluations, read_steps, read_summary
 from qwen3_distill.recording.trace_events import check_events
 from qwen3_distill.utils.json_text import parse_json
@@ -233,6 +237,17 @@ def test_an_attention_from_the_hub_is_refused(tmp_path: Path, key: str) -> None:
     change(model / "config.json", **{key: "kernels-community/flash-attn"})
     with pytest.raises(ModelError, match="code from elsewhere"):
         check_model_dir(model)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_an_attention_that_a_directory_asks_for_is_not_used(tmp_path: Path, key: str) -> None:
+    """`flash_attention_2` of a config once ended in transformers' ImportError."""
+    model = write_model(tmp_path / "model", seed=0)
+    plain = layerwise_logprobs(model, np.arange(9, dtype=np.int32))
+    change(model / "config.json", **{key: "flash_attention_2"})
+    loaded = load_model(model, device=torch.device("cpu"), dtype=torch.float32)
+    assert loaded.config._attn_implementation == "sdpa"
+    assert np.array_equal(layerwise_logprobs(model, np.arange(9, dtype=np.int32)), plain)
 
 
 # --- Chat templates -------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from tests.unit.training.test_ranks import settings_of as settings_of_ranks
 
 Settings = LearnerSettings[EmbeddedTraining]
 EXACT = 1e-6
-"""Of loss and norm, which are read in float32."""
+"""Relative tolerance of loss and norm, which are read in float32."""
 
 
 def settings_of(models: TinyModels, **training: Any) -> Settings:

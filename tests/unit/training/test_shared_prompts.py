@@ -164,7 +164,7 @@ def behind_prompts(model: PreTrainedModel, micro: MicroBatch) -> list[Tensor]:
 
 
 def gradient(model: PreTrainedModel, hidden: Sequence[Tensor]) -> list[Tensor]:
-    """Of a loss in which every position and dimension has another weight."""
+    """Return the gradient of a loss in which every position and dimension has another weight."""
     generator = torch.Generator().manual_seed(5)
     loss = torch.zeros((), dtype=torch.float64)
     for states in hidden:
