@@ -129,6 +129,7 @@ def load_tokenizer(path: str | Path, *, weights: bool = True) -> PreTrainedToken
         raise ModelError(f"{directory} has no tokenizer.json: needs a fast tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer.encode("x")  # some settings of another type fail only here
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers raises plain Exception, and panics

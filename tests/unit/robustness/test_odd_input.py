@@ -21,7 +21,7 @@ from qwen3_distill.errors import ConfigError, DataError, ModelError
 from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.modeling.directory import check_model_dir
 from qwen3_distill.modeling.known_answer import layerwise_logprobs
-from qwen3_distill.modeling.loading import load_model
+from qwen3_distill.modeling.loading import load_model, load_tokenizer
 from qwen3_distill.recording.records import read_evaluations, read_steps, read_summary
 from qwen3_distill.recording.trace_events import check_events
 from qwen3_distill.utils.json_text import parse_json
@@ -248,6 +248,14 @@ def test_an_attention_that_a_directory_asks_for_is_not_used(tmp_path: Path, key:
     loaded = load_model(model, device=torch.device("cpu"), dtype=torch.float32)
     assert loaded.config._attn_implementation == "sdpa"
     assert np.array_equal(layerwise_logprobs(model, np.arange(9, dtype=np.int32)), plain)
+
+
+def test_a_tokenizer_that_cannot_be_used_is_found_when_it_is_loaded(tmp_path: Path) -> None:
+    """A limit that is text once gave a TypeError at the first text."""
+    model = write_model(tmp_path / "model", seed=0)
+    change(model / "tokenizer_config.json", model_max_length="4096")
+    with pytest.raises(ModelError, match="no usable tokenizer"):
+        load_tokenizer(model)
 
 
 # --- Chat templates -------------------------------------------------------------------------------
