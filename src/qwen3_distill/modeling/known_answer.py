@@ -107,6 +107,22 @@ def layerwise_logprobs(model_dir: str | Path, token_ids: IntArray) -> NDArray[np
     # Eager attention: only the mask below decides which tokens a token attends to.
     config: Any = load_model_config(directory, attention="eager")
     ids_T = torch.from_numpy(token_ids.astype(np.int64))
+    try:
+        logprobs = _logprobs(directory, config, ids_T)
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:  # transformers raises many kinds, by what is wrong in the config
+        reason = shortened(f"{type(error).__name__}: {error}")
+        raise ModelError(f"{directory}: its model cannot be computed: {reason}") from error
+    if not np.isfinite(logprobs).all():
+        raise ModelError(
+            f"{directory}: its logprobs are not finite, so a weight is NaN or infinite; fetch the "
+            "model again"
+        )
+    return logprobs
+
+
+def _logprobs(directory: Path, config: Any, ids_T: Tensor) -> NDArray[np.float32]:
     with _open_weights(directory, config) as weights:
         hidden_1TD = weights.rows("model.embed_tokens.weight", ids_T).unsqueeze(0)
         position_1T = torch.arange(ids_T.numel()).unsqueeze(0)
@@ -128,13 +144,7 @@ def layerwise_logprobs(model_dir: str | Path, token_ids: IntArray) -> NDArray[np
         weights.fill(norm, "model.norm.")
         hidden_TD = norm(hidden_1TD)[0]
         head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        logprobs = _target_logprobs(weights, head, hidden_TD[:-1], ids_T[1:], config.vocab_size)
-    if not np.isfinite(logprobs).all():
-        raise ModelError(
-            f"{directory}: its logprobs are not finite, so a weight is NaN or infinite; fetch the "
-            "model again"
-        )
-    return logprobs
+        return _target_logprobs(weights, head, hidden_TD[:-1], ids_T[1:], config.vocab_size)
 
 
 def _causal_mask(length: int) -> Tensor:

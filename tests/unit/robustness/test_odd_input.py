@@ -258,6 +258,14 @@ def test_a_tokenizer_that_cannot_be_used_is_found_when_it_is_loaded(tmp_path: Pa
         load_tokenizer(model)
 
 
+def test_a_config_that_no_model_can_be_made_of_is_refused(tmp_path: Path) -> None:
+    """An unknown kind of rotary embedding once gave a KeyError in the known answer."""
+    model = write_model(tmp_path / "model", seed=0)
+    change(model / "config.json", rope_parameters={"rope_type": "'", "rope_theta": 10000.0})
+    with pytest.raises(ModelError, match="its model cannot be computed: KeyError"):
+        layerwise_logprobs(model, np.arange(9, dtype=np.int32))
+
+
 # --- Chat templates -------------------------------------------------------------------------------
 
 MESSAGES = [{"role": "user", "content": "hello"}]
