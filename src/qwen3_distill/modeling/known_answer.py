@@ -103,7 +103,6 @@ def layerwise_logprobs(model_dir: str | Path, token_ids: IntArray) -> NDArray[np
     """
     directory = check_model_dir(model_dir)
     check_weight_headers(directory)
-    settle_vector_math()
     # Eager attention: only the mask below decides which tokens a token attends to.
     config: Any = load_model_config(directory, attention="eager")
     ids_T = torch.from_numpy(token_ids.astype(np.int64))
@@ -123,6 +122,7 @@ def layerwise_logprobs(model_dir: str | Path, token_ids: IntArray) -> NDArray[np
 
 
 def _logprobs(directory: Path, config: Any, ids_T: Tensor) -> NDArray[np.float32]:
+    settle_vector_math()
     with _open_weights(directory, config) as weights:
         hidden_1TD = weights.rows("model.embed_tokens.weight", ids_T).unsqueeze(0)
         position_1T = torch.arange(ids_T.numel()).unsqueeze(0)
