@@ -4,10 +4,10 @@
     python -m benchmarks.evidence.run --log runs/evidence/runs.jsonl
 
 Each run is the product's own loop, in one of `--workers` processes that do one run after another
-and share the GPU through MPS where it starts. A finished run is one line of the log; the same
-command continues after an interruption or on another machine that has the log, and starts no run
-that would not end within `--time-limit-s`. All arms of
-the first seed come before those of the next.
+and share the machine's GPUs, as many on each, through MPS where it starts. A finished run is one
+line of the log; the same command continues after an interruption or on another machine that has the
+log, and starts no run that would not end within `--time-limit-s`. All arms of the first seed come
+before those of the next.
 
 The counted runs take each arm's learning rate from its trials: the one with the highest mean of
 both decodings' accuracies after the last step.
@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
@@ -220,12 +221,19 @@ def chosen_rates(trials: Sequence[Record]) -> dict[tuple[str, str], float]:
 
 
 def workers(count: int) -> Executor:
-    """Start worker processes that import once and do one run after another."""
+    """Start worker processes that import once and do one run after another, in turn on each GPU."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    return ProcessPoolExecutor(count, get_context("spawn"), _prepare_worker)
+    spawn = get_context("spawn")
+    arguments = (spawn.Value("i", 0), torch.cuda.device_count())
+    return ProcessPoolExecutor(count, spawn, _prepare_worker, arguments)
 
 
-def _prepare_worker() -> None:
+def _prepare_worker(started: "Synchronized[int]", num_gpus: int) -> None:
+    with started.get_lock():
+        index = started.value
+        started.value += 1
+    if num_gpus > 1:  # read when this process first uses CUDA
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(index % num_gpus)
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
     transformers.utils.logging.disable_progress_bar()
@@ -233,8 +241,8 @@ def _prepare_worker() -> None:
 
 
 @contextlib.contextmanager
-def shared_gpu(log: Path) -> Iterator[None]:
-    """An MPS daemon for all workers; without one they take turns on the GPU."""
+def shared_gpus(log: Path) -> Iterator[None]:
+    """An MPS daemon for all workers; without one they take turns on a GPU."""
     if shutil.which("nvidia-cuda-mps-control") is None:
         yield
         return
@@ -283,7 +291,7 @@ def main() -> None:
         time_limit_s=arguments.time_limit_s,
         make_workers=workers,
     )
-    with shared_gpu(arguments.log.parent / "mps.log"):
+    with shared_gpus(arguments.log.parent / "mps.log"):
         runs = sweep.run(run_once, jobs)
     print(f"{len(runs)} of {len(jobs)} runs are in {arguments.log}")
     if sweep.failed:
