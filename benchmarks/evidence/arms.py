@@ -69,7 +69,7 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
         ),
     }
 )
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 """The tuning trials of every arm with a rate of its own."""
 
 

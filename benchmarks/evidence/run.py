@@ -17,16 +17,16 @@ import argparse
 import asyncio
 import contextlib
 import io
+import itertools
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from multiprocessing import get_context
-from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -52,8 +52,10 @@ from qwen3_distill.pipeline.run import run
 from qwen3_distill.recording.console import SilentReporter
 from qwen3_distill.recording.cost_records import COST_FILE, fold
 from qwen3_distill.recording.jsonl import read_jsonl
+from qwen3_distill.utils.variables import set_in_environment
 
 SEEDS = 5
+_VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 def run_once(setting: str, arm: str, seed: int, sizes: dict[str, Any]) -> Record:
@@ -220,20 +222,37 @@ def chosen_rates(trials: Sequence[Record]) -> dict[tuple[str, str], float]:
     return {key: rate for key, (_, rate) in best.items()}
 
 
+class _OneGpuProcess(SpawnProcess):
+    """A process that sees one of the machine's GPUs.
+
+    CUDA reads the variable once, and importing PyTorch's users can be that time already: so it is
+    set for the new process, and not in it.
+    """
+
+    gpus: ClassVar[Iterator[str]] = iter(())
+    """For each process that is started, the GPU that it sees; at the end, all."""
+
+    def start(self) -> None:
+        gpu = next(self.gpus, None)
+        changed = {} if gpu is None else {_VISIBLE_GPUS: gpu}
+        with set_in_environment(changed):
+            super().start()
+
+
+class _OneGpuContext(SpawnContext):
+    Process = _OneGpuProcess
+
+
 def workers(count: int) -> Executor:
     """Start worker processes that import once and do one run after another, in turn on each GPU."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    spawn = get_context("spawn")
-    arguments = (spawn.Value("i", 0), torch.cuda.device_count())
-    return ProcessPoolExecutor(count, spawn, _prepare_worker, arguments)
+    visible = os.environ.get(_VISIBLE_GPUS)
+    gpus = visible.split(",") if visible else map(str, range(torch.cuda.device_count()))
+    _OneGpuProcess.gpus = itertools.cycle(gpus)
+    return ProcessPoolExecutor(count, _OneGpuContext(), _prepare_worker)
 
 
-def _prepare_worker(started: "Synchronized[int]", num_gpus: int) -> None:
-    with started.get_lock():
-        index = started.value
-        started.value += 1
-    if num_gpus > 1:  # read when this process first uses CUDA
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(index % num_gpus)
+def _prepare_worker() -> None:
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
     transformers.utils.logging.disable_progress_bar()

@@ -19,9 +19,10 @@ from typing import Any
 
 from qwen3_distill.config.cluster import ClusterConfig
 from qwen3_distill.errors import ConfigError, EngineLost, EngineStartError
-from qwen3_distill.hosts.own_ray import OwnRay, environment
+from qwen3_distill.hosts.own_ray import OwnRay
 from qwen3_distill.hosts.package import package_fingerprint
 from qwen3_distill.hosts.places import Node, PlaceSpec, check_fit
+from qwen3_distill.utils.variables import set_in_environment
 
 _GIB = 1 << 30
 _TICKS = 10
@@ -282,7 +283,9 @@ class Cluster:
             self.say(f"connecting to the Ray cluster at {address}")
             await asyncio.to_thread(_check_reachable, address)
         # Ray would tell the workers of actors without GPUs that there are none.
-        self._variables.enter_context(environment({"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}))
+        self._variables.enter_context(
+            set_in_environment({"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
+        )
         import ray
 
         # It warns of the thread that it is started in.
@@ -315,7 +318,7 @@ class Cluster:
             },
             log=self._log,
         )
-        self._variables.enter_context(environment(self._own.variables()))
+        self._variables.enter_context(set_in_environment(self._own.variables()))
         return await self._own.start()
 
 

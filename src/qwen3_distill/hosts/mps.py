@@ -16,13 +16,14 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from qwen3_distill.errors import EngineStartError, MpsUnavailable
 from qwen3_distill.hosts.child import ChildProcess
 from qwen3_distill.utils.concurrency import result_within
+from qwen3_distill.utils.variables import set_in_environment
 
 CONTROL = "nvidia-cuda-mps-control"
 PIPE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY"
@@ -67,7 +68,7 @@ async def private_mps(daemon: "MpsDaemon", warn: Callable[[str], None]) -> Async
     except MpsUnavailable as error:
         warn(f"the run goes on without MPS: {error}")
     try:
-        with _set_in_environment(daemon.variables):
+        with set_in_environment(daemon.variables):
             yield
     finally:
         await daemon.stop()
@@ -174,20 +175,6 @@ class MpsDaemon:
         if code:
             raise MpsUnavailable(f"`echo {command} | {CONTROL}` failed: {_last_line(output)}")
         return output
-
-
-@contextmanager
-def _set_in_environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 async def _run(

@@ -1,14 +1,12 @@
 """Starts Ray on this machine for one run and ends it: no process and no file of it stays."""
 
 import asyncio
-import contextlib
 import json
 import os
 import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,21 +81,6 @@ class OwnRay:
         await self._process.end()
         for folder in (self._folder, self.scratch):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set variables of this process in the block: Ray's client reads them."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _short_temporary_dir() -> str:

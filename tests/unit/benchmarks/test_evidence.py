@@ -1,11 +1,22 @@
 """The rules of docs/evidence/protocol.md that are code: costs, ratios, rates and the page."""
 
+import os
+import time
+from pathlib import Path
+
 import pytest
 
 from benchmarks.evidence import analyse, page
 from benchmarks.evidence.analyse import Reached, ratio_of, reached
 from benchmarks.evidence.arms import ARMS, LEARNING_RATES, arm_sections, tuned_name
-from benchmarks.evidence.run import chosen_rates, config_values, curve_of, jobs_of, trial_jobs
+from benchmarks.evidence.run import (
+    chosen_rates,
+    config_values,
+    curve_of,
+    jobs_of,
+    trial_jobs,
+    workers,
+)
 from benchmarks.evidence.settings import EVALUATION_STEPS, GPU, HELDOUT, SETTINGS
 from qwen3_distill.errors import DataError
 from qwen3_distill.modeling.shapes import ModelShape
@@ -125,6 +136,23 @@ def test_every_arm_with_a_rate_of_its_own_has_the_same_trials() -> None:
     assert len(jobs) == len(SETTINGS) * len(own) * len(LEARNING_RATES)
     counted = jobs_of(list(SETTINGS), list(ARMS), range(5), {})
     assert {job[2] for job in jobs.values()}.isdisjoint({job[2] for job in counted.values()})
+
+
+def test_workers_are_dealt_to_the_gpus_in_turn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    # A task ends when the other has begun too: so none has both.
+    seen, go = tmp_path / "seen", tmp_path / "go"
+    script = f"echo $CUDA_VISIBLE_DEVICES >> {seen}; until [ -e {go} ]; do sleep 0.1; done"
+    with workers(2) as pool:
+        running = [pool.submit(os.system, script) for _ in range(2)]
+        while not (seen.exists() and len(seen.read_text().split()) == 2):
+            assert not any(task.done() for task in running)
+            time.sleep(0.1)
+        go.touch()
+    assert sorted(seen.read_text().split()) == ["4", "7"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,7"
 
 
 def test_the_best_trial_chooses_the_rate() -> None:
