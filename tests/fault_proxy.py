@@ -143,8 +143,13 @@ async def _read_message(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
 
 
 def spoiled(fault: Fault, reply: bytes) -> bytes:
-    """Return the reply with a fault in its last sequence."""
+    """Return SGLang's or vLLM's reply with a fault in its last sequence."""
     entries = json.loads(reply)
+    if fault is Fault.GARBAGE:
+        return reply[: len(reply) // 2]
+    if isinstance(entries, dict):
+        _spoil_choices(fault, entries["choices"])
+        return json.dumps(entries).encode()
     meta = entries[-1]["meta_info"]
     rows = meta.get("input_token_logprobs")
     top = meta.get("input_top_logprobs")
@@ -179,8 +184,6 @@ def spoiled(fault: Fault, reply: bytes) -> bytes:
             meta["input_top_logprobs"] = [top[0], *top[-1:], *top[1:-1]]
         case Fault.FEW_CANDIDATES:
             top[-1].pop()
-        case Fault.GARBAGE:
-            return reply[: len(reply) // 2]
         case Fault.OTHER_FORM:
             del meta["input_token_logprobs"]
         case Fault.ABORTED:
@@ -188,3 +191,54 @@ def spoiled(fault: Fault, reply: bytes) -> bytes:
         case _:
             raise ValueError(f"{fault} is not about a reply")
     return json.dumps(entries).encode()
+
+
+def _spoil_choices(fault: Fault, choices: list[dict[str, Any]]) -> None:
+    """Put a fault into the last of vLLM's answers."""
+    last = choices[-1]
+    places: list[Any] = last["prompt_logprobs"] or []
+    sent = [next(iter(place)) if place else None for place in places]
+    members: list[Any] = [place and place[token] for place, token in zip(places, sent, strict=True)]
+    match fault:
+        case Fault.NONE_LOGPROB:
+            members[-1]["logprob"] = None
+        case Fault.NAN:
+            members[-1]["logprob"] = math.nan
+        case Fault.MINUS_INFINITY:
+            members[-1]["logprob"] = -9999.0  # vLLM's word for it
+        case Fault.POSITIVE:
+            members[-1]["logprob"] = 0.5
+        case Fault.SHORT:
+            places.pop()
+        case Fault.SHIFTED:
+            last["prompt_logprobs"] = [places[0], *places[-1:], *places[1:-1]]
+        case Fault.SHIFTED_VALUES:
+            values = [member["logprob"] for member in members[1:]]
+            for member, value in zip(members[1:], [*values[-1:], *values[:-1]], strict=True):
+                member["logprob"] = value
+        case Fault.SCALED:
+            for choice in choices:
+                for place in choice["prompt_logprobs"][1:]:
+                    for member in place.values():
+                        member["logprob"] /= 2
+        case Fault.WRONG_COUNT:
+            choices.append(last)
+        case Fault.CANDIDATE_TWICE:
+            list(places[-1].values())[-1]["rank"] = 1
+        case Fault.SHIFTED_CANDIDATES:
+            others = [places[-1], *places[1:-1]]
+            last["prompt_logprobs"] = [
+                None,
+                *(
+                    {token: member, **{k: v for k, v in other.items() if k != token}}
+                    for token, member, other in zip(sent[1:], members[1:], others, strict=True)
+                ),
+            ]
+        case Fault.FEW_CANDIDATES:
+            places[-1].popitem()
+        case Fault.OTHER_FORM:
+            del last["prompt_logprobs"]
+        case Fault.ABORTED:
+            last["finish_reason"] = "abort"
+        case _:
+            raise ValueError(f"{fault} is not about a reply")

@@ -15,7 +15,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import yaml
@@ -150,7 +150,7 @@ class StandIn:
         while len(new) < sampling["max_new_tokens"]:
             logits_V = self._model.logits([*ids, *new])[-1].astype(np.float64)
             logprobs_V = log_softmax(logits_V / sampling["temperature"])
-            kept_V = _truncated(logprobs_V, sampling)
+            kept_V = truncated_logprobs(logprobs_V, sampling)
             token = int(rng.choice(len(kept_V), p=np.exp(kept_V)))
             new.append(token)
             plain.append(float(logprobs_V[token]))
@@ -166,7 +166,7 @@ class StandIn:
         return {"output_ids": new, "meta_info": meta}
 
 
-def _truncated(logprobs_V: Array, sampling: dict[str, Any]) -> Array:
+def truncated_logprobs(logprobs_V: Array, sampling: dict[str, Any]) -> Array:
     """Return the distribution after top-k and top-p, both taken of the whole distribution."""
     order = np.argsort(-logprobs_V)
     probs = np.exp(logprobs_V[order])
@@ -178,10 +178,16 @@ def _truncated(logprobs_V: Array, sampling: dict[str, Any]) -> Array:
     return log_softmax(kept_V)
 
 
+class Answers(Protocol):
+    """A stand-in of any engine."""
+
+    def answer(self, headers: Any, body: bytes) -> tuple[int, Any]: ...
+
+
 class StandInServer:
     """A stand-in on a port, in threads of this process."""
 
-    def __init__(self, stand_in: StandIn, port: int = 0) -> None:
+    def __init__(self, stand_in: Answers, port: int = 0) -> None:
         self._http = ThreadingHTTPServer(("127.0.0.1", port), _handler(stand_in))
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
@@ -198,7 +204,7 @@ class StandInServer:
         self._http.server_close()
 
 
-def _handler(stand_in: StandIn) -> type[BaseHTTPRequestHandler]:
+def _handler(stand_in: Answers) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"  # keeps connections
 
@@ -217,16 +223,17 @@ def _handler(stand_in: StandIn) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def write_interpreter(path: Path, prelude: str = "") -> str:
-    """Write an executable that starts a stand-in when it is run like SGLang's interpreter.
+def write_interpreter(path: Path, prelude: str = "", engine: str = "sglang") -> str:
+    """Write an executable that starts a stand-in when it is run like an engine's interpreter.
 
     Args:
         prelude: shell commands to run first; ``exit 1`` makes a server that dies at its start.
     """
-    says = '{"python": "3.11.0", "sglang": "0.5.21"}'  # asked what is installed
+    version = {"sglang": "0.5.21", "vllm": "0.26.0"}[engine]
+    says = f'{{"python": "3.11.0", "{engine}": "{version}"}}'  # asked what is installed
     path.write_text(
         f"#!/bin/sh\n[ \"$1\" = -c ] && echo '{says}' && exit\n"
-        f'{prelude}\ncd {ROOT}\nexec {sys.executable} -m tests.sglang_stand_in "$@"\n'
+        f'{prelude}\ncd {ROOT}\nexec {sys.executable} -m tests.{engine}_stand_in "$@"\n'
     )
     path.chmod(0o755)
     return str(path)

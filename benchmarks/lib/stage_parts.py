@@ -18,11 +18,10 @@ from qwen3_distill.pipeline.step import generate, push_weights, score
 from qwen3_distill.ports import Learner, RolloutEngine, TeacherScorer
 from qwen3_distill.recording.jsonl import STEP_STAGES
 from qwen3_distill.recording.trace import Trace
-from qwen3_distill.scoring.sglang.groups import request_groups
-from qwen3_distill.scoring.sglang.teacher import SglangTeacher
-from qwen3_distill.scoring.sglang.wire import score_body
+from qwen3_distill.scoring.served.groups import request_groups
+from qwen3_distill.scoring.served.teacher import ServedTeacher
 from qwen3_distill.scoring.views import SameView
-from qwen3_distill.types import Rollout, ScoringJob, Update
+from qwen3_distill.types import Rollout, ScoreRequest, ScoringJob, Update
 
 
 async def measure_generate(work: Work, report: Report, engine: RolloutEngine) -> None:
@@ -48,9 +47,11 @@ async def measure_score(work: Work, report: Report, teacher: TeacherScorer) -> N
         rollouts = work.rollouts(work.sequences)
         _, seconds = await timed(teacher.score(jobs_of(rollouts)))
         ours.add(total_tokens(rollouts), seconds)
-        if isinstance(teacher, SglangTeacher) and teacher.server is not None:
+        if isinstance(teacher, ServedTeacher) and teacher.server is not None:
             rollouts = work.rollouts(work.sequences)
-            send = bare_requests(work.config, teacher, rollouts)
+            request = work.config.objective.score_request
+            assert request is not None
+            send = bare_requests(work.config, teacher, request, rollouts)
             seconds = await asyncio.to_thread(send)
             server.add(total_tokens(rollouts), seconds)
     figures = {"score_tok_s": ours.tok_s}
@@ -85,21 +86,20 @@ class Rate:
 
 
 def bare_requests(
-    config: RunConfig, teacher: SglangTeacher, rollouts: Sequence[Rollout]
+    config: RunConfig, teacher: ServedTeacher, request: ScoreRequest, rollouts: Sequence[Rollout]
 ) -> Callable[[], float]:
     """Prepare the requests that our client would send; return a function that sends them.
 
     The function returns its seconds. It reads answers to the last byte and does not parse them.
     """
     scoring = config.teacher
-    assert scoring.kind == "sglang"
+    assert scoring.kind != "embedded"
     assert teacher.server is not None
-    request = config.objective.score_request
-    assert request is not None
+    wire = teacher.wire
     jobs = jobs_of(rollouts)
     bodies = [
-        score_body([jobs[index] for index in group], request)
-        for group in request_groups(jobs, scoring.request_tokens)
+        wire.score_body([jobs[index] for index in group], request)
+        for group in request_groups(jobs, scoring.request_tokens, max_jobs=wire.max_jobs)
     ]
     address = urlsplit(teacher.server.url)
     headers = {
@@ -110,7 +110,7 @@ def bare_requests(
     def worker(own: Sequence[bytes]) -> None:
         connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=600)
         for body in own:
-            connection.request("POST", "/generate", body, headers)
+            connection.request("POST", wire.path, body, headers)
             response = connection.getresponse()
             content = response.read()
             if response.status != http.client.OK:

@@ -130,12 +130,14 @@ async def measure_other_teacher(
         before_bytes: memory of the device used before any engine was started.
     """
     await parts.required_teacher.close()
-    scoring = work.config.teacher.model_copy(
+    given = work.config.teacher
+    assert given.kind == "sglang", "--resident-teacher is served by SGLang"
+    scoring = given.model_copy(
         update={
             "model": arguments.resident_teacher,
             "quantization": None,  # as its directory says
             "memory_fraction": arguments.resident_memory_fraction,
-            "chunk_tokens": arguments.resident_chunk_tokens or work.config.teacher.chunk_tokens,
+            "chunk_tokens": arguments.resident_chunk_tokens or given.chunk_tokens,
         }
     )
     config = work.config.model_copy(update={"scoring": scoring})

@@ -1,1 +1,1 @@
-"""Measures teachers that see something else than the student's tokens."""
+"""Measures teachers: several, with a context of their own, or with another tokenizer."""

@@ -9,8 +9,8 @@ and no loss.
 Log-probabilities are natural logarithms (nats), float32. Nothing here is padded or shifted; both
 happen in exactly one place, ``training/batching.py``.
 
-Shape letters: R response tokens of one rollout, S of them sampled, J tokens of a scoring job, K
-teacher candidates per token, D hidden size of the teacher, N rollouts of a batch.
+Shape letters: R response tokens of one rollout, S of them sampled, P spans of them, J tokens of a
+scoring job, K teacher candidates per token, D hidden size of the teacher, N rollouts of a batch.
 """
 
 import itertools
@@ -103,9 +103,13 @@ class Prompt:
     """Permanent name, e.g. ``"train.jsonl:17"``."""
     token_ids: IntArray
     task_data: Mapping[str, str] = field(default_factory=dict)
-    """Input of the verifier, e.g. ``{"answer": "42"}``."""
+    """Input of the verifier, e.g. ``{"answer": "42"}``; where there are several teachers the tag,
+    too (``data/tags.py``)."""
     teacher_ids: IntArray | None = None
     """Tokens for the teacher in place of ``token_ids`` (``scoring.context``); None: the same."""
+    messages: tuple[tuple[str, str], ...] = ()
+    """(role, content) of each turn, before the chat template: a teacher with a template of its own
+    renders them. Empty where they are not known, as in a rollout file."""
 
     def __post_init__(self) -> None:
         for name in ("token_ids", "teacher_ids"):
@@ -128,11 +132,15 @@ class Prompt:
             token_ids=np.concatenate([self.token_ids, response_ids]),
             task_data=self.task_data,
             teacher_ids=teacher_ids,
+            messages=self.messages,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as a call: a read-only mapping has no pickle, and prompts go to processes."""
-        values = {name: getattr(self, name) for name in ("prompt_id", "token_ids", "teacher_ids")}
+        values = {
+            name: getattr(self, name)
+            for name in ("prompt_id", "token_ids", "teacher_ids", "messages")
+        }
         return _prompt_again, (values | {"task_data": dict(self.task_data)},)
 
 
@@ -365,6 +373,8 @@ class ScoringJob:
     """[J] everything that the teacher reads, its context first."""
     scored: tuple[TokenSpan, ...]
     """Which of ``token_ids`` get a score; the first span starts at 1 or later."""
+    tag: str | None = None
+    """Which of several teachers scores; None: there is one."""
 
     def __post_init__(self) -> None:
         what = f"scoring job of {self.rollout_id}"
@@ -478,11 +488,64 @@ class HiddenScore(TeacherScore):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AlignedScore:
+    """The log-probability of spans of sampled tokens under a teacher with a tokenizer of its own.
+
+    It is no `TeacherScore`: a span's value is that of all its tokens together, and no token has one
+    of its own.
+
+    Example: the student sampled ``un | believ | able |  story``, and the teacher reads
+    ``unbeliev | able |  story``.
+
+        >>> AlignedScore(
+        ...     teacher_id=teacher_id,
+        ...     span_tokens=np.array([2, 1, 1]),
+        ...     logprobs=np.array([-3.1, -0.2, -1.4]),
+        ... )
+
+    Raises:
+        AlignmentError: there is no span, one has no token, or the values are not one a span.
+    """
+
+    teacher_id: str
+    span_tokens: IntArray
+    """[P] sampled tokens of each span, at least 1. The spans follow one another from the rollout's
+    first sampled token on; sampled tokens after the last one have no score."""
+    logprobs: FloatArray
+    """[P] nats, at temperature 1: the sum over the teacher's own tokens of the span."""
+
+    def __post_init__(self) -> None:
+        what = f"score by {self.teacher_id}"
+        tokens = _checked_ids(self.span_tokens, 1, f"{what}: span_tokens")
+        logprobs = _checked_logprobs(self.logprobs, 1, f"{what}: logprobs of spans")
+        if tokens.size == 0 or int(tokens.min()) < 1 or tokens.size != logprobs.size:
+            raise AlignmentError(
+                f"{what}: spans of {tokens.tolist()} tokens with {logprobs.size} logprobs, "
+                "expected at least one span, each of a token or more and with one logprob"
+            )
+        object.__setattr__(self, "span_tokens", tokens)
+        object.__setattr__(self, "logprobs", logprobs)
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled tokens in all spans."""
+        return int(self.span_tokens.sum())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreFailure:
     """A rollout that the teacher failed to score. It is dropped and counted."""
 
     rollout_id: str
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnalignedRollout(ScoreFailure):
+    """A rollout of which nothing can be aligned with the teacher's tokens: it is not asked about.
+
+    It is dropped and counted by itself, since no engine failed.
+    """
 
 
 ScoreResult: TypeAlias = TeacherScore | ScoreFailure
@@ -505,6 +568,11 @@ class TrainingRollout:
                 "are for evaluation and cannot be trained on; sample with a positive temperature"
             )
 
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens with a loss: every sampled token."""
+        return self.rollout.num_loss_tokens
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredRollout(TrainingRollout):
@@ -525,6 +593,31 @@ class ScoredRollout(TrainingRollout):
                 f"tokens but {self.score.logprobs.size} scores from {self.score.teacher_id}. "
                 "A difference of the prompt's length means that the prompt was not stripped."
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlignedRollout(TrainingRollout):
+    """A rollout with the scores of a teacher that has a tokenizer of its own: one value per span.
+
+    Raises:
+        AlignmentError: the spans have more tokens than the student sampled.
+        DataError: the rollout is greedy, so that no loss over samples may use it.
+    """
+
+    score: AlignedScore
+
+    def __post_init__(self) -> None:
+        TrainingRollout.__post_init__(self)
+        if self.score.num_tokens > self.rollout.num_loss_tokens:
+            raise AlignmentError(
+                f"rollout {self.rollout.rollout_id}: {self.rollout.num_loss_tokens} sampled "
+                f"tokens but spans of {self.score.num_tokens} from {self.score.teacher_id}"
+            )
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens with a loss: those in spans. What could not be aligned has none."""
+        return self.score.num_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -578,15 +671,16 @@ class Batch:
 
     @property
     def num_loss_tokens(self) -> int:
-        """Sampled tokens of the whole step."""
-        return sum(s.rollout.num_loss_tokens for s in self.scored)
+        """Tokens with a loss of the whole step."""
+        return sum(s.num_loss_tokens for s in self.scored)
 
     @property
     def denominator(self) -> float:
-        """sum_i w_i S_i over the whole step, by which every micro-batch divides."""
+        """sum_i w_i n_i over the whole step, n_i the tokens of rollout i that have a loss: every
+        micro-batch divides by it."""
         return float(
             sum(
-                float(w) * s.rollout.num_loss_tokens
+                float(w) * s.num_loss_tokens
                 for w, s in zip(self.importance_weights, self.scored, strict=True)
             )
         )

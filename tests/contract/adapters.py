@@ -31,6 +31,7 @@ from qwen3_distill.hosts.host import Host, MakeHost, WorkerSpec
 from qwen3_distill.hosts.process import LocalProcess
 from qwen3_distill.hosts.ray_host import RayHost
 from qwen3_distill.ports import ReplayingLearner, StreamingRolloutEngine, TeacherScorer
+from qwen3_distill.scoring.embedded.ensemble import EmbeddedEnsemble
 from qwen3_distill.scoring.embedded.following import FollowingEmbeddedTeacher
 from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
@@ -51,7 +52,7 @@ from tests.contract.fleet_adapter import (
 )
 from tests.contract.plain_teacher import PlainTeacherAdapter
 from tests.contract.pooled_host import PooledHost
-from tests.contract.sglang_adapter import SglangTeacherAdapter
+from tests.contract.served_adapter import SERVED_TEACHERS, Served, ServedTeacherAdapter
 from tests.contract.socket_host import SocketHost
 from tests.contract.unsloth_adapter import UnslothLearnerAdapter
 from tests.contract.vllm_adapter import VllmEngineAdapter
@@ -236,6 +237,30 @@ class EmbeddedTeacherAdapter:
             batch_tokens=batch_tokens,
             chunk_tokens=chunk_tokens,
         )
+
+
+@dataclass(frozen=True)
+class EnsembleAdapter(EmbeddedTeacherAdapter):
+    """The mean of a teacher with itself, which is that teacher."""
+
+    gives_hidden_states: bool = False
+
+    def build(
+        self,
+        model_dir: Path,
+        request: ScoreRequest = SampledRequest(),  # noqa: B008 - frozen
+        *,
+        batch_tokens: int = 16384,
+        chunk_tokens: int = 1024,
+    ) -> TeacherScorer:
+        sizes = {"batch_tokens": batch_tokens, "chunk_tokens": chunk_tokens}
+        members = [
+            EmbeddedTeacher(
+                model_dir, request=SampledRequest(), device=self.device, dtype="float32", **sizes
+            )
+            for _ in range(2)
+        ]
+        return EmbeddedEnsemble(members, (0.25, 0.75), request=request, **sizes)
 
 
 @dataclass(frozen=True)
@@ -523,6 +548,7 @@ ENGINES = [
 ]
 TEACHERS = [
     pytest.param(EmbeddedTeacherAdapter("cpu"), id="embedded"),
+    pytest.param(EnsembleAdapter("cpu"), id="embedded_ensemble"),
     pytest.param(FollowingTeacherAdapter(), id="following"),
     pytest.param(SocketTeacherAdapter(), id="embedded_over_socket"),
     pytest.param(TeacherFleetAdapter(3), id="fleet_of_three"),
@@ -532,10 +558,9 @@ TEACHERS = [
         id="plain",
     ),
     pytest.param(EmbeddedTeacherAdapter("cuda"), id="embedded_cuda", marks=pytest.mark.gpu),
-    pytest.param(SglangTeacherAdapter("stand_in"), id="sglang_stand_in"),
-    pytest.param(SglangTeacherAdapter("real"), id="sglang", marks=pytest.mark.sglang),
+    *SERVED_TEACHERS,
     pytest.param(
-        SglangTeacherAdapter("real", quantization="fp8"),
+        ServedTeacherAdapter(Served("sglang", "real"), quantization="fp8"),
         id="sglang_fp8",
         marks=[pytest.mark.sglang, pytest.mark.gpu],
     ),

@@ -1,4 +1,4 @@
-"""The doctor's checks of scoring servers, with the SGLang stand-in behind a proxy that spoils."""
+"""The doctor's checks of scoring servers: stand-ins of SGLang and vLLM behind a bad proxy."""
 
 import json
 import threading
@@ -15,12 +15,19 @@ from qwen3_distill.config import RunConfig
 from qwen3_distill.pipeline.assembly import teachers
 from qwen3_distill.pipeline.finding import Status
 from qwen3_distill.types import SampledRequest
-from tests.contract.sglang_adapter import sglang_config
+from tests.contract.served_adapter import STAND_INS, Served, sglang_config
 from tests.doctor.worlds import World, by_name, make_world, with_status
 from tests.fault_proxy import Fault, spoiled
 from tests.pipeline.builders import tiny_config
 from tests.sglang_stand_in import StandIn, StandInServer
 from tests.tiny_models import TinyModels
+from tests.vllm_stand_in import VllmStandIn
+
+
+@pytest.fixture(params=STAND_INS)
+def served(request: pytest.FixtureRequest) -> Served:
+    return request.param
+
 
 Spoils = Callable[[dict[str, Any]], bool]
 
@@ -64,13 +71,14 @@ def proxy(upstream: str, spoils: Spoils) -> ThreadingHTTPServer:
 
 
 @contextmanager
-def with_servers(world: World, *spoils: Spoils) -> Iterator[None]:
+def with_servers(world: World, served: Served, *spoils: Spoils) -> Iterator[None]:
     """Let the teacher be as many servers as there are ``spoils``, each behind its proxy."""
     with ExitStack() as stack:
-        upstream = StandInServer(StandIn(world.teacher)).start()
+        stand_in = StandIn if served.engine == "sglang" else VllmStandIn
+        upstream = StandInServer(stand_in(world.teacher)).start()
         stack.callback(upstream.close)
         urls = [stack.enter_context(serving(proxy(upstream.url, one))) for one in spoils]
-        config = sglang_config(world.teacher, "stand_in", urls=tuple(urls))
+        config = served.config(world.teacher, urls=tuple(urls))
         world.changes["scoring"] = config.model_dump(exclude={"python", "environment"})
         yield
 
@@ -80,37 +88,41 @@ def never(request: dict[str, Any]) -> bool:
 
 
 def at_other_temperature(request: dict[str, Any]) -> bool:
-    return request["sampling_params"]["temperature"] != 1.0
+    return request.get("sampling_params", request)["temperature"] != 1.0
 
 
-def test_servers_that_score_alike_pass(tmp_path: Path) -> None:
+def test_servers_that_score_alike_pass(tmp_path: Path, served: Served) -> None:
     world = make_world(tmp_path)
-    with with_servers(world, never, never):
+    with with_servers(world, served, never, never):
         diagnosis = world.diagnose()
     assert with_status(diagnosis, Status.FAIL, Status.WARN) == []
     for line in ("scores of every server", "scores at another temperature"):
         assert by_name(diagnosis)[line].status is Status.PASS
 
 
-def test_a_server_that_applies_the_temperature_fails_that_line_alone(tmp_path: Path) -> None:
+def test_a_server_that_applies_the_temperature_fails_that_line_alone(
+    tmp_path: Path, served: Served
+) -> None:
     world = make_world(tmp_path)
-    with with_servers(world, at_other_temperature):
+    with with_servers(world, served, at_other_temperature):
         diagnosis = world.diagnose()
     assert with_status(diagnosis, Status.FAIL) == ["scores at another temperature"]
     assert with_status(diagnosis, Status.WARN) == []
 
 
-def test_a_server_that_scores_otherwise_fails_the_line_of_every_server(tmp_path: Path) -> None:
+def test_a_server_that_scores_otherwise_fails_the_line_of_every_server(
+    tmp_path: Path, served: Served
+) -> None:
     world = make_world(tmp_path)
-    with with_servers(world, never, lambda request: True):
+    with with_servers(world, served, never, lambda request: True):
         world.changes["scoring"]["readiness_tolerance_nats"] = 1000.0  # or it would not start
         diagnosis = world.diagnose()
     assert "scores of every server" in with_status(diagnosis, Status.FAIL)
 
 
-def test_a_server_of_another_model_does_not_start(tmp_path: Path) -> None:
+def test_a_server_of_another_model_does_not_start(tmp_path: Path, served: Served) -> None:
     world = make_world(tmp_path)
-    with with_servers(world, lambda request: True):
+    with with_servers(world, served, lambda request: True):
         diagnosis = world.diagnose()
     assert with_status(diagnosis, Status.FAIL) == ["engines start"]
     assert "does not score as" in by_name(diagnosis)["engines start"].verdict.found

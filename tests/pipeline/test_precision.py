@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.contract.sglang_adapter import Kind, sglang_config
+from tests.contract.served_adapter import Kind, sglang_config
 from tests.pipeline.builders import (
     call_cli,
     read_json,

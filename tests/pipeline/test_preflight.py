@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.pipeline.builders import call_cli, tiny_values, write_config
+from qwen3_distill.pipeline.data_checks import check_lengths
+from qwen3_distill.pipeline.finding import Status, Verdict
+from tests.pipeline.builders import EVALUATION, call_cli, tiny_config, tiny_values, write_config
 from tests.tiny_models import CONTEXT_LENGTH, TinyModels
 
 MATH = {"kind": "math"}
@@ -114,3 +116,23 @@ def test_the_first_prompt_is_the_first_that_is_not_dropped(
     assert call_cli("run", "--config", config, drop).code == 0
     record = json.loads((tmp_path / "run" / "prompt.json").read_text())
     assert record["prompt_id"] == "rows.jsonl:1"
+
+
+def test_a_servers_longest_sequence_is_a_limit_on_what_the_teacher_reads(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    scoring = {"kind": "vllm", "model": str(tiny_models.teacher)}
+    long_answers = EVALUATION | {"sampling": {"max_new_tokens": 200}}
+
+    def found(max_model_tokens: int, **teacher: bool) -> Verdict:
+        changes = {
+            "scoring": scoring | {"max_model_tokens": max_model_tokens},
+            "evaluation": long_answers | teacher,
+        }
+        return check_lengths(tiny_config(tiny_models, tmp_path / "run", changes))
+
+    short = found(8, teacher=False)
+    assert short.status is Status.FAIL
+    assert "scoring.max_model_tokens is 8" in short.found
+    assert found(100, teacher=False).status is not Status.FAIL  # it reads no held-out answers
+    assert found(100, teacher=True).status is Status.FAIL

@@ -25,6 +25,7 @@ from qwen3_distill.config import (
     StreamingPipeline,
     UnslothTraining,
     VllmGeneration,
+    VllmScoring,
 )
 from qwen3_distill.errors import CheckpointError, EngineStartError, RunFolderError
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
@@ -479,7 +480,7 @@ FIXED = {
 SECTIONS = {
     "pipeline": (SequentialPipeline, StreamingPipeline),
     "generation": (EmbeddedGeneration, VllmGeneration),
-    "scoring": (EmbeddedScoring, SglangScoring),
+    "scoring": (EmbeddedScoring, SglangScoring, VllmScoring),
     "training": (EmbeddedTraining, UnslothTraining),
 }
 

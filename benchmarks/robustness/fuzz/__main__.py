@@ -6,9 +6,9 @@
 A kind's counts replace its earlier ones in the file; those of other kinds stay, so kinds may be run
 one after another, and an interrupted command loses only the kind that it was at.
 
-Figures: inputs tried by kind (``configs``, ``replies``, ``files``, ``prompt_files``,
-``http_replies``, ``model_dirs``), and over all kinds ``tracebacks``, ``wrong``, ``hangs`` and
-``key_leaks``. The exit status is 1 if one of the last four is not 0.
+Figures: inputs tried by kind (``configs``, ``replies``, ``vllm_replies``, ``files``,
+``prompt_files``, ``http_replies``, ``model_dirs``), and over all kinds ``tracebacks``, ``wrong``,
+``hangs`` and ``key_leaks``. The exit status is 1 if one of the last four is not 0.
 """
 
 import argparse

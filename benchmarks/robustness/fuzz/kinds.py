@@ -10,6 +10,7 @@ from benchmarks.robustness.fuzz.counts import Kind
 KINDS: dict[str, tuple[str, int]] = {
     "configs": ("configs", 10_000),
     "replies": ("replies", 20_000),
+    "vllm_replies": ("vllm_replies", 20_000),
     "files": ("files", 2_000),
     "prompt_files": ("prompt_files", 10_000),
     "http_replies": ("http_replies", 200),

@@ -17,7 +17,7 @@ from benchmarks.robustness.fuzz.counts import Counts, Progress
 from benchmarks.robustness.fuzz.mutations import mutated
 from benchmarks.robustness.fuzz.reply_meaning import Asked, Odd, Said, logprob, meaning
 from benchmarks.robustness.fuzz.watchdog import Hang, time_limit
-from qwen3_distill.scoring.sglang.faults import Fault, ReplyError
+from qwen3_distill.scoring.served.faults import Fault, ReplyError
 from qwen3_distill.scoring.sglang.wire import read_answer, read_scores
 from qwen3_distill.types import (
     Prompt,
@@ -55,7 +55,7 @@ def run(seed: int, count: int) -> Counts:
         try:
             with time_limit(LIMIT_S):
                 if index % 5:
-                    jobs, request = _random_jobs(rng)
+                    jobs, request = random_jobs(rng)
                     raw = mutated(valid_scores(jobs, request, rng, VOCAB), rng, secret)
                     _try_scores(raw, jobs, request, counts, secret)
                 else:
@@ -70,7 +70,8 @@ def run(seed: int, count: int) -> Counts:
     return counts
 
 
-def _random_jobs(rng: random.Random) -> tuple[list[ScoringJob], ScoreRequest]:
+def random_jobs(rng: random.Random) -> tuple[list[ScoringJob], ScoreRequest]:
+    """Draw some jobs, and what is asked for them."""
     jobs: list[ScoringJob] = []
     for number in range(rng.randint(1, 3)):
         size = rng.randint(2, 9)

@@ -73,6 +73,10 @@ def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
     text = TextTools(settings.student.model)
     for line in first_prompt(settings, text).lines():
         say(line)
+    from qwen3_distill.pipeline.assembly.views import special_token_lines
+
+    for line in special_token_lines(settings) or ():
+        say(f"special token of the student, and the teacher's: {line}")
     for note in template_notes(settings, text):
         warn(note)
 

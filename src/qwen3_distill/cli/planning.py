@@ -94,7 +94,8 @@ def plan(
     assumed = assumed_lengths(
         settings, prompt_tokens=prompt_tokens, response_tokens=response_tokens, tail=tail
     )
-    rates = _rates(device, required=suggest)
+    predicts = _predicts_time(settings, required=suggest)
+    rates = _rates(device, required=suggest) if predicts else None
     shapes = {"student": shape_student, "teacher": shape_teacher}
     read = [role for role, shape in shapes.items() if shape is None]
     settings = localize(settings, say=say, warn=warn, roles=read, datasets=False).config
@@ -113,6 +114,21 @@ def plan(
         say(f"planned settings: {plan_settings(settings, cards[0].plan)}")
     if rates is not None:
         _show_time(settings, rates, assumed, cards, student, teacher, suggest=suggest)
+
+
+def _predicts_time(settings: RunConfig, *, required: bool) -> bool:
+    """Return whether the time can be predicted: with several teachers it is not, which is noted.
+
+    Raises:
+        ConfigError: it cannot, and it is required.
+    """
+    if len(settings.loaded_teachers) < 2:
+        return True
+    what = "the time is predicted for one teacher only, and this config has several"
+    if required:
+        raise ConfigError(f"{what}; plan without --suggest, or with one of them as `scoring`")
+    warn(what)
+    return False
 
 
 def _rates(device: str | None, *, required: bool) -> "Rates | None":

@@ -28,15 +28,11 @@ from qwen3_distill.config.data import (
     VerifierConfig,
 )
 from qwen3_distill.config.engines import (
-    SGLANG_OPTIONS,
     VLLM_MAX_RANK,
     EmbeddedGeneration,
-    EmbeddedScoring,
     EmbeddedTraining,
     GenerationConfig,
     PlanningConfig,
-    ScoringConfig,
-    SglangScoring,
     TrainingConfig,
     UnslothTraining,
     VllmGeneration,
@@ -88,6 +84,20 @@ from qwen3_distill.config.operation import (
 )
 from qwen3_distill.config.rollouts import RolloutsConfig, SampledBy
 from qwen3_distill.config.run import RunConfig
+from qwen3_distill.config.scoring import (
+    SGLANG_OPTIONS,
+    EmbeddedScoring,
+    ScoringConfig,
+    ServedScoring,
+    SglangScoring,
+    VllmScoring,
+)
+from qwen3_distill.config.several import (
+    EnsembleScoring,
+    NamedTeacher,
+    SeveralScoring,
+    TeachersConfig,
+)
 from qwen3_distill.config.teacher_context import (
     ContextConfig,
     MovingAverage,
@@ -113,6 +123,7 @@ __all__ = [
     "EmbeddedGeneration",
     "EmbeddedScoring",
     "EmbeddedTraining",
+    "EnsembleScoring",
     "EvaluationConfig",
     "ExactVerifier",
     "FullBaseline",
@@ -127,6 +138,7 @@ __all__ = [
     "LoraTuning",
     "MathVerifier",
     "MovingAverage",
+    "NamedTeacher",
     "NeverRefreshed",
     "NoBaseline",
     "ObjectiveConfig",
@@ -155,12 +167,15 @@ __all__ = [
     "ScheduleConfig",
     "ScoringConfig",
     "SequentialPipeline",
+    "ServedScoring",
+    "SeveralScoring",
     "SglangScoring",
     "StreamingPipeline",
     "StudentConfig",
     "TaskName",
     "TaskPrompts",
     "TaskVerifier",
+    "TeachersConfig",
     "TopKBaseline",
     "TopKDivergence",
     "TrackerConfig",
@@ -171,6 +186,7 @@ __all__ = [
     "UnslothTraining",
     "VerifierConfig",
     "VllmGeneration",
+    "VllmScoring",
     "WandbTracker",
     "WarmupCosineSchedule",
     "candidates_per_token",

@@ -12,23 +12,24 @@ if TYPE_CHECKING:
 def cluster_engines_have_own_process(config: "RunConfig") -> None:
     if config.cluster is None:
         return
+    if config.cluster.teachers is not None and config.scoring is None:
+        raise ValueError("cluster.teachers starts teachers, and scoring is null: drop it")
     sections = {
         "rollouts": ("generation", config.generation),
-        "teachers": ("scoring", config.scoring),
+        "teachers": ("scoring", None if config.cluster.teachers is None else config.teacher),
         "learner": ("training", config.training),
     }
     for name, (key, section) in sections.items():
         if getattr(config.cluster, name) is None:
             continue
-        if section is None:
-            raise ValueError("cluster.teachers starts teachers, and scoring is null: drop it")
+        assert section is not None, "a teacher is required above"
         if section.kind == "embedded" and not section.own_process:
             raise ValueError(
                 f"cluster.{name} with {key}.own_process=false: an engine in the run's own process "
                 f"cannot be on another card or node; set {key}.own_process=true"
             )
-    scoring = config.scoring
-    if scoring is None or scoring.kind != "sglang" or config.cluster.teachers is None:
+    scoring = config.only_teacher
+    if scoring is None or scoring.kind == "embedded" or config.cluster.teachers is None:
         return
     if scoring.urls:
         raise ValueError(
@@ -51,7 +52,7 @@ def cluster_channel_reaches_engines(config: "RunConfig") -> None:
 
 
 def tensor_parallelism_is_the_cards(config: "RunConfig") -> None:
-    generation, scoring, cluster = config.generation, config.scoring, config.cluster
+    generation, scoring, cluster = config.generation, config.only_teacher, config.cluster
     if cluster is None:
         return
     if cluster.rollouts is not None and cluster.rollouts.cards > 1:
@@ -67,14 +68,15 @@ def tensor_parallelism_is_the_cards(config: "RunConfig") -> None:
                 f"generation.engine_arguments.tensor_parallel_size={stated}: a rollout engine of "
                 "a cluster has one card; raise cluster.rollouts.replicas"
             )
-    if scoring is not None and scoring.kind == "sglang" and cluster.teachers is not None:
+    if scoring is not None and scoring.kind != "embedded" and cluster.teachers is not None:
         names = ("tp-size", "tp_size", "tensor-parallel-size", "tensor_parallel_size", "tp")
+        option = "tp-size" if scoring.kind == "sglang" else "tensor-parallel-size"
         given = [scoring.server_arguments[n] for n in names if n in scoring.server_arguments]
         parts = given[0] if given else 1
         if parts != max(1, cluster.teachers.cards):
             raise ValueError(
                 f"cluster.teachers.cards={cluster.teachers.cards} and "
-                f"scoring.server_arguments.tp-size={parts}: a teacher has one card for each part "
+                f"scoring.server_arguments.{option}={parts}: a teacher has one card for each part "
                 "of its model; give both the same number"
             )
 

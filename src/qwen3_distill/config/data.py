@@ -1,13 +1,21 @@
 """The student, its prompts, how answers are sampled, checked and evaluated."""
 
 import re
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 from typing_extensions import Self
 
 from qwen3_distill.config.base import PathText, PositiveInt, Schema, Seconds
 from qwen3_distill.types import SamplingSpec
+
+
+class Tagging(NamedTuple):
+    """How a prompt's row names its teacher."""
+
+    field: str
+    known: tuple[str, ...]
+    """The tags that have a teacher."""
 
 
 class _FilePrompts(Schema):
@@ -26,6 +34,18 @@ class _FilePrompts(Schema):
     too_long: Literal["refuse", "drop"] = "refuse"
     """A prompt that does not fit the student's context together with ``max_new_tokens``.
     ``refuse``: it is an error before the run. ``drop``: it is left out and counted."""
+    _tagging: Tagging | None = PrivateAttr(default=None)
+
+    @property
+    def tagging(self) -> Tagging | None:
+        """How a row names its teacher; None: there are not several."""
+        return self._tagging
+
+    def tagged(self, tagging: Tagging) -> Self:
+        """Copy the section for a run with several teachers; a dump of it stays the same."""
+        copied = self.model_copy()
+        copied._tagging = tagging
+        return copied
 
 
 class JsonlPrompts(_FilePrompts):
@@ -285,6 +305,20 @@ _TEMPLATE_CALL = {
 """Arguments of `apply_chat_template` that do not reach the template, or that rendering sets."""
 
 
+def refuse_template_call(arguments: dict[str, bool | int | str]) -> dict[str, bool | int | str]:
+    """Return arguments of a chat template unchanged.
+
+    Raises:
+        ValueError: one of them is the call's own, and does not reach the template.
+    """
+    if taken := _TEMPLATE_CALL & arguments.keys():
+        raise ValueError(
+            f"{', '.join(sorted(taken))} may not be set: the template does not take it, "
+            "and prompts are always rendered up to where the answer begins"
+        )
+    return arguments
+
+
 class StudentConfig(Schema):
     """The model that is trained."""
 
@@ -300,9 +334,4 @@ class StudentConfig(Schema):
     def _template_arguments_reach_template(
         cls, arguments: dict[str, bool | int | str]
     ) -> dict[str, bool | int | str]:
-        if taken := _TEMPLATE_CALL & arguments.keys():
-            raise ValueError(
-                f"{', '.join(sorted(taken))} may not be set: the template does not take it, "
-                "and prompts are always rendered up to where the answer begins"
-            )
-        return arguments
+        return refuse_template_call(arguments)

@@ -1,28 +1,19 @@
-"""The engines of the three stages (generation, scoring, training) and their memory plan."""
+"""The engines that sample and train, and the memory plan. Teachers are in `scoring`."""
 
-import json
-from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, model_validator
 from typing_extensions import Self
 
-from qwen3_distill.config.addresses import checked_url, has_user
 from qwen3_distill.config.base import (
     Device,
     Dtype,
     Gib,
-    NonNegativeInt,
-    PathText,
-    PositiveFloat,
     PositiveInt,
     Schema,
-    Seconds,
-    Threads,
 )
 from qwen3_distill.config.learning import FullTuning, LoraTuning, OptimizerConfig, TuningConfig
-from qwen3_distill.config.teacher_context import TeacherConfig
-from qwen3_distill.utils.secrets import is_secret_name
+from qwen3_distill.config.processes import EmbeddedProcess, EngineProcess, Watched
 
 VLLM_MAX_RANK = 512
 """The highest LoRA rank that vLLM has kernels for."""
@@ -49,85 +40,7 @@ VLLM_OPTIONS = {
 """Arguments of vLLM that may not be in ``engine_arguments``, and what sets them."""
 
 
-class _Supervised(Schema):
-    """Settings of a supervised process: its start timeout and restart limit."""
-
-    start_timeout_s: Seconds = 900.0
-    """Limit for the start, loading and compiling included."""
-    max_restarts: NonNegativeInt = 3
-    """How often per run the process is restarted after it died."""
-
-
-class _Watched(_Supervised):
-    """A process that answers a heartbeat."""
-
-    hang_timeout_s: Seconds = 900.0
-    """A process that does not answer the heartbeat for this long is killed and restarted. Set it
-    above the longest call that keeps it from answering: a learner's step, a teacher's forward
-    pass, a decode step of an embedded engine. The start has its own limit."""
-
-
-class _Embedded(_Watched):
-    """A PyTorch engine, in the controller's process or in its own."""
-
-    own_process: bool = False
-    """Run in its own process: stages then compute concurrently, and a process that dies is
-    restarted. The process settings apply only then."""
-    threads: Threads | None = None
-    """PyTorch threads in that process; null: PyTorch's default, one per core."""
-
-    @property
-    def interpreter(self) -> str | None:
-        """Interpreter of an environment of the engine's own: the embedded engines have none."""
-        return None
-
-    @model_validator(mode="after")
-    def _threads_need_own_process(self) -> Self:
-        if self.threads is not None and not self.own_process:
-            raise ValueError(
-                f"threads={self.threads} with own_process=false would apply to everything in the "
-                "controller's process; set own_process=true, or drop threads"
-            )
-        return self
-
-
-class _EngineProcess(_Supervised):
-    """Settings of an engine that always runs in its own process."""
-
-    python: PathText | None = None
-    """Python interpreter of an environment that has the engine; null: the environment that
-    ``qwen3-distill engines install`` made on this machine. Name an interpreter that has the engine
-    among its own packages, e.g. ``python3``."""
-    environment: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of the engine's process, added to the inherited ones, e.g.
-    ``PYTHONPATH``."""
-
-    @property
-    def interpreter(self) -> str | None:
-        """The interpreter that is named; None: that of the environment installed here."""
-        return self.python
-
-    @field_validator("environment", mode="before")
-    @classmethod
-    def _variables_are_names_and_texts(cls, environment: object) -> object:
-        if not isinstance(environment, dict):
-            return environment  # its type is refused next
-        for name, value in environment.items():
-            if not name or "=" in name or "\0" in name:
-                raise ValueError(f"{name!r} is no name of a variable: it is empty or has a `=`")
-            if not isinstance(value, str):
-                hides = is_secret_name(name) or isinstance(value, dict | list)
-                found = "no text" if hides else f"{value!r} ({type(value).__name__})"
-                written = "VALUE" if hides else json.dumps(value)
-                raise ValueError(
-                    f'{name} is {found}, and variables are text; write {name}: "{written}"'
-                )
-            if "\0" in value:
-                raise ValueError(f"{name} holds a NUL character, which no variable may")
-        return environment
-
-
-class EmbeddedGeneration(_Embedded):
+class EmbeddedGeneration(EmbeddedProcess):
     """Batched KV-cache sampling on PyTorch."""
 
     kind: Literal["embedded"]
@@ -142,7 +55,7 @@ class EmbeddedGeneration(_Embedded):
     """
 
 
-class VllmGeneration(_EngineProcess, _Watched):
+class VllmGeneration(EngineProcess, Watched):
     """vLLM in its own process (extra ``[vllm]``)."""
 
     kind: Literal["vllm"]
@@ -205,164 +118,7 @@ GenerationConfig: TypeAlias = Annotated[
 ]
 
 
-class EmbeddedScoring(_Embedded, TeacherConfig):
-    """The teacher on PyTorch."""
-
-    kind: Literal["embedded"]
-    model: PathText
-    """The teacher: a directory (Hugging Face layout) or a hub id, as ``student.model``; or the word
-    ``student``, see `refresh`."""
-    device: Device = "auto"
-    dtype: Dtype = "float32"
-    batch_tokens: PositiveInt = 16384
-    """Padded tokens per forward pass."""
-    chunk_tokens: PositiveInt = 1024
-    """Rows of logits held in memory at a time."""
-
-    @property
-    def cache_folder(self) -> Path | None:
-        """Folder of the score cache: the embedded teacher has none."""
-        return None
-
-
-SGLANG_OPTIONS = {
-    "model-path": "scoring.model",
-    "host": "this package: loopback only",
-    "port": "scoring.port",
-    "api-key": "this package: a random one",
-    "device": "scoring.device",
-    "dtype": "scoring.dtype",
-    "quantization": "scoring.quantization",
-    "mem-fraction-static": "scoring.memory_fraction",
-    "max-total-tokens": "scoring.max_total_tokens",
-    "attention-backend": "scoring.attention_backend",
-    "chunked-prefill-size": "scoring.chunked_prefill_tokens",
-    "enable-fp32-lm-head": "scoring.float32_head",
-    "disable-decode-cuda-graph": "scoring.decode_graphs",
-    "skip-tokenizer-init": "this package: only token ids travel",
-}
-"""Options of SGLang's server that may not be in ``server_arguments``, and what sets them."""
-
-
-class SglangScoring(_EngineProcess, TeacherConfig):
-    """The teacher in SGLang servers: one that the run starts, or existing ones."""
-
-    kind: Literal["sglang"]
-    model: PathText
-    """The teacher: a directory (Hugging Face layout) or a hub id, as ``student.model``; or the word
-    ``student``, see `refresh`. Tokenizer, vocabulary and the known answer are read from it, also
-    for the servers in `urls`."""
-    urls: tuple[str, ...] = ()
-    """Existing servers, e.g. ``http://10.0.0.2:30000``; requests are balanced over them. Empty:
-    the run starts one on loopback."""
-    api_key_file: PathText | None = None
-    """File with the API key of the servers in `urls`; a server that the run starts gets a random
-    key."""
-    port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    """Port of the server that the run starts; null: a free one."""
-    device: Device = "auto"
-    dtype: Dtype = "bfloat16"
-    quantization: Literal["fp8"] | None = "fp8"
-    """``fp8``: the server quantizes a bfloat16 directory online. null: the directory decides; it
-    may be an FP8 checkpoint."""
-    memory_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the memory that is free when the server starts, for its weights and KV cache; null:
-    planned, see ``qwen3-distill plan``."""
-    max_total_tokens: PositiveInt | None = None
-    """Tokens in the server's KV cache; null: planned."""
-    attention_backend: str | None = None
-    """Attention kernel under SGLang's name, e.g. ``triton``; null: SGLang chooses."""
-    float32_head: bool = False
-    """Compute the output head in float32: scores have less noise, scoring is slower."""
-    chunked_prefill_tokens: PositiveInt = 8192
-    """Tokens that the server prefills at a time."""
-    chunk_tokens: PositiveInt = 2048
-    """Rows of logits held in memory at a time."""
-    decode_graphs: bool = False
-    """Use CUDA graphs for decoding: the teacher's evaluation is faster; the start takes longer and
-    more memory."""
-    server_arguments: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Further options of ``sglang.launch_server``, named without the leading dashes, e.g.
-    ``{watchdog-timeout: 600}``."""
-    request_tokens: PositiveInt = 16384
-    """Maximum tokens per scoring request."""
-    max_in_flight: PositiveInt = 4
-    """Maximum concurrent requests per server."""
-    request_timeout_s: Seconds = 300.0
-    max_attempts: PositiveInt = 4
-    """Attempts to score a rollout before it is dropped."""
-    max_dropped_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Maximum share of a step's rollouts that may be dropped without a score; more stops the
-    run."""
-    readiness_tolerance_nats: PositiveFloat = 0.5
-    """Maximum mean difference from the known answer at which a server is accepted as the
-    teacher."""
-    cache: PathText | None = None
-    """Folder of a score cache that is kept between runs; null: no cache."""
-
-    @property
-    def cache_folder(self) -> Path | None:
-        """Folder of the score cache; None: no cache."""
-        return None if self.cache is None else Path(self.cache)
-
-    @model_validator(mode="after")
-    def _server_arguments_have_no_setting(self) -> Self:
-        for name in self.server_arguments:
-            plain = name.lstrip("-").replace("_", "-")
-            # SGLang takes the beginning of an option's name for the option.
-            option = next((known for known in SGLANG_OPTIONS if known.startswith(plain)), None)
-            if option is not None:
-                raise ValueError(
-                    f"server_arguments has {name!r}, which is set by {SGLANG_OPTIONS[option]}; "
-                    "write it there"
-                )
-            if name.startswith("-") or "=" in name or not name.isprintable() or " " in name:
-                raise ValueError(
-                    f"server_arguments has {name!r}; write the option's name alone, without "
-                    f"leading dashes, e.g. {{{plain.partition('=')[0].strip()}: value}}"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _server_flags_are_true_or_false(self) -> Self:
-        words = {"no": "false", "off": "false", "false": "false"}
-        words |= {"yes": "true", "on": "true", "true": "true"}
-        for name, value in self.server_arguments.items():
-            if isinstance(value, str) and (meant := words.get(value.lower())):
-                raise ValueError(
-                    f"server_arguments has {name}: {value!r}, which is text; write {name}: "
-                    f"{meant}, without quotes (in YAML 1.2 yes, no, on and off are text)"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _urls_exclude_port_and_need_no_key(self) -> Self:
-        for url in self.urls:
-            try:
-                checked_url(url)
-            except ValueError as error:
-                raise ValueError(f"urls: {error}") from None
-        if self.api_key_file is not None and any(has_user(url) for url in self.urls):
-            raise ValueError(
-                "urls has user:password@ and api_key_file is set, and a request carries one of "
-                "them only; drop one"
-            )
-        if self.urls and self.port is not None:
-            raise ValueError(
-                "port is for a server that the run starts, and urls names existing ones: drop one"
-            )
-        if self.api_key_file is not None and not self.urls:
-            raise ValueError(
-                "api_key_file is for the servers in urls, and there are none: drop it; a server "
-                "that the run starts gets a random key"
-            )
-        return self
-
-
-ScoringConfig: TypeAlias = Annotated[EmbeddedScoring | SglangScoring, Field(discriminator="kind")]
-
-
-class EmbeddedTraining(_Embedded):
+class EmbeddedTraining(EmbeddedProcess):
     """PyTorch and peft."""
 
     kind: Literal["embedded"]
@@ -407,7 +163,7 @@ class EmbeddedTraining(_Embedded):
         return self
 
 
-class UnslothTraining(_EngineProcess, _Watched):
+class UnslothTraining(EngineProcess, Watched):
     """unsloth in its own process (extra ``[unsloth]``)."""
 
     kind: Literal["unsloth"]

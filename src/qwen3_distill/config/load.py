@@ -122,6 +122,9 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(values, dict):
         for key, value in values.items():
             yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(values, list) and any(isinstance(value, dict) for value in values):
+        for index, value in enumerate(values):
+            yield from _leaves(value, f"{prefix}.{index}")
     else:
         yield prefix, values
 

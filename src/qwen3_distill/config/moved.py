@@ -1,10 +1,12 @@
 """Finds the files of a run folder's config from another working directory, or after a move."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qwen3_distill.config.several import as_of_one_teacher, teacher_values
 from qwen3_distill.utils.json_text import read_json
 
 PATH_SETTINGS = (
@@ -23,11 +25,11 @@ PATH_SETTINGS = (
 """Settings that hold a path, ``output_dir`` aside."""
 _HUB_NAMES = {
     "student.model": "student",
-    "scoring.model": "teacher",
     "prompts.path": "prompts",
     "evaluation.prompts.path": "evaluation.prompts",
 }
-"""Names in the manifest's record of the hub, of the settings that may hold a hub id."""
+"""Names in the manifest's record of the hub, of the settings that may hold a hub id. Those of
+teachers: `_hub_name`."""
 
 
 def find_paths(values: dict[str, Any], file: Path) -> None:
@@ -42,7 +44,7 @@ def find_paths(values: dict[str, Any], file: Path) -> None:
         return
     from_hub = _last_start(file).get("hub")
     for setting, section, key in _places(values):
-        if isinstance(from_hub, dict) and _HUB_NAMES.get(setting) in from_hub:
+        if isinstance(from_hub, dict) and _hub_name(setting) in from_hub:
             continue
         found = directory / section[key]
         if not os.path.exists(section[key]) and found.exists():
@@ -72,9 +74,25 @@ def _last_start(config_file: Path) -> dict[str, Any]:
 
 def _places(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
     for setting in PATH_SETTINGS:
-        *sections, key = setting.split(".")
-        node: Any = values
-        for section in sections:
-            node = node.get(section) if isinstance(node, dict) else None
-        if isinstance(node, dict) and isinstance(node.get(key), str):
-            yield setting, node, key
+        section, _, key = setting.rpartition(".")
+        if section == "scoring":
+            nodes = list(teacher_values(values))
+        else:
+            nodes = [(section, _section(values, section))]
+        for place, node in nodes:
+            if isinstance(node, dict) and isinstance(node.get(key), str):
+                yield f"{place}.{key}", node, key
+
+
+def _section(values: dict[str, Any], path: str) -> Any:
+    node: Any = values
+    for name in path.split("."):
+        node = node.get(name) if isinstance(node, dict) else None
+    return node
+
+
+def _hub_name(setting: str) -> str | None:
+    """Return the manifest's name of what a setting may have from the hub."""
+    if as_of_one_teacher(setting) == "scoring.model":
+        return re.sub(r"\.(teachers|members|model)\b", "", setting.replace("scoring", "teacher", 1))
+    return _HUB_NAMES.get(setting)

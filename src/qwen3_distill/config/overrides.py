@@ -118,7 +118,9 @@ def _schemas_at(path: Sequence[str], values: dict[str, Any]) -> list[dict[str, A
 
 def _below(node: dict[str, Any], part: str) -> dict[str, Any] | None:
     """Return the schema of a section's key, or of a free-form section's values."""
-    below = node.get("properties", {}).get(part, node.get("additionalProperties"))
+    named = node.get("patternProperties", {}).values()
+    free = next(iter(named), node.get("additionalProperties"))
+    below = node.get("properties", {}).get(part, free)
     return below if isinstance(below, dict) else None
 
 

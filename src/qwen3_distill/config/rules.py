@@ -12,6 +12,8 @@ from qwen3_distill.config.data import PromptsConfig, VerifierConfig
 from qwen3_distill.config.engines import VLLM_MAX_RANK
 from qwen3_distill.config.objective import needs_hidden_states
 from qwen3_distill.config.self_teacher import TEACHER_RULES
+from qwen3_distill.config.several_rules import SEVERAL_RULES
+from qwen3_distill.config.tokenizer import TOKENIZER_RULES
 
 if TYPE_CHECKING:
     from qwen3_distill.config.run import RunConfig
@@ -50,9 +52,9 @@ def objective_has_its_teacher(config: "RunConfig") -> None:
 
 def evaluation_starts_no_server(config: "RunConfig") -> None:
     evaluation, scoring = config.evaluation, config.scoring
-    if config.loaded_teacher is not None or evaluation is None or not evaluation.teacher:
+    if config.loaded_teachers or evaluation is None or not evaluation.teacher:
         return
-    if scoring is not None and scoring.kind != "embedded":
+    if scoring is not None and any(t.section.kind != "embedded" for t in config.teachers):
         raise ValueError(
             f"evaluation.teacher=true with objective.kind={config.objective.kind}: training needs "
             f"no teacher, and scoring.kind={scoring.kind} would be started for one evaluation "
@@ -183,6 +185,8 @@ def full_vocabulary_needs_one_process(config: "RunConfig") -> None:
     objective, scoring, training = config.objective, config.scoring, config.training
     if not needs_hidden_states(objective) or scoring is None:
         return
+    if scoring.kind in ("several", "ensemble"):
+        return  # refused by a rule of their own
     if scoring.kind != "embedded" or training.kind != "embedded":
         raise ValueError(
             f"objective.kind={objective.kind} over the full vocabulary needs the teacher's "
@@ -396,6 +400,7 @@ RULES: tuple[Callable[["RunConfig"], None], ...] = (
     offline_needs_ratio,
     harvest_needs_the_student_alone,
     replay_keeps_rollouts_of_the_student,
+    *SEVERAL_RULES,
     full_vocabulary_needs_one_process,
     quantization_needs_ratio,
     lora_rank_fits_vllm,
@@ -417,5 +422,6 @@ RULES: tuple[Callable[["RunConfig"], None], ...] = (
     verifier_fits_prompts,
     *CLUSTER_RULES,
     *TEACHER_RULES,
+    *TOKENIZER_RULES,
 )
 """In the order in which they are checked."""

@@ -1,5 +1,6 @@
 """`RunConfig`, the root of the schema."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -13,12 +14,13 @@ from qwen3_distill.config.data import (
     PromptsConfig,
     SamplingConfig,
     StudentConfig,
+    Tagging,
+    TaskPrompts,
     VerifierConfig,
 )
 from qwen3_distill.config.engines import (
     GenerationConfig,
     PlanningConfig,
-    ScoringConfig,
     TrainingConfig,
 )
 from qwen3_distill.config.learning import ReplayConfig
@@ -32,6 +34,15 @@ from qwen3_distill.config.operation import (
 )
 from qwen3_distill.config.rollouts import RolloutsConfig
 from qwen3_distill.config.rules import check_rules
+from qwen3_distill.config.scoring import ScoringConfig
+from qwen3_distill.config.several import (
+    EnsembleScoring,
+    NamedTeacher,
+    SeveralScoring,
+    TeachersConfig,
+    teachers_of,
+    with_sections,
+)
 from qwen3_distill.errors import ConfigError
 
 
@@ -57,9 +68,9 @@ class RunConfig(Schema):
     """Who samples what the student is trained on."""
     generation: GenerationConfig
     """The engine that samples from the student."""
-    scoring: ScoringConfig | None = None
-    """The teacher and the engine that scores with it. Null: no teacher; only for an objective that
-    needs no scores, on rollouts that no teacher samples."""
+    scoring: TeachersConfig | None = None
+    """The teacher and the engine that scores with it, or several. Null: no teacher; only for an
+    objective that needs no scores, on rollouts that no teacher samples."""
     training: TrainingConfig
     """The learner."""
     objective: ObjectiveConfig
@@ -85,30 +96,93 @@ class RunConfig(Schema):
         check_rules(self)
         return self
 
+    @model_validator(mode="after")
+    def _prompts_carry_their_tags(self) -> Self:
+        scoring, evaluation = self.scoring, self.evaluation
+        if not isinstance(scoring, SeveralScoring):
+            return self
+        tagging = Tagging(scoring.by, tuple(scoring.teachers))
+        if not isinstance(self.prompts, TaskPrompts):
+            object.__setattr__(self, "prompts", self.prompts.tagged(tagging))
+        if evaluation is not None and not isinstance(evaluation.prompts, TaskPrompts):
+            tagged = {"prompts": evaluation.prompts.tagged(tagging)}
+            object.__setattr__(self, "evaluation", evaluation.model_copy(update=tagged))
+        return self
+
     @property
     def output_path(self) -> Path:
         return Path(self.output_dir)
 
     @property
     def teacher(self) -> ScoringConfig:
-        """The section `scoring`, for what cannot do without a teacher.
+        """The section of the one teacher, for what cannot do without it.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is none, or there are several.
         """
-        if self.scoring is None:
+        scoring = self.scoring
+        if scoring is None:
             raise ConfigError("this needs a teacher, and scoring is null; add a `scoring` section")
-        return self.scoring
+        if isinstance(scoring, SeveralScoring | EnsembleScoring):
+            names = ", ".join(teacher.setting for teacher in self.teachers)
+            raise ConfigError(
+                f"this needs one teacher, and scoring.kind={scoring.kind} has several ({names}); "
+                "use a config whose `scoring` is one of these sections"
+            )
+        return scoring
+
+    @property
+    def only_teacher(self) -> ScoringConfig | None:
+        """The section of the only teacher; None: there is none, or there are several."""
+        scoring = self.scoring
+        return None if isinstance(scoring, SeveralScoring | EnsembleScoring) else scoring
+
+    @property
+    def teachers(self) -> tuple[NamedTeacher, ...]:
+        """Every teacher of the config; empty without `scoring`."""
+        return () if self.scoring is None else teachers_of(self.scoring)
+
+    @property
+    def loaded_teachers(self) -> tuple[NamedTeacher, ...]:
+        """The teachers that training needs, for scores or samples; empty: none is loaded.
+
+        An evaluation may load embedded teachers for itself.
+        """
+        return self.teachers if self._loads_teachers else ()
 
     @property
     def loaded_teacher(self) -> ScoringConfig | None:
-        """The teacher that training needs, for scores or samples; None: it is not loaded.
+        """The one teacher that training needs; None: it is not loaded.
 
-        An evaluation may load an embedded teacher for itself.
+        Raises:
+            ConfigError: there are several.
         """
+        return self.teacher if self.scoring is not None and self._loads_teachers else None
+
+    @property
+    def _loads_teachers(self) -> bool:
         samples = "teacher" in self.rollouts.samplers
-        needed = self.objective.score_request is not None or samples
-        return self.scoring if needed else None
+        return self.objective.score_request is not None or samples
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The tags of the prompts; empty unless every tag has a teacher of its own."""
+        return tuple(self.scoring.teachers) if isinstance(self.scoring, SeveralScoring) else ()
+
+    @property
+    def tag_weights(self) -> Mapping[str, float] | None:
+        """Weight of every tag's prompts; None: a tag weighs as much as it has rows."""
+        return self.scoring.weights if isinstance(self.scoring, SeveralScoring) else None
+
+    def with_teacher(self, teacher: NamedTeacher) -> Self:
+        """Copy the config with one of its teachers alone. It is measured or checked, never run."""
+        return self.model_copy(update={"scoring": teacher.section})
+
+    def with_sections(self, sections: Mapping[str, ScoringConfig]) -> Self:
+        """Copy the config with other sections for some teachers, by `NamedTeacher.name`."""
+        if self.scoring is None:
+            return self
+        return self.model_copy(update={"scoring": with_sections(self.scoring, sections)})
 
     @property
     def max_in_flight(self) -> int:

@@ -1,5 +1,6 @@
 """Reads the JSON schema of a config."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,5 +55,8 @@ def _below(node: dict[str, Any], key: str) -> dict[str, Any]:
         return node["properties"][key]
     if key.isdigit() and int(key) < len(node.get("prefixItems", ())):
         return node["prefixItems"][int(key)]
+    for name, below in node.get("patternProperties", {}).items():
+        if re.search(name, key):
+            return below
     below = node.get("items" if key.isdigit() else "additionalProperties")
     return below if isinstance(below, dict) else {}

@@ -30,7 +30,7 @@ def with_student_as_teacher(values: Any) -> Any:
 
 
 def refresh_names_the_student(config: "RunConfig") -> None:
-    scoring = config.scoring
+    scoring = config.only_teacher
     if scoring is None or scoring.refresh is None or scoring.model == config.student.model:
         return
     raise ValueError(
@@ -42,7 +42,7 @@ def refresh_names_the_student(config: "RunConfig") -> None:
 
 def refresh_follows_a_student_in_reach(config: "RunConfig") -> None:
     """Refuse what cannot take the student's weights, bit for bit, between two steps."""
-    scoring, generation = config.scoring, config.generation
+    scoring, generation = config.only_teacher, config.generation
     if scoring is None or scoring.refresh is None or scoring.refresh.kind == "never":
         return
     what = f"scoring.refresh.kind={scoring.refresh.kind}"
@@ -72,7 +72,7 @@ def refresh_follows_a_student_in_reach(config: "RunConfig") -> None:
 
 
 def refresh_fits_the_pipeline(config: "RunConfig") -> None:
-    scoring, pipeline = config.scoring, config.pipeline
+    scoring, pipeline = config.only_teacher, config.pipeline
     if scoring is None or scoring.refresh is None or scoring.refresh.kind == "never":
         return
     what = f"scoring.refresh.kind={scoring.refresh.kind}"
@@ -96,7 +96,7 @@ def refresh_fits_the_pipeline(config: "RunConfig") -> None:
 
 
 def context_is_read_by_a_scoring_teacher(config: "RunConfig") -> None:
-    scoring = config.scoring
+    scoring = config.only_teacher
     if scoring is None or scoring.context is None:
         return
     if config.objective.score_request is None:

@@ -15,6 +15,7 @@ from qwen3_distill.data.sources import (
     RawPrompt,
     TaskSource,
 )
+from qwen3_distill.data.tags import TAG_KEY, TagSchedule, group_by_tag
 from qwen3_distill.data.template_arguments import check_template_arguments, template_of
 from qwen3_distill.errors import DataError
 from qwen3_distill.types import Prompt
@@ -78,6 +79,7 @@ def render(
         token_ids=np.asarray(token_ids, dtype=np.int32),
         task_data=raw.task_data,
         teacher_ids=None if context is None else context.ids(raw, max_new_tokens),
+        messages=tuple((message.role, message.content) for message in raw.messages),
     )
 
 
@@ -187,6 +189,11 @@ class PromptStream:
     Taking prompts changes nothing but a cache, so a resumed run needs only the number of prompts
     drawn so far.
 
+    With weights, tags take turns as `TagSchedule` says, and every tag has epochs of its own.
+
+    Args:
+        tag_weights: weight of every tag's prompts; None: all prompts are drawn alike.
+
     Raises:
         ConfigError: the chat template does not read one of ``template_arguments``, or reads it as
             another type.
@@ -202,6 +209,7 @@ class PromptStream:
         max_new_tokens: int,
         template_arguments: Mapping[str, Any] = MappingProxyType({}),
         context: "TeacherContext | None" = None,
+        tag_weights: Mapping[str, float] | None = None,
     ) -> None:
         check_template_arguments(template_of(tokenizer), template_arguments)
         self.source = source
@@ -215,8 +223,10 @@ class PromptStream:
         self._max_new_tokens = max_new_tokens
         self._template_arguments = template_arguments
         self._context = context
-        self._epoch = -1
-        self._permutation: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._schedule = None if tag_weights is None else TagSchedule(tag_weights)
+        self._rows_by_tag: dict[str, list[int]] | None = None
+        self._orders: dict[str, tuple[int, NDArray[np.int64]]] = {}
+        """The last epoch and its order, by tag; without weights all prompts are together."""
 
     @property
     def has_context(self) -> bool:
@@ -271,6 +281,8 @@ class PromptStream:
                 check_roles(raw, self._tokenizer, self._template_arguments)
                 if self._context is not None:
                     self._context.check_roles(raw)
+        for tag in self._schedule.tags if self._schedule else ():
+            self._rows_of(tag)
 
     def drop_too_long(self) -> None:
         """Leave out the prompts of a finite source that do not fit the context, and count them.
@@ -298,6 +310,7 @@ class PromptStream:
         if not kept:
             raise DataError(f"{what}: none is left; lower max_new_tokens or shorten the prompts")
         self.source, self.num_dropped = FixedSource(kept), len(dropped)
+        self._rows_by_tag = None
         self.notes = (*self.notes, f"{what} and are left out, e.g. {dropped[0]}")
 
     def _prompt(self, number: int) -> Prompt:
@@ -317,16 +330,39 @@ class PromptStream:
         num_prompts = self.source.num_prompts
         if num_prompts is None:
             return number
-        epoch, position = divmod(number, num_prompts)
-        if epoch != self._epoch:
-            self._permutation = epoch_permutation(self._seed, epoch, num_prompts)
-            self._epoch = epoch
-        return int(self._permutation[position])
+        if self._schedule is None:
+            return self._in_order("", number, num_prompts)
+        tag, count = self._schedule.place(number)
+        rows = self._rows_of(tag)
+        return rows[self._in_order(tag, count, len(rows))]
+
+    def _in_order(self, tag: str, number: int, size: int) -> int:
+        """Return which of ``size`` prompts has a number, if every epoch has an order of its own."""
+        epoch, position = divmod(number, size)
+        known = self._orders.get(tag)
+        if known is None or known[0] != epoch:
+            known = epoch, epoch_permutation(self._seed, epoch, size, tag)
+            self._orders[tag] = known
+        return int(known[1][position])
+
+    def _rows_of(self, tag: str) -> list[int]:
+        if self._rows_by_tag is None:
+            count = self.source.num_prompts or 0
+            tags = (self.source.get(index).task_data[TAG_KEY] for index in range(count))
+            self._rows_by_tag = group_by_tag(tags)
+        rows = self._rows_by_tag.get(tag)
+        if rows is None:
+            raise DataError(
+                f"no prompt has the tag {tag!r}, expected at least one for every teacher with a "
+                "weight; add rows, or remove the teacher"
+            )
+        return rows
 
 
-def epoch_permutation(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
-    """[size] the order of one epoch: a permutation of ``0 .. size - 1``."""
+def epoch_permutation(seed: int, epoch: int, size: int, tag: str = "") -> NDArray[np.int64]:
+    """[size] the order of one epoch, of one tag's prompts: a permutation of ``0 .. size - 1``."""
     # Sorted raw bits, because numpy promises the bit stream of a bit generator across versions,
     # but not the result of Generator.permutation.
-    bits = np.random.PCG64(derive_seed(seed, "prompt-order", epoch)).random_raw(size)
+    purpose = f"prompt-order/{tag}" if tag else "prompt-order"
+    bits = np.random.PCG64(derive_seed(seed, purpose, epoch)).random_raw(size)
     return np.argsort(bits, kind="stable").astype(np.int64)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_distill.config import RunConfig
+from qwen3_distill.doctor.examined import examined, score_request
 from qwen3_distill.doctor.precision import compare_with_unquantized, quantized_directory
-from qwen3_distill.doctor.real_pass import RealPass, examined, score_request
+from qwen3_distill.doctor.real_pass import RealPass
 from qwen3_distill.doctor.speed import DEVICE_SPEED, check_speed
 from qwen3_distill.doctor.tolerances import QUANTIZED_BROKEN_NATS, QUANTIZED_NOTICEABLE_NATS
 from qwen3_distill.errors import DistillError
@@ -243,6 +244,13 @@ async def _precision(engines: RealPass, unquantized: str | None, say: Say) -> Ve
     config = engines.config
     if quantization_of(config) is None:
         return skipped("the teacher is not quantized")
+    if len(config.teachers) > 1:
+        return skipped(
+            "there are several teachers: measure each with `qwen3-distill audit-teacher` and a "
+            "config that has it alone"
+        )
+    if config.teacher.has_own_tokenizer:
+        return skipped("scoring.tokenizer=own: precisions are compared on the student's own tokens")
     if detect_gpu() is None:
         return skipped("there is no GPU to compute the unquantized scores on")
     served = [result for result in engines.results if isinstance(result, TopKScore)]

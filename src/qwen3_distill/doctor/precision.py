@@ -14,12 +14,13 @@ from qwen3_distill.modeling.directory import check_model_dir
 from qwen3_distill.modeling.hub import is_snapshot
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.pipeline import step as pipeline_step
-from qwen3_distill.pipeline.assembly.data import build_prompts
-from qwen3_distill.pipeline.assembly.engines import static_engine
-from qwen3_distill.pipeline.assembly.teachers import (
+from qwen3_distill.pipeline.assembly.audited_teachers import (
     build_audited_teacher,
     build_unquantized_teacher,
 )
+from qwen3_distill.pipeline.assembly.data import build_prompts
+from qwen3_distill.pipeline.assembly.engines import static_engine
+from qwen3_distill.pipeline.assembly.views import refuse_own_tokenizer
 from qwen3_distill.pipeline.models import local_model, localize
 from qwen3_distill.pipeline.own_folder import input_paths, refuse_inputs_as_output
 from qwen3_distill.pipeline.parts import TextTools
@@ -59,10 +60,10 @@ def audit_teacher(
     Raises:
         ConfigError: the teacher's directory is itself quantized and ``unquantized`` is None.
     """
-    named = config.teacher.model
+    refuse_own_tokenizer(config, "a comparison of precisions")
     local = localize(config, say=say, warn=say)
     if unquantized is None:
-        _refuse_quantized(local.config.teacher.model, named)
+        _refuse_quantized(local.config.teacher.model, config.teacher.model)
     config, scoring = local.config, local.config.teacher
     if out is not None:
         inputs = {**input_paths(config), "--unquantized": unquantized or scoring.model}

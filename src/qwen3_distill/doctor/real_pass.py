@@ -5,20 +5,20 @@ samples again. Then the engines are closed.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from qwen3_distill.config import RunConfig
-from qwen3_distill.config.learning import ConstantSchedule
 from qwen3_distill.config.rollouts import RolloutsConfig
 from qwen3_distill.data.rollout_files import read_training
 from qwen3_distill.doctor.entropy import full_entropy, lowest_entropy
+from qwen3_distill.doctor.examined import has_ensemble
 from qwen3_distill.doctor.processes import Process, descendants, left_after
 from qwen3_distill.doctor.tolerances import engine_tolerance_nats, teacher_tolerance_nats
 from qwen3_distill.errors import EngineError
-from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.pipeline.assembly.teachers import asked_at, each_server, output_head
 from qwen3_distill.pipeline.finding import Verdict, bad, doubtful, good, skipped
 from qwen3_distill.pipeline.parts import Parts
@@ -32,66 +32,27 @@ from qwen3_distill.types import (
     Rollout,
     RolloutRequest,
     SampledRequest,
-    ScoredRollout,
     ScoreFailure,
     ScoreRequest,
     ScoreResult,
     ScoringJob,
     TeacherScore,
-    TopKRequest,
     TopKScore,
     TrainingRollout,
+    UnalignedRollout,
     Update,
 )
 
 Say = Callable[[str], None]
 
-CANDIDATES = 20
-"""The teacher's most likely tokens that are asked for, where the objective asks for none."""
 OTHER_TEMPERATURE = 0.3
 ASLEEP = 0.7
 """A mean entropy above this share of ln V is that of a model without weights."""
 FOREIGN = 0.9
 """Below this share of -ln V, the teacher's mean score is one of tokens that it would not write."""
-_FULL_RATE, _LORA_RATE = 5e-3, 3e-2
-"""Learning rates of the one step, so large that old weights cannot be taken for new ones."""
 END_PATIENCE_S = 10.0
 """How long a closed engine's processes may take to end."""
 _ENGINE_GAP = "health/learner_vs_engine_abs_nats"
-
-
-def examined(config: RunConfig, output_dir: str) -> RunConfig:
-    """Return a run's config as the doctor runs it: elsewhere, without cached scores.
-
-    The learning rate is raised, because one usual step changes too little to be told from rounding.
-    """
-    training = config.training
-    rate = _FULL_RATE if training.tuning.kind == "full" else _LORA_RATE
-    optimizer = training.optimizer.model_copy(
-        update={
-            "learning_rate": max(rate, training.optimizer.learning_rate),
-            "schedule": ConstantSchedule(kind="constant"),
-        }
-    )
-    changes: dict[str, object] = {
-        "output_dir": output_dir,
-        "training": training.model_copy(update={"optimizer": optimizer}),
-    }
-    if config.scoring is not None and config.scoring.cache_folder is not None:
-        changes["scoring"] = config.scoring.model_copy(update={"cache": None})
-    return config.model_copy(update=changes)
-
-
-def score_request(config: RunConfig) -> ScoreRequest | None:
-    """Return the objective's request, with some candidates where it asks for the scores alone.
-
-    None: the objective needs no scores.
-    """
-    request = config.objective.score_request
-    if isinstance(request, SampledRequest):
-        vocab_size = load_identity(config.teacher.model, weights=False).vocab_size
-        return TopKRequest(k=min(CANDIDATES, vocab_size))
-    return request
 
 
 @dataclass
@@ -229,7 +190,22 @@ class RealPass:
 
     @property
     def _jobs(self) -> list[ScoringJob]:
-        return [self.parts.view.job(rollout) for rollout in self.rollouts]
+        return self._jobs_of(self.rollouts)
+
+    def _jobs_of(self, rollouts: list[Rollout]) -> list[ScoringJob]:
+        """Return the jobs of rollouts.
+
+        Raises:
+            EngineError: one cannot be aligned with the teacher's tokens.
+        """
+        asked = [self.parts.view.job(rollout) for rollout in rollouts]
+        for job in asked:
+            if isinstance(job, UnalignedRollout):
+                raise EngineError(
+                    f"rollout {job.rollout_id} cannot be aligned with the teacher's tokens: "
+                    f"{job.reason}"
+                )
+        return [job for job in asked if isinstance(job, ScoringJob)]
 
     async def score(self) -> Verdict:
         """Score all rollouts in one call."""
@@ -240,7 +216,14 @@ class RealPass:
                 f"{len(failed)} of {len(self.results)} rollouts got no score: {failed[0].reason}",
                 "see the server's log, and docs/engines/failures.md",
             )
-        return good(f"{len(self.results)} of {len(self.results)} rollouts got one")
+        tags = Counter(job.tag for job in self._jobs if job.tag is not None)
+        whose = ", ".join(f"{count} from {tag}" for tag, count in tags.items())
+        found = f"{len(self.results)} of {len(self.results)} rollouts got one"
+        found += f" ({whose})" if whose else ""
+        if silent := [tag for tag in self.config.tags if tag not in tags]:
+            change = "raise --rollouts, or see that the prompts have rows of every tag"
+            return doubtful(f"{found}, none from {', '.join(silent)}", change)
+        return good(found)
 
     async def score_alone(self) -> Verdict:
         """Score each rollout again, alone."""
@@ -249,7 +232,7 @@ class RealPass:
             found_N,
             "the same tokens alone and in a batch",
             "the scores depend on the batch: update the server, or set scoring.attention_backend, "
-            "e.g. triton",
+            "e.g. triton (vLLM: server_arguments.attention-backend)",
         )
 
     async def score_by_each_server(self) -> Verdict:
@@ -283,7 +266,7 @@ class RealPass:
             gaps(teacher.teacher_id, other, self.results),
             f"temperature 1 and {OTHER_TEMPERATURE} in the request",
             "the server applies a temperature to the logprobs of given tokens: use a tested "
-            "version of SGLang (docs/engines/install.md)",
+            "version of its engine (docs/engines/install.md)",
         )
 
     def _compared(self, gap_N: FloatArray, what: str, change: str) -> Verdict:
@@ -297,6 +280,8 @@ class RealPass:
 
     async def teacher_is_awake(self) -> Verdict:
         """Compare the teacher's scores and entropy with those of a model without weights."""
+        if has_ensemble(self.config) and isinstance(self.request, SampledRequest):
+            return skipped("an ensemble was asked for no candidates, so its entropy is not known")
         scores = [result for result in self.results if isinstance(result, TeacherScore)]
         uniform = math.log(self.parts.required_teacher.identity.vocab_size)
         mean = float(np.concatenate([score.logprobs for score in scores]).mean())
@@ -380,8 +365,7 @@ class RealPass:
                 return bad(f"rollout {rollout.rollout_id} {problem}", "see docs/engines/weights.md")
         results: list[ScoreResult] = []
         if self.request is not None:
-            jobs = [self.parts.view.job(rollout) for rollout in rollouts]
-            results = await self.parts.required_teacher.score(jobs)
+            results = await self.parts.required_teacher.score(self._jobs_of(rollouts))
         moved = _moved(self.rollouts, rollouts)
         gap, _ = await self._trained(rollouts, results)
         tolerance = engine_tolerance_nats(self.config)
@@ -426,7 +410,7 @@ class RealPass:
                 raise EngineError(
                     f"rollout {failed[0].rollout_id} got no score: {failed[0].reason}"
                 )
-            update = await self._step([s for s in scored if isinstance(s, ScoredRollout)])
+            update = await self._step([s for s in scored if isinstance(s, TrainingRollout)])
         found = [metric.value for metric in update.metrics if metric.key == _ENGINE_GAP]
         if not found:
             raise EngineError(f"the learner reports no {_ENGINE_GAP}")

@@ -26,7 +26,9 @@ def engine_tolerance_nats(config: RunConfig) -> float:
 
 def teacher_tolerance_nats(config: RunConfig) -> float:
     """Return how far two scores of the same tokens may be apart."""
-    return FP8_NATS if quantization_of(config) is not None else _of(config.teacher.dtype)
+    if quantization_of(config) is not None:
+        return FP8_NATS
+    return _of(*(teacher.section.dtype for teacher in config.teachers))
 
 
 def _of(*dtypes: str) -> float:

@@ -1,12 +1,13 @@
 """Measures a sampler's accuracy on held-out problems."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from qwen3_distill.config import SamplingConfig
+from qwen3_distill.data.tags import tag_of
 from qwen3_distill.ports import Sampler
 from qwen3_distill.types import FinishReason, Prompt, Rollout, RolloutRequest
 from qwen3_distill.utils.seeds import derive_seed
@@ -29,6 +30,26 @@ class EvaluationResult:
     samples_per_problem: int
     mean_tokens: float
     truncated_fraction: float
+    by_tag: Mapping[str, "TagAccuracy"] = field(default_factory=dict)
+    """Where every tag of the prompts has a teacher of its own: each tag's accuracy."""
+
+    def record(self) -> dict[str, float]:
+        """Return the fields as JSON values; those of a tag as ``accuracy/math``."""
+        values = asdict(self)
+        by_tag: Mapping[str, Mapping[str, float]] = values.pop("by_tag")
+        for tag, fields in by_tag.items():
+            values |= {f"{name}/{tag}": value for name, value in fields.items()}
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class TagAccuracy:
+    """Mean accuracy, or mean reward, over one tag's problems, with its 95% interval."""
+
+    accuracy: float
+    ci_low: float
+    ci_high: float
+    num_problems: int
 
 
 async def evaluate(
@@ -66,17 +87,28 @@ async def evaluate(
         lengths.append(rollout.num_tokens)
         truncated += rollout.finish_reason is FinishReason.LENGTH
         on_rollout(len(lengths), len(requests))
-    rates = np.array([np.mean(correct) for correct in correct_by_prompt.values()])
-    binary = all(value in (0, 1) for values in correct_by_prompt.values() for value in values)
-    low, high = accuracy_interval(rates, samples_per_problem) if binary else reward_interval(rates)
+    whole = _measured(list(correct_by_prompt.values()), samples_per_problem)
+    tags = {prompt.prompt_id: tag_of(prompt) for prompt in problems}
+    by_tag = {
+        tag: _measured([correct_by_prompt[p] for p in tags if tags[p] == tag], samples_per_problem)
+        for tag in dict.fromkeys(tag for tag in tags.values() if tag is not None)
+    }
     return EvaluationResult(
-        accuracy=float(rates.mean()),
-        ci_low=low,
-        ci_high=high,
-        num_problems=len(rates),
+        **asdict(whole),
+        by_tag=by_tag,
         samples_per_problem=samples_per_problem,
         mean_tokens=float(np.mean(lengths)),
         truncated_fraction=truncated / len(lengths),
+    )
+
+
+def _measured(correct: Sequence[Sequence[float]], samples_per_problem: int) -> TagAccuracy:
+    """Return the mean over problems of the means of their samples, with its interval."""
+    rates = np.array([np.mean(values) for values in correct])
+    binary = all(value in (0, 1) for values in correct for value in values)
+    low, high = accuracy_interval(rates, samples_per_problem) if binary else reward_interval(rates)
+    return TagAccuracy(
+        accuracy=float(rates.mean()), ci_low=low, ci_high=high, num_problems=len(rates)
     )
 
 

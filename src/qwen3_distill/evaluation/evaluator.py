@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import asdict
 from typing import Any
 
 from qwen3_distill.config import EvaluationConfig
@@ -63,7 +62,7 @@ class Evaluator:
         return [*models, "student"] if regular or step == self._total_steps else models
 
     async def run(self, name: str, step: int) -> dict[str, Any]:
-        """Make one of the `measurements`; return the fields of its `EvaluationResult`.
+        """Make one of the `measurements`; return its `EvaluationResult.record`.
 
         At the second temperature there is the field ``temperature`` as well.
         """
@@ -102,4 +101,4 @@ class Evaluator:
             )
         finally:
             self._progress.pop(name, None)
-        return asdict(result)
+        return result.record()

@@ -160,20 +160,23 @@ def _gaps(run: FinishedRun) -> list[str]:
 
 def _how_trained(run: FinishedRun) -> str:
     """``distilled on-policy from X``; what is true of a run that has no teacher, or samples it."""
-    scoring = run.config.loaded_teacher
-    if scoring is None:
+    teachers = run.config.loaded_teachers
+    if not teachers:
         return f"trained without a teacher (objective.kind={run.config.objective.kind})"
     is_on_policy = run.config.rollouts.source == "student" and run.config.pipeline.kind != "offline"
     how = "distilled on-policy from" if is_on_policy else "distilled from"
-    return f"{how} {_model(scoring.model)}"
+    return f"{how} {' and '.join(dict.fromkeys(_model(one.section.model) for one in teachers))}"
 
 
 def _teacher(run: FinishedRun) -> str:
-    scoring, recorded = run.config.loaded_teacher, run.manifest.get("teacher") or {}
-    if scoring is None:
+    teachers, recorded = run.config.loaded_teachers, run.manifest.get("teacher") or {}
+    if not teachers:
         return "none"
     identity = f", recorded as `{recorded['id']}`" if recorded.get("id") else ""
-    return f"{_model(scoring.model)} ({scoring.kind}{identity})"
+    if len(teachers) == 1:
+        return f"{_model(teachers[0].section.model)} ({teachers[0].section.kind}{identity})"
+    named = (f"{one.name}: {_model(one.section.model)} ({one.section.kind})" for one in teachers)
+    return "; ".join(named) + identity
 
 
 def _tuning(run: FinishedRun) -> str:

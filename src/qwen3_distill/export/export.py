@@ -74,8 +74,8 @@ def export_run(request: ExportRequest, say: Callable[[str], None]) -> Path:
     with ExitStack() as stack:
         stack.enter_context(signals_as_ctrl_c())
         stack.enter_context(not_in_use(run.path))
-        teacher = run.config.scoring
-        names = [run.config.student.model, *([] if teacher is None else [teacher.model])]
+        teachers = [teacher.section.model for teacher in run.config.teachers]
+        names = [run.config.student.model, *teachers]
         models = tuple(Path(name) for name in names)
         target = check_target(request.out or _default_target(run, request), (run.path, *models))
         base_model = request.base_model or hub_base_model(run)

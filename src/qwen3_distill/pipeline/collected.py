@@ -32,6 +32,7 @@ from qwen3_distill.pipeline.step import (
     traced_push,
 )
 from qwen3_distill.recording.text import clock
+from qwen3_distill.scoring.by_tag import teacher_id_for
 from qwen3_distill.types import (
     HiddenScore,
     Metric,
@@ -226,6 +227,8 @@ class _Collector:
             lambda: self._parts.prompts,
             has=self._parts.prompts.has_context,
         )
+        for item in items if self._parts.scorer is not None else ():
+            self._parts.view.job(item.rollout)  # a rollout without a teacher is refused now
         yield from ((step, item) for (step, _), item in zip(rows, items, strict=True))
 
     def _fits(self, item: TrainingRollout) -> bool:
@@ -234,7 +237,7 @@ class _Collector:
         if not isinstance(item, ScoredRollout) or scorer is None:
             return False
         score = item.score
-        if score.teacher_id != scorer.teacher_id:
+        if score.teacher_id != teacher_id_for(scorer, item.rollout):
             return False
         if isinstance(request, TopKRequest):
             return isinstance(score, TopKScore) and score.candidate_ids.shape[1] == request.k

@@ -19,10 +19,11 @@ from qwen3_distill.data.sources import PromptSource, RawPrompt, build_source
 from qwen3_distill.data.sources.records import ANSWER_KEY
 from qwen3_distill.data.verifiers import build_verifier, check_references
 from qwen3_distill.pipeline.assembly.data import build_stream, overlap_of
-from qwen3_distill.pipeline.assembly.machine_checks import sequence_limits
+from qwen3_distill.pipeline.assembly.machine_checks import sequence_limits, server_limits
 from qwen3_distill.pipeline.finding import Check, Verdict, bad, doubtful, good, skipped
 from qwen3_distill.pipeline.model_checks import identity_of
 from qwen3_distill.pipeline.parts import TextTools
+from qwen3_distill.scoring.by_tag import required_tag
 from qwen3_distill.training.objectives.base import check_samplers
 from qwen3_distill.types import Prompt
 
@@ -87,6 +88,10 @@ def check_rollouts_file(config: RunConfig) -> Verdict:
     if not rows:
         return bad(f"{file} has no rollouts to train on", "give another rollouts.file")
     check_samplers(config.objective, rows)
+    if config.tags and config.objective.score_request is not None:
+        known = dict.fromkeys(config.tags)
+        for item in rows:
+            required_tag(item.rollout.prompt, known, f"{file}: rollout {item.rollout.rollout_id}")
     return good(f"{len(rows):,} rollouts")
 
 
@@ -153,25 +158,29 @@ def check_lengths(config: RunConfig) -> Verdict:
         DataError: a prompt cannot be rendered, or does not fit the student's context.
     """
     text = TextTools(config.student.model)
-    longest = 0
+    longest = read_by_teacher = 0
     parts: list[str] = []
     for name, prompts, sampling in _sampled_from(config):
-        told = config.scoring if prompts is config.prompts else None
+        told = config.only_teacher if prompts is config.prompts else None
         stream = build_stream(config.student, prompts, text, sampling, seed=0, scoring=told)
         stream.check()
         lengths = _lengths(stream)
         longest = max(longest, max(lengths) + sampling.max_new_tokens)
+        if name == "prompts" or (config.evaluation is not None and config.evaluation.teacher):
+            read_by_teacher = longest
         parts.append(
             f"{name} of {statistics.median(lengths):.0f} tokens (at most {max(lengths)} of "
             f"{len(lengths)}) and answers of {sampling.max_new_tokens}"
         )
     found = ", ".join(parts)
-    short = {name: limit for name, limit in _limits(config).items() if limit < longest}
+    limits = {name: (limit, longest) for name, limit in _limits(config).items()}
+    limits |= {name: (limit, read_by_teacher) for name, limit in server_limits(config).items()}
+    short = {name: both for name, both in limits.items() if both[0] < both[1]}
     if short:
-        name, limit = min(short.items(), key=lambda item: item[1])
+        name, (limit, needed) = min(short.items(), key=lambda item: item[1])
         return bad(
-            f"{found}: {longest} tokens together, {name} is {limit}",
-            f"raise {name} to {longest} or more, or lower sampling.max_new_tokens",
+            f"{found}: {needed} tokens together, {name} is {limit}",
+            f"raise {name} to {needed} or more, or lower sampling.max_new_tokens",
         )
     planned = config.planning.prompt_tokens
     limit = config.sampling.max_new_tokens
@@ -199,8 +208,11 @@ def _lengths(stream: PromptStream) -> list[int]:
 def _limits(config: RunConfig) -> Mapping[str, int]:
     """Return the limits on prompt plus response, by setting; a model's context among them."""
     contexts = {"the student's context": identity_of(config.student.model).context_length}
-    if config.scoring is not None:
-        contexts["the teacher's context"] = identity_of(config.scoring.model).context_length
+    for teacher in config.teachers:
+        whose = (
+            f"the context of teacher {teacher.name}" if teacher.name else "the teacher's context"
+        )
+        contexts[whose] = identity_of(teacher.section.model).context_length
     return sequence_limits(config) | contexts
 
 

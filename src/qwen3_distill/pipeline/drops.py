@@ -8,7 +8,7 @@ from qwen3_distill.types import (
     Rollout,
 )
 
-Cause: TypeAlias = Literal["stale", "no score"]
+Cause: TypeAlias = Literal["stale", "no score", "unaligned"]
 """Why a rollout was dropped."""
 
 
@@ -18,7 +18,7 @@ class Drops:
     def __init__(self) -> None:
         self.entries: list[str] = []
         self.last_reason = ""
-        self._rollouts: dict[Cause, int] = {"stale": 0, "no score": 0}
+        self._rollouts: dict[Cause, int] = {"stale": 0, "no score": 0, "unaligned": 0}
         self._tokens = 0
 
     def add(self, number: int, rollout: Rollout, cause: Cause, reason: str) -> None:
@@ -32,7 +32,9 @@ class Drops:
 
     def metrics(self) -> list[Metric]:
         return [
-            Metric.sum("score/dropped_rollouts", self._rollouts["no score"]),
+            Metric.sum(
+                "score/dropped_rollouts", self._rollouts["no score"] + self._rollouts["unaligned"]
+            ),
             Metric.sum("staleness/dropped_rollouts", self._rollouts["stale"]),
             Metric.sum("tokens/dropped", self._tokens),
         ]

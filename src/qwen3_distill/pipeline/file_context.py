@@ -8,8 +8,10 @@ from qwen3_distill.config import RunConfig
 from qwen3_distill.data.prompts import PromptStream
 from qwen3_distill.errors import DataError
 from qwen3_distill.pipeline.assembly.data import build_training_stream
+from qwen3_distill.pipeline.assembly.views import has_context
 from qwen3_distill.pipeline.parts import TextTools
 from qwen3_distill.ports import TeacherScorer
+from qwen3_distill.scoring.by_tag import teacher_id_for
 from qwen3_distill.types import Prompt, Rollout, ScoredRollout, TrainingRollout
 
 
@@ -95,17 +97,18 @@ def check_scored_by(
         DataError: another teacher did, or it read something else.
     """
     items = [item for _, item in rows if isinstance(item, ScoredRollout)]
-    strangers = {item.score.teacher_id for item in items} - {teacher.teacher_id}
-    if strangers:
-        raise DataError(
-            f"{scored} was scored by {', '.join(sorted(strangers))}, but the config's teacher is "
-            f"{teacher.teacher_id}"
-        )
-    has = config.teacher.context is not None
+    for item in items:
+        expected = teacher_id_for(teacher, item.rollout)
+        if item.score.teacher_id != expected:
+            found = f"{item.score.teacher_id} ({item.rollout.rollout_id})"
+            raise DataError(
+                f"{scored} was scored by {found}, but the config's teacher is {expected}"
+            )
+    has = has_context(config)
     rollouts = [item.rollout for item in items]
     own = in_own_context(rollouts, scored, lambda: build_training_stream(config, text), has=has)
-    for rollout, expected in zip(rollouts, own, strict=True):
-        if not reads_alike(rollout, expected):
+    for rollout, told in zip(rollouts, own, strict=True):
+        if not reads_alike(rollout, told):
             raise DataError(
                 f"{scored}: the teacher of rollout {rollout.rollout_id} read another context than "
                 "scoring.context renders; score the rollouts again with this config"

@@ -107,23 +107,36 @@ class Check:
     """Whether a run tells its warnings as notes."""
     reads_prompts: bool = False
     """Whether it reads all prompts, which takes a while for millions."""
+    per_teacher: bool = False
+    """Whether it looks at the one teacher of a config: with several it is made for each alone."""
     remedy: str = "see docs/start/troubleshooting.md"
     """The advice where an error has none."""
 
+    def each(self, config: RunConfig) -> list[tuple[str, RunConfig]]:
+        """List what the check is made for: its name in the table, and the config it looks at."""
+        if not self.per_teacher or len(config.teachers) < 2:
+            return [(self.name, config)]
+        return [
+            (f"{self.name} ({teacher.name})", config.with_teacher(teacher))
+            for teacher in config.teachers
+        ]
 
-def ask(check: Check, config: RunConfig, before: dict[str, Status]) -> Finding:
+
+def ask(check: Check, config: RunConfig, before: dict[str, Status], name: str = "") -> Finding:
     """Make a check, unless one that it needs did not succeed.
 
     Args:
         before: statuses of the checks made so far, by name.
+        name: in the table; empty: the check's.
     """
-    lacking = [name for name in check.needs if before.get(name) is Status.FAIL]
+    name = name or check.name
+    lacking = [needed for needed in check.needs if before.get(needed) is Status.FAIL]
     if lacking:
-        return Finding(name=check.name, verdict=skipped(f"needs: {', '.join(lacking)}"))
+        return Finding(name=name, verdict=skipped(f"needs: {', '.join(lacking)}"))
     began = time.monotonic()
     try:
         verdict = check.find(config)
     except DistillError as error:
         verdict = refusal(error)
         verdict = verdict if verdict.change else replace(verdict, change=check.remedy)
-    return Finding(name=check.name, verdict=verdict, seconds=time.monotonic() - began)
+    return Finding(name=name, verdict=verdict, seconds=time.monotonic() - began)

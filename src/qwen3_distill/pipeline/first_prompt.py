@@ -1,5 +1,6 @@
 """Renders a config's first prompt, and notes what its chat template does that may surprise."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -37,10 +38,11 @@ def first_prompt(config: RunConfig, text: TextTools) -> PromptView:
             context_length=identity.context_length,
             max_new_tokens=config.sampling.max_new_tokens,
             template_arguments=arguments,
-            context=build_context(config.student, config.scoring),
+            context=build_context(config.student, config.only_teacher),
         )
 
-    told = None if config.scoring is None else config.scoring.context
+    teacher = config.only_teacher
+    told = None if teacher is None else teacher.context
     try:
         first = build_source(config.prompts.model_copy(update={"limit": 1}), told)
         (prompt,) = stream(first).take(0, 1)
@@ -65,12 +67,18 @@ def template_notes(config: RunConfig, text: TextTools) -> list[str]:
     return [*_ineffective_arguments(config, text), *unended_turns(config)]
 
 
-def prompt_record(view: PromptView) -> dict[str, Any]:
-    """Return the content of ``prompt.json``."""
+def prompt_record(view: PromptView, special_tokens: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return the content of ``prompt.json``.
+
+    Args:
+        special_tokens: the student's special tokens, each with the teacher's; None: they are the
+            same.
+    """
+    mapped = [["special token, and the teacher's", line] for line in special_tokens or ()]
     return {
         "prompt_id": view.prompt_id,
         "pieces": [list(piece) for piece in view.pieces],
-        "facts": [list(fact) for fact in view.facts()],
+        "facts": [*([*fact] for fact in view.facts()), *mapped],
         "num_tokens": view.num_tokens,
         "thinking": view.thinking,
         "end_of_turn": None if view.end_of_turn is None else asdict(view.end_of_turn),
@@ -97,8 +105,7 @@ def _ineffective_arguments(config: RunConfig, text: TextTools) -> list[str]:
 def unended_turns(config: RunConfig) -> list[str]:
     """Note the models whose template ends a turn with a token that ends no rollout."""
     models = {"student": config.student.model}
-    if config.scoring is not None:
-        models["teacher"] = config.scoring.model
+    models |= {teacher.role: teacher.section.model for teacher in config.teachers}
     found: dict[tuple[NamedToken | None, frozenset[int], str], list[str]] = {}
     for who, model in models.items():
         tokenizer = load_tokenizer(model, weights=False)

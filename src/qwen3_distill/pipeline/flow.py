@@ -39,6 +39,7 @@ from qwen3_distill.pipeline.requests import is_full_length, request_number, with
 from qwen3_distill.pipeline.step import (
     context_metrics,
     needs_rollouts,
+    none_aligned,
     sampler_of,
     traced_push,
     training_rollouts,
@@ -53,6 +54,7 @@ from qwen3_distill.types import (
     RolloutRequest,
     RunCursor,
     ScoreFailure,
+    UnalignedRollout,
     Update,
 )
 from qwen3_distill.utils.concurrency import TaskScope, within
@@ -189,7 +191,9 @@ class RolloutFlow:
                 what = f"the teacher's scores of {len(taken)} rollouts"
                 results = await self.within_stall_timeout(scores, what)
             for (number, rollout), result in zip(taken, results, strict=True):
-                if isinstance(result, ScoreFailure):
+                if isinstance(result, UnalignedRollout):
+                    self._drop(number, rollout, "unaligned", result.reason)
+                elif isinstance(result, ScoreFailure):
                     self._drop(number, rollout, "no score", result.reason)
                 else:
                     self._ready.append(Ready(number, result))
@@ -204,6 +208,8 @@ class RolloutFlow:
         teacher = self._parts.scorer
         if teacher is None:
             return
+        if self._drops.count("unaligned") >= self._config.rollouts_per_step:
+            raise EngineError(none_aligned(self._drops.count("unaligned"), reason))
         allowed = teacher.max_dropped_fraction * self._config.rollouts_per_step
         failed = self._drops.count("no score")
         if failed > allowed:

@@ -9,6 +9,7 @@ from typing import Any
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.moved import PATH_SETTINGS
 from qwen3_distill.config.redaction import recordable
+from qwen3_distill.config.several import teacher_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,10 @@ def config_digest(config: RunConfig, may_change: tuple[str, ...]) -> str:
     values = recordable(config.model_dump(mode="json", exclude_defaults=True))
     for key in (*may_change, *PATH_SETTINGS, "output_dir", "steps"):
         _remove(values, key.split("."))
+        section, _, name = key.partition(".")
+        if section == "scoring":
+            for _, teacher in teacher_values(values):
+                teacher.pop(name, None)
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

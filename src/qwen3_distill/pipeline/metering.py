@@ -4,12 +4,14 @@ The loops and the evaluator call the engines as before; what they sample, score,
 is added to the ledger when the call returns it.
 """
 
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, cast
 
 from qwen3_distill.config import ObjectiveConfig, TuningConfig
+from qwen3_distill.data.tags import tag_of
 from qwen3_distill.modeling.flops import (
     TrainedTokens,
     causal_pairs,
@@ -44,13 +46,21 @@ class CostModel:
 
     student: ModelShape | None
     """None where its shape cannot be read: its FLOPs are then not counted."""
-    teacher: ModelShape | None
+    teachers: Mapping[str | None, tuple[ModelShape, ...] | None]
+    """By tag, the teacher's shape, of an ensemble every member's; under None where there are no
+    tags. None where one cannot be read."""
     tuning: TuningConfig
     objective: ObjectiveConfig
     published_bytes: int
     """Bytes of a weight version, as it is published."""
     unknown: Mapping[str, str]
     """By model without a shape: why."""
+
+    @property
+    def teacher(self) -> ModelShape | None:
+        """The one teacher's shape; None with several."""
+        shapes = self.teachers.get(None)
+        return shapes[0] if shapes is not None and len(shapes) == 1 else None
 
 
 class Meter:
@@ -68,7 +78,9 @@ class Meter:
             prefills: whether its prompt was computed for it, not for an earlier sample.
         """
         prompt, response = int(rollout.prompt.token_ids.size), rollout.num_tokens
-        shape = self._model.student if who == "student" else self._model.teacher
+        tag = tag_of(rollout.prompt) if None not in self._model.teachers else None
+        shapes = self._model.teachers.get(tag) or ()
+        shape = self._model.student if who == "student" else next(iter(shapes), None)
         amounts = {f"tokens/sampled_{who}": rollout.num_loss_tokens}
         if prefills:
             amounts[f"tokens/prompt_{who}"] = prompt
@@ -76,6 +88,8 @@ class Meter:
             amounts[f"flops/sample_{who}"] = sampling_flops(
                 shape, prompt=prompt, response=response, prefills=prefills
             )
+        if tag is not None and not evaluates:
+            amounts[f"by_tag/{tag}_sampled_tokens"] = rollout.num_loss_tokens
         self.ledger.add(
             amounts, evaluates=evaluates, rollout_id="" if evaluates else rollout.rollout_id
         )
@@ -91,15 +105,22 @@ class Meter:
             self.ledger.add(self._scored(job, result), rollout_id=job.rollout_id)
         cached, stored = self._new(counters, CACHED_TOKENS), self._new(counters, STORED_TOKENS)
         saved: dict[str, float] = {"tokens/score_cached": cached, "tokens/score_stored": stored}
-        shape = self._model.teacher
-        if shape is not None and cached + stored:
-            tokens = sum(int(job.token_ids.size) for job in jobs)
-            whole = sum(self._score_flops(shape, job) for job in jobs)
-            saved["flops/score"] = -(
-                forward_flops(shape, tokens=cached, pairs=0, head_tokens=0)
-                + whole * stored // max(tokens, stored)
-            )
+        if cached + stored:
+            saved["flops/score"] = -self._saved_flops(jobs, cached, stored)
         self.ledger.add({key: value for key, value in saved.items() if value})
+
+    def _saved_flops(self, jobs: Sequence[ScoringJob], cached: int, stored: int) -> int:
+        """Estimate what was not computed; with several teachers in proportion to their jobs."""
+        tokens = sum(int(job.token_ids.size) for job in jobs)
+        saved = sum(self._score_flops(job) for job in jobs) * stored // max(tokens, stored)
+        by_tag = Counter[str | None]()
+        for job in jobs:
+            by_tag[job.tag] += int(job.token_ids.size)
+        for tag, its_tokens in by_tag.items():
+            for shape in self._model.teachers.get(tag) or ():
+                part = cached * its_tokens // max(tokens, 1)
+                saved += forward_flops(shape, tokens=part, pairs=0, head_tokens=0)
+        return saved
 
     def trained(self, update: Update) -> None:
         """Add an optimizer step, by the learner's own counts of it."""
@@ -139,8 +160,10 @@ class Meter:
     def _scored(self, job: ScoringJob, result: ScoreResult) -> dict[str, int]:
         tokens = int(job.token_ids.size)
         amounts = {"tokens/scored": tokens, "tokens/scored_response": job.num_scored}
-        if self._model.teacher is not None:
-            amounts["flops/score"] = self._score_flops(self._model.teacher, job)
+        if self._model.teachers.get(job.tag):
+            amounts["flops/score"] = self._score_flops(job)
+        if job.tag is not None:
+            amounts[f"by_tag/{job.tag}_scored_tokens"] = tokens
         if isinstance(result, ScoreFailure):
             return amounts
         amounts["bytes/scores"] = result.logprobs.nbytes
@@ -150,11 +173,14 @@ class Meter:
             amounts["bytes/hidden_states"] = result.hidden.nbytes
         return amounts
 
-    @staticmethod
-    def _score_flops(shape: ModelShape, job: ScoringJob) -> int:
+    def _score_flops(self, job: ScoringJob) -> int:
+        """Count the pass of the job's teacher over it, of an ensemble every member's."""
         tokens = int(job.token_ids.size)
-        return forward_flops(
-            shape, tokens=tokens, pairs=causal_pairs(tokens), head_tokens=job.num_scored
+        return sum(
+            forward_flops(
+                shape, tokens=tokens, pairs=causal_pairs(tokens), head_tokens=job.num_scored
+            )
+            for shape in self._model.teachers.get(job.tag) or ()
         )
 
     def _new(self, counters: Mapping[str, float], key: str) -> int:

@@ -41,7 +41,7 @@ def identity_of(model: str) -> ModelIdentity:
     return _read_identity(model, stats)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)
 def _read_identity(model: str, stats: tuple[tuple[str, int, int], ...]) -> ModelIdentity:
     return load_identity(model, weights=False)
 
@@ -65,7 +65,7 @@ def check_teacher_files(config: RunConfig) -> Verdict:
     """
     if config.scoring is None:
         return skipped(NO_TEACHER)
-    model = config.scoring.model
+    model = config.teacher.model
     directory = check_model_dir(model, weights=_are_there(model))
     identity_of(model)
     if _are_there(model):
@@ -97,7 +97,7 @@ def check_cache(config: RunConfig) -> Verdict:
     Raises:
         RunFolderError: it holds files of something else.
     """
-    cache = None if config.scoring is None else config.scoring.cache_folder
+    cache = None if config.scoring is None else config.teacher.cache_folder
     if cache is None:
         return skipped("scores are not cached")
     check_cache_folder(cache)
@@ -121,7 +121,7 @@ def check_model_disk(config: RunConfig) -> Verdict:
         RunFolderError: it does not.
     """
     models = [config.student.model]
-    models += [] if config.scoring is None else [config.scoring.model]
+    models += [teacher.section.model for teacher in config.teachers]
     missing = [model for model in dict.fromkeys(models) if not _are_there(model)]
     if not missing:
         return skipped("nothing is to be downloaded")
@@ -137,7 +137,9 @@ def check_equal(name: str, config: RunConfig) -> Verdict:
     """
     if config.scoring is None:
         return skipped(NO_TEACHER)
-    student, teacher = identity_of(config.student.model), identity_of(config.scoring.model)
+    if config.teacher.has_own_tokenizer:
+        return skipped("scoring.tokenizer=own: it need not be the same")
+    student, teacher = identity_of(config.student.model), identity_of(config.teacher.model)
     found = differences(student, teacher)
     if name in found:
         what, _, remedy = found[name].partition("; ")
@@ -196,11 +198,12 @@ FILE_CHECKS = (
     Check(
         name="teacher files",
         find=check_teacher_files,
+        per_teacher=True,
         refuses_run=True,
         remedy="download the model again, or correct scoring.model",
     ),
     Check(name="run folder", find=check_folder, refuses_run=True),
-    Check(name="score cache", find=check_cache, refuses_run=True),
+    Check(name="score cache", find=check_cache, per_teacher=True, refuses_run=True),
 )
 DISK_CHECKS = (
     Check(
@@ -213,7 +216,7 @@ DISK_CHECKS = (
 )
 PAIR_CHECKS = (
     *(
-        Check(name=name, find=partial(check_equal, field), needs=_BOTH)
+        Check(name=name, find=partial(check_equal, field), per_teacher=True, needs=_BOTH)
         for name, field in {
             "tokenizer": "tokenizer_digest",
             "vocabulary": "vocab_size",

@@ -35,7 +35,7 @@ class LocalConfig:
     config: RunConfig
     """Models are directories. Datasets of the hub know their commit."""
     sources: Mapping[str, ModelSource]
-    """By role: ``student``, ``teacher``."""
+    """By role: ``student``, ``teacher``; with several teachers ``teacher.math``."""
     datasets: Mapping[str, HubCommit]
     """By setting: ``prompts``, ``evaluation.prompts``; without local ones."""
 
@@ -51,15 +51,19 @@ class LocalConfig:
         Raises:
             ModelError: see `qwen3_distill.modeling.hub.fetch_weights`.
         """
-        for role in roles:
-            if role in self.sources:
-                fetch_weights(self.sources[role], say)
+        for role, source in self.sources.items():
+            if _belongs(role, roles):
+                fetch_weights(source, say)
+
+
+def _belongs(role: str, roles: Sequence[str]) -> bool:
+    """Whether a model's role is among those asked for; ``teacher`` asks for every teacher."""
+    return role in roles or role.partition(".")[0] in roles
 
 
 def asks_hub(config: RunConfig) -> bool:
     """Whether `localize` may have to ask the hub for something of a config."""
-    teacher = () if config.scoring is None else (config.scoring.model,)
-    models = (config.student.model, *teacher)
+    models = (config.student.model, *(teacher.section.model for teacher in config.teachers))
     sources = [config.prompts, config.evaluation.prompts if config.evaluation else None]
     return any(isinstance(source, HuggingFacePrompts) for source in sources) or any(
         parse_id(model) is not None and not Path(model).exists() for model in models
@@ -102,15 +106,7 @@ def localize(
         DataError: the same of a dataset.
     """
     earlier = {name: HubCommit(**record) for name, record in (recorded or {}).items()}
-    names = {"student": config.student.model}
-    if config.scoring is not None:
-        names["teacher"] = config.scoring.model
-    settings = {"student": "student.model", "teacher": "scoring.model"}
-    sources = {
-        role: locate_model(name, settings[role], recorded=earlier.get(role), say=say, warn=warn)
-        for role, name in names.items()
-        if role in roles
-    }
+    sources = _located(config, roles, earlier, say, warn)
     found_datasets: dict[str, HubCommit] = {}
 
     def pinned(prompts: PromptsConfig, setting: str) -> PromptsConfig:
@@ -129,16 +125,40 @@ def localize(
         return prompts.at_commit(found.commit)
 
     changes: dict[str, Any] = {"prompts": pinned(config.prompts, "prompts")}
-    for role, section in {"student": "student", "teacher": "scoring"}.items():
-        if role in sources:
-            update = {"model": sources[role].directory}
-            changes[section] = getattr(config, section).model_copy(update=update)
+    if "student" in sources:
+        update = {"model": sources["student"].directory}
+        changes["student"] = config.student.model_copy(update=update)
+    sections = {
+        teacher.name: teacher.section.model_copy(update={"model": sources[teacher.role].directory})
+        for teacher in config.teachers
+        if teacher.role in sources
+    }
     if (evaluation := config.evaluation) is not None:
         prompts = pinned(evaluation.prompts, "evaluation.prompts")
         changes["evaluation"] = evaluation.model_copy(update={"prompts": prompts})
     return LocalConfig(
-        config=config.model_copy(update=changes), sources=sources, datasets=found_datasets
+        config=config.with_sections(sections).model_copy(update=changes),
+        sources=sources,
+        datasets=found_datasets,
     )
+
+
+def _located(
+    config: RunConfig,
+    roles: Sequence[str],
+    earlier: Mapping[str, HubCommit],
+    say: Say,
+    warn: Say,
+) -> dict[str, ModelSource]:
+    """Find the models of some roles; return their sources by role."""
+    named = {"student": ("student.model", config.student.model)}
+    for teacher in config.teachers:
+        named[teacher.role] = f"{teacher.setting}.model", teacher.section.model
+    return {
+        role: locate_model(name, setting, recorded=earlier.get(role), say=say, warn=warn)
+        for role, (setting, name) in named.items()
+        if _belongs(role, roles)
+    }
 
 
 def localize_again(
@@ -160,8 +180,8 @@ def localize_again(
     """
     recorded = recorded_hub(manifest)
     local = localize(config, recorded=recorded, warn=say, roles=(), datasets=datasets)
-    for role in roles:
-        if role in recorded:
+    for role in ["student", *(teacher.role for teacher in config.teachers)]:
+        if role in recorded and _belongs(role, roles):
             with suppress(ModelError):
                 found = localize(
                     local.config,

@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from itertools import chain, count, groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,10 +40,10 @@ from qwen3_distill.pipeline.assembly.machine import require_machine
 from qwen3_distill.pipeline.assembly.plan import plan_memory
 from qwen3_distill.pipeline.assembly.teachers import (
     build_teacher,
-    build_view,
     require_frozen_teacher,
     with_embedded_teacher_here,
 )
+from qwen3_distill.pipeline.assembly.views import checked_view, has_context, refuse_own_tokenizer
 from qwen3_distill.pipeline.disk_space import check_student_space
 from qwen3_distill.pipeline.file_context import check_scored_by, in_own_context
 from qwen3_distill.pipeline.first_prompt import template_notes
@@ -141,8 +140,7 @@ def generate(config: RunConfig, out: Path, *, first_step: int, num_steps: int, s
             "mixture"
         )
     require_machine(config, ("generation",))
-    local = localize(config, say=say, warn=say)
-    config = local.config
+    config = (local := localize(config, say=say, warn=say)).config
     refuse_inputs_as_output(out, input_paths(config))
     text = TextTools(config.student.model)
     prompts = build_prompts(config, text)
@@ -181,23 +179,23 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
             f"objective.kind={config.objective.kind} needs no scores; train on the rollouts as "
             "they are, or set the objective that the scores are for"
         )
+    refuse_own_tokenizer(config, "the command `score`")
     require_machine(config, ("scoring",))
-    local = localize(config, say=say, warn=say)
-    config = local.config
+    config = (local := localize(config, say=say, warn=say)).config
     refuse_inputs_as_output(out, {**input_paths(config), "--rollouts": rollouts})
     student = load_identity(config.student.model, weights=False)
     rows = read_rollouts(rollouts, vocab_size=student.vocab_size)
     if not rows:
         raise DataError(f"{rollouts} has no rollouts to score")
-    view, text = build_view(config), TextTools(config.student.model)
-    view.check(student, load_identity(config.teacher.model, weights=False))
+    text = TextTools(config.student.model)
     given = in_own_context(
         [rollout for _, rollout in rows],
         rollouts,
         lambda: build_training_stream(config, text),
-        has=config.teacher.context is not None,
+        has=has_context(config),
     )
     rows = [(step, rollout) for (step, _), rollout in zip(rows, given, strict=True)]
+    view = checked_view(config, given)
     local.fetch_weights(say, ("teacher",))
     teacher = build_teacher(config, plan_memory(config))
     decode = text.decode
@@ -209,7 +207,7 @@ def score(config: RunConfig, rollouts: Path, out: Path, *, say: Say) -> str:
             await teacher.start()
             for step, group in _steps(rows):
                 items = await pipeline_step.score(teacher, view, group)
-                scored.extend((step, item) for item in items)
+                scored.extend((step, item) for item in items if isinstance(item, ScoredRollout))
                 say(f"step {step}: {len(items)} of {len(group)} rollouts scored")
         finally:
             await teacher.close()
@@ -237,12 +235,12 @@ def train(config: RunConfig, scored: Path, out: Path, *, say: Say, off_policy: b
             "rollout; set replay=null"
         )
     require_frozen_teacher(config)
+    refuse_own_tokenizer(config, "the command `train`")
     if off_policy:
         require_ratio_off_policy(config)
     _require_empty(out)
     require_machine(config, ("training",))
-    local = localize(config, say=say, warn=say)
-    config = local.config
+    config = (local := localize(config, say=say, warn=say)).config
     needs_scores = config.objective.score_request is not None
     rows, text = _read_rows(config, scored), TextTools(config.student.model)
     local.fetch_weights(say)
@@ -283,7 +281,8 @@ def _read_rows(config: RunConfig, scored: Path) -> list[tuple[int, TrainingRollo
     if config.objective.score_request is None:
         rows = read_training(scored, vocab_size=vocab_size)
     else:
-        hidden_size = read_shape(config.teacher.model).hidden_size
+        one = len(config.teachers) == 1  # only then a head reads hidden states
+        hidden_size = read_shape(config.teacher.model).hidden_size if one else None
         rows = [*read_scored(scored, vocab_size=vocab_size, hidden_size=hidden_size)]
     if not rows:
         raise DataError(f"{scored} has no rollouts to train on")
@@ -457,11 +456,11 @@ def evaluate_directory(
         async with static_engine(config, directory) as engine:
             result = await measure(engine, first)
             say(_accuracy_line(model, result))  # before the file, which may fail to be written
-            record: dict[str, Any] = {"model": model, **asdict(result)}
+            record: dict[str, Any] = {"model": model, **result.record()}
             if second is not None:
                 again = await measure(engine, second)
                 say(_accuracy_line(f"{model}, {temperature_text(second)}", again))
-                record["second"] = {"temperature": second, **asdict(again)}
+                record["second"] = {"temperature": second, **again.record()}
             return record
 
     say(f"evaluating {model} on {len(problems)} problems")

@@ -82,8 +82,8 @@ def refuse_inputs_as_output(out: Path, inputs: Mapping[str, str | Path]) -> None
 def input_paths(config: RunConfig) -> dict[str, str]:
     """Return the config's models and prompt files by setting."""
     found = {"student.model": config.student.model}
-    if config.scoring is not None:
-        found["scoring.model"] = config.scoring.model
+    for teacher in config.teachers:
+        found[f"{teacher.setting}.model"] = teacher.section.model
     if config.rollouts.file is not None:
         found["rollouts.file"] = config.rollouts.file
     sections = {"prompts": config.prompts}

@@ -23,8 +23,8 @@ from qwen3_distill.ports import (
     TeacherScorer,
     WeightChannel,
 )
+from qwen3_distill.scoring.by_tag import TagSampler
 from qwen3_distill.scoring.context import ContextComparison
-from qwen3_distill.scoring.sampling import TeacherSampler
 from qwen3_distill.scoring.views import TeacherView
 from qwen3_distill.types import Batch, Rollout, TrainingRollout
 
@@ -79,7 +79,7 @@ class Parts:
     """Opens a sampler that answers as the teacher, for an evaluation."""
     samples_elsewhere: bool
     """Whether the rollout engine has a process of its own."""
-    teacher_rollouts: TeacherSampler | None = None
+    teacher_rollouts: TagSampler | None = None
     """Samples the teacher's answers to train on; None: the teacher gives none."""
     data: DataRecord = field(default_factory=DataRecord)
     scratch: Path | None = None
@@ -139,7 +139,8 @@ class Parts:
             f"the learner ({config.training.kind})": self.learner.start,
         }
         if self.teacher is not None:
-            teacher = {f"the teacher ({config.teacher.kind})": self.teacher.start}
+            kind = "" if config.scoring is None else f" ({config.scoring.kind})"
+            teacher = {f"the teacher{kind}": self.teacher.start}
             if self.teacher.starts_first:
                 await _start_all(teacher, say)
             else:

@@ -15,6 +15,7 @@ from qwen3_distill.pipeline.assembly.machine_checks import MACHINE_CHECKS
 from qwen3_distill.pipeline.data_checks import DATA_CHECKS, TRAINING_FILE
 from qwen3_distill.pipeline.finding import Check, Finding, Status, ask
 from qwen3_distill.pipeline.model_checks import DISK_CHECKS, FILE_CHECKS, PAIR_CHECKS
+from qwen3_distill.pipeline.tokenizer_checks import TOKENIZER_CHECKS
 
 CHECKS: tuple[Check, ...] = (
     *FILE_CHECKS,
@@ -22,17 +23,21 @@ CHECKS: tuple[Check, ...] = (
     *DISK_CHECKS,
     *MACHINE_CHECKS,
     *PAIR_CHECKS,
+    *TOKENIZER_CHECKS,
 )
 """Every check that starts no engine, in the order in which they are made."""
 
 
 def findings(config: RunConfig, checks: tuple[Check, ...] = CHECKS) -> Iterator[Finding]:
-    """Yield one finding per check, as they are made."""
+    """Yield one finding per check, as they are made; where teachers differ, one for each."""
     statuses: dict[str, Status] = {}
     for check in checks:
-        finding = ask(check, config, statuses)
-        statuses[check.name] = finding.status
-        yield finding
+        found: list[Status] = []
+        for name, asked in check.each(config):
+            finding = ask(check, asked, statuses, name)
+            found.append(finding.status)
+            yield finding
+        statuses[check.name] = Status.FAIL if Status.FAIL in found else found[-1]
 
 
 def check_before_start(config: RunConfig, *, reads_prompts: bool = True) -> list[str]:

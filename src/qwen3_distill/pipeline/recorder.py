@@ -1,7 +1,7 @@
 """Records a run around its steps: metrics, ledger, rollouts, checkpoints, evaluations."""
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -13,6 +13,7 @@ from qwen3_distill.config.redaction import recordable
 from qwen3_distill.data.rollout_files import write_training
 from qwen3_distill.evaluation.evaluator import Evaluator
 from qwen3_distill.pipeline.assembly.data import build_checker, build_problems
+from qwen3_distill.pipeline.by_tag import metrics_by_tag, tags_of
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.metering import Meter, metered_evaluation
 from qwen3_distill.pipeline.parts import Parts
@@ -29,6 +30,7 @@ from qwen3_distill.recording.records import read_evaluations, read_ledger, read_
 from qwen3_distill.recording.trace import Trace
 from qwen3_distill.recording.trackers import open_trackers
 from qwen3_distill.types import (
+    AlignedRollout,
     Batch,
     FinishReason,
     Metric,
@@ -155,7 +157,10 @@ class Recorder:
         values = self._step_values(done, times.metrics())
         values |= self._parts.counters
         values |= self._cost_of_step(cursor)
-        self._ledger.log(cursor.step, {"trained": ledger.trained, "dropped": ledger.dropped})
+        record = {"trained": ledger.trained, "dropped": ledger.dropped}
+        if self._config.tags:
+            record["tags"] = " ".join(tags_of([item.rollout for item in scored]))
+        self._ledger.log(cursor.step, record)
         self._metrics.log(cursor.step, values)
         self._trackers.log(cursor.step, values)
         self._progress.step(cursor.step, values)
@@ -285,10 +290,26 @@ class Recorder:
             ),
             Metric.sum("tokens/trained", update.num_loss_tokens),
         ]
-        metrics += self._metrics_by_sampler(rollouts)
+        aligned = [item for item in done.scored if isinstance(item, AlignedRollout)]
+        if aligned:
+            sampled = sum(item.rollout.num_loss_tokens for item in aligned)
+            unaligned = sampled - sum(item.num_loss_tokens for item in aligned)
+            metrics.append(Metric.sum("tokens/unaligned", unaligned))
+        rewards = self._rewards(rollouts)
+        metrics += self._metrics_by_sampler(rollouts, rewards)
+        metrics += metrics_by_tag(done.scored, rewards) if self._config.tags else []
         return {"wall_s": self.wall_s, **combine(metrics)}
 
-    def _metrics_by_sampler(self, rollouts: Sequence[Rollout]) -> list[Metric]:
+    def _rewards(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """The verifier's rewards of whole rollouts, by id; empty without a verifier."""
+        if self._parts.is_correct is None:
+            return {}
+        whole = [rollout for rollout in rollouts if rollout.is_whole]
+        return {rollout.rollout_id: float(self._parts.is_correct(rollout)) for rollout in whole}
+
+    def _metrics_by_sampler(
+        self, rollouts: Sequence[Rollout], rewards: Mapping[str, float]
+    ) -> list[Metric]:
         """The verifier's accuracy, and where a teacher sampled its share and both accuracies."""
         by_teacher = [rollout.sampled_by == "teacher" for rollout in rollouts]
         metrics = []
@@ -298,15 +319,11 @@ class Recorder:
         if self._parts.is_correct is None:
             return metrics
         whole = [rollout for rollout in rollouts if rollout.is_whole]
-        rewards = [float(self._parts.is_correct(rollout)) for rollout in whole]
-        metrics.append(Metric.mean("rollout/accuracy", sum(rewards), len(whole)))
+        total = sum(rewards[rollout.rollout_id] for rollout in whole)
+        metrics.append(Metric.mean("rollout/accuracy", total, len(whole)))
         if has_teacher:
             for name in ("student", "teacher"):
-                own = [
-                    reward
-                    for reward, rollout in zip(rewards, whole, strict=True)
-                    if rollout.sampled_by == name
-                ]
+                own = [rewards[r.rollout_id] for r in whole if r.sampled_by == name]
                 if own:
                     metrics.append(Metric.mean(f"rollout/accuracy_{name}", sum(own), len(own)))
         return metrics

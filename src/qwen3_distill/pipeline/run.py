@@ -18,7 +18,8 @@ from qwen3_distill.pipeline.assembly.cost import build_cost_model
 from qwen3_distill.pipeline.assembly.engines import build_parts, engine_interpreters
 from qwen3_distill.pipeline.assembly.machine import require_machine
 from qwen3_distill.pipeline.assembly.plan import engine_log
-from qwen3_distill.pipeline.assembly.teachers import build_view
+from qwen3_distill.pipeline.assembly.teachers import teacher_records
+from qwen3_distill.pipeline.assembly.views import build_view, special_token_lines
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.collected import run_offline
 from qwen3_distill.pipeline.first_prompt import first_prompt, prompt_record, template_notes
@@ -115,11 +116,11 @@ async def _run(
     refuse_inputs_as_student(config)
     for note in check_before_start(config, reads_prompts=False):  # `build_parts` reads them
         warn(note)
-    if config.scoring is not None:
-        progress.stage("checking that student and teacher match")
+    for teacher in config.teachers:
+        progress.stage(f"checking that student and {teacher.role} match")
         build_view(config).check(
             load_identity(config.student.model, weights=False),
-            load_identity(config.scoring.model, weights=False),
+            load_identity(teacher.section.model, weights=False),
         )
     text = TextTools(config.student.model)
     prompt = first_prompt(config, text)
@@ -139,7 +140,7 @@ async def _run(
         for note in parts.data.notes:
             warn(note)
         await parts.start(progress.stage)
-        write_json_atomic(folder.prompt, prompt_record(prompt))
+        write_json_atomic(folder.prompt, prompt_record(prompt, special_token_lines(config)))
         cost_model = build_cost_model(config)
         cost = CostLedger(folder.cost, config.cost, began=began, unknown=cost_model.unknown)
         meter = Meter(cost_model, cost)
@@ -241,11 +242,11 @@ def _inputs(parts: Parts) -> dict[str, dict[str, Any]]:
     weights = directory_digest(parts.config.student.model)
     student = {**identity_record(parts.learner.identity), "weights_digest": weights}
     inputs = {"student": student, "data": data_digests(parts.config)}
-    teacher = parts.teacher
-    if teacher is not None:
-        following = parts.following
-        begins_as = teacher.teacher_id if following is None else following.initial_teacher_id
-        inputs["teacher"] = {"id": begins_as, **identity_record(teacher.identity)}
+    if parts.teacher is not None:
+        records = teacher_records(parts.teacher)
+        if parts.following is not None:
+            records["teacher"]["id"] = parts.following.initial_teacher_id
+        inputs |= records
     return inputs
 
 

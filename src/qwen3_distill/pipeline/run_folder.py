@@ -16,6 +16,7 @@ from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import check_config, config_differences, dump_config
 from qwen3_distill.config.moved import PATH_SETTINGS, run_directory
 from qwen3_distill.config.redaction import recordable
+from qwen3_distill.config.several import as_of_one_teacher
 from qwen3_distill.errors import ConfigError, RunFolderError
 from qwen3_distill.pipeline.identity import RunIdentity, config_digest
 from qwen3_distill.pipeline.own_folder import refuse_inputs_as_student, require_own_folder
@@ -41,6 +42,7 @@ MAY_CHANGE = (
     *("generation.max_batched_tokens", "generation.kv_cache_gib"),
     *("scoring.batch_tokens", "scoring.chunk_tokens", "scoring.chunked_prefill_tokens"),
     *("scoring.memory_fraction", "scoring.max_total_tokens"),
+    *("scoring.max_model_tokens", "scoring.max_sequences"),
     *("training.micro_batch_tokens", "training.chunk_tokens", "training.memory_gib"),
     "training.gradient_checkpointing",
     # Where the teacher is reached, how often and for how long; what answers there is checked.
@@ -215,7 +217,8 @@ class RunFolder:
     def read_inputs(self) -> dict[str, dict[str, Any]]:
         """Read the manifest's records of student, teacher and data; empty without a manifest."""
         content = self._read_manifest()
-        records = {role: content.get(role) for role in ("student", "teacher", "data")}
+        roles = ("student", "teacher", "teachers", "data")
+        records = {role: content.get(role) for role in roles}
         return {role: record for role, record in records.items() if isinstance(record, dict)}
 
     @property
@@ -315,7 +318,8 @@ class RunFolder:
         """Whether a path setting names the same file as before, from another working directory."""
         before, now = _setting(old, key), _setting(self._values, key)
         directory = run_directory(self.config)
-        if key not in PATH_SETTINGS or directory is None or not isinstance(before, str):
+        is_path = as_of_one_teacher(key) in PATH_SETTINGS
+        if not is_path or directory is None or not isinstance(before, str):
             return False
         return isinstance(now, str) and os.path.realpath(now) == os.path.realpath(
             directory / before
@@ -368,11 +372,15 @@ class RunFolder:
     def _may_change(self, key: str) -> bool:
         if key == "steps":
             return self.extended_from is not None
-        return any(key == place or key.startswith(f"{place}.") for place in MAY_CHANGE)
+        plain = as_of_one_teacher(key)
+        return any(plain == place or plain.startswith(f"{place}.") for place in MAY_CHANGE)
 
 
 def _setting(values: dict[str, Any], key: str) -> Any:
     node: Any = values
     for name in key.split("."):
-        node = node.get(name) if isinstance(node, dict) else None
+        if isinstance(node, list) and name.isdigit() and int(name) < len(node):
+            node = node[int(name)]
+        else:
+            node = node.get(name) if isinstance(node, dict) else None
     return node

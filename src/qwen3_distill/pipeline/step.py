@@ -9,14 +9,18 @@ from qwen3_distill.pipeline.recorder import Recorder
 from qwen3_distill.pipeline.requests import in_request_order, is_teachers
 from qwen3_distill.ports import Sampler, TeacherScorer
 from qwen3_distill.recording.trace import WEIGHTS, Trace
+from qwen3_distill.scoring.by_tag import teacher_id_for
 from qwen3_distill.scoring.views import TeacherView
 from qwen3_distill.types import (
+    AlignedRollout,
     Metric,
     Rollout,
     RolloutRequest,
     ScoredRollout,
     ScoreFailure,
+    ScoringJob,
     TrainingRollout,
+    UnalignedRollout,
     Update,
 )
 from qwen3_distill.utils.concurrency import together
@@ -130,30 +134,58 @@ async def ready_to_train(parts: Parts, rollouts: Sequence[Rollout]) -> list[Trai
 
 async def score_each(
     teacher: TeacherScorer, view: TeacherView, rollouts: Sequence[Rollout]
-) -> list[ScoredRollout | ScoreFailure]:
+) -> list[ScoredRollout | AlignedRollout | ScoreFailure]:
     """Score rollouts; return each one scored, or why it is not, in the order given."""
-    results = await teacher.score([view.job(rollout) for rollout in rollouts])
+    asked = [view.job(rollout) for rollout in rollouts]
+    jobs = [job for job in asked if isinstance(job, ScoringJob)]
+    answers = iter(await teacher.score(jobs) if jobs else [])
+    results = [next(answers) if isinstance(job, ScoringJob) else job for job in asked]
     return [view.scored(rollout, result) for rollout, result in zip(rollouts, results, strict=True)]
 
 
 async def score(
     teacher: TeacherScorer, view: TeacherView, rollouts: Sequence[Rollout]
-) -> list[ScoredRollout]:
+) -> list[ScoredRollout | AlignedRollout]:
     """Score rollouts; leave out those without a score.
 
     Raises:
-        EngineError: more than the teacher's ``max_dropped_fraction`` of them have none.
+        EngineError: more than the teacher's ``max_dropped_fraction`` of them have none, or none of
+            them can be aligned with the teacher's tokens.
     """
     results = await score_each(teacher, view, rollouts)
-    dropped = [result for result in results if isinstance(result, ScoreFailure)]
-    if len(dropped) > teacher.max_dropped_fraction * len(rollouts):
-        raise EngineError(
-            f"{len(dropped)} of {len(rollouts)} rollouts got no score from {teacher.teacher_id}, "
-            f"more than the {teacher.max_dropped_fraction:.0%} that may be dropped "
-            f"(scoring.max_dropped_fraction); the first: {dropped[0].rollout_id}: "
-            f"{dropped[0].reason}"
-        )
+    unaligned = [result for result in results if isinstance(result, UnalignedRollout)]
+    if unaligned and len(unaligned) == len(rollouts):
+        raise EngineError(none_aligned(len(rollouts), unaligned[0].reason))
+    failed = [result for result in results if isinstance(result, ScoreFailure)]
+    failures = [result for result in failed if not isinstance(result, UnalignedRollout)]
+    # Each of several teachers by itself: else all rollouts of one could be dropped.
+    for rollout_ids in _by_teacher(teacher, rollouts):
+        dropped = [failure for failure in failures if failure.rollout_id in rollout_ids]
+        if len(dropped) > teacher.max_dropped_fraction * len(rollout_ids):
+            raise EngineError(
+                f"{len(dropped)} of {len(rollout_ids)} rollouts got no score from "
+                f"{teacher.teacher_id}, more than the {teacher.max_dropped_fraction:.0%} that may "
+                f"be dropped (scoring.max_dropped_fraction); the first: {dropped[0].rollout_id}: "
+                f"{dropped[0].reason}"
+            )
     return [result for result in results if not isinstance(result, ScoreFailure)]
+
+
+def none_aligned(num_rollouts: int, reason: str) -> str:
+    """Describe a step of which no rollout could be aligned with the teacher's tokens."""
+    return (
+        f"none of {num_rollouts} rollouts can be aligned with the teacher's tokens, so there is "
+        f"nothing to train on; the first: {reason}. See the mapping of special tokens that "
+        "`qwen3-distill config check` lists, and scoring.special_tokens"
+    )
+
+
+def _by_teacher(teacher: TeacherScorer, rollouts: Sequence[Rollout]) -> list[list[str]]:
+    """Group the rollouts' ids by the teacher that must score them."""
+    groups: dict[str, list[str]] = {}
+    for rollout in rollouts:
+        groups.setdefault(teacher_id_for(teacher, rollout), []).append(rollout.rollout_id)
+    return list(groups.values())
 
 
 def needs_rollouts(replay: ReplayConfig | None, step: int) -> bool:

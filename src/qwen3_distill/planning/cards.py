@@ -35,10 +35,10 @@ def plan_cards(
     Raises:
         ConfigError: an engine does not fit its card, or its cards do not divide its heads.
     """
-    scoring = config.loaded_teacher
-    if scoring is not None and config.cluster is not None and config.cluster.teachers is not None:
-        shape = teacher_shape or read_shape(scoring.model)
-        _check_heads("cluster.teachers", config.cluster.teachers, shape)
+    fleet = None if config.cluster is None else config.cluster.teachers
+    if fleet is not None and config.loaded_teacher is not None:
+        shape = teacher_shape or read_shape(config.loaded_teacher.model)
+        _check_heads("cluster.teachers", fleet, shape)
     found = []
     for what, engines in _kinds(config):
         try:

@@ -9,10 +9,11 @@ estimates; a comment says which figures were measured (Qwen3-4B shape, one H200,
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
-from qwen3_distill.config import RunConfig, candidates_per_token
+from qwen3_distill.config import NamedTeacher, RunConfig, candidates_per_token
 from qwen3_distill.modeling.shapes import ModelShape
 from qwen3_distill.modeling.step_memory import GIB, Checkpointing, MemoryModel, usable_bytes
 from qwen3_distill.planning.device import DeviceMemory
@@ -36,6 +37,7 @@ _VLLM_BATCHED_TOKENS = 8192
 """Tokens that vLLM schedules per step, its default on large GPUs."""
 _DECODE_GRAPH_BYTES = 1.0 * GIB
 _CACHE_BLOCK_TOKENS = 16
+_VLLM_CPU_BLOCK_TOKENS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +49,28 @@ class PlanRow:
     num_bytes: int
     how: str
     """How the size follows from the config, for people."""
+    name: str = ""
+    """Which of several teachers."""
+
+    @property
+    def label(self) -> str:
+        """The engine, for people: ``teacher math``."""
+        return f"{self.engine} {self.name}".rstrip()
+
+    @property
+    def of(self) -> tuple[Engine, str]:
+        return self.engine, self.name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """The shapes of both models, and the engines that share the device."""
+    """The shapes of all models, and the engines that share the device."""
 
     student: ModelShape
     teacher: ModelShape | None
-    """None: training loads no teacher."""
+    """The one teacher's; None: training loads none."""
+    teachers: Mapping[str, ModelShape] = field(default_factory=dict)
+    """By `NamedTeacher.name`, where there are several."""
     engines: frozenset[Engine] = frozenset(ENGINES)
 
 
@@ -102,8 +117,7 @@ def student_cache_bytes(config: RunConfig, models: Models) -> int:
     if generation.kind == "vllm":
         # vLLM refuses a cache that cannot hold one sequence of the longest length.
         longest = generation.max_model_tokens or shape.context_length
-        block = max(_CACHE_BLOCK_TOKENS, 128)  # the CPU build's
-        tokens = max(tokens, longest + 2 * block)
+        tokens = max(tokens, longest + 2 * _VLLM_CPU_BLOCK_TOKENS)
     return tokens * per_token
 
 
@@ -148,6 +162,30 @@ def _student_working_row(config: RunConfig, models: Models) -> PlanRow:
 # --- Teacher ------------------------------------------------------------------------------------
 
 
+def each_teacher(config: RunConfig, models: Models) -> list[tuple[NamedTeacher, RunConfig, Models]]:
+    """List the loaded teachers in the order in which they start.
+
+    Returns:
+        Each with the config and the models of a run that has it alone.
+    """
+    return [
+        (
+            teacher,
+            config.with_teacher(teacher),
+            replace(models, teacher=models.teachers.get(teacher.name, models.teacher)),
+        )
+        for teacher in sorted(config.loaded_teachers, key=_start_rank)
+    ]
+
+
+def _start_rank(teacher: NamedTeacher) -> int:
+    """Embedded teachers of this process load when they are built, SGLang starts before others."""
+    section = teacher.section
+    if section.kind == "embedded" and not section.own_process:
+        return 0
+    return 1 if section.kind == "sglang" else 2
+
+
 def teacher_cache_tokens(config: RunConfig, models: Models) -> int:
     """Tokens of the scoring server's key-value cache."""
     scoring = config.teacher
@@ -158,7 +196,23 @@ def teacher_cache_tokens(config: RunConfig, models: Models) -> int:
     # Sequences leave the cache as soon as they are scored: two requests keep the server busy, and
     # one chunk is being computed. The longest sequence must fit in any case.
     tokens = min(scoring.max_in_flight, 2) * scoring.request_tokens + scoring.chunked_prefill_tokens
-    return max(tokens, 2 * longest_sequence_tokens(config, models))
+    tokens = max(tokens, 2 * longest_sequence_tokens(config, models))
+    if scoring.kind == "vllm" and not scoring.urls:
+        tokens = max(tokens, vllm_teacher_tokens(config, models) + 2 * _VLLM_CPU_BLOCK_TOKENS)
+    return tokens
+
+
+def vllm_teacher_tokens(config: RunConfig, models: Models) -> int:
+    """Tokens of the longest sequence that vLLM's server must be able to score."""
+    scoring, shape = config.teacher, _teacher_shape(models)
+    stated = scoring.max_model_tokens if scoring.kind == "vllm" else None
+    return min(stated or shape.context_length, shape.context_length) + 1
+
+
+def teacher_cache_bytes(config: RunConfig, models: Models) -> int:
+    """Bytes of the scoring server's key-value cache."""
+    per_token = _teacher_shape(models).kv_bytes_per_token(_ITEMSIZE[config.teacher.dtype])
+    return teacher_cache_tokens(config, models) * per_token
 
 
 def teacher_weight_bytes(config: RunConfig, models: Models) -> int:
@@ -180,9 +234,7 @@ def teacher_static_bytes(config: RunConfig, models: Models, free_bytes: int) -> 
     scoring = config.teacher
     if scoring.kind == "sglang" and scoring.memory_fraction is not None:
         return int(scoring.memory_fraction * free_bytes)
-    per_token = _teacher_shape(models).kv_bytes_per_token(_ITEMSIZE[scoring.dtype])
-    weights = teacher_weight_bytes(config, models)
-    return weights + teacher_cache_tokens(config, models) * per_token
+    return teacher_weight_bytes(config, models) + teacher_cache_bytes(config, models)
 
 
 def teacher_rows(config: RunConfig, models: Models, device: DeviceMemory) -> list[PlanRow]:
@@ -200,9 +252,9 @@ def teacher_rows(config: RunConfig, models: Models, device: DeviceMemory) -> lis
     if scoring.urls:
         return []
     tokens = teacher_cache_tokens(config, models)
-    cache = tokens * shape.kv_bytes_per_token(itemsize)
+    cache = teacher_cache_bytes(config, models)
     how = f"{tokens} tokens"
-    if scoring.memory_fraction is not None:
+    if scoring.kind == "sglang" and scoring.memory_fraction is not None:
         left = teacher_static_bytes(config, models, device.free_bytes) - weights.num_bytes
         cache = max(0, min(left, cache) if scoring.max_total_tokens is not None else left)
         how = "scoring.memory_fraction"
@@ -238,11 +290,13 @@ def _teacher_shape(models: Models) -> ModelShape:
 
 def _teacher_working_row(config: RunConfig, models: Models) -> PlanRow:
     scoring, shape = config.teacher, _teacher_shape(models)
-    assert scoring.kind == "sglang"
+    assert scoring.kind != "embedded"
     itemsize = _ITEMSIZE[scoring.dtype]
     passing = scoring.chunked_prefill_tokens * _passing_elements(shape) * itemsize
     # Logits in the model's dtype and in float32, and their log-softmax.
-    rows = min(scoring.chunk_tokens, scoring.chunked_prefill_tokens)
+    rows = scoring.chunked_prefill_tokens  # vLLM computes those of a chunk at once
+    if scoring.kind == "sglang":
+        rows = min(scoring.chunk_tokens, rows)
     logits = rows * shape.vocab_size * (itemsize + 4 + 4)
     # The float32 head is a copy made for every chunk.
     head = 4 * shape.vocab_size * shape.hidden_size if scoring.float32_head else 0
@@ -251,7 +305,7 @@ def _teacher_working_row(config: RunConfig, models: Models) -> PlanRow:
 
 def _teacher_is_quantized(config: RunConfig, shape: ModelShape) -> bool:
     scoring = config.teacher
-    online = scoring.kind == "sglang" and scoring.quantization is not None
+    online = scoring.kind != "embedded" and scoring.quantization is not None
     return shape.fp8_checkpoint or online
 
 

@@ -4,11 +4,17 @@ A scoring server takes a share of the memory that it finds free. It is started f
 that this is the memory that the plan assumes.
 """
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qwen3_distill.config import ClusterConfig, ClusterLearner, LoraTuning, RunConfig
+from qwen3_distill.config import (
+    ClusterConfig,
+    ClusterLearner,
+    LoraTuning,
+    RunConfig,
+    ScoringConfig,
+)
 from qwen3_distill.config.yaml12 import parse_yaml
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.shapes import ModelShape, read_shape
@@ -33,6 +39,16 @@ class Saving:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherShare:
+    """The memory of one teacher's server; zeros for a teacher without a server here."""
+
+    static_bytes: int
+    memory_fraction: float
+    max_total_tokens: int
+    cache_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     """The memory that each engine may use."""
 
@@ -46,10 +62,14 @@ class MemoryPlan:
     Unused if the servers run elsewhere."""
     sglang_max_total_tokens: int
     """Tokens of the scoring server's key-value cache."""
+    teacher_cache_bytes: int
+    """The same in bytes: vLLM's server is told a size."""
     learner_memory_bytes: int
     """The learner's share of the device, its process's context included."""
     teacher_static_bytes: int
     """Weights and cache of the scoring server, with a margin for errors of measurement."""
+    teachers: Mapping[str, TeacherShare] = field(default_factory=dict)
+    """By name, every teacher's share; the four settings of a teacher above are the first one's."""
 
     @property
     def required_bytes(self) -> int:
@@ -63,6 +83,21 @@ class MemoryPlan:
     def engine_bytes(self, engine: Engine) -> int:
         """Sum of an engine's rows."""
         return sum(row.num_bytes for row in self.rows if row.engine == engine)
+
+    def for_teacher(self, name: str) -> "MemoryPlan":
+        """Copy the plan with the settings of one of several teachers' servers.
+
+        Args:
+            name: `NamedTeacher.name`.
+        """
+        share = self.teachers[name]
+        return replace(
+            self,
+            sglang_memory_fraction=share.memory_fraction,
+            sglang_max_total_tokens=share.max_total_tokens,
+            teacher_cache_bytes=share.cache_bytes,
+            teacher_static_bytes=share.static_bytes,
+        )
 
     def teacher_memory_fraction(self, free_bytes: int) -> float:
         """The share that a server needs if ``free_bytes`` are free."""
@@ -137,11 +172,17 @@ def _models(
     teacher_shape: ModelShape | None,
     engines: Collection[Engine],
 ) -> Models:
-    student, teacher = student_shape or read_shape(config.student.model), None
-    scoring = config.loaded_teacher
-    if scoring is not None:
-        teacher = teacher_shape or read_shape(scoring.model)
-    return Models(student=student, teacher=teacher, engines=frozenset(engines))
+    student = student_shape or read_shape(config.student.model)
+    teachers = {
+        teacher.name: teacher_shape or read_shape(teacher.section.model)
+        for teacher in config.loaded_teachers
+    }
+    return Models(
+        student=student,
+        teacher=next(iter(teachers.values()), None),
+        teachers=teachers,
+        engines=frozenset(engines),
+    )
 
 
 def _device(config: RunConfig, device_memory_bytes: int | None) -> DeviceMemory:
@@ -158,35 +199,63 @@ def _lay_out(
     """The plan; a ``thrifty`` learner recomputes all it can, however much memory it has."""
     reserve = _reserve_bytes(config, device)
     engines = models.engines
-    teacher = memory.teacher_rows(config, models, device) if "teacher" in engines else []
+    teacher, shares = _teachers(config, models, device) if "teacher" in engines else ([], {})
     student = memory.student_rows(config, models, device) if "student" in engines else []
     others = reserve + sum(row.num_bytes for row in [*teacher, *student])
     left = device.free_bytes - others
     room = _learner_bytes(config, left)
     choice = memory.checkpointing(config, models, device, 0 if thrifty else room)
     learner = memory.learner_rows(config, models, device, choice) if "learner" in engines else []
-    scoring = config.loaded_teacher
-    static, cache_tokens = 0, 0
-    if scoring is not None and "teacher" in engines:
-        static = memory.teacher_static_bytes(config, models, device.free_bytes)
-        cache_tokens = memory.teacher_cache_tokens(config, models)
-    stated = scoring.memory_fraction if scoring and scoring.kind == "sglang" else None
-    if stated is not None:
-        fraction = stated
-    else:
-        # The cache is bounded by its tokens: a larger share costs nothing, one that is a little
-        # too small ends the server's start.
-        static = int(static * 1.05 + max(2 * GIB, device.free_bytes / 8))
-        fraction = _fraction(static, device.free_bytes)
+    none = TeacherShare(static_bytes=0, memory_fraction=0.0, max_total_tokens=0, cache_bytes=0)
+    first = next(iter(shares.values()), none)
     return MemoryPlan(
         device=device,
         rows=(*teacher, *student, *learner),
         reserve_bytes=reserve,
         vllm_kv_cache_bytes=memory.student_cache_bytes(config, models),
-        sglang_memory_fraction=fraction,
-        sglang_max_total_tokens=cache_tokens,
+        sglang_memory_fraction=first.memory_fraction,
+        sglang_max_total_tokens=first.max_total_tokens,
+        teacher_cache_bytes=first.cache_bytes,
         learner_memory_bytes=room,
-        teacher_static_bytes=static,
+        teacher_static_bytes=first.static_bytes,
+        teachers=shares,
+    )
+
+
+def _teachers(
+    config: RunConfig, models: Models, device: DeviceMemory
+) -> tuple[list[PlanRow], dict[str, TeacherShare]]:
+    """Plan the teachers in the order in which they start: each finds what those before it left."""
+    rows: list[PlanRow] = []
+    shares: dict[str, TeacherShare] = {}
+    for teacher, one, its_models in memory.each_teacher(config, models):
+        held = sum(row.num_bytes for row in rows)
+        left = replace(device, free_bytes=max(0, device.free_bytes - held))
+        own = memory.teacher_rows(one, its_models, left)
+        rows += [replace(row, name=teacher.name) for row in own]
+        shares[teacher.name] = _share(one, its_models, left.free_bytes)
+    return rows, shares
+
+
+def _share(config: RunConfig, models: Models, free_bytes: int) -> TeacherShare:
+    """Divide off the memory of one teacher's server.
+
+    Args:
+        config: the run with this teacher alone.
+        free_bytes: what is free when it starts.
+    """
+    scoring = config.teacher
+    static = memory.teacher_static_bytes(config, models, free_bytes)
+    stated = scoring.memory_fraction if scoring.kind == "sglang" else None
+    if stated is None:
+        # The cache is bounded by its tokens: a larger share costs nothing, one that is a little
+        # too small ends the server's start.
+        static = int(static * 1.05 + max(2 * GIB, free_bytes / 8))
+    return TeacherShare(
+        static_bytes=static,
+        memory_fraction=_fraction(static, free_bytes) if stated is None else stated,
+        max_total_tokens=memory.teacher_cache_tokens(config, models),
+        cache_bytes=memory.teacher_cache_bytes(config, models),
     )
 
 
@@ -225,7 +294,8 @@ def _check_what_is_stated(config: RunConfig, models: Models, plan: MemoryPlan) -
                 "generation.max_model_tokens"
             )
     if "teacher" in engines:
-        _check_stated_teacher(config, models, plan)
+        for teacher, one, its_models in memory.each_teacher(config, models):
+            _check_stated_teacher(one, its_models, plan.for_teacher(teacher.name), teacher.setting)
     if "learner" in engines and training.kind == "unsloth" and training.memory_gib is not None:
         needed = plan.engine_bytes("learner")
         if plan.learner_memory_bytes < needed:
@@ -238,40 +308,49 @@ def _check_what_is_stated(config: RunConfig, models: Models, plan: MemoryPlan) -
             )
 
 
-def _check_stated_teacher(config: RunConfig, models: Models, plan: MemoryPlan) -> None:
-    scoring = config.loaded_teacher
-    if scoring is None or scoring.kind != "sglang":
+def _check_stated_teacher(
+    config: RunConfig, models: Models, plan: MemoryPlan, setting: str
+) -> None:
+    scoring = config.teacher
+    if scoring.kind == "embedded":
         return
-    if not scoring.urls and scoring.memory_fraction is not None:
+    if scoring.kind == "sglang" and not scoring.urls and scoring.memory_fraction is not None:
         weights = memory.teacher_weight_bytes(config, models)
         if plan.teacher_static_bytes <= weights:
             raise ConfigError(
-                f"scoring.memory_fraction={scoring.memory_fraction} of the "
+                f"{setting}.memory_fraction={scoring.memory_fraction} of the "
                 f"{gibibytes(plan.device.free_bytes)} that are free is "
                 f"{gibibytes(plan.teacher_static_bytes)}, and the teacher's weights alone need "
                 f"{gibibytes(weights)}; raise it, or leave it out to have it planned"
             )
     longest = memory.longest_sequence_tokens(config, models)
+    if scoring.kind == "vllm" and not scoring.urls:
+        longest = memory.vllm_teacher_tokens(config, models)
     if plan.sglang_max_total_tokens <= longest:
         raise ConfigError(
-            f"scoring.max_total_tokens={plan.sglang_max_total_tokens} cannot hold one sequence of "
-            f"{longest} tokens; raise it, or leave it out to have it planned"
+            f"{setting}.max_total_tokens={plan.sglang_max_total_tokens} cannot hold one sequence "
+            f"of {longest} tokens; raise it, or leave it out to have it planned"
         )
 
 
 def _check_loading(config: RunConfig, models: Models, plan: MemoryPlan) -> None:
     """Refuse a teacher whose unquantized weights do not fit while it loads."""
-    scoring = config.loaded_teacher if "teacher" in models.engines else None
-    if scoring is None or scoring.kind != "sglang" or scoring.urls:
+    if "teacher" not in models.engines:
         return
-    loading = memory.teacher_loading_bytes(config, models)
-    room = plan.device.free_bytes - plan.reserve_bytes
-    if loading > room:
-        raise ConfigError(
-            f"scoring.quantization={scoring.quantization} quantizes after loading: the teacher's "
-            f"{gibibytes(loading)} of weights do not fit into {gibibytes(room)} at its start, "
-            "though the quantized ones would; use an FP8 checkpoint of the teacher"
-        )
+    held = 0
+    for teacher, one, its_models in memory.each_teacher(config, models):
+        scoring = one.teacher
+        if scoring.kind != "embedded" and not scoring.urls:
+            loading = memory.teacher_loading_bytes(one, its_models)
+            room = plan.device.free_bytes - plan.reserve_bytes - held
+            if loading > room:
+                raise ConfigError(
+                    f"{teacher.setting}.quantization={scoring.quantization} quantizes after "
+                    f"loading: the teacher's {gibibytes(loading)} of weights do not fit into "
+                    f"{gibibytes(room)} at its start, though the quantized ones would; use an FP8 "
+                    "checkpoint of the teacher"
+                )
+        held += sum(row.num_bytes for row in plan.rows if row.of == ("teacher", teacher.name))
 
 
 def _does_not_fit(config: RunConfig, models: Models, plan: MemoryPlan) -> str:
@@ -280,7 +359,7 @@ def _does_not_fit(config: RunConfig, models: Models, plan: MemoryPlan) -> str:
         f"{gibibytes(plan.device.free_bytes)} ({plan.device.name}). Planned:"
     ]
     lines += [
-        f"  {row.engine:8} {row.what:24} {gibibytes(row.num_bytes):>10}  {row.how}"
+        f"  {row.label:8} {row.what:24} {gibibytes(row.num_bytes):>10}  {row.how}"
         for row in plan.rows
     ]
     lines.append(f"  {'reserve':8} {'left free':24} {gibibytes(plan.reserve_bytes):>10}")
@@ -312,7 +391,6 @@ def _savings(config: RunConfig, models: Models, device: DeviceMemory) -> list[Sa
 def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], RunConfig]]:
     """Changes that may save memory, each with the changed config."""
     generation, training = config.generation, config.training
-    scoring = config.loaded_teacher
     candidates: list[dict[str, Any]] = []
     if generation.kind == "vllm" and generation.kv_cache_gib is not None:
         candidates.append({"generation.kv_cache_gib": generation.kv_cache_gib / 2})
@@ -324,22 +402,11 @@ def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], RunConfig]]:
     lora = training.tuning.kind == "lora"
     if generation.kind == "vllm" and generation.adapters == "merge" and lora:
         candidates.append({"generation.adapters": "swap"})
-    if scoring is not None and scoring.kind == "sglang" and not scoring.urls:
-        if scoring.quantization is None:
-            candidates.append({"scoring.quantization": "fp8"})
-        if scoring.memory_fraction is not None:
-            candidates.append({"scoring.memory_fraction": None})
-        elif scoring.max_total_tokens is not None:
-            candidates.append({"scoring.max_total_tokens": scoring.max_total_tokens // 2})
-        else:
-            candidates.append({"scoring.request_tokens": scoring.request_tokens // 2})
-        if scoring.chunk_tokens > 512:
-            candidates.append({"scoring.chunk_tokens": scoring.chunk_tokens // 2})
-        if scoring.decode_graphs:
-            candidates.append({"scoring.decode_graphs": False})
-        if scoring.chunked_prefill_tokens > 1024:
-            half = scoring.chunked_prefill_tokens // 2
-            candidates.append({"scoring.chunked_prefill_tokens": half})
+    for teacher in config.loaded_teachers:
+        candidates += [
+            {f"{teacher.setting}.{key}": value for key, value in changes.items()}
+            for changes in _teacher_changes(config, teacher.section)
+        ]
     if training.tuning.kind == "full":
         candidates.append({"training.tuning": "{kind: lora}"})
     if (sharded := _sharded(config)) is not None:
@@ -359,6 +426,29 @@ def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], RunConfig]]:
         yield changes, _changed(config, changes)
 
 
+def _teacher_changes(config: RunConfig, scoring: ScoringConfig) -> Iterator[dict[str, Any]]:
+    """Changes of a teacher's section that may save memory."""
+    if scoring.kind == "embedded" or scoring.urls:
+        return
+    if scoring.quantization is None:
+        yield {"quantization": "fp8"}
+    if scoring.kind == "vllm" and scoring.max_model_tokens is None:
+        planned = config.planning.prompt_tokens + config.sampling.max_new_tokens
+        yield {"max_model_tokens": planned}
+    if scoring.kind == "sglang" and scoring.memory_fraction is not None:
+        yield {"memory_fraction": None}
+    elif scoring.max_total_tokens is not None:
+        yield {"max_total_tokens": scoring.max_total_tokens // 2}
+    else:
+        yield {"request_tokens": scoring.request_tokens // 2}
+    if scoring.kind == "sglang" and scoring.chunk_tokens > 512:
+        yield {"chunk_tokens": scoring.chunk_tokens // 2}
+    if scoring.decode_graphs:
+        yield {"decode_graphs": False}
+    if scoring.chunked_prefill_tokens > 1024:
+        yield {"chunked_prefill_tokens": scoring.chunked_prefill_tokens // 2}
+
+
 def _sharded(config: RunConfig) -> dict[str, Any] | None:
     """The change to ranks that divide the weights of full tuning; None: they cannot, or do."""
     training = config.training
@@ -374,8 +464,13 @@ def _sharded(config: RunConfig) -> dict[str, Any] | None:
 
 def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
     """A copy with other settings, not validated: it is measured, never run."""
+    settings = {teacher.setting: teacher for teacher in config.loaded_teachers}
     for key, value in changes.items():
-        section_name, name = key.split(".")
+        section_name, _, name = key.rpartition(".")
+        if (teacher := settings.get(section_name)) is not None:
+            section = teacher.section.model_copy(update={name: value})
+            config = config.with_sections({teacher.name: section})
+            continue
         section = getattr(config, section_name) or ClusterConfig(learner=ClusterLearner())
         if key == "training.tuning":
             value = _LORA

@@ -19,7 +19,7 @@ def plan_table(plan: MemoryPlan, title: str | None = None) -> Table:
         if not own:
             table.add_row(engine, "not here", gib(0))
         for row in own:
-            table.add_row(engine, row.what, gib(row.num_bytes), row.how)
+            table.add_row(row.label, row.what, gib(row.num_bytes), row.how)
         table.add_row("", "", f"[bold]{gib(plan.engine_bytes(engine))}", end_section=True)
     table.add_row("reserve", "left free", gib(plan.reserve_bytes))
     table.add_row("all", "required", f"[bold]{gib(plan.required_bytes)}")
@@ -30,10 +30,14 @@ def plan_table(plan: MemoryPlan, title: str | None = None) -> Table:
 def plan_settings(config: RunConfig, plan: MemoryPlan) -> str:
     """The plan as settings for a config, for the engines that have any."""
     settings = []
-    scoring = config.loaded_teacher
-    if scoring is not None and scoring.kind == "sglang" and not scoring.urls:
-        settings.append(f"scoring.memory_fraction={plan.sglang_memory_fraction}")
-        settings.append(f"scoring.max_total_tokens={plan.sglang_max_total_tokens}")
+    for teacher in config.loaded_teachers:
+        section = teacher.section
+        if section.kind == "embedded" or section.urls:
+            continue
+        share = plan.teachers[teacher.name]
+        if section.kind == "sglang":
+            settings.append(f"{teacher.setting}.memory_fraction={share.memory_fraction}")
+        settings.append(f"{teacher.setting}.max_total_tokens={share.max_total_tokens}")
     if config.generation.kind == "vllm":
         settings.append(f"generation.kv_cache_gib={plan.vllm_kv_cache_bytes / GIB:.2f}")
     if config.training.kind == "unsloth":

@@ -192,7 +192,11 @@ def _stages(
     decoding = decoding_settings(config)
     scored = nothing
     if config.objective.score_request is not None and planned.teacher is not None:
-        chunk_tokens = config.teacher.chunk_tokens
+        scoring = config.teacher
+        # vLLM computes the logits of a prompt's part at once.
+        chunk_tokens = (
+            scoring.chunked_prefill_tokens if scoring.kind == "vllm" else scoring.chunk_tokens
+        )
         teacher = teacher_model(planned)
         scored = roofline.scoring(teacher, rates, rollouts, chunk_tokens=chunk_tokens, share=share)
     adapter = (

@@ -82,7 +82,7 @@ _EVALUATION: _Fields = {
     "mean_tokens": _optional(_Field(is_number, "a number")),
     "truncated_fraction": _optional(_SHARE),
 }
-_LEDGER: _Fields = {"step": _COUNT, "trained": _TEXT, "dropped": _TEXT}
+_LEDGER: _Fields = {"step": _COUNT, "trained": _TEXT, "dropped": _TEXT, "tags": _optional(_TEXT)}
 _ACCURACY: _Fields = {"value": _SHARE, "ci_low": _SHARE, "ci_high": _SHARE}
 
 

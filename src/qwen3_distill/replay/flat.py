@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen3_distill.errors import AlignmentError
-from qwen3_distill.types import HiddenScore, Rollout, ScoredRollout, TopKScore, TrainingRollout
+from qwen3_distill.types import (
+    AlignedRollout,
+    HiddenScore,
+    Rollout,
+    ScoredRollout,
+    TopKScore,
+    TrainingRollout,
+)
 
 Counts: TypeAlias = NDArray[np.int64]
 Flags: TypeAlias = NDArray[np.bool_]
@@ -42,6 +49,9 @@ class FlatRollouts:
     """float32 nats, of the full distribution."""
     teacher_hidden_FD: Tensor | None = None
     """float32."""
+    span_logprob_F: Tensor | None = None
+    """float32 nats, of the span that begins at this token; NaN in all other slots. Filled by a
+    teacher with a tokenizer of its own, and `teacher_logprob_F` is then NaN everywhere."""
     starts_S: Counts
     """Slot of each rollout's first prompt token."""
     prompt_tokens_S: Counts
@@ -54,10 +64,13 @@ class FlatRollouts:
     by_teacher_S: Flags | None = None
     """Which rollouts a teacher sampled; None: the student sampled all."""
     is_scored: bool = True
-    """Whether a teacher scored the rollouts."""
+    """Whether a teacher scored the rollouts token by token."""
     is_unsampled_F: Flags | None = None
-    """True in the slots of response tokens that the student did not sample, on the host. None:
-    there is no such token, and nothing needs to be looked up."""
+    """True in the slots of response tokens without a loss, on the host: those that the student did
+    not sample, or that no span holds. None: there is no such token, and nothing needs to be looked
+    up."""
+    is_span_start_F: Flags | None = None
+    """True in the slots where a span begins, on the host; None: there are no spans."""
 
     @property
     def num_rollouts(self) -> int:
@@ -70,7 +83,7 @@ class FlatRollouts:
 
     @cached_property
     def loss_tokens_S(self) -> Counts:
-        """Sampled tokens of each rollout, at least 1: its share of the loss's denominator."""
+        """Tokens with a loss of each rollout, at least 1: its share of the denominator."""
         if self.is_unsampled_F is None:
             return self.response_tokens_S
         response = spans(self.starts_S + self.prompt_tokens_S, self.response_tokens_S)
@@ -96,6 +109,8 @@ class FlatRollouts:
         }
         if self.is_unsampled_F is not None:
             copied["is_unsampled_F"] = self.is_unsampled_F[slots]
+        if self.is_span_start_F is not None:
+            copied["is_span_start_F"] = self.is_span_start_F[slots]
         return replace(self, starts_S=starts_S, **copied)
 
 
@@ -118,6 +133,8 @@ def flatten(scored: Sequence[TrainingRollout]) -> FlatRollouts:
     ends_S = np.cumsum(prompt_S + response_S)
     response_starts_S = ends_S - response_S
     sampled_N = _sampled_slots(scored, response_starts_S)
+    aligned = [entry for entry in scored if isinstance(entry, AlignedRollout)]
+    loss_N = sampled_N if not aligned else sampled_N[_in_spans(scored)]
 
     def placed(values: list[NDArray[Any]], dtype: type[np.generic]) -> Tensor:
         joined = np.concatenate(values)
@@ -126,10 +143,14 @@ def flatten(scored: Sequence[TrainingRollout]) -> FlatRollouts:
         return torch.from_numpy(slots)
 
     is_unsampled_F = None
-    if len(sampled_N) < response_S.sum():
+    if len(loss_N) < response_S.sum():
         is_unsampled_F = np.zeros(ends_S[-1], dtype=np.bool_)
         is_unsampled_F[spans(response_starts_S, response_S)] = True
-        is_unsampled_F[sampled_N] = False
+        is_unsampled_F[loss_N] = False
+    is_span_start_F = None
+    if aligned:
+        is_span_start_F = np.zeros(ends_S[-1], dtype=np.bool_)
+        is_span_start_F[loss_N] = np.concatenate([_span_starts(entry) for entry in aligned])
     ids = [part for r in rollouts for part in (r.prompt.token_ids, r.response_ids)]
     return FlatRollouts(
         token_id_F=torch.from_numpy(np.concatenate(ids).astype(np.int32, copy=False)),
@@ -145,6 +166,7 @@ def flatten(scored: Sequence[TrainingRollout]) -> FlatRollouts:
         by_teacher_S=_by_teacher(rollouts),
         is_scored=isinstance(scored[0], ScoredRollout),
         is_unsampled_F=is_unsampled_F,
+        is_span_start_F=is_span_start_F,
     )
 
 
@@ -168,6 +190,33 @@ def _sampled_slots(scored: Sequence[TrainingRollout], response_starts_S: Counts)
     return spans(np.repeat(response_starts_S, num_spans_S) + starts_X, lengths_X)
 
 
+def _in_spans(scored: Sequence[TrainingRollout]) -> Flags:
+    """Whether each sampled token, in order, has a loss: it is in a span.
+
+    Raises:
+        AlignmentError: rollouts with spans and others are mixed.
+    """
+    if any(not isinstance(entry, AlignedRollout) for entry in scored):
+        raise AlignmentError("one batch holds rollouts scored by spans and others")
+    sizes = [(entry.num_loss_tokens, entry.rollout.num_loss_tokens) for entry in scored]
+    return np.concatenate([np.arange(sampled) < in_spans for in_spans, sampled in sizes])
+
+
+def _span_starts(entry: AlignedRollout) -> Flags:
+    """Whether each token in spans, in order, is the first of one."""
+    is_start = np.zeros(entry.num_loss_tokens, dtype=np.bool_)
+    tokens = entry.score.span_tokens
+    is_start[np.cumsum(tokens) - tokens] = True
+    return is_start
+
+
+def _span_values(entry: AlignedRollout) -> NDArray[Any]:
+    """One value per sampled token: the span's where it begins, NaN elsewhere."""
+    values = np.full(entry.rollout.num_loss_tokens, np.nan, dtype=np.float32)
+    values[: entry.num_loss_tokens][_span_starts(entry)] = entry.score.logprobs
+    return values
+
+
 def _score_values(
     scored: Sequence[TrainingRollout],
 ) -> dict[str, tuple[list[NDArray[Any]], type[np.generic]]]:
@@ -180,7 +229,9 @@ def _score_values(
                 f"{len(scored) - len(scores)} without"
             )
         unknown = [np.full(s.rollout.num_loss_tokens, np.nan, dtype=np.float32) for s in scored]
-        return {"teacher_logprob_F": (unknown, np.float32)}
+        by_span = [_span_values(entry) for entry in scored if isinstance(entry, AlignedRollout)]
+        of_spans = {"span_logprob_F": (by_span, np.float32)} if by_span else {}
+        return {"teacher_logprob_F": (unknown, np.float32), **of_spans}
     kinds = {type(score) for score in scores}
     if len(kinds) != 1:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))

@@ -59,6 +59,7 @@ def cost_rows(runs: Sequence[CostTotals | None]) -> list[CostRow]:
     lost = [None if run is None else headline(run.lost) for run in runs]
     rows = [
         *_named("tokens", "tokens", _TOKENS, kept, text.quantity),
+        *_named("tokens by tag", "by_tag", _tag_names(kept), kept, text.quantity),
         *_named("FLOPs", "flops", _FLOPS, kept, si),
         _row("FLOPs", "marginal: the steps kept", [_at(m, "flops") for m in marginal], si),
         _row("FLOPs", "evaluations", [_at(m, "flops") for m in evaluation], si),
@@ -78,6 +79,23 @@ def cost_rows(runs: Sequence[CostTotals | None]) -> list[CostRow]:
         *_money(marginal, whole),
     ]
     return [row for row in rows if row.is_sum or any(v not in (None, "0") for v in row.values)]
+
+
+_BY_TAG = {"scored": "scored, prompts included,", "sampled": "sampled"}
+
+
+def _tag_names(runs: Sequence[Amounts | None]) -> list[tuple[str, tuple[str, ...]]]:
+    """Rows of the tags' amounts, where every tag has a teacher of its own."""
+    keys = sorted({key for run in runs if run for key in run if key.startswith("by_tag/")})
+    names = [key.removeprefix("by_tag/") for key in keys]
+    return [(" of ".join(_what_and_tag(name)), (name,)) for name in names]
+
+
+def _what_and_tag(name: str) -> tuple[str, str]:
+    for what, shown_as in _BY_TAG.items():
+        if name.endswith(f"_{what}_tokens"):
+            return shown_as, name.removesuffix(f"_{what}_tokens")
+    return "amount", name  # of a ledger that was changed
 
 
 _ROLE_NAMES = {"start": "start-up", "idle": "idle: no stage at work"}

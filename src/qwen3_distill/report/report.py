@@ -28,6 +28,7 @@ from qwen3_distill.report.rollout_view import (
     shown_steps,
 )
 from qwen3_distill.report.run_files import RunFiles
+from qwen3_distill.report.tag_section import tag_rows, teacher_name
 from qwen3_distill.report.time_section import STAGE_COLOURS, idle_table, time_figure, time_table
 from qwen3_distill.report.timeline import draw_timeline
 from qwen3_distill.utils.files import atomic_path
@@ -80,6 +81,7 @@ def _render(run: RunFiles, rollouts: Sequence[RolloutView]) -> str:
         status=_status(run),
         result=result_section(run),
         tiles=tiles(run),
+        tags=tag_rows(run),
         learning=learning_figures(run),
         responses=response_figures(run),
         time_figure=time_figure(run.steps),
@@ -119,10 +121,10 @@ def _status(run: RunFiles) -> _Status:
 
 
 def _subtitle(run: RunFiles) -> list[tuple[str, str]]:
-    student, teacher = run.setting("student", "model"), run.setting("scoring", "model")
+    student, teacher = run.setting("student", "model"), teacher_name(run.setting("scoring"))
     pairs = (
         ("student", Path(student).name if isinstance(student, str) else None),
-        ("teacher", Path(teacher).name if isinstance(teacher, str) else None),
+        ("teacher", teacher or None),
         ("objective", run.setting("objective", "kind")),
         ("tuning", run.setting("training", "tuning", "kind")),
         ("pipeline", run.setting("pipeline", "kind")),

@@ -17,10 +17,10 @@ import numpy as np
 
 from qwen3_distill.errors import RunFolderError
 from qwen3_distill.ports import STORED_TOKENS, TeacherScorer
+from qwen3_distill.scoring.wrapper import TeacherWrapper
 from qwen3_distill.types import (
     HiddenRequest,
     HiddenScore,
-    ModelIdentity,
     SampledRequest,
     ScoreFailure,
     ScoreRequest,
@@ -42,7 +42,7 @@ _KEYS_PER_QUERY = 500
 """SQLite takes a limited number of parameters."""
 
 
-class CachedTeacher:
+class CachedTeacher(TeacherWrapper[TeacherScorer]):
     """A `TeacherScorer` that keeps another one's scores and asks it only for new ones.
 
     Args:
@@ -52,31 +52,15 @@ class CachedTeacher:
     """
 
     def __init__(self, inner: TeacherScorer, request: ScoreRequest, folder: str | Path) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self._request = request
         self._file = Path(folder) / FILE_NAME
         self._database: sqlite3.Connection | None = None
         self._counters = {HITS: 0.0, MISSES: 0.0, DAMAGED: 0.0, STORED_TOKENS: 0.0}
 
     @property
-    def identity(self) -> ModelIdentity:
-        return self.inner.identity
-
-    @property
-    def teacher_id(self) -> str:
-        return self.inner.teacher_id
-
-    @property
     def counters(self) -> Mapping[str, float]:
-        return {**self.inner.counters, **self._counters}
-
-    @property
-    def max_dropped_fraction(self) -> float:
-        return self.inner.max_dropped_fraction
-
-    @property
-    def starts_first(self) -> bool:
-        return self.inner.starts_first
+        return {**super().counters, **self._counters}
 
     async def start(self) -> None:
         """Start the teacher and open the file.
@@ -90,7 +74,7 @@ class CachedTeacher:
         with self._named_errors():
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._open()
-        await self.inner.start()
+        await super().start()
 
     async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
         keys = [score_key(self.teacher_id, self._request, job) for job in jobs]
@@ -116,7 +100,7 @@ class CachedTeacher:
         if self._database is not None:
             self._database.close()
             self._database = None
-        await self.inner.close()
+        await super().close()
 
     def _open(self) -> sqlite3.Connection:
         if self._database is None:

@@ -6,12 +6,13 @@ from qwen3_distill.errors import DataError, HandshakeError
 from qwen3_distill.types import ModelIdentity, ScoringJob
 
 _REMEDY = {
-    "tokenizer_digest": "use a teacher with the student's tokenizer (same tokenizer.json)",
+    "tokenizer_digest": "use a teacher with the student's tokenizer (same tokenizer.json), or set "
+    "scoring.tokenizer=own (docs/guide/teachers.md)",
     "vocab_size": "use models with equally many output rows; nothing is cut or padded for you",
     "eos_ids": "make eos_token_id in both generation_config.json the same, or a student that "
     "learned to stop would be scored on another stop token",
     "chat_template_digest": "copy one chat template into both directories, or the teacher scores "
-    "prompts in a form it was not trained on",
+    "prompts in a form it was not trained on; scoring.tokenizer=own keeps the teacher's",
 }
 
 COMPARED = tuple(_REMEDY)

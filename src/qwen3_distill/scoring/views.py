@@ -10,6 +10,7 @@ import numpy as np
 
 from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.types import (
+    AlignedRollout,
     ModelIdentity,
     Rollout,
     ScoredRollout,
@@ -17,6 +18,7 @@ from qwen3_distill.types import (
     ScoreResult,
     ScoringJob,
     TokenSpan,
+    UnalignedRollout,
 )
 
 
@@ -31,11 +33,13 @@ class TeacherView(Protocol):
         """
         ...
 
-    def job(self, rollout: Rollout) -> ScoringJob:
-        """Return the tokens that the teacher is asked about."""
+    def job(self, rollout: Rollout) -> ScoringJob | UnalignedRollout:
+        """Return the tokens that the teacher is asked about, or why there are none."""
         ...
 
-    def scored(self, rollout: Rollout, result: ScoreResult) -> ScoredRollout | ScoreFailure:
+    def scored(
+        self, rollout: Rollout, result: ScoreResult
+    ) -> ScoredRollout | AlignedRollout | ScoreFailure:
         """Return the rollout with its score, or the failure unchanged.
 
         Args:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qwen3_distill.modeling.host_to_device import to_device
-from qwen3_distill.replay.flat import Counts, FlatRollouts, flatten, spans
+from qwen3_distill.replay.flat import Counts, Flags, FlatRollouts, flatten, spans
 from qwen3_distill.types import Batch
 from qwen3_distill.utils.batches import padded_batches
 
@@ -64,7 +64,7 @@ class MicroBatch:
     by_teacher: tuple[bool, ...]
     """Whether a teacher sampled each sequence, in order; else the student did."""
     is_scored: bool
-    """Whether a teacher scored the rollouts."""
+    """Whether a teacher scored the rollouts token by token."""
     behavior_logprob_N: Tensor
     """float32 nats, under the student that sampled; NaN where a teacher did."""
     teacher_logprob_N: Tensor
@@ -117,6 +117,34 @@ class HiddenMicroBatch(MicroBatch):
 
     teacher_hidden_ND: Tensor
     """float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignedMicroBatch(MicroBatch):
+    """A micro-batch scored by spans: its `teacher_logprob_N` is NaN, since no token has its own.
+
+    Shape letter: P spans, in the order of their tokens. They tile the loss tokens.
+    """
+
+    span_tokens_P: Tensor
+    """int64: loss tokens of each span, at least 1."""
+    span_logprob_P: Tensor
+    """float32 nats, under the teacher."""
+    spans_per_sequence: tuple[int, ...]
+    """Spans of each sequence, in order; they sum to P."""
+
+    def per_span(self, values_N: Tensor) -> Tensor:
+        """[P]: the sum over each span's tokens; with a gradient if ``values_N`` has one."""
+        return torch.segment_reduce(values_N, "sum", lengths=self.span_tokens_P)
+
+    def of_first_token(self, values_N: Tensor) -> Tensor:
+        """[P]: the value of each span's first token."""
+        return values_N[self.span_tokens_P.cumsum(0) - self.span_tokens_P]
+
+    def per_token(self, values_P: Tensor) -> Tensor:
+        """[N]: the value of each token's span."""
+        size = self.target_N.numel()
+        return values_P.repeat_interleave(self.span_tokens_P, output_size=size)
 
 
 def triangle(length: int) -> int:
@@ -268,11 +296,41 @@ def _lay_out(
         "importance_weight_N": weights_S[row_N],
         "task_advantage_N": rewards_S[row_N],
     }
+    if flat.span_logprob_F is not None and flat.is_span_start_F is not None:
+        starts_N = flat.is_span_start_F[slot_N]
+        return _of_spans(flat.span_logprob_F, slot_N, starts_N, loss_S, common)
     return _of_score_kind(flat, target_N, common)
 
 
+def _of_spans(
+    span_logprob_F: Tensor,
+    slot_N: Counts,
+    is_start_N: Flags,
+    loss_S: Counts,
+    common: dict[str, Any],
+) -> AlignedMicroBatch:
+    """Build the micro-batch of rollouts that are scored by spans.
+
+    Args:
+        slot_N: of the loss tokens, in the flat rollouts.
+        is_start_N: whether a span begins at each.
+        loss_S: loss tokens of each rollout.
+    """
+    device = span_logprob_F.device
+    starts_P = np.flatnonzero(is_start_N)
+    slot_P = to_device(torch.from_numpy(slot_N[starts_P]), device)
+    tokens_P = np.diff(starts_P, append=len(slot_N))
+    first_S = np.cumsum(loss_S) - loss_S
+    return AlignedMicroBatch(
+        **common,
+        span_tokens_P=to_device(torch.from_numpy(tokens_P), device),
+        span_logprob_P=span_logprob_F.index_select(0, slot_P),
+        spans_per_sequence=tuple(np.add.reduceat(is_start_N, first_S, dtype=np.int64).tolist()),
+    )
+
+
 def _of_score_kind(flat: FlatRollouts, target_N: Tensor, common: dict[str, Any]) -> MicroBatch:
-    """Build the micro-batch class that holds all of the teacher's values in ``flat``."""
+    """Build the micro-batch class that holds all of the teacher's values per token in ``flat``."""
     if flat.candidate_id_FK is not None and flat.candidate_logprob_FK is not None:
         return TopKMicroBatch(
             **common,

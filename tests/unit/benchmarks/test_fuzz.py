@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from benchmarks.robustness.fuzz import __main__ as command
-from benchmarks.robustness.fuzz import http_replies, kinds, odd_server, replies
+from benchmarks.robustness.fuzz import http_replies, kinds, odd_server, replies, vllm_replies
 from benchmarks.robustness.fuzz.counts import Counts
-from qwen3_distill.scoring.sglang import json_values, wire
+from qwen3_distill.scoring.served import json_values
+from qwen3_distill.scoring.sglang import wire
+from qwen3_distill.scoring.vllm import wire as vllm_wire
 from qwen3_distill.utils import secrets
 
 
@@ -22,6 +24,18 @@ def clean(counts: Counts, tried: int) -> None:
 @pytest.mark.parametrize("seed", [1, 2])
 def test_odd_replies_are_read_as_the_reference_reads_them(seed: int) -> None:
     clean(replies.run(seed, 400), 400)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_odd_replies_of_vllm_are_read_as_the_reference_reads_them(seed: int) -> None:
+    clean(vllm_replies.run(seed, 400), 400)
+
+
+def test_a_reader_that_takes_the_last_of_two_values_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vllm_wire, "_refuse_repeated_names", lambda reply, choices: None)
+    assert vllm_replies.run(1, 400).wrong > 10
 
 
 def test_odd_http_replies_give_right_scores_or_a_cause(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,5 +83,5 @@ def test_kinds_share_one_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_every_kind_has_a_count_that_the_result_must_show() -> None:
     least = {"configs": 10_000, "replies": 20_000, "files": 2_000, "prompt_files": 10_000}
-    least |= {"http_replies": 200, "model_dirs": 100}
+    least |= {"http_replies": 200, "model_dirs": 100, "vllm_replies": 20_000}
     assert {name: count for name, (_, count) in kinds.KINDS.items()} == least

@@ -6,7 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from qwen3_distill.config import SglangScoring, UnslothTraining, VllmGeneration
-from qwen3_distill.config.engines import SGLANG_OPTIONS, VLLM_OPTIONS
+from qwen3_distill.config.engines import VLLM_OPTIONS
+from qwen3_distill.config.scoring import SGLANG_OPTIONS
 
 
 def vllm(**values: Any) -> VllmGeneration:

@@ -7,7 +7,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from qwen3_distill.config import RunConfig, cluster_rules, rules, self_teacher
+from qwen3_distill.config import (
+    RunConfig,
+    cluster_rules,
+    rules,
+    self_teacher,
+    several_rules,
+    tokenizer,
+)
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.replay.buffer import build_replay
 
@@ -100,9 +107,13 @@ def test_streaming_with_room_for_what_arrives_old_is_good() -> None:
 
 
 def test_every_rule_is_run() -> None:
-    modules = (rules, cluster_rules, self_teacher)
-    functions = [f for module in modules for _, f in inspect.getmembers(module, inspect.isfunction)]
-    written = {f for f in functions if f.__module__ in {module.__name__ for module in modules}}
+    modules = (rules, cluster_rules, self_teacher, several_rules, tokenizer)
+    written = {
+        function
+        for module in modules
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__ and not name.startswith("_")
+    }
     others = {rules.check_rules, self_teacher.with_student_as_teacher}
     assert written - others == set(rules.RULES)
     assert len(rules.RULES) == len(set(rules.RULES))

@@ -31,7 +31,7 @@ def ledger(tmp_path: Path) -> CostLedger:
 def meter_of(ledger: CostLedger, teacher: ModelShape | None = SHAPE) -> Meter:
     model = CostModel(
         student=SHAPE,
-        teacher=teacher,
+        teachers={None: None if teacher is None else (teacher,)},
         tuning=FullTuning(kind="full"),
         objective=SampledReverseKL(kind="sampled_reverse_kl"),
         published_bytes=8,

@@ -150,3 +150,18 @@ def test_suggestions_can_be_typed(config: Path) -> None:
     assert rate(after.out) > 1.2 * rate(before.out)
     assert "Another optimization" in before.out
     assert "    changes: " in before.out
+
+
+def test_several_teachers_have_a_memory_plan_and_no_prediction(config: Path) -> None:
+    values = yaml.safe_load(config.read_text())
+    teacher = values["scoring"]
+    tagged = {"kind": "several", "by": "task", "teachers": {"math": teacher, "code": teacher}}
+    values |= {"scoring": tagged, "prompts": {"kind": "jsonl", "path": "rows.jsonl"}}
+    config.write_text(yaml.safe_dump(values))
+    result = call_cli("plan", "-c", config, *SHAPES, "--device", "h200")
+    assert result.code == 0, result.err
+    assert "scoring.teachers.math.memory_fraction=" in result.out
+    assert "the time is predicted for one teacher only" in result.err
+    assert "new tokens/s" not in result.out
+    call = ("plan", "-c", config, *SHAPES, "--device", "h200", "--suggest")
+    refused(*call, words=["one teacher only", "plan without --suggest"])

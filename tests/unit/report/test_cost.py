@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from qwen3_distill.recording.cost_records import read_cost
 from qwen3_distill.report.cost_reach import reached, read_run_cost
 from qwen3_distill.report.cost_table import cost_rows, reach_text, si
 from qwen3_distill.report.report import write_report
@@ -134,6 +135,21 @@ def test_the_report_has_the_table_and_the_curve(tmp_path: Path) -> None:
         assert words in page
     (run / "cost.jsonl").unlink()
     assert "older than the cost ledger" in write_report(run, []).read_text()
+
+
+def test_amounts_by_tag_have_a_row_each_whatever_a_changed_ledger_says(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    work = {"by_tag/my_math_scored_tokens": 5.0, "by_tag/code_sampled_tokens": 3.0}
+    work |= {"by_tag/odd": 2.0}
+    lines = [json.loads(text) for text in (folder / "cost.jsonl").read_text().splitlines()]
+    write_lines(folder / "cost.jsonl", [*lines, line("step", 7, work)])
+    rows = cost_rows([read_cost(folder)])
+    found = {row.name: row.values for row in rows if row.group == "tokens by tag"}
+    assert found == {
+        "sampled of code": ["3"],
+        "scored, prompts included, of my_math": ["5"],
+        "amount of odd": ["2"],
+    }
 
 
 def test_every_role_that_was_held_for_has_a_row_and_the_rows_add_up(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.ports import TeacherScorer
 from qwen3_distill.scoring.context import ContextComparison, ContextView
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
-from qwen3_distill.scoring.views import SameView, TeacherView
+from qwen3_distill.scoring.views import SameView
 from qwen3_distill.types import (
     Rollout,
     SampledRequest,
@@ -29,7 +29,7 @@ from tests.contract.builders import synthetic_rollout
 from tests.tiny_models import TinyModels
 from tests.unit.scoring.test_views import rollout_with
 
-VIEW: TeacherView = ContextView()
+VIEW = ContextView()
 
 
 def told(rollout: Rollout, *teacher_ids: int) -> Rollout:
@@ -133,8 +133,11 @@ def test_a_piece_whose_teacher_does_not_read_the_tokens_before_it_cannot_be_made
 
 def test_a_prompt_takes_its_context_to_another_process() -> None:
     prompt = told(synthetic_rollout(4, 2), 9, 8, 7).prompt
+    prompt = replace(prompt, messages=(("user", "2+2?"),))
     again = pickle.loads(pickle.dumps(prompt))
     assert again.teacher_ids.tolist() == [9, 8, 7]
+    assert again.messages == (("user", "2+2?"),)
+    assert prompt.followed_by(np.array([5])).messages == prompt.messages
     assert again.token_ids.tolist() == prompt.token_ids.tolist()
     with pytest.raises(DataError, match="no tokens in teacher_ids"):
         replace(prompt, teacher_ids=np.array([], dtype=np.int32))

@@ -13,7 +13,7 @@ from qwen3_distill.config import SglangScoring
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling import digest as digest_module
 from qwen3_distill.modeling.digest import directory_digest
-from qwen3_distill.scoring.sglang.groups import request_groups
+from qwen3_distill.scoring.served.groups import request_groups
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.types import HiddenRequest, SampledRequest
 from tests.contract.builders import jobs_of, synthetic_rollout

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from qwen3_distill.errors import AlignmentError, HandshakeError
 from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.scoring.views import SameView, TeacherView
+from qwen3_distill.scoring.views import SameView
 from qwen3_distill.types import Rollout, ScoredRollout, ScoreFailure, TeacherScore, TokenSpan
 from tests.contract.builders import synthetic_rollout
 from tests.tiny_models import TinyModels
 
-VIEW: TeacherView = SameView()
+VIEW = SameView()
 
 
 def rollout_with(prompt_tokens: int, sampled: list[bool]) -> Rollout:

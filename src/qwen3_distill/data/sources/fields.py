@@ -23,11 +23,15 @@ def read_field(row: Mapping[str, Any], path: str, setting: str, where: str) -> A
 
     A key that has the dots in its name comes first. Negative positions count from the end.
 
+    Args:
+        setting: that names the field, for the error: of `prompts`, or with dots of the config.
+
     Raises:
         DataError: there is no such field.
     """
     if path in row:
         return row[path]
+    setting = setting if "." in setting else f"prompts.{setting}"
     node: Any = row
     parts = path.split(".")
     for depth, part in enumerate(parts):
@@ -36,14 +40,14 @@ def read_field(row: Mapping[str, Any], path: str, setting: str, where: str) -> A
             node = node[part]
         elif isinstance(node, Mapping):
             name = part if depth else parts[0]
-            raise DataError(missing_field(name, node, f"prompts.{setting}", place))
+            raise DataError(missing_field(name, node, setting, place))
         elif isinstance(node, Sequence) and not isinstance(node, str) and _is_position(part, node):
             node = node[int(part)]
         else:
             size = f" of {len(node)}" if isinstance(node, list) else ""
             raise DataError(
                 f"{place} is of type {type(node).__name__}{size} and has no {part!r}, expected "
-                f"an object or a list that has it; change prompts.{setting} or the data"
+                f"an object or a list that has it; change {setting} or the data"
             )
     return node
 
@@ -54,7 +58,8 @@ def wanted_columns(
     """Return the columns that hold the config's fields, and those that the context reads."""
     if context is not None and context.row_fields is None:
         return list(names)
-    fields = [config.prompt_field, config.answer_field]
+    tag_field = config.tagging.field if config.tagging else None
+    fields = [config.prompt_field, config.answer_field, tag_field]
     fields += [] if context is None else sorted(context.row_fields or ())
     columns = [name if name in names else name.split(".")[0] for name in fields if name is not None]
     return list(dict.fromkeys(columns))
@@ -70,10 +75,12 @@ def check_columns(
     """
     present = list(present)
     settings = {"prompt_field": config.prompt_field, "answer_field": config.answer_field}
-    for setting, name in settings.items():
+    named = {f"prompts.{setting}": name for setting, name in settings.items()}
+    named |= {"scoring.by": config.tagging.field} if config.tagging else {}
+    for setting, name in named.items():
         if name is None or name in present or name.split(".")[0] in present:
             continue
-        raise DataError(missing_field(name.split(".")[0], present, f"prompts.{setting}", where))
+        raise DataError(missing_field(name.split(".")[0], present, setting, where))
     for name in () if context is None else sorted(context.row_fields or ()):
         if name not in present:
             raise DataError(missing_field(name, present, "scoring.context", where))

@@ -31,7 +31,8 @@ class RawPrompt:
     prompt_id: str
     messages: tuple[Message, ...]
     task_data: Mapping[str, str] = field(default_factory=dict)
-    """Input of the verifier: `ANSWER_KEY`, `PROBLEM_KEY`; empty without an answer."""
+    """Input of the verifier: `ANSWER_KEY`, `PROBLEM_KEY`; and where there are several teachers the
+    tag, `tags.TAG_KEY`."""
     row: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the row for the teacher's context; empty without one."""
 

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any, get_args
 
+from qwen3_distill.config.data import Tagging
 from qwen3_distill.data.sources.fields import RowPrompts, read_field
 from qwen3_distill.data.sources.records import ANSWER_KEY, Message, RawPrompt, Role
+from qwen3_distill.data.tags import TAG_KEY
 from qwen3_distill.errors import DataError
 from qwen3_distill.utils.shown import shown
 
@@ -56,12 +58,27 @@ def raw_prompt(
     if config.answer_field is not None:
         answer = read_field(row, config.answer_field, "answer_field", where)
         task_data[ANSWER_KEY] = _answer(answer, f"{where}, field {config.answer_field!r}")
+    if config.tagging is not None:
+        task_data[TAG_KEY] = _tag(row, where, config.tagging)
     return RawPrompt(
         prompt_id=prompt_id,
         messages=tuple(_with_suffix(messages, config.suffix)),
         task_data=task_data,
         row=row if keeps_row else {},
     )
+
+
+def _tag(row: Mapping[str, Any], where: str, tagging: Tagging) -> str:
+    """Return the tag of a row, which has a teacher."""
+    value = read_field(row, tagging.field, "scoring.by", where)
+    tag = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
+    if tag is None or tag not in tagging.known:
+        raise DataError(
+            f"{where}, field {tagging.field!r} is {shown(value)}, and there is no teacher of that "
+            f"name, expected one of {', '.join(tagging.known)}; add it to scoring.teachers, or "
+            "correct or remove the row"
+        )
+    return tag
 
 
 def has_final_answer(value: Any) -> bool:

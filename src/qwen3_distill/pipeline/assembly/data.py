@@ -1,6 +1,6 @@
 """Builds prompts, checkers and held-out problems."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from qwen3_distill.config import (
     EvaluationConfig,
@@ -47,7 +47,8 @@ def build_training_stream(config: RunConfig, text: TextTools) -> PromptStream:
         text,
         config.sampling,
         seed=config.seed,
-        scoring=config.scoring,
+        scoring=config.only_teacher,
+        tag_weights=config.tag_weights,
     )
 
 
@@ -129,11 +130,13 @@ def build_stream(
     *,
     seed: int,
     scoring: ScoringConfig | None = None,
+    tag_weights: Mapping[str, float] | None = None,
 ) -> PromptStream:
     """Open prompts in the order of a seed, without those that are too long if they are dropped.
 
     Args:
         scoring: the teacher, whose context is rendered with the prompts; None: they have none.
+        tag_weights: see `PromptStream`.
 
     Raises:
         DataError: they cannot be read, or none is left.
@@ -146,10 +149,18 @@ def build_stream(
         max_new_tokens=sampling.max_new_tokens,
         template_arguments=student.template_arguments,
         context=build_context(student, scoring),
+        tag_weights=tag_weights,
     )
     if not isinstance(prompts, TaskPrompts) and prompts.too_long == "drop":
         stream.drop_too_long()
     return stream
+
+
+def teacher_context_length(scoring: ScoringConfig) -> int:
+    """Return the teacher's positions: those of its model, or fewer where its server is told so."""
+    positions = load_identity(scoring.model, weights=False).context_length
+    stated = scoring.max_model_tokens if scoring.kind == "vllm" else None
+    return positions if stated is None else min(stated, positions)
 
 
 def build_context(student: StudentConfig, scoring: ScoringConfig | None) -> TeacherContext | None:
@@ -159,6 +170,6 @@ def build_context(student: StudentConfig, scoring: ScoringConfig | None) -> Teac
     return TeacherContext(
         scoring.context,
         load_tokenizer(scoring.model, weights=False),
-        context_length=load_identity(scoring.model, weights=False).context_length,
+        context_length=teacher_context_length(scoring),
         template_arguments=student.template_arguments,
     )

@@ -12,9 +12,11 @@ from qwen3_distill.config import (
     GenerationConfig,
     LoraTuning,
     RunConfig,
+    SglangScoring,
     TuningConfig,
     UnslothTraining,
     VllmGeneration,
+    VllmScoring,
 )
 from qwen3_distill.environments.installed import engine_python
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
@@ -42,11 +44,11 @@ from qwen3_distill.pipeline.assembly.teachers import (
     build_comparison,
     build_teacher,
     build_teacher_rollouts,
-    build_view,
     following,
     output_head,
     teacher_sampler,
 )
+from qwen3_distill.pipeline.assembly.views import view_for_prompts
 from qwen3_distill.pipeline.manifest import EngineInterpreter
 from qwen3_distill.pipeline.parts import Parts, TextTools
 from qwen3_distill.planning.plan import MemoryPlan
@@ -85,7 +87,7 @@ def build_parts(
     plan = plan_memory(config)
     cluster = None if config.cluster is None else RunCluster(config, config.cluster, warn)
     teacher = None
-    if config.loaded_teacher is not None:
+    if config.loaded_teachers:
         teacher_plan = plan if cluster is None else plan_memory(config, "teacher")
         teacher = build_teacher(config, teacher_plan, cluster, score_request)
     scratch = run_channel_folder(config)
@@ -97,7 +99,7 @@ def build_parts(
             config, plan_memory(config, "student") if cluster else plan, cluster=cluster
         ),
         teacher=teacher,
-        view=build_view(config),
+        view=view_for_prompts(config, prompts.source),
         learner=build_learner(config, teacher, plan, cluster),
         channel=channel,
         text=text,
@@ -302,18 +304,24 @@ def _learner_settings(
 
 
 def engine_interpreters(config: RunConfig) -> dict[str, EngineInterpreter]:
-    """List the engines that have an interpreter of their own on this machine, by kind."""
+    """List the engines that have an interpreter of their own on this machine, by kind.
+
+    A teacher's in another interpreter has its setting in the name: ``vllm:scoring``,
+    ``vllm:scoring.teachers.math``.
+    """
     found: dict[str, EngineInterpreter] = {}
     sections = {
         "generation": config.generation,
-        "scoring": config.loaded_teacher,
+        **{teacher.setting: teacher.section for teacher in config.loaded_teachers},
         "training": config.training,
     }
     for name, section in sections.items():
-        if section is None or section.kind == "embedded":
+        if section.kind == "embedded":
             continue
-        if section.kind == "sglang" and section.urls:
+        if isinstance(section, SglangScoring | VllmScoring) and section.urls:
             continue
         python = engine_python(section.kind, name, section.python)
-        found[section.kind] = EngineInterpreter(python, section.environment)
+        same = found.get(section.kind)
+        kind = section.kind if same is None or same.python == python else f"{section.kind}:{name}"
+        found.setdefault(kind, EngineInterpreter(python, section.environment))
     return found

@@ -233,7 +233,7 @@ def _needs(
 ) -> dict[str, str]:
     """List the files that a node must have, by setting: an interpreter and the model."""
     python = section.interpreter or sys.executable
-    if section.kind in ("vllm", "unsloth"):  # SGLang's is found on its node
+    if section.kind in ("vllm", "unsloth") and name != "scoring":  # a server's is found on its node
         python = engine_python(section.kind, name, section.interpreter)
     role = "scoring.model" if name == "scoring" else "student.model"
     return {f"{name}.python": python, role: model}

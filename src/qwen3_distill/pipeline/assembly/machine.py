@@ -7,7 +7,7 @@ from qwen3_distill.config import (
     GenerationConfig,
     RunConfig,
     ScoringConfig,
-    SglangScoring,
+    ServedScoring,
     TrainingConfig,
     UnslothTraining,
     VllmGeneration,
@@ -52,10 +52,8 @@ def missing_environments(config: RunConfig, sections: Sequence[Name] = NAMES) ->
     """Say which engines are looked up on this machine and not installed, and what to do."""
     # A config for a GPU needs the engines of one, also where the GPU is still missing.
     kind = "cuda" if _on_cuda(config, sections) else machine_kind()
-    chosen = [section_of(config, name) for name in sections]
-    looked_up = [
-        section.kind for section in chosen if section is not None and _is_looked_up(section)
-    ]
+    chosen = [section for name in sections for section in sections_of(config, name).values()]
+    looked_up = dict.fromkeys(section.kind for section in chosen if _is_looked_up(section))
     missing = [engine for engine in looked_up if find(engine, kind) is None]
     return missing_engines(missing, kind) if missing else None
 
@@ -66,15 +64,15 @@ def interpreter_problem(config: RunConfig, name: Name) -> str | None:
     Args:
         name: of the section.
     """
-    section = section_of(config, name)
-    python = None if section is None else section.interpreter
-    if python is None or not is_absent(python):
-        return None
-    return (
-        f"{name}.python={python} does not exist or cannot be run; give the interpreter of "
-        "an environment that has the engine, or null for the one that `qwen3-distill "
-        "engines install` makes (docs/engines/install.md)"
-    )
+    for setting, section in sections_of(config, name).items():
+        python = section.interpreter
+        if python is not None and is_absent(python):
+            return (
+                f"{setting}.python={python} does not exist or cannot be run; give the interpreter "
+                "of an environment that has the engine, or null for the one that `qwen3-distill "
+                "engines install` makes (docs/engines/install.md)"
+            )
+    return None
 
 
 def require_machine(config: RunConfig, sections: Sequence[Name] = NAMES) -> None:
@@ -92,23 +90,20 @@ def listed(head: str, problems: Sequence[str]) -> str:
     return problems[0] if len(problems) == 1 else "\n  - ".join([head, *problems])
 
 
-def section_of(config: RunConfig, name: Name) -> Section | None:
-    """Return a section of a config; None for a teacher that training does not load."""
-    sections: dict[Name, Section | None] = {
-        "generation": config.generation,
-        "scoring": config.loaded_teacher,
-        "training": config.training,
-    }
-    return sections[name]
+def sections_of(config: RunConfig, name: Name) -> dict[str, Section]:
+    """Return a section of a config by its setting: of `scoring` each loaded teacher's."""
+    if name == "scoring":
+        return {teacher.setting: teacher.section for teacher in config.loaded_teachers}
+    return {name: getattr(config, name)}
 
 
-def _on_cuda(config: RunConfig, sections: Sequence[Name]) -> list[Name]:
-    found: list[Name] = []
-    for name in sections:
-        section = section_of(config, name)
-        if section is not None and _asks_cuda(section):
-            found.append(name)
-    return found
+def _on_cuda(config: RunConfig, sections: Sequence[Name]) -> list[str]:
+    return [
+        setting
+        for name in sections
+        for setting, section in sections_of(config, name).items()
+        if _asks_cuda(section)
+    ]
 
 
 def _asks_cuda(section: Section) -> bool:
@@ -122,7 +117,7 @@ def _is_looked_up(section: Section) -> bool:
     match section:
         case VllmGeneration() | UnslothTraining():
             return section.python is None
-        case SglangScoring():
+        case ServedScoring():
             return section.python is None and not section.urls
         case _:
             return False

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from qwen3_distill.config import LoraTuning, RunConfig
+from qwen3_distill.config import LoraTuning, RunConfig, ScoringConfig
 from qwen3_distill.environments.installed import machine_kind
 from qwen3_distill.environments.pins import tested_versions
 from qwen3_distill.errors import ModelError
@@ -20,7 +20,7 @@ from qwen3_distill.pipeline.assembly.machine import (
     device_problem,
     interpreter_problem,
     missing_environments,
-    section_of,
+    sections_of,
 )
 from qwen3_distill.pipeline.assembly.plan import plan_memory
 from qwen3_distill.pipeline.disk_space import student_bytes
@@ -73,12 +73,11 @@ def check_interpreter(name: Name, config: RunConfig) -> Verdict:
     """
     if (lacking := interpreter_problem(config, name)) is not None:
         return problem(lacking)
-    section = section_of(config, name)
-    if section is None:
+    sections = sections_of(config, name).values()
+    if not sections:
         return skipped("training loads no teacher")
-    if section.interpreter is None:
-        return skipped("none is stated")
-    return good(section.interpreter)
+    stated = dict.fromkeys(one.interpreter for one in sections if one.interpreter is not None)
+    return good(", ".join(stated)) if stated else skipped("none is stated")
 
 
 def check_driver(config: RunConfig) -> Verdict:
@@ -105,16 +104,16 @@ def check_driver(config: RunConfig) -> Verdict:
 def check_fp8(config: RunConfig) -> Verdict:
     """Check that the GPU computes in FP8 where the config asks for it."""
     users = [
-        f"{name}.quantization=fp8"
+        f"{setting}.quantization=fp8"
         for name in _QUANTIZABLE
-        if getattr(section_of(config, name), "quantization", None) == "fp8"
-        and not getattr(section_of(config, name), "urls", ())
+        for setting, section in sections_of(config, name).items()
+        if getattr(section, "quantization", None) == "fp8" and not getattr(section, "urls", ())
     ]
-    teacher = config.loaded_teacher
-    if teacher is not None and not getattr(teacher, "urls", ()):
-        with suppress(ModelError):
-            if read_shape(teacher.model).fp8_checkpoint:
-                users.append("scoring.model is an FP8 checkpoint")
+    for teacher in config.loaded_teachers:
+        if not getattr(teacher.section, "urls", ()):
+            with suppress(ModelError):
+                if read_shape(teacher.section.model).fp8_checkpoint:
+                    users.append(f"{teacher.setting}.model is an FP8 checkpoint")
     if not users:
         return skipped("nothing is quantized here")
     what = ", ".join(users)
@@ -140,7 +139,7 @@ def check_versions(config: RunConfig) -> Verdict:
         return skipped(_ALL_EMBEDDED)
     found = engine_versions(interpreters)
     silent = [kind for kind in interpreters if kind not in found]
-    verdicts = [_judged(kind, versions) for kind, versions in found.items()]
+    verdicts = [_judged(kind.partition(":")[0], versions) for kind, versions in found.items()]
     for status in (Status.FAIL, Status.WARN):
         if worst := [verdict for verdict in verdicts if verdict.status is status]:
             return replace(worst[0], found=", ".join(verdict.found for verdict in worst))
@@ -225,14 +224,26 @@ def sequence_limits(config: RunConfig) -> dict[str, int]:
     return {name: limit for name, limit in limits.items() if limit is not None}
 
 
+def server_limits(config: RunConfig) -> dict[str, int]:
+    """Return the limits of the teachers' servers on the student's tokens, by setting."""
+    stated = {
+        f"{teacher.setting}.max_model_tokens": getattr(teacher.section, "max_model_tokens", None)
+        for teacher in config.loaded_teachers
+        if not teacher.section.has_own_tokenizer  # it reads others: `tokenizer_checks`
+    }
+    return {name: limit for name, limit in stated.items() if limit is not None}
+
+
 def quantization_of(config: RunConfig) -> str | None:
     """Return how the teacher's weights are quantized: by its server, or in its directory.
 
-    None: they are not, or there is no teacher.
+    None: they are not, or there is no teacher. Of several teachers, the first quantized one's.
     """
-    scoring = config.scoring
-    if scoring is None:
-        return None
+    found = (_quantization(teacher.section) for teacher in config.teachers)
+    return next((quantization for quantization in found if quantization is not None), None)
+
+
+def _quantization(scoring: ScoringConfig) -> str | None:
     if (quantization := getattr(scoring, "quantization", None)) is not None:
         return str(quantization)
     file = Path(scoring.model) / "config.json"

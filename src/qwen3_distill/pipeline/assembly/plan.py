@@ -17,9 +17,8 @@ def plan_memory(config: RunConfig, engine: Engine = "learner") -> MemoryPlan | N
     Raises:
         ConfigError: an engine does not fit its card.
     """
-    scoring = config.loaded_teacher
     kinds = {config.generation.kind, config.training.kind}
-    kinds |= set() if scoring is None else {scoring.kind}
+    kinds |= {teacher.section.kind for teacher in config.loaded_teachers}
     return None if kinds == {"embedded"} else plan_of(engine, plan_cards(config))
 
 

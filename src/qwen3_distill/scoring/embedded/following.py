@@ -1,6 +1,6 @@
 """The embedded teacher that follows the student: a copy every some steps, or an average."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,14 +13,15 @@ from qwen3_distill.errors import CheckpointError, WeightVersionError
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.ports import FullWeights, WeightChannel
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
-from qwen3_distill.types import ModelIdentity, ScoreResult, ScoringJob, WeightVersion
+from qwen3_distill.scoring.wrapper import TeacherWrapper
+from qwen3_distill.types import WeightVersion
 
 STATE_FILE = "teacher.safetensors"
 """File of a checkpoint that holds the teacher's weights."""
 _STEP = "student_step"
 
 
-class FollowingEmbeddedTeacher:
+class FollowingEmbeddedTeacher(TeacherWrapper[EmbeddedTeacher]):
     """A `FollowingTeacher` on PyTorch.
 
     The weights of an `EmbeddedTeacher` are changed in place, between two forward passes, so that
@@ -33,7 +34,7 @@ class FollowingEmbeddedTeacher:
     """
 
     def __init__(self, teacher: EmbeddedTeacher, refresh: RefreshedEvery | MovingAverage) -> None:
-        self.inner = teacher
+        super().__init__(teacher)
         self.initial_teacher_id = teacher.teacher_id
         self._refresh = refresh
         self._step = 0
@@ -47,38 +48,9 @@ class FollowingEmbeddedTeacher:
         return {name: tensor.float() for name, tensor in self.inner.weights.items()}
 
     @property
-    def identity(self) -> ModelIdentity:
-        return self.inner.identity
-
-    @property
-    def teacher_id(self) -> str:
-        return self.inner.teacher_id
-
-    @property
-    def counters(self) -> Mapping[str, float]:
-        return self.inner.counters
-
-    @property
-    def max_dropped_fraction(self) -> float:
-        return self.inner.max_dropped_fraction
-
-    @property
-    def starts_first(self) -> bool:
-        return self.inner.starts_first
-
-    @property
     def output_head(self) -> Tensor:
         """[V, D], changed in place with the other weights."""
         return self.inner.output_head
-
-    async def start(self) -> None:
-        await self.inner.start()
-
-    async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
-        return await self.inner.score(jobs)
-
-    async def close(self) -> None:
-        await self.inner.close()
 
     async def follow(self, version: WeightVersion, channel: WeightChannel) -> None:
         if version.step == self._step:

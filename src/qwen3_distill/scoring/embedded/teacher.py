@@ -56,11 +56,7 @@ class EmbeddedTeacher:
         self._device = resolve_device(device)
         self._model = load_model(model_dir, device=self._device, dtype=resolve_dtype(dtype))
         self._model.requires_grad_(False)
-        if isinstance(request, TopKRequest) and request.k > self._identity.vocab_size:
-            raise ConfigError(
-                f"the objective asks for the top {request.k} tokens, and the teacher's vocabulary "
-                f"has {self._identity.vocab_size}; lower k"
-            )
+        check_candidates(request, self._identity)
         self._request = request
         self._batch_tokens = batch_tokens
         self._chunk_tokens = chunk_tokens
@@ -124,7 +120,7 @@ class EmbeddedTeacher:
 
     @torch.inference_mode()
     def _score_batch(self, jobs: Sequence[ScoringJob]) -> list[TeacherScore]:
-        hidden_ND = self._predicting_hidden(jobs)
+        hidden_ND = self.predicting_hidden(jobs)
         target_N = torch.from_numpy(
             np.concatenate([job.token_ids[job.scored_indices] for job in jobs]).astype(np.int64)
         ).to(self._device)
@@ -133,9 +129,9 @@ class EmbeddedTeacher:
         )
         sizes = [job.num_scored for job in jobs]
         per_job = zip(*(column.cpu().split(sizes) for column in columns), strict=True)
-        return [self._score_record(parts) for parts in per_job]
+        return [score_record(self._request, self.teacher_id, parts) for parts in per_job]
 
-    def _predicting_hidden(self, jobs: Sequence[ScoringJob]) -> Tensor:
+    def predicting_hidden(self, jobs: Sequence[ScoringJob]) -> Tensor:
         """[N, D] hidden states from which the scored tokens are predicted."""
         longest = max(job.token_ids.size for job in jobs)
         input_BT = torch.zeros(len(jobs), longest, dtype=torch.long)
@@ -152,29 +148,45 @@ class EmbeddedTeacher:
 
     def _chunk_scores(self, hidden_CD: Tensor, target_C: Tensor) -> tuple[Tensor, ...]:
         logprob_CV = torch.log_softmax(logits_of(hidden_CD, self.output_head), dim=-1)
-        logprob_C = logprob_CV.gather(-1, target_C.unsqueeze(-1)).squeeze(-1)
-        match self._request:
-            case TopKRequest(k=k):
-                top = logprob_CV.topk(k, dim=-1)
-                return logprob_C, top.indices, top.values
-            case HiddenRequest():
-                return logprob_C, hidden_CD.float()
-            case SampledRequest():
-                return (logprob_C,)
+        return chunk_outputs(self._request, logprob_CV, target_C, hidden_CD)
 
-    def _score_record(self, parts: tuple[Tensor, ...]) -> TeacherScore:
-        logprobs_S = parts[0].numpy()
-        match self._request:
-            case TopKRequest():
-                return TopKScore(
-                    teacher_id=self.teacher_id,
-                    logprobs=logprobs_S,
-                    candidate_ids=parts[1].numpy(),
-                    candidate_logprobs=parts[2].numpy(),
-                )
-            case HiddenRequest():
-                return HiddenScore(
-                    teacher_id=self.teacher_id, logprobs=logprobs_S, hidden=parts[1].numpy()
-                )
-            case SampledRequest():
-                return TeacherScore(teacher_id=self.teacher_id, logprobs=logprobs_S)
+
+def check_candidates(request: ScoreRequest, identity: ModelIdentity) -> None:
+    """Raise ConfigError if more candidates are asked for than the vocabulary has tokens."""
+    if isinstance(request, TopKRequest) and request.k > identity.vocab_size:
+        raise ConfigError(
+            f"the objective asks for the top {request.k} tokens, and the teacher's vocabulary "
+            f"has {identity.vocab_size}; lower k"
+        )
+
+
+def chunk_outputs(
+    request: ScoreRequest, logprob_CV: Tensor, target_C: Tensor, hidden_CD: Tensor
+) -> tuple[Tensor, ...]:
+    """Return what is asked for of whole distributions: [C] logprobs, and more as [C, ...]."""
+    logprob_C = logprob_CV.gather(-1, target_C.unsqueeze(-1)).squeeze(-1)
+    match request:
+        case TopKRequest(k=k):
+            top = logprob_CV.topk(k, dim=-1)
+            return logprob_C, top.indices, top.values
+        case HiddenRequest():
+            return logprob_C, hidden_CD.float()
+        case SampledRequest():
+            return (logprob_C,)
+
+
+def score_record(request: ScoreRequest, teacher_id: str, parts: tuple[Tensor, ...]) -> TeacherScore:
+    """Return `chunk_outputs` of one job's tokens as a score."""
+    logprobs_S = parts[0].numpy()
+    match request:
+        case TopKRequest():
+            return TopKScore(
+                teacher_id=teacher_id,
+                logprobs=logprobs_S,
+                candidate_ids=parts[1].numpy(),
+                candidate_logprobs=parts[2].numpy(),
+            )
+        case HiddenRequest():
+            return HiddenScore(teacher_id=teacher_id, logprobs=logprobs_S, hidden=parts[1].numpy())
+        case SampledRequest():
+            return TeacherScore(teacher_id=teacher_id, logprobs=logprobs_S)

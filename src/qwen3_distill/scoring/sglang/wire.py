@@ -7,18 +7,24 @@ Shape letters: E tokens of a job from its first scored one to its end, S of them
 candidates, R tokens of a sampled answer.
 """
 
-import contextlib
-import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_distill.scoring.sglang.faults import Fault, FaultKind, ReplyError
-from qwen3_distill.scoring.sglang.json_values import (
+from qwen3_distill.scoring.served.checks import (
+    REPLY_BYTES,
+    answered_rollout,
+    check_candidates,
+    check_same_places,
+    no_garbage_collection,
+    within,
+)
+from qwen3_distill.scoring.served.faults import Fault, FaultKind, ReplyError
+from qwen3_distill.scoring.served.json_values import (
     columns,
     decoded,
     integers,
@@ -27,8 +33,8 @@ from qwen3_distill.scoring.sglang.json_values import (
     member,
     object_of,
 )
+from qwen3_distill.scoring.served.wire import Wire
 from qwen3_distill.types import (
-    FinishReason,
     IntArray,
     Rollout,
     RolloutRequest,
@@ -37,19 +43,13 @@ from qwen3_distill.types import (
     TeacherScore,
     TopKRequest,
     TopKScore,
-    VersionSpan,
     WeightVersion,
 )
 
-SAME_TOKEN_NATS = 1e-2
-"""Largest difference between a token's logprob and the same token's among the candidates: both come
-from one softmax, but the server rounds them."""
 MAX_TOP_K = 4096
 """SGLang's limit of top-k if the logprobs after truncation are asked for."""
 
 
-REPLY_BYTES = 64 << 10
-"""Largest answer apart from its tokens: an error's text, the fields that a server adds."""
 _BYTES_PER_SEQUENCE = 8 << 10
 _BYTES_PER_ROW = 96
 """A logprob in full precision, its token id and null take at most 45 bytes."""
@@ -105,25 +105,13 @@ def read_scores(
     Raises:
         ReplyError: the reply is not JSON, or has another number of sequences.
     """
-    with _no_garbage_collection():
+    with no_garbage_collection():
         entries = _entries(reply, len(jobs))
         on_cached(sum(map(_cached_tokens, entries)))
         return [
             _read_one(entry, job, request, vocab_size, teacher_id)
             for entry, job in zip(entries, jobs, strict=True)
         ]
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Pause the collector: a reply is up to a million small lists without cycles to visit."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _entries(reply: bytes, count: int) -> list[Any]:
@@ -187,15 +175,10 @@ def _token_logprobs(meta: dict[str, Any], job: ScoringJob, vocab_size: int) -> N
     values, echoed = columns(rows, "response tokens")
     if values[0] is not None:
         raise ReplyError(FaultKind.MISALIGNED, "the first logprob is not null")
-    if not _within(echoed, vocab_size):
+    if not within(echoed, vocab_size):
         raise ReplyError(FaultKind.MISALIGNED, "echoed tokens are not of the vocabulary")
     _check_echo(np.array(echoed, dtype=np.int64), sent, vocab_size)
     return logprobs_of(values[1:], "response tokens")
-
-
-def _within(ids: Sequence[int], vocab_size: int) -> bool:
-    """Whether all ids are of the vocabulary; checked before numpy, whose integers are bounded."""
-    return min(ids) >= 0 and max(ids) < vocab_size
 
 
 def _check_echo(echoed: NDArray[np.int64], sent: IntArray, vocab_size: int) -> None:
@@ -234,40 +217,14 @@ def _candidates(
     if any(len(row) != k for row in rows[1:]):
         raise ReplyError(FaultKind.CANDIDATES, f"not {k} candidates everywhere")
     values, ids = columns(list(chain.from_iterable(rows[1:])), "candidates")
-    if not _within(ids, vocab_size):
+    if not within(ids, vocab_size):
         raise ReplyError(FaultKind.CANDIDATES, f"candidates are not ids below {vocab_size}")
     shape = (logprobs_E.size, k)
     ids_EK = np.array(ids, dtype=np.int64).reshape(shape)
     logprobs_EK = logprobs_of(values, "candidates").reshape(shape)
-    _check_candidates(ids_EK, logprobs_EK)
-    _check_same_places(ids_EK, logprobs_EK, job.token_ids[job.context_ids.size :], logprobs_E)
+    check_candidates(ids_EK, logprobs_EK)
+    check_same_places(ids_EK, logprobs_EK, job.token_ids[job.context_ids.size :], logprobs_E)
     return ids_EK.astype(np.int32), logprobs_EK
-
-
-def _check_candidates(ids_EK: NDArray[np.int64], logprobs_EK: NDArray[np.float32]) -> None:
-    if (np.diff(np.sort(ids_EK, axis=1), axis=1) == 0).any():
-        raise ReplyError(FaultKind.CANDIDATES, "candidates are not distinct")
-    if (np.diff(logprobs_EK, axis=1) > 0).any():
-        raise ReplyError(FaultKind.CANDIDATES, "candidates are not in the order of likelihood")
-
-
-def _check_same_places(
-    ids_EK: NDArray[np.int64],
-    logprobs_EK: NDArray[np.float32],
-    sent_E: IntArray,
-    logprobs_E: NDArray[np.float32],
-) -> None:
-    """Raise if a token differs from its candidate, or is likely enough to be one and is none."""
-    is_token_EK = ids_EK == sent_E[:, None]
-    among_E = is_token_EK.any(axis=1)
-    as_candidate_E = np.where(is_token_EK, logprobs_EK, 0).sum(axis=1)
-    differs_E = among_E & (np.abs(as_candidate_E - logprobs_E) > SAME_TOKEN_NATS)
-    differs_E |= ~among_E & (logprobs_E > logprobs_EK[:, -1] + SAME_TOKEN_NATS)
-    if differs_E.any():
-        raise ReplyError(
-            FaultKind.MISALIGNED,
-            f"{int(differs_E.sum())} tokens have another logprob than among their candidates",
-        )
 
 
 def answer_body(request: RolloutRequest, eos_ids: frozenset[int], vocab_size: int) -> bytes:
@@ -317,20 +274,7 @@ def read_answer(
     (entry,) = _entries(reply, 1)
     try:
         ids, logprobs_R = _answer_tokens(object_of(entry, "an answer"), request, vocab_size)
-        stopped = ids[-1] in eos_ids
-        if any(token in eos_ids for token in ids[:-1]):
-            raise ReplyError(FaultKind.LENGTH, "the answer goes on after its end")
-        if not stopped and len(ids) < request.sampling.max_new_tokens:
-            raise ReplyError(FaultKind.LENGTH, f"cut after {len(ids)} tokens")
-        return Rollout(
-            rollout_id=request.rollout_id,
-            prompt=request.prompt,
-            sampling=request.sampling,
-            response_ids=np.array(ids, dtype=np.int32),
-            behavior_logprobs=logprobs_R,
-            versions=(VersionSpan(start=0, stop=len(ids), version=version),),
-            finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
-        )
+        return answered_rollout(request, ids, logprobs_R, eos_ids, version)
     except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise ReplyError(
             FaultKind.GARBAGE, f"an answer of another form: {type(error).__name__}"
@@ -348,7 +292,7 @@ def _answer_tokens(
             FaultKind.LENGTH, f"{len(rows)} tokens of {request.sampling.max_new_tokens} allowed"
         )
     values, ids = columns(rows, "sampled tokens")
-    if not _within(ids, vocab_size):
+    if not within(ids, vocab_size):
         raise ReplyError(FaultKind.GARBAGE, f"sampled tokens are not ids below {vocab_size}")
     output_ids = integers(list_of(member(entry, "output_ids"), "output_ids"), "output_ids")
     if list(ids) != output_ids:
@@ -376,3 +320,18 @@ def _is_truncated(request: RolloutRequest) -> bool:
     if request.sampling.is_greedy:
         return False  # the most likely token is never cut off
     return request.sampling.top_p < 1 or request.sampling.top_k > 0
+
+
+SGLANG = Wire(
+    kind="sglang",
+    engine="SGLang",
+    path="/generate",
+    starts_first=True,
+    score_body=score_body,
+    score_reply_limit=score_reply_limit,
+    read_scores=read_scores,
+    answer_body=answer_body,
+    answer_reply_limit=answer_reply_limit,
+    read_answer=read_answer,
+)
+"""The interface of SGLang's servers."""

@@ -13,10 +13,12 @@ from qwen3_distill.config import (
     SampledReverseKL,
     TopKDivergence,
 )
-from qwen3_distill.training.batching import MicroBatch
+from qwen3_distill.errors import AlignmentError
+from qwen3_distill.training.batching import AlignedMicroBatch, MicroBatch
 from qwen3_distill.training.objectives.base import (
     LossTerms,
     ObjectiveSetup,
+    TensorMetric,
     common_metrics,
     max_metric,
     mean_metric,
@@ -27,9 +29,8 @@ from qwen3_distill.training.objectives.divergences import (
     full_divergence,
     top_k_divergence,
 )
-from qwen3_distill.training.objectives.losses import (
-    sampled_reverse_kl,
-)
+from qwen3_distill.training.objectives.losses import SampledTerms, sampled_reverse_kl
+from qwen3_distill.types import Reduction
 
 
 class SampledObjective:
@@ -47,6 +48,13 @@ class SampledObjective:
     ) -> LossTerms:
         hidden_ND = micro.at_loss_tokens(hidden_BTD)
         stats = self._token_stats(hidden_ND, head_VD, micro.target_N)
+        if isinstance(micro, AlignedMicroBatch):
+            sampled = self._by_span(micro, stats.logprob_N, denominator)
+            found = [*common_metrics(micro, stats.logprob_N, stats.entropy_N)]
+            metrics = [*found, *_span_metrics(micro, sampled), *self._metrics(sampled)]
+            return LossTerms(
+                sampled.loss, tuple(metrics), micro.per_token(sampled.advantage_N.abs())
+            )
         sampled = sampled_reverse_kl(
             stats.logprob_N,
             micro.behavior_logprob_N,
@@ -60,8 +68,42 @@ class SampledObjective:
             advantage_clip=self._config.advantage_clip,
             discount=self._config.discount,
         )
+        found = common_metrics(micro, stats.logprob_N, stats.entropy_N)
+        metrics = [*found, *self._metrics(sampled)]
+        return LossTerms(sampled.loss, tuple(metrics), sampled.advantage_N.abs())
+
+    def _by_span(
+        self, micro: AlignedMicroBatch, logprob_N: Tensor, denominator: float
+    ) -> SampledTerms:
+        """Return the same loss with spans in place of tokens (docs/concepts/objective.md).
+
+        A span is one action: its logprobs are the sums over its tokens. Each of its tokens thus has
+        the span's whole signal and ratio in its gradient.
+
+        Raises:
+            AlignmentError: the objective has a baseline, which spans have none for.
+        """
+        if self._config.kl_baseline.kind != "none":
+            raise AlignmentError(
+                f"kl_baseline.kind={self._config.kl_baseline.kind} with scores of spans: the "
+                "teacher's candidates are of another vocabulary; use kl_baseline.kind=none"
+            )
+        return sampled_reverse_kl(
+            micro.per_span(logprob_N),
+            micro.per_span(micro.behavior_logprob_N),
+            micro.span_logprob_P,
+            torch.zeros_like(micro.span_logprob_P),
+            micro.of_first_token(micro.importance_weight_N),
+            micro.of_first_token(micro.task_advantage_N),
+            tokens_per_row=micro.spans_per_sequence,
+            denominator=denominator,
+            ratio_cap=self._config.ratio_cap,
+            advantage_clip=self._config.advantage_clip,
+            discount=self._config.discount,
+        )
+
+    def _metrics(self, sampled: SampledTerms) -> list[TensorMetric]:
         metrics = [
-            *common_metrics(micro, stats.logprob_N, stats.entropy_N),
             max_metric("health/ratio_max", sampled.ratio_N),
             mean_metric("loss/advantage_abs_nats", sampled.advantage_N.abs()),
         ]
@@ -71,7 +113,7 @@ class SampledObjective:
         if self._config.advantage_clip is not None:
             clipped_N = sampled.signal_N.abs() > self._config.advantage_clip
             metrics.append(mean_metric("health/advantage_clipped_fraction", clipped_N.float()))
-        return LossTerms(sampled.loss, tuple(metrics), sampled.advantage_N.abs())
+        return metrics
 
     @torch.no_grad()
     def _baseline(self, micro: MicroBatch, hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
@@ -93,6 +135,17 @@ class SampledObjective:
             _FULL_BASELINE,
             self._chunk_tokens,
         )[0]
+
+
+def _span_metrics(micro: AlignedMicroBatch, sampled: SampledTerms) -> list[TensorMetric]:
+    """Return the reverse KL per token, as every objective reports it, and the spans' mean size."""
+    num_tokens = micro.target_N.numel()
+    kl = -sampled.signal_N.detach().sum()
+    size = torch.full_like(kl, num_tokens)
+    return [
+        TensorMetric("loss/reverse_kl_nats", kl, num_tokens, Reduction.MEAN),
+        TensorMetric("score/tokens_per_span", size, micro.span_logprob_P.numel(), Reduction.MEAN),
+    ]
 
 
 _TOP_K_BASELINE = TopKDivergence(kind="top_k", divergence="reverse_kl", tail="bin")

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from qwen3_distill.config import SglangScoring
 from qwen3_distill.errors import DataError, EngineError
 from qwen3_distill.modeling.digest import directory_digest
-from qwen3_distill.scoring.sglang import client
-from qwen3_distill.scoring.sglang.endpoint import RESTARTS
-from qwen3_distill.scoring.sglang.teacher import SglangTeacher
+from qwen3_distill.scoring.served import client
+from qwen3_distill.scoring.served.endpoint import RESTARTS
+from qwen3_distill.scoring.served.teacher import ServedTeacher
 from qwen3_distill.types import FinishReason, Rollout, RolloutRequest, SampledRequest
 from tests.contract.builders import make_prompt, make_request, make_spec, ragged_requests, run
 from tests.contract.reference import (
@@ -20,38 +19,42 @@ from tests.contract.reference import (
     largest_gap,
     reference_model,
 )
-from tests.contract.sglang_adapter import (
+from tests.contract.served_adapter import (
     POOL,
-    Kind,
-    SglangTeacherAdapter,
-    build_sglang,
-    sglang_config,
+    SERVED,
+    STAND_INS,
+    VLLM_STAND_IN,
+    Served,
+    ServedConfig,
+    build_served,
 )
 from tests.fault_proxy import Fault, FaultProxy
+from tests.sglang_stand_in import StandInServer
 from tests.tiny_models import EOS_ID, TinyModels
+from tests.vllm_stand_in import VllmStandIn
 
 FAR_NATS = 0.3
 
 
-@pytest.fixture(scope="module", params=["stand_in", pytest.param("real", marks=pytest.mark.sglang)])
-def kind(request: pytest.FixtureRequest) -> Kind:
+@pytest.fixture(scope="module", params=SERVED)
+def served(request: pytest.FixtureRequest) -> Served:
     return request.param
 
 
 @pytest.fixture
-def config(tiny_models: TinyModels, kind: Kind) -> SglangScoring:
-    return run(POOL.connect(sglang_config(tiny_models.teacher, kind)))
+def config(tiny_models: TinyModels, served: Served) -> ServedConfig:
+    return run(POOL.connect(served.config(tiny_models.teacher)))
 
 
 @pytest.fixture
-def teacher(config: SglangScoring) -> Iterator[SglangTeacher]:
-    made = build_sglang(config)
+def teacher(config: ServedConfig) -> Iterator[ServedTeacher]:
+    made = build_served(config)
     run(made.start())
     yield made
     run(made.close())
 
 
-def answers(teacher: SglangTeacher, requests: list[RolloutRequest]) -> list[Rollout]:
+def answers(teacher: ServedTeacher, requests: list[RolloutRequest]) -> list[Rollout]:
     """In the order of the requests, each exactly once."""
 
     async def collect() -> list[Rollout]:
@@ -75,31 +78,32 @@ def answers(teacher: SglangTeacher, requests: list[RolloutRequest]) -> list[Roll
     ids=str,
 )
 def test_behavior_logprobs_are_of_what_was_sampled_from(
-    teacher: SglangTeacher, tiny_models: TinyModels, kind: Kind, sampling: dict[str, float]
+    teacher: ServedTeacher, tiny_models: TinyModels, served: Served, sampling: dict[str, float]
 ) -> None:
     reference = reference_model(tiny_models.teacher)
-    parity_nats = SglangTeacherAdapter(kind).decoded_parity_nats
+    parity_nats = served.adapter.decoded_parity_nats
     for rollout in answers(teacher, ragged_requests(6, **sampling)):
         edges = {"top_p_edge": parity_nats / 6, "likelier_nats": parity_nats / 2}
         assert behavior_gap(reference, rollout, **edges) < parity_nats
 
 
-def test_a_wrong_temperature_would_show(teacher: SglangTeacher, tiny_models: TinyModels) -> None:
+def test_a_wrong_temperature_would_show(teacher: ServedTeacher, tiny_models: TinyModels) -> None:
     reference = reference_model(tiny_models.teacher)
     (rollout,) = answers(teacher, [make_request("a", make_prompt(5), make_spec(temperature=0.6))])
     wrong = behavior_logprobs(reference, rollout, temperature=1.0)
     assert largest_gap(rollout.behavior_logprobs, wrong) > FAR_NATS
 
 
-def test_an_answer_ends_with_its_end_token(teacher: SglangTeacher) -> None:
+def test_an_answer_ends_with_its_end_token(teacher: ServedTeacher, served: Served) -> None:
+    # So hot that the end token comes up about once in 260 tokens; vLLM takes no more than 2.
+    hot = 2.0 if served.engine == "vllm" else 100.0
     ended: list[Rollout] = []
     for attempt in range(10):
-        # So hot that the end token comes up about once in 260 tokens.
         requests = [
             make_request(
                 f"r{seed}",
                 make_prompt(4, seed=seed),
-                make_spec(seed=100 * attempt + seed, temperature=100.0, max_new_tokens=100),
+                make_spec(seed=100 * attempt + seed, temperature=hot, max_new_tokens=100),
             )
             for seed in range(8)
         ]
@@ -118,7 +122,7 @@ def test_an_answer_ends_with_its_end_token(teacher: SglangTeacher) -> None:
 
 
 def test_answers_are_of_the_directorys_weights(
-    teacher: SglangTeacher, tiny_models: TinyModels
+    teacher: ServedTeacher, tiny_models: TinyModels
 ) -> None:
     (rollout,) = answers(teacher, [make_request("a", make_prompt(5), make_spec())])
     (span,) = rollout.versions
@@ -126,11 +130,11 @@ def test_answers_are_of_the_directorys_weights(
     assert directory_digest(tiny_models.teacher).startswith(span.version.digest)
 
 
-def test_no_requests_give_no_answers(teacher: SglangTeacher) -> None:
+def test_no_requests_give_no_answers(teacher: ServedTeacher) -> None:
     assert answers(teacher, []) == []
 
 
-def test_a_closed_generator_leaves_no_task_running(teacher: SglangTeacher) -> None:
+def test_a_closed_generator_leaves_no_task_running(teacher: ServedTeacher) -> None:
     async def first_only() -> int:
         generator = teacher.sampler().generate(ragged_requests(8))
         async for _ in generator:
@@ -141,7 +145,7 @@ def test_a_closed_generator_leaves_no_task_running(teacher: SglangTeacher) -> No
     assert run(first_only()) == 0
 
 
-def test_ids_beyond_the_vocabulary_never_reach_a_server(teacher: SglangTeacher) -> None:
+def test_ids_beyond_the_vocabulary_never_reach_a_server(teacher: ServedTeacher) -> None:
     prompt = make_prompt(3)
     object.__setattr__(prompt, "token_ids", np.array([1, 2, 260], dtype=np.int32))
     with pytest.raises(DataError, match="token 260"):
@@ -150,11 +154,11 @@ def test_ids_beyond_the_vocabulary_never_reach_a_server(teacher: SglangTeacher) 
 
 @pytest.mark.parametrize("fault", [Fault.CUT, Fault.STATUS_503, Fault.GARBAGE, Fault.ABORTED])
 def test_an_answer_that_got_lost_is_asked_for_again(
-    config: SglangScoring, fault: Fault, monkeypatch: pytest.MonkeyPatch
+    config: ServedConfig, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "BACKOFF_S", 0.01)
     proxy = run(FaultProxy(config.urls[0]).start())
-    teacher = build_sglang(config.model_copy(update={"urls": (proxy.url,), "max_attempts": 3}))
+    teacher = build_served(config.model_copy(update={"urls": (proxy.url,), "max_attempts": 3}))
     run(teacher.start())
     try:
         requests = ragged_requests(3)
@@ -169,8 +173,9 @@ def test_an_answer_that_got_lost_is_asked_for_again(
         run(proxy.close())
 
 
-def test_a_server_that_died_answers_again(tiny_models: TinyModels) -> None:
-    teacher = build_sglang(sglang_config(tiny_models.teacher, "stand_in"), SampledRequest())
+@pytest.mark.parametrize("stand_in", STAND_INS)
+def test_a_server_that_died_answers_again(tiny_models: TinyModels, stand_in: Served) -> None:
+    teacher = build_served(stand_in.config(tiny_models.teacher), SampledRequest())
     run(teacher.start())
     try:
         assert teacher.server is not None
@@ -179,3 +184,18 @@ def test_a_server_that_died_answers_again(tiny_models: TinyModels) -> None:
         assert teacher.counters == {RESTARTS: 1}
     finally:
         run(teacher.close())
+
+
+def test_a_server_whose_logprobs_ignore_the_temperature_is_refused(
+    tiny_models: TinyModels,
+) -> None:
+    """vLLM's own default: logprobs before temperature, top-k and top-p."""
+    server = StandInServer(VllmStandIn(tiny_models.teacher, logprobs_mode="raw_logprobs")).start()
+    teacher = build_served(VLLM_STAND_IN.config(tiny_models.teacher, urls=(server.url,)))
+    try:
+        run(teacher.start())  # it scores as it must
+        with pytest.raises(EngineError, match="start it with --logprobs-mode processed_logprobs"):
+            answers(teacher, [make_request("a", make_prompt(5), make_spec())])
+    finally:
+        run(teacher.close())
+        server.close()

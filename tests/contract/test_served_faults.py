@@ -1,6 +1,6 @@
 """What a scoring server may do wrong: every fault is healed or becomes a failure, never a score.
 
-A proxy stands in front of the server, once of the stand-in and once of the real SGLang.
+A proxy stands in front of the server: of the stand-ins, and of the real SGLang and vLLM.
 """
 
 import asyncio
@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3_distill.config import SglangScoring
 from qwen3_distill.errors import (
     ConfigError,
     DataError,
@@ -24,8 +23,8 @@ from qwen3_distill.errors import (
     HandshakeError,
 )
 from qwen3_distill.ports import CACHED_TOKENS
-from qwen3_distill.scoring.sglang import client, readiness
-from qwen3_distill.scoring.sglang.teacher import DROPPED, SglangTeacher
+from qwen3_distill.scoring.served import client, readiness
+from qwen3_distill.scoring.served.teacher import DROPPED, ServedTeacher
 from qwen3_distill.types import (
     Rollout,
     SampledRequest,
@@ -38,7 +37,7 @@ from qwen3_distill.types import (
 )
 from tests.contract.builders import jobs_of, make_prompt, run, scores_of, synthetic_rollout
 from tests.contract.reference import largest_gap, reference_model, token_logprobs
-from tests.contract.sglang_adapter import POOL, Kind, SglangTeacherAdapter, sglang_config
+from tests.contract.served_adapter import POOL, SERVED, Served, ServedConfig, build_served
 from tests.fault_proxy import Fault, FaultProxy
 from tests.tiny_models import CONTEXT_LENGTH, TinyModels
 
@@ -67,14 +66,14 @@ OF_A_REPLY = {Fault.WRONG_COUNT: "count", Fault.GARBAGE: "garbage"}
 NO_REPLY = {Fault.STATUS_503: "status", Fault.HANG: "timeout", Fault.CUT: "connection"}
 
 
-@pytest.fixture(scope="module", params=["stand_in", pytest.param("real", marks=pytest.mark.sglang)])
-def kind(request: pytest.FixtureRequest) -> Kind:
+@pytest.fixture(scope="module", params=SERVED)
+def served(request: pytest.FixtureRequest) -> Served:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def parity_nats(kind: Kind) -> float:
-    return SglangTeacherAdapter(kind).parity_nats
+def parity_nats(served: Served) -> float:
+    return served.adapter.parity_nats
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +106,13 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 class Bench:
     """Teachers behind proxies, closed at the end of a test."""
 
-    def __init__(self, model_dir: Path, kind: Kind) -> None:
+    def __init__(self, model_dir: Path, served: Served) -> None:
         self._model_dir = model_dir
-        self._kind: Kind = kind
-        self._open: list[FaultProxy | SglangTeacher] = []
+        self._served = served
+        self._open: list[FaultProxy | ServedTeacher] = []
 
-    def config(self, **changes: object) -> SglangScoring:
-        return run(POOL.connect(sglang_config(self._model_dir, self._kind))).model_copy(
-            update=changes
-        )
+    def config(self, **changes: object) -> ServedConfig:
+        return run(POOL.connect(self._served.config(self._model_dir))).model_copy(update=changes)
 
     def proxy(self, upstream: str | None = None) -> FaultProxy:
         proxy = run(FaultProxy(upstream or self.config().urls[0]).start())
@@ -127,12 +124,10 @@ class Bench:
         *urls: str,
         request: ScoreRequest = SAMPLED,
         **changes: object,
-    ) -> SglangTeacher:
+    ) -> ServedTeacher:
         """Not started."""
         config = self.config(**({"urls": urls, "request_timeout_s": 1.0} | changes))
-        teacher = SglangTeacher(
-            config, request=request, memory_fraction=None, max_total_tokens=None, log=Path("unused")
-        )
+        teacher = build_served(config, request)
         self._open.append(teacher)
         return teacher
 
@@ -141,7 +136,7 @@ class Bench:
         *urls: str,
         request: ScoreRequest = SAMPLED,
         **changes: object,
-    ) -> SglangTeacher:
+    ) -> ServedTeacher:
         teacher = self.teacher(*urls, request=request, **changes)
         run(teacher.start())
         return teacher
@@ -152,8 +147,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tiny_models: TinyModels, kind: Kind) -> Iterator[Bench]:
-    made = Bench(tiny_models.teacher, kind)
+def bench(tiny_models: TinyModels, served: Served) -> Iterator[Bench]:
+    made = Bench(tiny_models.teacher, served)
     yield made
     made.close()
 
@@ -161,7 +156,12 @@ def bench(tiny_models: TinyModels, kind: Kind) -> Iterator[Bench]:
 def when(rollout: Rollout, fault: Fault) -> Callable[[dict[str, Any]], Fault | None]:
     """The fault for every request whose last sequence is the rollout."""
     ids = [*rollout.prompt.token_ids.tolist(), *rollout.response_ids.tolist()]
-    return lambda request: fault if request["input_ids"][-1] == ids else None
+    return lambda request: fault if sequences_of(request)[-1] == ids else None
+
+
+def sequences_of(request: dict[str, Any]) -> list[list[int]]:
+    """Return the token ids of a request, by whichever name the engine has for them."""
+    return request["input_ids"] if "input_ids" in request else request["prompt"]
 
 
 def assert_scores(
@@ -178,7 +178,7 @@ def assert_scores(
 # --- Faults that pass, and faults that stay -----------------------------------------------------
 
 
-def faults_counted(teacher: SglangTeacher) -> dict[str, float]:
+def faults_counted(teacher: ServedTeacher) -> dict[str, float]:
     """Return the teacher's counters without the tokens that the server had in its cache."""
     return {key: value for key, value in teacher.counters.items() if key != CACHED_TOKENS}
 
@@ -221,8 +221,10 @@ def test_a_sequence_that_stays_bad_is_dropped_alone(
 
 @pytest.mark.parametrize(("fault", "reason"), OF_CANDIDATES.items())
 def test_bad_candidates_are_healed_or_dropped(
-    bench: Bench, likely: Rollout, fault: Fault, reason: str
+    bench: Bench, likely: Rollout, served: Served, fault: Fault, reason: str
 ) -> None:
+    if served.engine == "vllm":
+        reason = "candidates"  # the token and its candidates are in one object, with their ranks
     proxy = bench.proxy()
     teacher = bench.started(proxy.url, request=TOP_K, max_attempts=2)
     (score,) = scores_of(teacher, [likely])
@@ -277,7 +279,7 @@ def test_a_refused_sequence_is_dropped_at_once(
     proxy = bench.proxy()
     teacher = bench.started(proxy.url)
     ids = [*POISONED.prompt.token_ids.tolist(), *POISONED.response_ids.tolist()]
-    proxy.always = lambda request: Fault.STATUS_400 if ids in request["input_ids"] else None
+    proxy.always = lambda request: Fault.STATUS_400 if ids in sequences_of(request) else None
     results = run(teacher.score(jobs_of(ROLLOUTS)))
     bad = results.pop(ROLLOUTS.index(POISONED))
     assert isinstance(bad, ScoreFailure)
@@ -298,7 +300,7 @@ def test_too_long_for_the_server_is_dropped_and_its_neighbours_scored(
     results = run(teacher.score(jobs_of([ROLLOUTS[0], too_long, ROLLOUTS[1]])))
     bad = results.pop(1)
     assert isinstance(bad, ScoreFailure)
-    assert re.search("longer than|exceeds the maximum", bad.reason)
+    assert re.search("longer than|exceeds the maximum|maximum context length", bad.reason)
     assert_scores(results, ROLLOUTS[:2], expected, parity_nats)
 
 
@@ -318,13 +320,15 @@ def test_requests_keep_prompts_together_within_the_budget_and_the_limit(bench: B
     proxy.delay_s = 0.05
     scores = scores_of(teacher, interleaved)
     assert [score.logprobs.size for score in scores] == [r.num_tokens for r in interleaved]
-    sent = [ids[:8] for request in proxy.requests for ids in request["input_ids"]]
+    sent = [ids[:8] for request in proxy.requests for ids in sequences_of(request)]
     in_order = [prompt.token_ids.tolist() for prompt in prompts for _ in range(3)]
     assert sorted(sent) == sorted(in_order)
     for request in proxy.requests:
-        assert sum(map(len, request["input_ids"])) <= 40
-        assert request["logprob_start_len"] == [7] * len(request["input_ids"])
-        kept = [ids[:8] for ids in request["input_ids"]]
+        sequences = sequences_of(request)
+        assert sum(map(len, sequences)) <= 40
+        if "input_ids" in request:  # vLLM gives those of the whole prompt
+            assert request["logprob_start_len"] == [7] * len(sequences)
+        kept = [ids[:8] for ids in sequences]
         assert kept == sorted(kept, key=in_order.index)
     assert proxy.most_in_flight == 2
     # What a server sends unasked or too late cannot be taken for the reply to another request.
@@ -394,9 +398,9 @@ def test_a_server_that_fails_is_replaced_by_the_others(
 
 
 def test_another_model_behind_the_address_is_refused(
-    bench: Bench, tiny_models: TinyModels, kind: Kind
+    bench: Bench, tiny_models: TinyModels, served: Served
 ) -> None:
-    student = run(POOL.connect(sglang_config(tiny_models.student, kind)))
+    student = run(POOL.connect(served.config(tiny_models.student)))
     teacher = bench.teacher(*student.urls, api_key_file=student.api_key_file)
     with pytest.raises(HandshakeError, match=r"does not score as .*teacher must.* another model"):
         run(teacher.start())
@@ -438,10 +442,10 @@ def test_no_server_at_the_address_is_an_error(bench: Bench) -> None:
         run(bench.teacher(proxy.url).start())
 
 
-def test_something_else_at_the_address_is_an_error(bench: Bench) -> None:
+def test_something_else_at_the_address_is_an_error(bench: Bench, served: Served) -> None:
     proxy = bench.proxy()
     proxy.always = lambda request: Fault.STATUS_400
-    with pytest.raises(EngineStartError, match="no SGLang server"):
+    with pytest.raises(EngineStartError, match=f"no {served.name} server"):
         run(bench.teacher(proxy.url).start())
 
 

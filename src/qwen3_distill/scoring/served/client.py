@@ -1,4 +1,4 @@
-"""An HTTP client for one or several SGLang servers; requests are balanced by tokens in flight.
+"""An HTTP client for one or several scoring servers; requests are balanced by tokens in flight.
 
 A reply is not trusted: it has one deadline from the connection to its last byte, a largest size
 that follows from the request, and no compression. Whatever goes wrong with it is `Unanswered`.
@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 import httpx
 
 from qwen3_distill.errors import EngineError
-from qwen3_distill.scoring.sglang.faults import FaultKind, Refused, Unanswered
+from qwen3_distill.scoring.served.faults import FaultKind, Refused, Unanswered
 from qwen3_distill.utils.concurrency import result_within
 from qwen3_distill.utils.secrets import remember_secret, text_of_others, without_user
 
@@ -43,17 +43,25 @@ class ServerConnection:
         return without_user(self.address)
 
 
-class SglangClient:
+class ServerClient:
     """Sends requests to the server with the fewest tokens in flight.
 
     Args:
+        path: where requests are posted, e.g. ``/generate``.
         max_in_flight: requests in flight per server; further ones wait here.
         timeout_s: from the connection to the last byte of a reply.
     """
 
     def __init__(
-        self, urls: Sequence[str], *, api_key: str | None, max_in_flight: int, timeout_s: float
+        self,
+        urls: Sequence[str],
+        *,
+        path: str,
+        api_key: str | None,
+        max_in_flight: int,
+        timeout_s: float,
     ) -> None:
+        self._path = path
         self.connections = [ServerConnection(url.rstrip("/")) for url in urls]
         self._max_in_flight = max_in_flight
         self._timeout_s = timeout_s
@@ -81,7 +89,7 @@ class SglangClient:
         timeout_s: float | None = None,
         connection: ServerConnection | None = None,
     ) -> bytes:
-        """Return a server's reply to a ``/generate`` request.
+        """Return a server's reply to a request.
 
         Args:
             tokens: of the request; servers are balanced by it.
@@ -136,7 +144,7 @@ class SglangClient:
         what = f"{connection.url}: "
         try:
             status, reply = await result_within(
-                limit_s, self._send(f"{connection.address}/generate", body, max_bytes)
+                limit_s, self._send(connection.address + self._path, body, max_bytes)
             )
         except (asyncio.TimeoutError, httpx.TimeoutException) as error:
             raise Unanswered(

@@ -5,8 +5,12 @@ from collections.abc import Sequence
 from qwen3_distill.types import ScoringJob
 
 
-def request_groups(jobs: Sequence[ScoringJob], request_tokens: int) -> list[list[int]]:
+def request_groups(
+    jobs: Sequence[ScoringJob], request_tokens: int, *, max_jobs: int | None = None
+) -> list[list[int]]:
     """Group jobs into requests of at most ``request_tokens`` tokens; return their indices.
+
+    A request has at most ``max_jobs`` jobs.
 
     Jobs with the same context follow one another: a server computes it once for all of them.
     """
@@ -21,7 +25,8 @@ def request_groups(jobs: Sequence[ScoringJob], request_tokens: int) -> list[list
     used = 0
     for index in order:
         size = int(jobs[index].token_ids.size)
-        if groups and used + size <= request_tokens:
+        fits = groups and used + size <= request_tokens
+        if fits and (max_jobs is None or len(groups[-1]) < max_jobs):
             groups[-1].append(index)
             used += size
         else:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from qwen3_distill.errors import ConfigError, EngineError
-from qwen3_distill.scoring.sglang.client import SglangClient
-from qwen3_distill.scoring.sglang.faults import FaultKind, Refused, Unanswered
-from qwen3_distill.scoring.sglang.key import read_api_key
+from qwen3_distill.scoring.served.client import ServerClient
+from qwen3_distill.scoring.served.faults import FaultKind, Refused, Unanswered
+from qwen3_distill.scoring.served.key import read_api_key
 
 KEY = "sk-0123456789abcdef-only-for-tests"
 Writes = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -25,8 +25,12 @@ def ask(writes: Writes, *, max_bytes: int = 1000, timeout_s: float = 1.0, user: 
         server = await asyncio.start_server(writes, "127.0.0.1", 0)
         host, port = server.sockets[0].getsockname()
         key = None if user else KEY
-        client = SglangClient(
-            [f"http://{user}{host}:{port}"], api_key=key, max_in_flight=1, timeout_s=timeout_s
+        client = ServerClient(
+            [f"http://{user}{host}:{port}"],
+            path="/generate",
+            api_key=key,
+            max_in_flight=1,
+            timeout_s=timeout_s,
         )
         try:
             return await client.post(b"{}", tokens=1, max_bytes=max_bytes)

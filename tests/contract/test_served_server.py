@@ -9,48 +9,50 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 
 from qwen3_distill.errors import ConfigError, EngineLost, EngineStartError
 from qwen3_distill.ports import CACHED_TOKENS
-from qwen3_distill.scoring.sglang.endpoint import RESTARTS
-from qwen3_distill.scoring.sglang.teacher import SglangTeacher
-from qwen3_distill.types import SampledRequest, TeacherScore
+from qwen3_distill.scoring.served.endpoint import RESTARTS
+from qwen3_distill.scoring.served.teacher import ServedTeacher
+from qwen3_distill.types import TeacherScore
 from tests.contract.builders import jobs_of, run, scores_of, synthetic_rollout
 from tests.contract.reference import largest_gap, reference_model, token_logprobs
-from tests.contract.sglang_adapter import Kind, SglangTeacherAdapter, sglang_config
-from tests.sglang_stand_in import write_interpreter
+from tests.contract.served_adapter import (
+    SERVED,
+    SGLANG_STAND_IN,
+    STAND_INS,
+    VLLM_STAND_IN,
+    Served,
+    build_served,
+    sglang_config,
+)
 from tests.tiny_models import TinyModels
 
 ROOT = Path(__file__).parents[2]
 ROLLOUTS = [synthetic_rollout(6, 5, seed) for seed in range(6)]
 
-Build = Callable[..., SglangTeacher]
+Build = Callable[..., ServedTeacher]
 
 
 @pytest.fixture
-def build(tiny_models: TinyModels, tmp_path: Path) -> Iterator[Build]:
-    """Makes teachers that are not started, and closes them."""
-    made: list[SglangTeacher] = []
+def build_as(tiny_models: TinyModels, tmp_path: Path) -> Iterator[Build]:
+    """Makes teachers of an engine that are not started, and closes them."""
+    made: list[ServedTeacher] = []
 
     def build_one(
-        kind: Kind = "stand_in", *, prelude: str | None = None, **changes: object
-    ) -> SglangTeacher:
+        served: Served, *, prelude: str | None = None, **changes: object
+    ) -> ServedTeacher:
         if prelude is not None:
-            changes["python"] = write_interpreter(tmp_path / "python", prelude)
-        config = sglang_config(tiny_models.teacher, kind, **changes)
-        on_gpu = config.device == "cuda"
-        made.append(
-            SglangTeacher(
-                config,
-                request=SampledRequest(),
-                memory_fraction=0.1 if on_gpu else 0.25,
-                max_total_tokens=32768,
-                log=tmp_path / "logs" / "sglang.log",
-            )
-        )
+            changes["python"] = served.interpreter(tmp_path / "python", prelude)
+        config = served.config(tiny_models.teacher, **changes)
+        log = tmp_path / "logs" / "server.log"
+        fraction = 0.1 if served.on_gpu else 0.25
+        made.append(build_served(config, memory_fraction=fraction, log=log))
         return made[-1]
 
     yield build_one
@@ -58,10 +60,18 @@ def build(tiny_models: TinyModels, tmp_path: Path) -> Iterator[Build]:
         run(teacher.close())
 
 
-KINDS = ["stand_in", pytest.param("real", marks=pytest.mark.sglang)]
+@pytest.fixture(params=STAND_INS)
+def stand_in(request: pytest.FixtureRequest) -> Served:
+    return request.param
 
 
-def events_of(teacher: SglangTeacher) -> dict[str, float]:
+@pytest.fixture
+def build(build_as: Build, stand_in: Served) -> Build:
+    """Makes teachers in a server of every stand-in."""
+    return partial(build_as, stand_in)
+
+
+def events_of(teacher: ServedTeacher) -> dict[str, float]:
     """Return the teacher's counters without the tokens that the server had in its cache."""
     return {key: value for key, value in teacher.counters.items() if key != CACHED_TOKENS}
 
@@ -90,11 +100,11 @@ def wait_until_gone(group: int, seconds: float = 15.0) -> None:
 # --- Life ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("served", SERVED)
 def test_a_server_that_is_killed_while_it_scores_is_started_again(
-    build: Build, tiny_models: TinyModels, kind: Kind
+    build_as: Build, tiny_models: TinyModels, served: Served
 ) -> None:
-    teacher = build(kind, request_tokens=11, max_in_flight=1, max_restarts=1)
+    teacher = build_as(served, request_tokens=11, max_in_flight=1, max_restarts=1)
     run(teacher.start())
     server = teacher.server
     assert server is not None
@@ -113,7 +123,7 @@ def test_a_server_that_is_killed_while_it_scores_is_started_again(
     for rollout, result in zip(ROLLOUTS, results, strict=True):
         assert isinstance(result, TeacherScore)
         gap = largest_gap(result.logprobs, token_logprobs(reference, rollout))
-        assert gap < SglangTeacherAdapter(kind).parity_nats
+        assert gap < served.adapter.parity_nats
     assert events_of(teacher) == {RESTARTS: 1}
     assert processes_of(first_group) == []
     second_group = server.pid
@@ -132,14 +142,17 @@ def assert_hidden_key(api_key: str, group: int | None) -> None:
     assert not any(api_key.encode() in line for line in lines)
 
 
-def test_files_that_hold_the_key_are_ours_alone(build: Build, tmp_path: Path) -> None:
+def test_files_that_hold_the_key_are_ours_alone(
+    build: Build, stand_in: Served, tmp_path: Path
+) -> None:
     teacher = build(prelude='cp "$4" "$0.yaml"; ls -ld "$(dirname "$4")" > "$0.mode"')
     run(teacher.start())
     server = teacher.server
     assert server is not None
-    assert server.api_key in (tmp_path / "python.yaml").read_text()
+    has_key = server.api_key in (tmp_path / "python.yaml").read_text()
+    assert has_key == (stand_in.engine == "sglang")  # vLLM reads it from a variable
     assert (tmp_path / "python.mode").read_text().startswith("drwx------")
-    assert stat.S_IMODE((tmp_path / "logs" / "sglang.log").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "logs" / "server.log").stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("max_restarts", [0, 1])
@@ -183,12 +196,10 @@ def test_the_memory_fraction_is_asked_for_at_every_start(
     tiny_models: TinyModels, tmp_path: Path
 ) -> None:
     fractions = iter([0.5, 0.25])
-    keep = write_interpreter(tmp_path / "python", 'cat "$4" >> "$0.yaml"')
-    teacher = SglangTeacher(
+    keep = SGLANG_STAND_IN.interpreter(tmp_path / "python", 'cat "$4" >> "$0.yaml"')
+    teacher = build_served(
         sglang_config(tiny_models.teacher, "stand_in", python=keep),
-        request=SampledRequest(),
         memory_fraction=lambda: next(fractions),
-        max_total_tokens=None,
         log=tmp_path / "log",
     )
     run(teacher.start())
@@ -201,23 +212,21 @@ def test_the_memory_fraction_is_asked_for_at_every_start(
     assert asked == ["mem-fraction-static: 0.5", "mem-fraction-static: 0.25"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("served", SERVED)
 def test_nothing_is_left_when_the_controller_is_killed(
-    tiny_models: TinyModels, tmp_path: Path, kind: Kind
+    tiny_models: TinyModels, tmp_path: Path, served: Served
 ) -> None:
-    config = sglang_config(tiny_models.teacher, kind)
+    config = served.config(tiny_models.teacher)
     (tmp_path / "config.json").write_text(config.model_dump_json())
     script = f"""
 import asyncio, time
 from pathlib import Path
-from qwen3_distill.config import SglangScoring
-from qwen3_distill.types import SampledRequest
-from qwen3_distill.scoring.sglang.teacher import SglangTeacher
+from qwen3_distill.config import {type(config).__name__} as Scoring
+from tests.contract.served_adapter import build_served
 
 async def main():
-    config = SglangScoring.model_validate_json(Path({str(tmp_path / "config.json")!r}).read_text())
-    teacher = SglangTeacher(config, request=SampledRequest(), memory_fraction=0.1,
-                            max_total_tokens=32768, log=Path({str(tmp_path / "log")!r}))
+    config = Scoring.model_validate_json(Path({str(tmp_path / "config.json")!r}).read_text())
+    teacher = build_served(config, log=Path({str(tmp_path / "log")!r}))
     await teacher.start()
     print(teacher.server.pid, flush=True)
     time.sleep(600)
@@ -237,7 +246,7 @@ asyncio.run(main())
 # --- Starts that fail ---------------------------------------------------------------------------
 
 
-def start_error(teacher: SglangTeacher) -> str:
+def start_error(teacher: ServedTeacher) -> str:
     with pytest.raises(EngineStartError) as error:
         run(teacher.start())
     assert teacher.server is not None
@@ -273,10 +282,12 @@ def test_an_interpreter_that_does_not_exist_is_named(build: Build) -> None:
     assert "/nowhere/python does not exist" in message
 
 
-def test_an_interpreter_without_sglang_is_told_what_to_install(build: Build) -> None:
+def test_an_interpreter_without_the_engine_is_told_what_to_install(
+    build: Build, stand_in: Served
+) -> None:
     message = start_error(build(python=sys.executable))
-    assert "SGLang is not installed" in message
-    assert "engines install sglang" in message
+    assert f"{stand_in.name} is not installed" in message
+    assert f"engines install {stand_in.engine}" in message
     assert "scoring.python is null" in message
 
 
@@ -288,24 +299,26 @@ def test_a_server_that_dies_at_its_start_leaves_its_last_words(build: Build) -> 
 
 def test_the_last_words_are_those_of_this_start(build: Build, tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "sglang.log").write_text("CUDA out of memory, an earlier one\n")
+    (tmp_path / "logs" / "server.log").write_text("CUDA out of memory, an earlier one\n")
     message = start_error(build(prelude="echo ValueError: this one; exit 1"))
     assert "ValueError: this one" in message
     assert "earlier" not in message
     assert "ran out of memory" not in message
 
 
-def test_out_of_memory_says_what_was_planned_found_and_may_be_changed(build: Build) -> None:
+def test_out_of_memory_says_what_was_planned_found_and_may_be_changed(build_as: Build) -> None:
     found = "echo 'Load weight begin. avail mem=17.25 GB'"
-    message = start_error(build(prelude=f"{found}; echo CUDA out of memory. Tried; exit 1"))
+    message = start_error(
+        build_as(SGLANG_STAND_IN, prelude=f"{found}; echo CUDA out of memory. Tried; exit 1")
+    )
     assert "Planned: memory fraction 0.25, cache of 32768 tokens" in message
     assert "17.25 GB free at load weight begin" in message
     assert "lower scoring.max_total_tokens" in message
 
 
-def test_a_share_of_memory_that_is_too_small_is_to_be_raised(build: Build) -> None:
+def test_a_share_of_memory_that_is_too_small_is_to_be_raised(build_as: Build) -> None:
     words = "RuntimeError: Not enough memory. Please try to increase --mem-fraction-static."
-    message = start_error(build(prelude=f"echo '{words}'; exit 1"))
+    message = start_error(build_as(SGLANG_STAND_IN, prelude=f"echo '{words}'; exit 1"))
     assert "raise scoring.memory_fraction" in message
 
 
@@ -320,22 +333,67 @@ def test_fp8_without_a_gpu_is_refused(build: Build) -> None:
         run(build(quantization="fp8").start())
 
 
-@pytest.mark.sglang
-def test_an_option_that_sglang_does_not_have_is_named(build: Build) -> None:
-    message = start_error(build("real", server_arguments={"no-such-option": 3}))
-    assert "SGLang has no option no-such-option (unrecognized arguments: --no-such-" in message
+@pytest.mark.parametrize(
+    "served",
+    [
+        pytest.param(Served("sglang", "real"), marks=pytest.mark.sglang),
+        pytest.param(Served("vllm", "real"), marks=pytest.mark.vllm),
+    ],
+)
+def test_an_option_that_the_engine_does_not_have_is_named(build_as: Build, served: Served) -> None:
+    message = start_error(build_as(served, server_arguments={"no-such-option": 3}))
+    assert f"{served.name} has no option no-such-option" in message
+    assert "unrecognized arguments: --no-such-" in message
     assert "change scoring.server_arguments" in message
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("served", "words"),
     [
-        "sglang serve: error: unrecognized arguments: --enable-fp32-lm-head",
-        "ImportError: cannot import name 'tokenizer' from 'sglang.srt' (/site/sglang/srt.py)",
-        "ModuleNotFoundError: No module named 'sglang.launch_server'",
+        (SGLANG_STAND_IN, "sglang serve: error: unrecognized arguments: --enable-fp32-lm-head"),
+        (SGLANG_STAND_IN, "ImportError: cannot import name 'x' from 'sglang.srt' (/srt.py)"),
+        (SGLANG_STAND_IN, "ModuleNotFoundError: No module named 'sglang.launch_server'"),
+        (VLLM_STAND_IN, "api_server.py: error: unrecognized arguments: --kv-cache-memory-bytes"),
+        (VLLM_STAND_IN, "ModuleNotFoundError: No module named 'vllm.entrypoints.openai'"),
     ],
+    ids=str,
 )
-def test_another_version_is_named(build: Build, words: str) -> None:
-    message = start_error(build(prelude=f'echo "{words}"; exit 1'))
+def test_another_version_is_named(build_as: Build, served: Served, words: str) -> None:
+    message = start_error(build_as(served, prelude=f'echo "{words}"; exit 1'))
     assert "is a version that this does not work with" in message
     assert words.partition("rror: ")[2] in message
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ("larger than the available KV cache memory (0.1 GiB)", "raise scoring.max_total_tokens"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried", "lower scoring.max_total_tokens"),
+    ],
+)
+def test_vllm_out_of_memory_says_what_was_planned_and_may_be_changed(
+    build_as: Build, words: str, change: str
+) -> None:
+    message = start_error(build_as(VLLM_STAND_IN, prelude=f"echo '{words}'; exit 1"))
+    assert "Planned: a cache of 0.12 GiB, for sequences of up to 1024 tokens" in message
+    assert change in message
+
+
+def test_vllm_is_told_what_the_run_needs(build_as: Build, tmp_path: Path) -> None:
+    teacher = build_as(
+        VLLM_STAND_IN,
+        prelude='cp "$4" "$0.yaml"',
+        max_model_tokens=500,
+        server_arguments={"block-size": 32},
+    )
+    assert teacher.identity.context_length == 500
+    run(teacher.start())
+    told = yaml.safe_load((tmp_path / "python.yaml").read_text())
+    assert told["max-model-len"] == 501  # one token is sampled, and not read
+    assert told["kv-cache-memory-bytes"] == 128 << 20
+    assert told["logprobs-mode"] == "processed_logprobs"
+    assert told["max-num-batched-tokens"] == 2048
+    assert told["enable-chunked-prefill"] is False  # on a CPU
+    assert told["block-size"] == 32
+    assert teacher.server is not None
+    assert teacher.server.api_key not in (tmp_path / "logs" / "server.log").read_text()

@@ -5,41 +5,57 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qwen3_distill.config import SglangScoring
-from qwen3_distill.errors import EngineStartError, HandshakeError
+from qwen3_distill.config import ServedScoring
+from qwen3_distill.errors import EngineError, EngineStartError, HandshakeError
 from qwen3_distill.modeling.known_answer import KnownAnswer
-from qwen3_distill.scoring.sglang.client import ServerConnection, SglangClient, backoff_s
-from qwen3_distill.scoring.sglang.faults import Fault, FaultKind, Refused, ReplyError, Unanswered
-from qwen3_distill.scoring.sglang.server import SglangServer
-from qwen3_distill.scoring.sglang.wire import read_scores, score_body, score_reply_limit
-from qwen3_distill.types import IntArray, SampledRequest, ScoringJob, TeacherScore, TokenSpan
+from qwen3_distill.scoring.served.client import ServerClient, ServerConnection, backoff_s
+from qwen3_distill.scoring.served.faults import Fault, FaultKind, Refused, ReplyError, Unanswered
+from qwen3_distill.scoring.served.server import EngineServer
+from qwen3_distill.scoring.served.wire import Wire
+from qwen3_distill.types import (
+    IntArray,
+    RolloutRequest,
+    SampledRequest,
+    ScoreRequest,
+    ScoringJob,
+    TeacherScore,
+    TokenSpan,
+    WeightVersion,
+)
 
 REMOTE_GRACE_S = 10.0
 """How long a server elsewhere may refuse connections at the start."""
 PROBE_PAUSE_S = 0.3
+CERTAIN_NATS = 1e-3
+"""Rounding of the logprob of a token that is certain."""
 PROBE_TIMEOUT_S = 120.0
 """Timeout of one probe: the first one may compile kernels."""
 
 
 async def wait_for_answer(
-    client: SglangClient,
+    client: ServerClient,
     connection: ServerConnection,
-    config: SglangScoring,
-    server: SglangServer | None,
+    config: ServedScoring,
+    server: EngineServer | None,
+    *,
+    wire: Wire,
+    probe: ScoreRequest,
 ) -> None:
     """Wait for a server's first answer of any kind.
 
     Args:
         server: the process behind the connection; None if it runs elsewhere.
+        probe: what the server is asked for.
 
     Raises:
-        EngineStartError: no answer in time, or what answers is no SGLang server.
+        EngineStartError: no answer in time, or what answers is no such server or one that
+            gives no such scores.
     """
     clock = asyncio.get_running_loop()
     began = clock.time()
     jobs = [_job(np.zeros(2, dtype=np.int32))]
-    body = score_body(jobs, SampledRequest())
-    limit = score_reply_limit(jobs, SampledRequest())
+    body = wire.score_body(jobs, probe)
+    limit = wire.score_reply_limit(jobs, probe)
     while True:
         try:
             await client.post(
@@ -60,24 +76,26 @@ async def wait_for_answer(
                 ) from error
             if waited_s > limit_s:
                 raise EngineStartError(
-                    "the SGLang server gave no answer within scoring.start_timeout_s="
+                    f"the {wire.engine} server gave no answer within scoring.start_timeout_s="
                     f"{limit_s:g} ({fault.detail}){server.last_output() if server else ''}"
                 ) from error
             await asyncio.sleep(PROBE_PAUSE_S)
         except Refused as error:
             raise EngineStartError(
-                f"{error}: this is no SGLang server, or one without /generate"
+                f"{error}: this is no {wire.engine} server, or one without {wire.path}"
+                + wire.remedy(probe)
             ) from error
         else:
             return
 
 
 async def check_known_answer(
-    client: SglangClient,
+    client: ServerClient,
     connection: ServerConnection,
-    config: SglangScoring,
+    config: ServedScoring,
     expected: KnownAnswer,
     *,
+    wire: Wire,
     vocab_size: int,
     count: Callable[[str], None],
 ) -> None:
@@ -95,13 +113,65 @@ async def check_known_answer(
     for attempt in range(config.max_attempts):
         if attempt:
             await asyncio.sleep(backoff_s(attempt))
-        score = await _probe(client, connection, job, vocab_size)
+        score = await _probe(client, connection, job, wire, vocab_size)
         if isinstance(score, TeacherScore):
             return _compare(connection, config, score, expected)
         count(f"score/retried_{score.kind.value}")
     raise EngineStartError(
         f"{connection.url} gives no score to a known sequence: {score.kind.value}: {score.detail}"
     )
+
+
+async def check_sampling(
+    client: ServerClient,
+    connection: ServerConnection,
+    wire: Wire,
+    probe: RolloutRequest,
+    eos_ids: frozenset[int],
+    *,
+    vocab_size: int,
+    max_attempts: int,
+    count: Callable[[str], None],
+) -> None:
+    """Raise unless a server's logprobs are those of the distribution that it samples from.
+
+    Args:
+        probe: a request whose sampled tokens all have probability 1.
+        count: called with the metric key of every retry.
+
+    Raises:
+        EngineError: they are others, or there is no answer.
+    """
+    body = wire.answer_body(probe, eos_ids, vocab_size)
+    version = WeightVersion(step=0, digest="unknown")
+    fault = Fault(FaultKind.CONNECTION, "not asked")
+    for attempt in range(max_attempts):
+        if attempt:
+            count(f"evaluate/retried_{fault.kind.value}")
+            await asyncio.sleep(backoff_s(attempt))
+        try:
+            reply = await client.post(
+                body,
+                tokens=int(probe.prompt.token_ids.size),
+                max_bytes=wire.answer_reply_limit(probe),
+                timeout_s=PROBE_TIMEOUT_S,
+                connection=connection,
+            )
+            answer = wire.read_answer(reply, probe, eos_ids, version, vocab_size=vocab_size)
+        except (Unanswered, ReplyError) as error:
+            fault = error.fault
+            continue
+        except Refused as error:
+            raise EngineError(f"the teacher does not sample: {error}") from error
+        worst = float(answer.behavior_logprobs.min())
+        if worst < -CERTAIN_NATS:
+            raise EngineError(
+                f"{connection.url} gives other logprobs than those of the distribution that it "
+                f"samples from: {worst:.2f} nats for the only token that it may sample; "
+                f"{wire.sampling_remedy}"
+            )
+        return
+    raise EngineError(f"{connection.url} does not sample: {fault.kind.value}: {fault.detail}")
 
 
 def _job(token_ids: IntArray) -> ScoringJob:
@@ -112,19 +182,23 @@ def _job(token_ids: IntArray) -> ScoringJob:
 
 
 async def _probe(
-    client: SglangClient, connection: ServerConnection, job: ScoringJob, vocab_size: int
+    client: ServerClient,
+    connection: ServerConnection,
+    job: ScoringJob,
+    wire: Wire,
+    vocab_size: int,
 ) -> TeacherScore | Fault:
-    body = score_body([job], SampledRequest())
+    body = wire.score_body([job], SampledRequest())
     tokens = int(job.token_ids.size)
     try:
         reply = await client.post(
             body,
             tokens=tokens,
-            max_bytes=score_reply_limit([job], SampledRequest()),
+            max_bytes=wire.score_reply_limit([job], SampledRequest()),
             timeout_s=PROBE_TIMEOUT_S,
             connection=connection,
         )
-        (score,) = read_scores(
+        (score,) = wire.read_scores(
             reply, [job], SampledRequest(), vocab_size=vocab_size, teacher_id=connection.url
         )
     except (Unanswered, ReplyError) as error:
@@ -135,7 +209,7 @@ async def _probe(
 
 
 def _compare(
-    connection: ServerConnection, config: SglangScoring, score: TeacherScore, expected: KnownAnswer
+    connection: ServerConnection, config: ServedScoring, score: TeacherScore, expected: KnownAnswer
 ) -> None:
     tolerance = config.readiness_tolerance_nats
     gap = float(np.abs(score.logprobs - expected.logprobs).mean())

@@ -15,7 +15,7 @@ try:
 except ImportError:  # slower: 20 us per token with candidates instead of 5
     _fast_loads = json.loads
 
-from qwen3_distill.scoring.sglang.faults import FaultKind, ReplyError
+from qwen3_distill.scoring.served.faults import FaultKind, ReplyError
 from qwen3_distill.types import LOGPROB_SLACK_NATS
 
 _ROW_LENGTH = 3

@@ -4,16 +4,21 @@ import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from qwen3_distill.config import SglangScoring
+from qwen3_distill.config import ServedScoring
 from qwen3_distill.errors import ConfigError, DataError, EngineError, EngineLost
 from qwen3_distill.hosts.supervision import Restarts
 from qwen3_distill.modeling.known_answer import KnownAnswer
-from qwen3_distill.scoring.sglang.client import ServerConnection, SglangClient
-from qwen3_distill.scoring.sglang.faults import FaultKind, Refused, Unanswered
-from qwen3_distill.scoring.sglang.key import read_api_key
-from qwen3_distill.scoring.sglang.readiness import check_known_answer, wait_for_answer
-from qwen3_distill.scoring.sglang.server import SglangServer, unless_it_ends
-from qwen3_distill.types import IntArray, ModelIdentity
+from qwen3_distill.scoring.served.client import ServerClient, ServerConnection
+from qwen3_distill.scoring.served.faults import FaultKind, Refused, Unanswered
+from qwen3_distill.scoring.served.key import read_api_key
+from qwen3_distill.scoring.served.readiness import (
+    check_known_answer,
+    check_sampling,
+    wait_for_answer,
+)
+from qwen3_distill.scoring.served.server import EngineServer, unless_it_ends
+from qwen3_distill.scoring.served.wire import Wire
+from qwen3_distill.types import IntArray, ModelIdentity, ScoreRequest
 from qwen3_distill.utils.concurrency import together
 
 DEATH_GRACE_S = 1.0
@@ -24,26 +29,37 @@ ANSWER_S_PER_TOKEN = 0.1
 RESTARTS = "score/server_restarts"
 
 
-class SglangEndpoint:
+class ServedEndpoint:
     """Sends requests to checked servers; starts a server of its own, again if it dies.
 
     Args:
+        wire: the interface of the servers.
         identity: of the model that the servers must serve.
+        probe: what a server is asked for first; it must be able to answer it.
         server: the server to start; None: the config's `urls` are used.
     """
 
     def __init__(
-        self, config: SglangScoring, identity: ModelIdentity, server: SglangServer | None
+        self,
+        config: ServedScoring,
+        wire: Wire,
+        identity: ModelIdentity,
+        server: EngineServer | None,
+        *,
+        probe: ScoreRequest,
     ) -> None:
         self.config = config
+        self.wire = wire
         self.server = server
         self.num_answered = 0
         """Scoring requests answered, and requests of both kinds refused."""
         self._identity = identity
-        self._scores: SglangClient | None = None
-        self._answers: SglangClient | None = None
+        self._probe = probe
+        self._scores: ServerClient | None = None
+        self._answers: ServerClient | None = None
         self._expected: asyncio.Task[KnownAnswer] | None = None
         self._counters: Counter[str] = Counter()
+        self._sampling_checked: int | None = None
         self._restarts = self._new_restarts()
 
     @property
@@ -68,6 +84,7 @@ class SglangEndpoint:
         """
         self._counters.clear()
         self._expected = expected
+        self._sampling_checked = None
         self._restarts = self._new_restarts()
         await self._restarts.start()
 
@@ -87,7 +104,7 @@ class SglangEndpoint:
             )
 
     async def ask_for_scores(self, body: bytes, *, tokens: int, max_bytes: int) -> bytes:
-        """Return the reply to a scoring request; see `SglangClient.post`."""
+        """Return the reply to a scoring request; see `ServerClient.post`."""
         reply = await self._ask(False, body, tokens, max_bytes, None)
         self.num_answered += 1
         return reply
@@ -95,26 +112,55 @@ class SglangEndpoint:
     async def ask_for_answer(
         self, body: bytes, *, tokens: int, max_bytes: int, max_new_tokens: int
     ) -> bytes:
-        """Return the reply to a sampling request; see `SglangClient.post`."""
+        """Return the reply to a sampling request; see `ServerClient.post`."""
         patience_s = self.config.request_timeout_s + ANSWER_S_PER_TOKEN * max_new_tokens
         return await self._ask(True, body, tokens, max_bytes, patience_s)
 
+    async def check_sampling(self, eos_ids: frozenset[int]) -> None:
+        """Raise unless the logprobs of servers elsewhere are those of what they sample from.
+
+        They are asked once a start.
+
+        Raises:
+            EngineError: a server gives others, or no answer.
+        """
+        if self.server is not None or self.wire.sampling_probe is None:
+            return  # a server that is started here is told which logprobs to give
+        start = await self._restarts.current()
+        if self._sampling_checked == start:
+            return
+        assert self._answers is not None, "made by a start"
+        for connection in self._answers.connections:
+            await check_sampling(
+                self._answers,
+                connection,
+                self.wire,
+                self.wire.sampling_probe,
+                eos_ids,
+                vocab_size=self._identity.vocab_size,
+                max_attempts=self.config.max_attempts,
+                count=self.count,
+            )
+        self._sampling_checked = start
+
     @property
-    def _score_client(self) -> SglangClient:
+    def _score_client(self) -> ServerClient:
         if self._scores is None:
             raise EngineError("the teacher is not started: start it before the first score")
         return self._scores
 
     def _connect(self, urls: Sequence[str], api_key: str | None) -> None:
         config = self.config
-        self._scores = SglangClient(
+        self._scores = ServerClient(
             urls,
+            path=self.wire.path,
             api_key=api_key,
             max_in_flight=config.max_in_flight,
             timeout_s=config.request_timeout_s,
         )
-        self._answers = SglangClient(
+        self._answers = ServerClient(
             urls,
+            path=self.wire.path,
             api_key=api_key,
             max_in_flight=ANSWERS_IN_FLIGHT,
             timeout_s=config.request_timeout_s,
@@ -154,13 +200,16 @@ class SglangEndpoint:
 
     async def _check_server(self, connection: ServerConnection) -> None:
         client, config = self._score_client, self.config
-        await wait_for_answer(client, connection, config, self.server)
+        await wait_for_answer(
+            client, connection, config, self.server, wire=self.wire, probe=self._probe
+        )
         assert self._expected is not None, "set by start"
         await check_known_answer(
             client,
             connection,
             config,
             await self._expected,
+            wire=self.wire,
             vocab_size=self._identity.vocab_size,
             count=self.count,
         )
@@ -199,7 +248,7 @@ class SglangEndpoint:
         if server.is_running and not await server.ends_within(DEATH_GRACE_S):
             return await self._restarts.current() != start
         lost = EngineLost(
-            f"the SGLang server died, after {self._restarts.count} restarts "
+            f"the {self.wire.engine} server died, after {self._restarts.count} restarts "
             f"(scoring.max_restarts){server.last_output()}"
         )
         await self._restarts.recover(start, lost)
