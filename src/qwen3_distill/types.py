@@ -76,6 +76,28 @@ def _check_spans(spans: "Sequence[TokenSpan]", first: int, stop: int, what: str)
         )
 
 
+def _checked_candidates(given: IntArray, num_tokens: int, what: str) -> IntArray:
+    """Return [S, K] candidates as a frozen array; raise unless there are K >= 1 distinct ones."""
+    ids = _checked_ids(given, 2, f"{what}: candidate_ids")
+    if len(ids) != num_tokens or ids.shape[1] < 1:
+        raise AlignmentError(
+            f"{what}: candidate_ids {ids.shape}, expected [{num_tokens}, K >= 1]: a row for every "
+            "sampled token"
+        )
+    _check_distinct(ids, what)
+    return ids
+
+
+def _check_distinct(ids_SK: IntArray, what: str) -> None:
+    in_order = np.sort(ids_SK, axis=1)
+    twice = (in_order[:, 1:] == in_order[:, :-1]).any(axis=1)
+    if twice.any():
+        raise AlignmentError(
+            f"{what}: candidate_ids of scored token {int(twice.argmax())} has an id twice, "
+            "expected distinct ones"
+        )
+
+
 class FinishReason(str, Enum):
     """Why a rollout ended."""
 
@@ -215,6 +237,8 @@ class RolloutRequest:
     rollout_id: str
     prompt: Prompt
     sampling: SamplingSpec
+    num_candidates: int = 0
+    """K: how many of the most likely tokens to keep at every sampled one; 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -264,6 +288,9 @@ class Rollout:
     teacher_id: str | None = None
     """The teacher that sampled the response, and whose logprobs `behavior_logprobs` are; None: the
     student did."""
+    candidate_ids: IntArray | None = None
+    """[S, K] the sampling model's most likely tokens at every sampled one, most likely first; None:
+    the request asked for none. Files of rollouts leave them out: scores have them."""
 
     def __post_init__(self) -> None:
         what = f"rollout {self.rollout_id}"
@@ -293,6 +320,9 @@ class Rollout:
                 f"its {logprobs.size} sampled tokens"
             )
         self._check_teacher_ids()
+        if self.candidate_ids is not None:
+            candidates = _checked_candidates(self.candidate_ids, self.num_loss_tokens, what)
+            object.__setattr__(self, "candidate_ids", candidates)
         object.__setattr__(self, "response_ids", ids)
         object.__setattr__(self, "behavior_logprobs", logprobs)
 
@@ -349,6 +379,8 @@ class RolloutPrefix:
     behavior_logprobs: FloatArray
     """[R] nats."""
     versions: tuple[VersionSpan, ...]
+    candidate_ids: IntArray | None = None
+    """[R, K], as in `Rollout`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -375,11 +407,16 @@ class ScoringJob:
     """Which of ``token_ids`` get a score; the first span starts at 1 or later."""
     tag: str | None = None
     """Which of several teachers scores; None: there is one."""
+    candidate_ids: IntArray | None = None
+    """[S, K] tokens whose logprobs a `GivenCandidatesRequest` asks for, distinct within a row."""
 
     def __post_init__(self) -> None:
         what = f"scoring job of {self.rollout_id}"
         ids = _checked_ids(self.token_ids, 1, f"{what}: token_ids")
         _check_spans(self.scored, 1, int(ids.size), f"{what}: scored")
+        if self.candidate_ids is not None:
+            candidates = _checked_candidates(self.candidate_ids, self.num_scored, what)
+            object.__setattr__(self, "candidate_ids", candidates)
         object.__setattr__(self, "token_ids", ids)
         object.__setattr__(self, "scored", tuple(self.scored))
 
@@ -412,12 +449,20 @@ class TopKRequest:
 
 
 @dataclass(frozen=True)
+class GivenCandidatesRequest:
+    """Asks a teacher for the logprobs of each job's ``candidate_ids`` as well."""
+
+    k: int
+    """Candidates at every scored token."""
+
+
+@dataclass(frozen=True)
 class HiddenRequest:
     """Asks a teacher for its last hidden states as well; the learner rebuilds the full
     distribution from them."""
 
 
-ScoreRequest: TypeAlias = SampledRequest | TopKRequest | HiddenRequest
+ScoreRequest: TypeAlias = SampledRequest | TopKRequest | GivenCandidatesRequest | HiddenRequest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -435,10 +480,11 @@ class TeacherScore:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TopKScore(TeacherScore):
-    """A `TeacherScore` with the teacher's K most likely tokens at every scored token."""
+    """A `TeacherScore` with K candidates at every scored token: the teacher's most likely tokens,
+    or with `GivenCandidatesRequest` the student's."""
 
     candidate_ids: IntArray
-    """[S, K], most likely first; distinct within a row."""
+    """[S, K], most likely first for the model that chose them; distinct within a row."""
     candidate_logprobs: FloatArray
     """[S, K] nats, of the full distribution: not renormalised over the K."""
 
@@ -452,13 +498,7 @@ class TopKScore(TeacherScore):
                 f"{what}: candidate_ids {ids.shape}, candidate_logprobs {logprobs.shape}, "
                 f"expected [{self.logprobs.size}, K >= 1] both"
             )
-        in_order = np.sort(ids, axis=1)
-        twice = (in_order[:, 1:] == in_order[:, :-1]).any(axis=1)
-        if twice.any():
-            raise AlignmentError(
-                f"{what}: candidate_ids of scored token {int(twice.argmax())} has an id twice, "
-                "expected distinct ones"
-            )
+        _check_distinct(ids, what)
         object.__setattr__(self, "candidate_ids", ids)
         object.__setattr__(self, "candidate_logprobs", logprobs)
 

@@ -81,6 +81,11 @@ class TeacherAdapter(Protocol):
         ...
 
     @property
+    def scores_given_candidates(self) -> bool:
+        """Whether a `GivenCandidatesRequest` is answered; else it is refused."""
+        ...
+
+    @property
     def parity_nats(self) -> float:
         """How far a score may lie from a float32 forward pass."""
         ...
@@ -216,6 +221,7 @@ def build_embedded_process(
 class EmbeddedTeacherAdapter:
     device: Device
     gives_hidden_states: bool = True
+    scores_given_candidates: bool = True
     parity_nats: float = 1e-4
     """Between two float32 forward passes; 5e-6 was seen. A wrong shift is off by nats."""
     repeat_nats: float = 1e-5

@@ -118,6 +118,7 @@ class TeacherFleetAdapter:
 
     num_teachers: int
     gives_hidden_states: bool = True
+    scores_given_candidates: bool = True
     parity_nats: float = 1e-4
     repeat_nats: float = 1e-5
     tokens_that_show_a_fault: int = 3

@@ -43,6 +43,7 @@ def plain_teacher(
 class PlainTeacherAdapter:
     make_host: MakeHost = LocalProcess
     gives_hidden_states: bool = False
+    scores_given_candidates: bool = False
     parity_nats: float = 1e-4
     """Between two float32 forward passes; 5e-6 was seen. A wrong shift is off by nats."""
     repeat_nats: float = 1e-5

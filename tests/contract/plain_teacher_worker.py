@@ -12,6 +12,7 @@ from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_identity, load_model
 from qwen3_distill.scoring.handshake import check_lengths
 from qwen3_distill.types import (
+    GivenCandidatesRequest,
     HiddenRequest,
     ScoreRequest,
     ScoreResult,
@@ -33,6 +34,10 @@ class PlainTeacherWorker:
         self._identity = load_identity(model_dir)
         if isinstance(request, HiddenRequest):
             raise ConfigError("the plain teacher sends no hidden states; use objective.kind=top_k")
+        if isinstance(request, GivenCandidatesRequest):
+            raise ConfigError(
+                "the plain teacher scores no given tokens; use objective.support=teacher"
+            )
         if isinstance(request, TopKRequest) and request.k > self._identity.vocab_size:
             raise ConfigError(
                 f"the objective asks for the top {request.k} tokens, and the teacher's vocabulary "

@@ -25,6 +25,7 @@ from qwen3_distill.config import (
 )
 from qwen3_distill.types import (
     Batch,
+    GivenCandidatesRequest,
     HiddenRequest,
     HiddenScore,
     Rollout,
@@ -233,6 +234,15 @@ def reference_score(
                 logprobs=logprobs,
                 candidate_ids=top.indices.numpy().astype(np.int32),
                 candidate_logprobs=top.values.numpy(),
+            )
+        case GivenCandidatesRequest():
+            assert rollout.candidate_ids is not None
+            given = torch.tensor(rollout.candidate_ids).long()
+            return TopKScore(
+                teacher_id="reference",
+                logprobs=logprobs,
+                candidate_ids=rollout.candidate_ids,
+                candidate_logprobs=logprobs_SV.gather(-1, given).numpy(),
             )
         case HiddenRequest():
             return HiddenScore(teacher_id="reference", logprobs=logprobs, hidden=hidden_SD.numpy())

@@ -215,6 +215,10 @@ class ServedTeacherAdapter:
         return False
 
     @property
+    def scores_given_candidates(self) -> bool:
+        return False
+
+    @property
     def parity_nats(self) -> float:
         if self.quantization is not None:
             return 2.0  # 0.15 on average was seen in a simulation, 0.6 at most for 99%

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from tests.contract.reference import (
     head_of,
     largest_gap,
     reference_model,
+    response_logprobs,
     response_positions,
     sampled_ids,
     swapped_logprobs,
@@ -125,6 +127,46 @@ def test_behavior_logprobs_are_those_of_the_distribution_sampled_from(
 ) -> None:
     rollouts = generate(engine, ragged_requests(**overrides))
     assert parity_gap(rollouts, reference) < PARITY_NATS
+
+
+def test_candidates_are_the_most_likely_tokens_where_each_was_sampled(
+    engine: RolloutEngine, reference: PreTrainedModel
+) -> None:
+    # Neighbours ask for other numbers, and some for none.
+    requests = [
+        replace(request, num_candidates=(4, 0, 24)[index % 3])
+        for index, request in enumerate(ragged_requests(temperature=0.7))
+    ]
+    rollouts = {rollout.rollout_id: rollout for rollout in generate(engine, requests)}
+    for request in requests:
+        rollout, count = rollouts[request.rollout_id], request.num_candidates
+        if not count:
+            assert rollout.candidate_ids is None
+            continue
+        assert rollout.candidate_ids is not None
+        with torch.no_grad():
+            logprobs_SV = response_logprobs(reference, rollout)
+        chosen_SK = logprobs_SV.gather(-1, torch.tensor(rollout.candidate_ids).long())
+        # By their values: rounding may exchange tokens that are as likely.
+        gap = (chosen_SK - logprobs_SV.topk(count).values).abs().max()
+        assert float(gap) < PARITY_NATS
+
+
+def test_a_prefix_has_the_candidates_of_its_tokens(engine: StreamingRolloutEngine) -> None:
+    async def seen() -> tuple[list[RolloutPrefix], list[Rollout]]:
+        requests = [replace(request, num_candidates=3) for request in long_requests(4)]
+        collecting, prefixes = await collecting_when(engine, requests, lambda p: longest(p) >= 5)
+        return prefixes, await collecting
+
+    prefixes, rollouts = run(seen())
+    by_id = {rollout.rollout_id: rollout for rollout in rollouts}
+    assert prefixes
+    for prefix in prefixes:
+        whole = by_id[prefix.request.rollout_id].candidate_ids
+        assert whole is not None
+        assert prefix.candidate_ids is not None
+        assert prefix.candidate_ids.shape == (prefix.response_ids.size, 3)
+        assert np.array_equal(prefix.candidate_ids, whole[: prefix.response_ids.size])
 
 
 def test_every_row_of_a_batch_has_its_own_sampling_spec(

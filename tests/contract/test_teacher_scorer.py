@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 from transformers import PreTrainedModel
 
-from qwen3_distill.errors import ConfigError, DataError, HandshakeError
+from qwen3_distill.errors import AlignmentError, ConfigError, DataError, HandshakeError
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.ports import TeacherScorer
 from qwen3_distill.scoring.handshake import check_compatible
 from qwen3_distill.scoring.repeatability import check_repeatable
 from qwen3_distill.types import (
+    GivenCandidatesRequest,
     HiddenRequest,
     HiddenScore,
     IntArray,
@@ -52,7 +53,7 @@ from tests.contract.reference import (
     response_logprobs,
     token_logprobs,
 )
-from tests.tiny_models import CONTEXT_LENGTH, TinyModels, byte_tokenizer, write_model
+from tests.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, TinyModels, byte_tokenizer, write_model
 
 FAR_NATS = 0.5
 
@@ -197,6 +198,42 @@ def test_candidates_are_of_the_full_distribution(
         assert score.candidate_ids.shape == (score.logprobs.size, K)
         assert (np.diff(score.candidate_logprobs) <= 0).all()
         assert (np.exp(score.candidate_logprobs).sum(axis=1) < 0.999).all()
+
+
+def test_given_candidates_get_the_teachers_logprobs(
+    adapter: TeacherAdapter, tiny_models: TinyModels, reference: PreTrainedModel
+) -> None:
+    if not adapter.scores_given_candidates:
+        with pytest.raises(ConfigError, match="given tokens"):
+            adapter.build(tiny_models.teacher, GivenCandidatesRequest(k=K))
+        return
+    rng = np.random.default_rng(0)
+    rollouts = [
+        replace(
+            rollout,
+            candidate_ids=np.stack(
+                [rng.permutation(VOCAB_SIZE)[:K] for _ in range(rollout.num_tokens)]
+            ),
+        )
+        for rollout in RAGGED
+    ]
+    request = GivenCandidatesRequest(k=K)
+    teacher = started(adapter.build(tiny_models.teacher, request, batch_tokens=300, chunk_tokens=7))
+    for rollout, score in zip(rollouts, scores_of(teacher, rollouts), strict=True):
+        assert isinstance(score, TopKScore)
+        assert np.array_equal(score.candidate_ids, rollout.candidate_ids)
+        expected = reference_score(reference, rollout, request)
+        assert_same_score(score, expected, tolerance=adapter.parity_nats)
+
+
+def test_jobs_without_the_candidates_asked_for_are_refused(
+    adapter: TeacherAdapter, tiny_models: TinyModels
+) -> None:
+    if not adapter.scores_given_candidates:
+        return
+    teacher = started(adapter.build(tiny_models.teacher, GivenCandidatesRequest(k=K)))
+    with pytest.raises(AlignmentError, match="candidates a token, expected 5"):
+        scores_of(teacher, RAGGED)
 
 
 def score_all(

@@ -38,6 +38,7 @@ def rollout_of(tokens: int, edges: list[int]) -> Rollout:
             VersionSpan(start=a, stop=b, version=VERSIONS[i]) for i, (a, b) in enumerate(spans)
         ),
         finish_reason=FinishReason.STOP,
+        candidate_ids=np.arange(2 * tokens).reshape(tokens, 2),
     )
 
 
@@ -53,6 +54,7 @@ def prefix_of(rollout: Rollout, stop: int) -> RolloutPrefix:
             for s in rollout.versions
             if s.start < stop
         ),
+        candidate_ids=None if rollout.candidate_ids is None else rollout.candidate_ids[:stop],
     )
 
 
@@ -76,6 +78,9 @@ def test_pieces_hold_every_token_once_with_its_logprob_version_and_context(
     assert np.array_equal(np.concatenate([p.response_ids for p in pieces]), whole.response_ids)
     logprobs = np.concatenate([p.behavior_logprobs for p in pieces])
     assert np.array_equal(logprobs, whole.behavior_logprobs)
+    candidates = [p.candidate_ids for p in pieces if p.candidate_ids is not None]
+    assert whole.candidate_ids is not None
+    assert np.array_equal(np.concatenate(candidates), whole.candidate_ids)
     assert version_of_tokens(*pieces) == version_of_tokens(whole)
     everything = [*whole.prompt.token_ids, *whole.response_ids]
     for piece in pieces:
@@ -114,6 +119,7 @@ def test_a_response_that_was_sampled_in_parts_is_not_cut() -> None:
         sampled=(TokenSpan(start=0, stop=3), TokenSpan(start=5, stop=7)),
         behavior_logprobs=-np.ones(5, dtype=np.float32),
         versions=(VersionSpan(start=0, stop=5, version=VERSIONS[0]),),
+        candidate_ids=None,
     )
     assert remainder(whole, 0) is whole
     for start in (3, 7):

@@ -12,7 +12,13 @@ from typing_extensions import Self
 
 from qwen3_distill.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Schema
 from qwen3_distill.config.rollouts import SampledBy
-from qwen3_distill.types import HiddenRequest, SampledRequest, ScoreRequest, TopKRequest
+from qwen3_distill.types import (
+    GivenCandidatesRequest,
+    HiddenRequest,
+    SampledRequest,
+    ScoreRequest,
+    TopKRequest,
+)
 
 RewardScale: TypeAlias = Literal["none", "std"]
 """``std``: the standard deviation of the rewards of a prompt's samples."""
@@ -90,6 +96,12 @@ class ObjectiveSchema(Schema):
     def score_request(self) -> ScoreRequest | None:
         """The least that the teacher must return for this objective; None: no score is needed."""
         return SampledRequest()
+
+    @property
+    def student_candidates(self) -> int:
+        """K: the student's most likely tokens to keep at every token that it samples; 0: none."""
+        request = self.score_request
+        return request.k if isinstance(request, GivenCandidatesRequest) else 0
 
     @property
     def _own_kind(self) -> str:
@@ -215,18 +227,23 @@ class _Divergence(ObjectiveSchema):
 
 
 class TopKDivergence(_Divergence):
-    """A divergence over the teacher's k most likely tokens at every position."""
+    """A divergence over the k most likely tokens of one model at every position."""
 
     implementation: ClassVar[str] = "qwen3_distill.training.objectives.divergences:TopKObjective"
 
     kind: Literal["top_k"]
     k: PositiveInt = 16
+    support: Literal["teacher", "student"] = "teacher"
+    """Whose k most likely tokens are compared. ``student``: those that it had when it sampled the
+    token, kept with the rollout; only embedded teachers score given tokens."""
     tail: Literal["renormalize", "bin"] = "bin"
     """``bin``: one more outcome holds the remaining mass of both; ``renormalize``: both are
     divided by their mass on the k."""
 
     @property
     def score_request(self) -> ScoreRequest:
+        if self.support == "student":
+            return GivenCandidatesRequest(k=self.k)
         return TopKRequest(k=self.k)
 
     @model_validator(mode="after")
@@ -337,6 +354,6 @@ def needs_hidden_states(objective: ObjectiveSchema) -> bool:
 
 
 def candidates_per_token(objective: ObjectiveSchema) -> int:
-    """K: the number of the teacher's most likely tokens that come with every score; 0 for none."""
+    """K: the number of candidates whose logprobs come with every score; 0 for none."""
     request = objective.score_request
-    return request.k if isinstance(request, TopKRequest) else 0
+    return request.k if isinstance(request, TopKRequest | GivenCandidatesRequest) else 0

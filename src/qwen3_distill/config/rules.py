@@ -13,6 +13,7 @@ from qwen3_distill.config.engines import VLLM_MAX_RANK
 from qwen3_distill.config.objective import needs_hidden_states
 from qwen3_distill.config.self_teacher import TEACHER_RULES
 from qwen3_distill.config.several_rules import SEVERAL_RULES
+from qwen3_distill.config.student_support import STUDENT_SUPPORT_RULES
 from qwen3_distill.config.tokenizer import TOKENIZER_RULES
 
 if TYPE_CHECKING:
@@ -423,5 +424,6 @@ RULES: tuple[Callable[["RunConfig"], None], ...] = (
     *CLUSTER_RULES,
     *TEACHER_RULES,
     *TOKENIZER_RULES,
+    *STUDENT_SUPPORT_RULES,
 )
 """In the order in which they are checked."""

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from qwen3_distill.config.objective import needs_hidden_states
+from qwen3_distill.config.objective import candidates_per_token, needs_hidden_states
 from qwen3_distill.config.self_teacher import STUDENT
 from qwen3_distill.config.several import EnsembleScoring, NamedTeacher, SeveralScoring
-from qwen3_distill.types import TopKRequest
 
 if TYPE_CHECKING:
     from qwen3_distill.config.run import RunConfig
@@ -27,7 +26,7 @@ def several_teachers_have_no_common_head(config: "RunConfig") -> None:
 
 def ensembles_average_what_they_know(config: "RunConfig") -> None:
     """Candidates are averaged exactly only where every member's whole distribution is at hand."""
-    if not isinstance(config.objective.score_request, TopKRequest):
+    if not candidates_per_token(config.objective):
         return
     for setting, members in _ensembles(config).items():
         for member in members:

@@ -3,7 +3,7 @@
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.learning import ConstantSchedule
 from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.types import SampledRequest, ScoreRequest, TopKRequest
+from qwen3_distill.types import GivenCandidatesRequest, SampledRequest, ScoreRequest, TopKRequest
 
 CANDIDATES = 20
 """The teacher's most likely tokens that are asked for, where the objective asks for none."""
@@ -40,9 +40,12 @@ def score_request(config: RunConfig) -> ScoreRequest | None:
     """Return the objective's request, with some candidates where it asks for the scores alone.
 
     None: the objective needs no scores. An ensemble has no candidates for every kind of member, so
-    with one the objective's own request is made.
+    with one the objective's own request is made. Candidates are the teacher's own, also where the
+    objective takes the student's: their probabilities bound its entropy.
     """
     request = config.objective.score_request
+    if isinstance(request, GivenCandidatesRequest):
+        return TopKRequest(k=request.k)
     if isinstance(request, SampledRequest) and not has_ensemble(config):
         vocab_size = load_identity(config.teachers[0].section.model, weights=False).vocab_size
         return TopKRequest(k=min(CANDIDATES, vocab_size))

@@ -1,12 +1,13 @@
 """A rollout that is still being sampled; the same record for every engine."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from qwen3_distill.types import (
     FinishReason,
+    IntArray,
     Rollout,
     RolloutPrefix,
     RolloutRequest,
@@ -22,6 +23,8 @@ class PartialRollout:
     request: RolloutRequest
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    candidates: list[Sequence[int]] = field(default_factory=list)
+    """Of every token the most likely ones, if the request asks for any."""
     swaps: list[tuple[int, WeightVersion]] = field(default_factory=list)
     """Token counts at which a version came into use, in order; the first is 0."""
 
@@ -29,14 +32,24 @@ class PartialRollout:
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
-    def add(self, token_ids: Iterable[int], logprobs: Iterable[float]) -> None:
+    def add(
+        self,
+        token_ids: Iterable[int],
+        logprobs: Iterable[float],
+        candidates: Iterable[Sequence[int]] = (),
+    ) -> None:
         """Append sampled tokens and their behavior logprobs in nats; those of greedy tokens are 0.
 
         An engine's own value for a greedy token may be the one at temperature 1.
+
+        Args:
+            candidates: at least ``request.num_candidates`` most likely tokens of each, in order.
         """
         greedy = self.request.sampling.is_greedy
         self.token_ids.extend(token_ids)
         self.logprobs.extend(0.0 if greedy else logprob for logprob in logprobs)
+        if self.request.num_candidates:
+            self.candidates.extend(row[: self.request.num_candidates] for row in candidates)
 
     def begin(self, version: WeightVersion, at: int | None = None) -> None:
         """Note that ``version`` samples from token ``at`` on; default: from the next token on."""
@@ -59,7 +72,14 @@ class PartialRollout:
             response_ids=np.array(self.token_ids, dtype=np.int32),
             behavior_logprobs=np.array(self.logprobs, dtype=np.float32),
             versions=self.spans(),
+            candidate_ids=self._candidate_ids(),
         )
+
+    def _candidate_ids(self) -> IntArray | None:
+        count = self.request.num_candidates
+        if not count:
+            return None
+        return np.array(self.candidates, dtype=np.int32).reshape(len(self.candidates), count)
 
     def rollout(self, finish_reason: FinishReason) -> Rollout:
         return Rollout(
@@ -70,4 +90,5 @@ class PartialRollout:
             behavior_logprobs=np.array(self.logprobs, dtype=np.float32),
             versions=self.spans(),
             finish_reason=finish_reason,
+            candidate_ids=self._candidate_ids(),
         )

@@ -22,7 +22,13 @@ from qwen3_distill.types import (
 
 def harvested(prefix: RolloutPrefix, start: int) -> Rollout:
     """The piece of a running rollout from response token ``start`` to its newest one."""
-    answer = _Answer(prefix.request, prefix.response_ids, prefix.behavior_logprobs, prefix.versions)
+    answer = _Answer(
+        prefix.request,
+        prefix.response_ids,
+        prefix.behavior_logprobs,
+        prefix.versions,
+        prefix.candidate_ids,
+    )
     return answer.piece(start, FinishReason.HARVESTED)
 
 
@@ -45,7 +51,13 @@ def remainder(rollout: Rollout, start: int) -> Rollout | None:
     request = RolloutRequest(
         rollout_id=rollout.rollout_id, prompt=rollout.prompt, sampling=rollout.sampling
     )
-    answer = _Answer(request, rollout.response_ids, rollout.behavior_logprobs, rollout.versions)
+    answer = _Answer(
+        request,
+        rollout.response_ids,
+        rollout.behavior_logprobs,
+        rollout.versions,
+        rollout.candidate_ids,
+    )
     return answer.piece(start, rollout.finish_reason)
 
 
@@ -55,6 +67,7 @@ class _Answer:
     response_ids: IntArray
     behavior_logprobs: FloatArray
     versions: tuple[VersionSpan, ...]
+    candidate_ids: IntArray | None
 
     def piece(self, start: int, finish_reason: FinishReason) -> Rollout:
         prompt = self.request.prompt
@@ -75,4 +88,5 @@ class _Answer:
             ),
             finish_reason=finish_reason,
             continues_at=start,
+            candidate_ids=None if self.candidate_ids is None else self.candidate_ids[start:],
         )

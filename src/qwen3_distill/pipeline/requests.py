@@ -40,6 +40,7 @@ def request_number(config: RunConfig, prompt: Prompt, number: int) -> RolloutReq
         rollout_id=rollout_id(config, number),
         prompt=prompt,
         sampling=sampling,
+        num_candidates=config.objective.student_candidates,
     )
 
 

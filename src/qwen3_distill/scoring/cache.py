@@ -19,6 +19,7 @@ from qwen3_distill.errors import RunFolderError
 from qwen3_distill.ports import STORED_TOKENS, TeacherScorer
 from qwen3_distill.scoring.wrapper import TeacherWrapper
 from qwen3_distill.types import (
+    GivenCandidatesRequest,
     HiddenRequest,
     HiddenScore,
     SampledRequest,
@@ -197,7 +198,10 @@ def score_key(teacher_id: str, request: ScoreRequest, job: ScoringJob) -> bytes:
     else:
         places = "spans " + ",".join(f"{span.start}-{span.stop}" for span in job.scored)
     head = f"{_FORMAT}|{teacher_id}|{request!r}|{places}|"
-    return hashlib.sha256(head.encode() + job.token_ids.astype("<i4").tobytes()).digest()
+    hashed = hashlib.sha256(head.encode() + job.token_ids.astype("<i4").tobytes())
+    if job.candidate_ids is not None:
+        hashed.update(job.candidate_ids.astype("<i4").tobytes())
+    return hashed.digest()
 
 
 def _packed(score: TeacherScore) -> bytes:
@@ -220,7 +224,7 @@ def _unpacked(
     match request:
         case SampledRequest():
             return TeacherScore(teacher_id=teacher_id, logprobs=logprobs_S)
-        case TopKRequest(k=k):
+        case TopKRequest(k=k) | GivenCandidatesRequest(k=k):
             middle = head + 4 * num_tokens * k
             return TopKScore(
                 teacher_id=teacher_id,

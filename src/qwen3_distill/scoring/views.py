@@ -68,6 +68,7 @@ class SameView:
                 TokenSpan(start=first + span.start, stop=first + span.stop)
                 for span in rollout.sampled
             ),
+            candidate_ids=rollout.candidate_ids,
         )
 
     def scored(self, rollout: Rollout, result: ScoreResult) -> ScoredRollout | ScoreFailure:

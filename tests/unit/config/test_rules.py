@@ -13,6 +13,7 @@ from qwen3_distill.config import (
     rules,
     self_teacher,
     several_rules,
+    student_support,
     tokenizer,
 )
 from qwen3_distill.errors import ConfigError
@@ -107,7 +108,7 @@ def test_streaming_with_room_for_what_arrives_old_is_good() -> None:
 
 
 def test_every_rule_is_run() -> None:
-    modules = (rules, cluster_rules, self_teacher, several_rules, tokenizer)
+    modules = (rules, cluster_rules, self_teacher, several_rules, student_support, tokenizer)
     written = {
         function
         for module in modules

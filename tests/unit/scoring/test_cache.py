@@ -16,6 +16,7 @@ from qwen3_distill.ports import STORED_TOKENS
 from qwen3_distill.scoring import cache
 from qwen3_distill.scoring.cache import CachedTeacher, score_key
 from qwen3_distill.types import (
+    GivenCandidatesRequest,
     HiddenRequest,
     HiddenScore,
     SampledRequest,
@@ -82,6 +83,14 @@ class FakeTeacher:
                     candidate_ids=np.arange(size * k).reshape(size, k),
                     candidate_logprobs=-np.arange(size * k).reshape(size, k) / 7,
                 )
+            case GivenCandidatesRequest():
+                assert job.candidate_ids is not None
+                return TopKScore(
+                    teacher_id=self.teacher_id,
+                    logprobs=logprobs,
+                    candidate_ids=job.candidate_ids,
+                    candidate_logprobs=-job.candidate_ids / 7,
+                )
             case HiddenRequest():
                 return HiddenScore(
                     teacher_id=self.teacher_id,
@@ -129,6 +138,21 @@ def test_a_second_run_gets_the_same_scores_without_the_teacher(
         cache.DAMAGED: 0,
         STORED_TOKENS: sum(job.token_ids.size for job in JOBS),
     }
+
+
+def test_other_candidates_of_the_same_tokens_are_another_score(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    request = GivenCandidatesRequest(k=2)
+    for first_id in (5, 9, 5):
+        jobs = [
+            replace(job, candidate_ids=np.tile([first_id, 1], (job.num_scored, 1))) for job in JOBS
+        ]
+        scores = ask(CachedTeacher(FakeTeacher(tiny_models, request), request, tmp_path), jobs)
+        for score in scores:
+            assert isinstance(score, TopKScore)
+            assert (score.candidate_ids[:, 0] == first_id).all()
+            assert np.allclose(score.candidate_logprobs, -score.candidate_ids / 7)
 
 
 def test_only_what_is_missing_is_asked_for_and_the_order_is_kept(

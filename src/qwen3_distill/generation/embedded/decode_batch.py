@@ -44,12 +44,16 @@ class DecodeRow:
         return self.running.request
 
     def append(
-        self, tokens: Sequence[int], logprobs: Sequence[float], eos_ids: frozenset[int]
+        self,
+        tokens: Sequence[int],
+        logprobs: Sequence[float],
+        eos_ids: frozenset[int],
+        candidates: Sequence[Sequence[int]] = (),
     ) -> None:
         """Add tokens up to the last one of the rollout, and deliver it if that is among them."""
         room = self.request.sampling.max_new_tokens - self.running.num_tokens
         end = next((i for i, token in enumerate(tokens[:room], 1) if token in eos_ids), None)
-        self.running.add(tokens[: end or room], logprobs[: end or room])
+        self.running.add(tokens[: end or room], logprobs[: end or room], candidates[: end or room])
         if end is not None:
             self.deliver(self.running.rollout(FinishReason.STOP))
         elif len(tokens) >= room:
@@ -104,10 +108,14 @@ class DecodeBatch:
         assert self._state is not None, "a step needs rows"
         logits_BV = logits[0] if len(logits) == 1 else torch.cat(logits)
         self._state.last_B, logprobs_B = self._state.sampler.sample(logits_BV)
-        sampled = zip(self._rows, self._state.last_B.tolist(), logprobs_B.tolist(), strict=True)
-        for row, token, logprob in sampled:
+        count = max(row.request.num_candidates for row in self._rows)
+        top_BK = logits_BV.topk(count, dim=-1).indices.tolist() if count else [()] * len(self._rows)
+        sampled = zip(
+            self._rows, self._state.last_B.tolist(), logprobs_B.tolist(), top_BK, strict=True
+        )
+        for row, token, logprob, candidates in sampled:
             if not row.is_over:
-                row.append([token], [logprob], self._eos_ids)
+                row.append([token], [logprob], self._eos_ids, [candidates])
         # Dropping rows copies the cache, so it is done when a quarter of them is finished.
         if len(self.rows) <= 0.75 * len(self._rows):
             self._drop_finished()

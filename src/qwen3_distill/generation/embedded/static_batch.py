@@ -4,12 +4,12 @@ Every tensor keeps its shape and place from step to step, so on CUDA a step is c
 graph and replayed: a small model's decode step takes longer to launch than to compute.
 
 Shape letters: B rows (the batch's, filled up to a multiple), T cached positions (left-padded),
-J key-value heads, D size of a head, S steps between two reads of the tokens.
+J key-value heads, D size of a head, S steps between two reads of the tokens, K candidates.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,15 @@ class _Shape:
     num_rows: int
     num_columns: int
     uses: SamplingFeatures
+    num_candidates: int
+
+
+class _Sampled(NamedTuple):
+    """A list per row of what was sampled since the last read."""
+
+    ids: list[list[int]]
+    logprobs: list[list[float]]
+    candidates: list[list[list[int]]]
 
 
 class StaticBatch:
@@ -72,17 +81,17 @@ class StaticBatch:
     def step(self, joining: Sequence[DecodeRow]) -> None:
         """Sample the first token of joining rows, or the next few tokens of every row."""
         if joining:
-            ids, logprobs = self._begin(joining)
+            sampled = self._begin(joining)
         else:
             assert self._steps is not None, "a step needs rows"
-            ids, logprobs = self._steps.advance()
-        for row, tokens, values in zip(self._rows, ids, logprobs, strict=False):
+            sampled = self._steps.advance()
+        for row, tokens, values, candidates in zip(self._rows, *sampled, strict=False):
             if not row.is_over:
-                row.append(tokens, values, self._eos_ids)
+                row.append(tokens, values, self._eos_ids, candidates)
         if not self.rows:
             self.clear()
 
-    def _begin(self, joining: Sequence[DecodeRow]) -> tuple[list[list[int]], list[list[float]]]:
+    def _begin(self, joining: Sequence[DecodeRow]) -> _Sampled:
         """Prefill rows into a cache of their shape; sample their first tokens."""
         assert not self.rows, "rows join an empty batch only"
         specs = [row.request.sampling for row in joining]
@@ -93,6 +102,7 @@ class StaticBatch:
             _multiple(len(joining), _ROWS),
             _multiple(longest + new_tokens, _COLUMNS),
             SamplingFeatures.of(specs),
+            max(row.request.num_candidates for row in joining),
         )
         logits_BV, cache, mask_BT = prefill(self._model, self._device, prompts)
         self._rows, self._steps = list(joining), self._steps_of(shape)
@@ -136,6 +146,9 @@ class _Steps:
         self._last_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._ids_BS = torch.zeros(rows, _STEPS_PER_READ, dtype=torch.long, device=device)
         self._logprobs_BS = torch.zeros(rows, _STEPS_PER_READ, device=device)
+        self._top_BSK = torch.zeros(
+            rows, _STEPS_PER_READ, shape.num_candidates, dtype=torch.long, device=device
+        )
         self._slot = torch.zeros(1, dtype=torch.long, device=device)
         self._sampler = self._sampler_of([_IDLE] * rows)
         self._sampler.uses = shape.uses
@@ -143,7 +156,7 @@ class _Steps:
 
     def begin(
         self, specs: Sequence[SamplingSpec], logits_BV: Tensor, cache: Cache, mask_BT: Tensor
-    ) -> tuple[list[list[int]], list[list[float]]]:
+    ) -> _Sampled:
         """Put prefilled rows into the tensors and sample their first tokens."""
         num_rows, longest = mask_BT.shape
         prefilled: Any = cache.layers
@@ -164,17 +177,25 @@ class _Steps:
         ids_B, logprobs_B = self._sampler.sample(of_all_BV)
         self._last_B1.copy_(ids_B.unsqueeze(1))
         self._slot.zero_()
-        return ids_B.unsqueeze(1).tolist(), logprobs_B.unsqueeze(1).tolist()
+        return _Sampled(
+            ids_B.unsqueeze(1).tolist(),
+            logprobs_B.unsqueeze(1).tolist(),
+            self._most_likely(of_all_BV).unsqueeze(1).tolist(),
+        )
 
-    def advance(self) -> tuple[list[list[int]], list[list[float]]]:
-        """Sample S tokens of every row; return ids and logprobs, a list per row."""
+    def advance(self) -> _Sampled:
+        """Sample S tokens of every row."""
         for _ in range(_STEPS_PER_READ):
             if self._graph is None:
                 self._step()
             else:
                 self._graph.replay()
         self._slot.zero_()
-        return self._ids_BS.tolist(), self._logprobs_BS.tolist()
+        return _Sampled(self._ids_BS.tolist(), self._logprobs_BS.tolist(), self._top_BSK.tolist())
+
+    def _most_likely(self, logits_BV: Tensor) -> Tensor:
+        """[B, K] token ids, most likely first."""
+        return logits_BV.topk(self._shape.num_candidates, dim=-1).indices
 
     def _sampler_of(self, specs: Sequence[SamplingSpec]) -> RowSampler:
         return RowSampler(specs, self._device, num_tokens=self._shape.num_columns)
@@ -194,6 +215,7 @@ class _Steps:
         self._last_B1.copy_(ids_B.unsqueeze(1))
         self._ids_BS.index_copy_(1, self._slot, ids_B.unsqueeze(1))
         self._logprobs_BS.index_copy_(1, self._slot, logprobs_B.unsqueeze(1))
+        self._top_BSK.index_copy_(1, self._slot, self._most_likely(logits_BV).unsqueeze(1))
         for counter in (self._column, self._position_B1, self._slot):
             counter.add_(1)
 

@@ -89,6 +89,7 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
         "seed": settings.seed,
         "disable_log_stats": True,
         "generation_config": "vllm",  # a model's generation_config.json changes no sampling
+        "max_logprobs": max(20, settings.num_candidates),  # vLLM's own limit is 20
     }
     if settings.max_batched_tokens is not None:
         values["max_num_batched_tokens"] = settings.max_batched_tokens
@@ -154,7 +155,9 @@ def _check_flags(arguments: Mapping[str, Any]) -> None:
             )
 
 
-def sampling_params(spec: SamplingSpec, eos_ids: Sequence[int]) -> SamplingParams:
+def sampling_params(
+    spec: SamplingSpec, eos_ids: Sequence[int], num_candidates: int = 0
+) -> SamplingParams:
     """The parameters of one rollout's sampling, with the logprobs of exactly this distribution."""
     return SamplingParams(
         n=1,
@@ -164,7 +167,7 @@ def sampling_params(spec: SamplingSpec, eos_ids: Sequence[int]) -> SamplingParam
         min_p=0.0,
         max_tokens=spec.max_new_tokens,
         seed=spec.seed,
-        logprobs=0,  # the sampled token's
+        logprobs=num_candidates,  # of the most likely tokens, besides the sampled token's
         flat_logprobs=True,
         detokenize=False,
         stop_token_ids=list(eos_ids),
@@ -189,22 +192,35 @@ def adapter_request(path: str, *, load: bool = False) -> LoRARequest:
     return LoRARequest(ADAPTER_NAME, ADAPTER_ID, path, load_inplace=load)
 
 
-def delta(output: Any) -> tuple[list[int], NDArray[np.float32]]:
-    """Token ids and logprobs that a DELTA output adds.
+def delta(
+    output: Any, num_candidates: int = 0
+) -> tuple[list[int], NDArray[np.float32], list[list[int]]]:
+    """Token ids, logprobs and most likely tokens that a DELTA output adds.
 
     Raises:
-        EngineError: the logprobs are not those of the tokens.
+        EngineError: the logprobs are not those of the tokens, or there are fewer most likely tokens
+            than asked for.
     """
     ids = list(output.token_ids)
     if not ids:  # the last output of an aborted request: its logprobs slice would be everything
-        return [], np.empty(0, dtype=np.float32)
+        return [], np.empty(0, dtype=np.float32), []
     flat = output.logprobs
     if flat is None or len(flat) != len(ids):
         raise EngineError(f"vLLM gave {0 if flat is None else len(flat)} logprobs for {len(ids)}")
     if list(flat.token_ids) == ids:  # one entry a position: the sampled token's
-        return ids, np.asarray(flat.logprobs, dtype=np.float32)
+        return ids, np.asarray(flat.logprobs, dtype=np.float32), []
     values = [flat[position][token].logprob for position, token in enumerate(ids)]
-    return ids, np.asarray(values, dtype=np.float32)
+    candidates = [_most_likely(flat[position], num_candidates) for position in range(len(ids))]
+    return ids, np.asarray(values, dtype=np.float32), candidates
+
+
+def _most_likely(position: Mapping[int, Any], count: int) -> list[int]:
+    """The tokens of ranks 1 to ``count``. The sampled token is there too, whatever its rank."""
+    by_rank = sorted((entry.rank, token) for token, entry in position.items())
+    found = [token for rank, token in by_rank if rank <= count]
+    if len(found) != count:
+        raise EngineError(f"vLLM gave {len(found)} of the {count} most likely tokens")
+    return found
 
 
 async def settle(engine: Any) -> None:

@@ -35,6 +35,7 @@ def vllm_engine(
     lora: LoraTuning | None,
     kv_cache_bytes: int,
     log: Path,
+    num_candidates: int = 0,
     make_host: MakeHost = LocalProcess,
 ) -> HostedRolloutEngine:
     """Make a `StreamingRolloutEngine` of vLLM.
@@ -44,6 +45,7 @@ def vllm_engine(
         lora: serve adapters up to this tuning's rank; None: whole weights are loaded.
         kv_cache_bytes: size of the key-value cache.
         log: file that takes the worker's output.
+        num_candidates: most likely tokens that a request may ask for.
         make_host: where the worker runs.
 
     Raises:
@@ -67,6 +69,7 @@ def vllm_engine(
         quantization=config.quantization,
         float32_head=config.float32_head,
         enforce_eager=config.enforce_eager,
+        num_candidates=num_candidates,
         engine_arguments=dict(config.engine_arguments),
     )
     host = make_host(

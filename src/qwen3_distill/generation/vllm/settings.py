@@ -27,6 +27,8 @@ class VllmSettings:
     float32_head: bool = False
     enforce_eager: bool = False
     seed: int = 0
+    num_candidates: int = 0
+    """Most likely tokens that a request may ask for."""
     hang_timeout_s: float = 900.0
     """Time after which an engine counts as lost if no running rollout gets a token."""
     engine_arguments: Mapping[str, Any] = field(default_factory=dict)

@@ -180,13 +180,15 @@ class VllmWorker:
         try:
             async for output in self._engine.generate(
                 compat.prompt(request.prompt.token_ids.tolist(), self._num_loads),
-                compat.sampling_params(request.sampling, self._settings.eos_ids),
+                compat.sampling_params(
+                    request.sampling, self._settings.eos_ids, request.num_candidates
+                ),
                 request.rollout_id,
                 lora_request=self._adapter(),
             ):
                 self._num_outputs += 1
                 completion = output.outputs[0]
-                running.add(*compat.delta(completion))
+                running.add(*compat.delta(completion, request.num_candidates))
                 if output.finished:
                     return _finished(running, completion.finish_reason)
         finally:

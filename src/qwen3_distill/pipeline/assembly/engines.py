@@ -181,6 +181,7 @@ def build_one_engine(
                 else None,
                 kv_cache_bytes=require_plan(plan).vllm_kv_cache_bytes,
                 log=engine_log(config, f"vllm{suffix}"),
+                num_candidates=config.objective.student_candidates,
                 make_host=make_host,
             )
 

@@ -17,6 +17,7 @@ from qwen3_distill.scoring.embedded.teacher import (
     EmbeddedTeacher,
     check_candidates,
     chunk_outputs,
+    given_candidates,
     score_record,
 )
 from qwen3_distill.scoring.ensemble import ensemble_id
@@ -110,17 +111,20 @@ class EmbeddedEnsemble:
         hidden = [member.predicting_hidden(jobs) for member in self.members]
         targets = np.concatenate([job.token_ids[job.scored_indices] for job in jobs])
         target_N = torch.from_numpy(targets.astype(np.int64)).to(hidden[0].device)
+        given_NK = given_candidates(jobs, target_N.device)
         columns = map_chunks(
-            self._chunk_scores, (target_N, *hidden), chunk_tokens=self._chunk_tokens
+            self._chunk_scores, (target_N, given_NK, *hidden), chunk_tokens=self._chunk_tokens
         )
         sizes = [job.num_scored for job in jobs]
         per_job = zip(*(column.cpu().split(sizes) for column in columns), strict=True)
         return [score_record(self._request, self.teacher_id, parts) for parts in per_job]
 
-    def _chunk_scores(self, target_C: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
+    def _chunk_scores(
+        self, target_C: Tensor, given_CK: Tensor, *hidden: Tensor
+    ) -> tuple[Tensor, ...]:
         mean_CV: Tensor | None = None
         for member, share, hidden_CD in zip(self.members, self._log_shares, hidden, strict=True):
             own_CV = torch.log_softmax(logits_of(hidden_CD, member.output_head), dim=-1) + share
             mean_CV = own_CV if mean_CV is None else torch.logaddexp(mean_CV, own_CV)
         assert mean_CV is not None, "an ensemble has members"
-        return chunk_outputs(self._request, mean_CV, target_C, hidden[0])
+        return chunk_outputs(self._request, mean_CV, target_C, hidden[0], given_CK)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen3_distill.errors import ConfigError
+from qwen3_distill.errors import AlignmentError, ConfigError
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.head import logits_of, map_chunks
 from qwen3_distill.modeling.hub import model_label
@@ -25,6 +25,7 @@ from qwen3_distill.modeling.loading import (
 )
 from qwen3_distill.scoring.handshake import check_lengths
 from qwen3_distill.types import (
+    GivenCandidatesRequest,
     HiddenRequest,
     HiddenScore,
     ModelIdentity,
@@ -125,7 +126,9 @@ class EmbeddedTeacher:
             np.concatenate([job.token_ids[job.scored_indices] for job in jobs]).astype(np.int64)
         ).to(self._device)
         columns = map_chunks(
-            self._chunk_scores, (hidden_ND, target_N), chunk_tokens=self._chunk_tokens
+            self._chunk_scores,
+            (hidden_ND, target_N, given_candidates(jobs, self._device)),
+            chunk_tokens=self._chunk_tokens,
         )
         sizes = [job.num_scored for job in jobs]
         per_job = zip(*(column.cpu().split(sizes) for column in columns), strict=True)
@@ -146,14 +149,37 @@ class EmbeddedTeacher:
         ).last_hidden_state
         return hidden_BTD[predicts_BT.to(self._device)]
 
-    def _chunk_scores(self, hidden_CD: Tensor, target_C: Tensor) -> tuple[Tensor, ...]:
+    def _chunk_scores(
+        self, hidden_CD: Tensor, target_C: Tensor, given_CK: Tensor
+    ) -> tuple[Tensor, ...]:
         logprob_CV = torch.log_softmax(logits_of(hidden_CD, self.output_head), dim=-1)
-        return chunk_outputs(self._request, logprob_CV, target_C, hidden_CD)
+        return chunk_outputs(self._request, logprob_CV, target_C, hidden_CD, given_CK)
+
+
+def given_candidates(jobs: Sequence[ScoringJob], device: torch.device) -> Tensor:
+    """Return the candidates of jobs that have any, [N, K]; else [N, 0].
+
+    Raises:
+        AlignmentError: some of the jobs have candidates and some have none, or other numbers.
+    """
+    given = [job.candidate_ids for job in jobs]
+    counts = {0 if ids is None else ids.shape[1] for ids in given}
+    if len(counts) > 1:
+        raise AlignmentError(
+            f"scoring jobs with {sorted(counts)} candidates a token, expected one number for all"
+        )
+    rows = [
+        np.empty((job.num_scored, 0), dtype=np.int64) if ids is None else ids
+        for job, ids in zip(jobs, given, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(rows).astype(np.int64)).to(device)
 
 
 def check_candidates(request: ScoreRequest, identity: ModelIdentity) -> None:
     """Raise ConfigError if more candidates are asked for than the vocabulary has tokens."""
-    if isinstance(request, TopKRequest) and request.k > identity.vocab_size:
+    if not isinstance(request, TopKRequest | GivenCandidatesRequest):
+        return
+    if request.k > identity.vocab_size:
         raise ConfigError(
             f"the objective asks for the top {request.k} tokens, and the teacher's vocabulary "
             f"has {identity.vocab_size}; lower k"
@@ -161,14 +187,28 @@ def check_candidates(request: ScoreRequest, identity: ModelIdentity) -> None:
 
 
 def chunk_outputs(
-    request: ScoreRequest, logprob_CV: Tensor, target_C: Tensor, hidden_CD: Tensor
+    request: ScoreRequest,
+    logprob_CV: Tensor,
+    target_C: Tensor,
+    hidden_CD: Tensor,
+    given_CK: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Return what is asked for of whole distributions: [C] logprobs, and more as [C, ...]."""
+    """Return what is asked for of whole distributions: [C] logprobs, and more as [C, ...].
+
+    Args:
+        given_CK: candidates of a `GivenCandidatesRequest`.
+    """
     logprob_C = logprob_CV.gather(-1, target_C.unsqueeze(-1)).squeeze(-1)
     match request:
         case TopKRequest(k=k):
             top = logprob_CV.topk(k, dim=-1)
             return logprob_C, top.indices, top.values
+        case GivenCandidatesRequest(k=k):
+            if given_CK.shape[-1] != k:
+                raise AlignmentError(
+                    f"scoring jobs with {given_CK.shape[-1]} candidates a token, expected {k}"
+                )
+            return logprob_C, given_CK, logprob_CV.gather(-1, given_CK)
         case HiddenRequest():
             return logprob_C, hidden_CD.float()
         case SampledRequest():
@@ -179,7 +219,7 @@ def score_record(request: ScoreRequest, teacher_id: str, parts: tuple[Tensor, ..
     """Return `chunk_outputs` of one job's tokens as a score."""
     logprobs_S = parts[0].numpy()
     match request:
-        case TopKRequest():
+        case TopKRequest() | GivenCandidatesRequest():
             return TopKScore(
                 teacher_id=teacher_id,
                 logprobs=logprobs_S,

@@ -25,6 +25,7 @@ from qwen3_distill.scoring.served.sampler import ServedSampler
 from qwen3_distill.scoring.served.server import EngineServer
 from qwen3_distill.scoring.served.wire import Wire
 from qwen3_distill.types import (
+    GivenCandidatesRequest,
     HiddenRequest,
     ModelIdentity,
     ScoreFailure,
@@ -273,6 +274,12 @@ def _check_request(request: ScoreRequest, identity: ModelIdentity, wire: Wire) -
         raise ConfigError(
             f"the objective asks for the teacher's hidden states, which {wire.engine}'s servers do "
             "not give; use scoring.kind=embedded, or objective.kind=top_k"
+        )
+    if isinstance(request, GivenCandidatesRequest):
+        raise ConfigError(
+            f"the objective asks for the teacher's logprobs of given tokens at every position, "
+            f"which {wire.engine}'s servers do not give; use scoring.kind=embedded, or "
+            "objective.support=teacher"
         )
     if isinstance(request, TopKRequest) and request.k > identity.vocab_size:
         raise ConfigError(
