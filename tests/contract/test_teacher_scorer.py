@@ -221,6 +221,7 @@ def test_given_candidates_get_the_teachers_logprobs(
     teacher = started(adapter.build(tiny_models.teacher, request, batch_tokens=300, chunk_tokens=7))
     for rollout, score in zip(rollouts, scores_of(teacher, rollouts), strict=True):
         assert isinstance(score, TopKScore)
+        assert rollout.candidate_ids is not None
         assert np.array_equal(score.candidate_ids, rollout.candidate_ids)
         expected = reference_score(reference, rollout, request)
         assert_same_score(score, expected, tolerance=adapter.parity_nats)

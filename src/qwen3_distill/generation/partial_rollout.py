@@ -24,7 +24,7 @@ class PartialRollout:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     candidates: list[Sequence[int]] = field(default_factory=list)
-    """Of every token the most likely ones, if the request asks for any."""
+    """A row of the most likely tokens for each, if the request asks for any."""
     swaps: list[tuple[int, WeightVersion]] = field(default_factory=list)
     """Token counts at which a version came into use, in order; the first is 0."""
 

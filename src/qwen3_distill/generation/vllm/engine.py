@@ -52,25 +52,12 @@ def vllm_engine(
         ConfigError: no interpreter is named and no environment of vLLM is installed.
     """
     python = engine_python("vllm", "generation", config.python)
-    identity = load_identity(model_dir)
-    limit = config.max_model_tokens or identity.context_length
-    settings = VllmSettings(
-        model_dir=str(model_dir),
-        dtype=config.dtype,
-        eos_ids=tuple(sorted(identity.eos_ids)),
-        max_sequences=config.max_sequences,
-        max_model_tokens=min(limit, identity.context_length),
-        max_batched_tokens=config.max_batched_tokens,
-        kv_cache_bytes=kv_cache_bytes,
-        stream_interval=config.stream_interval,
-        hang_timeout_s=config.hang_timeout_s,
+    settings = _settings(
+        model_dir,
+        config,
         lora_rank=None if lora is None else lora.rank,
-        keeps_cache=config.kv_cache_at_update == "keep",
-        quantization=config.quantization,
-        float32_head=config.float32_head,
-        enforce_eager=config.enforce_eager,
+        kv_cache_bytes=kv_cache_bytes,
         num_candidates=num_candidates,
-        engine_arguments=dict(config.engine_arguments),
     )
     host = make_host(
         WorkerSpec(
@@ -88,6 +75,36 @@ def vllm_engine(
         VllmOpening(config, settings, python),
         max_model_tokens=settings.max_model_tokens,
         max_restarts=config.max_restarts,
+    )
+
+
+def _settings(
+    model_dir: str | Path,
+    config: VllmGeneration,
+    *,
+    lora_rank: int | None,
+    kv_cache_bytes: int,
+    num_candidates: int,
+) -> VllmSettings:
+    identity = load_identity(model_dir)
+    limit = config.max_model_tokens or identity.context_length
+    return VllmSettings(
+        model_dir=str(model_dir),
+        dtype=config.dtype,
+        eos_ids=tuple(sorted(identity.eos_ids)),
+        max_sequences=config.max_sequences,
+        max_model_tokens=min(limit, identity.context_length),
+        max_batched_tokens=config.max_batched_tokens,
+        kv_cache_bytes=kv_cache_bytes,
+        stream_interval=config.stream_interval,
+        hang_timeout_s=config.hang_timeout_s,
+        lora_rank=lora_rank,
+        keeps_cache=config.kv_cache_at_update == "keep",
+        quantization=config.quantization,
+        float32_head=config.float32_head,
+        enforce_eager=config.enforce_eager,
+        num_candidates=num_candidates,
+        engine_arguments=dict(config.engine_arguments),
     )
 
 
