@@ -19,6 +19,7 @@ from qwen3_distill.pipeline.collected import EpochSchedule
 from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.requests import is_teachers
 from qwen3_distill.pipeline.run import run
+from qwen3_distill.pipeline.verification import BackgroundVerifier
 from qwen3_distill.ports import Sampler
 from qwen3_distill.recording.console import SilentReporter
 from qwen3_distill.scoring.sampling import TeacherSampler
@@ -103,7 +104,10 @@ def crashed(config: RunConfig, adapt: Callable[[Parts], Parts]) -> None:
 
 def rewarded(parts: Parts) -> Parts:
     """An ``adapt``: answers with an even first token are correct, so that rewards differ."""
-    return replace(parts, is_correct=lambda rollout: float(rollout.response_ids[0] % 2 == 0))
+    return replace(
+        parts,
+        verifier=BackgroundVerifier(lambda rollout: float(rollout.response_ids[0] % 2 == 0)),
+    )
 
 
 # --- Resumed, and the same in both loops ---------------------------------------------------------

@@ -153,7 +153,7 @@ def test_engines_start_side_by_side_after_a_teacher_that_takes_a_share_of_what_i
             learner=cast(Any, learner),
             channel=nothing,
             text=nothing,
-            is_correct=None,
+            verifier=None,
             teacher_sampler=nothing,
             samples_elsewhere=False,
         ).start()

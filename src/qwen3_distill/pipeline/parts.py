@@ -15,6 +15,7 @@ from qwen3_distill.modeling.loading import load_tokenizer
 from qwen3_distill.pipeline.assembly.fleet import RunCluster
 from qwen3_distill.pipeline.requests import make_batch
 from qwen3_distill.pipeline.starting import start_engines
+from qwen3_distill.pipeline.verification import BackgroundVerifier
 from qwen3_distill.ports import (
     FollowingTeacher,
     ReplayingLearner,
@@ -73,8 +74,8 @@ class Parts:
     learner: ReplayingLearner
     channel: WeightChannel
     text: TextTools
-    is_correct: Callable[[Rollout], float] | None
-    """Gives a training rollout a bool or a reward in [0, 1]; None without a verifier."""
+    verifier: BackgroundVerifier | None
+    """Gives training rollouts their rewards; None: the config has no verifier."""
     teacher_sampler: Callable[[], AbstractAsyncContextManager[Sampler]]
     """Opens a sampler that answers as the teacher, for an evaluation."""
     samples_elsewhere: bool
@@ -115,13 +116,18 @@ class Parts:
         """Counts of engine and teacher since the start, by metric key."""
         return {**self.engine.counters, **({} if self.teacher is None else self.teacher.counters)}
 
+    def begin_checks(self, rollouts: Sequence[Rollout]) -> None:
+        """Let the verifier check rollouts while other work goes on; without one, do nothing."""
+        if self.verifier is not None:
+            self.verifier.begin(rollouts)
+
     def make_batch(self, scored: Sequence[TrainingRollout]) -> Batch:
         """Build a step's batch, with the config's task reward."""
         objective = self.config.objective
         return make_batch(
             scored,
             task_reward_weight=objective.reward_weight,
-            is_correct=self.is_correct,
+            is_correct=None if self.verifier is None else self.verifier.reward,
             scale=objective.group_scale,
         )
 
@@ -153,6 +159,8 @@ class Parts:
         """Close every engine, also when one of them fails to close."""
         maybe = (self.teacher_rollouts, self.engine, self.teacher, self.learner)
         parts = [part for part in maybe if part is not None]
+        if self.verifier is not None:
+            self.verifier.close()
         results = await asyncio.gather(*(part.close() for part in parts), return_exceptions=True)
         if self.cluster is not None:
             await self.cluster.close()

@@ -302,10 +302,12 @@ class Recorder:
 
     def _rewards(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
         """The verifier's rewards of whole rollouts, by id; empty without a verifier."""
-        if self._parts.is_correct is None:
+        if self._parts.verifier is None:
             return {}
         whole = [rollout for rollout in rollouts if rollout.is_whole]
-        return {rollout.rollout_id: float(self._parts.is_correct(rollout)) for rollout in whole}
+        rewards = {rollout.rollout_id: self._parts.verifier.reward(rollout) for rollout in whole}
+        self._parts.verifier.forget()
+        return rewards
 
     def _metrics_by_sampler(
         self, rollouts: Sequence[Rollout], rewards: Mapping[str, float]
@@ -316,7 +318,7 @@ class Recorder:
         has_teacher = self._config.rollouts.source != "student"
         if has_teacher:
             metrics.append(Metric.mean("rollout/teacher_share", sum(by_teacher), len(rollouts)))
-        if self._parts.is_correct is None:
+        if self._parts.verifier is None:
             return metrics
         whole = [rollout for rollout in rollouts if rollout.is_whole]
         total = sum(rewards[rollout.rollout_id] for rollout in whole)

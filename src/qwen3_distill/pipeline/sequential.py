@@ -51,6 +51,7 @@ async def run_sequential(parts: Parts, recorder: Recorder, cursor: RunCursor) ->
                 rollouts = await sample(
                     config, parts.engine, parts.teacher_rollouts, requests, number
                 )
+            parts.begin_checks(rollouts)
             with trace.span("score", rollouts=len(rollouts)):
                 scored = await ready_to_train(parts, rollouts)
             drawn += config.prompts_per_step

@@ -210,6 +210,7 @@ async def take_step(parts: Parts, recorder: Recorder, scored: Sequence[TrainingR
         NonFiniteError: the loss, the gradient or the new weights are not finite. A batch that was
             not drawn from kept rollouts is in the run folder.
     """
+    parts.begin_checks([item.rollout for item in scored])
     if parts.config.replay is not None:
         if scored:
             kept = [item for item in scored if isinstance(item, ScoredRollout)]

@@ -51,6 +51,7 @@ from qwen3_distill.pipeline.assembly.teachers import (
 from qwen3_distill.pipeline.assembly.views import view_for_prompts
 from qwen3_distill.pipeline.manifest import EngineInterpreter
 from qwen3_distill.pipeline.parts import Parts, TextTools
+from qwen3_distill.pipeline.verification import BackgroundVerifier
 from qwen3_distill.planning.plan import MemoryPlan
 from qwen3_distill.ports import (
     ReplayingLearner,
@@ -103,7 +104,9 @@ def build_parts(
         learner=build_learner(config, teacher, plan, cluster),
         channel=channel,
         text=text,
-        is_correct=build_checker(config.verifier, text) if config.verifier else None,
+        verifier=BackgroundVerifier(build_checker(config.verifier, text))
+        if config.verifier
+        else None,
         teacher_sampler=partial(teacher_sampler, config, teacher),
         teacher_rollouts=build_teacher_rollouts(config, teacher),
         samples_elsewhere=samples_elsewhere(config.generation),
