@@ -21,6 +21,7 @@ from qwen3_distill.pipeline.requests import rollout_id
 from qwen3_distill.pipeline.rollout_store import remove_old_rollouts, rollout_file
 from qwen3_distill.pipeline.run_folder import RunFolder
 from qwen3_distill.recording.console import ProgressReporter
+from qwen3_distill.recording.fleet_rates import FleetRates
 from qwen3_distill.recording.jsonl import (
     JsonlLog,
     combine,
@@ -127,7 +128,9 @@ class Recorder:
         )
         """Clock and trace of the pipeline's stages, queues and weight versions."""
         if parts.cluster is not None:
-            parts.cluster.observe(self.trace.span)
+            self.trace.add_members(parts.cluster.members)
+            parts.cluster.observe(self.trace.member)
+        self._fleet_rates = FleetRates(parts.counters)
         earlier = read_steps(folder.metrics)
         spent_s = float(earlier[-1]["wall_s"]) if earlier else 0.0
         self._clock_started = time.perf_counter() - spent_s
@@ -156,6 +159,7 @@ class Recorder:
         times = self.trace.end_step(cursor.step)
         values = self._step_values(done, times.metrics())
         values |= self._parts.counters
+        values |= self._fleet_rates.of_step(values)
         values |= self._cost_of_step(cursor)
         record = {"trained": ledger.trained, "dropped": ledger.dropped}
         if self._config.tags:
