@@ -60,7 +60,9 @@ def test_every_replica_teacher_and_rank_of_a_run_is_seen(
     assert ranks == sum(row["train/input_tokens"] for row in rows)
 
     logs = {path.name for path in (run_dir / "logs").iterdir()}
-    assert logs >= {f"{name}-{i}.log" for name in ("rollouts", "teacher", "learner") for i in (0, 1)}
+    assert logs >= {
+        f"{name}-{i}.log" for name in ("rollouts", "teacher", "learner") for i in (0, 1)
+    }
     page = (run_dir / "report.html").read_text()
     assert "rollout replica 1" in page
     assert "rank 1 of the learner" in page

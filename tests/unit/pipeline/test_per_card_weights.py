@@ -117,7 +117,7 @@ class _Notes:
 def test_every_engine_loads_by_the_channel_of_its_card(
     tiny_models: TinyModels, tmp_path: Path
 ) -> None:
-    config = configured(tiny_models, tmp_path)
+    config = configured(tiny_models, tmp_path, {"generation.python": "python3"})
     assert config.cluster is not None
     engines: list[Any] = []
 
