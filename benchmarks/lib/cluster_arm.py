@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -15,11 +16,11 @@ from benchmarks.lib.cluster_parts import append_log, ledger_check, member_rates,
 from benchmarks.lib.common import Report, timed
 from benchmarks.lib.overlap_parts import FEWEST_STEPS
 from benchmarks.speed import stages
-from benchmarks.speed.overlap import Bench, RandomPrompts, StopsAfter, TooFewSteps, refuse
+from benchmarks.speed.overlap import Bench, RandomPrompts, StopsAfter, TooFewSteps
 from qwen3_distill.config import LoraTuning, RunConfig, TaskPrompts
 from qwen3_distill.config.load import load_config
 from qwen3_distill.generation.fleet import RolloutFleet
-from qwen3_distill.hosts.mps import MpsDaemon, private_mps
+from qwen3_distill.hosts.mps import PIPE_VARIABLE, MpsDaemon, private_mps
 from qwen3_distill.hosts.ray_host import RayHost
 from qwen3_distill.modeling.shapes import read_shape
 from qwen3_distill.pipeline.assembly.engines import build_parts
@@ -168,7 +169,7 @@ async def measure(arguments: argparse.Namespace) -> bool:
         async with AsyncExitStack() as stack:
             if config.pipeline.mps:
                 daemon = MpsDaemon(config.output_path / "mps.log")
-                await stack.enter_async_context(private_mps(daemon, refuse))
+                await stack.enter_async_context(private_mps(daemon, print))
             stack.push_async_callback(parts.close)
             _, start_s = await timed(start(parts, arguments.stagger_s))
             print(f"started after {start_s:.0f} s", flush=True)
@@ -187,6 +188,7 @@ async def measure(arguments: argparse.Namespace) -> bool:
                         "cards": arguments.cards,
                         "overrides": arguments.overrides,
                         "start_s": start_s,
+                        "mps": bool(os.environ.get(PIPE_VARIABLE)),
                         "peaks_gib": list(peaks),
                         **found,
                     },
@@ -250,7 +252,7 @@ def recorded(bench: Bench, stops: StopsAfter, traffic: Traffic, skip: int) -> di
         "struck": isinstance(stops, Strikes) and stops.struck_at is not None,
         "ledger": ledger_check(last.ledger, last.first_number, drawn, last.cursor.outstanding),
         "members": members,
-        "role_idle": role_idle(members),
+        "role_idle": role_idle(members, last.steps[skip:]),
         "bytes_per_step": traffic.per_step(len(last.steps)),
         "restarts": last.steps[-1].get("health/rollout_engine_restarts", 0),
     }

@@ -152,13 +152,21 @@ def member_rates(steps: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, floa
     return found
 
 
-def role_idle(members: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Mean idle share of each role's engines, by stage."""
+def role_idle(
+    members: Mapping[str, Mapping[str, float]], steps: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Return the mean idle share of each stage's engines; the stage's own where it has one only."""
+    whole_s = sum(step["time/step_s"] for step in steps)
+    busy_s = {
+        stage: sum(step.get(f"time/{stage}_s") or 0.0 for step in steps)
+        for stage in MEMBER_KINDS.values()
+    }
+    alone = {stage: 1 - seconds / whole_s for stage, seconds in busy_s.items()}
     found: dict[str, list[float]] = {}
     for member, values in members.items():
         stage = MEMBER_KINDS[member.rpartition("_")[0]]
         found.setdefault(stage, []).append(values["idle_fraction"])
-    return {stage: sum(shares) / len(shares) for stage, shares in found.items()}
+    return alone | {stage: sum(shares) / len(shares) for stage, shares in found.items()}
 
 
 # --- Figures --------------------------------------------------------------------------------------
@@ -208,6 +216,9 @@ def figures_of(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         figures["struck_lost"] = sum(part["ledger"]["lost"] for part in struck)
         figures["struck_duplicated"] = sum(part["ledger"]["duplicated"] for part in struck)
         figures["struck_restarts"] = sum(part["restarts"] for part in struck)
+        returns = [part["served_again_s"] for part in struck if part["served_again_s"] is not None]
+        if returns:
+            figures["struck_served_again_s"] = max(returns)
     return figures
 
 

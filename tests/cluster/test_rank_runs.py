@@ -61,7 +61,7 @@ def test_every_replica_teacher_and_rank_of_a_run_is_seen(
 
     logs = {path.name for path in (run_dir / "logs").iterdir()}
     assert logs >= {
-        f"{name}-{i}.log" for name in ("rollouts", "teacher", "learner") for i in (0, 1)
+        f"{name}-{i}.log" for name in ("rollouts", "teacher", "learner") for i in range(2)
     }
     page = (run_dir / "report.html").read_text()
     assert "rollout replica 1" in page

@@ -1,10 +1,12 @@
 """Layouts, log, ledger and figures of the comparison of cards."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.lib.cluster_arm import StopsInTime, Strikes
 from benchmarks.lib.cluster_parts import (
     Arm,
     append_log,
@@ -84,7 +86,12 @@ def test_the_best_arm_is_compared_with_the_best_part_of_the_base() -> None:
         part("roles", "fixed", 150.0),
         part("each", "longtail8", 95.0),
         part(
-            "each", "struck", 999.0, ledger={"lost": 1, "duplicated": 2, "rollouts": 9}, restarts=1
+            "each",
+            "struck",
+            999.0,
+            ledger={"lost": 1, "duplicated": 2, "rollouts": 9},
+            restarts=1,
+            served_again_s=80.0,
         ),
     ]
     figures = figures_of(log)
@@ -96,6 +103,7 @@ def test_the_best_arm_is_compared_with_the_best_part_of_the_base() -> None:
     assert figures["peak_gib_each"] == 75.0
     assert (figures["lost"], figures["duplicated"]) == (1, 2)
     assert (figures["struck_lost"], figures["struck_restarts"]) == (1, 1)
+    assert figures["struck_served_again_s"] == 80.0
 
 
 def test_long_tails_are_compared_over_the_same_steps() -> None:
@@ -154,4 +162,47 @@ def test_engines_have_rates_while_they_work_and_idle_shares() -> None:
     assert members["rollout_0"]["tok_s"] == 100.0
     assert members["rollout_0"]["tok_s_of_the_run"] == 40.0
     assert members["rollout_0"]["idle_fraction"] == pytest.approx(0.6)
-    assert role_idle(members) == {"generate": pytest.approx(0.3)}
+    steps = [{**step, "time/train_s": 2.5} for step in steps]
+    idle = {"generate": pytest.approx(0.3), "score": 1.0, "train": 0.75}
+    assert role_idle(members, steps) == idle
+
+
+def test_a_run_stops_at_the_end_of_the_time_and_after_a_replica_is_back() -> None:
+    class Recorder:
+        stop_requested = False
+
+    class Fleet:
+        awaited = ""
+
+        def __init__(self) -> None:
+            self.state = self
+            self.num_restarts = 0
+            self.replicas = [self]
+            self.host = self
+            self.kills = 0
+
+        def kill(self) -> None:
+            self.kills += 1
+
+    late: Any = StopsInTime(100, ends=0.0)
+    late.recorder = Recorder()
+    late.step(1, {})
+    assert late.recorder.stop_requested
+
+    fleet: Any = Fleet()
+    strikes: Any = Strikes(10, 100, time.time() + 60, fleet)
+    strikes.recorder = Recorder()
+    for step in (11, 12, 13):
+        strikes.step(step, {})
+    assert fleet.kills == 1
+    fleet.num_restarts, fleet.awaited = 1, "rollout replica 1 (starting)"
+    strikes.step(14, {})
+    assert strikes.served_again_s is None
+    fleet.awaited = ""
+    for step in (15, 16):
+        strikes.step(step, {})
+    assert strikes.served_again_s is not None
+    assert not strikes.recorder.stop_requested
+    strikes.step(17, {})
+    assert strikes.recorder.stop_requested
+    assert fleet.kills == 1
