@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -159,6 +160,7 @@ async def start(parts: Parts, stagger_s: float) -> None:
 async def measure(arguments: argparse.Namespace) -> bool:
     """Start the engines and measure the parts; return whether all of them count."""
     config = config_of(arguments)
+    shutil.rmtree(config.output_path, ignore_errors=True)  # of a command that was cut short
     parts = build_parts(config, lambda message: print(message, flush=True))
     vocab_size = parts.learner.identity.vocab_size
     parts = replace(parts, prompts=RandomPrompts(arguments.prompt_tokens, vocab_size))
