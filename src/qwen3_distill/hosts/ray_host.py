@@ -60,7 +60,7 @@ class RayHost:
         self._next_call = 0
         self._log_start = 0
         self.bytes_sent = self.bytes_received = 0
-        """Of calls and their answers, files apart, since this host was made."""
+        """Sizes of the calls and of their answers since this host was made, without files."""
 
     @property
     def name(self) -> str:

@@ -127,10 +127,7 @@ class Recorder:
             title=f"{folder.path.name} from step {start_step}",
         )
         """Clock and trace of the pipeline's stages, queues and weight versions."""
-        if parts.cluster is not None:
-            self.trace.add_members(parts.cluster.members)
-            parts.cluster.observe(self.trace.member)
-        self._fleet_rates = FleetRates(parts.counters)
+        self._fleet_rates = _watch_fleets(parts, self.trace)
         earlier = read_steps(folder.metrics)
         spent_s = float(earlier[-1]["wall_s"]) if earlier else 0.0
         self._clock_started = time.perf_counter() - spent_s
@@ -368,6 +365,14 @@ class Recorder:
         path = rollout_file(self._folder.rollouts, step)
         write_training(path, kept, self._parts.text.decode)
         remove_old_rollouts(self._folder.rollouts, step, logging)
+
+
+def _watch_fleets(parts: Parts, trace: Trace) -> FleetRates:
+    """Have engines and ranks of a cluster recorded from now on."""
+    if parts.cluster is not None:
+        trace.add_members(parts.cluster.members)
+        parts.cluster.observe(trace.member)
+    return FleetRates(parts.counters)
 
 
 def _is_cut(rollout: Rollout, limit: int) -> bool:
