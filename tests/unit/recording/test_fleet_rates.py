@@ -2,6 +2,7 @@
 
 from qwen3_distill.recording.clock import StepClock
 from qwen3_distill.recording.fleet_rates import FleetRates
+from qwen3_distill.recording.trace import Trace
 
 
 def test_a_rate_is_the_step_s_tokens_by_the_step_s_work() -> None:
@@ -45,3 +46,12 @@ def test_a_fleet_s_engine_takes_no_share_of_the_stages_time() -> None:
     assert times.idle_fractions["rollout_0"] == 0.25
     assert times.idle_fractions["rollout_1"] == 1.0
     assert times.idle_fractions["all"] == 0.5
+
+
+def test_the_trace_counts_an_engine_s_span_as_no_stage() -> None:
+    moments = iter([0.0, 1.0, 2.0, 3.0, 5.0, 6.0])
+    trace = Trace(now=lambda: next(moments))
+    with trace.member("rollout_0", "4 rollouts"):  # from 1 to 2
+        pass
+    assert trace.shares() == {"idle": 3.0}
+    assert trace.end_step(1).busy_s["rollout_0"] == 1.0
