@@ -9,7 +9,8 @@ from typing_extensions import Self
 
 CARD = "slot"
 """The resource that stands for a card."""
-_HEAD_CARDS, _CARDS = 1, 4
+_HEAD_CARDS, _CARDS = 1, 5
+"""One of the two others can hold all engines but the first rank: a killed node's find a place."""
 _NUM_NODES = 3
 _STORE_BYTES = 80 << 20
 

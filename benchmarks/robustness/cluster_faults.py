@@ -3,11 +3,13 @@
     python -m benchmarks.robustness.cluster_faults --runs 60
 
 The three nodes are on this machine, with a named resource for cards. Every run has two rollout
-replicas, two teachers and the learner in places of the cluster. At a random moment after a random
-step a replica, a teacher, the learner, a raylet or the driver is struck: killed (SIGKILL), stopped
-for good (SIGSTOP), or stopped for a second or two; a raylet and the driver are killed. The run must
-end by itself, the driver's by starting it again, and its ledger must name every drawn rollout
-exactly once. A run that takes longer than ``--limit-s`` counts as not finished.
+replicas, two teachers and two ranks of the learner in places of the cluster. At a random moment
+after a random step a replica, a teacher, a rank, a raylet or the driver is struck: killed
+(SIGKILL), stopped for good (SIGSTOP), or stopped for a second or two; a raylet and the driver are
+killed. Of an engine or rank, either Ray's actor is struck or the process that computes. The run
+must end by itself, the driver's by starting it again, and its ledger must name every drawn rollout
+exactly once. A run that takes longer than ``--limit-s`` counts as not finished. After an
+interruption, ``--resume`` continues from the result.
 
 Figures: ``runs``, ``finished``, ``lost`` and ``duplicated`` (rollouts over all runs), ``stale``
 (dropped as too old, and counted), ``struck`` (runs whose fault came before their end).
@@ -39,12 +41,14 @@ from qwen3_distill.recording.jsonl import read_jsonl
 ROOT = Path(__file__).parents[2]
 STEPS, ROLLOUTS = 8, 16
 STAGES = ("generation", "scoring", "training")
-TARGETS = ("replica", "teacher", "learner", "raylet", "driver")
+TARGETS = ("replica", "teacher", "rank", "raylet", "driver")
 FAULTS = ("kill", "hang", "slow")
 DELAY_S = 0.7
 LAST_STEPS = 2
 """Last steps, which start no fault, so that it nearly always comes before the end."""
 CALL_TIMEOUT_S = 8.0
+GROUP_TIMEOUT_S = 40.0
+"""How long the ranks may take to meet: several processes start on two cores."""
 STARTS = 3
 """Starts of a driver that may be needed: one more than it is killed."""
 
@@ -59,6 +63,7 @@ class Striker:
         self.member = rng.randrange(2)
         self.step, self.delay_s = rng.randrange(STEPS - LAST_STEPS), rng.uniform(0, DELAY_S)
         self.pause_s = rng.uniform(0.5, 2.5)
+        self.process = rng.choice(("actor", "worker"))
         self.struck_at_step: int | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -83,7 +88,8 @@ class Striker:
         if self.target == "driver":
             os.kill(os.getpid(), signal.SIGKILL)
         engine, teacher, learner = parts.engine, parts.teacher, parts.learner
-        members: dict[str, Any] = {"learner": learner}
+        members: dict[str, Any] = {}
+        members["rank"] = getattr(learner, "ranks")[self.member]  # noqa: B009
         members["teacher"] = getattr(teacher, "teachers")[self.member]  # noqa: B009
         members["replica"] = members["raylet"] = getattr(engine, "replicas")[self.member]  # noqa: B009
         host = members[self.target].host
@@ -95,11 +101,16 @@ class Striker:
         if host.actor is None:
             self.struck_at_step = None  # between two starts: there is nothing to strike
             return
-        actor, _ = await host.actor.pids.remote()
-        os.kill(actor, signal.SIGKILL if self.fault == "kill" else signal.SIGSTOP)
+        actor, worker = await host.actor.pids.remote()
+        if self.process == "worker" and worker is None:
+            self.struck_at_step = None  # it is being started
+            return
+        # The worker's guard leads a group of processes, with the worker in it.
+        pid, kill = (actor, os.kill) if self.process == "actor" else (worker, os.killpg)
+        kill(pid, signal.SIGKILL if self.fault == "kill" else signal.SIGSTOP)
         if self.fault == "slow":
             await asyncio.sleep(self.pause_s)
-            os.kill(actor, signal.SIGCONT)
+            kill(pid, signal.SIGCONT)
 
 
 def one_run(seed: int, folder: Path, address: str, strikes: bool) -> dict[str, Any]:
@@ -111,7 +122,7 @@ def one_run(seed: int, folder: Path, address: str, strikes: bool) -> dict[str, A
         "call_timeout_s": CALL_TIMEOUT_S,
         "rollouts": {"replicas": 2},
         "teachers": {"replicas": 2},
-        "learner": {},
+        "learner": {"ranks": 2},
     }
     models = (
         f"student.model={ROOT}/models/lab/student",
@@ -120,6 +131,7 @@ def one_run(seed: int, folder: Path, address: str, strikes: bool) -> dict[str, A
     settings = settings_of(STEPS, ROLLOUTS, hang_timeout_s=CALL_TIMEOUT_S, stall_s=240)
     overrides = [f"output_dir={folder}", f"seed={seed}", *models, *settings]
     overrides.append(f"cluster={json.dumps(cluster)}")
+    overrides.append(f"training.hang_timeout_s={GROUP_TIMEOUT_S}")
     config = load_config(ROOT / "configs" / "demo.yaml", overrides)
     warnings: list[str] = []
     summary = run_module.run(
@@ -146,6 +158,8 @@ def run_apart(seed: int, address: str, limit_s: float) -> dict[str, Any]:
     """`one_run` in a process of its own, started again after its driver was struck."""
     striker = Striker(seed)
     what = {"seed": seed, "target": striker.target, "fault": striker.fault}
+    if striker.target in ("replica", "teacher", "rank"):
+        what["process"] = striker.process
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="qwen3-distill-faults-") as folder:
         out = Path(folder) / "result.json"

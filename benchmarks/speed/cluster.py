@@ -1,162 +1,171 @@
-"""Compares one card with layouts of several cards of one host, on the same machine in one run.
+"""Compares one card with layouts of several cards of one host, on the same machine.
 
-    python -m benchmarks.speed.cluster --config configs/h100x2.yaml \
-        --arm "one:cluster=null generation.max_sequences=256" \
-        --arm "apart:" \
-        --arm "with_learner:cluster.rollouts.where=with_learner cluster.teachers.where=own" \
-        --steps 10 --longtail-steps 22 student.model=models/random-4B scoring.model=models/random-8B
+    python -m benchmarks.speed.cluster --config configs/h100x2.yaml --cards 2 \
+        --arms one,each,roles --log /tmp/cluster_x2.jsonl --limit-s 570 \
+        student.model=models/random-4B scoring.model=models/random-8B
 
-Each ``--arm NAME:OVERRIDES`` is one layout, in a process of its own; the first one is the base, and
-sees one card only. Prompts, lengths and the loop are those of `overlap`: ``fixed`` is
-`sampling.max_new_tokens` for all, ``longtail8`` is lognormal with p99/p50 = 8. The first ``--skip``
-steps, in which the stages fill, do not count. Models must not stop by themselves.
+An arm is a layout: ``one`` (all three engines on one of the cards, without a cluster: the base),
+``each`` (all three on each card), ``roles`` (a card per role), any of them on fewer cards
+(``each@2``), or a name that ``--set ARM:KEY=VALUE`` describes. A layout with other settings is an
+arm with a label: ``--arms each,each+swap --set each+swap:generation.adapters=swap``; of the base,
+the best part of all counts. Each arm is a process, which starts its engines once, for all of its
+parts:
 
-Figures: ``tok_s_{lengths}_{arm}``, ``speedup_{lengths}`` (the best arm against the base),
-``publish_pct_of_step`` (of the best arm, fixed lengths: the time of publishing and loading weights
-in a step), ``peak_gib_{arm}`` (the fullest card).
+- ``fixed``: `sampling.max_new_tokens` for all, streaming.
+- ``longtail8``: lognormal with p99/p50 = 8, streaming.
+- ``sequential``: fixed lengths, one stage after another; for the base, whose best part counts.
+- ``struck``: fixed lengths; a rollout replica's process is killed after the second step, and the
+  part ends some steps after it serves again. Needs ``--parts`` to name it.
+
+``--only one,each:fixed`` picks arms and parts. What was measured is in ``--log``, a line per part,
+and is not measured again: a command that was cut short is started again as it was. No part goes on
+beyond ``--limit-s`` seconds from the start of the command; one that has fewer than three steps
+then is not recorded. ``--beside`` measures the base's parts concurrently, each on a card of its
+own. Prompts and lengths are those of `overlap`. Models must not stop by themselves.
+
+Figures: ``tok_s_{part}_{arm}``, ``speedup_{lengths}`` (the best arm on all cards against the base's
+best part), ``speedup_{cards}`` and ``efficiency_{cards}`` (fixed lengths), ``publish_pct_of_step``
+and ``bytes_per_step`` (of the best arm on all cards, fixed lengths), ``peak_gib_{arm}`` (the
+fullest card, by nvidia-smi), ``lost`` and ``duplicated`` (rollouts by the ledgers of all parts; of
+struck ones alone ``struck_lost``, ``struck_duplicated``, ``struck_restarts``). Every part has
+tokens per second and idle share of each engine, and the bytes that a step moves.
 """
 
 import argparse
-import asyncio
-import json
 import os
+import shlex
 import subprocess
 import sys
-import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from benchmarks.lib.common import RESULTS, Report, write_result
-from benchmarks.speed.overlap import Bench, RandomPrompts
-from qwen3_distill.config import TaskPrompts
-from qwen3_distill.config.load import load_config
-from qwen3_distill.pipeline.assembly.engines import build_parts
-from qwen3_distill.pipeline.step import push_weights
+from benchmarks.lib.cards import card_names
+from benchmarks.lib.cluster_parts import Arm, done_parts, figures_of, read_log
+from benchmarks.lib.common import RESULTS, write_result
 
-_POLL_S = 1.0
-_MEDIAN_TOKENS, _MAX_TOKENS = 256, 4096
+PARTS = ("fixed", "longtail8", "sequential", "struck")
+_LEAST_S = 60.0
+"""No arm is begun with less time than this left."""
 
 
-# --- One arm ------------------------------------------------------------------------------------
+def parts_of(arm: Arm, arguments: argparse.Namespace) -> list[str]:
+    """Return the parts of an arm that are asked for, in order."""
+    asked = [item.partition(":") for item in arguments.only] or [(arm.name, "", "")]
+    parts: list[str] = []
+    for name, _, part in asked:
+        if name == arm.name:
+            parts += (
+                [part] if part else [p for p in arguments.parts if p != "sequential" or arm.is_base]
+            )
+    return list(dict.fromkeys(parts))
 
 
-async def measure_arm(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Start an arm's engines, stream with every distribution, and return the results."""
-    config = load_config(arguments.config, arguments.overrides).model_copy(
-        update={"prompts": TaskPrompts(kind="task"), "verifier": None, "evaluation": None}
+def run_arm(arm: Arm, parts: Sequence[str], arguments: argparse.Namespace, cards: str) -> bool:
+    """Measure parts of an arm in a process that sees some cards; return whether it ended well."""
+    command = [sys.executable, "-m", "benchmarks.lib.cluster_arm", "--config", arguments.config]
+    command += ["--arm", arm.name, "--cards", str(arm.cards), "--parts", ",".join(parts)]
+    command += ["--log", str(arguments.log), "--ends", str(arguments.ends)]
+    for name in ("steps", "longtail-steps", "skip", "longtail-skip", "struck-steps"):
+        command += [f"--{name}", str(getattr(arguments, name.replace("-", "_")))]
+    for name in ("prompt-tokens", "median-tokens", "max-tokens", "stagger-s"):
+        command += [f"--{name}", str(getattr(arguments, name.replace("-", "_")))]
+    command += [*arguments.overrides, *arm.overrides]
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": cards} if cards else {})
+    print(f"--- {arm.name} ({', '.join(parts)}): {shlex.join(arm.overrides)}", flush=True)
+    return subprocess.run(command, env=environment, check=False).returncode == 0
+
+
+def run_arms(arms: Sequence[Arm], arguments: argparse.Namespace) -> bool:
+    """Measure what the log lacks until the time is over; return whether all is done."""
+    is_complete = True
+    for arm in arms:
+        log = read_log(arguments.log)
+        done = done_parts(log, arm, arguments.overrides)
+        parts = [part for part in parts_of(arm, arguments) if part not in done]
+        if not parts:
+            continue
+        if arguments.ends - time.time() < _LEAST_S:
+            print(f"no time for {arm.name}: {', '.join(parts)}; run the command again", flush=True)
+            return False
+        if arm.is_base and arguments.beside:
+            with ThreadPoolExecutor(arguments.cards) as pool:
+                each = [
+                    pool.submit(run_arm, arm, [part], arguments, str(card))
+                    for card, part in enumerate(parts[: arguments.cards])
+                ]
+            ended = [job.result() for job in each]
+            is_complete &= all(ended) and len(parts) <= arguments.cards
+        else:
+            cards = ",".join(map(str, range(arm.cards)))
+            is_complete &= run_arm(arm, parts, arguments, cards)
+        write_figures(arguments)
+    return is_complete
+
+
+def write_figures(arguments: argparse.Namespace) -> None:
+    log = read_log(arguments.log)
+    figures = {key: round(value, 4) for key, value in figures_of(log).items()}
+    path = write_result(
+        arguments.name, figures, folder=arguments.results, cards=card_names(), parts=log
     )
-    parts = build_parts(config, lambda message: print(message, flush=True))
-    vocab_size = parts.learner.identity.vocab_size
-    parts = replace(parts, prompts=RandomPrompts(arguments.prompt_tokens, vocab_size))
-    report = Report("cluster-arm", Path(arguments.out).parent)
-    bench = Bench(parts, report, _MEDIAN_TOKENS, _MAX_TOKENS)
-    results: dict[str, Any] = {}
-    try:
-        await parts.start(lambda text: print(text, flush=True))
-        await push_weights(parts)
-        for name, steps in (("fixed", arguments.steps), ("longtail8", arguments.longtail_steps)):
-            if steps:
-                results[name] = await bench.pipeline(
-                    "streaming", name, steps, f"{arguments.arm_name}-{name}", skip=arguments.skip
-                )
-                print(name, json.dumps(results[name]), flush=True)
-    finally:
-        await parts.close()
-    return results
-
-
-# --- All of them --------------------------------------------------------------------------------
-
-
-@contextmanager
-def peak_memory() -> Iterator[list[float]]:
-    """Poll the used memory of every card; the list has the largest of each, in GiB."""
-    peaks: list[float] = []
-    done = threading.Event()
-
-    def poll() -> None:
-        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        while not done.wait(_POLL_S):
-            found = subprocess.run(command, capture_output=True, text=True, check=False)
-            used = [int(line) / 1024 for line in found.stdout.split() if line.isdecimal()]
-            for i, value in enumerate(used):
-                if i == len(peaks):
-                    peaks.append(0.0)
-                peaks[i] = max(peaks[i], value)
-
-    thread = threading.Thread(target=poll)
-    thread.start()
-    try:
-        yield peaks
-    finally:
-        done.set()
-        thread.join()
-
-
-def run_arm(arguments: argparse.Namespace, name: str, overrides: str, is_base: bool) -> Any:
-    """`measure_arm` in a process of its own; the base sees one card."""
-    with tempfile.TemporaryDirectory(prefix="qwen3-distill-cluster-") as folder:
-        out = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "benchmarks.speed.cluster", "--config", arguments.config]
-        command += ["--arm-name", name, "--out", str(out), "--skip", str(arguments.skip)]
-        command += ["--steps", str(arguments.steps)]
-        command += ["--longtail-steps", str(arguments.longtail_steps)]
-        command += ["--prompt-tokens", str(arguments.prompt_tokens)]
-        command += [*arguments.overrides, *overrides.split()]
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": "0"} if is_base else {})
-        print(f"--- {name}: {overrides}", flush=True)
-        with peak_memory() as peaks:
-            subprocess.run(command, env=environment, check=True)
-        return json.loads(out.read_text()) | {"overrides": overrides, "peaks_gib": peaks}
-
-
-def figures_of(arms: dict[str, Any]) -> dict[str, float]:
-    base = next(iter(arms))
-    figures: dict[str, float] = {}
-    for lengths in ("fixed", "longtail8"):
-        speeds = {arm: found[lengths]["tok_s"] for arm, found in arms.items() if lengths in found}
-        figures |= {f"tok_s_{lengths}_{arm}": speed for arm, speed in speeds.items()}
-        others = {arm: speed for arm, speed in speeds.items() if arm != base}
-        if base in speeds and others:
-            best = max(others, key=lambda arm: others[arm])
-            figures[f"speedup_{lengths}"] = others[best] / speeds[base]
-            if lengths == "fixed":
-                times = arms[best][lengths]
-                share = times["time/publish_s"] / times["time/step_s"]
-                figures["publish_pct_of_step"] = 100 * share
-    figures |= {f"peak_gib_{a}": max(found["peaks_gib"], default=0.0) for a, found in arms.items()}
-    return figures
+    print(path, figures, flush=True)
 
 
 def main() -> None:
+    arguments = parse()
+    try:
+        arms = [Arm.parse(text, arguments.cards, arguments.set) for text in arguments.arms]
+        known = {arm.name for arm in arms}
+        for item in arguments.only:
+            name, _, part = item.partition(":")
+            if name not in known or (part and part not in PARTS):
+                raise ValueError(f"--only {item}: arms are {sorted(known)}, parts {PARTS}")
+        for part in arguments.parts:
+            if part not in PARTS:
+                raise ValueError(f"--parts {part}: expected some of {','.join(PARTS)}")
+        is_complete = run_arms(arms, arguments)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    write_figures(arguments)
+    sys.exit(0 if is_complete else 1)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+    def names(text: str) -> list[str]:
+        return [name for name in text.split(",") if name]
+
     parser.add_argument("--config", required=True)
     parser.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE")
-    parser.add_argument("--arm", action="append", default=[], metavar="NAME:OVERRIDES")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--longtail-steps", type=int, default=22)
-    parser.add_argument("--skip", type=int, default=3)
+    parser.add_argument("--cards", type=int, required=True, help="of this machine")
+    parser.add_argument("--arms", type=names, default=["one", "each", "roles"])
+    parser.add_argument("--set", action="append", default=[], metavar="ARM:KEY.SUB=VALUE")
+    parser.add_argument("--parts", type=names, default=["fixed", "longtail8"])
+    parser.add_argument("--only", type=names, default=[], metavar="ARM[:PART],...")
+    parser.add_argument(
+        "--log", type=Path, required=True, help="of parts; gone on with if it exists"
+    )
+    parser.add_argument("--limit-s", type=float, default=86_400.0)
+    parser.add_argument("--beside", action="store_true", help="the base's parts concurrently")
+    parser.add_argument("--steps", type=int, default=8, help="of fixed lengths")
+    parser.add_argument("--longtail-steps", type=int, default=16)
+    parser.add_argument("--skip", type=int, default=3, help="first steps that do not count")
+    parser.add_argument("--longtail-skip", type=int, default=6)
+    parser.add_argument("--struck-steps", type=int, default=60, help="at most")
     parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--median-tokens", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int, default=4096)
+    parser.add_argument("--stagger-s", type=float, default=20.0, help="between engines' starts")
     parser.add_argument("--name", default="cluster_x2", help="of the result")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
-    parser.add_argument("--arm-name", help=argparse.SUPPRESS)
-    parser.add_argument("--out", help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
-    if arguments.arm_name:
-        Path(arguments.out).write_text(json.dumps(asyncio.run(measure_arm(arguments))))
-        return
-    arms: dict[str, Any] = {}
-    for text in arguments.arm:
-        name, _, overrides = text.partition(":")
-        arms[name] = run_arm(arguments, name, overrides, is_base=not arms)
-        write_result(arguments.name, figures_of(arms), folder=arguments.results, arms=arms)
-    print(arguments.results / f"{arguments.name}.json")
+    arguments.ends = time.time() + arguments.limit_s
+    return arguments
 
 
 if __name__ == "__main__":

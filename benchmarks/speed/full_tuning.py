@@ -30,10 +30,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lib.cards import peak_memory
 from benchmarks.lib.common import RESULTS, Report, timed
 from benchmarks.lib.random_work import Work, total_tokens
 from benchmarks.lib.stage_parts import peak_gib
-from benchmarks.speed.cluster import peak_memory
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import check_config
 from qwen3_distill.modeling.digest import weights_digest

@@ -130,6 +130,21 @@ class StopsAfter(SilentReporter):
             self.recorder.stop_requested = True
 
 
+class TooFewSteps(Exception):
+    """A run was ended before any step counted."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a run of `Bench.pipeline` recorded."""
+
+    first_number: int
+    """Of its rollouts."""
+    cursor: RunCursor
+    steps: list[dict[str, Any]]
+    ledger: list[dict[str, Any]]
+
+
 @dataclass
 class Bench:
     """Running engines, and the measurements on them."""
@@ -142,6 +157,8 @@ class Bench:
     """Suffix of the figures' names where MPS is not used as the config says."""
     drawn_steps: int = 0
     """Steps whose prompts were used; the teacher's cache holds none of later ones."""
+    last: Recorded | None = None
+    """Of the last run."""
 
     def engine(self, name: str) -> Any:
         fixed = self.parts.config.sampling.max_new_tokens
@@ -150,12 +167,20 @@ class Bench:
         return ForcedLengths(self.parts.engine, lengths)
 
     async def pipeline(
-        self, kind: str, name: str, steps: int, label: str, *, skip: int = 0
+        self,
+        kind: str,
+        name: str,
+        steps: int,
+        label: str,
+        *,
+        skip: int = 0,
+        stops: StopsAfter | None = None,
     ) -> dict[str, Any]:
         """Run some steps; return their seconds, tokens and the means of their metrics.
 
         Args:
             skip: number of first steps that do not count.
+            stops: ends the run, ``steps`` steps later at the latest.
         """
         config = self.run_config(kind, steps, label)
         version = self.parts.learner.version
@@ -166,15 +191,19 @@ class Bench:
         run = run_streaming if kind == "streaming" else run_sequential
         shutil.rmtree(config.output_path, ignore_errors=True)
         with RunFolder(config) as folder, PeakMemory() as memory:
-            stops = StopsAfter(version.step + steps)
+            stops = stops or StopsAfter(version.step + steps)
             recorder = Recorder(parts, folder, stops, start_step=version.step)
             stops.recorder = recorder
             try:
-                await run(parts, recorder, cursor)
+                cursor = await run(parts, recorder, cursor)
             finally:
                 recorder.close()
             records = read_jsonl(folder.metrics)
+            first = drawn * config.samples_per_prompt
+            self.last = Recorded(first, cursor, records, read_jsonl(folder.ledger))
         counted = records[skip:]
+        if not counted:
+            raise TooFewSteps(f"{label}: {len(records)} steps, and the first {skip} do not count")
         tokens = sum(record["tokens/trained"] for record in counted)
         seconds = sum(record["time/step_s"] for record in counted)
         return {

@@ -85,16 +85,6 @@ def test_all_three_on_one_card_give_the_one_machine_run_bit_for_bit(
     assert student_bytes(run_dir) == student_bytes(local_run)
 
 
-def test_two_ranks_and_all_engines_twice_train_each_rollout_once(
-    tiny_models: TinyModels, run_dir: Path
-) -> None:
-    shared = {"replicas": 2, "where": "with_learner"}
-    sections = in_cluster(learner={"ranks": 2}, rollouts=shared, teachers=shared)
-    training = {"training.own_process": True, "training.threads": 1}
-    run_to_end(tiny_config(tiny_models, run_dir, sections | training))
-    assert_nothing_lost_or_twice(run_dir, 16)
-
-
 def test_two_replicas_sample_each_rollout_once_and_the_result_is_repeatable(
     tiny_models: TinyModels, tmp_path: Path
 ) -> None:

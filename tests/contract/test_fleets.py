@@ -14,6 +14,7 @@ from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
 from qwen3_distill.generation.embedded.hosted import hosted_embedded_engine
 from qwen3_distill.generation.fleet import RolloutFleet
 from qwen3_distill.generation.hosted import HostedRolloutEngine
+from qwen3_distill.hosts import members
 from qwen3_distill.hosts.fleet_state import MemberState
 from qwen3_distill.ports import WeightChannel
 from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
@@ -170,6 +171,35 @@ def test_a_replica_that_alone_cannot_load_serves_nothing_and_is_started_again(
     assert fleet.counters["fleet/rollout_0_tokens"] == 0
     assert bad.num_starts == 2
     assert "not the published ones" in warnings[0]
+    run(fleet.close())
+
+
+def test_a_replica_that_loads_slowly_is_named_meanwhile(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(members, "_PATIENCE_S", 0.01)
+    said = asyncio.Event()
+
+    class Slow(EmbeddedRolloutEngine):
+        async def load(self, version: WeightVersion, channel: WeightChannel) -> None:
+            await asyncio.wait_for(said.wait(), 30)
+            await super().load(version, channel)
+
+    slow = Slow(tiny_models.student, device="cpu", dtype="float32", max_sequences=64)
+    fleet = RolloutFleet(
+        [in_process(tiny_models.student), slow], max_restarts=1, warn=lambda text: None
+    )
+    words: list[str] = []
+
+    def say(text: str) -> None:
+        words.append(text)
+        if "rollout replica 0" not in text:  # it has loaded
+            said.set()
+
+    fleet.tell(say)
+    run(fleet.start())
+    serve(fleet, directory_weights(tiny_models.student))
+    assert words[-1] == "waiting for rollout replica 1 (stale) to load the new weights"
     run(fleet.close())
 
 

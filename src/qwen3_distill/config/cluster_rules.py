@@ -43,7 +43,8 @@ def cluster_channel_reaches_engines(config: "RunConfig") -> None:
     if cluster is None or generation.kind != "vllm" or generation.full_weights != "ipc":
         return
     engines = cluster.rollouts
-    apart = engines is not None and (engines.where != WITH_LEARNER or engines.replicas > 1)
+    elsewhere = cluster.address is not None and engines is not None and engines.replicas > 1
+    apart = engines is not None and (engines.where != WITH_LEARNER or elsewhere)
     if apart or (engines is None and cluster.learner is not None):
         raise ValueError(
             "generation.full_weights=ipc reaches an engine on the learner's card only, and "

@@ -153,7 +153,8 @@ class RolloutFleet:
             for index in self._state.serving:
                 self._state.outdated(index, self._state.start_of(index))
             stale = self._state.in_state(MemberState.STALE)
-            await together(*(self._load_or_report(index) for index in stale))
+            async with self._members.saying("to load the new weights"):
+                await together(*(self._load_or_report(index) for index in stale))
             if not await self._members.serving():
                 self._wanted = None
                 raise next(iter(self._problems.values()))

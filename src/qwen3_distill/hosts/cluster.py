@@ -79,6 +79,7 @@ class Place:
                     return await self._ask_keeper(self.cluster.config.call_timeout_s)
                 self.cluster.kill(self._keeper)
                 self._keeper = None
+            self.cluster.say(f"waiting for the cluster to give {self.spec.name} a place")
             self._keeper = self.cluster.make_keeper(self.spec, self._reserve())
             try:
                 self._facts = await self._ask_keeper(self.cluster.config.place_timeout_s)
@@ -176,7 +177,6 @@ class Cluster:
             check_fit(
                 [place.spec for place in self._places], self._nodes(), self.config.card_resource
             )
-            self.say(f"reserving {len(self._places)} places in the cluster")
             for place in self._places:  # one at a time: a place that is asked for later sees less
                 await place.ready()
         except BaseException:

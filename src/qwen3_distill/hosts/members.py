@@ -6,7 +6,7 @@ engine that Ray had restarted would serve old weights, and nobody would know.
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Generic, Protocol, TypeVar
 
@@ -34,6 +34,9 @@ def no_span(member: str, work: str) -> AbstractContextManager[None]:
 def _say_nothing(text: str) -> None:
     """Say nothing: nobody listens yet."""
 
+
+_PATIENCE_S = 5.0
+"""How long something may take before it is said what is waited for, and again after it."""
 
 EngineT = TypeVar("EngineT", bound=Engine)
 Verify = Callable[[int, int], Awaitable[None]]
@@ -157,6 +160,21 @@ class Members(Generic[EngineT]):
             MemberState.STARTING, MemberState.STALE, MemberState.LOST, MemberState.RETIRED
         )
         return ", ".join(f"{self.what} {i} ({self.state.state(i).value})" for i in others)
+
+    @contextlib.asynccontextmanager
+    async def saying(self, what_for: str) -> AsyncIterator[None]:
+        """Say now and then, while the block takes long, which members are waited for."""
+
+        async def say() -> None:
+            while True:
+                await asyncio.sleep(_PATIENCE_S)
+                self.say(f"waiting for {self.awaited} {what_for}")
+
+        saying = asyncio.create_task(say())
+        try:
+            yield
+        finally:
+            saying.cancel()
 
     def notify(self) -> None:
         """Wake all that wait for a state."""

@@ -59,6 +59,8 @@ class RayHost:
         self._death: EngineLost | None = None
         self._next_call = 0
         self._log_start = 0
+        self.bytes_sent = self.bytes_received = 0
+        """Sizes of the calls and of their answers since this host was made, without files."""
 
     @property
     def name(self) -> str:
@@ -193,6 +195,7 @@ class RayHost:
         """Make a call and yield what comes back; an end of the stream comes last."""
         actor, call = self._running(), self._number()
         payload = pickle.dumps(arguments, protocol=pickle.HIGHEST_PROTOCOL)
+        self.bytes_sent += len(payload)
         waiting = actor.begin.remote(call, kind, method, payload, timeout_s)
         async with contextlib.aclosing(self._follow(actor, call, kind, waiting)) as answers:
             async for answer in answers:
@@ -227,6 +230,7 @@ class RayHost:
             if actor is self._actor:
                 self._lose(error)
             raise
+        self.bytes_received += len(reply)
         answers, log = pickle.loads(reply)
         self._copy_log(log)
         return answers

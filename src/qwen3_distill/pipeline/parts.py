@@ -113,8 +113,10 @@ class Parts:
 
     @property
     def counters(self) -> dict[str, float]:
-        """Counts of engine and teacher since the start, by metric key."""
-        return {**self.engine.counters, **({} if self.teacher is None else self.teacher.counters)}
+        """Counts of engine, teacher and a group's ranks since the start, by metric key."""
+        teacher = {} if self.teacher is None else self.teacher.counters
+        ranks = {} if self.cluster is None else self.cluster.counters
+        return {**self.engine.counters, **teacher, **ranks}
 
     def begin_checks(self, rollouts: Sequence[Rollout]) -> None:
         """Let the verifier check rollouts while other work goes on; without one, do nothing."""

@@ -21,6 +21,7 @@ from qwen3_distill.pipeline.requests import rollout_id
 from qwen3_distill.pipeline.rollout_store import remove_old_rollouts, rollout_file
 from qwen3_distill.pipeline.run_folder import RunFolder
 from qwen3_distill.recording.console import ProgressReporter
+from qwen3_distill.recording.fleet_rates import FleetRates
 from qwen3_distill.recording.jsonl import (
     JsonlLog,
     combine,
@@ -126,8 +127,7 @@ class Recorder:
             title=f"{folder.path.name} from step {start_step}",
         )
         """Clock and trace of the pipeline's stages, queues and weight versions."""
-        if parts.cluster is not None:
-            parts.cluster.observe(self.trace.span)
+        self._fleet_rates = _watch_fleets(parts, self.trace)
         earlier = read_steps(folder.metrics)
         spent_s = float(earlier[-1]["wall_s"]) if earlier else 0.0
         self._clock_started = time.perf_counter() - spent_s
@@ -156,6 +156,7 @@ class Recorder:
         times = self.trace.end_step(cursor.step)
         values = self._step_values(done, times.metrics())
         values |= self._parts.counters
+        values |= self._fleet_rates.of_step(values)
         values |= self._cost_of_step(cursor)
         record = {"trained": ledger.trained, "dropped": ledger.dropped}
         if self._config.tags:
@@ -364,6 +365,14 @@ class Recorder:
         path = rollout_file(self._folder.rollouts, step)
         write_training(path, kept, self._parts.text.decode)
         remove_old_rollouts(self._folder.rollouts, step, logging)
+
+
+def _watch_fleets(parts: Parts, trace: Trace) -> FleetRates:
+    """Have engines and ranks of a cluster recorded from now on."""
+    if parts.cluster is not None:
+        trace.add_members(parts.cluster.members)
+        parts.cluster.observe(trace.member)
+    return FleetRates(parts.counters)
 
 
 def _is_cut(rollout: Rollout, limit: int) -> bool:

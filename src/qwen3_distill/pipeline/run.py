@@ -45,6 +45,7 @@ from qwen3_distill.pipeline.preflight import check_before_start, check_weights
 from qwen3_distill.pipeline.recorder import Recorder
 from qwen3_distill.pipeline.run_folder import RunFolder, full_disk_named
 from qwen3_distill.pipeline.sequential import run_sequential
+from qwen3_distill.pipeline.starting import start_engines
 from qwen3_distill.pipeline.streaming import run_streaming
 from qwen3_distill.pipeline.summary import render_report, summarize
 from qwen3_distill.ports import Learner
@@ -162,7 +163,7 @@ async def _train_with_restarts(
         try:
             if lost is not None:
                 warn(f"the learner is started again from the last checkpoint: {lost}")
-                await _start_again(parts.learner)
+                await _start_again(parts.learner, progress.stage)
             return await _train(parts, folder, progress, warn, hub=hub, meter=meter)
         except LearnerLost as error:
             if restarts_left == 0:
@@ -171,10 +172,10 @@ async def _train_with_restarts(
     raise AssertionError("the last attempt returns or raises")
 
 
-async def _start_again(learner: Learner) -> None:
+async def _start_again(learner: Learner, say: Callable[[str], None]) -> None:
     await learner.close()
     try:
-        await learner.start()
+        await start_engines({"the learner again": learner.start()}, say)
     except EngineStartError as error:  # it started before, so another try may succeed
         raise LearnerLost(str(error)) from error
 

@@ -20,8 +20,8 @@ class StepTimes:
 
     wall_s: float
     busy_s: Mapping[str, float]
-    """By stage: seconds with at least one span open. Stages that overlap add up to more than
-    ``wall_s``."""
+    """By stage, and by engine of a fleet: seconds with at least one span open. Stages that overlap
+    add up to more than ``wall_s``."""
     any_busy_s: float
     """Seconds with a span of any stage open."""
     counters: Mapping[str, tuple[float, float]]
@@ -68,6 +68,7 @@ class StepClock:
     def __init__(self, now: float) -> None:
         self._step_began = now
         self._stages = {stage: _Busy() for stage in (*STEP_STAGES, *OCCASIONAL_STAGES)}
+        self._members: dict[str, _Busy] = {}
         self._any_stage = _Busy()
         self._shares = _Shares(now)
         self._counters: dict[str, _Counter] = {}
@@ -88,6 +89,22 @@ class StepClock:
         self._stages[stage].leave(now)
         self._any_stage.leave(now)
         self._shares.change(stage, -1, now)
+
+    def add_member(self, member: str) -> None:
+        """Add an engine of a fleet, whose seconds and idle share every step has from now on."""
+        self._members.setdefault(member, _Busy())
+
+    def enter_member(self, member: str, now: float) -> None:
+        """Open a span of a fleet's engine.
+
+        It works for a stage whose span is open, too, so it counts neither as a stage of its own in
+        `shares` nor as work of any stage.
+        """
+        self._members.setdefault(member, _Busy()).enter(now)
+
+    def leave_member(self, member: str, now: float) -> None:
+        """Close a span of a fleet's engine."""
+        self._members[member].leave(now)
 
     def count(self, name: str, value: float, now: float) -> None:
         """Set a counter to a value."""
@@ -114,7 +131,7 @@ class StepClock:
         wall_s, self._step_began = now - self._step_began, now
         return StepTimes(
             wall_s=wall_s,
-            busy_s={stage: busy.take(now) for stage, busy in self._stages.items()},
+            busy_s={name: busy.take(now) for name, busy in (self._stages | self._members).items()},
             any_busy_s=self._any_stage.take(now),
             counters={name: counter.take(now) for name, counter in self._counters.items()},
         )

@@ -90,20 +90,24 @@ class Trace:
             name: the span's name in the viewer; default: the stage.
             arguments: JSON values that the viewer shows with the span.
         """
-        began = self._now()
-        self._clock.enter(stage, began)
-        lane = self._lanes.take(stage)
-        event = self._event("B", lane, began, name=name or stage, cat=stage, args=arguments)
-        self._open_spans[lane] = event
-        try:
-            self._write(event)
+        with self._recorded(stage, name, arguments, self._clock.enter, self._clock.leave):
             yield
-        finally:
-            ended = self._now()
-            self._clock.leave(stage, ended)
-            self._lanes.release(stage, lane)
-            del self._open_spans[lane]
-            self._write(self._event("E", lane, ended))
+
+    def add_members(self, members: Iterable[str]) -> None:
+        """Give each engine of a fleet a track, in this order, also one that never works."""
+        for member in members:
+            self._clock.add_member(member)
+            self._lanes.first(member)
+
+    @contextmanager
+    def member(self, member: str, work: str) -> Iterator[None]:
+        """Record that an engine of a fleet works on something while the block runs.
+
+        Its seconds become ``time/{member}_s``. The stage it works for has a span of its own.
+        """
+        clock = self._clock
+        with self._recorded(member, work, {}, clock.enter_member, clock.leave_member):
+            yield
 
     def instant(self, stage: str, name: str, **arguments: object) -> None:
         """Mark a moment on a stage's track, or on the track `WEIGHTS`."""
@@ -176,6 +180,31 @@ class Trace:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    @contextmanager
+    def _recorded(
+        self,
+        track: str,
+        name: str,
+        arguments: dict[str, object],
+        enter: Callable[[str, float], None],
+        leave: Callable[[str, float], None],
+    ) -> Iterator[None]:
+        """Write a span on a track, and count it by ``enter`` and ``leave``."""
+        began = self._now()
+        enter(track, began)
+        lane = self._lanes.take(track)
+        event = self._event("B", lane, began, name=name or track, cat=track, args=arguments)
+        self._open_spans[lane] = event
+        try:
+            self._write(event)
+            yield
+        finally:
+            ended = self._now()
+            leave(track, ended)
+            self._lanes.release(track, lane)
+            del self._open_spans[lane]
+            self._write(self._event("E", lane, ended))
 
     def _head(self) -> Iterable[Event]:
         """The first events of a file: names, and the spans that are open."""

@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from qwen3_distill import __version__
 from qwen3_distill.errors import RunFolderError
+from qwen3_distill.report.charts import Figure
 from qwen3_distill.report.cost_section import cost_section
 from qwen3_distill.report.figures import (
     health_figures,
@@ -18,6 +19,7 @@ from qwen3_distill.report.figures import (
     learning_figures,
     response_figures,
 )
+from qwen3_distill.report.fleet_section import fleet_table, member_colours
 from qwen3_distill.report.prompt_section import prompt_section
 from qwen3_distill.report.result_section import result_section, tiles
 from qwen3_distill.report.rollout_view import (
@@ -86,7 +88,8 @@ def _render(run: RunFiles, rollouts: Sequence[RolloutView]) -> str:
         responses=response_figures(run),
         time_figure=time_figure(run.steps),
         time_table=time_table(run.steps, run.summary),
-        timeline=draw_timeline(run.timeline, STAGE_COLOURS) if run.timeline else None,
+        timeline=_timeline(run),
+        fleet_table=fleet_table(run.steps),
         idle_table=idle_table(run.steps),
         cost=cost_section(run),
         left_out=run.notes,
@@ -102,6 +105,12 @@ def _render(run: RunFiles, rollouts: Sequence[RolloutView]) -> str:
         has_accuracy=bool(run.student_evaluations),
         finished=run.summary is not None,
     )
+
+
+def _timeline(run: RunFiles) -> Figure | None:
+    if run.timeline is None:
+        return None
+    return draw_timeline(run.timeline, STAGE_COLOURS | member_colours(list(run.timeline.spans)))
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """The time of a run, from its metrics: per step, in total, and the idle share of each stage."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, TypeAlias
 
 from qwen3_distill.recording import text
+from qwen3_distill.recording.fleet_rates import MEMBER
 from qwen3_distill.recording.jsonl import OCCASIONAL_STAGES, STEP_STAGES
 from qwen3_distill.report.charts import (
     Figure,
@@ -129,9 +131,13 @@ class IdleRow:
 
 
 def idle_table(steps: Steps) -> list[IdleRow]:
-    """A row per stage in the order of the data, then one for all stages; empty without figures."""
+    """A row per stage in the order of the data, then one for all stages; empty without figures.
+
+    Engines of fleets are left out: `fleet_section` has them.
+    """
     keys = dict.fromkeys(key for line in steps for key in line if key.startswith("idle/"))
     names = [key.removeprefix("idle/").removesuffix("_fraction") for key in keys]
+    names = [name for name in names if not re.fullmatch(MEMBER, name)]  # they have their own table
     ordered = sorted(names, key=lambda name: name == _ALL)
     return [row for name in ordered if (row := _idle_row(steps, name)) is not None]
 

@@ -21,14 +21,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen3_distill.errors import ConfigError, LearnerLost
+from qwen3_distill.hosts.members import Span, no_span
 from qwen3_distill.ports import WeightChannel
 from qwen3_distill.training.hosted import HostedLearner
 from qwen3_distill.training.rank_place import RankPlace, shares_of
 from qwen3_distill.types import Batch, Metric, ModelIdentity, ScoredRollout, Update, WeightVersion
 from qwen3_distill.utils.concurrency import together
+from qwen3_distill.weights.per_card import PerCardChannel
 
 Result = TypeVar("Result")
 
+_TOKENS = "train/input_tokens"
+"""Metric of an update: tokens of a rank's passes in the step."""
 _GRACE_S = 30.0
 """How long ranks may go on after one has failed: an error of all of them, such as a loss that is
 not finite, reaches them at about the same time."""
@@ -69,6 +73,10 @@ class GroupLearner:
         self._timeout_s = timeout_s
         self._sharded = sharded
         self._rendezvous = rendezvous
+        self._num_starts = 0
+        self._tokens_trained = [0.0] * len(ranks)
+        self.span: Span = no_span
+        """Records that a rank works; set by the run's recorder."""
 
     @property
     def ranks(self) -> tuple[HostedLearner, ...]:
@@ -86,6 +94,15 @@ class GroupLearner:
     def max_restarts(self) -> int:
         return self._ranks[0].max_restarts
 
+    @property
+    def counters(self) -> Mapping[str, float]:
+        """Per rank: tokens of its passes, and restarts, which all ranks make together."""
+        found: dict[str, float] = {}
+        for rank, tokens in enumerate(self._tokens_trained):
+            found[f"fleet/rank_{rank}_tokens"] = tokens
+            found[f"fleet/rank_{rank}_restarts"] = max(0, self._num_starts - 1)
+        return found
+
     def describe(self) -> Mapping[str, str]:
         """How rank 0 runs, and the number of ranks, for people; after `start`."""
         divided = ", weights and optimizer divided over them" if self._sharded else ""
@@ -98,6 +115,7 @@ class GroupLearner:
             EngineStartError: a rank does not start, or the ranks do not meet in time.
         """
         await self.close()
+        self._num_starts += 1
         address = self._rendezvous()
         for index, rank in enumerate(self._ranks):
             rank.place = RankPlace(
@@ -116,21 +134,30 @@ class GroupLearner:
 
     async def update(self, batch: Batch) -> Update:
         shares = shares_of(batch, len(self._ranks), batch.lag_steps(self.version))
-        return self._of_all(
-            await self._each(
-                rank.update_share(share) for rank, share in zip(self._ranks, shares, strict=True)
-            )
-        )
+        calls = [
+            self._traced(i, f"{share.num_rollouts} rollouts", rank.update_share(share))
+            for i, (rank, share) in enumerate(zip(self._ranks, shares, strict=True))
+        ]
+        return self._of_all(await self._each(calls))
 
     async def admit(self, scored: Sequence[ScoredRollout]) -> None:
         await self._each(rank.admit(scored) for rank in self._ranks)
 
     async def update_replayed(self, num_rollouts: int) -> Update:
-        return self._of_all(
-            await self._each(rank.update_replayed(num_rollouts) for rank in self._ranks)
-        )
+        calls = [
+            self._traced(i, "replayed rollouts", rank.update_replayed(num_rollouts))
+            for i, rank in enumerate(self._ranks)
+        ]
+        return self._of_all(await self._each(calls))
 
     async def publish(self, channel: WeightChannel) -> WeightVersion:
+        if isinstance(channel, PerCardChannel):
+            ranks = self._ranks[: channel.num_cards]
+            return (
+                await self._each(
+                    rank.publish(channel.of_card(card)) for card, rank in enumerate(ranks)
+                )
+            )[0]
         return await self._first(self._ranks[0].publish(channel))
 
     async def save_state(self, directory: Path) -> None:
@@ -198,6 +225,11 @@ class GroupLearner:
             f"rank {rank} of {len(tasks)} failed, and the group was ended with it: {first}"
         ) from None
 
+    async def _traced(self, rank: int, work: str, call: Coroutine[Any, Any, Update]) -> Update:
+        """Make a call of one rank, recorded on its track."""
+        with self.span(f"rank_{rank}", work):
+            return await call
+
     async def _end(self, tasks: Sequence["asyncio.Future[Any]"]) -> None:
         await self.close()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -206,9 +238,12 @@ class GroupLearner:
         """Combine the ranks' updates: numbers of the whole step are equal, metrics add up."""
         self._require_same_weights()
         combined: dict[str, Metric] = {}
-        for metric in (metric for update in updates for metric in update.metrics):
-            known = combined.get(metric.key)
-            combined[metric.key] = metric if known is None else known.combined(metric)
+        for rank, update in enumerate(updates):
+            for metric in update.metrics:
+                known = combined.get(metric.key)
+                combined[metric.key] = metric if known is None else known.combined(metric)
+                if metric.key == _TOKENS:
+                    self._tokens_trained[rank] += metric.value
         first = updates[0]
         return Update(
             version=first.version,

@@ -44,6 +44,11 @@ class StepShare:
     example_of: Mapping[str, str]
     """By sampler, the id of a rollout of the whole step, for the same reason."""
 
+    @property
+    def num_rollouts(self) -> int:
+        """The rank's rollouts."""
+        return 0 if self.batch is None else len(self.batch.scored)
+
 
 def deal(tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
     """Deal indices to ranks so that the ranks' sums of tokens are close.

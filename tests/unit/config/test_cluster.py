@@ -54,6 +54,18 @@ def test_a_cluster_section_that_contradicts_itself_is_refused(
             "full_weights=ipc reaches an engine on the learner's card only",
         ),
         (
+            {
+                "cluster": {
+                    "address": "10.0.0.1:6379",
+                    "learner": {"ranks": 2},
+                    "rollouts": {"replicas": 2, "where": "with_learner"},
+                },
+                "training.own_process": True,
+                "generation": {"kind": "vllm", "full_weights": "ipc"},
+            },
+            "use full_weights=auto or directory",
+        ),
+        (
             {"cluster": {"rollouts": {"cards": 2}}, "generation": {"kind": "vllm"}},
             "raise cluster.rollouts.replicas",
         ),

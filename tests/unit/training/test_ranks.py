@@ -1,5 +1,7 @@
 """Groups of ranks: dealing, K ranks taking the step of one, and the loss of a rank."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,6 +138,33 @@ def test_ranks_take_the_step_that_one_learner_takes(
     run(alone.save_state(tmp_path / "one"))
     run(group.save_state(tmp_path / "many"))
     assert_close(tmp_path / "one", tmp_path / "many")
+    run(group.close())
+
+
+def test_every_rank_is_traced_and_its_tokens_are_counted(tiny_models: TinyModels) -> None:
+    group = build_group(settings_of(tiny_models), 3)
+    spans: list[tuple[str, str]] = []
+
+    @contextmanager
+    def span(member: str, work: str) -> Iterator[None]:
+        spans.append((member, work))
+        yield
+
+    group.span = span
+    run(group.start())
+    batch = ragged_batch(2)
+    run(group.update(batch))
+    assert sorted(spans) == [
+        ("rank_0", "1 rollouts"),
+        ("rank_1", "1 rollouts"),
+        ("rank_2", "0 rollouts"),
+    ]
+    tokens = [s.rollout.prompt.token_ids.size + s.rollout.num_tokens for s in batch.scored]
+    counted = [group.counters[f"fleet/rank_{rank}_tokens"] for rank in range(3)]
+    # A pass reads all tokens but the last one.
+    assert counted == [max(tokens) - 1, min(tokens) - 1, 0]
+    run(group.start())
+    assert group.counters["fleet/rank_2_restarts"] == 1
     run(group.close())
 
 

@@ -19,6 +19,7 @@ from qwen3_distill.ports import WeightChannel
 from qwen3_distill.weights.directory import DirectoryChannel
 from qwen3_distill.weights.ipc import IpcChannel
 from qwen3_distill.weights.memory import MemoryChannel
+from qwen3_distill.weights.per_card import PerCardChannel
 from qwen3_distill.weights.store import SharedFolderChannel, StoreChannel
 
 _PREFIX = "qwen3-distill-weights-"
@@ -83,14 +84,21 @@ def build_channel(config: RunConfig, folder: Path | None) -> WeightChannel:
     if cluster is not None and cluster.weights_folder is not None:
         return SharedFolderChannel(folder)
     fleet = None if cluster is None else cluster.rollouts
-    if cluster and fleet and (fleet.where != WITH_LEARNER or fleet.replicas > 1):
-        is_here = cluster.address is None  # a Ray of the run's own has this machine only
-        return DirectoryChannel(folder) if is_here else StoreChannel(folder)
-    if isinstance(generation, EmbeddedGeneration):
+    is_here = cluster is None or cluster.address is None  # the run's own Ray has this machine only
+    if not is_here and fleet and (fleet.where != WITH_LEARNER or fleet.replicas > 1):
+        return StoreChannel(folder)
+    if isinstance(generation, EmbeddedGeneration) or (fleet and fleet.where != WITH_LEARNER):
         return DirectoryChannel(folder)
     # IPC hands out the very weights that are trained. An engine that is restarted while a step is
     # taken could not load the version that it served.
     trains_meanwhile = config.pipeline.kind == "streaming" and config.training.tuning.kind == "full"
-    if generation.full_weights == "directory" or trains_meanwhile:
+    is_divided = bool(cluster and cluster.learner and cluster.learner.sharded)
+    if generation.full_weights == "directory" or trains_meanwhile or is_divided:
         return DirectoryChannel(folder)
-    return IpcChannel(folder, strict=generation.full_weights == "ipc")
+    strict = generation.full_weights == "ipc"
+    if fleet is None or fleet.replicas == 1:
+        return IpcChannel(folder, strict=strict)
+    if generation.adapters == "swap" and config.training.tuning.kind == "lora":
+        return DirectoryChannel(folder)  # one copy of small files serves all
+    cards = range(fleet.replicas)
+    return PerCardChannel([IpcChannel(folder / f"card-{i}", strict=strict) for i in cards])

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TypeAlias
 
@@ -34,6 +34,7 @@ from qwen3_distill.scoring.fleet import TeacherFleet
 from qwen3_distill.training.group import GroupLearner
 from qwen3_distill.training.hosted import HostedLearner
 from qwen3_distill.types import WeightVersion
+from qwen3_distill.weights.per_card import PerCardChannel
 from qwen3_distill.weights.store import deliver
 
 BuildEngine: TypeAlias = Callable[[RunConfig, MakeHost, str], StreamingRolloutEngine]
@@ -79,6 +80,7 @@ class RunCluster:
         self.cluster = Cluster(section, log=engine_log(config, "ray"))
         self._fleets: list[RolloutFleet | TeacherFleet] = []
         self._ranks: list[Place] = []
+        self._group: GroupLearner | None = None
         if section.learner is not None:
             needs = _needs("training", config.training, config.student.model)
             self._ranks = [
@@ -102,12 +104,13 @@ class RunCluster:
         if len(ranks) == 1:
             return ranks[0]
         section = self._section.learner
-        return GroupLearner(
+        self._group = GroupLearner(
             ranks,
             timeout_s=self._config.training.hang_timeout_s,
             sharded=section is not None and section.sharded,
             rendezvous=self._ranks[0].free_address,
         )
+        return self._group
 
     def rollout_fleet(self, build: BuildEngine) -> RolloutFleet:
         """Build the rollout engines, one in each place."""
@@ -124,6 +127,8 @@ class RunCluster:
         async def bring(
             index: int, version: WeightVersion, channel: WeightChannel
         ) -> WeightChannel:
+            if isinstance(channel, PerCardChannel):
+                return channel.of_card(index)
             host = hosts[index]
             is_here = self._section.address is None or host.place.spec.on_this_machine
             return channel if is_here else await deliver(version, channel, host)
@@ -158,10 +163,28 @@ class RunCluster:
         self._fleets.append(fleet)
         return fleet
 
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Names of the engines and of a group's ranks, as their metrics and tracks have them."""
+        found: list[str] = []
+        for fleet in self._fleets:
+            is_rollouts = isinstance(fleet, RolloutFleet)
+            engines = fleet.replicas if is_rollouts else fleet.teachers
+            found += [f"{'rollout' if is_rollouts else 'teacher'}_{i}" for i in range(len(engines))]
+        ranks = () if self._group is None else self._group.ranks
+        return (*found, *(f"rank_{i}" for i in range(len(ranks))))
+
+    @property
+    def counters(self) -> Mapping[str, float]:
+        """Figures of a group's ranks; the fleets have their own."""
+        return {} if self._group is None else self._group.counters
+
     def observe(self, span: Span) -> None:
-        """Have the work of every engine of the fleets recorded, each on a track of its own."""
+        """Have the work of every engine and rank recorded, each on a track of its own."""
         for fleet in self._fleets:
             fleet.span = span
+        if self._group is not None:
+            self._group.span = span
 
     async def start(self, say: Callable[[str], None]) -> None:
         """Connect to Ray and reserve the places; see `Cluster.start`."""
