@@ -102,6 +102,10 @@ NUMBERS = [  # reference, spellings that state it
     ("(1,2)", ["(1,2)", "(1, 2)", r"\left(1, 2\right)", "(1, 2.0)"]),
     (r"\{1, 2\}", [r"\{1, 2\}", r"\{2,1\}", "1, 2", "2 and 1", "1 or 2"]),
     (r"(-\infty, 3]", [r"(-\infty, 3]", "(-∞, 3]", r"\left(-\infty,3\right]"]),
+    ("500000", ["5 hundred thousand", "5 lakh", "0.5 million"]),
+    ("0.3", ["3 tenths", "30 hundredths", "300 thousandths"]),
+    ("2.5", ["2 and a half", "5 halves", "2 and one half"]),
+    ("-18", ["18 degrees below zero", "18 below zero"]),
 ]  # fmt: skip
 
 WRONG = [  # reference, spellings that state something else
@@ -134,6 +138,11 @@ WRONG = [  # reference, spellings that state something else
     (r"\{1, 2\}", ["1", r"\{1, 2, 3\}", r"\{1, 3\}", "12", "1.2", "(1, 2)"]),
     (r"(-\infty, 3]", [r"(\infty, 3]", r"(-\infty, 3)", "3", r"[-\infty, 3]"]),
     ("2.5 million", ["2.5", "25", "2.5 billion", "2.5 thousand"]),
+    ("2", ["2π", "2 pi", r"2\pi", "2√3", r"2\sqrt{3}", "√2", "√(2)", "π/2", "2x", "2i", "2³"]),
+    ("2", ["2 factorial", "2 squared", "2 to the power of 5", "2 choose 1", "2 sqrt(3)", "log 2"]),
+    ("2", ["2 and a half", "2 thousand five hundred", "2 tenths", "2 fifths"]),
+    ("2", ["2 hundred thousand", "2 lakh", "2‰", "2′", "half of 2", "twice 2", "sin 2"]),
+    ("2", ["the square root of 2", "2 e5", "2.5 and a half", "never 2", "2 below zero"]),
 ]  # fmt: skip
 
 REASONING = [  # reference, response, verdict: right and wrong numbers near each other
@@ -216,6 +225,28 @@ REASONING = [  # reference, response, verdict: right and wrong numbers near each
     ("5", "It is 8 - 3", True),
     ("3", "It is 8 - 3", False),
     ("-3", "It is 8 - 3", False),
+    ("72", "Thus the answer is\n\\[\n72\n\\]", True),
+    ("73", "Thus the answer is\n\\[\n72\n\\]", False),
+    (r"\frac{3}{4}", "The final answer is\n$$\n\\dfrac{3}{4}.\n$$", True),
+    ("10", "The answer is 10 (ten).", True),
+    ("10", "The answer is 10 (not 11).", True),
+    ("11", "The answer is 10 (not 11).", False),
+    ("10", "The answer is 10 (x + 1).", False),
+    (r"\sqrt{2}", "The answer is √2.", True),
+    (r"\sqrt{2}", r"\boxed{√2}", True),
+    (r"2\sqrt{3}", "So we get 2√3 cm.", True),
+    (r"3\sqrt{2}", "So we get 2√3 cm.", False),
+    (r"2\pi", "The answer is 2π.", True),
+    (r"2\pi", "It is 2 pi", True),
+    (r"\frac{\pi}{2}", "π/2", True),
+    (r"\frac{\pi}{2}", r"\frac{\pi}{2}", True),
+    ("π", r"\boxed{\pi}", True),
+    ("pi", r"\boxed{ip}", False),
+    ("2x+3", "So f(x) = 2x + 3.", True),
+    ("3", "So f(x) = 2x + 3.", False),
+    ("18", "36 is twice 18.", False),
+    ("36", "36 is twice 18.", True),
+    ("2", "So x = 2 * \\sqrt{3}.", False),
 ]  # fmt: skip
 
 
@@ -257,6 +288,9 @@ REFUSED = [
     "18 or so", "about 18", "18?", "between 3 and 5", "$18 or so$", "18 19 20",
     "No", "yes", "Paris", "18 of 20", "half", "1e999999", "1/0", "(1,234)", "12 x 3", "5 R 2",
     "18 \u00a0 19", r"\boxed{1,5}", r"\boxed{12 00}", "#### 12 00", "$12 00$", "9" * 5000,
+    "0x10", "0b101", "2x3", "1.2 e3", "3d5", "2h30m", "15h30", "A1", "v1.2", "1/3 (0.333)",
+    "0.333...", "3.14…", "5..", "N/A", "n/a", "inf", "-infinity", "NaN", "null",
+    "5 factorial", "2 thousand five hundred", "5 five", "2 squared", "5 choose 2",
     "1..5", "--5",
 ]  # fmt: skip
 

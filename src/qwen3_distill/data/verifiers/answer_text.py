@@ -43,8 +43,10 @@ _MATH = re.compile(
     re.DOTALL,
 )
 _UNLIKE = re.compile(
-    r"(?:\bnot|n't|≠|\\neq?|\brather than|\binstead of|(?:more|less|greater|fewer|larger|smaller"
-    r"|higher|lower) than|at least|at most|\bup to|\bover|\bunder|\bbelow|\babove"
+    r"(?:\bnot|n't|\bcannot|\bnever|≠|\\neq?|\brather than|\binstead of|(?:more|less|greater|fewer"
+    r"|larger|smaller|higher|lower) than|at least|at most|\bup to|\bover|\bunder|\bbelow|\babove"
+    r"|\b(?:half|third|quarter|root|square|cube|reciprocal|negative|opposite) of"
+    r"|\b(?:twice|double|triple|log|ln|sin|cos|tan|exp)\b"
     r"|\bbetween|[<>≤≥]|\\[lg]eq?)"
     r"\s*(?:(?:equal to|be|is|the|a|an|exactly)\s+)*[\s*_$\\(]*$",
     re.IGNORECASE,
@@ -83,6 +85,7 @@ def final_answer(response_text: str) -> Answer:
     text = cleaned(tail.rpartition("</think>")[2]).replace("\\fbox", BOXED)
     text = re.sub(r"<answer>", "\nAnswer: ", text, flags=re.IGNORECASE)
     text = re.sub(r"</?[A-Za-z][\w-]*>", "\n", text)
+    text = _MATH.sub(lambda match: match[0].replace("\n", " "), text)
     bare = unemphasised(text)
     statements = [*_boxes(bare), *_marks(bare), *_phrases(bare)]
     if statements:
@@ -214,7 +217,6 @@ def unemphasised(text: str) -> str:
 
 
 def _from_running_text(text: str) -> Answer:
-    text = _MATH.sub(lambda match: match[0].replace("\n", " "), text)
     sentences = [sentence for sentence in _SENTENCE.split(text) if sentence and sentence.strip()]
     while sentences and _CLOSING.search(sentences[-1]):
         sentences.pop()
@@ -241,6 +243,9 @@ def _from_sentence(sentence: str) -> Answer:
         if _UNLIKE.search(before) or _OR.search(before) or _RANGE.search(before):
             return Answer([], None)
         return _from_math(body, sentence[maths[-1].end() :])
+    if re.search(r"\\[a-zA-Z]", sentence) and not _PROSE.search(plain(sentence)):
+        bare = sentence.rpartition("=")[2].strip().rstrip(".,;:!?")
+        return Answer(read(plain(bare)), f"${bare}$")
     return _last_number(sentence)
 
 
@@ -283,8 +288,23 @@ def _last_number(sentence: str) -> Answer:
     if _OR.search(near) or _RANGE.search(near):
         return Answer([], None)
     if values is None:
-        return Answer(None, sentence)
+        return Answer(None, _expression(short, start, equals) or sentence)
     return Answer(values, None)
+
+
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?:\s|$)|(?<![\\A-Za-z])[A-Za-z]{3,}")
+_RUN = re.compile(r"\S+(?:\s+(?:[-+*/^](?=\s)|\\[a-zA-Z])\s*\S*)*")
+"""Words that operators or LaTeX join."""
+
+
+def _expression(text: str, start: int, equals: int) -> str | None:
+    """Return the expression that holds ``start`` as LaTeX; None if it is plain numbers."""
+    rest = text[equals + 1 :]
+    if not 0 <= equals < start or _WORD.search(rest):
+        rest = next(match[0] for match in _RUN.finditer(text) if match.end() > start)
+    rest = rest.strip(" .,;:!?*_")
+    return f"${rest}$" if re.search(r"[A-Za-z\\^_]", rest) else None
 
 
 _START = re.compile(

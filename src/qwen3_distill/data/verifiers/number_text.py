@@ -32,6 +32,15 @@ _VULGAR = {
     "⅘": "4/5", "⅙": "1/6", "⅚": "5/6", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8", "⅞": "7/8",
 }  # fmt: skip
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+_LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_PARTS = {"half": "1/2", "third": "1/3", "two thirds": "2/3", "quarter": "1/4", "fourth": "1/4",
+          "three quarters": "3/4", "three fourths": "3/4"}  # fmt: skip
+_ROOT = re.compile(r"√\s?(?:(\d+(?:\.\d+)?|[A-Za-z])|\{([^{}]*)\}|\(([^()]*)\))")
+_AND_A_PART = re.compile(
+    r"(?<=\d) and (?:an? |one[- ])?"
+    r"(half|third|two[- ]thirds|quarter|fourth|three[- ](?:quarters|fourths))(?![A-Za-z])",
+    re.IGNORECASE,
+)
 
 
 def cleaned(text: str) -> str:
@@ -40,6 +49,10 @@ def cleaned(text: str) -> str:
     text = text.replace("{,}", ",").replace("\\!", "")
     text = text.translate(_CHARACTERS)
     text = re.sub(r"[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda m: "^{" + m[0].translate(_RAISED) + "}", text)
+    text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda m: "_{" + m[0].translate(_LOWERED) + "}", text)
+    text = _AND_A_PART.sub(lambda m: f" {_PARTS[m[1].lower().replace('-', ' ')]}", text)
+    text = _ROOT.sub(r"\\sqrt{\1\2\3}", text)
+    text = re.sub(r"π|(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", text).replace("∞", "\\infty ")
     text = re.sub(r"(?:(\d)\s?)?([½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])", _spelled_fraction, text)
     text = re.sub(r"(?<![\d)}\]%])(\s|^)−\s*(?=[\d.$€£\\])", r"\1-", text).replace("−", "-")
     text = re.sub(r"(?:^|(?<=\s))–\s+|\s–(?=\s)|—", " — ", text)  # a dash between words
@@ -112,10 +125,30 @@ _CLOCK = re.compile(
     re.IGNORECASE,
 )
 _FACTORS = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
-            "trillion": 10**12, "dozen": 12, "k": 1000}  # fmt: skip
-_FACTOR = re.compile(r"\s?(hundred|thousand|million|billion|trillion|dozen)s?\b|k\b", re.IGNORECASE)
+            "trillion": 10**12, "dozen": 12, "k": 1000, "lakh": 10**5, "crore": 10**7,
+            "tenth": Fraction(1, 10), "hundredth": Fraction(1, 100),
+            "thousandth": Fraction(1, 1000), "halve": Fraction(1, 2)}  # fmt: skip
+_FACTORS |= {
+    name: Fraction(1, parts)
+    for parts, name in enumerate(("third", "", "fifth", "sixth", "seventh", "eighth", "ninth"), 3)
+    if name
+}
+_FACTOR = re.compile(
+    r"\s?(hundred(?:th)?|thousand(?:th)?|tenth|million|billion|trillion|dozen|lakh|crore"
+    r"|(?:halve|third|fifth|sixth|seventh|eighth|ninth)(?=s))s?\b|k\b",
+    re.IGNORECASE,
+)
+_UNREAD = re.compile(
+    r"\s*(?:[√∛‰′″]|factorial|choose|(?:square |cube )?root|sqrt|modulo|squared|cubed"
+    r"|to the (?:power|\w+th)"
+    r"|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|(?:twen|thir|for|fif|six"
+    r"|seven|eigh|nine)ty)(?![A-Za-z])|\s[eE]\s?\d",
+    re.IGNORECASE,
+)
+"""The number goes on in words or signs that are not read."""
 _CONTINUES = re.compile(
-    r"\s*(?:[*+/^×÷<>≤≥±!|]|=|-\s?[\d\\($A-Za-z]|—?\\(?!\)|\]|\s|%|text)|\("
+    r"\s*(?:[*+/^×÷<>≤≥±!|]|=|-\s?[\d\\($A-Za-z]|—?\\(?!\)|\]|\s|%|text)"
+    r"|\((?!(?<=\s\()(?!mod\b)[A-Za-z]{2,})"
     r"|(?:plus|minus|times|divided|multiplied|over|squared|cubed|mod|x)\b(?=\s+(?:by\s+)?[-$\d(\\]))"
 )
 """The number is a part of a larger expression."""
@@ -169,8 +202,7 @@ def read_prefix(text: str, *, strict: bool = False) -> tuple[list[Value], str] |
         return [], rest
     if match["sign2"] and not match["before"]:  # --5
         return [], rest
-    factor = _FACTOR.match(rest)
-    if factor:
+    while factor := _FACTOR.match(rest):
         scale = _FACTORS[(factor[1] or "k").lower()]
         values = [(value * scale, 0) for value, _ in values]
         rest = rest[factor.end() :]
@@ -179,6 +211,10 @@ def read_prefix(text: str, *, strict: bool = False) -> tuple[list[Value], str] |
         rest = rest[ordinal.end() :]
     unit, rest = leading_unit(rest, strict=strict)
     unit = unit or (leading_unit(match["before"], strict=False)[0] if match["before"] else None)
+    if below := re.match(r"\s*below zero\b", rest):
+        values, rest = [(-value, places) for value, places in values], rest[below.end() :]
+    if _UNREAD.match(rest):
+        return [], rest
     if _CONTINUES.match(rest) or re.match(r"[A-Za-z]", rest):
         return None
     return [Number(value, unit, places) for value, places in values], rest

@@ -18,9 +18,14 @@ FINAL_ANSWER_MARK = "####"
 MAX_REFERENCE_CHARS = 4000
 _MATH = re.compile(r"\$\$?([^$]+)\$\$?")
 _MISREAD = re.compile(
-    r"\d\s+\.?\d|\d\s+[A-Za-z]+\s+\d|\d[.,]\d+[.,]\d|\d,\d(?!\d\d)|\d,\d{3}\d|\d\s*/\s*\d+\s*/|\d\s*['\"]"
+    r"\d\s+\.?\d|[A-Za-z]\s*\d|\d\s+[(\[]\s*[\d.]+\s*[)\]]|\d[.,]\d+[.,]\d|\d,\d(?!\d\d)|\d,\d{3}\d"
+    r"|\d\s*/\s*\d+\s*/|\d\s*['\"]"
     r"|^-?\s*\d+\s*-\s*\d+(?:\s*-\s*\d+)?$|\b(?i:no|up|ok|so|in|on|or|and|to|if|is|of)\b|^--|\.\.|\d:\d|[?;]|####"
 )
+_NO_ANSWER = re.compile(
+    r"^[-+]?(?:n\s?/\s?a|inf(?:inity)?|nan|null|none)\.?$|\d\.{2,}", re.IGNORECASE
+)
+"""A word that stands for no number, or digits that go on."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ def read_reference(answer: str) -> Reference | None:
     One without ``value`` is usable if math-verify can parse its LaTeX.
     """
     text = answer.rsplit(FINAL_ANSWER_MARK, 1)[-1].strip()
-    if not text or len(text) > MAX_REFERENCE_CHARS:
+    if not text or len(text) > MAX_REFERENCE_CHARS or _NO_ANSWER.search(text):
         return None
     text = cleaned(text)
     if BOXED in text:
