@@ -15,7 +15,11 @@ from qwen3_distill.config.load import dump_config
 from qwen3_distill.errors import ConfigError, RunFolderError
 from qwen3_distill.pipeline.assembly.plan import engine_log
 from qwen3_distill.pipeline.offline import offline_file
-from qwen3_distill.pipeline.own_folder import refuse_inputs_as_output, require_own_folder
+from qwen3_distill.pipeline.own_folder import (
+    refuse_foreign_files_as_output,
+    refuse_inputs_as_output,
+    require_own_folder,
+)
 from qwen3_distill.scoring.cache import FILE_NAME, check_cache_folder
 from tests.pipeline.builders import EVALUATION, refused, run_to_end, tiny_config, write_config
 from tests.tiny_models import TinyModels
@@ -187,6 +191,28 @@ def test_output_of_a_command_replaces_no_input(tiny_models: TinyModels, tmp_path
         target = model / "config.json"
         refused(command, "--config", config, "--out", target, words=[*words, "student.model"])
     assert tree(tmp_path) == before
+
+
+def test_output_of_a_command_replaces_no_file_of_another_model_or_run(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    config = tiny_config(tiny_models, tmp_path / "run", {"steps": 1, "evaluation": EVALUATION})
+    run_to_end(config)
+    model = tmp_path / "other"
+    shutil.copytree(tiny_models.teacher, model)
+    file = write_config(tmp_path / "c.yaml", dump_config(config))
+    before = tree(tmp_path)
+    for target, words in (
+        (model / "model.safetensors", "a file of a model"),
+        (tmp_path / "run" / "metrics.jsonl", "a run's records"),
+        (tmp_path / "run" / "student" / "config.json", "a file of a model"),
+    ):
+        refused("generate", "--config", file, "--out", target, words=["would replace", words])
+        refused("eval", "--config", file, "--out", target, words=["would replace", words])
+        refused("report", tmp_path / "run", "--out", target, words=["would replace", words])
+    assert tree(tmp_path) == before
+    refuse_foreign_files_as_output(tmp_path / "run" / "report.html")
+    refuse_foreign_files_as_output(model / "accuracy.json")
 
 
 def test_output_beside_the_files_of_a_model_is_allowed(tmp_path: Path) -> None:

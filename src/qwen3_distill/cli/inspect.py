@@ -34,8 +34,11 @@ def report(
     if not config_file.is_file():
         raise RunFolderError(f"{run_folder} is not a run folder: it has no config.json")
     settings = load_config(config_file, for_records=True)
+    from qwen3_distill.pipeline.own_folder import refuse_foreign_files_as_output
     from qwen3_distill.pipeline.summary import render_report
 
+    if out is not None:
+        refuse_foreign_files_as_output(out)
     begin_work()
     say(f"report: {render_report(run_folder, settings, out, warn)}")
 

@@ -24,6 +24,11 @@ _OF_A_MODEL = re.compile(
     r".*\.(safetensors|safetensors\.index\.json|jinja)|(generation_|tokenizer_)?config\.json"
     r"|tokenizer.*|vocab\.json|merges\.txt|special_tokens_map\.json|added_tokens\.json"
 )
+_RECORD = re.compile(
+    r"(?:config|manifest|prompt|summary|status)\.json|(?:metrics|evaluations|ledger|cost)\.jsonl"
+    r"|trace(?:-\d+)?\.json"
+)
+"""Files of a run folder that no command's output may replace."""
 
 
 def require_own_folder(folder: Path) -> None:
@@ -60,6 +65,23 @@ def refuse_inputs_as_student(config: RunConfig) -> None:
             )
 
 
+def refuse_foreign_files_as_output(out: Path) -> None:
+    """Check that a command's output replaces no file of a model or a run, whichever it is.
+
+    Raises:
+        ConfigError: names the folder.
+    """
+    file = Path(os.path.realpath(out))
+    if not file.is_file():
+        return
+    config = _json(file.parent / "config.json")
+    of_a_model = isinstance(config, dict) and "model_type" in config
+    if of_a_model and _OF_A_MODEL.fullmatch(file.name):
+        raise ConfigError(f"{out} would replace a file of a model; choose another --out")
+    if _RECORD.fullmatch(file.name) and _is_of_a_run(file.parent):
+        raise ConfigError(f"{out} would replace a run's records; choose another --out")
+
+
 def refuse_inputs_as_output(out: Path, inputs: Mapping[str, str | Path]) -> None:
     """Check that a command's output replaces none of its inputs, nor a file of a model.
 
@@ -77,6 +99,7 @@ def refuse_inputs_as_output(out: Path, inputs: Mapping[str, str | Path]) -> None
             raise ConfigError(
                 f"{out} would replace what {setting}={path} names; choose another --out"
             )
+    refuse_foreign_files_as_output(out)
 
 
 def input_paths(config: RunConfig) -> dict[str, str]:
