@@ -32,13 +32,16 @@ def template(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) 
     shutil.copytree(tiny_models.teacher, work / "models" / "teacher")
     rows = [json.dumps({"prompt": f"what is {n}?", "answer": str(n)}) for n in range(5)]
     (work / "prompts.jsonl").write_text("\n".join(rows))
+    (work / "judge.py").write_text(
+        "def judge(row, response):\n    return row['answer'] in response\n"
+    )
     prompts = {"kind": "jsonl", "path": "prompts.jsonl", "answer_field": "answer"}
     changes = {
         "steps": 2,
         "student.model": "models/student",
         "scoring.model": "models/teacher",
         "prompts": prompts,
-        "verifier": {"kind": "math"},
+        "verifier": {"kind": "python", "function": "judge.py:judge"},
         "evaluation": EVALUATION | {"prompts": prompts, "verifier": {"kind": "math"}},
         "checkpoint": {"every_steps": 1},
     }

@@ -54,6 +54,24 @@ def value_of(config: RunConfig, setting: str) -> Any:
     return value
 
 
+def test_the_file_of_a_verifiers_function(
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+
+    def function(text: str) -> Any:
+        changes = {"verifier": {"kind": "python", "function": text}}
+        return value_of(
+            check_config(tiny_values(tiny_models, tmp_path, changes)), "verifier.function"
+        )
+
+    assert function("~/judge.py:f") == "/home/me/judge.py:f"
+    assert function("judge.py:f") == "judge.py:f"
+    for text, words in (("s3://b/judge.py:f", "URL"), ("${HOME}/judge.py:f", "variable")):
+        with pytest.raises(ConfigError, match=words):
+            function(text)
+
+
 def path_settings(schema: dict[str, Any]) -> set[str]:
     """The names of all settings whose name says that they hold a path."""
     names = {name for part in schema["$defs"].values() for name in part.get("properties", {})}

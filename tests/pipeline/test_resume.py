@@ -620,6 +620,24 @@ def test_prompt_file_that_was_replaced_under_a_run_is_refused(
     run_to_end(config)
 
 
+@pytest.mark.parametrize("which", ["verifier", "evaluation.verifier"])
+def test_verifier_file_that_was_changed_under_a_run_is_refused(
+    which: str, tiny_models: TinyModels, run_dir: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "judge.py"
+    file.write_text("def judge(row, response):\n    return 1.0\n")
+    verifier = {"kind": "python", "function": f"{file}:judge"}
+    changes = SHORT | {"evaluation": dict(EVALUATION), which: verifier}
+    config = tiny_config(tiny_models, run_dir, changes)
+    crash_at(config, 3)
+    kept = file.read_text()
+    file.write_text(kept.replace("1.0", "0.5"))
+    with pytest.raises(RunFolderError, match=rf"other files.*\n  data\.{which}\.function: \w+"):
+        run_to_end(config)
+    file.write_text(kept)
+    run_to_end(config)
+
+
 def test_manifest_of_an_older_version_is_no_hindrance(short: RunConfig, reference: Path) -> None:
     crash_at(short, 3)
     manifest = short.output_path / "manifest.json"

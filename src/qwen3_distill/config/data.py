@@ -8,6 +8,7 @@ from typing_extensions import Self
 
 from qwen3_distill.config.base import PathText, PositiveInt, Schema, Seconds
 from qwen3_distill.types import SamplingSpec
+from qwen3_distill.utils.paths import plain_path
 
 
 class Tagging(NamedTuple):
@@ -187,7 +188,7 @@ class PythonVerifier(Schema):
                 f"{function!r} is not a function of a file, expected path/to/file.py:name; "
                 "correct it"
             )
-        return function
+        return f"{plain_path(path)}:{name}"
 
 
 VerifierConfig: TypeAlias = Annotated[

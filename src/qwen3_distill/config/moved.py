@@ -15,6 +15,8 @@ PATH_SETTINGS = (
     "prompts.path",
     "evaluation.prompts.path",
     "rollouts.file",
+    "verifier.function",
+    "evaluation.verifier.function",
     "generation.python",
     "scoring.python",
     "training.python",
@@ -47,7 +49,9 @@ def find_paths(values: dict[str, Any], file: Path) -> None:
         if isinstance(from_hub, dict) and _hub_name(setting) in from_hub:
             continue
         found = directory / section[key]
-        if not os.path.exists(section[key]) and found.exists():
+        # verifier.function is file.py:name.
+        files = [re.sub(r"(\.py):\w+$", r"\1", str(path)) for path in (section[key], found)]
+        if not os.path.exists(files[0]) and os.path.exists(files[1]):
             section[key] = str(found)
     output_dir = values.get("output_dir")
     if isinstance(output_dir, str) and not os.path.isdir(output_dir):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import qwen3_distill
-from qwen3_distill.config import JsonlPrompts, ParquetPrompts, RunConfig
+from qwen3_distill.config import JsonlPrompts, ParquetPrompts, PythonVerifier, RunConfig
 from qwen3_distill.hosts.child import engine_environment
 from qwen3_distill.recording.records import is_count
 from qwen3_distill.types import ModelIdentity
@@ -117,7 +117,7 @@ def identity_record(identity: ModelIdentity) -> dict[str, Any]:
 
 
 def data_digests(config: RunConfig) -> dict[str, str]:
-    """Return the SHA-256 of each file of prompts or rollouts by its setting.
+    """Return the SHA-256 of each file of prompts, rollouts or a verifier's code by its setting.
 
     Datasets and tasks have none.
     """
@@ -129,6 +129,13 @@ def data_digests(config: RunConfig) -> dict[str, str]:
         for name, prompts in sections.items()
         if isinstance(prompts, JsonlPrompts | ParquetPrompts)
     }
+    verifiers = {"verifier": config.verifier}
+    if config.evaluation is not None:
+        verifiers["evaluation.verifier"] = config.evaluation.verifier
+    for name, verifier in verifiers.items():
+        if isinstance(verifier, PythonVerifier):
+            file = Path(verifier.function.rpartition(":")[0])
+            found[f"{name}.function"] = file_sha256(file)
     if config.rollouts.file is not None:
         found["rollouts.file"] = file_sha256(Path(config.rollouts.file))
     return found
