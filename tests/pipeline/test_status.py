@@ -27,6 +27,22 @@ def text_of(folder: Path) -> str:
     return "\n".join(status_lines(run_status(folder)))
 
 
+def test_the_teachers_and_a_second_evaluation_do_not_hide_the_students(
+    config: RunConfig, run_dir: Path
+) -> None:
+    run_to_end(config)
+    file = run_dir / "evaluations.jsonl"
+    student = json.loads(file.read_text().splitlines()[-1])
+    assert student["model"] == "student"
+    for name in ("student@0", "teacher"):
+        file.write_text(file.read_text() + json.dumps(student | {"model": name}) + "\n")
+    assert run_status(run_dir)["last_evaluation"] == student
+    file.write_text(json.dumps(student | {"model": "teacher"}) + "\n")
+    assert run_status(run_dir)["last_evaluation"]["model"] == "teacher"
+    file.unlink()
+    assert run_status(run_dir)["last_evaluation"] is None
+
+
 def test_a_running_run_says_what_it_waits_for(config: RunConfig, run_dir: Path) -> None:
     seen: list[dict[str, Any]] = []
 

@@ -59,11 +59,17 @@ def run_status(folder: Path, now: float | None = None) -> dict[str, Any]:
         "stage": beat.get("stage") if runs else None,
         "stage_s": _age(beat.get("stage_since"), now) if runs else None,
         "working": {name: now - at for name, at in beat.get("working", {}).items()} if runs else {},
-        "last_evaluation": evaluations[-1] if evaluations else None,
+        "last_evaluation": _last_of_the_student(evaluations),
         "pid": beat.get("pid"),
         "host": beat.get("host"),
         "heartbeat_age_s": _age(beat.get("time"), now),
     }
+
+
+def _last_of_the_student(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the student's newest evaluation at the first temperature, else the newest of any."""
+    own = [record for record in evaluations if record["model"] == "student"]
+    return next(reversed(own or list(evaluations)), None)
 
 
 def status_lines(status: Mapping[str, Any]) -> list[str]:
