@@ -61,6 +61,7 @@ def build_vllm(
         lora=lora,
         kv_cache_bytes=KV_CACHE_BYTES,
         log=LOGS / "vllm.log",
+        num_candidates=24,  # vLLM's own limit is 20
         make_host=make_host,
     )
     run(engine.start())

@@ -85,6 +85,23 @@ def test_an_argument_that_changes_nothing_is_noted(tiny_models: TinyModels, tmp_
     assert "thinking: off" in works.out
 
 
+# --- What the template leaves out -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("limit", [5, None], ids=["a few prompts", "endless prompts"])
+def test_a_template_that_renders_no_prompt_is_refused_by_every_command(
+    tiny_models: TinyModels, tmp_path: Path, command: list[str], limit: int | None
+) -> None:
+    models = models_with(tiny_models, tmp_path, template="hello")
+    prompts = {"kind": "task", "limit": limit}
+    file = config_file(models, tmp_path, evaluation=dict(EVALUATION), prompts=prompts)
+    result = call_cli(*command, "--config", file)
+    assert result.code == 2
+    assert "the student's chat template leaves out message 0 of role 'user'" in result.err
+    assert not (tmp_path / "run" / "prompt.json").exists()
+
+
 # --- The end of a turn ----------------------------------------------------------------------------
 
 

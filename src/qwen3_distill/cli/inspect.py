@@ -56,7 +56,7 @@ def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
     """
     settings = load_config(config, overrides or ())
     say(
-        f"{config} is valid: {settings.steps} steps of {settings.prompts_per_step} prompts x "
+        f"{config}: {settings.steps} steps of {settings.prompts_per_step} prompts x "
         f"{settings.samples_per_prompt} samples, objective {settings.objective.kind}"
     )
     from qwen3_distill.pipeline.assembly.machine import require_machine
@@ -82,6 +82,7 @@ def config_check(config: ConfigOption, overrides: Overrides = None) -> None:
         say(f"special token of the student, and the teacher's: {line}")
     for note in template_notes(settings, text):
         warn(note)
+    say(f"{config} is valid")
 
 
 def config_schema() -> None:

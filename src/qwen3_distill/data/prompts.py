@@ -263,15 +263,15 @@ class PromptStream:
     def check(self) -> None:
         """Render every prompt of a finite source, so that a bad one fails now.
 
-        Of a task only the first ones: its problems have one form.
+        Of a task or another endless source only the first ones: its problems have one form.
 
         Raises:
             DataError: a prompt cannot be rendered, see `render`.
         """
         seen: set[tuple[str, ...]] = set()
-        total = self.source.num_prompts or 0
-        if isinstance(self.source, TaskSource):
-            total = min(total, _TASK_PROMPTS_CHECKED)
+        total = self.source.num_prompts
+        if total is None or isinstance(self.source, TaskSource):
+            total = min(total or _TASK_PROMPTS_CHECKED, _TASK_PROMPTS_CHECKED)
         for index in range(total):
             self._render(index)
             raw = self.source.get(index)

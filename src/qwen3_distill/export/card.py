@@ -85,13 +85,25 @@ def _accuracy(run: FinishedRun) -> str:
     if evaluation is None or not any(accuracy.get(key) for _, key in _ACCURACY_ROWS):
         return "Not measured.\n"
     sampling = evaluation.sampling
-    rows = [(name, *_measured(accuracy.get(key))) for name, key in _ACCURACY_ROWS]
+    measured = [(sampling.temperature, accuracy)]
+    second = run.summary.get("second_accuracy")
+    if second:
+        measured.append((second["temperature"], second))
+    rows = [
+        (f"{name}, {_decoding(temperature)}", *_measured(found.get(key)))
+        for temperature, found in measured
+        for name, key in _ACCURACY_ROWS
+    ]
     return (
         f"Problems: {_data(evaluation.prompts)}; checked by {_settings(evaluation.verifier)}; "
-        f"temperature {sampling.temperature:g}, at most {sampling.max_new_tokens:,} new tokens. "
+        f"at most {sampling.max_new_tokens:,} new tokens. "
         "Intervals are 95% over problems. Measured by the engines of the run.\n\n"
         + _table(("", "Accuracy", "95% interval", "Problems", "Samples each"), rows)
     )
+
+
+def _decoding(temperature: float) -> str:
+    return f"temperature {temperature:g}" if temperature else "greedy"
 
 
 def _measured(result: Mapping[str, Any] | None) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ _FP8 = "F8_E4M3"
 _BESIDE = re.compile(r".*rotary_emb\.inv_freq|.*_scale(_inv)?|.*\.[kv]_scale")
 """Tensors that readers compute themselves, and the scales of quantized weights."""
 _HEAD = "lm_head.weight"
+_LFS = b"version https://git-lfs.github.com/spec/"
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
     *("num_attention_heads", "num_key_value_heads"),
@@ -53,10 +54,25 @@ def stored_headers(directory: Path) -> dict[str, Header]:
                     headers[name] = Header(part.get_dtype(), tuple(part.get_shape()))
                     file_of[name] = file
         except (OSError, SafetensorError) as error:
+            if is_git_lfs_pointer(file):
+                raise ModelError(
+                    f"{file} is a git-lfs pointer of {file.stat().st_size} bytes, expected the "
+                    "weights; run `git lfs pull` in its repository, or download the model with "
+                    "`hf download`"
+                ) from error
             raise ModelError(
                 f"{file} cannot be loaded: {error}; fetch it again: it may be half a download"
             ) from error
     return headers
+
+
+def is_git_lfs_pointer(file: Path) -> bool:
+    """Whether a file is what a clone without git-lfs has in place of a large file."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(_LFS)) == _LFS
+    except OSError:
+        return False
 
 
 def check_weight_headers(directory: Path) -> dict[str, Header]:

@@ -13,7 +13,7 @@ from qwen3_distill.data.prompt_view import (
     view_prompt,
     without_effect,
 )
-from qwen3_distill.data.prompts import PromptStream, PromptTooLong
+from qwen3_distill.data.prompts import PromptStream, PromptTooLong, check_roles
 from qwen3_distill.data.sources import FixedSource, PromptSource, build_source
 from qwen3_distill.modeling.loading import load_identity, load_tokenizer
 from qwen3_distill.pipeline.assembly.data import build_context
@@ -25,7 +25,8 @@ def first_prompt(config: RunConfig, text: TextTools) -> PromptView:
 
     Raises:
         ConfigError: the chat template does not take `student.template_arguments`.
-        DataError: the prompt cannot be read or rendered, or does not fit the context.
+        DataError: the prompt cannot be read or rendered, does not fit the context, or has a message
+            that the chat template leaves out.
     """
     identity = load_identity(config.student.model, weights=False)
     arguments = config.student.template_arguments
@@ -51,7 +52,9 @@ def first_prompt(config: RunConfig, text: TextTools) -> PromptView:
             raise
         kept = stream(build_source(config.prompts, told))
         kept.drop_too_long()
-        (prompt,) = stream(FixedSource([kept.source.get(0)])).take(0, 1)
+        first = FixedSource([kept.source.get(0)])
+        (prompt,) = stream(first).take(0, 1)
+    check_roles(first.get(0), text.tokenizer, arguments)
     return view_prompt(
         text.tokenizer,
         prompt.prompt_id,

@@ -142,6 +142,7 @@ WRONG = [  # reference, spellings that state something else
     ("2", ["2 factorial", "2 squared", "2 to the power of 5", "2 choose 1", "2 sqrt(3)", "log 2"]),
     ("2", ["2 and a half", "2 thousand five hundred", "2 tenths", "2 fifths"]),
     ("2", ["2 hundred thousand", "2 lakh", "2‰", "2′", "half of 2", "twice 2", "sin 2"]),
+    ("2", ["2 remainder 3", "2 R 3", "2 r3", "2 out of 5", "2 of 5", "2 with remainder 1"]),
     ("2", ["the square root of 2", "2 e5", "2.5 and a half", "never 2", "2 below zero"]),
 ]  # fmt: skip
 
@@ -161,6 +162,8 @@ REASONING = [  # reference, response, verdict: right and wrong numbers near each
     ("18", "#### Step 18: add\nThe sum is 20.", False),
     ("20", "#### Step 1: add 18\nThe sum is 20.", True),
     ("20", "#### 1. Add\nThe sum is 20.\n", True),
+    ("18", "The answer is 18? No, it is 19.", False),
+    ("19", "The answer is 18? No, it is 19.", True),
     ("18", "The answer is not 18.", False),
     ("18", "It isn't 18.", False),
     ("18", "It is 17, not 18.", False),

@@ -22,12 +22,21 @@ def test_the_card_has_the_runs_facts(full_run: Path, tmp_path: Path) -> None:
     assert "on-policy-distillation" in front["tags"]
     summary = read_json(full_run / "summary.json")
     manifest = read_json(full_run / "manifest.json")
-    for row, key in (
-        ("Student before", "before"),
-        ("Student after", "after"),
-        ("Teacher", "teacher"),
+    summary["second_accuracy"] = {
+        "temperature": 0,
+        **{key: {**summary["accuracy"][key], "value": 0.125} for key in ("before", "after")},
+    }
+    run = copy_of(full_run, tmp_path / "run")
+    (run / "summary.json").write_text(json.dumps(summary))
+    _, text = _card(run, tmp_path / "second")
+    assert "| Teacher, greedy | not measured |" in text
+    for row, result in (
+        ("Student before, temperature 1", summary["accuracy"]["before"]),
+        ("Student after, temperature 1", summary["accuracy"]["after"]),
+        ("Teacher, temperature 1", summary["accuracy"]["teacher"]),
+        ("Student before, greedy", summary["second_accuracy"]["before"]),
+        ("Student after, greedy", summary["second_accuracy"]["after"]),
     ):
-        result = summary["accuracy"][key]
         assert (
             f"| {row} | {result['value']:.1%} | {result['ci_low']:.1%} to "
             f"{result['ci_high']:.1%} | {result['num_problems']} | "
@@ -56,7 +65,7 @@ def test_what_was_not_measured_is_said(lora_run: Path, full_run: Path, tmp_path:
     summary["accuracy"]["teacher"] = None
     (run / "summary.json").write_text(json.dumps(summary))
     _, text = _card(run, tmp_path / "out")
-    assert "| Teacher | not measured |" in text
+    assert "| Teacher, temperature 1 | not measured |" in text
     assert "- Accuracy: teacher." in text
 
 

@@ -200,6 +200,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "eos empty": (edited("generation_config.json", eos_token_id=[]), ["eos_token_id is []"]),
     "eos bool": (edited("generation_config.json", eos_token_id=True), ["eos_token_id is True"]),
     "broken link": (lambda m: (m / "merges.txt").symlink_to(m / "none"), ["merges.txt"]),
+    "a git-lfs pointer": (
+        lambda m: (m / "model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 12\n"
+        ),
+        ["git-lfs pointer of", "git lfs pull"],
+    ),
     "half a download": (lambda m: os.truncate(m / "model.safetensors", 900), ["half a download"]),
 }
 

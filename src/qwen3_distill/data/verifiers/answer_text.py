@@ -148,9 +148,10 @@ def _phrases(text: str) -> list[tuple[int, Answer]]:
     found = []
     for match in _PHRASE.finditer(text):
         stated = match[1].strip() or (match[2] or "").lstrip("# \t")
-        if BOXED in stated:
+        sentence = _first_sentence(stated)
+        if BOXED in stated or sentence.rstrip().endswith("?"):  # a question states nothing
             continue
-        answer = _stated(_first_sentence(stated))
+        answer = _stated(sentence)
         if answer.values is not None or answer.latex is not None:
             found.append((match.start(), answer))
     return found

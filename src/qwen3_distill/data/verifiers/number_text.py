@@ -140,7 +140,8 @@ _FACTOR = re.compile(
 )
 _UNREAD = re.compile(
     r"\s*(?:[√∛‰′″]|factorial|choose|(?:square |cube )?root|sqrt|modulo|squared|cubed"
-    r"|to the (?:power|\w+th)"
+    r"|to the (?:power|\w+th)|r(?:emainder|em\.?)?\s?(?:of\s)?(?=\d)|(?:with (?:a )?)?remainder"
+    r"|out of(?=\s+\d)|of(?=\s+\d)"
     r"|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|(?:twen|thir|for|fif|six"
     r"|seven|eigh|nine)ty)(?![A-Za-z])|\s[eE]\s?\d",
     re.IGNORECASE,
