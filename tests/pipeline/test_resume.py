@@ -620,6 +620,26 @@ def test_prompt_file_that_was_replaced_under_a_run_is_refused(
     run_to_end(config)
 
 
+def test_dataset_directory_that_was_changed_under_a_run_is_refused(
+    tiny_models: TinyModels, run_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    rows = [{"prompt": f"what is {number}?"} for number in range(6)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tiny_config(
+        tiny_models, run_dir, SHORT | {"prompts": {"kind": "hf", "path": str(folder)}}
+    )
+    crash_at(config, 3)
+    kept = (folder / "train.jsonl").read_text()
+    (folder / "train.jsonl").write_text(kept.replace("what", "When"))
+    with pytest.raises(RunFolderError, match=r"other files.*\n  data\.prompts\.path: \w+"):
+        run_to_end(config)
+    (folder / "train.jsonl").write_text(kept)
+    (folder / ".cache").write_text("hidden files are no content")
+    run_to_end(config)
+
+
 @pytest.mark.parametrize("which", ["verifier", "evaluation.verifier"])
 def test_verifier_file_that_was_changed_under_a_run_is_refused(
     which: str, tiny_models: TinyModels, run_dir: Path, tmp_path: Path

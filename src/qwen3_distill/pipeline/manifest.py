@@ -14,11 +14,17 @@ from typing import Any
 import torch
 
 import qwen3_distill
-from qwen3_distill.config import JsonlPrompts, ParquetPrompts, PythonVerifier, RunConfig
+from qwen3_distill.config import (
+    HuggingFacePrompts,
+    JsonlPrompts,
+    ParquetPrompts,
+    PythonVerifier,
+    RunConfig,
+)
 from qwen3_distill.hosts.child import engine_environment
 from qwen3_distill.recording.records import is_count
 from qwen3_distill.types import ModelIdentity
-from qwen3_distill.utils.files import file_sha256
+from qwen3_distill.utils.files import directory_sha256, file_sha256
 from qwen3_distill.utils.json_text import read_json
 
 _PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "pyarrow", "pydantic")
@@ -117,9 +123,9 @@ def identity_record(identity: ModelIdentity) -> dict[str, Any]:
 
 
 def data_digests(config: RunConfig) -> dict[str, str]:
-    """Return the SHA-256 of each file of prompts, rollouts or a verifier's code by its setting.
+    """Return the SHA-256 of what prompts, rollouts or a verifier's code are read from, by setting.
 
-    Datasets and tasks have none.
+    A dataset from the hub has its commit instead, and a task has none.
     """
     sections = {"prompts": config.prompts}
     if config.evaluation is not None:
@@ -128,6 +134,11 @@ def data_digests(config: RunConfig) -> dict[str, str]:
         f"{name}.path": file_sha256(Path(prompts.path))
         for name, prompts in sections.items()
         if isinstance(prompts, JsonlPrompts | ParquetPrompts)
+    }
+    found |= {
+        f"{name}.path": directory_sha256(Path(prompts.path))
+        for name, prompts in sections.items()
+        if isinstance(prompts, HuggingFacePrompts) and Path(prompts.path).is_dir()
     }
     verifiers = {"verifier": config.verifier}
     if config.evaluation is not None:

@@ -189,6 +189,20 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def directory_sha256(path: Path) -> str:
+    """Return the SHA-256 of a directory's files, by name and content, as hexadecimal digits.
+
+    Hidden files and folders and the caches of `datasets` (``cache-...``) are no content.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path)
+        is_content = not any(part.startswith(".") for part in name.parts)
+        if is_content and file.is_file() and not file.name.startswith("cache-"):
+            digest.update(f"{name.as_posix()}\0{file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
 def sync(path: Path) -> None:
     """Have a file or a directory written to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
