@@ -142,7 +142,7 @@ def test_packing_is_chosen_where_there_is_a_kernel_for_it(bench: Bench) -> None:
     chosen = pooled(bench.student_dir, packing="auto").describe()["packing"]
     if INSTALLED.device == "cpu":
         assert chosen.startswith("off: unsloth has no attention kernel")
-    elif has_unsloth_any_of("flash_attn", "xformers"):
+    elif has_unsloth_any_of("flash_attn", "xformers") or unsloth_torch() >= (2, 12):
         assert chosen.startswith("on:")
     else:
         assert chosen.startswith("off: neither flash-attn nor xformers")
@@ -151,6 +151,17 @@ def test_packing_is_chosen_where_there_is_a_kernel_for_it(bench: Bench) -> None:
 def has_unsloth_any_of(*modules: str) -> bool:
     """Whether the interpreter of the tests' unsloth finds one of the modules."""
     code = f"import importlib.util; print(any(map(importlib.util.find_spec, {modules})))"
+    return unsloth_says(code) == "True"
+
+
+def unsloth_torch() -> tuple[int, ...]:
+    """Major and minor version of the PyTorch of the tests' unsloth."""
+    version = unsloth_says("from importlib.metadata import version; print(version('torch'))")
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def unsloth_says(code: str) -> str:
+    """What the interpreter of the tests' unsloth prints."""
     environment = engine_environment(INSTALLED.variables.get("unsloth", {}))
     done = subprocess.run(
         [INSTALLED.python["unsloth"], "-c", code],
@@ -159,7 +170,7 @@ def has_unsloth_any_of(*modules: str) -> bool:
         text=True,
         check=True,
     )
-    return done.stdout.strip() == "True"
+    return done.stdout.strip()
 
 
 @needs_unsloth

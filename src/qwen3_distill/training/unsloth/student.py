@@ -267,7 +267,10 @@ class UnslothStudent:
             return False, f"off: unsloth has no attention kernel for it with {where}"
         if wanted == "auto" and not _has_varlen_kernel():
             # Then it has only PyTorch's attention for packed rows (docs/measured).
-            return False, "off: neither flash-attn nor xformers is installed"
+            return False, (
+                "off: neither flash-attn nor xformers is installed, and PyTorch's kernel for "
+                "packed rows comes with 2.12"
+            )
         with self.autocast():
             gap = packing_gap(self.core, self._packed_hidden)
         limit = self._tolerance
@@ -285,7 +288,9 @@ class UnslothStudent:
 def _has_varlen_kernel() -> bool:
     """Whether unsloth found a kernel for several sequences in one row."""
     dispatch: Any = importlib.import_module("unsloth.utils.attention_dispatch")
-    return bool(dispatch.HAS_FLASH_ATTENTION or dispatch.HAS_XFORMERS)
+    installed = dispatch.HAS_FLASH_ATTENTION or dispatch.HAS_XFORMERS
+    # What unsloth loaded of torch.nn.attention.varlen; a private name, absent in older versions.
+    return bool(installed or getattr(dispatch, "_TORCH_VARLEN_ATTN", None) is not None)
 
 
 def _load(
