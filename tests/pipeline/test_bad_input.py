@@ -470,7 +470,7 @@ def test_folder_of_another_config_is_refused_with_the_differing_keys(
     assert "training" not in message
     assert (tmp_path / "run" / "config.json").read_bytes() == before
     many = {"steps": 1, "objective": TOP_K, "seed": 5}
-    refused_run(tiny_models, tmp_path, many, ["objective.kind: ", "and 3 more"])
+    refused_run(tiny_models, tmp_path, many, ["objective.kind: ", "and 4 more"])
 
 
 def test_moved_folder_is_accepted(tiny_models: TinyModels, tmp_path: Path) -> None:

@@ -389,7 +389,7 @@ def test_the_check_of_a_config_shows_what_the_teacher_reads(
     values = tiny_values(tiny_models, tmp_path / "run", told(tmp_path))
     checked = call_cli("config", "check", "--config", write_config(tmp_path / "c.yaml", values))
     shown = "  | <|user|>Know: a<|end|><|user|>q0? It is 0.<|end|><|assistant|>"
-    assert checked.out.splitlines()[-2:] == ["the teacher reads instead:", shown]
+    assert checked.out.splitlines()[-3:-1] == ["the teacher reads instead:", shown]
 
 
 @pytest.mark.parametrize("name", ["score", "train"])
