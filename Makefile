@@ -29,14 +29,14 @@ test: $(VENV)/installed-dev ## the test suite a laptop can run
 
 # One pytest for each engine. Tests of vLLM as the rollout engine observe what runs concurrently, which a
 # second suite on two cores would hide, so they run alone. The others mostly wait for starts.
-# BESIDE: further targets that run beside them, e.g. BESIDE=test-cluster.
-BESIDE ?=
+# BESIDE: further targets that run beside them.
+BESIDE ?= test-vllm-teacher
 test-engines: $(VENV)/installed-dev ## the tests of the real engines on a CPU, in environments it makes
 	@set -e; for engine in transformers4 vllm sglang unsloth; do $(ENVIRONMENT) $$engine-cpu > /dev/null; done
 	@$(MAKE) --no-print-directory test-transformers4
 	@$(MAKE) --no-print-directory test-vllm
-	@echo "sglang, unsloth, vllm as a teacher$(if $(BESIDE), and $(BESIDE)) concurrently; each is shown when it is done (some minutes)"
-	@$(MAKE) --no-print-directory --output-sync=target -j4 test-sglang test-unsloth test-vllm-teacher $(BESIDE)
+	@echo "test-sglang test-unsloth $(BESIDE) concurrently; each is shown when it is done (some minutes)"
+	@$(MAKE) --no-print-directory --output-sync=target -j4 test-sglang test-unsloth $(BESIDE)
 	@$(MAKE) --no-print-directory test-engines-together
 
 VLLM_TEACHER := $(addprefix tests/,$(addprefix contract/,test_served_server.py test_served_faults.py \
