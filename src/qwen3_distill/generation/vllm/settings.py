@@ -18,6 +18,8 @@ class VllmSettings:
     stream_interval: int
     lora_rank: int | None
     """Highest rank of the adapters it serves; None: whole weights are loaded instead."""
+    tensor_parallel: int = 1
+    """Cards that the model is divided over."""
     scratch: str = ""
     """Folder for files between vLLM's processes. The controller removes it: they may die."""
     keeps_cache: bool = True
