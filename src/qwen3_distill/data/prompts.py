@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Who = Literal["student", "teacher"]
 """Whose chat template renders messages."""
 _TASK_PROMPTS_CHECKED = 1000
+_ENDLESS_PROMPTS_CHECKED = 4
+"""Enough to see that the chat template renders them; every run does it at its start."""
 _ENDLESS_SEARCH = 1_000_000
 _PROBE = "qwen3distillprobe"
 """Text that no template contains."""
@@ -270,8 +272,10 @@ class PromptStream:
         """
         seen: set[tuple[str, ...]] = set()
         total = self.source.num_prompts
-        if total is None or isinstance(self.source, TaskSource):
-            total = min(total or _TASK_PROMPTS_CHECKED, _TASK_PROMPTS_CHECKED)
+        if total is None:
+            total = _ENDLESS_PROMPTS_CHECKED
+        elif isinstance(self.source, TaskSource):
+            total = min(total, _TASK_PROMPTS_CHECKED)
         for index in range(total):
             self._render(index)
             raw = self.source.get(index)
