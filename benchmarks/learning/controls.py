@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import multiprocessing
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from qwen3_distill.pipeline.run import run
 from qwen3_distill.ports import TeacherScorer
 from qwen3_distill.recording.console import make_reporter
 from qwen3_distill.scoring.views import SameView
+from qwen3_distill.scoring.wrapper import TeacherWrapper
 from qwen3_distill.types import (
-    ModelIdentity,
     Rollout,
     ScoredRollout,
     ScoreResult,
@@ -42,39 +42,20 @@ from qwen3_distill.utils.seeds import derive_seed
 CONSTANT_ADVANTAGE_NATS = -0.5
 
 
-class ShuffledTeacher:
+class ShuffledTeacher(TeacherWrapper[TeacherScorer]):
     """A real teacher whose scores are permuted over the tokens of a step."""
 
     def __init__(self, teacher: TeacherScorer, seed: int) -> None:
-        self._teacher = teacher
+        super().__init__(teacher)
         self._seed = seed
         self._calls = 0
 
     @property
-    def identity(self) -> ModelIdentity:
-        return self._teacher.identity
-
-    @property
     def teacher_id(self) -> str:
-        return f"shuffled {self._teacher.teacher_id}"
-
-    async def start(self) -> None:
-        await self._teacher.start()
-
-    @property
-    def counters(self) -> Mapping[str, float]:
-        return self._teacher.counters
-
-    @property
-    def max_dropped_fraction(self) -> float:
-        return self._teacher.max_dropped_fraction
-
-    @property
-    def starts_first(self) -> bool:
-        return self._teacher.starts_first
+        return f"shuffled {self.inner.teacher_id}"
 
     async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
-        results = await self._teacher.score(jobs)
+        results = await self.inner.score(jobs)
         scores = [result for result in results if isinstance(result, TeacherScore)]
         rng = np.random.default_rng(derive_seed(self._seed, "shuffle", self._calls))
         self._calls += 1
@@ -84,9 +65,6 @@ class ShuffledTeacher:
             TeacherScore(teacher_id=self.teacher_id, logprobs=part)
             for part in np.split(shuffled, edges)
         ]
-
-    async def close(self) -> None:
-        await self._teacher.close()
 
 
 class ConstantView(SameView):

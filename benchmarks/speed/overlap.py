@@ -136,10 +136,10 @@ class TooFewSteps(Exception):
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a run of `Bench.pipeline` recorded."""
+    """Holds the records of a run of `Bench.pipeline`."""
 
     first_number: int
-    """Of its rollouts."""
+    """Number of the run's first rollout."""
     cursor: RunCursor
     steps: list[dict[str, Any]]
     ledger: list[dict[str, Any]]
@@ -158,7 +158,7 @@ class Bench:
     drawn_steps: int = 0
     """Steps whose prompts were used; the teacher's cache holds none of later ones."""
     last: Recorded | None = None
-    """Of the last run."""
+    """Records of the last run; None before it."""
 
     def engine(self, name: str) -> Any:
         fixed = self.parts.config.sampling.max_new_tokens

@@ -4,7 +4,6 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -16,7 +15,8 @@ from qwen3_distill.scoring.served.teacher import ServedTeacher
 from qwen3_distill.scoring.sglang.server import MemoryFraction
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.scoring.vllm.teacher import VllmTeacher
-from qwen3_distill.types import ModelIdentity, SampledRequest, ScoreRequest, ScoreResult, ScoringJob
+from qwen3_distill.scoring.wrapper import TeacherWrapper
+from qwen3_distill.types import SampledRequest, ScoreRequest
 from tests.contract.builders import run
 from tests.engines import INSTALLED
 from tests.sglang_stand_in import write_interpreter
@@ -166,43 +166,17 @@ class ServerPool:
 POOL = ServerPool()
 
 
-class PooledTeacher:
+class PooledTeacher(TeacherWrapper[ServedTeacher]):
     """A `ServedTeacher` that uses a kept server."""
 
     def __init__(self, config: ServedConfig, request: ScoreRequest) -> None:
+        super().__init__(build_served(config, request))
         self._config = config
         self._request = request
-        self._teacher = build_served(config, request)
 
     async def start(self) -> None:
-        self._teacher = build_served(await POOL.connect(self._config), self._request)
-        await self._teacher.start()
-
-    @property
-    def identity(self) -> ModelIdentity:
-        return self._teacher.identity
-
-    @property
-    def teacher_id(self) -> str:
-        return self._teacher.teacher_id
-
-    @property
-    def counters(self) -> Mapping[str, float]:
-        return self._teacher.counters
-
-    @property
-    def max_dropped_fraction(self) -> float:
-        return self._teacher.max_dropped_fraction
-
-    @property
-    def starts_first(self) -> bool:
-        return self._teacher.starts_first
-
-    async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
-        return await self._teacher.score(jobs)
-
-    async def close(self) -> None:
-        await self._teacher.close()
+        self.inner = build_served(await POOL.connect(self._config), self._request)
+        await super().start()
 
 
 @dataclass(frozen=True)

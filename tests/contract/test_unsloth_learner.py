@@ -161,7 +161,7 @@ def unsloth_torch() -> tuple[int, ...]:
 
 
 def unsloth_says(code: str) -> str:
-    """What the interpreter of the tests' unsloth prints."""
+    """Run Python code in the interpreter of the tests' unsloth; return what it prints."""
     environment = engine_environment(INSTALLED.variables.get("unsloth", {}))
     done = subprocess.run(
         [INSTALLED.python["unsloth"], "-c", code],

@@ -8,7 +8,7 @@ key that some replies hold.
 import json
 import random
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -126,13 +126,35 @@ def _try_scores(
     raw: bytes, jobs: list[ScoringJob], request: ScoreRequest, counts: Counts, secret: str
 ) -> None:
     k = request.k if isinstance(request, TopKRequest) else None
+    compare(
+        raw,
+        lambda: meaning(raw, [asked_of(job) for job in jobs], k, VOCAB),
+        lambda: read_scores(raw, jobs, request, vocab_size=VOCAB, teacher_id="t"),
+        counts,
+        secret,
+    )
+
+
+def compare(
+    raw: bytes,
+    reference: Callable[[], Sequence[Said | None]],
+    read: Callable[[], Sequence[TeacherScore | Fault]],
+    counts: Counts,
+    secret: str,
+) -> None:
+    """Read a reply with the reference and with the package; count what differs.
+
+    Args:
+        reference: raises `Odd` where the whole reply says nothing.
+        read: raises `ReplyError` there.
+    """
     expected: Sequence[Said | None] | None
     try:
-        expected = meaning(raw, [asked_of(job) for job in jobs], k, VOCAB)
+        expected = reference()
     except Odd:
         expected = None
     try:
-        found = read_scores(raw, jobs, request, vocab_size=VOCAB, teacher_id="t")
+        found = read()
     except ReplyError as error:
         check_text(str(error), counts, secret)
         if expected is not None:

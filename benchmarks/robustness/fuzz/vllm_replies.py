@@ -14,10 +14,9 @@ import numpy as np
 
 from benchmarks.robustness.fuzz.counts import Counts, Progress
 from benchmarks.robustness.fuzz.mutations import mutated
-from benchmarks.robustness.fuzz.replies import LIMIT_S, VOCAB, check_text, random_jobs, same
+from benchmarks.robustness.fuzz.replies import LIMIT_S, VOCAB, compare, random_jobs
 from benchmarks.robustness.fuzz.reply_meaning import SAME_TOKEN_NATS, Odd, Said, logprob
 from benchmarks.robustness.fuzz.watchdog import Hang, time_limit
-from qwen3_distill.scoring.served.faults import Fault, ReplyError
 from qwen3_distill.scoring.vllm.wire import read_scores
 from qwen3_distill.types import ScoreRequest, ScoringJob, TopKRequest
 from qwen3_distill.utils.secrets import remember_secret
@@ -95,26 +94,13 @@ def _try(
     raw: bytes, jobs: list[ScoringJob], request: ScoreRequest, counts: Counts, secret: str
 ) -> None:
     k = request.k if isinstance(request, TopKRequest) else None
-    expected: list[Said | None] | None
-    try:
-        expected = meaning(raw, jobs, k)
-    except Odd:
-        expected = None
-    try:
-        found = read_scores(raw, jobs, request, vocab_size=VOCAB, teacher_id="t")
-    except ReplyError as error:
-        check_text(str(error), counts, secret)
-        if expected is not None:
-            counts.mistake(f"refused what can be read ({error}): {raw[:300]!r}")
-        return
-    if expected is None:
-        counts.mistake(f"accepted what says nothing: {raw[:300]!r}")
-        return
-    for outcome, said in zip(found, expected, strict=True):
-        if isinstance(outcome, Fault):
-            check_text(outcome.detail, counts, secret)
-        if not same(outcome, said):
-            counts.mistake(f"{outcome} instead of {said}: {raw[:300]!r}")
+    compare(
+        raw,
+        lambda: meaning(raw, jobs, k),
+        lambda: read_scores(raw, jobs, request, vocab_size=VOCAB, teacher_id="t"),
+        counts,
+        secret,
+    )
 
 
 def meaning(reply: bytes, jobs: Sequence[ScoringJob], k: int | None) -> list[Said | None]:

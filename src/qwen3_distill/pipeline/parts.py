@@ -123,6 +123,11 @@ class Parts:
         if self.verifier is not None:
             self.verifier.begin(rollouts)
 
+    def forget_checks(self) -> None:
+        """Drop the verifier's rewards of a step that is over."""
+        if self.verifier is not None:
+            self.verifier.forget()
+
     def make_batch(self, scored: Sequence[TrainingRollout]) -> Batch:
         """Build a step's batch, with the config's task reward."""
         objective = self.config.objective

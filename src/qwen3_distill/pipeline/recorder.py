@@ -155,6 +155,7 @@ class Recorder:
         cursor, scored, ledger = done.cursor, done.scored, done.ledger
         times = self.trace.end_step(cursor.step)
         values = self._step_values(done, times.metrics())
+        self._parts.forget_checks()
         values |= self._parts.counters
         values |= self._fleet_rates.of_step(values)
         values |= self._cost_of_step(cursor)
@@ -306,9 +307,7 @@ class Recorder:
         if self._parts.verifier is None:
             return {}
         whole = [rollout for rollout in rollouts if rollout.is_whole]
-        rewards = {rollout.rollout_id: self._parts.verifier.reward(rollout) for rollout in whole}
-        self._parts.verifier.forget()
-        return rewards
+        return {rollout.rollout_id: self._parts.verifier.reward(rollout) for rollout in whole}
 
     def _metrics_by_sampler(
         self, rollouts: Sequence[Rollout], rewards: Mapping[str, float]

@@ -45,7 +45,7 @@ def sizes(alignment: Alignment) -> list[tuple[int, int]]:
 
 
 def written_by(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bytes]:
-    """What each token writes: special tokens by a byte that no text has alone, for comparison."""
+    """Return the bytes of each token; special tokens and unknown ones have none."""
     known = ByteTokenizer(tokenizer, "t")
     return [known.bytes_of(index) or b"" for index in ids]
 

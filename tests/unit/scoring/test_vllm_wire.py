@@ -142,7 +142,7 @@ def test_an_answer_is_sampled_as_asked_whatever_the_servers_defaults_are() -> No
     ],
 )
 def test_a_name_that_stands_twice_is_refused(once: bytes, twice: bytes) -> None:
-    """Of two equal names JSON's reader keeps the last value, in the place of the first."""
+    """JSON's reader keeps the last value of two equal names, in the place of the first."""
     raw = reply(choice())
     assert raw.count(once) == 1
     with pytest.raises(ReplyError, match="a name stands twice"):
