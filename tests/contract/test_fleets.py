@@ -203,6 +203,26 @@ def test_a_replica_that_loads_slowly_is_named_meanwhile(
     run(fleet.close())
 
 
+def test_what_is_waited_for_is_not_said_of_nobody(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica serves from within its load on; the load itself ends a moment later."""
+    monkeypatch.setattr(members, "_PATIENCE_S", 0.01)
+    fleet = RolloutFleet([in_process(tiny_models.student)], max_restarts=1, warn=lambda text: None)
+    words: list[str] = []
+    fleet.tell(words.append)
+
+    async def wait_while_all_serve() -> None:
+        async with fleet._members.saying("to load the new weights"):
+            await asyncio.sleep(0.1)
+
+    run(fleet.start())
+    serve(fleet, directory_weights(tiny_models.student))
+    run(wait_while_all_serve())
+    assert "waiting for  to load the new weights" not in words
+    run(fleet.close())
+
+
 def test_a_version_that_no_replica_can_load_is_served_by_none(tiny_models: TinyModels) -> None:
     fleet = RolloutFleet([in_process(tiny_models.student)] * 1, max_restarts=0, warn=print)
     run(fleet.start())

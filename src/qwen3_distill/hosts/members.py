@@ -168,7 +168,8 @@ class Members(Generic[EngineT]):
         async def say() -> None:
             while True:
                 await asyncio.sleep(_PATIENCE_S)
-                self.say(f"waiting for {self.awaited} {what_for}")
+                if awaited := self.awaited:
+                    self.say(f"waiting for {awaited} {what_for}")
 
         saying = asyncio.create_task(say())
         try:
