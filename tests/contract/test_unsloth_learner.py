@@ -442,7 +442,7 @@ def test_expandable_segments_are_off_where_weights_may_be_lent(
 
     def environment_of(**changes: Any) -> dict[str, str]:
         training = unsloth_config(tuning=wanted.tuning, optimizer=wanted.optimizer, **changes)
-        return unsloth_environment(wanted.settings(tiny_models.student, training), Path("/scratch"))
+        return unsloth_environment(wanted.settings(tiny_models.student, training))
 
     environment = engine_environment(environment_of())
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):

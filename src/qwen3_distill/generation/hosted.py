@@ -143,7 +143,6 @@ class HostedRolloutEngine:
         self._paused = False
         self._served = self._wanted = None
         await self._restarts.close()
-        self._opening.clean_up()
         if self._own_channel is not None:
             self._own_channel.remove()
             self._own_channel = None

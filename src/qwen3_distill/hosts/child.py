@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import getpass
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +21,9 @@ _GUARD = Path(__file__).with_name("guard.py")
 _SOURCE = Path(__file__).parents[2]
 _LOG_TAIL_BYTES = 4000
 _LOG_SEARCH_BYTES = 1 << 20
+_LONGEST_TEMPORARY_DIR = 50
+"""A Unix socket's path has 107 bytes at most; engines append some 40, and the scratch folder is in
+between."""
 
 
 def engine_environment(extra: Mapping[str, str]) -> dict[str, str]:
@@ -51,8 +57,32 @@ def how_to_install(engine: str, section: str) -> str:
     )
 
 
+def short_temporary_dir() -> str:
+    """A folder for temporary files whose path leaves room for the names of Unix sockets."""
+    usual = tempfile.gettempdir()
+    if len(usual) > _LONGEST_TEMPORARY_DIR and os.access("/tmp", os.W_OK):
+        return "/tmp"
+    return usual
+
+
+def _compiled_kernels() -> dict[str, str]:
+    """The variable that keeps PyTorch's compiled kernels where they lie by default.
+
+    By default they are among the temporary files, which a command has for itself.
+    """
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = str(os.getuid())
+    folder = os.path.join(tempfile.gettempdir(), f"torchinductor_{user}")
+    return {"TORCHINDUCTOR_CACHE_DIR": folder}
+
+
 class ChildProcess:
     """A command and everything it starts, ended as one.
+
+    Its temporary files lie in a folder of their own, which is removed when it has ended, also by
+    SIGKILL and also when this process died before: engines leave sockets behind.
 
     Args:
         name: names the process in errors.
@@ -65,7 +95,18 @@ class ChildProcess:
         self._log = log
         self._remove = tuple(remove)
         self._log_start = 0
+        self._scratch: Path | None = None
         self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def scratch(self) -> Path:
+        """The folder of the temporary files of the command that runs, or of the next one.
+
+        Only this user can enter it.
+        """
+        if self._scratch is None:
+            self._scratch = Path(tempfile.mkdtemp(prefix="q3d-", dir=short_temporary_dir()))
+        return self._scratch
 
     @property
     def is_running(self) -> bool:
@@ -97,14 +138,19 @@ class ChildProcess:
                 "-S",
                 str(_GUARD),
                 str(os.getpid()),
+                f"--scratch={self.scratch}",
                 *(f"--remove={folder}" for folder in self._remove),
                 *command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=dict(environment),
+                env=_compiled_kernels() | dict(environment) | self._temporary(environment),
                 start_new_session=True,  # Ctrl-C is ours to handle, not the engine's
             )
+
+    def _temporary(self, environment: Mapping[str, str]) -> dict[str, str]:
+        own = environment.get("TMPDIR") != os.environ.get("TMPDIR")  # the config names another
+        return {} if own else {"TMPDIR": str(self.scratch)}
 
     async def wait(self) -> int:
         """Wait for the command's end and return its exit status."""
@@ -114,6 +160,14 @@ class ChildProcess:
 
     async def end(self, *, grace_s: float = 0.0) -> None:
         """Wait ``grace_s`` for it to end by itself, then kill it with everything it started."""
+        try:
+            await self._end(grace_s)
+        finally:
+            if self._scratch is not None:  # a guard that was killed has left it
+                shutil.rmtree(self._scratch, ignore_errors=True)
+                self._scratch = None
+
+    async def _end(self, grace_s: float) -> None:
         if self._process is None:
             return
         if grace_s > 0:

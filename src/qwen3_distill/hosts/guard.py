@@ -1,13 +1,13 @@
 """Runs a command that must not outlive its caller. Standard library only.
 
-    python -I -S guard.py PARENT_PID [--remove=FOLDER]... COMMAND...
+    python -I -S guard.py PARENT_PID --scratch=FOLDER [--remove=FOLDER]... COMMAND...
 
 Engines start processes of their own, and some survive the death of the one that started them. The
 guard is the parent of them all: orphans are handed to it (child subreaper). It ends every one of
 them when the command ends, on SIGTERM, and when its own parent dies, even by SIGKILL (parent-death
 signal). Without Linux's prctl only the process group is ended. It also deletes their shared-memory
-files, which a process killed by SIGKILL leaves behind, and when its parent has died, the folders
-that it was given.
+files, which a process killed by SIGKILL leaves behind, the folder of its temporary files, and when
+its own parent has died, further folders that it was given.
 """
 
 import contextlib
@@ -28,15 +28,19 @@ _SHARED = ("psm_", "sem.mp-", "sglang_")
 """Name prefixes: Python's shared memory, its semaphores, SGLang's shared memory."""
 
 
+_SCRATCH = "--scratch="
 _REMOVE = "--remove="
+_scratch = ""
+"""Folder of the command's temporary files."""
 _folders: list[str] = []
 """Folders of the parent, removed when it is gone: it can no longer do so."""
 _parent = 0
 
 
 def main() -> None:
-    global _parent
+    global _parent, _scratch
     _parent, command = int(sys.argv[1]), sys.argv[2:]
+    _scratch = command.pop(0)[len(_SCRATCH) :]
     while command and command[0].startswith(_REMOVE):
         _folders.append(command.pop(0)[len(_REMOVE) :])
     with contextlib.suppress(OSError, AttributeError):
@@ -45,7 +49,7 @@ def main() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     signal.signal(signal.SIGTERM, _end_everything)
     if os.getppid() != _parent:  # it died before the signal was arranged
-        _remove_folders()
+        _remove(_scratch, *_folders)
         sys.exit(1)
     try:
         child = subprocess.Popen(command)
@@ -64,7 +68,7 @@ def main() -> None:
 def _end_everything(signum: int, frame: FrameType | None) -> None:
     _kill_descendants()
     if _parent_is_dead():
-        _remove_folders()
+        _remove(*_folders)
     os._exit(128 + signum)
 
 
@@ -79,13 +83,16 @@ def _parent_is_dead() -> bool:
         return True
 
 
-def _remove_folders() -> None:
-    for folder in _folders:
+def _remove(*folders: str) -> None:
+    for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _kill_descendants() -> None:
-    """SIGKILL children until there are none: those of a dead child become ours."""
+    """SIGKILL children until there are none: those of a dead child become ours.
+
+    Removes what they leave behind.
+    """
     shared = set[str]()
     while True:
         children = _processes(_PARENT, os.getpid())
@@ -99,6 +106,7 @@ def _kill_descendants() -> None:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, 0)
     remove(shared)
+    _remove(_scratch)
 
 
 def kill_group(group: int) -> None:

@@ -14,7 +14,6 @@ import asyncio
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -110,7 +109,8 @@ class MpsDaemon:
             raise MpsUnavailable(f"{CONTROL} is not on the PATH (it comes with NVIDIA's driver)")
         try:
             # In a short path: the names of Unix sockets are limited to 107 bytes.
-            self._pipes = Path(tempfile.mkdtemp(prefix="qwen3-distill-mps-"))
+            self._pipes = self._process.scratch / "pipes"
+            self._pipes.mkdir()
             Path(self.variables[LOG_VARIABLE]).mkdir(parents=True, exist_ok=True)
             await self._process.start([program, "-f"], self._daemon_environment())
             await self._until_it_answers()
@@ -132,9 +132,7 @@ class MpsDaemon:
                 await self._command(f"quit -t {_CLIENTS_GRACE_S}")
                 await result_within(_QUIT_TIMEOUT_S, self._process.wait())
         await self._process.end()
-        pipes, self._pipes = self._pipes, None
-        if pipes is not None:
-            shutil.rmtree(pipes, ignore_errors=True)
+        self._pipes = None
 
     def _daemon_environment(self) -> dict[str, str]:
         """All GPUs are visible to the daemon: a choice would renumber them for the clients."""

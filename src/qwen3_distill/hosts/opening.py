@@ -36,6 +36,3 @@ class Opening:
     def explained(self, error: EngineStartError, host: Host) -> EngineStartError:
         """Return the error of a failed start with its cause, where more is known."""
         return error
-
-    def clean_up(self) -> None:
-        """Remove what the starts have left on this machine. May be called more than once."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_distill.errors import EngineStartError
-from qwen3_distill.hosts.child import ChildProcess, engine_environment
+from qwen3_distill.hosts.child import ChildProcess, engine_environment, short_temporary_dir
 
 _START_TIMEOUT_S = 120.0
 _LOOPBACK = "127.0.0.1"
@@ -31,7 +31,7 @@ class OwnRay:
         self._interface = interface
         self._settings = {key: value for key, value in settings.items() if value is not None}
         # Short: the paths of Ray's sockets are below it, and a socket's path has 107 bytes at most.
-        self._folder = Path(tempfile.mkdtemp(prefix="q3d-ray-", dir=_short_temporary_dir()))
+        self._folder = Path(tempfile.mkdtemp(prefix="q3d-ray-", dir=short_temporary_dir()))
         self.scratch = Path(tempfile.mkdtemp(prefix="q3d-ray-", dir=_memory_dir()))
         """Folder of the nodes' files, in memory."""
         self._process = ChildProcess("Ray", log, remove=(self._folder, self.scratch))
@@ -81,10 +81,6 @@ class OwnRay:
         await self._process.end()
         for folder in (self._folder, self.scratch):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _short_temporary_dir() -> str:
-    return "/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir()
 
 
 def _memory_dir() -> str:

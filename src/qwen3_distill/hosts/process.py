@@ -1,13 +1,10 @@
 """A host on this machine: the worker is a process of its own, reached over a Unix socket.
 
-The socket lies in a folder that only this user can enter.
+The socket lies among the process's temporary files, in a folder that only this user can enter.
 """
 
 import asyncio
-import shutil
-import tempfile
 from collections.abc import AsyncGenerator, Mapping
-from pathlib import Path
 from typing import Any
 
 from qwen3_distill.errors import EngineLost, EngineStartError
@@ -43,7 +40,6 @@ class LocalProcess:
 
     async def start(self, environment: Mapping[str, str] | None = None) -> None:
         self._connection = None
-        directory = Path(tempfile.mkdtemp(prefix="qwen3-distill-"))
         connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
         connected = asyncio.get_running_loop().create_future()
 
@@ -51,7 +47,7 @@ class LocalProcess:
             if not connected.done():
                 connected.set_result((reader, writer))
 
-        socket = directory / "socket"
+        socket = self._process.scratch / "controller"
         server = await asyncio.start_unix_server(accept, socket)
         variables = {**self._spec.environment, **(environment or {})}
         try:
@@ -60,7 +56,7 @@ class LocalProcess:
             reader, writer = await self._first(connected)
         finally:
             server.close()
-            shutil.rmtree(directory, ignore_errors=True)
+            socket.unlink(missing_ok=True)
         self._connection = Connection(self.name, reader, writer, last_output=self.last_output)
         self._is_open = True
         if self._spec.hang_timeout_s is not None:

@@ -78,7 +78,6 @@ class HostedTeacher:
 
     async def close(self) -> None:
         await self._restarts.close()
-        self._opening.clean_up()
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
         """Call the worker; repeat the call after each death."""

@@ -4,7 +4,6 @@ A lost learner's weights are lost with it, so nothing is recovered here: the cal
 and loads a checkpoint.
 """
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,7 +124,6 @@ class HostedLearner:
     async def close(self) -> None:
         self._version = None
         await self._host.close()
-        await asyncio.to_thread(self._opening.clean_up)
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         if self._version is None:

@@ -69,8 +69,7 @@ def pids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_PIDS", str(pids))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", None)  # it remembers the folder before
+    monkeypatch.setattr("qwen3_distill.hosts.child.short_temporary_dir", lambda: str(tmp_path))
     monkeypatch.delenv(PIPE_VARIABLE, raising=False)
     return pids
 
@@ -95,7 +94,7 @@ def has_ended(pid_file: Path) -> bool:
 
 
 def pipe_folders(tmp_path: Path) -> list[Path]:
-    return list(tmp_path.glob("qwen3-distill-mps-*"))
+    return [folder / "pipes" for folder in tmp_path.glob("q3d-*")]
 
 
 def start_fails(daemon: MpsDaemon, tmp_path: Path, *words: str) -> None:

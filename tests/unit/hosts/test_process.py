@@ -280,10 +280,11 @@ def test_no_time_limit_means_no_watch(log: Path) -> None:
 # --- Nothing outlives its controller ------------------------------------------------------------
 
 FAMILY = """
-import os, subprocess, sys, time
+import os, subprocess, sys, tempfile, time
+file = tempfile.mkstemp()[1]
 # A child in a session of its own: killing the process group would miss it.
 child = subprocess.Popen(["sleep", "600"], start_new_session=True)
-print(os.getpid(), child.pid, flush=True)
+print(os.getpid(), child.pid, file, flush=True)
 {then}
 """
 
@@ -305,29 +306,63 @@ def all_gone(pids: list[int]) -> bool:
     return True
 
 
-async def started_family(log: Path, then: str) -> tuple[ChildProcess, list[int]]:
+def all_removed(file: Path) -> bool:
+    deadline = time.monotonic() + 10
+    while file.parent.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def family_of(log: Path) -> tuple[list[int], Path]:
+    """Its processes, and the file that one of them keeps among its temporary ones."""
+    *pids, file = log.read_text().split()
+    return [int(pid) for pid in pids], Path(file)
+
+
+async def started_family(log: Path, then: str) -> ChildProcess:
     child = ChildProcess("family", log)
     await child.start([sys.executable, "-c", FAMILY.format(then=then)], dict(os.environ))
-    while not log.exists() or not log.read_text().strip():
+    while not log.exists() or not log.read_text().endswith("\n"):
         await asyncio.sleep(0.02)
-    return child, [int(pid) for pid in log.read_text().split()]
+    return child
 
 
-@pytest.mark.parametrize("how", ["end", "by_itself", "killed"])
-def test_a_command_takes_its_orphans_with_it(log: Path, how: str) -> None:
-    async def run() -> list[int]:
+@pytest.mark.parametrize("how", ["end", "by_itself", "killed", "hangs"])
+def test_a_command_takes_its_orphans_and_its_temporary_files_with_it(log: Path, how: str) -> None:
+    async def run() -> None:
         then = "sys.exit(3)" if how == "by_itself" else "time.sleep(600)"
-        child, pids = await started_family(log, then)
+        child = await started_family(log, then)
+        pids, file = family_of(log)
+        assert file.parent == child.scratch
         if how == "by_itself":
             assert await child.wait() == 3
         elif how == "killed":
             os.kill(pids[0], signal.SIGKILL)
             assert await child.wait() == 128 + signal.SIGKILL
         else:
+            if how == "hangs":  # the guard is killed too, and does nothing any more
+                pids.pop()
+                child.kill()
             await child.end()
-        return pids
+        assert all_gone(pids)
+        assert all_removed(file)
 
-    assert all_gone(asyncio.run(run()))
+    asyncio.run(run())
+
+
+def test_a_command_s_own_folder_for_temporary_files_is_kept(log: Path, tmp_path: Path) -> None:
+    async def run() -> None:
+        child = ChildProcess("family", log)
+        command = [sys.executable, "-c", FAMILY.format(then="")]
+        await child.start(command, {**os.environ, "TMPDIR": str(tmp_path)})
+        await child.wait()
+        await child.end()
+
+    asyncio.run(run())
+    assert family_of(log)[1].parent == tmp_path
+    assert family_of(log)[1].exists()
 
 
 def test_a_killed_controller_leaves_nothing_behind(log: Path) -> None:
@@ -349,12 +384,14 @@ asyncio.run(main())
     )
     assert controller.stdout is not None
     assert controller.stdout.readline() == "ready\n"
-    pids = [int(pid) for pid in log.read_text().split()]
+    pids, file = family_of(log)
     assert all(is_alive(pid) for pid in pids)
+    assert file.exists()
     controller.kill()
     controller.wait()
     controller.stdout.close()
     assert all_gone(pids)
+    assert all_removed(file)
 
 
 def test_a_path_that_an_engine_asks_for_does_not_hide_this_package() -> None:

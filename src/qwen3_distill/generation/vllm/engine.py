@@ -4,9 +4,6 @@ vLLM is not imported here: the worker may have an interpreter and an environment
 """
 
 import re
-import shutil
-import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 from qwen3_distill.config import LoraTuning, VllmGeneration
@@ -116,13 +113,9 @@ class VllmOpening(Opening):
         self._config = config
         self._settings = settings
         self._python = python
-        self._scratch: Path | None = None
 
     async def open(self, host: Host) -> None:
-        if self._scratch is None:
-            self._scratch = Path(tempfile.mkdtemp(prefix="qwen3-distill-vllm-"))
-        settings = replace(self._settings, scratch=str(self._scratch))
-        await host.call_without_heartbeat("open", settings, timeout_s=self._timeout_s)
+        await host.call_without_heartbeat("open", self._settings, timeout_s=self._timeout_s)
 
     def explained(self, error: EngineStartError, host: Host) -> EngineStartError:
         """Return the error with its cause: vLLM prints it and passes on only that there was one."""
@@ -149,8 +142,3 @@ class VllmOpening(Opening):
             return EngineStartError(text + cause)
         end = host.last_output()
         return EngineStartError(text if end in text else text + end)
-
-    def clean_up(self) -> None:
-        scratch, self._scratch = self._scratch, None
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)

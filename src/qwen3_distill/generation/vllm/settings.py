@@ -18,8 +18,6 @@ class VllmSettings:
     stream_interval: int
     lora_rank: int | None
     """Highest rank of the adapters it serves; None: whole weights are loaded instead."""
-    scratch: str = ""
-    """Folder for files between vLLM's processes. The controller removes it: they may die."""
     keeps_cache: bool = True
     """Whether running rollouts keep their keys and values when new weights come."""
     max_batched_tokens: int | None = None

@@ -17,6 +17,7 @@ if not os.path.exists("/dev/nvidiactl"):
 import asyncio
 import shutil
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -62,7 +63,7 @@ class VllmWorker:
         self._paused = False
         self._num_outputs = 0
         self._watching: asyncio.Task[None] | None = None
-        self._own_scratch: Path | None = None
+        self._scratch = Path(tempfile.mkdtemp(prefix="weights-"))
 
     async def open(self, settings: VllmSettings) -> None:
         """Start the engine.
@@ -70,10 +71,6 @@ class VllmWorker:
         Raises:
             EngineStartError: it does not start, e.g. for lack of memory, or is another version.
         """
-        scratch = Path(settings.scratch)
-        if not scratch.exists():  # it was made on another machine
-            scratch.mkdir(parents=True)
-            self._own_scratch = scratch
         compat.check_methods(AsyncLLM)
         arguments = compat.engine_arguments(settings)
         try:
@@ -166,8 +163,7 @@ class VllmWorker:
             self._watching.cancel()
         if self._engine is not None:
             self._engine.shutdown()
-        if self._own_scratch is not None:
-            shutil.rmtree(self._own_scratch, ignore_errors=True)
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     async def _sample(self, request: RolloutRequest) -> Rollout | None:
         """Sample one rollout; return None if it was aborted."""
@@ -201,12 +197,11 @@ class VllmWorker:
     async def _replace(self, version: WeightVersion, channel: WeightChannel) -> str:
         """Bring the version's weights into use; return a problem as text, "" if there is none."""
         assert self._settings is not None
-        scratch = Path(self._settings.scratch)
-        request = scratch / "request"
+        request = self._scratch / "request"
         write_request(request, version, channel)
         if self._settings.lora_rank is None:
             return await self._ask_engine("distill_load_full", str(request))
-        path = str(channel.adapter_directory(version, scratch / "adapters"))
+        path = str(channel.adapter_directory(version, self._scratch / "adapters"))
         if self._adapter_path is None:  # makes the adapter known; later ones go into its slot
             try:
                 await self._engine.add_lora(compat.adapter_request(path, load=True))

@@ -3,9 +3,7 @@
 import asyncio
 import re
 import secrets
-import shutil
 import socket
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine
 from pathlib import Path
@@ -49,7 +47,6 @@ class EngineServer(ABC):
         self._log = log
         self._log_start = 0
         self._process = ChildProcess(f"the {self.engine} server", log)
-        self._folder: Path | None = None
         self._python = ""
         self.url = ""
         self.api_key = ""
@@ -84,8 +81,7 @@ class EngineServer(ABC):
         remember_secret(self.api_key)
         # A key may be passed in this file: every user can read a command line. SGLang also writes
         # its settings, the key among them, into its log.
-        self._folder = Path(tempfile.mkdtemp(prefix="qwen3-distill-"))  # mode 0700
-        file = self._folder / "server.yaml"
+        file = self._process.scratch / "server.yaml"
         file.write_text(yaml.safe_dump(self._options(port)), encoding="utf-8")
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._log.touch(mode=0o600)
@@ -114,9 +110,6 @@ class EngineServer(ABC):
     async def close(self) -> None:
         """End it and everything it started. May be called more than once."""
         await self._process.end()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
 
     def kill(self) -> None:
         """Send SIGKILL to the whole process group."""

@@ -1,7 +1,5 @@
 """The unsloth learner, as the controller makes it. unsloth is not imported here."""
 
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,31 +43,19 @@ def unsloth_learner(
 
 
 class UnslothOpening(Opening):
-    """Opens the learner in its worker, with a folder for the code that unsloth generates."""
+    """Opens the learner in its worker, with the variables that unsloth needs."""
 
     def __init__(self, settings: LearnerSettings[UnslothTraining]) -> None:
         super().__init__(settings.resolved(), timeout_s=settings.training.start_timeout_s)
         self._settings = settings
-        self._scratch: Path | None = None
 
     def environment(self) -> Mapping[str, str]:
-        if self._scratch is None:
-            self._scratch = Path(tempfile.mkdtemp(prefix="qwen3-distill-unsloth-"))
-        return unsloth_environment(self._settings, self._scratch)
-
-    def clean_up(self) -> None:
-        scratch, self._scratch = self._scratch, None
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+        return unsloth_environment(self._settings)
 
 
-def unsloth_environment(
-    settings: LearnerSettings[UnslothTraining], scratch: Path
-) -> dict[str, str]:
+def unsloth_environment(settings: LearnerSettings[UnslothTraining]) -> dict[str, str]:
     """Variables of the worker; the config's come last."""
     variables = {
-        # Generated code; by default a folder in the working directory.
-        "UNSLOTH_COMPILE_LOCATION": str(scratch / "compiled"),
         "UNSLOTH_DISABLE_STATISTICS": "1",
         "HF_HUB_OFFLINE": "1",  # the student is a directory
     }

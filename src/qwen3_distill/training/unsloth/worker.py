@@ -6,7 +6,9 @@ imports neither, and nothing of this package that does, before `open` is called.
 
 import contextlib
 import importlib
+import os
 import sys
+import tempfile
 from importlib import metadata
 from typing import Any
 
@@ -91,4 +93,6 @@ def _engine() -> Any:
 
 
 if __name__ == "__main__":
+    # Generated code; by default a folder in the working directory.
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.mkdtemp(prefix="compiled-"))
     serve_worker(UnslothWorker())
