@@ -54,21 +54,22 @@ def cluster_channel_reaches_engines(config: "RunConfig") -> None:
 
 def tensor_parallelism_is_the_cards(config: "RunConfig") -> None:
     generation, scoring, cluster = config.generation, config.only_teacher, config.cluster
+    parts = generation.tensor_parallel if generation.kind == "vllm" else 1
+    fleet = None if cluster is None else cluster.rollouts
+    if fleet is None and parts > 1:
+        raise ValueError(
+            f"generation.tensor_parallel={parts} without cluster.rollouts: the cards of a rollout "
+            f"engine are given by the cluster; add cluster: {{rollouts: {{cards: {parts}}}}}"
+        )
+    # Without cards the engine computes on the CPU, whatever its parts.
+    if fleet is not None and fleet.cards not in (0, parts):
+        raise ValueError(
+            f"cluster.rollouts.cards={fleet.cards} and generation.tensor_parallel={parts}: a "
+            "rollout engine has one card for each part of its model; give both the same number"
+            + ("" if generation.kind == "vllm" else ", which is 1 for generation.kind=embedded")
+        )
     if cluster is None:
         return
-    if cluster.rollouts is not None and cluster.rollouts.cards > 1:
-        raise ValueError(
-            f"cluster.rollouts.cards={cluster.rollouts.cards}: a rollout engine has one card, "
-            "since weights that are divided over cards could not be read back and compared; "
-            "raise cluster.rollouts.replicas"
-        )
-    if generation.kind == "vllm" and cluster.rollouts is not None:
-        stated = generation.engine_arguments.get("tensor_parallel_size", 1)
-        if stated != 1:
-            raise ValueError(
-                f"generation.engine_arguments.tensor_parallel_size={stated}: a rollout engine of "
-                "a cluster has one card; raise cluster.rollouts.replicas"
-            )
     if scoring is not None and scoring.kind != "embedded" and cluster.teachers is not None:
         names = ("tp-size", "tp_size", "tensor-parallel-size", "tensor_parallel_size", "tp")
         option = "tp-size" if scoring.kind == "sglang" else "tensor-parallel-size"

@@ -20,6 +20,7 @@ VLLM_MAX_RANK = 512
 
 
 VLLM_OPTIONS = {
+    "tensor_parallel_size": "generation.tensor_parallel",
     "model": "student.model",
     "dtype": "generation.dtype",
     "max_model_len": "generation.max_model_tokens",
@@ -33,6 +34,7 @@ VLLM_OPTIONS = {
     "enable_lora": "training.tuning and generation.adapters",
     "max_loras": "this package: one adapter is served",
     "logprobs_mode": "this package: logprobs are those of the sampled distribution",
+    "max_logprobs": "this package: as many as the objective's candidates",
     "generation_config": "this package: a model's file changes no sampling",
     "skip_tokenizer_init": "this package: only token ids travel",
     "worker_extension_cls": "this package: it loads the weights",
@@ -60,6 +62,10 @@ class VllmGeneration(EngineProcess, Watched):
 
     kind: Literal["vllm"]
     dtype: Dtype = "bfloat16"
+    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    """Cards that one engine's model is divided over; above 1 the same number as
+    ``cluster.rollouts.cards``. For a student that does not fit one card: where it fits, as many
+    replicas of one card are faster."""
     max_sequences: Annotated[int, Field(ge=1, le=65_536)] = 256
     """Rollouts decoded concurrently."""
     max_batched_tokens: PositiveInt | None = None

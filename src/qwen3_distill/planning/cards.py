@@ -35,6 +35,10 @@ def plan_cards(
     Raises:
         ConfigError: an engine does not fit its card, or its cards do not divide its heads.
     """
+    rollouts = None if config.cluster is None else config.cluster.rollouts
+    if rollouts is not None:
+        shape = student_shape or read_shape(config.student.model)
+        _check_heads("cluster.rollouts", rollouts, shape)
     fleet = None if config.cluster is None else config.cluster.teachers
     if fleet is not None and config.loaded_teacher is not None:
         shape = teacher_shape or read_shape(config.loaded_teacher.model)

@@ -118,7 +118,13 @@ def student_cache_bytes(config: RunConfig, models: Models) -> int:
         # vLLM refuses a cache that cannot hold one sequence of the longest length.
         longest = generation.max_model_tokens or shape.context_length
         tokens = max(tokens, longest + 2 * _VLLM_CPU_BLOCK_TOKENS)
-    return tokens * per_token
+    # Every card has its heads' part; with more cards than heads, a whole head.
+    return tokens * per_token // min(student_parts(config), shape.num_kv_heads)
+
+
+def student_parts(config: RunConfig) -> int:
+    """Cards that a rollout engine's model is divided over."""
+    return config.generation.tensor_parallel if config.generation.kind == "vllm" else 1
 
 
 def student_rows(config: RunConfig, models: Models, device: DeviceMemory) -> list[PlanRow]:
@@ -128,7 +134,8 @@ def student_rows(config: RunConfig, models: Models, device: DeviceMemory) -> lis
     quantized = shape.fp8_checkpoint or (
         generation.kind == "vllm" and generation.quantization is not None
     )
-    rows = [_weights_row("student", shape, itemsize, quantized)]
+    parts = student_parts(config)
+    rows = [_weights_row("student", shape, itemsize, quantized, parts)]
     tuning = config.training.tuning
     if tuning.kind == "lora" and generation.kind == "vllm" and generation.adapters == "swap":
         adapter = shape.lora_parameters(tuning.rank, tuning.target_modules) * itemsize
@@ -211,14 +218,23 @@ def vllm_teacher_tokens(config: RunConfig, models: Models) -> int:
 
 def teacher_cache_bytes(config: RunConfig, models: Models) -> int:
     """Bytes of the scoring server's key-value cache."""
-    per_token = _teacher_shape(models).kv_bytes_per_token(_ITEMSIZE[config.teacher.dtype])
-    return teacher_cache_tokens(config, models) * per_token
+    shape = _teacher_shape(models)
+    per_token = shape.kv_bytes_per_token(_ITEMSIZE[config.teacher.dtype])
+    parts = min(teacher_parts(config), shape.num_kv_heads)
+    return teacher_cache_tokens(config, models) * per_token // parts
+
+
+def teacher_parts(config: RunConfig) -> int:
+    """Cards that a teacher's model is divided over."""
+    fleet = None if config.cluster is None else config.cluster.teachers
+    return 1 if fleet is None else max(1, fleet.cards)
 
 
 def teacher_weight_bytes(config: RunConfig, models: Models) -> int:
-    """Bytes of the teacher's weights as served."""
+    """Bytes of the teacher's weights as served, on each card."""
     scoring, shape = config.teacher, _teacher_shape(models)
-    return _weight_bytes(shape, _ITEMSIZE[scoring.dtype], _teacher_is_quantized(config, shape))
+    whole = _weight_bytes(shape, _ITEMSIZE[scoring.dtype], _teacher_is_quantized(config, shape))
+    return whole // teacher_parts(config)
 
 
 def teacher_loading_bytes(config: RunConfig, models: Models) -> int:
@@ -226,7 +242,7 @@ def teacher_loading_bytes(config: RunConfig, models: Models) -> int:
     scoring, shape = config.teacher, _teacher_shape(models)
     if shape.fp8_checkpoint:
         return teacher_weight_bytes(config, models)
-    return shape.weight_bytes(_ITEMSIZE[scoring.dtype])
+    return shape.weight_bytes(_ITEMSIZE[scoring.dtype]) // teacher_parts(config)
 
 
 def teacher_static_bytes(config: RunConfig, models: Models, free_bytes: int) -> int:
@@ -243,7 +259,8 @@ def teacher_rows(config: RunConfig, models: Models, device: DeviceMemory) -> lis
     if scoring is None or shape is None:
         return []
     itemsize = _ITEMSIZE[scoring.dtype]
-    weights = _weights_row("teacher", shape, itemsize, _teacher_is_quantized(config, shape))
+    quantized = _teacher_is_quantized(config, shape)
+    weights = _weights_row("teacher", shape, itemsize, quantized, teacher_parts(config))
     if scoring.kind == "embedded":
         passing = scoring.batch_tokens * _passing_elements(shape) * itemsize
         logits = 2 * scoring.chunk_tokens * shape.vocab_size * 4
@@ -428,11 +445,14 @@ def _weight_bytes(shape: ModelShape, itemsize: int, quantized: bool) -> int:
     return shape.fp8_weight_bytes(itemsize) if quantized else shape.weight_bytes(itemsize)
 
 
-def _weights_row(engine: Engine, shape: ModelShape, itemsize: int, quantized: bool) -> PlanRow:
+def _weights_row(
+    engine: Engine, shape: ModelShape, itemsize: int, quantized: bool, parts: int = 1
+) -> PlanRow:
     dtype = "bfloat16" if itemsize == 2 else "float32"
     how = f"{_count(shape.num_parameters)} parameters, "
     how += f"FP8 with {dtype} embeddings" if quantized else dtype
-    return _row(engine, "weights", _weight_bytes(shape, itemsize, quantized), how)
+    how += f", divided over {parts} cards" if parts > 1 else ""
+    return _row(engine, "weights", _weight_bytes(shape, itemsize, quantized) / parts, how)
 
 
 def _count(number: int) -> str:

@@ -67,7 +67,19 @@ def test_a_cluster_section_that_contradicts_itself_is_refused(
         ),
         (
             {"cluster": {"rollouts": {"cards": 2}}, "generation": {"kind": "vllm"}},
-            "raise cluster.rollouts.replicas",
+            "cards=2 and generation.tensor_parallel=1: .* give both the same number",
+        ),
+        (
+            {"generation": {"kind": "vllm", "tensor_parallel": 4}},
+            r"add cluster: \{rollouts: \{cards: 4\}\}",
+        ),
+        (
+            {"generation.own_process": True, "cluster": {"rollouts": {"cards": 2}}},
+            "which is 1 for generation.kind=embedded",
+        ),
+        (
+            {"generation": {"kind": "vllm", "engine_arguments": {"tensor_parallel_size": 2}}},
+            "set generation.tensor_parallel",
         ),
         (
             {

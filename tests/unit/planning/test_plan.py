@@ -330,6 +330,36 @@ def test_ranks_that_divide_the_states_fit_cards_that_whole_ones_do_not() -> None
     assert four.plan.engine_bytes("learner") < card.plan.engine_bytes("learner")
 
 
+def rollout_card(run: RunConfig, student: str = "32B") -> MemoryPlan:
+    shapes = {"student_shape": named_shape(student), "teacher_shape": named_shape("8B")}
+    plans = plan_cards(run, device_memory_bytes=500 * GIB, **shapes)
+    return next(card.plan for card in plans if card.engines == ("student",))
+
+
+def divided_rollouts(parts: int) -> RunConfig:
+    generation = {"tensor_parallel": parts, "adapters": "swap"}
+    return config(generation=generation, cluster={"rollouts": {"cards": parts}})
+
+
+def test_a_rollout_engine_over_several_cards_has_a_part_on_each() -> None:
+    shape = named_shape("32B")
+    one, two, sixteen = (rollout_card(divided_rollouts(parts)) for parts in (1, 2, 16))
+    assert size(one, "student", "weights") == shape.weight_bytes(2)
+    assert size(two, "student", "weights") == shape.weight_bytes(2) // 2
+    cache = size(one, "student", "key-value cache")
+    assert size(two, "student", "key-value cache") == cache // 2
+    assert shape.num_kv_heads == 8  # of more cards than heads, several have the same head
+    assert size(sixteen, "student", "key-value cache") == cache // 8
+
+
+def test_cards_that_do_not_divide_a_model_s_heads_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"rollouts.cards=3 does not divide .* 64 attention"):
+        rollout_card(divided_rollouts(3))
+    run = config(scoring={"server_arguments": {"tp-size": 3}}, cluster={"teachers": {"cards": 3}})
+    with pytest.raises(ConfigError, match=r"teachers.cards=3 does not divide .* 32 attention"):
+        plan_cards(run, student_shape=named_shape("4B"), teacher_shape=named_shape("8B"))
+
+
 def test_advice_for_full_tuning_names_the_division_and_frees_what_it_says() -> None:
     with pytest.raises(ConfigError, match="the engines need") as caught:
         learners_card(full_tuning(), 60)

@@ -8,7 +8,7 @@ not promise to keep; nothing else in this package does.
 import asyncio
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -76,6 +76,7 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "dtype": settings.dtype,  # without it float32 checkpoints are served in bfloat16
         "max_model_len": settings.max_model_tokens,
+        "tensor_parallel_size": settings.tensor_parallel,
         "max_num_seqs": settings.max_sequences,
         "logprobs_mode": "processed_logprobs",  # the default ignores the temperature
         "enable_prefix_caching": True,
@@ -256,16 +257,50 @@ def keep_weights_plain() -> None:
         operations._supports_onednn = False
 
 
-def unfused(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """Yield Hugging Face names, views of the served weights, and whether these are as loaded.
+class Part(NamedTuple):
+    """Which part of a matrix this process has; with one card, all of it."""
+
+    dim: int
+    start: int
+    size: int
+    whole: int
+    """Size of the whole along ``dim``."""
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Return the part of a whole matrix, as a view."""
+        return whole.narrow(self.dim, self.start, self.size)
+
+
+class Served(NamedTuple):
+    """A weight in use."""
+
+    name: str
+    """Hugging Face's."""
+    tensor: Tensor
+    """A view of this process's part."""
+    is_plain: bool
+    """Whether it is as loaded; else it is quantized, and `tensor` is raw."""
+    part: Part
+
+    @property
+    def whole_shape(self) -> torch.Size:
+        """Shape of the whole weight, on all cards together."""
+        shape = list(self.tensor.shape)
+        shape[self.part.dim] = self.part.whole
+        return torch.Size(shape)
+
+
+_FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+def unfused(model: nn.Module) -> Iterator[Served]:
+    """Yield the served weights as Hugging Face names them.
 
     Splits what vLLM fuses (q, k, v; gate, up) and cuts the rows by which it pads the vocabulary.
-    Quantized layers give their raw weight and False.
     """
-    parts = {
-        "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-        "gate_up_proj": ("gate_proj", "up_proj"),
-    }
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         weight = module._parameters.get("weight")
@@ -274,39 +309,83 @@ def unfused(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
         seen.add(id(weight))
         name = module_name.replace(".base_layer", "")
         owner, _, leaf = name.rpartition(".")
-        if weight.dtype in (torch.float8_e4m3fn, torch.int8):
-            yield f"{name}.weight", weight, False
-        elif leaf in parts:
-            pieces = weight.split(list(module.output_sizes), dim=0)  # pyright: ignore
-            for piece_name, piece in zip(parts[leaf], pieces, strict=True):
-                yield f"{owner}.{piece_name}.weight", piece, True
-        elif hasattr(module, "org_vocab_size"):
-            yield f"{name}.weight", weight[: module.org_vocab_size], True  # pyright: ignore
+        is_quantized = weight.dtype in (torch.float8_e4m3fn, torch.int8)
+        if is_quantized:
+            yield Served(f"{name}.weight", weight, False, _all_of(weight))
+        elif leaf in _FUSED:
+            parts = _output_parts(module)
+            pieces = weight.split([part.size for part in parts], dim=0)
+            for piece_name, piece, part in zip(_FUSED[leaf], pieces, parts, strict=True):
+                yield Served(f"{owner}.{piece_name}.weight", piece, True, part)
         else:
-            yield f"{name}.weight", weight, True
+            part = _part(module, weight)
+            yield Served(f"{name}.weight", weight.narrow(part.dim, 0, part.size), True, part)
 
 
-def adapter_slots(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield Hugging Face module names with A [r, in] and B [out, r] of the one adapter slot."""
-    parts = {
-        "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-        "gate_up_proj": ("gate_proj", "up_proj"),
-    }
+def _all_of(weight: Tensor) -> Part:
+    return Part(0, 0, weight.shape[0], weight.shape[0])
+
+
+def _part(module: Any, weight: Tensor) -> Part:
+    """Return which part of its matrix a layer that fuses nothing has."""
+    if hasattr(module, "org_vocab_size"):
+        rows = module.shard_indices
+        return Part(0, rows.org_vocab_start_index, rows.num_org_elements, module.org_vocab_size)
+    if hasattr(module, "input_is_parallel"):  # o_proj, down_proj
+        size = module.input_size_per_partition
+        return Part(1, module.tp_rank * size, size, module.input_size)
+    return _all_of(weight)
+
+
+def _output_parts(module: Any) -> list[Part]:
+    """Return which rows of each of its fused matrices a layer has."""
+    sizes = list(module.output_partition_sizes)
+    if not hasattr(module, "total_num_kv_heads"):  # gate, up
+        return [
+            Part(0, module.tp_rank * size, size, whole)
+            for size, whole in zip(sizes, module.output_sizes, strict=True)
+        ]
+    # With more cards than key-value heads, several cards have the same head.
+    kv_rank = module.tp_rank // module.num_kv_head_replicas
+    heads = (module.total_num_heads, module.total_num_kv_heads, module.total_num_kv_heads)
+    return [
+        Part(0, rank * size, size, count * module.head_size)
+        for rank, size, count in zip((module.tp_rank, kv_rank, kv_rank), sizes, heads, strict=True)
+    ]
+
+
+class AdapterSlot(NamedTuple):
+    """Where vLLM keeps the adapter of one Hugging Face module."""
+
+    name: str
+    a: Tensor
+    """[r, in], or this process's columns."""
+    b: Tensor
+    """[out, r], or this process's rows."""
+    part: Part
+    """Of the weight that the adapter is added to: rows of B, or columns of A."""
+
+
+def adapter_slots(model: nn.Module) -> Iterator[AdapterSlot]:
+    """Yield the places of the one adapter."""
     for name, module in model.named_modules():
         stacked_a = getattr(module, "lora_a_stacked", None)
         if stacked_a is None or not hasattr(module, "base_layer"):
             continue
         stacked_b: Any = module.lora_b_stacked
         owner, _, leaf = name.rpartition(".")
-        leaves = parts.get(leaf, (leaf,))
-        for part, a, b in zip(leaves, stacked_a, stacked_b, strict=True):
-            yield f"{owner}.{part}", a[0, 0], b[0, 0]
+        base: Any = module.base_layer
+        parts = _output_parts(base) if leaf in _FUSED else [_part(base, base.weight)]
+        for piece, a, b, part in zip(
+            _FUSED.get(leaf, (leaf,)), stacked_a, stacked_b, parts, strict=True
+        ):
+            yield AdapterSlot(f"{owner}.{piece}", a[0, 0], b[0, 0], part)
 
 
 def load_full(runner: Any, weights: list[tuple[str, Tensor]]) -> None:
     """Replace all weights in their own storage, so that CUDA graphs stay valid."""
     model = runner.get_model() if hasattr(runner, "get_model") else runner.model
-    if any(not plain for _, _, plain in unfused(model)):  # quantized again, layer by layer
+    if not all(served.is_plain for served in unfused(model)):  # quantized again, layer by layer
         runner.reload_weights(weights_iterator=iter(weights))
         return
     model.load_weights(iter(weights))

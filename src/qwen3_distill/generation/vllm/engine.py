@@ -90,6 +90,7 @@ def _settings(
         dtype=config.dtype,
         eos_ids=tuple(sorted(identity.eos_ids)),
         max_sequences=config.max_sequences,
+        tensor_parallel=config.tensor_parallel,
         max_model_tokens=min(limit, identity.context_length),
         max_batched_tokens=config.max_batched_tokens,
         kv_cache_bytes=kv_cache_bytes,

@@ -56,9 +56,12 @@ class WeightAccess:
         compat.load_full(self.model_runner, list(published.items()))
         if before is not None and before == _raw_digest(self._served()):
             return f"{version}: the quantized weights in use did not change"
-        for name, own, plain in compat.unfused(self._model()):
-            if plain and not torch.equal(own, published[name].to(own)):
-                return f"{version}: {name} in use is not the published one"
+        for served in compat.unfused(self._model()):
+            if not served.is_plain:
+                continue
+            wanted = served.part.of(published[served.name])
+            if not torch.equal(served.tensor, wanted.to(served.tensor)):
+                return f"{version}: {served.name} in use is not the published one"
         self._in_use = version.digest
         return ""
 
@@ -73,18 +76,17 @@ class WeightAccess:
         if not isinstance(payload, LoraWeights):
             return f"{version} was published as whole weights, this engine serves adapters"
         slots = list(compat.adapter_slots(self._model()))
-        wanted = {
-            name: _slot_contents(name, slot_a, slot_b, payload) for name, slot_a, slot_b in slots
-        }
+        wanted = {slot.name: _slot_contents(slot, payload) for slot in slots}
         homeless = payload.tensors.keys() - {_peft_name(name, m) for name in wanted for m in "AB"}
         if homeless:
             return f"{version}: vLLM has no place for the adapters {sorted(homeless)[:3]}"
-        for name, slot_a, slot_b in slots:
-            slot_a.copy_(wanted[name][0])
-            slot_b.copy_(wanted[name][1])
-        for name, slot_a, slot_b in compat.adapter_slots(self._model()):
-            if not (torch.equal(slot_a, wanted[name][0]) and torch.equal(slot_b, wanted[name][1])):
-                return f"{version}: the adapter of {name} in use is not the published one"
+        for slot in slots:
+            slot.a.copy_(wanted[slot.name][0])
+            slot.b.copy_(wanted[slot.name][1])
+        for slot in compat.adapter_slots(self._model()):
+            a, b = wanted[slot.name]
+            if not (torch.equal(slot.a, a) and torch.equal(slot.b, b)):
+                return f"{version}: the adapter of {slot.name} in use is not the published one"
         return ""
 
     def _model(self) -> torch.nn.Module:
@@ -92,16 +94,16 @@ class WeightAccess:
         return runner.get_model() if hasattr(runner, "get_model") else runner.model
 
     def _served(self) -> dict[str, Tensor]:
-        return {name: own for name, own, _ in compat.unfused(self._model())}
+        return {served.name: served.tensor for served in compat.unfused(self._model())}
 
     def _served_shapes(self) -> dict[str, torch.Size] | None:
         """Shapes by Hugging Face name; None where quantization has fused and turned them."""
         if self._is_quantized():
             return None
-        return {name: own.shape for name, own in self._served().items()}
+        return {served.name: served.whole_shape for served in compat.unfused(self._model())}
 
     def _is_quantized(self) -> bool:
-        return any(not plain for _, _, plain in compat.unfused(self._model()))
+        return not all(served.is_plain for served in compat.unfused(self._model()))
 
 
 def write_request(path: Path, version: WeightVersion, channel: WeightChannel) -> None:
@@ -126,14 +128,14 @@ def _peft_name(module: str, matrix: str) -> str:
     return f"base_model.model.{module}.lora_{matrix}.weight"
 
 
-def _slot_contents(
-    name: str, slot_a: Tensor, slot_b: Tensor, payload: LoraWeights
-) -> tuple[Tensor, Tensor]:
+def _slot_contents(slot: compat.AdapterSlot, payload: LoraWeights) -> tuple[Tensor, Tensor]:
     """The contents of a layer's slot: A, and B times the scaling; zeros beyond the rank."""
+    slot_a, slot_b, part = slot.a, slot.b, slot.part
     filled_a, filled_b = torch.zeros_like(slot_a), torch.zeros_like(slot_b)
-    a = payload.tensors.get(_peft_name(name, "A"))
-    b = payload.tensors.get(_peft_name(name, "B"))
+    a = payload.tensors.get(_peft_name(slot.name, "A"))
+    b = payload.tensors.get(_peft_name(slot.name, "B"))
     if a is not None and b is not None:
+        a, b = (a, part.of(b)) if part.dim == 0 else (part.of(a), b)
         filled_a[: a.shape[0]] = a.to(slot_a)
         filled_b[:, : b.shape[1]] = b.to(slot_b) * (payload.alpha / payload.rank)
     return filled_a, filled_b

@@ -18,6 +18,8 @@ class VllmSettings:
     stream_interval: int
     lora_rank: int | None
     """Highest rank of the adapters it serves; None: whole weights are loaded instead."""
+    tensor_parallel: int = 1
+    """Cards that the model is divided over."""
     keeps_cache: bool = True
     """Whether running rollouts keep their keys and values when new weights come."""
     max_batched_tokens: int | None = None

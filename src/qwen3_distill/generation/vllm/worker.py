@@ -214,8 +214,9 @@ class VllmWorker:
         return problem
 
     async def _ask_engine(self, method: str, *arguments: str) -> str:
-        (problem,) = await self._guarded(self._engine.collective_rpc(method, args=arguments))
-        return problem
+        """Call a method in every card's process; return the first problem, "" if there is none."""
+        problems = await self._guarded(self._engine.collective_rpc(method, args=arguments))
+        return next(filter(None, problems), "")
 
     async def _mark_swap(self, version: WeightVersion) -> None:
         """Note where in each running rollout the new version begins."""
