@@ -201,7 +201,15 @@ class TeacherScorer(Protocol):
 
     @property
     def starts_first(self) -> bool:
-        """Whether to start it before the other engines: its memory share is of what is free."""
+        """Whether it must have its memory before other engines take any: its share is of what is
+        free."""
+        ...
+
+    async def memory_taken(self) -> None:
+        """Wait, while `start` runs, until it has taken its memory; without a sign of it, for ever.
+
+        Only asked for where `starts_first`.
+        """
         ...
 
     async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:

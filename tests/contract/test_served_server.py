@@ -105,7 +105,8 @@ def test_a_server_that_is_killed_while_it_scores_is_started_again(
     build_as: Build, tiny_models: TinyModels, served: Served
 ) -> None:
     teacher = build_as(served, request_tokens=11, max_in_flight=1, max_restarts=1)
-    run(teacher.start())
+    says_so = served == Served("sglang", "real")
+    assert run(has_its_memory_before_it_answers(teacher)) == says_so
     server = teacher.server
     assert server is not None
     first_group = server.pid
@@ -131,6 +132,16 @@ def test_a_server_that_is_killed_while_it_scores_is_started_again(
     assert processes_of(second_group)
     run(teacher.close())
     wait_until_gone(second_group)
+
+
+async def has_its_memory_before_it_answers(teacher: ServedTeacher) -> bool:
+    """Start it; return whether it was known to have its memory meanwhile."""
+    starting = asyncio.create_task(teacher.start())
+    taking = asyncio.create_task(teacher.memory_taken())
+    done, _ = await asyncio.wait({starting, taking}, return_when=asyncio.FIRST_COMPLETED)
+    taking.cancel()
+    await starting
+    return done == {taking}
 
 
 def assert_hidden_key(api_key: str, group: int | None) -> None:

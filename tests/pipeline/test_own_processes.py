@@ -118,6 +118,10 @@ class Starting:
 
     starts_first = False
 
+    async def memory_taken(self) -> None:
+        await asyncio.sleep(0.1)
+        self._seen.append(f"{self._name} has its memory")
+
     def __init__(self, *, after: asyncio.Event | None = None, seen: list[str], name: str) -> None:
         self.begun = asyncio.Event()
         self._after, self._seen, self._name = after, seen, name
@@ -131,7 +135,7 @@ class Starting:
 
 
 @pytest.mark.parametrize("shares", [False, True], ids=["all-three", "two-after-the-teacher"])
-def test_engines_start_side_by_side_after_a_teacher_that_takes_a_share_of_what_is_free(
+def test_engines_start_side_by_side_once_a_teacher_has_its_share_of_what_is_free(
     tmp_path: Path, shares: bool
 ) -> None:
     server = f"scoring={{kind: sglang, model: {ROOT}/models/lab/teacher}}"
@@ -141,7 +145,7 @@ def test_engines_start_side_by_side_after_a_teacher_that_takes_a_share_of_what_i
     async def start() -> None:
         learner = Starting(seen=seen, name="learner")
         engine = Starting(after=learner.begun, seen=seen, name="engine")
-        teacher = Starting(after=None if shares else engine.begun, seen=seen, name="teacher")
+        teacher = Starting(after=engine.begun, seen=seen, name="teacher")
         teacher.starts_first = shares
         nothing: Any = None
         await Parts(
@@ -159,9 +163,9 @@ def test_engines_start_side_by_side_after_a_teacher_that_takes_a_share_of_what_i
         ).start()
 
     asyncio.run(start())
-    assert len(seen) == 6
+    assert len(seen) == 6 + shares
     if shares:
-        assert seen[:2] == ["teacher begins", "teacher is there"]
+        assert seen[:2] == ["teacher begins", "teacher has its memory"]
 
 
 def local(hosted: Hosted) -> LocalProcess:

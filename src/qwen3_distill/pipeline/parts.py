@@ -2,7 +2,7 @@
 
 import asyncio
 import shutil
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -139,7 +139,8 @@ class Parts:
         )
 
     async def start(self, say: Callable[[str], None] = lambda message: None) -> None:
-        """Start the engines concurrently, but first a teacher that needs to see what is free.
+        """Start the engines concurrently; a teacher that needs to see what memory is free first
+        takes its own.
 
         Raises:
             EngineStartError: one does not start; the starts of the others were cancelled.
@@ -155,12 +156,13 @@ class Parts:
             kind = "" if config.scoring is None else f" ({config.scoring.kind})"
             teacher = {f"the teacher{kind}": self.teacher.start}
             if self.teacher.starts_first:
-                await _start_all(teacher, say)
+                await start_engines(teacher, say, then=starts, after=self.teacher.memory_taken)
             else:
-                starts = teacher | starts
-        await _start_all(starts, say)
+                await start_engines(teacher | starts, say)
+        else:
+            await start_engines(starts, say)
         if self.teacher_rollouts is not None:
-            await _start_all({"sampling from the teacher": self.teacher_rollouts.start}, say)
+            await start_engines({"sampling from the teacher": self.teacher_rollouts.start}, say)
 
     async def close(self) -> None:
         """Close every engine, also when one of them fails to close."""
@@ -176,9 +178,3 @@ class Parts:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
-
-
-async def _start_all(
-    starts: Mapping[str, Callable[[], Coroutine[Any, Any, None]]], say: Callable[[str], None]
-) -> None:
-    await start_engines({name: start() for name, start in starts.items()}, say)

@@ -175,7 +175,7 @@ async def _train_with_restarts(
 async def _start_again(learner: Learner, say: Callable[[str], None]) -> None:
     await learner.close()
     try:
-        await start_engines({"the learner again": learner.start()}, say)
+        await start_engines({"the learner again": learner.start}, say)
     except EngineStartError as error:  # it started before, so another try may succeed
         raise LearnerLost(str(error)) from error
 

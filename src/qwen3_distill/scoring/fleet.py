@@ -94,6 +94,9 @@ class TeacherFleet:
     def starts_first(self) -> bool:
         return any(teacher.starts_first for teacher in self.teachers)
 
+    async def memory_taken(self) -> None:
+        await together(*(one.memory_taken() for one in self.teachers if one.starts_first))
+
     async def start(self) -> None:
         """Start all teachers and compare their ids.
 

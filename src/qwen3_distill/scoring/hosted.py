@@ -18,6 +18,7 @@ from qwen3_distill.types import (
     ScoringJob,
     TeacherScore,
 )
+from qwen3_distill.utils.concurrency import forever
 
 
 class HostedTeacher:
@@ -60,6 +61,9 @@ class HostedTeacher:
     @property
     def starts_first(self) -> bool:
         return False
+
+    async def memory_taken(self) -> None:
+        await forever()
 
     @property
     def host(self) -> Host:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from qwen3_distill.ports import TeacherScorer
 from qwen3_distill.types import ModelIdentity
-from qwen3_distill.utils.concurrency import together
+from qwen3_distill.utils.concurrency import forever, in_turn, together
 
 
 class _Closable(Protocol):
@@ -22,6 +22,7 @@ class TeacherGroup:
 
     def __init__(self, members: Sequence[TeacherScorer]) -> None:
         self.members = tuple(members)
+        self._memory_taken = asyncio.Event()
 
     @property
     def identity(self) -> ModelIdentity:
@@ -36,16 +37,25 @@ class TeacherGroup:
     def starts_first(self) -> bool:
         return any(teacher.starts_first for teacher in self.members)
 
+    async def memory_taken(self) -> None:
+        await self._memory_taken.wait()
+
     async def start(self) -> None:
-        """Start all; those whose memory share is of what is free first, one after another.
+        """Start all; those whose memory share is of what is free take it first, in turn.
 
         If one does not start, those that have started are closed.
         """
         first = [teacher for teacher in self.members if teacher.starts_first]
-        try:
-            for teacher in first:  # each must see what the ones before it have left
-                await teacher.start()
+        self._memory_taken.clear()
+
+        async def start_others() -> None:
+            self._memory_taken.set()
             await together(*(one.start() for one in self.members if one not in first))
+
+        try:  # each must see what the ones before it have left
+            await in_turn(
+                *((one.start, one.memory_taken) for one in first), (start_others, forever)
+            )
         except BaseException:
             await asyncio.gather(*(one.close() for one in self.members), return_exceptions=True)
             raise

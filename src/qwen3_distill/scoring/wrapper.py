@@ -38,6 +38,9 @@ class TeacherWrapper(Generic[Inner]):
     def starts_first(self) -> bool:
         return self.inner.starts_first
 
+    async def memory_taken(self) -> None:
+        await self.inner.memory_taken()
+
     async def start(self) -> None:
         await self.inner.start()
 

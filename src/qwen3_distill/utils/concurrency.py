@@ -1,15 +1,16 @@
 """Groups of tasks that end together, and waits with a time limit that name what they wait for."""
 
 import asyncio
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from typing_extensions import Self
 
 from qwen3_distill.errors import StallError
 
 Result = TypeVar("Result")
+Work: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 
 _CANCEL_AGAIN_S = 0.2
 
@@ -84,6 +85,37 @@ async def together(*work: Coroutine[Any, Any, Result]) -> list[Result]:
         if task in done:
             task.result()  # raises the error of one that failed
     return [task.result() for task in tasks]
+
+
+async def in_turn(*work: tuple[Work, Work]) -> None:
+    """Run all work; each begins when the one before says so, at the latest when that has ended.
+
+    When one fails, the others are cancelled, and its error is raised once they have ended.
+
+    Args:
+        work: what is to be done, and what ends when the next may begin. The second is cancelled
+            when the first has ended, so it may wait for ever.
+    """
+    gates = [asyncio.Event() for _ in range(len(work) + 1)]
+    gates[0].set()
+
+    async def open_gate(until: Work, gate: asyncio.Event) -> None:
+        await until()
+        gate.set()
+
+    async def run(index: int, do: Work, until: Work) -> None:
+        await gates[index].wait()
+        async with TaskScope() as scope:
+            scope.spawn(open_gate(until, gates[index + 1]), "what the next one waits for")
+            await do()
+        gates[index + 1].set()
+
+    await together(*(run(index, do, until) for index, (do, until) in enumerate(work)))
+
+
+async def forever() -> None:
+    """Wait until cancelled."""
+    await asyncio.Event().wait()
 
 
 async def within(timeout_s: float, work: Awaitable[Result], what: str) -> Result:

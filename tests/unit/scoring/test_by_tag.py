@@ -39,6 +39,7 @@ from qwen3_distill.types import (
     TopKRequest,
     TopKScore,
 )
+from qwen3_distill.utils.concurrency import forever
 from tests.contract.builders import synthetic_rollout
 from tests.contract.reference import largest_gap, reference_model, response_logprobs
 from tests.tiny_models import TinyModels
@@ -74,11 +75,20 @@ class CountingTeacher:
     def counters(self) -> Mapping[str, float]:
         return {"score/server_restarts": self.faults.get("restarts", 0.0)}
 
+    async def memory_taken(self) -> None:
+        await (asyncio.sleep(0) if "starts_until" in self.faults else forever())
+        self.log.append(f"{self.teacher_id} has its memory")
+
     async def start(self) -> None:
         self.log.append(f"{self.teacher_id} starts")
         await asyncio.sleep(0)
         if self.faults.get("no_start"):
             raise EngineError("it does not start")
+        if other := self.faults.get("starts_until"):
+            for _ in range(100):
+                if other in self.log:
+                    break
+                await asyncio.sleep(0)
         self.log.append(f"{self.teacher_id} started")
 
     async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
@@ -175,6 +185,10 @@ def test_servers_start_one_after_another_and_are_closed_when_one_fails(
     assert router.starts_first
     asyncio.run(router.start())
     assert log == ["A starts", "A started", "B starts", "B started"]
+    log.clear()
+    servers["A"].faults["starts_until"] = "B starts"
+    asyncio.run(router.start())
+    assert log == ["A starts", "A has its memory", "B starts", "A started", "B started"]
     log.clear()
     servers["B"].faults["no_start"] = True
     with pytest.raises(EngineError, match="does not start"):

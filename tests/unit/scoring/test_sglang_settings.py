@@ -1,5 +1,6 @@
 """Settings of the scoring server, the grouping of requests, and the digest of a directory."""
 
+import asyncio
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling import digest as digest_module
 from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.scoring.served.groups import request_groups
+from qwen3_distill.scoring.sglang.server import SglangServer
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.types import HiddenRequest, SampledRequest
 from tests.contract.builders import jobs_of, synthetic_rollout
@@ -75,6 +77,36 @@ def test_a_teacher_says_what_may_be_dropped_and_that_it_starts_first(
 ) -> None:
     teacher = teacher_with(tiny_models.teacher, max_dropped_fraction=0.2)
     assert (teacher.max_dropped_fraction, teacher.starts_first) == (0.2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "is_taken"),
+    [
+        ({}, "Memory pool end. avail mem=20.00 GB", True),
+        ({}, "Load weight end. avail mem=60.00 GB", False),
+        ({"tp-size": 2}, "Memory pool end. avail mem=20.00 GB", False),  # and the other card's?
+    ],
+)
+def test_a_server_s_log_says_when_it_has_its_memory(
+    tiny_models: TinyModels, tmp_path: Path, arguments: dict[str, Any], said: str, is_taken: bool
+) -> None:
+    log = tmp_path / "log"
+    log.write_text(f"[2026-11-28 10:00:00] {said}\n")
+    server = SglangServer(
+        config_with(tiny_models.teacher, server_arguments=arguments),
+        context_length=64,
+        memory_fraction=None,
+        max_total_tokens=None,
+        log=log,
+    )
+
+    async def ends_soon() -> bool:
+        waiting = asyncio.create_task(server.memory_taken())
+        done, _ = await asyncio.wait({waiting}, timeout=0.05)
+        waiting.cancel()
+        return bool(done)
+
+    assert asyncio.run(ends_soon()) == is_taken
 
 
 # --- Requests -----------------------------------------------------------------------------------

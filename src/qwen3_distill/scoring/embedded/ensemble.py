@@ -31,6 +31,7 @@ from qwen3_distill.types import (
     TeacherScore,
 )
 from qwen3_distill.utils.batches import padded_batches
+from qwen3_distill.utils.concurrency import forever
 
 
 class EmbeddedEnsemble:
@@ -94,6 +95,9 @@ class EmbeddedEnsemble:
     @property
     def starts_first(self) -> bool:
         return False
+
+    async def memory_taken(self) -> None:
+        await forever()
 
     async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
         for member in self.members:

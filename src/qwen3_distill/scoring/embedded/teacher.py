@@ -38,6 +38,7 @@ from qwen3_distill.types import (
     TopKScore,
 )
 from qwen3_distill.utils.batches import padded_batches
+from qwen3_distill.utils.concurrency import forever
 
 
 class EmbeddedTeacher:
@@ -101,6 +102,9 @@ class EmbeddedTeacher:
     @property
     def starts_first(self) -> bool:
         return False
+
+    async def memory_taken(self) -> None:
+        await forever()
 
     @property
     def output_head(self) -> Tensor:

@@ -22,6 +22,7 @@ from qwen3_distill.utils.secrets import remember_secret
 
 HOST = "127.0.0.1"
 _LOG_SEARCH_BYTES = 1 << 20
+_LOG_POLL_S = 0.2
 
 Options: TypeAlias = dict[str, JsonValue]
 
@@ -102,6 +103,15 @@ class EngineServer(ABC):
         except asyncio.TimeoutError:
             return False
         return True
+
+    async def memory_taken(self) -> None:
+        """Wait until its log says that it has taken its memory; if it never does, for ever."""
+        while not self._has_its_memory(self._log_text()):
+            await asyncio.sleep(_LOG_POLL_S)
+
+    def _has_its_memory(self, text: str) -> bool:
+        """Whether the engine's log of this start says that it takes no more memory."""
+        return False
 
     def last_output(self) -> str:
         """The end of what it printed since its start, for an error message."""

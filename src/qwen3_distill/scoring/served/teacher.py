@@ -102,6 +102,10 @@ class ServedTeacher:
     def starts_first(self) -> bool:
         return self._wire.starts_first
 
+    async def memory_taken(self) -> None:
+        if self.server is not None:  # servers elsewhere share no device with the engines here
+            await self.server.memory_taken()
+
     @property
     def wire(self) -> Wire:
         """The interface of its servers."""

@@ -13,6 +13,14 @@ CPU_CACHE_TOKENS = 65536
 of the machine's memory."""
 CONTEXT_MARGIN = 8
 """Tokens by which SGLang's longest input is shorter than its context length."""
+_MEMORY_POOL = "Memory pool end."
+"""How SGLang's log says that weights and cache are allocated. What it allocates later, for a pass,
+is outside of its share."""
+_SEVERAL_PROCESSES = {
+    f"{name}{separator}size"
+    for name in ("tp", "dp", "pp", "ep", "tensor-parallel", "data-parallel", "pipeline-parallel")
+    for separator in "-_"
+} | {"tp", "dp", "pp"}
 
 MemoryFraction: TypeAlias = float | Callable[[], float] | None
 """Share of the free memory that a server takes at its start; None: SGLang's default. A function is
@@ -55,6 +63,11 @@ class SglangServer(EngineServer):
     @property
     def _server_arguments(self) -> Options:
         return dict(self._config.server_arguments)
+
+    def _has_its_memory(self, text: str) -> bool:
+        # With several processes, each on its own card, the log does not tell whose line it is.
+        alone = not self._server_arguments.keys() & _SEVERAL_PROCESSES
+        return alone and _MEMORY_POOL in text
 
     def _memory_message(self, text: str) -> str | None:
         if "out of memory" not in text.lower() and "Not enough memory" not in text:
