@@ -10,6 +10,8 @@ from enum import Enum
 from typing import Any
 from urllib.parse import urlsplit
 
+from tests.sglang_stand_in import candidates_as_arrays, candidates_as_lists
+
 HANG_S = 3600.0
 
 
@@ -150,6 +152,9 @@ def spoiled(fault: Fault, reply: bytes) -> bytes:
     if isinstance(entries, dict):
         _spoil_choices(fault, entries["choices"])
         return json.dumps(entries).encode()
+    with_arrays = [one for one in entries if "input_top_logprobs_shape" in one["meta_info"]]
+    for one in with_arrays:
+        one["meta_info"]["input_top_logprobs"] = candidates_as_lists(one["meta_info"])
     meta = entries[-1]["meta_info"]
     rows = meta.get("input_token_logprobs")
     top = meta.get("input_top_logprobs")
@@ -190,7 +195,18 @@ def spoiled(fault: Fault, reply: bytes) -> bytes:
             meta["finish_reason"] = {"type": "abort", "message": "made up"}
         case _:
             raise ValueError(f"{fault} is not about a reply")
+    for one in with_arrays:
+        _put_candidates(one["meta_info"])
     return json.dumps(entries).encode()
+
+
+def _put_candidates(meta: dict[str, Any]) -> None:
+    """Put the candidates back into arrays; like SGLang leave rows of several lengths as lists."""
+    rows = meta["input_top_logprobs"]
+    for name in [name for name in meta if name.startswith("input_top_logprobs_")]:
+        del meta[name]
+    if len({len(row) for row in rows[1:]}) == 1:
+        meta |= candidates_as_arrays(meta.pop("input_top_logprobs"))
 
 
 def _spoil_choices(fault: Fault, choices: list[dict[str, Any]]) -> None:

@@ -1,8 +1,9 @@
 """A small server that answers ``/generate`` as SGLang does, for machines that have no SGLang.
 
 A tiny Qwen3 in numpy behind the JSON of SGLang 0.5.16 and 0.5.21: the first logprob is null, the
-vocabulary's last id is echoed as 0, a sequence that is too long gets status 400. It starts fast,
-because it needs no torch. Its replies have no faults; `tests.fault_proxy` makes those.
+vocabulary's last id is echoed as 0, a sequence that is too long gets status 400, candidates are
+arrays if these are asked for. It starts fast, because it needs no torch. Its replies have no
+faults; `tests.fault_proxy` makes those.
 
 Shape letters: T tokens, D hidden size, H heads, K key-value heads, E head size, V vocabulary.
 
@@ -10,6 +11,7 @@ As a process it replaces the interpreter that has SGLang (`write_interpreter`), 
 configuration file of ``sglang.launch_server``.
 """
 
+import base64
 import json
 import sys
 import threading
@@ -131,13 +133,14 @@ class StandIn:
         }
         if k := request.get("top_logprobs_num"):
             order_TK = np.argsort(-logprobs_TV, axis=1)[:, :k]
-            meta["input_top_logprobs"] = [
-                None,
-                *(
-                    [[float(row_V[token]), int(token), None] for token in order_K]
-                    for row_V, order_K in zip(logprobs_TV, order_TK, strict=True)
-                ),
+            rows = [
+                [[float(row_V[token]), int(token), None] for token in order_K]
+                for row_V, order_K in zip(logprobs_TV, order_TK, strict=True)
             ]
+            if request.get("return_flat_raw_top_logprobs_b64"):
+                meta |= candidates_as_arrays([None, *rows])
+            else:
+                meta["input_top_logprobs"] = [None, *rows]
         return {"output_ids": [], "meta_info": meta}
 
     def _sampled(
@@ -182,6 +185,37 @@ class Answers(Protocol):
     """A stand-in of any engine."""
 
     def answer(self, headers: Any, body: bytes) -> tuple[int, Any]: ...
+
+
+def candidates_as_arrays(rows: list[list[list[Any]] | None]) -> dict[str, Any]:
+    """Return the members of an answer that hold rows of candidates in base64, as SGLang 0.5.21.
+
+    Only the first rows may be empty, and the others must be of the same length.
+    """
+    empty = next((i for i, row in enumerate(rows) if row), len(rows))
+    full = rows[empty:]
+    found: dict[str, Any] = {
+        "input_top_logprobs_shape": [len(full), len(full[0] or ()) if full else 0],
+        "input_top_logprobs_null_prefix": empty,
+    }
+    for column, (name, dtype) in enumerate((("val", "float32"), ("idx", "int32"))):
+        array = np.array([[item[column] for item in row or ()] for row in full], dtype=dtype)
+        found[f"input_top_logprobs_{name}_flat_b64"] = base64.b64encode(array.tobytes()).decode()
+        found[f"input_top_logprobs_{name}_flat_b64_dtype"] = dtype
+    return found
+
+
+def candidates_as_lists(meta: dict[str, Any]) -> list[list[list[Any]] | None]:
+    """Return the rows of candidates of an answer that has them as arrays."""
+    columns = [
+        np.frombuffer(base64.b64decode(meta[f"input_top_logprobs_{name}_flat_b64"]), dtype)
+        for name, dtype in (("val", "<f4"), ("idx", "<i4"))
+    ]
+    values, ids = (c.reshape(meta["input_top_logprobs_shape"]).tolist() for c in columns)
+    rows: list[list[list[Any]] | None] = [None] * meta["input_top_logprobs_null_prefix"]
+    for row in zip(values, ids, strict=True):
+        rows.append([[value, token, None] for value, token in zip(*row, strict=True)])
+    return rows
 
 
 class StandInServer:

@@ -5,10 +5,12 @@ the reference can read must be accepted. Details of faults must be printable, sh
 key that some replies hold.
 """
 
+import base64
 import json
 import random
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -118,8 +120,26 @@ def _valid_entry(
         "input_token_logprobs": rows,
     }
     if isinstance(request, TopKRequest):
-        meta["input_top_logprobs"] = top
+        meta |= _as_arrays(top, request.k) if rng.random() < 0.5 else {"input_top_logprobs": top}
     return {"text": "", "output_ids": [], "meta_info": meta}
+
+
+def _as_arrays(top: list[Any], k: int) -> dict[str, Any]:
+    """Return candidates as SGLang gives them in base64."""
+    flat = list(chain.from_iterable(top[1:]))
+    name = "input_top_logprobs"
+    return {
+        f"{name}_shape": [len(top) - 1, k],
+        f"{name}_null_prefix": 1,
+        f"{name}_val_flat_b64": _base64([value for value, _, _ in flat], "<f4"),
+        f"{name}_val_flat_b64_dtype": "float32",
+        f"{name}_idx_flat_b64": _base64([token for _, token, _ in flat], "<i4"),
+        f"{name}_idx_flat_b64_dtype": "int32",
+    }
+
+
+def _base64(numbers: list[Any], dtype: str) -> str:
+    return base64.b64encode(np.array(numbers, dtype=dtype).tobytes()).decode()
 
 
 def _try_scores(

@@ -4,8 +4,11 @@ The reference that `replies` compares the package's fast reader with. It is slow
 purpose, and shares no code with it.
 """
 
+import binascii
 import json
 import math
+import re
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +16,8 @@ import numpy as np
 
 SLACK_NATS = 1e-3
 SAME_TOKEN_NATS = 1e-2
+_ARRAYS = "input_top_logprobs_shape"
+_BASE64 = re.compile("[A-Za-z0-9+/]*={0,2}")
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -90,7 +95,7 @@ def _said(entry: Any, asked: Asked, k: int | None, vocab_size: int) -> Said:
 def _candidates(
     meta: Any, asked: Asked, logprobs: list[float], k: int, vocab_size: int
 ) -> list[list[tuple[float, int]]]:
-    top = _get(meta, "input_top_logprobs")
+    top = _from_arrays(meta) if _ARRAYS in meta else _get(meta, "input_top_logprobs")
     _need(type(top) is list and len(top) == len(asked.ids) and top[0] is None)
     found: list[list[tuple[float, int]]] = []
     for rows, own, sent in zip(top[1:], logprobs, asked.ids[1:], strict=True):
@@ -106,6 +111,33 @@ def _candidates(
             _need(np.float32(own) <= np.float32(values[-1]) + np.float32(SAME_TOKEN_NATS))
         found.append(pairs)
     return found
+
+
+def _from_arrays(meta: Any) -> list[Any]:
+    """Return the rows of candidates that are given as arrays, as SGLang's lists have them."""
+    shape, empty = _get(meta, _ARRAYS), _get(meta, "input_top_logprobs_null_prefix")
+    _need(type(shape) is list and len(shape) == 2 and type(empty) is int)
+    _need(all(type(size) is int and size >= 0 for size in shape) and empty >= 0)
+    rows: int = shape[0]
+    width: int = shape[1]
+    values = _numbers(meta, "val", "float32", "f", rows * width)
+    ids = _numbers(meta, "idx", "int32", "i", rows * width)
+    _need(empty == 1)
+    found: list[Any] = [None]
+    for row in range(rows):
+        places = range(row * width, (row + 1) * width)
+        found.append([[values[place], ids[place], None] for place in places])
+    return found
+
+
+def _numbers(meta: Any, which: str, dtype: str, code: str, count: int) -> tuple[Any, ...]:
+    name = f"input_top_logprobs_{which}_flat_b64"
+    text = _get(meta, name)
+    _need(_get(meta, f"{name}_dtype") == dtype)
+    _need(type(text) is str and len(text) % 4 == 0 and _BASE64.fullmatch(text) is not None)
+    data = binascii.a2b_base64(text)
+    _need(len(data) == 4 * count)
+    return struct.unpack(f"<{count}{code}", data)
 
 
 def _check_finished(meta: Any) -> None:

@@ -98,6 +98,15 @@ def logprobs_of(values: Sequence[Any], what: str) -> NDArray[np.float32]:
         exact = np.array(values, dtype=np.float64)  # None becomes NaN
     except OverflowError as error:
         raise ReplyError(FaultKind.MISSING, f"a logprob of {what} is not finite") from error
+    return checked_logprobs(exact, what)
+
+
+def checked_logprobs(exact: NDArray[np.floating[Any]], what: str) -> NDArray[np.float32]:
+    """Return the nats in float32 if all are finite, and none is above 0 by more than rounding.
+
+    Raises:
+        ReplyError: a value is not finite, or positive.
+    """
     with np.errstate(over="ignore"):  # infinity is found below
         logprobs = exact.astype(np.float32)
     finite = np.isfinite(logprobs)

@@ -9,7 +9,6 @@ candidates, R tokens of a sampled answer.
 
 import json
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ from qwen3_distill.scoring.served.json_values import (
     object_of,
 )
 from qwen3_distill.scoring.served.wire import Wire
+from qwen3_distill.scoring.sglang.candidates import AS_ARRAYS, read_candidates
 from qwen3_distill.types import (
     IntArray,
     Rollout,
@@ -75,7 +75,7 @@ def score_body(
         "return_text_in_logprobs": False,
     }
     if isinstance(request, TopKRequest):
-        body["top_logprobs_num"] = request.k
+        body |= {"top_logprobs_num": request.k, **AS_ARRAYS}
     return json.dumps(body, separators=(",", ":")).encode()
 
 
@@ -202,26 +202,7 @@ def _candidates(
     vocab_size: int,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Return [E, K] ids and [E, K] nats of the most likely tokens."""
-    rows = list_of(member(meta, "input_top_logprobs"), "input_top_logprobs")
-    if len(rows) != logprobs_E.size + 1:
-        raise ReplyError(
-            FaultKind.LENGTH, f"candidates at {len(rows)} places, expected {logprobs_E.size + 1}"
-        )
-    if rows[0] is not None:
-        raise ReplyError(FaultKind.MISALIGNED, "the first candidates are not null")
-    if not set(map(type, rows[1:])) <= {list, type(None)}:
-        raise ReplyError(FaultKind.GARBAGE, "the candidates of a token are not a list")
-    missing = sum(not row for row in rows[1:])
-    if missing:
-        raise ReplyError(FaultKind.MISSING, f"no candidates at {missing} places")
-    if any(len(row) != k for row in rows[1:]):
-        raise ReplyError(FaultKind.CANDIDATES, f"not {k} candidates everywhere")
-    values, ids = columns(list(chain.from_iterable(rows[1:])), "candidates")
-    if not within(ids, vocab_size):
-        raise ReplyError(FaultKind.CANDIDATES, f"candidates are not ids below {vocab_size}")
-    shape = (logprobs_E.size, k)
-    ids_EK = np.array(ids, dtype=np.int64).reshape(shape)
-    logprobs_EK = logprobs_of(values, "candidates").reshape(shape)
+    ids_EK, logprobs_EK = read_candidates(meta, logprobs_E.size, k, vocab_size)
     check_candidates(ids_EK, logprobs_EK)
     check_same_places(ids_EK, logprobs_EK, job.token_ids[job.context_ids.size :], logprobs_E)
     return ids_EK.astype(np.int32), logprobs_EK
