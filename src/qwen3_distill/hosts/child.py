@@ -160,27 +160,14 @@ class ChildProcess:
 
     async def end(self, *, grace_s: float = 0.0) -> None:
         """Wait ``grace_s`` for it to end by itself, then kill it with everything it started."""
+        # The next start may come before this ends: it has a process and a folder of its own.
+        process, scratch, self._scratch = self._process, self._scratch, None
         try:
-            await self._end(grace_s)
+            if process is not None:
+                await _ended(process, grace_s)
         finally:
-            if self._scratch is not None:  # a guard that was killed has left it
-                shutil.rmtree(self._scratch, ignore_errors=True)
-                self._scratch = None
-
-    async def _end(self, grace_s: float) -> None:
-        if self._process is None:
-            return
-        if grace_s > 0:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await result_within(grace_s, self._process.wait())
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGTERM)  # the guard kills its descendants
-                self._process.send_signal(signal.SIGCONT)  # also one that was stopped
-            with contextlib.suppress(asyncio.TimeoutError):
-                await result_within(10, self._process.wait())
-        self.kill()
-        await self._process.wait()
+            if scratch is not None:  # a guard that was killed has left it
+                shutil.rmtree(scratch, ignore_errors=True)
 
     def kill(self) -> None:
         """Kill the whole group with SIGKILL, for a process that hangs."""
@@ -203,3 +190,18 @@ class ChildProcess:
                 return log.read().decode(errors="replace").strip()
         except OSError:
             return ""
+
+
+async def _ended(process: asyncio.subprocess.Process, grace_s: float) -> None:
+    """Wait ``grace_s`` for a guard to end by itself, then kill it with its descendants."""
+    if grace_s > 0:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await result_within(grace_s, process.wait())
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)  # the guard kills its descendants
+            process.send_signal(signal.SIGCONT)  # also one that was stopped
+        with contextlib.suppress(asyncio.TimeoutError):
+            await result_within(10, process.wait())
+    kill_group(process.pid)
+    await process.wait()

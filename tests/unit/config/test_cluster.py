@@ -79,7 +79,7 @@ def test_a_cluster_section_that_contradicts_itself_is_refused(
         ),
         (
             {"generation": {"kind": "vllm", "engine_arguments": {"tensor_parallel_size": 2}}},
-            "set generation.tensor_parallel",
+            "is set by generation.tensor_parallel; write it there",
         ),
         (
             {

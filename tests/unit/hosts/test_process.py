@@ -352,6 +352,27 @@ def test_a_command_takes_its_orphans_and_its_temporary_files_with_it(log: Path, 
     asyncio.run(run())
 
 
+def test_a_new_start_is_not_ended_by_the_end_of_the_one_before(log: Path) -> None:
+    async def run() -> None:
+        child = await started_family(log, "time.sleep(600)")
+        old, _ = family_of(log)
+        folder = child.scratch
+        ending = asyncio.create_task(child.end(grace_s=0.3))
+        await asyncio.sleep(0)
+        log.unlink()
+        await child.start(
+            [sys.executable, "-c", FAMILY.format(then="time.sleep(600)")], dict(os.environ)
+        )
+        await ending
+        assert all_gone(old)
+        assert not folder.exists()
+        assert child.is_running
+        assert child.scratch.exists()
+        await child.end()
+
+    asyncio.run(run())
+
+
 def test_a_command_s_own_folder_for_temporary_files_is_kept(log: Path, tmp_path: Path) -> None:
     async def run() -> None:
         child = ChildProcess("family", log)

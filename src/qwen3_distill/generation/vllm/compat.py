@@ -363,7 +363,7 @@ class AdapterSlot(NamedTuple):
     b: Tensor
     """[out, r], or this process's rows."""
     part: Part
-    """Of the weight that the adapter is added to: rows of B, or columns of A."""
+    """The part of the weight that the adapter is added to: rows of B, or columns of A."""
 
 
 def adapter_slots(model: nn.Module) -> Iterator[AdapterSlot]:
