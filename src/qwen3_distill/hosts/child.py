@@ -144,13 +144,18 @@ class ChildProcess:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=_compiled_kernels() | dict(environment) | self._temporary(environment),
+                env=self._with_folders(environment),
                 start_new_session=True,  # Ctrl-C is ours to handle, not the engine's
             )
 
-    def _temporary(self, environment: Mapping[str, str]) -> dict[str, str]:
-        own = environment.get("TMPDIR") != os.environ.get("TMPDIR")  # the config names another
-        return {} if own else {"TMPDIR": str(self.scratch)}
+    def _with_folders(self, environment: Mapping[str, str]) -> dict[str, str]:
+        # At the end: a process cannot give itself a title once its first variable was set anew.
+        found = {**environment}
+        for name, value in _compiled_kernels().items():
+            found.setdefault(name, value)
+        if environment.get("TMPDIR") == os.environ.get("TMPDIR"):  # the config names no other
+            found["TMPDIR"] = str(self.scratch)
+        return found
 
     async def wait(self) -> int:
         """Wait for the command's end and return its exit status."""

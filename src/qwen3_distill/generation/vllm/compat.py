@@ -375,6 +375,8 @@ def adapter_slots(model: nn.Module) -> Iterator[AdapterSlot]:
         stacked_b: Any = module.lora_b_stacked
         owner, _, leaf = name.rpartition(".")
         base: Any = module.base_layer
+        if not hasattr(base, "weight"):  # the logits processor, whose weight is the output head's
+            continue
         parts = _output_parts(base) if leaf in _FUSED else [_part(base, base.weight)]
         for piece, a, b, part in zip(
             _FUSED.get(leaf, (leaf,)), stacked_a, stacked_b, parts, strict=True
