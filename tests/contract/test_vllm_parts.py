@@ -33,10 +33,20 @@ pytestmark = [
 PARITY_NATS, FAR_NATS = 1e-4, 0.05
 
 
+def write(tmp_path_factory: pytest.TempPathFactory, num_key_value_heads: int) -> Path:
+    folder = tmp_path_factory.mktemp("parts") / "student"
+    return write_model(folder, seed=0, num_key_value_heads=num_key_value_heads)
+
+
 @pytest.fixture(scope="module", params=[1, 2], ids=["a shared key-value head", "a head each"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("parts") / "student"
-    return write_model(folder, seed=0, num_key_value_heads=request.param)
+    return write(tmp_path_factory, request.param)
+
+
+@pytest.fixture(scope="module")
+def of_one_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose only key-value head both processes have."""
+    return write(tmp_path_factory, 1)
 
 
 def divided(
@@ -78,24 +88,25 @@ def test_weights_of_another_shape_are_refused(engine: HostedRolloutEngine, model
         serve(engine, odd, step=3)
 
 
-def test_adapters_are_served_and_replaced(model: Path, tmp_path: Path) -> None:
-    base = directory_weights(model)
+def test_adapters_are_served_and_replaced(of_one_head: Path, tmp_path: Path) -> None:
+    base = directory_weights(of_one_head)
     channel = DirectoryChannel(tmp_path)
-    engine = divided(model, lora=LoraTuning(kind="lora", rank=4, alpha=12.0))
+    engine = divided(of_one_head, lora=LoraTuning(kind="lora", rank=4, alpha=12.0))
     try:
         for step in (1, 2):
             adapter = adapter_weights(base, seed=step)
             serve_adapter(engine, channel, adapter, step)
-            assert gap(engine, model, merged(base, adapter)) < PARITY_NATS
+            assert gap(engine, of_one_head, merged(base, adapter)) < PARITY_NATS
     finally:
         run(engine.close())
 
 
-def test_a_part_that_stays_behind_is_seen(model: Path) -> None:
-    engine = divided(model, module="tests.contract.half_loaded_vllm_worker")
+def test_a_part_that_stays_behind_is_seen(of_one_head: Path) -> None:
+    engine = divided(of_one_head, module="tests.contract.half_loaded_vllm_worker")
     try:
-        serve(engine, directory_weights(model), step=1)
-        moved = {name: tensor + 0.05 for name, tensor in directory_weights(model).items()}
+        first = directory_weights(of_one_head)
+        serve(engine, first, step=1)
+        moved = {name: tensor + 0.05 for name, tensor in first.items()}
         with pytest.raises(WeightVersionError, match="in use is not the published one"):
             serve(engine, moved, step=2)
     finally:
