@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from qwen3_distill.generation.fleet import RolloutFleet
 from qwen3_distill.hosts.ray_host import RayHost
@@ -121,7 +122,10 @@ def hang_actor(host: RayHost) -> None:
 def test_a_replica_that_dies_or_hangs_costs_no_rollout(
     tiny_models: TinyModels, run_dir: Path, local_run: Path, strike: Callable[[RayHost], None]
 ) -> None:
-    """With one replica the result is the one-machine run's: its requests have their own seeds."""
+    """With one replica the result is the one-machine run's: its requests have their own seeds.
+
+    What is asked for again is a smaller batch, whose sums have another order.
+    """
     losses: list[str] = []
 
     def adapt(parts: Parts) -> Parts:
@@ -134,7 +138,13 @@ def test_a_replica_that_dies_or_hangs_costs_no_rollout(
     assert run(config, RecordingReporter(), losses.append, adapt)
     assert len([loss for loss in losses if "rollout replica 0 was lost" in loss]) == 1
     assert_nothing_lost_or_twice(run_dir, 16)
-    assert student_bytes(run_dir) == student_bytes(local_run)
+    assert largest_difference(run_dir, local_run) < 1e-5  # another token: the learning rate, 1e-3
+
+
+def largest_difference(left: Path, right: Path) -> float:
+    """Between the weights of two trained students."""
+    one, other = (load_file(folder / "student" / "model.safetensors") for folder in (left, right))
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 def test_a_teacher_elsewhere_that_is_killed_twice_changes_nothing(

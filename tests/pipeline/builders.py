@@ -137,7 +137,8 @@ def timeless(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_time(key: str) -> bool:
-    return key in ("wall_s", "cost/device_s") or key.startswith(("time/", "idle/", "queue/"))
+    clocks = key in ("wall_s", "cost/device_s") or key.endswith("_tok_s")
+    return clocks or key.startswith(("time/", "idle/", "queue/"))
 
 
 def same_result(left: Path, right: Path) -> bool:
