@@ -1,6 +1,8 @@
 """Fleets of real processes on this machine: what happens when members die, without Ray."""
 
 import asyncio
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from qwen3_distill.generation.fleet import RolloutFleet
 from qwen3_distill.generation.hosted import HostedRolloutEngine
 from qwen3_distill.hosts import members
 from qwen3_distill.hosts.fleet_state import MemberState
+from qwen3_distill.hosts.process import LocalProcess
 from qwen3_distill.ports import WeightChannel
 from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
@@ -98,12 +101,17 @@ def test_requests_of_a_killed_replica_are_sampled_elsewhere_with_the_same_seeds(
     weights = directory_weights(tiny_models.student)
     version, channel = published(weights)
 
+    struck = processes.replicas[0].host
+    assert isinstance(struck, LocalProcess)
+
     async def killed_on_the_way() -> list[Rollout]:
         await fleet.load(version, channel)
+        assert struck.pid is not None
+        os.killpg(struck.pid, signal.SIGSTOP)  # it cannot end before it is killed
         found = []
         async for rollout in fleet.generate(ragged_requests()):
             if not found:
-                processes.replicas[0].host.kill()
+                struck.kill()
             found.append(rollout)
         return found
 

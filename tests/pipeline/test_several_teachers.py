@@ -16,7 +16,7 @@ from qwen3_distill.pipeline.run import run
 from qwen3_distill.recording.console import SilentReporter
 from qwen3_distill.recording.jsonl import read_jsonl
 from qwen3_distill.scoring.by_tag import TeachersByTag
-from qwen3_distill.types import ScoredRollout, ScoreResult, ScoringJob
+from qwen3_distill.types import ScoredRollout, ScoreFailure, ScoreResult, ScoringJob
 from tests.contract.reference import largest_gap, reference_model, token_logprobs
 from tests.pipeline.builders import (
     call_cli,
@@ -236,6 +236,30 @@ def test_a_wrong_route_ends_the_run(
     config = tiny_config(tiny_models, tmp_path / "run", several | {"evaluation.teacher": False})
     with pytest.raises(EngineError, match=r"has the tag '.*', whose teacher is"):
         run(config, SilentReporter(), raise_warning, routed_by(router))
+
+
+class Silent(TeachersByTag):
+    """Of its two teachers one gives no score, within what may be dropped of a whole step."""
+
+    @property
+    def max_dropped_fraction(self) -> float:
+        return 0.99
+
+    async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
+        return [
+            ScoreFailure(rollout_id=job.rollout_id, reason="told to") if job.tag == "code" else one
+            for job, one in zip(jobs, await super().score(jobs), strict=True)
+        ]
+
+
+@pytest.mark.parametrize("kind", ["sequential", "streaming"])
+def test_a_teacher_that_gives_no_score_ends_the_run_whatever_the_others_give(
+    tiny_models: TinyModels, tmp_path: Path, several: dict[str, Any], kind: str
+) -> None:
+    changes = {"evaluation.teacher": False, "pipeline": {"kind": kind}, "prompts_per_step": 6}
+    config = tiny_config(tiny_models, tmp_path / "run", several | changes)
+    with pytest.raises(EngineError, match="rollouts got no score from coder"):
+        run(config, SilentReporter(), raise_warning, routed_by(Silent))
 
 
 def test_exchanged_models_are_seen_by_the_check_of_scores(

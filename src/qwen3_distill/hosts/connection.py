@@ -23,6 +23,8 @@ from qwen3_distill.utils.secrets import text_of_others
 
 _TICKS = 10
 """Parts that the time for an answer is counted in."""
+_DEATH_NOTICE_S = 5.0
+"""Until the end of a connection that cannot be written to is seen by what reads from it."""
 
 
 class Connection:
@@ -148,7 +150,9 @@ class Connection:
             await self._write(frame)
         except (ConnectionError, OSError) as error:
             self._waiting.pop(frame.call, None)
-            raise EngineLost(f"{self._name} closed its connection: {error}") from error
+            await asyncio.wait({self._reading}, timeout=_DEATH_NOTICE_S)  # it says how it ended
+            lost = EngineLost(f"{self._name} closed its connection: {error}")
+            raise (self._death or lost) from error
         return frame.call, answers
 
     async def _write(self, frame: ToWorker) -> None:

@@ -22,7 +22,7 @@ each call, the loop when it drops stale rollouts and when it allows new ones.
 import asyncio
 import contextlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -46,6 +46,7 @@ from qwen3_distill.pipeline.step import (
 )
 from qwen3_distill.ports import Sampler
 from qwen3_distill.recording.trace import Trace
+from qwen3_distill.scoring.by_tag import teacher_id_for
 from qwen3_distill.types import (
     FinishReason,
     Metric,
@@ -202,10 +203,11 @@ class RolloutFlow:
             self._changed.notify()
 
     def _drop(self, number: int, rollout: Rollout, cause: Cause, reason: str = "") -> None:
-        self._drops.add(number, rollout, cause, reason)
+        teacher = self._parts.scorer
+        teacher_id = None if teacher is None else teacher_id_for(teacher, rollout)
+        self._drops.add(number, rollout, cause, reason, teacher_id)
         if rollout.finish_reason is not FinishReason.HARVESTED:
             self._in_progress.settle([number])
-        teacher = self._parts.scorer
         if teacher is None:
             return
         if self._drops.count("unaligned") >= self._config.rollouts_per_step:
@@ -214,10 +216,25 @@ class RolloutFlow:
         failed = self._drops.count("no score")
         if failed > allowed:
             raise EngineError(
-                f"{failed} rollouts got no score from {teacher.teacher_id} within one "
+                f"{failed} rollouts got no score from {', '.join(self._drops.unscored)} within one "
                 f"step, more than the {allowed:.0f} that may be dropped "
                 f"(scoring.max_dropped_fraction); the last: {self._drops.last_reason}"
             )
+
+    def _check_each_teacher(self, batch: Sequence[Ready]) -> None:
+        """Raise if one of several teachers gave too few scores, which the others' many can hide."""
+        teacher = self._parts.scorer
+        if teacher is None or not self._drops.unscored:
+            return
+        scored = Counter(teacher_id_for(teacher, item.rollout) for item in batch)
+        for teacher_id, failed in self._drops.unscored.items():
+            asked = failed + scored[teacher_id]
+            if failed > teacher.max_dropped_fraction * asked:
+                raise EngineError(
+                    f"{failed} of {asked} rollouts got no score from {teacher_id} within one "
+                    f"step, more than the {teacher.max_dropped_fraction:.0%} that may be dropped "
+                    f"(scoring.max_dropped_fraction); the last: {self._drops.last_reason}"
+                )
 
     async def next_batch(self, should_stop: Callable[[], bool]) -> list[Ready] | None:
         """Wait for a step's rollouts, lowest numbers first; None if asked to stop before."""
@@ -235,6 +252,7 @@ class RolloutFlow:
                     batch = self._take(self._ready[: self._config.rollouts_per_step]) or None
                     harvested_ids = None
             if batch is not None:
+                self._check_each_teacher(batch)
                 return batch
             if await self._changed.wait(_STOP_CHECK_S):
                 progress = time.monotonic()

@@ -159,12 +159,12 @@ async def score(
     failed = [result for result in results if isinstance(result, ScoreFailure)]
     failures = [result for result in failed if not isinstance(result, UnalignedRollout)]
     # Each of several teachers by itself: else all rollouts of one could be dropped.
-    for rollout_ids in _by_teacher(teacher, rollouts):
+    for teacher_id, rollout_ids in _by_teacher(teacher, rollouts).items():
         dropped = [failure for failure in failures if failure.rollout_id in rollout_ids]
         if len(dropped) > teacher.max_dropped_fraction * len(rollout_ids):
             raise EngineError(
                 f"{len(dropped)} of {len(rollout_ids)} rollouts got no score from "
-                f"{teacher.teacher_id}, more than the {teacher.max_dropped_fraction:.0%} that may "
+                f"{teacher_id}, more than the {teacher.max_dropped_fraction:.0%} that may "
                 f"be dropped (scoring.max_dropped_fraction); the first: {dropped[0].rollout_id}: "
                 f"{dropped[0].reason}"
             )
@@ -180,12 +180,12 @@ def none_aligned(num_rollouts: int, reason: str) -> str:
     )
 
 
-def _by_teacher(teacher: TeacherScorer, rollouts: Sequence[Rollout]) -> list[list[str]]:
-    """Group the rollouts' ids by the teacher that must score them."""
+def _by_teacher(teacher: TeacherScorer, rollouts: Sequence[Rollout]) -> dict[str, list[str]]:
+    """Group the rollouts' ids by the id of the teacher that must score them."""
     groups: dict[str, list[str]] = {}
     for rollout in rollouts:
         groups.setdefault(teacher_id_for(teacher, rollout), []).append(rollout.rollout_id)
-    return list(groups.values())
+    return groups
 
 
 def needs_rollouts(replay: ReplayConfig | None, step: int) -> bool:

@@ -11,7 +11,7 @@ from benchmarks.robustness.fuzz import __main__ as command
 from benchmarks.robustness.fuzz import http_replies, kinds, odd_server, replies, vllm_replies
 from benchmarks.robustness.fuzz.counts import Counts
 from qwen3_distill.scoring.served import json_values
-from qwen3_distill.scoring.sglang import wire
+from qwen3_distill.scoring.sglang import candidates, wire
 from qwen3_distill.scoring.vllm import wire as vllm_wire
 from qwen3_distill.utils import secrets
 
@@ -49,7 +49,8 @@ def coerced(values: Any, what: str) -> np.ndarray:
 
 def test_a_reader_that_coerces_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "logprobs_of", coerced)
-    counts = replies.run(1, 400)
+    monkeypatch.setattr(candidates, "logprobs_of", coerced)
+    counts = replies.run(1, 800)
     assert counts.wrong + counts.tracebacks > 10
 
 

@@ -442,7 +442,7 @@ def test_shared_memory_goes_with_those_that_shared_it(log: Path, how: str) -> No
     async def run() -> list[Path]:
         child = ChildProcess("sharing", log)
         await child.start([sys.executable, "-c", SHARING], dict(os.environ))
-        while not log.exists() or not log.read_text().strip():
+        while not log.exists() or not log.read_text().endswith("\n"):
             await asyncio.sleep(0.02)
         pid, *names = log.read_text().split()
         files = [Path("/dev/shm", name) for name in names]
