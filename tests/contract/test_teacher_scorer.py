@@ -485,6 +485,9 @@ class FakeBatchDependentTeacher:
         self.identity = identity
         self._nats_per_rollout = nats_per_rollout
 
+    async def memory_taken(self) -> None:
+        raise AssertionError("it takes none")
+
     async def score(self, jobs: Sequence[ScoringJob]) -> list[ScoreResult]:
         value = -self._nats_per_rollout * len(jobs)
         return [

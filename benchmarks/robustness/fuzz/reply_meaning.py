@@ -115,11 +115,11 @@ def _candidates(
 
 def _from_arrays(meta: Any) -> list[Any]:
     """Return the rows of candidates that are given as arrays, as SGLang's lists have them."""
-    shape, empty = _get(meta, _ARRAYS), _get(meta, "input_top_logprobs_null_prefix")
+    shape: Any = _get(meta, _ARRAYS)
+    empty: Any = _get(meta, "input_top_logprobs_null_prefix")
     _need(type(shape) is list and len(shape) == 2 and type(empty) is int)
     _need(all(type(size) is int and size >= 0 for size in shape) and empty >= 0)
-    rows: int = shape[0]
-    width: int = shape[1]
+    rows, width = int(shape[0]), int(shape[1])
     values = _numbers(meta, "val", "float32", "f", rows * width)
     ids = _numbers(meta, "idx", "int32", "i", rows * width)
     _need(empty == 1)

@@ -51,6 +51,9 @@ class FakeTeacher:
     max_dropped_fraction = 0.25
     starts_first = True
 
+    async def memory_taken(self) -> None:
+        raise AssertionError("nobody waits for it")
+
     def __init__(self, models: TinyModels, request: ScoreRequest, name: str = "fake#1") -> None:
         self.identity = load_identity(models.teacher)
         self.teacher_id = name
