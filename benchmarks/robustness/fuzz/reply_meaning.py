@@ -115,11 +115,10 @@ def _candidates(
 
 def _from_arrays(meta: Any) -> list[Any]:
     """Return the rows of candidates that are given as arrays, as SGLang's lists have them."""
-    shape: Any = _get(meta, _ARRAYS)
-    empty: Any = _get(meta, "input_top_logprobs_null_prefix")
-    _need(type(shape) is list and len(shape) == 2 and type(empty) is int)
-    _need(all(type(size) is int and size >= 0 for size in shape) and empty >= 0)
-    rows, width = int(shape[0]), int(shape[1])
+    shape = _get(meta, _ARRAYS)
+    _need(type(shape) is list and len(shape) == 2)
+    rows, width = _count(shape[0]), _count(shape[1])
+    empty = _count(_get(meta, "input_top_logprobs_null_prefix"))
     values = _numbers(meta, "val", "float32", "f", rows * width)
     ids = _numbers(meta, "idx", "int32", "i", rows * width)
     _need(empty == 1)
@@ -128,6 +127,11 @@ def _from_arrays(meta: Any) -> list[Any]:
         places = range(row * width, (row + 1) * width)
         found.append([[values[place], ids[place], None] for place in places])
     return found
+
+
+def _count(value: Any) -> int:
+    _need(type(value) is int and value >= 0)
+    return value
 
 
 def _numbers(meta: Any, which: str, dtype: str, code: str, count: int) -> tuple[Any, ...]:
