@@ -57,16 +57,20 @@ def how_to_install(engine: str, section: str) -> str:
     )
 
 
-def short_temporary_dir() -> str:
-    """A folder for temporary files whose path leaves room for the names of Unix sockets."""
+def short_temporary_dir(longest: int = _LONGEST_TEMPORARY_DIR) -> str:
+    """Return a folder for temporary files whose path leaves room for the names of Unix sockets.
+
+    Args:
+        longest: characters of the usual folder's path; instead of a longer one it is ``/tmp``.
+    """
     usual = tempfile.gettempdir()
-    if len(usual) > _LONGEST_TEMPORARY_DIR and os.access("/tmp", os.W_OK):
+    if len(usual) > longest and os.access("/tmp", os.W_OK):
         return "/tmp"
     return usual
 
 
 def _compiled_kernels() -> dict[str, str]:
-    """The variable that keeps PyTorch's compiled kernels where they lie by default.
+    """Return the variable that keeps PyTorch's compiled kernels where they lie by default.
 
     By default they are among the temporary files, which a command has for itself.
     """

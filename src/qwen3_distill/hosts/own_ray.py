@@ -30,8 +30,9 @@ class OwnRay:
     def __init__(self, *, interface: str, settings: dict[str, Any], log: Path) -> None:
         self._interface = interface
         self._settings = {key: value for key, value in settings.items() if value is not None}
-        # Short: the paths of Ray's sockets are below it, and a socket's path has 107 bytes at most.
-        self._folder = Path(tempfile.mkdtemp(prefix="q3d-ray-", dir=short_temporary_dir()))
+        # The paths of Ray's sockets are below it, and with it take nearly all of the 107 bytes.
+        short = short_temporary_dir(len("/tmp"))
+        self._folder = Path(tempfile.mkdtemp(prefix="q3d-ray-", dir=short))
         self.scratch = Path(tempfile.mkdtemp(prefix="q3d-ray-", dir=_memory_dir()))
         """Folder of the nodes' files, in memory."""
         self._process = ChildProcess("Ray", log, remove=(self._folder, self.scratch))

@@ -45,6 +45,8 @@ async def start_engines(
             waiting = [
                 f"{name} ({duration(now - began[name])})" for name in began if name not in took_s
             ]
+            if not waiting:  # between the last start and the end of this task
+                continue
             started = [f"{name} after {duration(s)}" for name, s in took_s.items()]
             done = f"; started: {', '.join(started)}" if started else ""
             say(f"starting {', '.join(waiting)}{done}")

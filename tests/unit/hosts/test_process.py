@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_distill.errors import DataError, EngineError, EngineLost, EngineStartError
-from qwen3_distill.hosts.child import ChildProcess, engine_environment
+from qwen3_distill.hosts.child import ChildProcess, engine_environment, short_temporary_dir
 from qwen3_distill.hosts.host import WorkerSpec
 from qwen3_distill.hosts.process import LocalProcess
 
@@ -200,6 +200,21 @@ def test_a_stopped_worker_is_killed_and_lost_and_a_new_start_works(log: Path, wh
     with_worker(log, use, hang_timeout_s=1.0)
 
 
+def test_a_call_to_a_dead_worker_says_how_it_died_also_if_it_cannot_be_written(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use(worker: LocalProcess) -> None:
+        async def write(frame: object) -> None:
+            worker.kill()
+            raise ConnectionResetError("Connection lost")
+
+        monkeypatch.setattr(worker._connected(), "_write", write)
+        with pytest.raises(EngineLost, match="echo died"):
+            await worker.call("add", 1, 1)
+
+    with_worker(log, use)
+
+
 def test_a_large_message_to_a_stopped_worker_does_not_hide_the_hang(log: Path) -> None:
     async def use(worker: LocalProcess) -> None:
         os.kill(await worker.call("pid"), signal.SIGSTOP)
@@ -316,7 +331,7 @@ def all_removed(file: Path) -> bool:
 
 
 def family_of(log: Path) -> tuple[list[int], Path]:
-    """Its processes, and the file that one of them keeps among its temporary ones."""
+    """Return the family's processes, and a temporary file of one of them."""
     *pids, file = log.read_text().split()
     return [int(pid) for pid in pids], Path(file)
 
@@ -371,6 +386,15 @@ def test_a_new_start_is_not_ended_by_the_end_of_the_one_before(log: Path) -> Non
         await child.end()
 
     asyncio.run(run())
+
+
+def test_a_long_path_of_temporary_files_leaves_no_room_for_sockets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for usual, of_an_engine in (("/scratch/job", "/scratch/job"), ("/scratch" * 7, "/tmp")):
+        monkeypatch.setattr("tempfile.tempdir", usual)
+        assert short_temporary_dir() == of_an_engine
+        assert short_temporary_dir(len("/tmp")) == "/tmp"  # Ray's own names are long
 
 
 def test_a_command_s_own_folder_for_temporary_files_is_kept(log: Path, tmp_path: Path) -> None:
