@@ -239,7 +239,7 @@ def test_a_wrong_route_ends_the_run(
 
 
 class Silent(TeachersByTag):
-    """Of its two teachers one gives no score, within what may be dropped of a whole step."""
+    """A router whose teacher of the tag `code` gives no score, with nearly all allowed to drop."""
 
     @property
     def max_dropped_fraction(self) -> float:
@@ -252,13 +252,17 @@ class Silent(TeachersByTag):
         ]
 
 
-@pytest.mark.parametrize("kind", ["sequential", "streaming"])
+@pytest.mark.parametrize(
+    "pipeline",
+    [{"kind": "sequential"}, {"kind": "streaming", "max_staleness_steps": 0}],
+    ids=["sequential", "streaming"],
+)
 def test_a_teacher_that_gives_no_score_ends_the_run_whatever_the_others_give(
-    tiny_models: TinyModels, tmp_path: Path, several: dict[str, Any], kind: str
+    tiny_models: TinyModels, tmp_path: Path, several: dict[str, Any], pipeline: dict[str, Any]
 ) -> None:
-    changes = {"evaluation.teacher": False, "pipeline": {"kind": kind}, "prompts_per_step": 6}
+    changes = {"evaluation.teacher": False, "pipeline": pipeline, "prompts_per_step": 6}
     config = tiny_config(tiny_models, tmp_path / "run", several | changes)
-    with pytest.raises(EngineError, match="rollouts got no score from coder"):
+    with pytest.raises(EngineError, match=r"(\d+) of \1 rollouts got no score from coder"):
         run(config, SilentReporter(), raise_warning, routed_by(Silent))
 
 
