@@ -10,7 +10,7 @@ LOCK ?=
 ENGINE_PYTHON ?= $(PYTHON)
 ENVIRONMENT := $(ENGINE_PYTHON) src/qwen3_distill/environments/make.py
 
-# Where it is set, every process of a test compiles PyTorch and transformers anew, which doubles its start.
+# Where it is set, every process of a test compiles PyTorch and transformers anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo engines test test-engines test-vllm test-vllm-teacher test-sglang test-unsloth test-engines-together test-transformers4 test-cluster test-cluster-contracts test-gpu gpu-check fuzz check format hooks docs evidence evidence-cpu evidence-page clean

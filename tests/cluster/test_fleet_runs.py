@@ -142,7 +142,7 @@ def test_a_replica_that_dies_or_hangs_costs_no_rollout(
 
 
 def largest_difference(left: Path, right: Path) -> float:
-    """Between the weights of two trained students."""
+    """Return the largest difference between the weights of two trained students."""
     one, other = (load_file(folder / "student" / "model.safetensors") for folder in (left, right))
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 

@@ -27,7 +27,11 @@ class Drops:
     def add(
         self, number: int, rollout: Rollout, cause: Cause, reason: str, teacher_id: str | None
     ) -> None:
-        """Count a rollout, or a piece of one; the teacher's id where it gave no score."""
+        """Count a dropped rollout, or a piece of one.
+
+        Args:
+            teacher_id: of the teacher that had to score it; None without a teacher.
+        """
         self.entries.append(f"{ledger_entry(number, rollout)}:{cause.replace(' ', '-')}")
         self.last_reason = f"{rollout.rollout_id}: {reason}"
         self._rollouts[cause] += 1

@@ -139,8 +139,7 @@ class Parts:
         )
 
     async def start(self, say: Callable[[str], None] = lambda message: None) -> None:
-        """Start the engines concurrently; a teacher that needs to see what memory is free first
-        takes its own.
+        """Start the engines concurrently, once a teacher whose share is of the free memory has it.
 
         Raises:
             EngineStartError: one does not start; the starts of the others were cancelled.

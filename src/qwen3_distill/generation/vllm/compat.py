@@ -258,7 +258,7 @@ def keep_weights_plain() -> None:
 
 
 class Part(NamedTuple):
-    """Which part of a matrix this process has; with one card, all of it."""
+    """The part of a matrix that this process has; with one card, all of it."""
 
     dim: int
     start: int
@@ -355,7 +355,7 @@ def _output_parts(module: Any) -> list[Part]:
 
 
 class AdapterSlot(NamedTuple):
-    """Where vLLM keeps the adapter of one Hugging Face module."""
+    """The place where vLLM keeps the adapter of one Hugging Face module."""
 
     name: str
     a: Tensor

@@ -104,10 +104,8 @@ def _from_lists(
     values, ids = columns(list(chain.from_iterable(rows[1:])), "candidates")
     if not within(ids, vocab_size):
         raise ReplyError(FaultKind.CANDIDATES, f"candidates are not ids below {vocab_size}")
-    shape = (num_places, k)
-    return np.array(ids, dtype=np.int64).reshape(shape), logprobs_of(values, "candidates").reshape(
-        shape
-    )
+    ids_EK = np.array(ids, dtype=np.int64).reshape(num_places, k)
+    return ids_EK, logprobs_of(values, "candidates").reshape(num_places, k)
 
 
 def _check_places(found: int, num_places: int) -> None:
