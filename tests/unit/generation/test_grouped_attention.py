@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qwen3_distill.generation.embedded.grouped_attention import group_rows, grouped_attention
+from qwen3_distill.generation.embedded.grouped_attention import (
+    attention_by_products,
+    group_rows,
+    grouped_attention,
+)
 
 HEADS, KV_HEADS, HEAD_SIZE = 6, 2, 8
 
@@ -61,3 +65,18 @@ def test_without_padding_there_is_no_mask() -> None:
         Layer(), query, key, value, None, scaling=0.3, row_groups=group_rows([12] * 9)
     )
     torch.testing.assert_close(grouped, plain)
+
+
+@pytest.mark.parametrize("kind", ["bool", "added", "none"])
+@pytest.mark.parametrize("scaling", [0.3, None])
+def test_products_are_attention(kind: str, scaling: float | None) -> None:
+    _, key, value, is_read = inputs([3, 30] * 5)
+    query = torch.randn(
+        len(key), KV_HEADS, 3, HEAD_SIZE, generator=torch.Generator().manual_seed(1)
+    )
+    added = torch.zeros(is_read.shape).masked_fill(~is_read, -torch.inf)
+    mask = {"bool": is_read, "added": added, "none": None}[kind]
+    expected = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling
+    )
+    torch.testing.assert_close(attention_by_products(query, key, value, mask, scaling), expected)

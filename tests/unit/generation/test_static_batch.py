@@ -82,6 +82,14 @@ def test_both_kinds_of_batch_sample_the_same_tokens(
         assert_same(generate(static, requests), generate(continuous, requests))
 
 
+def test_steps_read_what_a_long_answer_has_filled(
+    pair: tuple[EmbeddedRolloutEngine, EmbeddedRolloutEngine],
+) -> None:
+    continuous, static = pair
+    requests = wave(0, 3, new_tokens=3 * static_batch._COLUMNS)
+    assert_same(generate(static, requests), generate(continuous, requests))
+
+
 def test_a_shape_is_prepared_once_and_the_oldest_is_freed(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:

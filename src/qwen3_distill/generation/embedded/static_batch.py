@@ -1,7 +1,8 @@
 """A batch whose rows begin together and keep their places until the last has ended.
 
-Every tensor keeps its shape and place from step to step, so on CUDA a step is captured once as a
-graph and replayed: a small model's decode step takes longer to launch than to compute.
+Every tensor keeps its shape and place from step to step, so on CUDA a step is captured as a graph
+and replayed: a small model's decode step takes longer to launch than to compute. A step reads the
+first columns only, up to a multiple; there is a graph for each.
 
 Shape letters: B rows (the batch's, filled up to a multiple), T cached positions (left-padded),
 J key-value heads, D size of a head, S steps between two reads of the tokens, K candidates.
@@ -152,7 +153,12 @@ class _Steps:
         self._slot = torch.zeros(1, dtype=torch.long, device=device)
         self._sampler = self._sampler_of([_IDLE] * rows)
         self._sampler.uses = shape.uses
-        self._graph = self._captured() if device.type == "cuda" else None
+        self._num_filled = 0
+        """Columns that hold tokens; the next token enters the one behind them."""
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        """By the number of columns that a step reads."""
+        if device.type == "cuda":
+            self._capture()
 
     def begin(
         self, specs: Sequence[SamplingSpec], logits_BV: Tensor, cache: Cache, mask_BT: Tensor
@@ -168,6 +174,7 @@ class _Steps:
         self._mask_BT.fill_(-torch.inf)
         self._mask_BT[:num_rows, :longest].masked_fill_(mask_BT.bool(), 0.0)
         self._column.fill_(longest)
+        self._num_filled = longest
         self._position_B1.zero_()
         self._position_B1[:num_rows, 0] = mask_BT.sum(dim=1)
         idle = [_IDLE] * (self._shape.num_rows - num_rows)
@@ -186,10 +193,12 @@ class _Steps:
     def advance(self) -> _Sampled:
         """Sample S tokens of every row."""
         for _ in range(_STEPS_PER_READ):
-            if self._graph is None:
-                self._step()
+            self._num_filled += 1
+            width = _multiple(self._num_filled, _COLUMNS)
+            if self._graphs:
+                self._graphs[width].replay()
             else:
-                self._graph.replay()
+                self._step(width)
         self._slot.zero_()
         return _Sampled(self._ids_BS.tolist(), self._logprobs_BS.tolist(), self._top_BSK.tolist())
 
@@ -200,16 +209,22 @@ class _Steps:
     def _sampler_of(self, specs: Sequence[SamplingSpec]) -> RowSampler:
         return RowSampler(specs, self._device, num_tokens=self._shape.num_columns)
 
-    def _step(self) -> None:
-        """Put every row's last token into the cache and sample the next, all in place."""
+    def _step(self, width: int) -> None:
+        """Put every row's last token into the cache and sample the next, all in place.
+
+        Args:
+            width: the columns to read; the later ones hold no token.
+        """
         self._mask_BT.index_fill_(1, self._column, 0.0)
+        for layer in self._layers:
+            layer.width = width
         logits_BV = next_token_logits(
             self._model,
             self._last_B1,
-            self._mask_BT[:, None, None, :],
+            self._mask_BT[:, None, None, :width],
             self._position_B1,
             self._cache,
-            [(slice(None), self._shape.num_columns)],
+            [(slice(None), width)],
         )
         ids_B, logprobs_B = self._sampler.sample(logits_BV)
         self._last_B1.copy_(ids_B.unsqueeze(1))
@@ -219,34 +234,42 @@ class _Steps:
         for counter in (self._column, self._position_B1, self._slot):
             counter.add_(1)
 
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        """Capture a step. What the warm-up leaves in the tensors, `begin` overwrites."""
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
-            for _ in range(2):  # libraries allocate and choose kernels at their first calls
-                self._step()
-        torch.cuda.current_stream(self._device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._step()
-        return graph
+    def _capture(self) -> None:
+        """Capture a step for every width; what that leaves in the tensors, `begin` overwrites.
+
+        The graphs share memory: one runs at a time, and what outlasts it has tensors of its own.
+        """
+        pool = torch.cuda.graph_pool_handle()
+        for width in range(_COLUMNS, self._shape.num_columns + 1, _COLUMNS):
+            side = torch.cuda.Stream(self._device)
+            side.wait_stream(torch.cuda.current_stream(self._device))
+            self._column.zero_()
+            self._slot.zero_()
+            with torch.cuda.stream(side):
+                for _ in range(2):  # libraries allocate and choose kernels at their first calls
+                    self._step(width)
+            torch.cuda.current_stream(self._device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                self._step(width)
+            self._graphs[width] = graph
 
 
 class _FixedLayer(DynamicLayer):
-    """Keys and values of all columns; new ones are written in place."""
+    """Keys and values of all columns; new ones are written in place, the first `width` are read."""
 
     def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
         super().__init__()
         self.key_buffer, self.value_buffer, self._column = keys, values, column
+        self.width = keys.shape[2]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write [B, J, 1, D] of the new position; return those of all columns."""
+        """Write [B, J, 1, D] of the new position; return those of the columns to read."""
         self.key_buffer.index_copy_(2, self._column, key_states)
         self.value_buffer.index_copy_(2, self._column, value_states)
-        return self.key_buffer, self.value_buffer
+        return self.key_buffer[:, :, : self.width], self.value_buffer[:, :, : self.width]
 
 
 def _multiple(count: int, of: int) -> int:
