@@ -30,16 +30,14 @@ WORKERS ?= $$(( $$(getconf _NPROCESSORS_ONLN) + 1 ))
 test: $(VENV)/installed-dev ## the test suite a laptop can run
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# One pytest for each engine. Tests of vLLM as the rollout engine observe what runs concurrently, which a
-# second suite on two cores would hide, so they run alone. The others mostly wait for starts.
+# One pytest for each engine, concurrently: each waits much, for starts and for its own processes.
 # BESIDE: further targets that run beside them.
 BESIDE ?= test-vllm-teacher
 test-engines: $(VENV)/installed-dev ## the tests of the real engines on a CPU, in environments it makes
 	@set -e; for engine in transformers4 vllm sglang unsloth; do $(ENVIRONMENT) $$engine-cpu > /dev/null; done
 	@$(MAKE) --no-print-directory test-transformers4
-	@$(MAKE) --no-print-directory test-vllm
-	@echo "test-sglang test-unsloth $(BESIDE) concurrently; each is shown when it is done (some minutes)"
-	@$(MAKE) --no-print-directory --output-sync=target -j4 test-sglang test-unsloth $(BESIDE)
+	@echo "test-vllm test-sglang test-unsloth $(BESIDE) concurrently; each is shown when it is done (some minutes)"
+	@$(MAKE) --no-print-directory --output-sync=target -j4 test-vllm test-sglang test-unsloth $(BESIDE)
 	@$(MAKE) --no-print-directory test-engines-together
 
 VLLM_TEACHER := $(addprefix tests/,$(addprefix contract/,test_served_server.py test_served_faults.py \

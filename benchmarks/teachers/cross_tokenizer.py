@@ -121,7 +121,7 @@ def run_seed(config: RunConfig) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--teacher-steps", type=int, default=900)
     parser.add_argument("--problems", type=int, default=1000)
     parser.add_argument("--student", default="models/lab/student")

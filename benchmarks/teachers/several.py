@@ -4,8 +4,8 @@
 
 The tasks are the lab's chains, whose teacher is models/lab/teacher, and sums of two-digit numbers,
 whose teacher is trained here on worked answers. The student is models/lab/student, trained on some
-worked answers of both tasks so that it has their forms. Everything lies in `--folder`; what is
-there is not made again, so the same command goes on after an interruption.
+worked answers of both tasks, so that it knows their forms and some of the sums. Everything lies in
+`--folder`; what is there is not made again, so the same command goes on after an interruption.
 
 Figures, added to results/teachers.json: `two_teachers_task_a` (chains) and `two_teachers_task_b`
 (sums), the lowest accuracy of the student after training over the seeds; `..._before`, the highest
@@ -49,7 +49,7 @@ from scripts.lab.tokenizer import END_ID, prompt_tokens
 TASKS: dict[str, Task] = {"chain": ChainTask(), "sum": SumTask(digits=2)}
 CHAIN_TEACHER, STUDENT = "models/lab/teacher", "models/lab/student"
 TRAIN_ROWS, HELD_OUT_ROWS = 6000, 500
-SUM_STEPS, FORM_STEPS, ROWS = 1200, 60, 64
+SUM_STEPS, FORM_STEPS, ROWS = 1200, 300, 64
 _FINISHED = "finished"
 
 Batches = Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]
@@ -95,7 +95,7 @@ def make_models(folder: Path) -> None:
         made(build_model(CPU.teacher, cpu), folder / "sum-teacher", ["sum"], SUM_STEPS, 2e-3)
     if not (folder / "student" / _FINISHED).exists():
         student: Any = load_model(STUDENT, device=cpu, dtype=torch.float32)
-        made(student, folder / "student", ["chain", "sum"], FORM_STEPS, 1e-3)
+        made(student, folder / "student", ["chain", "sum", "sum", "sum"], FORM_STEPS, 1e-3)
 
 
 def write_rows(file: Path, split: Split, count: int) -> None:
@@ -119,7 +119,7 @@ def config(folder: Path, steps: int) -> Path:
     values = {
         "output_dir": str(folder / "run"),
         "steps": steps,
-        "prompts_per_step": 64,
+        "prompts_per_step": 192,
         "student": {"model": str(folder / "student")},
         "prompts": {**rows, "path": str(folder / "train.jsonl")},
         "sampling": {"max_new_tokens": 80},
@@ -131,7 +131,7 @@ def config(folder: Path, steps: int) -> Path:
                 "chain": {**embedded, "model": CHAIN_TEACHER},
                 "sum": {**embedded, "model": str(folder / "sum-teacher")},
             },
-            "weights": {"chain": 1.0, "sum": 1.0},
+            "weights": {"chain": 1.0, "sum": 3.0},
         },
         "training": {
             **embedded,
@@ -190,7 +190,7 @@ def _by_tag(record: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--folder", type=Path, default=Path("runs/several-teachers"))
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of teachers.json")
     parser.add_argument("--again", action="store_true", help="Make everything anew.")

@@ -4,6 +4,7 @@ Two tokenizers share nothing but the bytes of a text. Bytes, not text: a byte-le
 part of a character, which no text has.
 """
 
+import bisect
 import copy
 import json
 import re
@@ -83,12 +84,27 @@ class ByteTokenizer:
             for index, written in sorted(self._bytes_of.items(), reverse=True)
             if len(written) == 1
         }
+        self._sorted = sorted(set(self._bytes_of.values()))
+        self._begins_longer: dict[int, bool] = {}
         self._plain = _plain_tokenizer(description, name)
         self._check_exact()
 
     def bytes_of(self, token_id: int) -> bytes | None:
         """Return what a token writes; None for an added token, and where there is no token."""
         return self._bytes_of.get(token_id)
+
+    def begins_longer(self, token_id: int) -> bool:
+        """Return whether a longer token begins with the bytes of this one."""
+        found = self._begins_longer.get(token_id)
+        if found is None:
+            written = self._bytes_of.get(token_id, b"")
+            place = bisect.bisect_right(self._sorted, written)
+            # Of all longer texts that begin with it, the first in order stands right behind it.
+            found = bool(written) and any(
+                longer.startswith(written) for longer in self._sorted[place : place + 1]
+            )
+            self._begins_longer[token_id] = found
+        return found
 
     def encode(self, data: bytes) -> Encoded:
         """Tokenize bytes as text that holds no added token; where they are no UTF-8, one by one.

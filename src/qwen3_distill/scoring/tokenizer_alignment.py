@@ -1,8 +1,14 @@
 """Lines a student's sampled tokens up with the tokens of a teacher that has another tokenizer.
 
 The teacher reads exactly the bytes that the student's tokens write, tokenized by itself. Where a
-token of both ends at the same byte, a span ends: the smallest stretches that both can score. Bytes
-that no common end splits stay in one span. A special token is a span of its own, by its name.
+token of both ends at the same byte, a span ends. Bytes that no common end splits stay in one span.
+A special token is one by itself, by its name.
+
+Where the teacher has a longer token that begins with a span's last one, the student's next token
+decided that the span ends there. It belongs to the action, so the span takes in the next one.
+Otherwise that token would be credited with nothing for the end, and the student would learn to end
+spans that should go on (docs/concepts/objective.md). At most two spans become one: in a text of
+words nearly every token begins a longer one.
 
 What cannot be aligned has no span: everything from a special token on that the teacher has nothing
 for, or from bytes on that its tokens cannot write; of an answer cut at its length limit an
@@ -64,6 +70,22 @@ class _Draft:
     is_scored: list[bool] = field(default_factory=list)
     student_tokens: list[int] = field(default_factory=list)
     teacher_tokens: list[int] = field(default_factory=list)
+    takes_next: bool = False
+    """Whether the next span becomes one with the last one."""
+
+    def add_span(self, student_tokens: int, teacher_tokens: int, *, may_go_on: bool) -> None:
+        """Add a span, or make it one with the last one.
+
+        Args:
+            may_go_on: whether the teacher has a longer token that begins with the span's last one.
+        """
+        if self.takes_next:
+            self.student_tokens[-1] += student_tokens
+            self.teacher_tokens[-1] += teacher_tokens
+        else:
+            self.student_tokens.append(student_tokens)
+            self.teacher_tokens.append(teacher_tokens)
+        self.takes_next = may_go_on and not self.takes_next
 
     def finished(self) -> Alignment:
         end = max((i + 1 for i, scored in enumerate(self.is_scored) if scored), default=0)
@@ -177,13 +199,17 @@ class OwnTokens:
         draft.token_ids += encoded.token_ids
         if not part.is_sampled:
             draft.is_scored += [False] * len(encoded.token_ids)
+            draft.takes_next = False
             return True
         spans = [*_spans(part.lengths, encoded)]
         if is_open and part.teacher_id is None:
             spans = _closed(spans, encoded.stable_bytes)
-        draft.student_tokens += [span.student_tokens for span in spans]
-        draft.teacher_tokens += [span.teacher_tokens for span in spans]
-        num_scored = sum(span.teacher_tokens for span in spans)
+        num_scored = 0
+        for span in spans:
+            num_scored += span.teacher_tokens
+            last = encoded.token_ids[num_scored - 1]
+            may_go_on = self._teacher.begins_longer(last)
+            draft.add_span(span.student_tokens, span.teacher_tokens, may_go_on=may_go_on)
         draft.is_scored += [True] * num_scored
         draft.is_scored += [False] * (len(encoded.token_ids) - num_scored)
         return True

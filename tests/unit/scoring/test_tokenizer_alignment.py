@@ -64,7 +64,7 @@ def sampled_anyhow(rollout: Rollout, flags: Sequence[bool]) -> Rollout:
 
 @settings(max_examples=80, deadline=None)
 @given(st.data(), st.lists(st.integers(0, 270), min_size=1, max_size=24))
-def test_every_span_has_the_same_bytes_on_both_sides_and_no_smaller_one_has(
+def test_spans_have_the_same_bytes_on_both_sides_and_end_where_the_next_token_decides_nothing(
     data: st.DataObject, drawn: list[int]
 ) -> None:
     student, teacher = student_of(pieces(data, 8)), teacher_of(pieces(data, 8))
@@ -78,10 +78,15 @@ def test_every_span_has_the_same_bytes_on_both_sides_and_no_smaller_one_has(
     theirs = written_by(teacher, [alignment.token_ids[i] for i in scored])
     assert sum(alignment.student_tokens) == len(ours)  # nothing is dropped, and nothing twice
     assert sum(alignment.teacher_tokens) == len(theirs)
+    vocabulary = written_by(teacher, range(258 + 8 + len(TEACHER_SPECIAL)))
     for mine, yours in zip(_groups(ours, alignment, 0), _groups(theirs, alignment, 1), strict=True):
         assert b"".join(mine) == b"".join(yours) != b""
-        inner = [set(list(accumulate(map(len, side)))[:-1]) for side in (mine, yours)]
-        assert not inner[0] & inner[1]
+        inner = [list(accumulate(map(len, side)))[:-1] for side in (mine, yours)]
+        common = set(inner[0]) & set(inner[1])
+        assert len(common) <= 1
+        for end in common:
+            before = yours[inner[1].index(end)]
+            assert any(v.startswith(before) and v != before for v in vocabulary)
     read = b"".join(written_by(teacher, alignment.token_ids))
     assert b"".join(written_by(student, ids)).startswith(read)
 
@@ -98,10 +103,37 @@ def _groups(tokens: list[bytes], alignment: Alignment, side: int) -> list[list[b
 def test_merged_pairs_become_spans_and_the_end_of_turn_one_of_its_own() -> None:
     aligner = own_tokens(student_of(), teacher_of([(b"a", b"b"), (b"ab", b"c")]))
     end = 256 + STUDENT_SPECIAL.index("<|end|>")
-    alignment = aligner.align(rollout_of([*b"abcxab", end]))
-    assert sizes(alignment) == [(3, 1), (1, 1), (2, 1), (1, 1)]
+    alignment = aligner.align(rollout_of([*b"abcxabc", end]))
+    assert sizes(alignment) == [(3, 1), (1, 1), (3, 1), (1, 1)]
     assert alignment.token_ids[-1] == 258 + TEACHER_SPECIAL.index("<|eot|>")
     assert alignment.scored == (TokenSpan(start=0, stop=4),)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b"abx", [(3, 2), (1, 1)]),  # "ab" could have become "abc"
+        (b"ax", [(2, 2), (1, 1)]),
+        (b"xa", [(1, 1), (2, 2)]),  # the end of turn decided it
+        (b"aax", [(2, 2), (1, 1), (1, 1)]),  # two at most
+        (b"xabc", [(1, 1), (3, 1), (1, 1)]),
+    ],
+)
+def test_what_decided_that_a_span_ends_is_a_part_of_it(
+    text: bytes, expected: list[tuple[int, int]]
+) -> None:
+    aligner = own_tokens(student_of(), teacher_of([(b"a", b"b"), (b"ab", b"c")]))
+    end = 256 + STUDENT_SPECIAL.index("<|end|>")
+    assert sizes(aligner.align(rollout_of([*text, end]))) == expected
+
+
+def test_tokens_that_were_not_sampled_decide_nothing() -> None:
+    aligner = own_tokens(student_of(), teacher_of([(b"a", b"b")]))
+    rollout = sampled_anyhow(rollout_of(list(b"axay"), CUT), [True, False, True, True])
+    assert sizes(aligner.align(replace(rollout, finish_reason=FinishReason.STOP))) == [
+        (1, 1),
+        (2, 2),
+    ]
 
 
 def test_an_emoji_that_tokens_of_both_split_elsewhere_is_one_span() -> None:

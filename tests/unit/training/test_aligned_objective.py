@@ -5,6 +5,7 @@ output head holds the logits of every state, so that its gradient is that of the
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -261,6 +262,31 @@ def scored_in_pairs(rollout: Rollout, teacher: Tensor) -> AlignedRollout:
         teacher_id="t", span_tokens=alignment.student_tokens, logprobs=np.array(values)
     )
     return AlignedRollout(rollout=rollout, score=score)
+
+
+@pytest.mark.parametrize("text", ["aa", "ab", "ba", "bb", "bab", "aba", "abb", "baa", "bba", "aab"])
+def test_an_equivalent_teacher_that_knows_how_a_word_goes_on_gives_no_signal(text: str) -> None:
+    """The teacher reads "ab" as one token, so its "a" says that no "b" follows."""
+    backend = byte_level([(b"a", b"b")], special=TEACHER_SPECIAL)
+    rollout = sampled_by(STUDENT, text)
+    alignment = own_tokens(byte_level(), backend).align(rollout)
+    known = ByteTokenizer(backend, "t")
+    values, done, cannot_follow = list[float](), "", 0.0
+    for index in alignment.token_ids:
+        piece = (known.bytes_of(index) or b"").decode()
+        value = float(logprob(STUDENT, done, piece)) - cannot_follow
+        done += piece
+        cannot_follow = 0.0
+        if piece == "a" and done != text:
+            cannot_follow = math.log1p(-float(logprob(STUDENT, done, "b").exp()))
+        values.append(value + cannot_follow)
+    sizes = alignment.teacher_tokens.tolist()
+    ends = list(itertools.accumulate(sizes))
+    of_spans = [sum(values[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
+    own = rollout.behavior_logprobs.astype("f8")
+    ends = list(itertools.accumulate(alignment.student_tokens.tolist()))
+    of_own = [own[a:b].sum() for a, b in itertools.pairwise([0, *ends])]
+    assert of_spans == pytest.approx(of_own, abs=1e-5)
 
 
 def scored_by_letter(rollout: Rollout, teacher: Tensor) -> ScoredRollout:
