@@ -22,6 +22,7 @@ from qwen3_distill.pipeline.run import run
 from qwen3_distill.pipeline.verification import BackgroundVerifier
 from qwen3_distill.ports import Sampler
 from qwen3_distill.recording.console import SilentReporter
+from qwen3_distill.recording.jsonl import read_jsonl
 from qwen3_distill.scoring.sampling import TeacherSampler
 from qwen3_distill.training.batching import collate
 from qwen3_distill.types import Batch, FinishReason, Rollout, RolloutRequest
@@ -111,6 +112,26 @@ def rewarded(parts: Parts) -> Parts:
 
 
 # --- Resumed, and the same in both loops ---------------------------------------------------------
+
+
+@each_arm
+def test_evaluations_at_chosen_steps_measure_the_students_weights_then(
+    arm: str, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    """Where the student does not sample, nothing else would bring its weights to the engine."""
+    evaluation = {
+        "prompts": {"kind": "task", "split": "eval"},
+        "verifier": {"kind": "task"},
+        "sampling": {"max_new_tokens": 8},
+        "at_steps": [1, 3],
+        "every_steps": 1000,
+        "num_problems": 2,
+        "teacher": False,
+    }
+    config = tiny_config(tiny_models, tmp_path / "run", {"evaluation": evaluation} | ARMS[arm])
+    assert run(config, SilentReporter(), raise_warning, rewarded)
+    lines = read_jsonl(tmp_path / "run" / "evaluations.jsonl")
+    assert [line["step"] for line in lines if line["model"] == "student"] == [1, 3, 4]
 
 
 @each_arm

@@ -273,6 +273,12 @@ class EvaluationConfig(Schema):
             )
         return self
 
+    def is_due(self, step: int, total_steps: int) -> bool:
+        """Return whether the student is evaluated after this step of a run of so many."""
+        if step == total_steps:
+            return True
+        return step % self.every_steps == 0 if self.at_steps is None else step in self.at_steps
+
     def at_temperature(self, temperature: float) -> "EvaluationConfig":
         """Return the same evaluation at one temperature, with one answer per problem if greedy."""
         sampling = self.sampling.model_copy(update={"temperature": temperature})

@@ -1,19 +1,42 @@
 """Schedules the evaluations of a run and carries them out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from qwen3_distill.config import EvaluationConfig
+from qwen3_distill.errors import WeightVersionError
 from qwen3_distill.evaluation.accuracy import evaluate
 from qwen3_distill.ports import Sampler
-from qwen3_distill.types import Prompt, Rollout
+from qwen3_distill.types import Prompt, Rollout, RolloutRequest, WeightVersion
 from qwen3_distill.utils.seeds import derive_seed
 
 
 def measured_at(model: str, temperature: float) -> str:
     """Return the name of a model's evaluation at the second temperature, e.g. ``student@0``."""
     return f"{model}@{temperature:g}"
+
+
+class _SamplesWith:
+    """A sampler whose rollouts are all of one weight version.
+
+    Raises:
+        WeightVersionError: a rollout is of another one.
+    """
+
+    def __init__(self, sampler: Sampler, version: WeightVersion) -> None:
+        self._sampler, self._version = sampler, version
+
+    async def generate(self, requests: Sequence[RolloutRequest]) -> AsyncIterator[Rollout]:
+        async for rollout in self._sampler.generate(requests):
+            for span in rollout.versions:
+                if span.version != self._version:
+                    raise WeightVersionError(
+                        f"an answer of the evaluation was sampled with the weights of step "
+                        f"{span.version.step} (digest {span.version.digest}), but those of step "
+                        f"{self._version.step} (digest {self._version.digest}) are evaluated"
+                    )
+            yield rollout
 
 
 class Evaluator:
@@ -57,14 +80,19 @@ class Evaluator:
     def due(self, step: int) -> list[str]:
         """The models to evaluate after this step: ``teacher``, ``student``, both or none."""
         models = ["teacher"] if step == 0 and self._evaluation.teacher else []
-        chosen = self._evaluation.at_steps
-        regular = step % self._evaluation.every_steps == 0 if chosen is None else step in chosen
-        return [*models, "student"] if regular or step == self._total_steps else models
+        due = self._evaluation.is_due(step, self._total_steps)
+        return [*models, "student"] if due else models
 
-    async def run(self, name: str, step: int) -> dict[str, Any]:
+    async def run(self, name: str, step: int, version: WeightVersion) -> dict[str, Any]:
         """Make one of the `measurements`; return its `EvaluationResult.record`.
 
         At the second temperature there is the field ``temperature`` as well.
+
+        Args:
+            version: the student's weights after this step.
+
+        Raises:
+            WeightVersionError: the student answered with other weights.
         """
         evaluation = self._evaluation
         model, _, second = name.partition("@")
@@ -74,7 +102,8 @@ class Evaluator:
         if step in (0, self._total_steps) and evaluation.final_num_problems is not None:
             count = evaluation.final_num_problems
         if model == "student":
-            result = await self._measure(name, count, settings, self._student)
+            student = _SamplesWith(self._student, version)
+            result = await self._measure(name, count, settings, student)
         else:
             async with self._teacher_sampler() as teacher:
                 result = await self._measure(name, count, settings, teacher)

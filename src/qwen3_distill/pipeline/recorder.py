@@ -195,21 +195,23 @@ class Recorder:
             for model in self._evaluator.due(cursor.step)
         ]
         if self._parts.samples_elsewhere:
-            await together(*(self._evaluate(self._evaluator, m, cursor.step) for m in due))
+            await together(*(self._evaluate(self._evaluator, m, cursor) for m in due))
             return
         for names in due:
-            await self._evaluate(self._evaluator, names, cursor.step)
+            await self._evaluate(self._evaluator, names, cursor)
 
-    async def _evaluate(self, evaluator: Evaluator, names: Sequence[str], step: int) -> None:
+    async def _evaluate(
+        self, evaluator: Evaluator, names: Sequence[str], cursor: RunCursor
+    ) -> None:
         """Make the evaluations of one model, one after another."""
         for name in names:
             if not self.stop_requested:
-                await self._measure(evaluator, name, step)
+                await self._measure(evaluator, name, cursor)
 
-    async def _measure(self, evaluator: Evaluator, model: str, step: int) -> None:
-        started = time.perf_counter()
+    async def _measure(self, evaluator: Evaluator, model: str, cursor: RunCursor) -> None:
+        started, step = time.perf_counter(), cursor.step
         with self.trace.span("evaluate", model, step=step):
-            result = await evaluator.run(model, step)
+            result = await evaluator.run(model, step, cursor.weight_version)
         busy_s = self.trace.busy_seconds("evaluate")
         record = {
             "model": model,

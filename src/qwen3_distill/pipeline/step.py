@@ -197,9 +197,7 @@ def needs_new_weights(config: RunConfig, step: int) -> bool:
     """Whether anything samples from the student after this step: rollouts, or an evaluation."""
     evaluation = config.evaluation
     samples = "student" in config.rollouts.samplers and config.pipeline.kind != "offline"
-    evaluates = evaluation is not None and (
-        step % evaluation.every_steps == 0 or step == config.steps
-    )
+    evaluates = evaluation is not None and evaluation.is_due(step, config.steps)
     return samples or evaluates
 
 

@@ -300,10 +300,7 @@ def _evaluation_seconds(
     config, evaluation = planned.config, planned.config.evaluation
     if evaluation is None:
         return 0.0
-    if evaluation.at_steps is not None:
-        during = len([step for step in evaluation.at_steps if 0 < step < config.steps])
-    else:
-        during = (config.steps - 1) // evaluation.every_steps
+    during = sum(evaluation.is_due(step, config.steps) for step in range(1, config.steps))
     longest = evaluation.sampling.max_new_tokens
     median = min(assumed.answers.median_tokens, longest)
     answers = Answers(median_tokens=median, tail=assumed.answers.tail, max_tokens=longest)

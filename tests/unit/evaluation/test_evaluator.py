@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from qwen3_distill.config import EvaluationConfig
+from qwen3_distill.errors import WeightVersionError
 from qwen3_distill.evaluation.evaluator import Evaluator
 from qwen3_distill.ports import Sampler
 from qwen3_distill.types import (
@@ -81,8 +82,8 @@ class Evaluation:
         yield self.teacher
         self.is_open = False
 
-    def run(self, model: str, step: int) -> dict[str, Any]:
-        return asyncio.run(self.evaluator.run(model, step))
+    def run(self, model: str, step: int, version: WeightVersion = VERSION) -> dict[str, Any]:
+        return asyncio.run(self.evaluator.run(model, step, version))
 
 
 def test_the_student_is_due_regularly_and_last_the_teacher_once() -> None:
@@ -174,3 +175,10 @@ def test_the_teacher_is_measured_by_its_own_sampler_at_the_second_temperature() 
 def test_a_temperature_that_measures_nothing_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Evaluation(**changes)
+
+
+def test_a_student_that_answers_with_other_weights_is_not_measured() -> None:
+    for other in (WeightVersion(step=1, digest="0"), WeightVersion(step=0, digest="1")):
+        with pytest.raises(WeightVersionError, match="sampled with the weights of step 0"):
+            Evaluation().run("student", 0, other)
+        Evaluation().run("teacher", 0, other)
