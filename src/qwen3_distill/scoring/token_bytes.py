@@ -4,11 +4,11 @@ Two tokenizers share nothing but the bytes of a text. Bytes, not text: a byte-le
 part of a character, which no text has.
 """
 
-import bisect
 import copy
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,8 +84,7 @@ class ByteTokenizer:
             for index, written in sorted(self._bytes_of.items(), reverse=True)
             if len(written) == 1
         }
-        self._sorted = sorted(set(self._bytes_of.values()))
-        self._begins_longer: dict[int, bool] = {}
+        self._begins_longer = _begins_longer(self._bytes_of)
         self._plain = _plain_tokenizer(description, name)
         self._check_exact()
 
@@ -93,18 +92,13 @@ class ByteTokenizer:
         """Return what a token writes; None for an added token, and where there is no token."""
         return self._bytes_of.get(token_id)
 
-    def begins_longer(self, token_id: int) -> bool:
-        """Return whether a longer token begins with the bytes of this one."""
-        found = self._begins_longer.get(token_id)
-        if found is None:
-            written = self._bytes_of.get(token_id, b"")
-            place = bisect.bisect_right(self._sorted, written)
-            # Of all longer texts that begin with it, the first in order stands right behind it.
-            found = bool(written) and any(
-                longer.startswith(written) for longer in self._sorted[place : place + 1]
-            )
-            self._begins_longer[token_id] = found
-        return found
+    def all_bytes_of(self, token_ids: Iterable[int]) -> list[bytes | None]:
+        """Return `bytes_of` each token."""
+        return list(map(self._bytes_of.get, token_ids))
+
+    def begin_longer(self, token_ids: Iterable[int]) -> list[bool]:
+        """Return for each token whether a longer one begins with its bytes."""
+        return list(map(self._begins_longer.__contains__, token_ids))
 
     def encode(self, data: bytes) -> Encoded:
         """Tokenize bytes as text that holds no added token; where they are no UTF-8, one by one.
@@ -118,14 +112,14 @@ class ByteTokenizer:
             if is_text:
                 encoding = self._encoding(run.decode())
                 found = encoding.ids
-                last = _last_word(encoding.word_ids)
-                stable = start + sum(len(self._bytes_of.get(i, b"")) for i in found[:last])
+                last_word = self.all_bytes_of(found[_last_word(encoding, len(found)) :])
+                stable = start + len(run) - sum(len(part or b"") for part in last_word)
             else:
                 found = [self._byte(value) for value in run]
                 stable = start
             ids += found
             start += len(run)
-        written = [self._bytes_of.get(index, b"") for index in ids]
+        written = [part or b"" for part in self.all_bytes_of(ids)]
         if b"".join(written) != data:
             raise InexactTokensError(
                 f"{shortened(repr(data))} becomes tokens of {self._name} that write "
@@ -244,12 +238,21 @@ def _steps(part: dict[str, Any] | None, members: str) -> list[dict[str, Any]]:
     return [step for member in part[members] for step in _steps(member, members)]
 
 
-def _last_word(word_ids: list[int | None]) -> int:
+def _last_word(encoding: Encoding, num_tokens: int) -> int:
     """Return the index of the first token of the last word."""
-    last = len(word_ids) - 1
-    while last > 0 and word_ids[last - 1] == word_ids[last]:
+    last = num_tokens - 1
+    # Not `word_ids`, a list of all tokens' words: only the last ones are looked at.
+    while last > 0 and encoding.token_to_word(last - 1) == encoding.token_to_word(last):
         last -= 1
     return max(last, 0)
+
+
+def _begins_longer(bytes_of: Mapping[int, bytes]) -> frozenset[int]:
+    """Return the tokens whose bytes begin a longer one's."""
+    texts = sorted({written for written in bytes_of.values() if written})
+    # Of all longer texts that begin with one, the first in order stands right behind it.
+    begin = {one for one, after in itertools.pairwise(texts) if after.startswith(one)}
+    return frozenset(index for index, written in bytes_of.items() if written in begin)
 
 
 def _utf8_runs(data: bytes) -> Iterator[tuple[bytes, bool]]:

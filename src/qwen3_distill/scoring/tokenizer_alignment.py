@@ -17,10 +17,12 @@ incomplete character and the teacher's last word, whose tokens the text after it
 Shape letters: R response tokens, P spans.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qwen3_distill.scoring.special_tokens import SpecialTokens
 from qwen3_distill.scoring.token_bytes import (
@@ -55,11 +57,24 @@ class _Part:
     """A run of the student's tokens: of text, or one special token."""
 
     is_sampled: bool
-    lengths: tuple[int, ...]
+    lengths: list[int]
     """Bytes of each of the student's tokens; those of a special token count as one."""
     text: bytes
     teacher_id: int | None
     """The special token; None for text."""
+
+
+@dataclass(frozen=True)
+class _Spans:
+    """[P] each."""
+
+    student_tokens: IntArray
+    teacher_tokens: IntArray
+    ends: IntArray
+    """Bytes of the part up to the span's end."""
+
+    def first(self, count: int) -> "_Spans":
+        return _Spans(self.student_tokens[:count], self.teacher_tokens[:count], self.ends[:count])
 
 
 @dataclass
@@ -68,38 +83,56 @@ class _Draft:
 
     token_ids: list[int] = field(default_factory=list)
     is_scored: list[bool] = field(default_factory=list)
-    student_tokens: list[int] = field(default_factory=list)
-    teacher_tokens: list[int] = field(default_factory=list)
-    takes_next: bool = False
-    """Whether the next span becomes one with the last one."""
+    student_tokens: list[IntArray] = field(default_factory=list)
+    teacher_tokens: list[IntArray] = field(default_factory=list)
+    may_go_on: list[NDArray[np.bool_]] = field(default_factory=list)
+    """Per span, whether what the student sampled behind it decided that it ends."""
 
-    def add_span(self, student_tokens: int, teacher_tokens: int, *, may_go_on: bool) -> None:
-        """Add a span, or make it one with the last one.
+    def skip(self, token_ids: Sequence[int]) -> None:
+        """Add tokens that the student did not sample."""
+        self.token_ids += token_ids
+        self.is_scored += [False] * len(token_ids)
+        if self.may_go_on:
+            self.may_go_on[-1][-1:] = False
 
-        Args:
-            may_go_on: whether the teacher has a longer token that begins with the span's last one.
-        """
-        if self.takes_next:
-            self.student_tokens[-1] += student_tokens
-            self.teacher_tokens[-1] += teacher_tokens
-        else:
-            self.student_tokens.append(student_tokens)
-            self.teacher_tokens.append(teacher_tokens)
-        self.takes_next = may_go_on and not self.takes_next
+    def add(self, token_ids: Sequence[int], spans: _Spans, may_go_on: NDArray[np.bool_]) -> None:
+        """Add tokens of the teacher and the spans at their beginning."""
+        self.token_ids += token_ids
+        num_scored = int(spans.teacher_tokens.sum())
+        self.is_scored += [True] * num_scored + [False] * (len(token_ids) - num_scored)
+        self.student_tokens.append(spans.student_tokens)
+        self.teacher_tokens.append(spans.teacher_tokens)
+        self.may_go_on.append(may_go_on)
 
     def finished(self) -> Alignment:
         end = max((i + 1 for i, scored in enumerate(self.is_scored) if scored), default=0)
         if not end:
             raise UnalignableError("no token of it can be aligned with the teacher's")
         edges = np.flatnonzero(np.diff(np.array([0, *self.is_scored[:end], 0], dtype=np.int8)))
+        first_P = _first_of_pairs(np.concatenate(self.may_go_on))
         return Alignment(
             token_ids=tuple(self.token_ids[:end]),
             scored=tuple(
                 TokenSpan(start=int(start), stop=int(stop)) for start, stop in edges.reshape(-1, 2)
             ),
-            student_tokens=np.array(self.student_tokens, dtype=np.int32),
-            teacher_tokens=np.array(self.teacher_tokens, dtype=np.int32),
+            student_tokens=_summed(np.concatenate(self.student_tokens), first_P),
+            teacher_tokens=_summed(np.concatenate(self.teacher_tokens), first_P),
         )
+
+
+def _first_of_pairs(may_go_on_P: NDArray[np.bool_]) -> IntArray:
+    """Return the indices of the spans that do not become one with the span before them.
+
+    Of a run of spans that may go on, every other one takes in the next, beginning with the first.
+    """
+    index_P = np.arange(may_go_on_P.size)
+    last_other_P = np.maximum.accumulate(np.where(may_go_on_P, -1, index_P))
+    takes_next_P = may_go_on_P & ((index_P - last_other_P) % 2 == 1)
+    return np.flatnonzero(~np.concatenate([[False], takes_next_P[:-1]]))
+
+
+def _summed(tokens_P: IntArray, first_P: IntArray) -> IntArray:
+    return np.add.reduceat(tokens_P, first_P).astype(np.int32)
 
 
 class OwnTokens:
@@ -132,49 +165,42 @@ class OwnTokens:
 
         A part ends where sampled tokens begin or end, too, so that no span holds both.
         """
+        ids: list[int] = rollout.response_ids.tolist()
+        written = self._student.all_bytes_of(ids)
+        odd = list[int]()  # special tokens, and those that write nothing
+        for index in [index for index, text in enumerate(written) if not text]:
+            written[index] = self.special.as_text.get(ids[index])
+            if not written[index]:
+                odd.append(index)
         sampled_R = np.zeros(rollout.num_tokens, dtype=np.bool_)
         sampled_R[rollout.sampled_indices] = True
-        is_sampled: list[bool] = sampled_R.tolist()  # read token by token, faster than an array
+        changes = (np.flatnonzero(sampled_R[1:] != sampled_R[:-1]) + 1).tolist()
         parts: list[_Part] = []
-        texts: list[bytes] = []
         start = 0
-
-        def end_text() -> None:
-            if texts:
-                parts.append(
-                    _Part(
-                        is_sampled=is_sampled[start],
-                        lengths=tuple(map(len, texts)),
-                        text=b"".join(texts),
-                        teacher_id=None,
+        for stop in [*odd, len(ids)]:
+            edges = [start, *(edge for edge in changes if start < edge < stop), stop]
+            for first, last in itertools.pairwise(edges):
+                texts = [text or b"" for text in written[first:last]]
+                if texts:
+                    parts.append(
+                        _Part(
+                            is_sampled=bool(sampled_R[first]),
+                            lengths=list(map(len, texts)),
+                            text=b"".join(texts),
+                            teacher_id=None,
+                        )
                     )
-                )
-                texts.clear()
-
-        for index, token_id in enumerate(rollout.response_ids.tolist()):
-            if texts and is_sampled[index] != is_sampled[start]:
-                end_text()
-            teacher_id = self.special.to_teacher.get(token_id)
-            if teacher_id is not None:
-                end_text()
-                parts.append(
-                    _Part(
-                        is_sampled=is_sampled[index],
-                        lengths=(1,),
-                        text=b"",
-                        teacher_id=teacher_id,
-                    )
-                )
-                continue
-            written = self._student.bytes_of(token_id)
-            written = self.special.as_text.get(token_id) if written is None else written
-            if not written:
-                end_text()
+            if stop == len(ids):
+                break
+            teacher_id = self.special.to_teacher.get(ids[stop])
+            if teacher_id is None:
                 return parts, False
-            if not texts:
-                start = index
-            texts.append(written)
-        end_text()
+            parts.append(
+                _Part(
+                    is_sampled=bool(sampled_R[stop]), lengths=[1], text=b"", teacher_id=teacher_id
+                )
+            )
+            start = stop + 1
         return parts, True
 
     def _add(self, draft: _Draft, part: _Part, *, is_open: bool) -> bool:
@@ -196,52 +222,33 @@ class OwnTokens:
                 if not draft.student_tokens:
                     raise UnalignableError(str(error)) from None
                 return False
-        draft.token_ids += encoded.token_ids
         if not part.is_sampled:
-            draft.is_scored += [False] * len(encoded.token_ids)
-            draft.takes_next = False
+            draft.skip(encoded.token_ids)
             return True
-        spans = [*_spans(part.lengths, encoded)]
+        spans = _spans(part.lengths, encoded)
         if is_open and part.teacher_id is None:
             spans = _closed(spans, encoded.stable_bytes)
-        num_scored = 0
-        for span in spans:
-            num_scored += span.teacher_tokens
-            last = encoded.token_ids[num_scored - 1]
-            may_go_on = self._teacher.begins_longer(last)
-            draft.add_span(span.student_tokens, span.teacher_tokens, may_go_on=may_go_on)
-        draft.is_scored += [True] * num_scored
-        draft.is_scored += [False] * (len(encoded.token_ids) - num_scored)
+        last_P = np.cumsum(spans.teacher_tokens) - 1
+        may_go_on = self._teacher.begin_longer(encoded.token_ids)
+        draft.add(encoded.token_ids, spans, np.array(may_go_on, dtype=np.bool_)[last_P])
         return True
 
 
-@dataclass(frozen=True)
-class _Span:
-    student_tokens: int
-    teacher_tokens: int
-    end: int
-    """Bytes of the part up to here."""
-
-
-def _spans(lengths: tuple[int, ...], encoded: Encoded) -> Iterator[_Span]:
-    """Yield the spans between the ends that tokens of both have in common."""
-    student_ends = np.cumsum(lengths, dtype=np.int64)
-    teacher_ends = np.cumsum(encoded.lengths, dtype=np.int64)
+def _spans(lengths: Sequence[int], encoded: Encoded) -> _Spans:
+    """Return the spans between the ends that tokens of both have in common."""
+    student_ends = np.cumsum(np.array(lengths, dtype=np.int64))
+    teacher_ends = np.cumsum(np.array(encoded.lengths, dtype=np.int64))
     ends = np.intersect1d(student_ends, teacher_ends)
     students = np.searchsorted(student_ends, ends, side="right")
     teachers = np.searchsorted(teacher_ends, ends, side="right")
-    for student, teacher, end in zip(
-        np.diff(students, prepend=0).tolist(),
-        np.diff(teachers, prepend=0).tolist(),
-        ends.tolist(),
-        strict=True,
-    ):
-        yield _Span(student, teacher, end)
+    return _Spans(np.diff(students, prepend=0), np.diff(teachers, prepend=0), ends)
 
 
-def _closed(spans: list[_Span], stable_bytes: int) -> list[_Span]:
+def _closed(spans: _Spans, stable_bytes: int) -> _Spans:
     """Leave out spans of the last word; of a text of one word, the last span."""
-    return [span for span in spans if span.end <= stable_bytes] if stable_bytes else spans[:-1]
+    if not stable_bytes:
+        return spans.first(max(len(spans.ends) - 1, 0))
+    return spans.first(int((spans.ends <= stable_bytes).sum()))
 
 
 class SameTokens:

@@ -149,7 +149,6 @@ def test_the_beginning_of_a_character_is_told_from_bytes_that_are_none(character
 
 def test_a_token_that_begins_a_longer_one_is_known() -> None:
     known = ByteTokenizer(byte_level([(b"a", b"b"), (b"ab", b"c"), (b"b", b"b")]), "t")
-    begins = {known.bytes_of(index): known.begins_longer(index) for index in range(259)}
-    assert {written for written, yes in begins.items() if yes} == {b"a", b"b", b"ab"}
-    special = next(iter(known.special_ids))
-    assert not known.begins_longer(special)
+    begins = zip(range(259), known.begin_longer(range(259)), strict=True)
+    assert {known.bytes_of(index) for index, yes in begins if yes} == {b"a", b"b", b"ab"}
+    assert known.begin_longer(known.special_ids) == [False] * len(STUDENT_SPECIAL)
