@@ -64,6 +64,8 @@ OF_CANDIDATES = {
 }
 OF_A_REPLY = {Fault.WRONG_COUNT: "count", Fault.GARBAGE: "garbage"}
 NO_REPLY = {Fault.STATUS_503: "status", Fault.HANG: "timeout", Fault.CUT: "connection"}
+PATIENCE_S, OF_A_HANG_S = 60.0, 2.0
+"""Limits of a request: one that a machine with much other work keeps, and one that passes soon."""
 
 
 @pytest.fixture(scope="module", params=SERVED)
@@ -126,7 +128,7 @@ class Bench:
         **changes: object,
     ) -> ServedTeacher:
         """Not started."""
-        config = self.config(**({"urls": urls, "request_timeout_s": 1.0} | changes))
+        config = self.config(**({"urls": urls, "request_timeout_s": PATIENCE_S} | changes))
         teacher = build_served(config, request)
         self._open.append(teacher)
         return teacher
@@ -151,6 +153,11 @@ def bench(tiny_models: TinyModels, served: Served) -> Iterator[Bench]:
     made = Bench(tiny_models.teacher, served)
     yield made
     made.close()
+
+
+def patience(fault: Fault) -> float:
+    """Return the seconds that a request may take."""
+    return OF_A_HANG_S if fault is Fault.HANG else PATIENCE_S
 
 
 def when(rollout: Rollout, fault: Fault) -> Callable[[dict[str, Any]], Fault | None]:
@@ -194,7 +201,7 @@ def test_a_fault_that_passes_is_healed_and_counted(
     reason: str,
 ) -> None:
     proxy = bench.proxy()
-    teacher = bench.started(proxy.url)
+    teacher = bench.started(proxy.url, request_timeout_s=patience(fault))
     proxy.next_faults.extend([fault, fault])
     results = run(teacher.score(jobs_of(ROLLOUTS)))
     assert_scores(results, ROLLOUTS, expected, parity_nats)
@@ -246,7 +253,7 @@ def test_a_sequence_that_spoils_its_request_is_found(
     bench: Bench, expected: dict[str, np.ndarray], parity_nats: float, fault: Fault
 ) -> None:
     proxy = bench.proxy()
-    teacher = bench.started(proxy.url, max_attempts=3)
+    teacher = bench.started(proxy.url, max_attempts=3, request_timeout_s=patience(fault))
     proxy.always = when(POISONED, fault)
     order = [ROLLOUTS[0], ROLLOUTS[1], ROLLOUTS[3], POISONED]
     *good, bad = run(teacher.score(jobs_of(order)))
@@ -267,7 +274,7 @@ def test_replies_that_stay_bad_give_no_score(bench: Bench, fault: Fault) -> None
 @pytest.mark.parametrize("fault", NO_REPLY)
 def test_a_server_that_never_answers_is_an_error(bench: Bench, fault: Fault) -> None:
     proxy = bench.proxy()
-    teacher = bench.started(proxy.url, max_attempts=2)
+    teacher = bench.started(proxy.url, max_attempts=2, request_timeout_s=patience(fault))
     proxy.always = lambda request: fault
     with pytest.raises(EngineError, match=rf"no answer in 2 attempts .*{proxy.url}"):
         run(teacher.score(jobs_of(ROLLOUTS)))
