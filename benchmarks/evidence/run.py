@@ -309,6 +309,7 @@ def main() -> None:
         workers=arguments.workers,
         time_limit_s=arguments.time_limit_s,
         make_workers=workers,
+        kind_of=lambda name: name.rpartition("/")[0],
     )
     with shared_gpus(arguments.log.parent / "mps.log"):
         runs = sweep.run(run_once, jobs)

@@ -37,14 +37,17 @@ def _prepare_worker() -> None:
 class Sweep:
     """Runs jobs in workers and appends each result to a JSON Lines file.
 
-    Jobs start in the order given. A failed run is reported and counted, and the others continue. A
-    second sweep with the same log runs the missing jobs.
+    Jobs start in the order given; with a time limit, shorter ones start in place of those that
+    would end too late. A failed run is reported and counted, and the others continue. A second
+    sweep with the same log runs the missing jobs.
     """
 
     log: Path
     workers: int
     time_limit_s: float | None = None
-    """No run is started that would end later, judging by the longest one so far."""
+    """No run is started that would end later, judging by the longest of its kind so far."""
+    kind_of: Callable[[str], str] = lambda name: ""
+    """Of a job's name: jobs of one kind take about as long. The log's `wall_s` count too."""
     say: Callable[[str], None] = print
     make_workers: Callable[[int], Executor] = one_core_processes
     failed: list[str] = field(default_factory=list)
@@ -80,17 +83,20 @@ class Sweep:
         done: dict[str, Record],
     ) -> None:
         clock = _Clock(len(waiting), self.workers, self.time_limit_s)
+        for name, record in done.items():
+            clock.took(self.kind_of(name), record.get("wall_s", 0.0))
         running: dict[Future[Record], tuple[str, float]] = {}
         while waiting or running:
-            while waiting and len(running) < self.workers and clock.has_time:
-                name = waiting.pop(0)
-                running[pool.submit(work, *jobs[name])] = (name, time.monotonic())
+            for name in list(waiting):
+                if len(running) < self.workers and clock.has_time_for(self.kind_of(name)):
+                    waiting.remove(name)
+                    running[pool.submit(work, *jobs[name])] = (name, time.monotonic())
             if not running:
                 self.say(f"time is up: {len(waiting)} runs were not started; resume to do them")
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name, started = running.pop(future)
-                clock.finished(time.monotonic() - started)
+                clock.finished(self.kind_of(name), time.monotonic() - started)
                 result = self._result(name, future)
                 if result is not None:
                     record = {"job": name, "arguments": list(jobs[name]), **result}
@@ -141,18 +147,23 @@ class _Clock:
         self._total, self._workers, self._limit_s = total, workers, time_limit_s
         self._started = time.monotonic()
         self._durations: list[float] = []
+        self._longest: dict[str, float] = {}
 
-    def finished(self, seconds: float) -> None:
+    def finished(self, kind: str, seconds: float) -> None:
         self._durations.append(seconds)
+        self.took(kind, seconds)
+
+    def took(self, kind: str, seconds: float) -> None:
+        """Note how long a run of a kind took, in this sweep or an earlier one."""
+        self._longest[kind] = max(seconds, self._longest.get(kind, 0.0))
 
     @property
     def _elapsed_s(self) -> float:
         return time.monotonic() - self._started
 
-    @property
-    def has_time(self) -> bool:
-        """Whether a run as long as the longest so far would end in time."""
-        longest_s = max(self._durations, default=0.0)
+    def has_time_for(self, kind: str) -> bool:
+        """Return whether a run as long as the longest of its kind, or of all, would end in time."""
+        longest_s = self._longest.get(kind, max(self._longest.values(), default=0.0))
         return self._limit_s is None or self._elapsed_s + longest_s <= self._limit_s
 
     def line(self, left: int) -> str:

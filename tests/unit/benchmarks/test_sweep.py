@@ -1,5 +1,6 @@
 """A sweep loses no finished run, does none twice, and mixes no settings."""
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -97,6 +98,25 @@ def test_no_run_starts_that_would_end_too_late(tmp_path: Path) -> None:
     assert sweep_of(tmp_path / "runs.jsonl", said, time_limit_s=-1.0).run(work, JOBS) == []
     assert work.calls == []
     assert said == ["time is up: 5 runs were not started; resume to do them"]
+
+
+def test_shorter_runs_start_where_the_time_is_too_short_for_others(tmp_path: Path) -> None:
+    log, work = tmp_path / "runs.jsonl", Work()
+    jobs = {f"{kind}/{n}": [n, {"steps": 3}] for n, kind in enumerate(["long", "short"] * 3)}
+    earlier = [
+        {"job": f"{k}/{n}", "arguments": jobs[f"{k}/{n}"], "wall_s": s}
+        for k, n, s in [("long", 0, 100.0), ("short", 1, 1.0)]
+    ]
+    log.write_text("".join(json.dumps(record) + "\n" for record in earlier))
+    said = list[str]()
+    sweep = sweep_of(log, said, time_limit_s=50.0, kind_of=lambda name: name.partition("/")[0])
+    assert [record["job"] for record in sweep.run(work, jobs)] == [
+        "long/0",
+        "short/1",
+        "short/3",
+        "short/5",
+    ]
+    assert said[-1] == "time is up: 2 runs were not started; resume to do them"
 
 
 def test_progress_tells_the_count_and_the_runs_numbers(tmp_path: Path) -> None:
