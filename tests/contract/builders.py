@@ -155,7 +155,7 @@ async def collecting_when(
 
     Where a machine holds up the look at them until all have ended, they are begun again.
     """
-    for _ in range(10):
+    for _ in range(100):
         collecting = asyncio.create_task(collect(engine, requests))
         while not collecting.done():
             if ready(prefixes := await engine.prefixes()):

@@ -64,7 +64,7 @@ OF_CANDIDATES = {
 }
 OF_A_REPLY = {Fault.WRONG_COUNT: "count", Fault.GARBAGE: "garbage"}
 NO_REPLY = {Fault.STATUS_503: "status", Fault.HANG: "timeout", Fault.CUT: "connection"}
-PATIENCE_S, OF_A_HANG_S = 60.0, 2.0
+PATIENCE_S, OF_A_HANG_S = 60.0, 3.0
 """Limits of a request: one that a machine with much other work keeps, and one that passes soon."""
 
 
