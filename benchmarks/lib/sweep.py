@@ -47,7 +47,8 @@ class Sweep:
     time_limit_s: float | None = None
     """No run is started that would end later, judging by the longest of its kind so far."""
     kind_of: Callable[[str], str] = lambda name: ""
-    """Of a job's name: jobs of one kind take about as long. The log's `wall_s` count too."""
+    """Returns the kind of a job from its name. Jobs of one kind take about as long; how long, the
+    log's `wall_s` tell too."""
     say: Callable[[str], None] = print
     make_workers: Callable[[int], Executor] = one_core_processes
     failed: list[str] = field(default_factory=list)

@@ -7,8 +7,8 @@ A special token is one by itself, by its name.
 Where the teacher has a longer token that begins with a span's last one, the student's next token
 decided that the span ends there. It belongs to the action, so the span takes in the next one.
 Otherwise that token would be credited with nothing for the end, and the student would learn to end
-spans that should go on (docs/concepts/objective.md). At most two spans become one: in a text of
-words nearly every token begins a longer one.
+spans that should go on (docs/concepts/objective.md). At most two spans become one: where
+many tokens begin longer ones, a whole answer would be a single span.
 
 What cannot be aligned has no span: everything from a special token on that the teacher has nothing
 for, or from bytes on that its tokens cannot write; of an answer cut at its length limit an
@@ -66,12 +66,14 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Spans:
-    """[P] each."""
+    """The spans of one part, in order."""
 
     student_tokens: IntArray
+    """[P]"""
     teacher_tokens: IntArray
+    """[P]"""
     ends: IntArray
-    """Bytes of the part up to the span's end."""
+    """[P] bytes of the part up to the span's end."""
 
     def first(self, count: int) -> "_Spans":
         return _Spans(self.student_tokens[:count], self.teacher_tokens[:count], self.ends[:count])
