@@ -90,6 +90,17 @@ def test_steps_read_what_a_long_answer_has_filled(
     assert_same(generate(static, requests), generate(continuous, requests))
 
 
+@pytest.mark.parametrize("columns", [64, 256, 512, 576, 4096])
+def test_few_widths_hold_all_columns_that_are_filled(columns: int) -> None:
+    steps = object.__new__(static_batch._Steps)
+    features = static_batch.SamplingFeatures(False, False, False)
+    steps._shape = static_batch._Shape(16, columns, features, 0)
+    widths = [steps._width(filled) for filled in range(1, columns + 1)]
+    assert all(filled <= width <= columns for filled, width in enumerate(widths, 1))
+    assert len(set(widths)) <= static_batch._MAX_WIDTHS
+    assert widths[0] <= max(columns // 4, static_batch._COLUMNS)
+
+
 def test_a_shape_is_prepared_once_and_the_oldest_is_freed(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,8 @@ less one in vain."""
 _ROWS, _COLUMNS = 16, 64
 """Batches are filled up to multiples, so that few shapes are captured."""
 _KEPT_SHAPES = 4
+_MAX_WIDTHS = 8
+"""Graphs of a shape: each is captured by three steps and takes memory."""
 _IDLE = SamplingSpec(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=1, seed=0)
 """The request of a row that only fills the batch up; its tokens are not read."""
 
@@ -194,13 +196,18 @@ class _Steps:
         """Sample S tokens of every row."""
         for _ in range(_STEPS_PER_READ):
             self._num_filled += 1
-            width = _multiple(self._num_filled, _COLUMNS)
+            width = self._width(self._num_filled)
             if self._graphs:
                 self._graphs[width].replay()
             else:
                 self._step(width)
         self._slot.zero_()
         return _Sampled(self._ids_BS.tolist(), self._logprobs_BS.tolist(), self._top_BSK.tolist())
+
+    def _width(self, num_filled: int) -> int:
+        """Return the columns that a step reads, of which so many hold tokens."""
+        columns = self._shape.num_columns
+        return min(_multiple(num_filled, _multiple(-(-columns // _MAX_WIDTHS), _COLUMNS)), columns)
 
     def _most_likely(self, logits_BV: Tensor) -> Tensor:
         """[B, K] token ids, most likely first."""
@@ -240,7 +247,7 @@ class _Steps:
         The graphs share memory: one runs at a time, and what outlasts it has tensors of its own.
         """
         pool = torch.cuda.graph_pool_handle()
-        for width in range(_COLUMNS, self._shape.num_columns + 1, _COLUMNS):
+        for width in sorted({self._width(n) for n in range(1, self._shape.num_columns + 1)}):
             side = torch.cuda.Stream(self._device)
             side.wait_stream(torch.cuda.current_stream(self._device))
             self._column.zero_()
