@@ -3,9 +3,9 @@
     python -m benchmarks.evidence.analyse --log runs/evidence/runs.jsonl
 
 Writes `benchmarks/results/evidence.json`: flat figures, a table per setting, the curves of all
-runs. The rules are those of docs/evidence/protocol.md. A cost that was not reached within the
-budget is the budget, and every figure that it enters has `_bound`: 1 for a lower bound, -1 for an
-upper one.
+runs, the tuning trials. The rules are those of docs/evidence/protocol.md. A cost that was not
+reached within the budget is the budget, and every figure that it enters has `_bound`: 1 for a lower
+bound, -1 for an upper one.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from benchmarks.evidence.projection import PAIRS, projected_s
+from benchmarks.evidence.projection import PAIRS, projected_s, stage_rates
 from benchmarks.evidence.settings import MODELS, SETTINGS
 from benchmarks.evidence.warm_start import warm_start_flops
 from benchmarks.lib.common import RESULTS, write_result
@@ -37,6 +37,21 @@ OPD_ARMS = (
     *("opd_prefix", "offline_opd", "mixture"),
 )
 PRIMARY = ("sft_hard", "opd_topk16")
+COMPARED = {
+    "sampled_to_topk16": ("opd_sampled", "opd_topk16"),
+    "full_to_topk16": ("opd_full_reverse", "opd_topk16"),
+    "forward_to_topk16": ("opd_full_forward", "opd_topk16"),
+    "prefix_to_topk16": ("opd_prefix", "opd_topk16"),
+    "offline_to_topk16": ("offline_opd", "opd_topk16"),
+    "mixture_to_topk16": ("mixture", "opd_topk16"),
+    "weak_teacher_to_topk16": ("weak_teacher", "opd_topk16"),
+    "grpo_to_topk16": ("grpo", "opd_topk16"),
+    "soft_to_hard": ("sft_soft", "sft_hard"),
+    "epochs_to_hard": ("sft_hard_epochs", "sft_hard"),
+}
+"""Further pairs, by the name of their ratio: choices within a side."""
+CLAIMED = 90
+"""The ratio that was promised when this project began."""
 _RESAMPLES = 10_000
 
 
@@ -206,7 +221,8 @@ def arm_row(
 def ratios_of(
     found: Mapping[str, Sequence[Mapping[str, Any]]], models: Mapping[str, Any], setting: str
 ) -> list[dict[str, Any]]:
-    """SFT over OPD, for the primary pair and the cheapest of each side, in every accounting."""
+    """SFT over OPD, for the primary pair and the cheapest of each side, in every accounting; in
+    FLOPs the other pairs too."""
     rows: list[dict[str, Any]] = []
     for name, accounting in accountings(models, setting).items():
         for decoding in DECODINGS:
@@ -215,7 +231,8 @@ def ratios_of(
                     arm: costs_of(runs, models, setting, decoding, percent, accounting)
                     for arm, runs in found.items()
                 }
-                pairs = {"primary": PRIMARY, "cheapest": _cheapest(costs)}
+                pairs = {"sft_to_opd": PRIMARY, "sft_to_opd_cheapest": _cheapest(costs)}
+                pairs |= COMPARED if name == "flops" else {}
                 for kind, (above, below) in pairs.items():
                     if above not in costs or below not in costs:
                         continue
@@ -227,13 +244,41 @@ def ratios_of(
                                 "accounting": name,
                                 "decoding": decoding,
                                 "percent": percent,
-                                "sft": above,
-                                "opd": below,
+                                "above": above,
+                                "below": below,
                                 "seeds": min(len(costs[above]), len(costs[below])),
                                 **vars(ratio),
                             }
                         )
     return rows
+
+
+def slowdowns_of(
+    found: Mapping[str, Sequence[Mapping[str, Any]]], models: Mapping[str, Any], setting: str
+) -> dict[str, float]:
+    """Per projected pair: how many times slower than its rate the teacher must sample for the
+    primary ratio to be `CLAIMED`, at half of the gap and greedy. Nothing else costs more then."""
+    sft, opd = (found.get(arm) for arm in PRIMARY)
+    if sft is None or opd is None:
+        return {}
+    slowdowns: dict[str, float] = {}
+    for pair in PAIRS:
+        whole = Accounting(lambda point, pair=pair: projected_s(pair, point["tokens"]))
+        sampling = Accounting(
+            lambda point, pair=pair: (
+                point["tokens"].get("sampled_teacher", 0) / stage_rates(pair)["sample_teacher"]
+            )
+        )
+
+        def seconds(runs: Sequence[Mapping[str, Any]], accounting: Accounting) -> float:
+            reached_each = costs_of(runs, models, setting, "greedy", LEVELS[0], accounting)
+            return _mean([each.cost for each in reached_each])
+
+        by_teacher = seconds(sft, sampling)
+        if by_teacher > 0:
+            others = seconds(sft, whole) - by_teacher
+            slowdowns[pair] = (CLAIMED * seconds(opd, whole) - others) / by_teacher
+    return slowdowns
 
 
 def _cheapest(costs: Mapping[str, Sequence[Reached]]) -> tuple[str, str]:
@@ -268,9 +313,8 @@ def figures_of(
             for decoding, suffix in (("greedy", ""), ("sampled", "_sampled")):
                 if row["decoding"] != decoding or row["seeds"] < 2:
                     continue
-                kind = "" if row["kind"] == "primary" else "_cheapest"
                 accounting = "" if row["accounting"] == "flops" else f"_{row['accounting']}"
-                name = f"{setting}_ratio_sft_to_opd{kind}{accounting}{suffix}_{row['percent']}"
+                name = f"{setting}_ratio_{row['kind']}{accounting}{suffix}_{row['percent']}"
                 figures[name] = row["value"]
                 figures[f"{name}_low"], figures[f"{name}_high"] = row["low"], row["high"]
                 if row["bound"]:
@@ -295,8 +339,13 @@ def summarize(runs: Sequence[Mapping[str, Any]], models: Mapping[str, Any]) -> d
         "num_runs": len(runs),
         "num_heldout": min(point["problems"] for r in runs for point in r["curve"]),
     }
+    slowdowns = {
+        f"{setting}_teacher_slowdown_for_{CLAIMED}x_{pair}": value
+        for setting, found in grouped.items()
+        for pair, value in slowdowns_of(found, models, setting).items()
+    }
     return {
-        "figures": {**figures_of(tables, ratios), **counts},
+        "figures": {**figures_of(tables, ratios), **slowdowns, **counts},
         "tables": tables,
         "ratios": ratios,
         "curves": [_compact(record) for record in runs],
@@ -319,6 +368,13 @@ def _compact(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def trial_row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tuning trial's rate and its accuracies after the last step."""
+    last = record["curve"][-1]
+    kept = {key: record[key] for key in ("setting", "arm", "learning_rate")}
+    return kept | {decoding: last[decoding] for decoding in DECODINGS}
+
+
 def _mean(values: Sequence[float]) -> float:
     return float(sum(values) / len(values))
 
@@ -328,6 +384,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--log", type=Path, default=Path("runs/evidence/runs.jsonl"))
+    parser.add_argument("--trials-log", type=Path, default=Path("runs/evidence/trials.jsonl"))
     parser.add_argument("--models", type=Path, default=MODELS)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
     arguments = parser.parse_args()
@@ -336,12 +393,14 @@ def main() -> None:
     if not runs:
         raise SystemExit(f"{arguments.log} holds no finished run")
     result = summarize(runs, models)
+    trials = read_jsonl(arguments.trials_log) if arguments.trials_log.exists() else []
     print(
         write_result(
             "evidence",
             result["figures"],
             folder=arguments.results,
             models=models,
+            trials=[trial_row(record) for record in trials],
             **{key: result[key] for key in ("tables", "ratios", "curves")},
         )
     )

@@ -69,6 +69,7 @@ def point(greedy: float, student: float, teacher: float) -> dict[str, object]:
     """A point after ``student`` and ``teacher`` sampled tokens, 10 FLOPs each."""
     return {
         "greedy": greedy,
+        "sampled": greedy,
         "flops": {"sample_student": 10 * student, "sample_teacher": 10 * teacher, "train": 100.0},
         "tokens": {"sampled_student": student, "sampled_teacher": teacher, "trained": 40.0},
         "device_s": {"generate": 8.0, "score": 1.0, "train": 2.0, "publish": 5.0},
@@ -118,6 +119,55 @@ def test_a_budget_that_was_not_enough_makes_the_ratio_a_bound() -> None:
     assert of_missed_opd is not None
     assert (of_missed_sft.bound, of_missed_opd.bound) == (1, -1)
     assert ratio_of(missed, missed) is None
+
+
+def test_the_slowdown_of_the_teacher_gives_the_claimed_ratio(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = models(0.4, 0.9)
+    runs = {
+        "sft_hard": [{"curve": [point(0.9, student=0.0, teacher=40.0)]}],
+        "opd_topk16": [{"curve": [point(0.9, student=30.0, teacher=0.0)]}],
+    }
+    slowdown = analyse.slowdowns_of(runs, known, "chain")["4b_from_8b"]
+    rates = dict(analyse.stage_rates("4b_from_8b"))
+
+    def seconds(arm: str, rate: float) -> float:
+        monkeypatch.setattr(
+            "benchmarks.evidence.projection.stage_rates",
+            lambda pair: rates | {"sample_teacher": rate},
+        )
+        accounting = analyse.accountings(known, "chain")["projected_4b_from_8b_s"]
+        return analyse.costs_of(runs[arm], known, "chain", "greedy", 50, accounting)[0].cost
+
+    slower = rates["sample_teacher"] / slowdown
+    assert seconds("sft_hard", slower) / seconds("opd_topk16", slower) == pytest.approx(90)
+    del runs["opd_topk16"]
+    assert analyse.slowdowns_of(runs, known, "chain") == {}
+
+
+def test_ratios_within_a_side_are_of_flops_alone() -> None:
+    known = models(0.4, 0.9)
+    runs = {
+        arm: [{"curve": [point(0.9, student=tokens, teacher=0.0)]}] * 2
+        for arm, tokens in {"opd_sampled": 50.0, "opd_topk16": 20.0}.items()
+    }
+    rows = [r for r in analyse.ratios_of(runs, known, "chain") if r["kind"] == "sampled_to_topk16"]
+    assert {row["accounting"] for row in rows} == {"flops"}
+    assert {row["value"] for row in rows if row["decoding"] == "greedy"} == {2.0}
+    figures = analyse.figures_of({}, {"chain": rows})
+    assert figures["chain_ratio_sampled_to_topk16_80"] == pytest.approx(2.0)
+
+
+def test_a_tables_cell_says_what_is_a_bound() -> None:
+    row = {"value": 1.5, "low": 1.2, "high": 1.8, "bound": 1, "seeds": 5}
+    assert page.ratio(row) == "> 1.50 (1.20 to 1.80)"
+    assert page.ratio(row | {"bound": -1, "seeds": 1}) == "< 1.50"
+    assert page.ratio(None) == "-"
+    arm = {"greedy_flops_to_80": 1.234e13, "greedy_flops_to_80_reached": 5, "seeds": 5}
+    assert page.cost(arm, "greedy_flops_to_80") == "1.2e13"
+    missed = arm | {"greedy_flops_to_80_reached": 2}
+    assert page.cost(missed, "greedy_flops_to_80") == "> 1.2e13 (2 of 5)"
 
 
 def test_the_cheapest_arm_is_one_that_reached_the_level() -> None:
