@@ -162,17 +162,19 @@ def make_teacher(
     pool: Executor,
     device: str,
     *,
+    rows_divisor: int,
     target: float | None,
 ) -> None:
     """Train one model on the settings' tasks, batch by batch in turn, and save it.
 
     Args:
+        rows_divisor: divides the settings' rows of a batch.
         target: end when the mean accuracy at temperature 1 over the settings has reached it.
     """
     torch.manual_seed(0)
     model = build_model(shape, resolve_device(device))
     parts: list[tuple[TaskName, int]] = [
-        (SETTINGS[name].task, SETTINGS[name].teacher_rows)
+        (SETTINGS[name].task, SETTINGS[name].teacher_rows // rows_divisor)
         for name in names
         for _ in range(SETTINGS[name].teacher_batches)
     ]
@@ -315,7 +317,14 @@ def main() -> None:
         ):
             if not (out / role / _FINISHED).is_file():
                 make_teacher(
-                    out / role, shape, count, arguments.settings, pool, device, target=target
+                    out / role,
+                    shape,
+                    count,
+                    arguments.settings,
+                    pool,
+                    device,
+                    rows_divisor=sizes.rows_divisor,
+                    target=target,
                 )
     for name in arguments.settings:
         if not (out / name / "warm_data.json").is_file():
