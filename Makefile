@@ -144,7 +144,7 @@ evidence: $(EVIDENCE_NEEDS) ## what distillation costs: all settings, arms and s
 	$(EVIDENCE).run
 	$(EVIDENCE).analyse
 
-evidence-cpu: $(VENV)/installed-dev ## the same for one setting with smaller models, on two cores in about an hour
+evidence-cpu: $(VENV)/installed-dev ## the same for one setting with smaller models, on two cores
 	$(EVIDENCE).make_models --out runs/evidence-cpu/models --sizes cpu --settings short --device cpu
 	$(EVIDENCE).run $(EVIDENCE_CPU) --workers 2 --trials --steps 20 --problems 500 --log runs/evidence-cpu/trials.jsonl
 	$(EVIDENCE).run $(EVIDENCE_CPU) --workers 2 --seeds 2 --steps 35 --problems 500 \

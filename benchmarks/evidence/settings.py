@@ -55,7 +55,7 @@ CPU = Sizes(
     warm_steps=1500,
     rows_divisor=4,
 )
-"""For one setting on two cores in an hour; the models are too small for the issue's ranges."""
+"""For one setting on two cores; the models are smaller than the protocol's."""
 
 
 @dataclass(frozen=True, kw_only=True)
