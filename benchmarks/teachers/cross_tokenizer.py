@@ -16,6 +16,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -46,7 +47,7 @@ from qwen3_distill.types import (
 TIMES = "alignment.json"
 
 
-class TimedView:
+class TimedView(TeacherView):
     """A `TeacherView` that adds up the host time of another one."""
 
     def __init__(self, inner: TeacherView) -> None:
@@ -57,8 +58,11 @@ class TimedView:
         self._inner.check(student, teacher)
 
     def job(self, rollout: Rollout) -> ScoringJob | UnalignedRollout:
+        return self.jobs([rollout])[0]
+
+    def jobs(self, rollouts: Sequence[Rollout]) -> Sequence[ScoringJob | UnalignedRollout]:
         started = time.perf_counter()
-        found = self._inner.job(rollout)
+        found = self._inner.jobs(rollouts)
         self.seconds += time.perf_counter() - started
         return found
 
