@@ -284,8 +284,8 @@ class ServedTeacher:
 def _check_request(request: ScoreRequest, identity: ModelIdentity, wire: Wire) -> None:
     if isinstance(request, HiddenRequest):
         raise ConfigError(
-            f"the objective asks for the teacher's hidden states, which {wire.engine}'s servers do "
-            "not give; use scoring.kind=embedded, or objective.kind=top_k"
+            "the objective asks for the teacher's hidden states, which are not taken from "
+            f"{wire.engine}'s servers; use scoring.kind=embedded, or objective.kind=top_k"
         )
     if isinstance(request, GivenCandidatesRequest):
         raise ConfigError(
