@@ -32,13 +32,12 @@ test: $(VENV)/installed-dev ## the test suite a laptop can run
 
 # One pytest for each engine, concurrently: each waits much, for starts and for its own processes. Tests of
 # vLLM as the rollout engine look at what it is doing, so the others leave it the processor.
-# BESIDE: further targets that run beside them.
-BESIDE ?= test-vllm-teacher
+ENGINE_SUITES := test-vllm test-vllm-teacher test-sglang test-unsloth
 test-engines: $(VENV)/installed-dev ## the tests of the real engines on a CPU, in environments it makes
 	@set -e; for engine in transformers4 vllm sglang unsloth; do $(ENVIRONMENT) $$engine-cpu > /dev/null; done
 	@$(MAKE) --no-print-directory test-transformers4
-	@echo "test-vllm test-sglang test-unsloth $(BESIDE) concurrently; each is shown when it is done (some minutes)"
-	@$(MAKE) --no-print-directory --output-sync=target -j4 test-vllm test-sglang test-unsloth $(BESIDE)
+	@echo "$(ENGINE_SUITES) concurrently; each is shown when it is done (some minutes)"
+	@$(MAKE) --no-print-directory --output-sync=target -j4 $(ENGINE_SUITES)
 	@$(MAKE) --no-print-directory test-engines-together
 
 VLLM_TEACHER := $(addprefix tests/,$(addprefix contract/,test_served_server.py test_served_faults.py \

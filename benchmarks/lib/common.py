@@ -22,12 +22,16 @@ def commit() -> str:
     return _REVISION["commit"] + ("+changes" if _REVISION["dirty"] else "")
 
 
-def command_line() -> str:
-    """Return the command that runs this benchmark, as a user types it."""
+def module_name() -> str:
+    """Return the name of the module that this process runs."""
     script = Path(sys.argv[0])
     parts = script.resolve().relative_to(Path(__file__).parents[2]).with_suffix("").parts
-    module = ".".join(part for part in parts if part != "__main__")
-    return shlex.join(["python", "-m", module, *sys.argv[1:]])
+    return ".".join(part for part in parts if part != "__main__")
+
+
+def command_line() -> str:
+    """Return the command that runs this benchmark, as a user types it."""
+    return shlex.join(["python", "-m", module_name(), *sys.argv[1:]])
 
 
 def write_result(
@@ -54,11 +58,23 @@ def write_result(
 def merge_result(
     name: str, figures: dict[str, float], *, folder: Path = RESULTS, **details: Any
 ) -> Path:
-    """Add figures and details to a result that may exist; what others wrote stays."""
+    """Add figures and details to a result that may exist; what others wrote stays.
+
+    The result's own command, commit, machine and versions are the last ones; those of every
+    benchmark and the names of its figures are in ``measured``, by its module.
+    """
     file = folder / f"{name}.json"
     earlier: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     written = ("name", "command", "commit", "machine", "versions", "figures", *details)
     others = {key: value for key, value in earlier.items() if key not in written}
+    own = {
+        "command": command_line(),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+        "figures": sorted(figures),
+    }
+    others["measured"] = earlier.get("measured", {}) | {module_name(): own}
     merged = {**earlier.get("figures", {}), **figures}
     return write_result(name, merged, folder=folder, **others, **details)
 

@@ -7,8 +7,9 @@ First it trains the teacher (minutes on two CPU cores). The same command goes on
 interrupted; a finished run is not repeated.
 
 Figures in ``teachers.json``: `cross_tokenizer_before`, `cross_tokenizer_after` (means of held-out
-accuracy over the seeds), `cross_tokenizer_after_min`, `alignment_ms_per_step` and
-`alignment_percent_of_step` (host time of the view, of the wall time of a step).
+accuracy over the seeds, at temperature 1; `cross_tokenizer_greedy_...` without sampling),
+`cross_tokenizer_after_min`, `alignment_ms_per_step` and `alignment_percent_of_step` (host time of
+the view, of the wall time of a step).
 """
 
 import argparse
@@ -16,6 +17,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -46,7 +48,7 @@ from qwen3_distill.types import (
 TIMES = "alignment.json"
 
 
-class TimedView:
+class TimedView(TeacherView):
     """A `TeacherView` that adds up the host time of another one."""
 
     def __init__(self, inner: TeacherView) -> None:
@@ -57,8 +59,11 @@ class TimedView:
         self._inner.check(student, teacher)
 
     def job(self, rollout: Rollout) -> ScoringJob | UnalignedRollout:
+        return self.jobs([rollout])[0]
+
+    def jobs(self, rollouts: Sequence[Rollout]) -> Sequence[ScoringJob | UnalignedRollout]:
         started = time.perf_counter()
-        found = self._inner.job(rollout)
+        found = self._inner.jobs(rollouts)
         self.seconds += time.perf_counter() - started
         return found
 
@@ -111,6 +116,8 @@ def run_seed(config: RunConfig) -> dict[str, float]:
     return {
         "before": summary["accuracy"]["before"]["value"],
         "after": summary["accuracy"]["after"]["value"],
+        "greedy_before": summary["second_accuracy"]["before"]["value"],
+        "greedy_after": summary["second_accuracy"]["after"]["value"],
         "tokens_per_span": fmean(step["score/tokens_per_span"] for step in steps),
         "unaligned_tokens": sum(step["tokens/unaligned"] for step in steps),
         "alignment_ms_per_step": 1000 * spent["align_s"] / spent["steps"],
@@ -135,6 +142,8 @@ def main() -> None:
         "cross_tokenizer_before": fmean(found["before"] for found in runs),
         "cross_tokenizer_after": after.mean,
         "cross_tokenizer_after_min": min(found["after"] for found in runs),
+        "cross_tokenizer_greedy_before": fmean(found["greedy_before"] for found in runs),
+        "cross_tokenizer_greedy_after": fmean(found["greedy_after"] for found in runs),
         "cross_tokenizer_seeds": len(runs),
         "alignment_ms_per_step": fmean(found["alignment_ms_per_step"] for found in runs),
         "alignment_percent_of_step": fmean(found["alignment_percent_of_step"] for found in runs),

@@ -210,6 +210,33 @@ def test_a_fault_that_passes_is_healed_and_counted(
     assert faults_counted(teacher) == {f"score/retried_{reason}": 2 * spoiled}
 
 
+def test_a_context_is_computed_once_for_all_of_its_answers(
+    bench: Bench, tiny_models: TinyModels, served: Served, parity_nats: float
+) -> None:
+    first, second = (synthetic_rollout(40, 9, seed) for seed in (71, 72))
+    rollouts = [
+        replace(rollout, rollout_id=f"{rollout.rollout_id}#{number}", response_ids=answer)
+        for rollout in (first, second)
+        for number, answer in enumerate(np.split(np.arange(50, 77, dtype=np.int32), 3))
+    ]
+    model = reference_model(tiny_models.teacher)
+    expected = {rollout.rollout_id: token_logprobs(model, rollout) for rollout in rollouts}
+    proxy = bench.proxy()
+    teacher = bench.started(proxy.url)
+    proxy.requests.clear()
+    before = teacher.counters.get(CACHED_TOKENS, 0.0)
+    assert_scores(run(teacher.score(jobs_of(rollouts))), rollouts, expected, parity_nats)
+    asked = [[tuple(ids[:40]) for ids in sequences_of(request)] for request in proxy.requests]
+    a, b = (tuple(rollout.prompt.token_ids.tolist()) for rollout in (first, second))
+    if served.engine == "vllm":  # its cache is not read for scores
+        assert sorted(ids for contexts in asked for ids in contexts) == sorted([a, b] * 3)
+        return
+    assert asked == [[a, b], [a, a, b, b]]
+    if served.kind == "real":
+        # The scored token after the context needs the last one of the context.
+        assert teacher.counters[CACHED_TOKENS] - before >= 4 * (40 - 1)
+
+
 @pytest.mark.parametrize(("fault", "reason"), IN_A_REPLY.items())
 def test_a_sequence_that_stays_bad_is_dropped_alone(
     bench: Bench, expected: dict[str, np.ndarray], parity_nats: float, fault: Fault, reason: str

@@ -14,6 +14,7 @@ from qwen3_distill.errors import DataError, HandshakeError
 from qwen3_distill.modeling.loading import load_tokenizer
 from qwen3_distill.pipeline.assembly.views import build_view
 from qwen3_distill.recording.jsonl import read_jsonl
+from qwen3_distill.scoring import aligned_view
 from qwen3_distill.scoring.aligned_view import AlignedView
 from qwen3_distill.types import (
     AlignedRollout,
@@ -253,6 +254,24 @@ def test_what_cannot_be_scored_is_said(pair: TinyModels, tmp_path: Path) -> None
         view.job(replace(long, continues_at=3))
     with pytest.raises(DataError, match="needs the messages"):
         view.job(rollout_of([65]))
+
+
+def test_jobs_of_many_rollouts_are_in_their_order(
+    pair: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aligned_view, "_TOGETHER", 2)  # and a rest
+    view = view_of(pair, tmp_path)
+    pad = with_messages("", response_ids=np.array([256]))
+    rollouts = [with_messages("it is 42"), pad, with_messages("42"), pad, with_messages("no")]
+    rollouts = [replace(one, rollout_id=str(number)) for number, one in enumerate(rollouts)]
+    jobs = view.jobs(rollouts)
+    assert [job.rollout_id for job in jobs] == list("01234")
+    for rollout, job in zip(rollouts, jobs, strict=True):
+        alone = view.job(rollout)
+        assert isinstance(job, ScoringJob) == isinstance(alone, ScoringJob)
+        if isinstance(job, ScoringJob) and isinstance(alone, ScoringJob):
+            assert job.token_ids.tolist() == alone.token_ids.tolist()
+            assert job.scored == alone.scored
 
 
 def test_a_servers_longest_sequence_is_the_teachers_context(

@@ -198,7 +198,7 @@ class RealPass:
         Raises:
             EngineError: one cannot be aligned with the teacher's tokens.
         """
-        asked = [self.parts.view.job(rollout) for rollout in rollouts]
+        asked = self.parts.view.jobs(rollouts)
         for job in asked:
             if isinstance(job, UnalignedRollout):
                 raise EngineError(

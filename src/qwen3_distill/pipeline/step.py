@@ -136,7 +136,7 @@ async def score_each(
     teacher: TeacherScorer, view: TeacherView, rollouts: Sequence[Rollout]
 ) -> list[ScoredRollout | AlignedRollout | ScoreFailure]:
     """Score rollouts; return each one scored, or why it is not, in the order given."""
-    asked = [view.job(rollout) for rollout in rollouts]
+    asked = view.jobs(rollouts)
     jobs = [job for job in asked if isinstance(job, ScoringJob)]
     answers = iter(await teacher.score(jobs) if jobs else [])
     results = [next(answers) if isinstance(job, ScoringJob) else job for job in asked]

@@ -4,10 +4,10 @@ It reads the conversation in its own template and the response's bytes in its ow
 (`tokenizer_alignment`). Its scores come back as one value per span (`AlignedScore`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
@@ -22,11 +22,13 @@ from qwen3_distill.modeling.loading import load_identity, load_tokenizer
 from qwen3_distill.scoring.special_tokens import SpecialTokens, TurnEnds, map_special_tokens
 from qwen3_distill.scoring.token_bytes import ByteTokenizer
 from qwen3_distill.scoring.tokenizer_alignment import (
+    Aligner,
     Alignment,
     OwnTokens,
     SameTokens,
     UnalignableError,
 )
+from qwen3_distill.scoring.views import TeacherView
 from qwen3_distill.types import (
     LOGPROB_SLACK_NATS,
     AlignedRollout,
@@ -44,18 +46,8 @@ from qwen3_distill.utils.shown import shortened, shown
 
 _KEPT_PROMPTS = 1024
 _KEPT_ALIGNMENTS = 4096
-
-
-class Aligner(Protocol):
-    """Lines a response up with the teacher's tokens."""
-
-    def align(self, rollout: Rollout) -> Alignment:
-        """Return the teacher's tokens of a response, and the spans.
-
-        Raises:
-            UnalignableError: nothing of it can be aligned.
-        """
-        ...
+_TOGETHER = 256
+"""Responses that are tokenized together: all cores have work, and memory is bounded."""
 
 
 class TeacherPrompts:
@@ -132,7 +124,7 @@ class TeacherPrompts:
         return tuple(ids)
 
 
-class AlignedView:
+class AlignedView(TeacherView):
     """A `TeacherView`: the teacher reads its own prompt and its own tokens of the response."""
 
     def __init__(self, prompts: TeacherPrompts, aligner: Aligner, context_length: int) -> None:
@@ -168,16 +160,36 @@ class AlignedView:
         Raises:
             DataError: the teacher's template cannot render the prompt.
         """
+        (job,) = self.jobs([rollout])
+        return job
+
+    def jobs(self, rollouts: Sequence[Rollout]) -> list[ScoringJob | UnalignedRollout]:
+        """Return `job` of each rollout; the responses are tokenized together.
+
+        Raises:
+            DataError: the teacher's template cannot render a prompt.
+        """
+        found: list[ScoringJob | UnalignedRollout] = []
+        for first in range(0, len(rollouts), _TOGETHER):
+            part = rollouts[first : first + _TOGETHER]
+            prompts = [self._prompt(rollout) for rollout in part]
+            alignments = self._aligner.align_all(part)
+            found += map(self._job, part, prompts, alignments)
+        return found
+
+    def _prompt(self, rollout: Rollout) -> tuple[int, ...]:
         if rollout.continues_at or rollout.sampled_by != "student":
             raise DataError(
                 f"rollout {rollout.rollout_id} is a piece of an answer, or the teacher's own: "
                 "scoring.tokenizer=own takes whole answers of the student only"
             )
-        prompt = self._prompts.ids(rollout.prompt)
-        try:
-            alignment = self._aligner.align(rollout)
-        except UnalignableError as error:
-            return UnalignedRollout(rollout_id=rollout.rollout_id, reason=str(error))
+        return self._prompts.ids(rollout.prompt)
+
+    def _job(
+        self, rollout: Rollout, prompt: tuple[int, ...], alignment: Alignment | UnalignableError
+    ) -> ScoringJob | UnalignedRollout:
+        if isinstance(alignment, UnalignableError):
+            return UnalignedRollout(rollout_id=rollout.rollout_id, reason=str(alignment))
         num_tokens = len(prompt) + len(alignment.token_ids)
         if num_tokens > self.context_length:
             return UnalignedRollout(

@@ -29,7 +29,7 @@ from qwen3_distill.types import (
 from qwen3_distill.utils.concurrency import together
 
 
-class ViewByTag:
+class ViewByTag(TeacherView):
     """A `TeacherView` that looks at a rollout as its tag's teacher does, and names the tag.
 
     Args:

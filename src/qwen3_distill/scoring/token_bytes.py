@@ -8,7 +8,7 @@ import copy
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,17 +106,41 @@ class ByteTokenizer:
         Raises:
             InexactTokensError: the tokens would write other bytes.
         """
+        (found,) = self.encode_all([data])
+        if isinstance(found, InexactTokensError):
+            raise found
+        return found
+
+    def encode_all(self, datas: Sequence[bytes]) -> list[Encoded | InexactTokensError]:
+        """`encode` each of several texts, on all cores; return the error of one that fails."""
+        runs = [list(_utf8_runs(data)) for data in datas]
+        texts = [run.decode() for own in runs for run, is_text in own if is_text]
+        encodings = iter(self._encodings(texts))
+        found: list[Encoded | InexactTokensError] = []
+        for data, own in zip(datas, runs, strict=True):
+            parts = [(run, next(encodings) if is_text else None) for run, is_text in own]
+            try:
+                found.append(self._joined(data, parts))
+            except InexactTokensError as error:
+                found.append(error)
+        return found
+
+    def _joined(
+        self, data: bytes, parts: Sequence[tuple[bytes, Encoding | InexactTokensError | None]]
+    ) -> Encoded:
+        """Join the tokens of a text's parts; a part that is no UTF-8 has no encoding."""
         ids: list[int] = []
         stable = start = 0
-        for run, is_text in _utf8_runs(data):
-            if is_text:
-                encoding = self._encoding(run.decode())
+        for run, encoding in parts:
+            if isinstance(encoding, InexactTokensError):
+                raise encoding
+            if encoding is None:
+                found = [self._byte(value) for value in run]
+                stable = start
+            else:
                 found = encoding.ids
                 last_word = self.all_bytes_of(found[_last_word(encoding, len(found)) :])
                 stable = start + len(run) - sum(len(part or b"") for part in last_word)
-            else:
-                found = [self._byte(value) for value in run]
-                stable = start
             ids += found
             start += len(run)
         written = [part or b"" for part in self.all_bytes_of(ids)]
@@ -127,15 +151,23 @@ class ByteTokenizer:
             )
         return Encoded(tuple(ids), tuple(map(len, written)), stable)
 
-    def _encoding(self, text: str) -> Encoding:
+    def _encodings(self, texts: Sequence[str]) -> list[Encoding | InexactTokensError]:
+        try:
+            return [*self._plain.encode_batch([*texts], add_special_tokens=False)]
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # noqa: BLE001 - of one of them; tokenizers panics, too
+            return [self._encoding(text) for text in texts]
+
+    def _encoding(self, text: str) -> Encoding | InexactTokensError:
         try:
             return self._plain.encode(text, add_special_tokens=False)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # tokenizers raises plain Exception, and panics
-            raise InexactTokensError(
+        except BaseException as error:  # noqa: BLE001 - plain Exception, and panics
+            return InexactTokensError(
                 f"{self._name} has no tokens for {shortened(repr(text))}: {_reason(error)}"
-            ) from error
+            )
 
     def _byte(self, value: int) -> int:
         found = self._id_of_byte.get(value)

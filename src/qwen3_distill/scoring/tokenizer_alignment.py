@@ -18,8 +18,9 @@ Shape letters: R response tokens, P spans.
 """
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +63,8 @@ class _Part:
     text: bytes
     teacher_id: int | None
     """The special token; None for text."""
+    is_open: bool = False
+    """Whether more text might have followed it."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class _Draft:
     """An alignment as it grows."""
 
     token_ids: list[int] = field(default_factory=list)
-    is_scored: list[bool] = field(default_factory=list)
+    is_scored: list[NDArray[np.bool_]] = field(default_factory=list)
     student_tokens: list[IntArray] = field(default_factory=list)
     teacher_tokens: list[IntArray] = field(default_factory=list)
     may_go_on: list[NDArray[np.bool_]] = field(default_factory=list)
@@ -93,27 +96,26 @@ class _Draft:
     def skip(self, token_ids: Sequence[int]) -> None:
         """Add tokens that the student did not sample."""
         self.token_ids += token_ids
-        self.is_scored += [False] * len(token_ids)
+        self.is_scored.append(np.zeros(len(token_ids), dtype=np.bool_))
         if self.may_go_on:
             self.may_go_on[-1][-1:] = False
 
     def add(self, token_ids: Sequence[int], spans: _Spans, may_go_on: NDArray[np.bool_]) -> None:
         """Add tokens of the teacher and the spans at their beginning."""
         self.token_ids += token_ids
-        num_scored = int(spans.teacher_tokens.sum())
-        self.is_scored += [True] * num_scored + [False] * (len(token_ids) - num_scored)
+        self.is_scored.append(np.arange(len(token_ids)) < spans.teacher_tokens.sum())
         self.student_tokens.append(spans.student_tokens)
         self.teacher_tokens.append(spans.teacher_tokens)
         self.may_go_on.append(may_go_on)
 
     def finished(self) -> Alignment:
-        end = max((i + 1 for i, scored in enumerate(self.is_scored) if scored), default=0)
-        if not end:
+        is_scored = np.concatenate([[False], *self.is_scored, [False]])
+        edges = np.flatnonzero(is_scored[1:] != is_scored[:-1])
+        if not edges.size:
             raise UnalignableError("no token of it can be aligned with the teacher's")
-        edges = np.flatnonzero(np.diff(np.array([0, *self.is_scored[:end], 0], dtype=np.int8)))
         first_P = _first_of_pairs(np.concatenate(self.may_go_on))
         return Alignment(
-            token_ids=tuple(self.token_ids[:end]),
+            token_ids=tuple(self.token_ids[: edges[-1]]),
             scored=tuple(
                 TokenSpan(start=int(start), stop=int(stop)) for start, stop in edges.reshape(-1, 2)
             ),
@@ -137,7 +139,26 @@ def _summed(tokens_P: IntArray, first_P: IntArray) -> IntArray:
     return np.add.reduceat(tokens_P, first_P).astype(np.int32)
 
 
-class OwnTokens:
+class Aligner(ABC):
+    """Lines responses up with the teacher's tokens."""
+
+    @abstractmethod
+    def align_all(self, rollouts: Sequence[Rollout]) -> list[Alignment | UnalignableError]:
+        """Return the teacher's tokens of each response and the spans, or why there are none."""
+
+    def align(self, rollout: Rollout) -> Alignment:
+        """Return the teacher's tokens of a response, and the spans.
+
+        Raises:
+            UnalignableError: nothing of it can be aligned.
+        """
+        (found,) = self.align_all([rollout])
+        if isinstance(found, UnalignableError):
+            raise found
+        return found
+
+
+class OwnTokens(Aligner):
     """Aligns responses with a teacher of another tokenizer."""
 
     def __init__(
@@ -147,20 +168,45 @@ class OwnTokens:
         self._teacher = teacher
         self.special = special
 
-    def align(self, rollout: Rollout) -> Alignment:
-        """Return the teacher's tokens of a response, and the spans.
+    def align_all(self, rollouts: Sequence[Rollout]) -> list[Alignment | UnalignableError]:
+        """See `Aligner.align_all`: no span, or the teacher's tokens would write other bytes."""
+        read = [self._read(rollout) for rollout in rollouts]
+        texts = [part.text for parts in read for part in parts if part.teacher_id is None]
+        encoded = iter(self._teacher.encode_all(texts))
+        found: list[Alignment | UnalignableError] = []
+        for parts in read:
+            tokens = [
+                next(encoded) if part.teacher_id is None else Encoded((part.teacher_id,), (1,), 1)
+                for part in parts
+            ]
+            try:
+                found.append(self._aligned(parts, tokens))
+            except UnalignableError as error:
+                found.append(error)
+        return found
 
-        Raises:
-            UnalignableError: there is no span, or the teacher's tokens would write other bytes.
-        """
+    def _aligned(
+        self, parts: Sequence[_Part], tokens: Sequence[Encoded | InexactTokensError]
+    ) -> Alignment:
+        draft = _Draft()
+        for part, encoded in zip(parts, tokens, strict=True):
+            if isinstance(encoded, InexactTokensError):
+                if not draft.student_tokens:
+                    raise UnalignableError(str(encoded))
+                break
+            self._add(draft, part, encoded)
+        return draft.finished()
+
+    def _read(self, rollout: Rollout) -> list[_Part]:
+        """Return the response in parts. Text that was cut ends with a whole character."""
         parts, is_complete = self._parts(rollout)
         was_cut = rollout.finish_reason is not FinishReason.STOP and is_complete
-        draft = _Draft()
-        for index, part in enumerate(parts):
-            is_open = was_cut and index == len(parts) - 1
-            if not self._add(draft, part, is_open=is_open):
-                break
-        return draft.finished()
+        if was_cut and parts and parts[-1].teacher_id is None:
+            text, lengths = parts[-1].text, parts[-1].lengths
+            while lengths and ends_within_character(text):
+                text, lengths = text[: len(text) - lengths[-1]], lengths[:-1]
+            parts[-1] = replace(parts[-1], text=text, lengths=lengths, is_open=True)
+        return parts
 
     def _parts(self, rollout: Rollout) -> tuple[list[_Part], bool]:
         """Return the response in parts, and whether they reach its end.
@@ -205,45 +251,35 @@ class OwnTokens:
             start = stop + 1
         return parts, True
 
-    def _add(self, draft: _Draft, part: _Part, *, is_open: bool) -> bool:
-        """Add a part to an alignment; return whether what follows it can be added too.
-
-        Args:
-            is_open: more text might have followed the part.
-        """
-        if part.teacher_id is not None:
-            encoded = Encoded((part.teacher_id,), (1,), 1)
-        else:
-            text, lengths = part.text, part.lengths
-            while is_open and lengths and ends_within_character(text):
-                text, lengths = text[: len(text) - lengths[-1]], lengths[:-1]
-            part = _Part(is_sampled=part.is_sampled, lengths=lengths, text=text, teacher_id=None)
-            try:
-                encoded = self._teacher.encode(text)
-            except InexactTokensError as error:
-                if not draft.student_tokens:
-                    raise UnalignableError(str(error)) from None
-                return False
+    def _add(self, draft: _Draft, part: _Part, encoded: Encoded) -> None:
+        """Add a part to an alignment, in the teacher's tokens."""
         if not part.is_sampled:
             draft.skip(encoded.token_ids)
-            return True
+            return
         spans = _spans(part.lengths, encoded)
-        if is_open and part.teacher_id is None:
+        if part.is_open:
             spans = _closed(spans, encoded.stable_bytes)
         last_P = np.cumsum(spans.teacher_tokens) - 1
         may_go_on = self._teacher.begin_longer(encoded.token_ids)
         draft.add(encoded.token_ids, spans, np.array(may_go_on, dtype=np.bool_)[last_P])
-        return True
 
 
 def _spans(lengths: Sequence[int], encoded: Encoded) -> _Spans:
     """Return the spans between the ends that tokens of both have in common."""
     student_ends = np.cumsum(np.array(lengths, dtype=np.int64))
     teacher_ends = np.cumsum(np.array(encoded.lengths, dtype=np.int64))
-    ends = np.intersect1d(student_ends, teacher_ends)
-    students = np.searchsorted(student_ends, ends, side="right")
-    teachers = np.searchsorted(teacher_ends, ends, side="right")
-    return _Spans(np.diff(students, prepend=0), np.diff(teachers, prepend=0), ends)
+    # Each end's number of tokens up to it; of the teacher's tokens, those that write nothing too.
+    teachers = np.searchsorted(teacher_ends, student_ends, side="right")
+    is_common = np.concatenate([[0], teacher_ends])[teachers] == student_ends
+    students = np.flatnonzero(is_common) + 1
+    return _Spans(_steps(students), _steps(teachers[is_common]), student_ends[is_common])
+
+
+def _steps(counts: IntArray) -> IntArray:
+    """Return how much each count adds to the one before it."""
+    steps = counts.copy()
+    steps[1:] -= counts[:-1]
+    return steps
 
 
 def _closed(spans: _Spans, stable_bytes: int) -> _Spans:
@@ -253,7 +289,7 @@ def _closed(spans: _Spans, stable_bytes: int) -> _Spans:
     return spans.first(int((spans.ends <= stable_bytes).sum()))
 
 
-class SameTokens:
+class SameTokens(Aligner):
     """Aligns responses with a teacher that has the student's tokenizer: token by token.
 
     Nothing is tokenized again, so every sampled token is a span.
@@ -262,14 +298,13 @@ class SameTokens:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
 
-    def align(self, rollout: Rollout) -> Alignment:
-        """Return the response as it is.
+    def align_all(self, rollouts: Sequence[Rollout]) -> list[Alignment | UnalignableError]:
+        """Return each response as it is, or that a token is not in the teacher's vocabulary."""
+        return [self._aligned(rollout) for rollout in rollouts]
 
-        Raises:
-            UnalignableError: a token is not in the teacher's vocabulary.
-        """
+    def _aligned(self, rollout: Rollout) -> Alignment | UnalignableError:
         if int(rollout.response_ids.max()) >= self._vocab_size:
-            raise UnalignableError(
+            return UnalignableError(
                 f"token {int(rollout.response_ids.max())} is beyond the {self._vocab_size} of the "
                 "teacher's vocabulary"
             )

@@ -4,6 +4,7 @@ A view turns a rollout into the tokens that the teacher reads, and the teacher's
 score of the student's sampled tokens. It also says which teachers fit a student.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -37,6 +38,10 @@ class TeacherView(Protocol):
         """Return the tokens that the teacher is asked about, or why there are none."""
         ...
 
+    def jobs(self, rollouts: Sequence[Rollout]) -> Sequence[ScoringJob | UnalignedRollout]:
+        """Return `job` of each rollout; a view may have less to do for many together."""
+        return [self.job(rollout) for rollout in rollouts]
+
     def scored(
         self, rollout: Rollout, result: ScoreResult
     ) -> ScoredRollout | AlignedRollout | ScoreFailure:
@@ -51,7 +56,7 @@ class TeacherView(Protocol):
         ...
 
 
-class SameView:
+class SameView(TeacherView):
     """A `TeacherView`: the teacher reads the student's own tokens, prompt first."""
 
     def check(self, student: ModelIdentity, teacher: ModelIdentity) -> None:

@@ -14,7 +14,7 @@ from qwen3_distill.config import SglangScoring
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling import digest as digest_module
 from qwen3_distill.modeling.digest import directory_digest
-from qwen3_distill.scoring.served.groups import request_groups
+from qwen3_distill.scoring.served.groups import first_of_contexts, request_groups
 from qwen3_distill.scoring.sglang.server import SglangServer
 from qwen3_distill.scoring.sglang.teacher import SglangTeacher
 from qwen3_distill.types import HiddenRequest, SampledRequest
@@ -132,6 +132,12 @@ def test_groups_hold_every_rollout_once_with_its_prompt_mates(
 def test_a_request_is_filled_before_the_next_one() -> None:
     jobs = jobs_of(synthetic_rollout(2, 8, seed=0) for _ in range(5))
     assert request_groups(jobs, 20) == [[0, 1], [2, 3], [4]]
+
+
+def test_the_first_of_each_context_comes_before_those_that_share_it() -> None:
+    jobs = jobs_of(synthetic_rollout(prompt, 8, seed=0) for prompt in (2, 3, 2, 4, 3, 2))
+    assert first_of_contexts([1, 4, 0, 2, 5, 3], jobs) == ([1, 0, 3], [4, 2, 5])
+    assert first_of_contexts([0, 1, 3], jobs) == ([0, 1, 3], [])
 
 
 # --- Digest -------------------------------------------------------------------------------------

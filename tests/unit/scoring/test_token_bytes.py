@@ -1,6 +1,7 @@
 """Tokens as bytes: exact for any bytes, and refused where a tokenizer changes text."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from qwen3_distill.errors import HandshakeError
 from qwen3_distill.scoring.token_bytes import (
+    PROBE,
     ByteTokenizer,
     InexactTokensError,
     ends_within_character,
@@ -97,6 +99,28 @@ def test_a_tokenizer_that_fails_at_a_text_is_refused_when_it_is_read() -> None:
     pieces.decoder = decoders.ByteFallback()
     with pytest.raises(HandshakeError, match=r"lacks tokens: t has no tokens for 'The Answer"):
         ByteTokenizer(pieces, "t")
+
+
+def test_of_many_texts_each_has_its_own_tokens_or_its_own_error() -> None:
+    letters_of_probe = sorted(set("".join(PROBE)))
+    backend = Tokenizer(
+        models.Unigram([(letter, -1.0) for letter in letters_of_probe], unk_id=None)
+    )
+    backend.decoder = decoders.ByteFallback()
+    tokenizer = ByteTokenizer(backend, "t")
+    texts = [b"Answer", "\u0436".encode(), b"", b"42.", b"is\xff", b"42 is"]
+    found = tokenizer.encode_all(texts)
+    for text, one in zip(texts, found, strict=True):
+        if isinstance(one, InexactTokensError):
+            with pytest.raises(InexactTokensError, match=re.escape(str(one))):
+                tokenizer.encode(text)
+        else:
+            assert one == tokenizer.encode(text)
+            assert b"".join(tokenizer.bytes_of(index) or b"" for index in one.token_ids) == text
+    errors = [str(one) for one in found if isinstance(one, InexactTokensError)]
+    assert len(errors) == 2
+    assert errors[0].startswith("t has no tokens for '\u0436'")
+    assert errors[1] == "t has no token for the single byte 0xff"
 
 
 def test_a_piece_that_only_looks_like_a_byte_is_text() -> None:

@@ -1,5 +1,6 @@
 """Alignment: spans between the byte ends that both tokenizers share, and what is dropped."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -214,6 +215,24 @@ def test_bytes_that_the_teacher_cannot_write_end_the_alignment() -> None:
     assert sizes(aligner.align(rollout_of(response))) == [(1, 1), (1, 1)]
     with pytest.raises(UnalignableError, match="becomes tokens of teacher that write"):
         aligner.align(rollout_of(list("▁".encode())))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), st.lists(st.lists(st.integers(0, 270), min_size=1, max_size=9), max_size=5))
+def test_many_responses_are_aligned_as_each_alone(
+    data: st.DataObject, drawn: list[list[int]]
+) -> None:
+    aligner = own_tokens(student_of(pieces(data, 8)), teacher_of(pieces(data, 8)))
+    reasons = st.sampled_from([FinishReason.STOP, CUT])
+    rollouts = [rollout_of(ids, data.draw(reasons)) for ids in drawn]
+    for rollout, found in zip(rollouts, aligner.align_all(rollouts), strict=True):
+        if isinstance(found, UnalignableError):
+            with pytest.raises(UnalignableError, match=re.escape(str(found))):
+                aligner.align(rollout)
+            continue
+        alone = aligner.align(rollout)
+        assert (found.token_ids, found.scored) == (alone.token_ids, alone.scored)
+        assert sizes(found) == sizes(alone)
 
 
 def test_the_same_tokenizer_scores_every_sampled_token_by_itself() -> None:

@@ -68,7 +68,7 @@ def test_other_arguments_are_passed_on() -> None:
 
 def test_hidden_states_are_refused_with_the_reason(tiny_models: TinyModels) -> None:
     with pytest.raises(
-        ConfigError, match=r"hidden states, which vLLM's servers do not give.*top_k"
+        ConfigError, match=r"hidden states, which are not taken from vLLM's servers.*top_k"
     ):
         teacher_with(tiny_models.teacher, HiddenRequest())
 

@@ -12,7 +12,7 @@ def request_groups(
 
     A request has at most ``max_jobs`` jobs.
 
-    Jobs with the same context follow one another: a server computes it once for all of them.
+    Jobs with the same context follow one another, see `first_of_contexts`.
     """
     first_of_context: dict[bytes, int] = {}
     for index, job in enumerate(jobs):
@@ -33,3 +33,18 @@ def request_groups(
             groups.append([index])
             used = size
     return groups
+
+
+def first_of_contexts(
+    group: Sequence[int], jobs: Sequence[ScoringJob]
+) -> tuple[list[int], list[int]]:
+    """Divide a request: the first job of each context, and those whose context one of them has.
+
+    A server computes a context once only if its cache has it when the second job begins. Jobs of
+    one request are computed together, each with its context.
+    """
+    first: dict[bytes, int] = {}
+    for index in group:
+        first.setdefault(jobs[index].context_ids.tobytes(), index)
+    leading = set(first.values())
+    return [*first.values()], [index for index in group if index not in leading]

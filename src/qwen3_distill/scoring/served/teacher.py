@@ -20,7 +20,7 @@ from qwen3_distill.scoring.handshake import check_lengths
 from qwen3_distill.scoring.served.client import backoff_s
 from qwen3_distill.scoring.served.endpoint import ServedEndpoint
 from qwen3_distill.scoring.served.faults import Fault, FaultKind, Refused, ReplyError, Unanswered
-from qwen3_distill.scoring.served.groups import request_groups
+from qwen3_distill.scoring.served.groups import first_of_contexts, request_groups
 from qwen3_distill.scoring.served.sampler import ServedSampler
 from qwen3_distill.scoring.served.server import EngineServer
 from qwen3_distill.scoring.served.wire import Wire
@@ -146,14 +146,22 @@ class ServedTeacher:
         for job in jobs:
             self._endpoint.check_vocabulary(job.rollout_id, job.token_ids)
         results: dict[int, ScoreResult] = {}
-        await together(
-            *(
-                self._score_group(group, jobs, results)
-                for group in request_groups(
-                    jobs, self._config.request_tokens, max_jobs=self._wire.max_jobs
-                )
-            )
-        )
+        # A context is still in the cache when the rest of its group is asked about.
+        turns = asyncio.Semaphore(self._config.max_in_flight * max(1, len(self._config.urls)))
+
+        async def score_group(group: list[int]) -> None:
+            first, rest = group, list[int]()
+            if self._wire.reads_cache:
+                first, rest = first_of_contexts(group, jobs)
+            if not rest:
+                await self._score_group(first, jobs, results)
+                return
+            async with turns:
+                await self._score_group(first, jobs, results)
+                await self._score_group(rest, jobs, results)
+
+        groups = request_groups(jobs, self._config.request_tokens, max_jobs=self._wire.max_jobs)
+        await together(*map(score_group, groups))
         return [results[index] for index in range(len(jobs))]
 
     def asked_at(self, temperature: float) -> Self:
@@ -276,8 +284,8 @@ class ServedTeacher:
 def _check_request(request: ScoreRequest, identity: ModelIdentity, wire: Wire) -> None:
     if isinstance(request, HiddenRequest):
         raise ConfigError(
-            f"the objective asks for the teacher's hidden states, which {wire.engine}'s servers do "
-            "not give; use scoring.kind=embedded, or objective.kind=top_k"
+            "the objective asks for the teacher's hidden states, which are not taken from "
+            f"{wire.engine}'s servers; use scoring.kind=embedded, or objective.kind=top_k"
         )
     if isinstance(request, GivenCandidatesRequest):
         raise ConfigError(

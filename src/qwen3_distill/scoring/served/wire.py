@@ -62,6 +62,8 @@ class Wire:
     """The server's name in errors."""
     path: str
     """Where requests are posted."""
+    reads_cache: bool = False
+    """Whether a server takes a context that it has in its cache from there."""
     max_jobs: int | None = None
     """Jobs that a request may hold; None: any number."""
     score_body: MakeScoreBody

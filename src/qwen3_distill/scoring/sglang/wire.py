@@ -307,6 +307,7 @@ SGLANG = Wire(
     kind="sglang",
     engine="SGLang",
     path="/generate",
+    reads_cache=True,
     starts_first=True,
     score_body=score_body,
     score_reply_limit=score_reply_limit,
