@@ -20,6 +20,7 @@ tokens, T places of the row, H heads, G heads of keys and values, D dimensions o
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -98,6 +99,15 @@ class PromptAttention:
         for group in self._groups:
             parts.extend(_attend(group, query_HTD, key_GTD, value_GTD, options))
         return torch.cat(parts, dim=1)
+
+
+def without_answers(lengths: Sequence[int]) -> list[SharedPrompt]:
+    """Return sequences that are packed one behind another as prompts without answers."""
+    starts = accumulate(lengths, initial=0)
+    return [
+        SharedPrompt(start=start, prompt_tokens=tokens, answer_tokens=())
+        for start, tokens in zip(starts, lengths, strict=False)
+    ]
 
 
 def share_prompts(model: PreTrainedModel) -> None:

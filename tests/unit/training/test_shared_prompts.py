@@ -23,16 +23,15 @@ from qwen3_distill.config.load import check_config, load_config
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.loading import load_model
 from qwen3_distill.training import flash_rows, prompt_attention
-from qwen3_distill.training.batching import (
-    MicroBatch,
-    SharedPrompt,
-    collate,
-    micro_batches,
-    triangle,
-)
+from qwen3_distill.training.batching import MicroBatch, collate, micro_batches, triangle
 from qwen3_distill.training.embedded.student import EmbeddedLearner, build_embedded_learner
 from qwen3_distill.training.flash_rows import FlashRow
-from qwen3_distill.training.prompt_attention import PromptAttention, hidden_states, share_prompts
+from qwen3_distill.training.prompt_attention import (
+    PromptAttention,
+    hidden_states,
+    share_prompts,
+    without_answers,
+)
 from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.types import Batch, Rollout, ScoredRollout, TeacherScore, TokenSpan, Update
 from tests.contract.builders import make_prompt, synthetic_rollout
@@ -284,11 +283,7 @@ def test_packed_sequences_are_prompts_without_answers(
 ) -> None:
     batch = batch_of(groups)
     (micro,) = micro_batches(batch, 1000, packed=True)
-    starts = np.cumsum([0, *micro.sequence_tokens])
-    rows = [
-        SharedPrompt(start=int(start), prompt_tokens=tokens, answer_tokens=())
-        for start, tokens in zip(starts, micro.sequence_tokens, strict=False)
-    ]
+    rows = without_answers(micro.sequence_tokens)
     ours = behind_prompts(model, replace(micro, shared=tuple(rows)))
     for mine, index in zip(ours, micro.rollouts, strict=True):
         assert_close(mine, alone(model, batch, index), rtol=1e-10, atol=1e-11)
