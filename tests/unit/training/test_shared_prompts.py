@@ -193,7 +193,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "cuDNN's lengths":
         of_cpu = prompt_attention._attend_alike
         monkeypatch.setattr(
-            prompt_attention, "_attend_alike", lambda *given: of_cpu(*given[:3], 16)
+            prompt_attention,
+            "_attend_alike",
+            lambda alike, of_row, options, multiple: of_cpu(alike, of_row, options, 16),
         )
     if request.param == "one launch":
         monkeypatch.setattr(prompt_attention, "flash_runs", lambda *given: True)
