@@ -18,6 +18,7 @@ tokens, T places of the row, H heads, G heads of keys and values, D dimensions o
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -60,6 +62,15 @@ class _Group:
     @property
     def longest(self) -> int:
         return max(self.answer_tokens)
+
+
+_KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""From the fastest to the one that can do everything."""
 
 
 class PromptAttention:
@@ -228,7 +239,9 @@ def _attend_alike(
     """
     padding = -(alike.prompt_tokens + alike.answer_tokens) % multiple
     query, key, value = (_whole_sequences(alike, values, padding) for values in of_row)
-    out_BHTD = scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+    # `resolve_device` turns cuDNN's kernel off, because lengths hardly ever repeat: here they do.
+    with sdpa_kernel(_KERNELS, set_priority=True) if query.is_cuda else nullcontext():
+        out_BHTD = scaled_dot_product_attention(query, key, value, is_causal=True, **options)
     size = alike.prompt_tokens + alike.answer_tokens
     out_BTHD = out_BHTD.transpose(1, 2)[:, :size]
     if alike.answers > 1:
