@@ -6,7 +6,8 @@
         student.model=/models/qwen3-4b scoring.model=/models/qwen3-8b
 
 Every learner has a process of its own, takes the same steps of random tokens, and is closed before
-the next is measured; with ``--together`` all start at the same time. Behind a name, ``_top16``
+the next is measured; with ``--together`` all start at the same time. ``NAME@WORK+WORK`` takes some
+of the works only. Behind a name, ``_top16``
 takes the objective over the teacher's top 16 instead of the sampled token, ``_shared`` computes a
 prompt once for all of its answers, ``_packed`` packs rows instead of padding them, and ``_eager``
 is unsloth without its compiled layers.
@@ -71,7 +72,7 @@ class Shape:
     def parse(cls, text: str) -> list["Shape"]:
         """Parse ``PROMPTxANSWER:SAMPLES,...``."""
         shapes = []
-        for item in text.split(","):
+        for item in filter(None, text.split(",")):
             lengths, _, samples = item.partition(":")
             prompt, _, answer = lengths.partition("x")
             name = f"{prompt}x{answer}_n{samples}"
@@ -134,6 +135,10 @@ def config_of(name: str, config: RunConfig, micro_batch_tokens: int) -> RunConfi
     return config.model_copy(update=changes)
 
 
+def _name(wanted: str) -> str:
+    return wanted.partition("@")[0]
+
+
 def _parts(name: str) -> tuple[str, list[str]]:
     """Split a learner's name into the plain one and what changes it."""
     given = list[str]()
@@ -149,15 +154,16 @@ async def measure(
     vocab_size = load_identity(config.student.model).vocab_size
     names: list[str] = arguments.learners
     for group in [names] if arguments.together else [[name] for name in names]:
-        configs = [config_of(name, config, arguments.micro_batch_tokens) for name in group]
+        configs = [config_of(_name(each), config, arguments.micro_batch_tokens) for each in group]
         started = await asyncio.gather(*map(started_learner, configs), return_exceptions=True)
-        for name, of_learner, result in zip(group, configs, started, strict=True):
+        for wanted, of_learner, result in zip(group, configs, started, strict=True):
+            name = _name(wanted)
             if isinstance(result, BaseException):
                 print(f"{name} was not measured: {result}", flush=True)
                 continue
             learner, start_s = result
             try:
-                for shape in shapes:
+                for shape in Shape.parse(wanted.partition("@")[2].replace("+", ",")) or shapes:
                     work = shape.work(of_learner, arguments, vocab_size)
                     await measure_steps(name, shape, work, report, learner, start_s)
             finally:
@@ -169,7 +175,7 @@ async def measure_steps(
 ) -> None:
     """Measure one learner's steps on one shape."""
     batch, steps, peaks = work.batch(work.sequences), [], []
-    _, first_s = await timed(learner.update(batch))
+    update, first_s = await timed(learner.update(batch))
     for _ in range(work.rounds):
         update, step_s = await timed(learner.update(batch))
         steps.append(step_s)
@@ -242,7 +248,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--micro-batch-sequences", type=int, default=16)
     parser.add_argument("--micro-batch-tokens", type=int, help="instead of whole sequences")
     arguments = parser.parse_intermixed_args()
-    for name in arguments.learners:
+    for name in map(_name, arguments.learners):
         unsloth_only = [change for change in _parts(name)[1] if change in _OF_UNSLOTH]
         if _parts(name)[0] not in plain or (unsloth_only and _parts(name)[0] != "unsloth"):
             parser.error(f"no such learner: {name}; there are {', '.join(plain)}")
