@@ -1,6 +1,6 @@
 """Makes random prompts, rollouts and batches for measurements of speed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,6 +33,8 @@ class Work:
     opd_steps: int
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     vocab_size: int = 0
+    length_of: Callable[[int], int] | None = None
+    """New tokens of a rollout of `rollouts` by its number; None: `new_tokens` for all."""
 
     def ids(self, count: int) -> np.ndarray:
         return self.rng.integers(0, self.vocab_size, count).astype(np.int32)
@@ -61,17 +63,20 @@ class Work:
     def rollouts(self, count: int) -> list[Rollout]:
         """Rollouts of random tokens, each with the logprob of a uniform distribution."""
         version = WeightVersion(step=0, digest="random")
+        length_of = self.length_of or (lambda number: self.new_tokens)
         return [
             Rollout(
                 rollout_id=request.rollout_id,
                 prompt=request.prompt,
                 sampling=request.sampling,
-                response_ids=self.ids(self.new_tokens),
-                behavior_logprobs=np.full(self.new_tokens, -np.log(self.vocab_size)),
-                versions=(VersionSpan(start=0, stop=self.new_tokens, version=version),),
+                response_ids=self.ids(tokens),
+                behavior_logprobs=np.full(tokens, -np.log(self.vocab_size)),
+                versions=(VersionSpan(start=0, stop=tokens, version=version),),
                 finish_reason=FinishReason.LENGTH,
             )
-            for request in self.requests(count, self.new_tokens)
+            for request, tokens in zip(
+                self.requests(count, self.new_tokens), map(length_of, range(count)), strict=True
+            )
         ]
 
     def batch(self, count: int) -> Batch:

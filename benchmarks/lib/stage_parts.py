@@ -38,7 +38,9 @@ async def measure_generate(work: Work, report: Report, engine: RolloutEngine) ->
     report.add("generate", figures, **details)
 
 
-async def measure_score(work: Work, report: Report, teacher: TeacherScorer) -> None:
+async def measure_score(
+    work: Work, report: Report, teacher: TeacherScorer, name: str = "score"
+) -> None:
     """Measure tokens per second (prompts included) of our client and of the server alone."""
     # Warm-up: only a whole round has full passes.
     await teacher.score(jobs_of(work.rollouts(work.sequences)))
@@ -54,12 +56,12 @@ async def measure_score(work: Work, report: Report, teacher: TeacherScorer) -> N
             send = bare_requests(work.config, teacher, request, rollouts)
             seconds = await asyncio.to_thread(send)
             server.add(total_tokens(rollouts), seconds)
-    figures = {"score_tok_s": ours.tok_s}
+    figures = {f"{name}_tok_s": ours.tok_s}
     details: dict[str, Any] = {"client_rounds": ours.rounds}
     if server.rounds:
-        figures["score_client_overhead_pct"] = 100 * (server.tok_s / ours.tok_s - 1)
+        figures[f"{name}_client_overhead_pct"] = 100 * (server.tok_s / ours.tok_s - 1)
         details |= {"server_tok_s": server.tok_s, "server_rounds": server.rounds}
-    report.add("score", figures, **details)
+    report.add(name, figures, **details)
 
 
 def jobs_of(rollouts: Sequence[Rollout]) -> list[ScoringJob]:

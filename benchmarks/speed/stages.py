@@ -155,23 +155,21 @@ async def measure_other_teacher(
 
 def measure_trl(work: Work, report: Report, arguments: argparse.Namespace) -> None:
     """Measure TRL's trainer on the same step (`benchmarks/speed/trl_distillation.py`)."""
-    out = Path(work.config.output_dir) / "trl.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(work.config.output_dir)
     command = [arguments.trl_python, "-m", "benchmarks.speed.trl_distillation"]
     command += ["--student", work.config.student.model, "--teacher", work.config.teacher.model]
     command += ["--prompts", str(work.sequences), "--prompt-tokens", str(work.prompt_tokens)]
-    command += ["--new-tokens", str(work.new_tokens), "--out", str(out)]
+    command += ["--new-tokens", str(work.new_tokens), "--results", str(folder), "--name", "trl"]
     command += arguments.trl_arguments.split()
     environment = dict(os.environ)
     if arguments.trl_pythonpath:
         environment["PYTHONPATH"] = arguments.trl_pythonpath
+    out = folder / "trl.json"
     out.unlink(missing_ok=True)
     if subprocess.run(command, env=environment).returncode != 0 or not out.exists():
         sys.exit("TRL was not measured: the cause is above; what was measured before is kept")
     result = json.loads(out.read_text())
-    best = result["best"]
-    figures = {"trl_opd_tok_s": best["opd_tok_s"], "trl_peak_gib": best["peak_gib"]}
-    report.add("trl", figures, **result)
+    report.add("trl", result["figures"], runs=result["parts"]["runs"]["runs"])
 
 
 async def measure(arguments: argparse.Namespace, work: Work, report: Report) -> None:

@@ -1,16 +1,21 @@
-"""Measures TRL's DistillationTrainer with vLLM in one process, on the work of `speed/stages.py`.
+"""Measures TRL's DistillationTrainer with vLLM in one process, on the work of `speed/overlap.py`.
 
-    PYTHONPATH=/site/train:/site/vllm python -m benchmarks.speed.trl_distillation \
-        --student models/random-4B --teacher models/random-8B --micro-batches 8,16,32 --out trl.json
+    PYTHONPATH=/site/trl:/site/train:/site/vllm python -m benchmarks.speed.trl_distillation \
+        --student models/random-4B --teacher models/random-8B --results out --name h200_trl \
+        --settings 8:off:fixed,16:on:fixed,2:off:longtail8 --max-tokens 2048
 
-One optimizer step is 256 prompts of 128 tokens with up to 512 new tokens each, LoRA r32 on all
-linear layers, reverse KL over the full vocabulary (TRL has no other). Every micro-batch gets a
-process of its own: a first step to warm up, then the measured ones, each from its beginning to its
-end, weights to vLLM included. Needs trl and vllm in one interpreter, and nothing of this package
-but the file beside it.
+One optimizer step is 256 prompts of 128 tokens, LoRA r32 on all linear layers, reverse KL over the
+full vocabulary (TRL has no other). ``fixed``: every answer has ``--new-tokens``; ``longtail8``: a
+lognormal length with a median of ``--median-tokens`` and a 99th percentile of 8 times as much, cut
+at ``--max-tokens``, the lengths that `speed/overlap.py` draws for its first step.
 
-vLLM 0.26 and TRL 1.15: TRL merges the adapters and copies all weights into vLLM every step; nothing
-in this way of using it imports ray.
+A setting is MICRO_BATCH:RECOMPUTES:WORK[+WORK]: sequences of a micro-batch, ``on`` if every layer
+is recomputed, and the works to measure. Each has a process of its own: a first step with a quarter
+of the first work's lengths to warm up, then a step of each work, from its beginning to its end,
+weights to vLLM included. Needs trl and vllm in one interpreter.
+
+vLLM 0.26 and TRL 1.16: TRL merges the adapters and copies all weights into vLLM every step, and
+pads every micro-batch to the longest answer of the step.
 """
 
 # pyright: reportMissingImports=false
@@ -20,15 +25,20 @@ import importlib.util
 import json
 import os
 import random
+import signal
 import string
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.device_memory import PeakMemory
+from benchmarks.lib.overlap_parts import Lengths
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -38,85 +48,171 @@ def main() -> None:
     if arguments.child is not None:
         arguments.out.write_text(json.dumps(measure(arguments, arguments.child)) + "\n")
         return
-    runs = [run_child(arguments, size, recomputes=True) for size in arguments.micro_batches]
-    runs += [run_child(arguments, size, recomputes=False) for size in arguments.no_checkpointing]
-    finished = [run for run in runs if "opd_tok_s" in run]
-    if not finished:
-        sys.exit("no micro-batch finished")
-    best = max(finished, key=lambda run: run["opd_tok_s"])
-    arguments.out.write_text(json.dumps({"runs": runs, "best": best}, indent=2) + "\n")
-    print(json.dumps(best, indent=2))
+    from benchmarks.lib.common import Report
+
+    report = Report(arguments.name, arguments.results)
+    runs: list[dict[str, Any]] = report.parts.get("runs", {}).get("runs", [])
+    for setting in arguments.settings:
+        runs.append(run_child(arguments, setting))
+        report.add("runs", best_of(runs), runs=runs)
+    if not any("works" in run for run in runs):
+        sys.exit("no setting finished")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one process trains, and what is measured in it."""
+
+    micro_batch: int
+    recomputes: bool
+    works: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Setting":
+        """Parse ``MICRO_BATCH:on|off:WORK[+WORK]``."""
+        try:
+            size, recomputes, works = text.split(":")
+            return cls(int(size), {"on": True, "off": False}[recomputes], tuple(works.split("+")))
+        except (KeyError, ValueError):
+            message = f"{text!r} is not MICRO_BATCH:on|off:WORK[+WORK]"
+            raise argparse.ArgumentTypeError(message) from None
+
+    def __str__(self) -> str:
+        recomputes = "on" if self.recomputes else "off"
+        return f"{self.micro_batch}:{recomputes}:{'+'.join(self.works)}"
+
+
+def settings(text: str) -> list[Setting]:
+    """Comma-separated settings."""
+    return [Setting.parse(item) for item in text.split(",")]
+
+
+def best_of(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the fastest run of each work as figures."""
+    figures = dict[str, float]()
+    for run in runs:
+        for work, found in run.get("works", {}).items():
+            if found["tok_s"] > figures.get(f"trl_{work}_tok_s", 0):
+                figures[f"trl_{work}_tok_s"] = found["tok_s"]
+                figures[f"trl_{work}_step_s"] = found["step_s"]
+                figures[f"trl_{work}_micro_batch"] = run["micro_batch"]
+                figures[f"trl_{work}_peak_gib"] = run["peak_gib"]
+    return figures
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--student", required=True)
     parser.add_argument("--teacher", required=True)
+    parser.add_argument("--settings", type=settings, default=settings("8:off:fixed,16:on:fixed"))
     parser.add_argument("--prompts", type=int, default=256, help="of one optimizer step")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=512)
+    parser.add_argument("--median-tokens", type=int, default=128)
+    parser.add_argument("--max-tokens", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=1, help="measured, after one to warm up")
-    parser.add_argument("--micro-batches", type=sizes, default=[8, 16, 32], help="sizes to try")
-    parser.add_argument(
-        "--no-checkpointing",
-        type=sizes,
-        default=[],
-        metavar="SIZES",
-        help="sizes to try as well, with no layer recomputed",
-    )
     parser.add_argument("--vllm-memory", type=float, default=0.3, help="of the device's memory")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument(
         "--generator",
         default="vllm",
         choices=["vllm", "transformers"],
-        help="transformers: a check of this script where there is no vLLM",
+        help="transformers: a check of this script where there is no vLLM; answers are cut to "
+        "their lengths after they were sampled",
     )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--keep-activations", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--name", default="trl", help="of the result")
+    parser.add_argument("--results", type=Path, default=Path("out"), help="folder of the result")
+    parser.add_argument("--child-limit-s", type=float, help="for each setting")
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--child", type=Setting.parse, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def sizes(text: str) -> list[int]:
-    """Comma-separated numbers."""
-    return [int(size) for size in text.split(",")]
-
-
-def run_child(
-    arguments: argparse.Namespace, micro_batch: int, *, recomputes: bool
-) -> dict[str, Any]:
-    """Measure one micro-batch in a process of its own; on failure return its last output."""
-    out = arguments.out.with_suffix(f".{micro_batch}.json")
+def run_child(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
+    """Measure one setting in a process of its own; on failure return its last output."""
+    out = arguments.results / "trl-child.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.unlink(missing_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.speed.trl_distillation",
-        *sys.argv[1:],
-        "--out",
-        str(out),
-    ]
-    command += ["--child", str(micro_batch)]
-    command += [] if recomputes else ["--keep-activations"]
-    what = {"micro_batch": micro_batch, "recomputes": recomputes}
+    command = [sys.executable, "-m", "benchmarks.speed.trl_distillation", *sys.argv[1:]]
+    command += ["--out", str(out), "--child", str(setting)]
+    what = {"micro_batch": setting.micro_batch, "recomputes": setting.recomputes}
     began = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = out.with_suffix(".log")
+    with log.open("w") as output:
+        child = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code: int | None = child.wait(arguments.child_limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
     wall_s = time.perf_counter() - began
-    if done.returncode != 0 or not out.exists():
-        print(done.stdout[-4000:], file=sys.stderr)
-        return what | {"failed": done.stdout[-1000:], "wall_s": wall_s}
+    if code != 0 or not out.exists():
+        text = log.read_text(errors="replace")
+        print(text[-4000:], file=sys.stderr)
+        return what | {"failed": text[-1000:], "wall_s": wall_s, "code": code}
     result = what | json.loads(out.read_text()) | {"wall_s": wall_s}
     out.unlink()
     print(json.dumps(result), file=sys.stderr, flush=True)
     return result
 
 
-def measure(arguments: argparse.Namespace, micro_batch: int) -> dict[str, Any]:
-    """Measure the trainer's steps with one micro-batch size."""
-    if arguments.prompts % micro_batch:
-        sys.exit(f"--micro-batches: {micro_batch} does not divide {arguments.prompts} prompts")
+class ForcedLengths:
+    """Gives every answer of a step its length; the first step's are a quarter of the second's."""
+
+    def __init__(self, arguments: argparse.Namespace, works: Sequence[str]) -> None:
+        self._arguments = arguments
+        self._works = (works[0], *works)
+        self._step = 0
+
+    def next(self, count: int) -> list[int]:
+        """Return the lengths of the next step's answers."""
+        work, warms_up = self._works[self._step], self._step == 0
+        self._step += 1
+        given = self._arguments
+        median = given.new_tokens if work == "fixed" else given.median_tokens
+        lengths = Lengths(work, median, given.max_tokens)
+        found = [lengths.of(f"step-0/{number}") for number in range(count)]
+        return [max(1, tokens // 4) for tokens in found] if warms_up else found
+
+    def in_vllm(self) -> None:
+        """Have vLLM sample each prompt's answer to its length."""
+        from vllm import LLM
+
+        generate = LLM.generate
+
+        def forced(llm: Any, prompts: Any, sampling_params: Any, **options: Any) -> Any:
+            each = []
+            for tokens in self.next(len(prompts)):
+                params = sampling_params.clone()
+                params.max_tokens, params.ignore_eos = tokens, True
+                each.append(params)
+            return generate(llm, prompts, each, **options)
+
+        LLM.generate = forced
+
+    def in_transformers(self, trainer: Any) -> None:
+        """Cut answers to their lengths."""
+        sample = trainer._generate_single_turn
+
+        def cut(*given: Any, **options: Any) -> Any:
+            answers = sample(*given, **options)
+            lengths = self.next(len(answers))
+            return [ids[:tokens] for ids, tokens in zip(answers, lengths, strict=True)]
+
+        trainer._generate_single_turn = cut
+
+
+def measure(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
+    """Measure the trainer's steps with one setting."""
+    if arguments.prompts % setting.micro_batch:
+        sys.exit(f"--settings: {setting.micro_batch} does not divide {arguments.prompts} prompts")
     import torch
     from peft import LoraConfig
     from transformers import TrainerCallback
@@ -144,13 +240,15 @@ def measure(arguments: argparse.Namespace, micro_batch: int) -> dict[str, Any]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if importlib.util.find_spec("flashinfer") is None:  # vLLM takes it for granted on Hopper
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    clock = Clock()
+    clock, lengths = Clock(), ForcedLengths(arguments, setting.works)
+    if arguments.generator == "vllm":
+        lengths.in_vllm()
     with PeakMemory() as memory, tempfile.TemporaryDirectory() as folder:
         trainer = DistillationTrainer(
             model=arguments.student,
             teacher_model=arguments.teacher,
-            args=trainer_config(arguments, micro_batch, folder),
-            train_dataset=prompts(arguments),
+            args=trainer_config(arguments, setting, folder),
+            train_dataset=prompts(arguments, 1 + len(setting.works)),
             peft_config=LoraConfig(
                 r=arguments.rank,
                 lora_alpha=arguments.rank,
@@ -160,45 +258,54 @@ def measure(arguments: argparse.Namespace, micro_batch: int) -> dict[str, Any]:
             ),
             callbacks=[clock],
         )
+        if arguments.generator == "transformers":
+            lengths.in_transformers(trainer)
         trainer.train()
     logs = [entry for entry in trainer.state.log_history if "completions/mean_length" in entry]
     tokens = [entry["completions/mean_length"] * arguments.prompts for entry in logs]
-    measured = slice(1, None)
+    works = {
+        work: {
+            "tok_s": tokens[step] / clock.seconds[step],
+            "step_s": clock.seconds[step],
+            "tokens": tokens[step],
+            "longest": logs[step]["completions/max_length"],
+        }
+        for step, work in enumerate(setting.works, start=1)
+    }
     return {
-        "micro_batch": micro_batch,
-        "opd_tok_s": sum(tokens[measured]) / sum(clock.seconds[measured]),
-        "step_s": sum(clock.seconds[measured]) / arguments.steps,
+        "works": works,
         "warm_up_step_s": clock.seconds[0],
-        "tokens_per_step": sum(tokens[measured]) / arguments.steps,
         "peak_gib": memory.peak_gib,
         "versions": versions(),
     }
 
 
-def trainer_config(arguments: argparse.Namespace, micro_batch: int, folder: str) -> Any:
+def trainer_config(arguments: argparse.Namespace, setting: Setting, folder: str) -> Any:
     """A `DistillationConfig` for one optimizer step per generated batch."""
     import torch
     from trl import DistillationConfig
 
     on_gpu = torch.cuda.is_available()
+    fixed = set(setting.works) == {"fixed"}
+    longest = arguments.new_tokens if fixed else arguments.max_tokens
     with_vllm: dict[str, Any] = {}
     if arguments.generator == "vllm":
         with_vllm = {
             "use_vllm": True,
             "vllm_mode": "colocate",
             "vllm_gpu_memory_utilization": arguments.vllm_memory,
-            "vllm_max_model_length": arguments.prompt_tokens + arguments.new_tokens,
+            "vllm_max_model_length": arguments.prompt_tokens + longest,
         }
     return DistillationConfig(
         output_dir=folder,
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=arguments.prompts // micro_batch,
-        max_steps=1 + arguments.steps,
-        max_completion_length=arguments.new_tokens,
+        per_device_train_batch_size=setting.micro_batch,
+        gradient_accumulation_steps=arguments.prompts // setting.micro_batch,
+        max_steps=1 + len(setting.works),
+        max_completion_length=longest,
         temperature=1.0,
         beta=1.0,  # KL(student || teacher)
         learning_rate=1e-5,
-        gradient_checkpointing=not arguments.keep_activations,
+        gradient_checkpointing=setting.recomputes,
         bf16=arguments.dtype == "bfloat16",
         use_cpu=not on_gpu,
         model_init_kwargs={"dtype": arguments.dtype, "attn_implementation": "sdpa"},
@@ -213,14 +320,14 @@ def trainer_config(arguments: argparse.Namespace, micro_batch: int, folder: str)
     )
 
 
-def prompts(arguments: argparse.Namespace) -> Any:
+def prompts(arguments: argparse.Namespace, steps: int) -> Any:
     """Texts of an exact number of tokens, for every step."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.student)
     draw = random.Random(0)
-    count = arguments.prompts * (1 + arguments.steps)
+    count = arguments.prompts * steps
     texts = [
         "".join(draw.choices(string.ascii_letters, k=arguments.prompt_tokens)) for _ in range(count)
     ]

@@ -37,11 +37,12 @@ def command_of(config: Path) -> list[str]:
     return shlex.split(words)[1:]
 
 
-@pytest.mark.parametrize("name", ["h200.yaml", "gb10.yaml"])
+@pytest.mark.parametrize("name", ["h200.yaml", "h200-streaming.yaml", "gb10.yaml"])
 def test_shipped_config_is_what_the_command_in_its_head_writes(name: str, tmp_path: Path) -> None:
     shipped = ROOT / "configs" / name
     command = command_of(shipped)
-    assert command[command.index("--machine") + 1] == name.removesuffix(".yaml")
+    machine = name.removesuffix(".yaml").removesuffix("-streaming")
+    assert command[command.index("--machine") + 1] == machine
     (tmp_path / "configs").mkdir()
     result = call_cli(*command)
     assert (result.code, result.err) == (0, "")

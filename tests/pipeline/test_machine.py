@@ -26,7 +26,7 @@ def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("command", [("run",), ("config", "check")], ids=" ".join)
-@pytest.mark.parametrize("name", ["h200.yaml", "gb10.yaml"])
+@pytest.mark.parametrize("name", ["h200.yaml", "h200-streaming.yaml", "gb10.yaml"])
 def test_config_for_a_gpu_names_driver_and_engines_and_asks_the_hub_nothing(
     name: str, command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -192,7 +192,8 @@ class UnslothTraining(EngineProcess, Watched):
     packing: bool | Literal["auto"] = "auto"
     """Concatenate a micro-batch's sequences instead of padding them. ``auto``: if unsloth has an
     attention kernel for it and a probe at start gives the same result as padding. ``true``: also
-    without such a kernel, at a cost that grows with the square of `micro_batch_tokens`; a failed
+    without such a kernel. On CUDA with LoRA PyTorch's kernel is then used, and unsloth does not
+    compile its layers; elsewhere the cost grows with the square of `micro_batch_tokens`. A failed
     probe is an error."""
     chunk_tokens: PositiveInt = 1024
     """Rows of logits held in memory at a time, in objectives over more than the sampled token."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,9 @@ from qwen3_distill.modeling.directory import check_model_dir
 from qwen3_distill.modeling.weight_headers import check_weight_headers
 from qwen3_distill.types import ModelIdentity
 from qwen3_distill.utils.shown import shortened, shown
+
+_IDENTITY_FILES = (".json", ".jinja", ".txt", ".model")
+"""Endings of the files that a config and a tokenizer are read from."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -162,6 +166,8 @@ def load_model_config(directory: Path, attention: Literal["eager", "sdpa"] | Non
 def load_identity(path: str | Path, *, weights: bool = True) -> ModelIdentity:
     """Read from a model directory what another model must share with it.
 
+    An unchanged directory is read once per process: a start asks for it from a dozen places.
+
     Args:
         weights: False: the directory's weights may be missing.
 
@@ -169,8 +175,21 @@ def load_identity(path: str | Path, *, weights: bool = True) -> ModelIdentity:
         ModelError: config, tokenizer or generation config are missing or damaged.
     """
     directory = check_model_dir(path, weights=weights)
+    return _identity_of(directory, _file_states(directory))
+
+
+def _file_states(directory: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """What tells a changed file among those that an identity is read from."""
+    files = [*directory.glob("*"), *directory.glob("additional_chat_templates/*")]
+    read = [file for file in sorted(files) if file.suffix in _IDENTITY_FILES and file.is_file()]
+    stats = [(file, file.stat()) for file in read]
+    return tuple((str(file), stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
+
+
+@cache
+def _identity_of(directory: Path, states: tuple[tuple[str, int, int, int], ...]) -> ModelIdentity:
     config = load_model_config(directory)
-    tokenizer = load_tokenizer(directory, weights=weights)
+    tokenizer = load_tokenizer(directory, weights=False)
     if len(tokenizer) > config.vocab_size:
         raise ModelError(
             f"{directory}: its tokenizer has {len(tokenizer)} tokens, more than the "

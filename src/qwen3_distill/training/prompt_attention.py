@@ -2,20 +2,33 @@
 
 The prompt's tokens attend to one another; an answer's tokens to the prompt and to their own answer.
 Keys and values of a prompt are computed once, and its gradient is the sum over its answers. The
-hidden states are those of a sequence by itself, but for the order of sums.
+hidden states are those of a sequence by itself, but for the order of sums. Sequences packed without
+a prompt in common are prompts without answers.
 
-Shape letters: A tokens of the longest answer behind a prompt, M answers, P prompt tokens, T places
-of the row, H heads, G heads of keys and values, D dimensions of a head.
+There are three ways, of which the fastest that is possible is taken:
+
+- all prompts and answers of the row have the same lengths: attention over whole sequences, as
+  without packing, with a prompt's keys repeated for its answers (on an H200 cuDNN's kernel, which
+  is faster than the flash kernel by more than the repeated prompts cost);
+- on CUDA in 16 bits: one launch for the row (`flash_rows`);
+- else two calls for each prompt.
+
+Shape letters: A tokens of the longest answer behind a prompt, B sequences, M answers, P prompt
+tokens, T places of the row, H heads, G heads of keys and values, D dimensions of a head.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -23,8 +36,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.host_to_device import to_device
 from qwen3_distill.training.batching import SharedPrompt
+from qwen3_distill.training.flash_rows import FlashRow, flash_row, flash_runs
 
 _NAME = "qwen3_distill_shared_prompts"
+_WHOLE_ADVANTAGE = 1.5
+"""How much faster attention over whole sequences of one length is than the flash kernel's, for a
+pair of tokens: 0.78 against 1.18 ms of a layer on an H200."""
+_CUDNN_LENGTHS = 128
+"""On CUDA whole sequences are padded to a multiple of this: cuDNN makes a plan for every length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +64,29 @@ class _Group:
         return max(self.answer_tokens)
 
 
+_KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""From the fastest to the one that can do everything."""
+
+
 class PromptAttention:
     """Where the prompts and answers of one micro-batch stand, on its device; for all layers."""
 
     def __init__(self, shared: Sequence[SharedPrompt], device: torch.device) -> None:
-        self._groups = [_place(group, device) for group in shared]
+        self._shared, self._device = shared, device
+        self._alike = _alike(shared)
+
+    @cached_property
+    def _flash(self) -> FlashRow:
+        return flash_row(self._shared, self._device)
+
+    @cached_property
+    def _groups(self) -> list[_Group]:
+        return [_place(group, self._device) for group in self._shared]
 
     def __call__(
         self, query_HTD: Tensor, key_GTD: Tensor, value_GTD: Tensor, **options: Any
@@ -60,10 +97,28 @@ class PromptAttention:
             options: ``scale`` and ``dropout_p`` of `scaled_dot_product_attention`.
         """
         options["enable_gqa"] = query_HTD.shape[0] != key_GTD.shape[0]
+        if self._alike is not None:
+            multiple = _CUDNN_LENGTHS if query_HTD.is_cuda else 1
+            return _attend_alike(self._alike, (query_HTD, key_GTD, value_GTD), options, multiple)
+        head_size = query_HTD.shape[-1]
+        if not options.get("dropout_p") and flash_runs(
+            query_HTD.device, query_HTD.dtype, head_size
+        ):
+            scale = options.get("scale") or head_size**-0.5
+            return self._flash.attend(query_HTD, key_GTD, value_GTD, scale)
         parts = list[Tensor]()
         for group in self._groups:
             parts.extend(_attend(group, query_HTD, key_GTD, value_GTD, options))
         return torch.cat(parts, dim=1)
+
+
+def without_answers(lengths: Sequence[int]) -> list[SharedPrompt]:
+    """Return sequences that are packed one behind another as prompts without answers."""
+    starts = accumulate(lengths, initial=0)
+    return [
+        SharedPrompt(start=start, prompt_tokens=tokens, answer_tokens=())
+        for start, tokens in zip(starts, lengths, strict=False)
+    ]
 
 
 def share_prompts(model: PreTrainedModel) -> None:
@@ -141,6 +196,74 @@ def _place(group: SharedPrompt, device: torch.device) -> _Group:
         gather_MA=gather_MA,
         valid_T=valid_T,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Alike:
+    """Prompts of one length, each with as many answers of one length."""
+
+    prompt_tokens: int
+    answers: int
+    """0: sequences without a prompt in common, which count as prompts."""
+    answer_tokens: int
+
+
+def _alike(shared: Sequence[SharedPrompt]) -> _Alike | None:
+    """Return the lengths that all have; None: they differ, or repeated prompts cost too much."""
+    first = shared[0]
+    lengths = first.answer_tokens
+    same = len(set(lengths)) <= 1 and all(
+        (group.prompt_tokens, group.answer_tokens) == (first.prompt_tokens, lengths)
+        for group in shared
+    )
+    if not same:
+        return None
+    prompt, answers = first.prompt_tokens, len(lengths)
+    answer = lengths[0] if lengths else 0
+    # Twice the pairs of tokens, of whole sequences and with the prompt once.
+    whole = max(answers, 1) * (prompt + answer) ** 2
+    once = prompt**2 + answers * answer * (2 * prompt + answer)
+    if whole > _WHOLE_ADVANTAGE * once:
+        return None
+    return _Alike(prompt_tokens=prompt, answers=answers, answer_tokens=answer)
+
+
+def _attend_alike(
+    alike: _Alike, of_row: Sequence[Tensor], options: dict[str, Any], multiple: int
+) -> Tensor:
+    """Return [H, T, D]: attention over every answer with its prompt before it.
+
+    Args:
+        of_row: queries [H, T, D], keys and values [G, T, D].
+        multiple: sequences are padded to a multiple of this length.
+    """
+    padding = -(alike.prompt_tokens + alike.answer_tokens) % multiple
+    query, key, value = (_whole_sequences(alike, values, padding) for values in of_row)
+    # `resolve_device` turns cuDNN's kernel off, because lengths hardly ever repeat: here they do.
+    with sdpa_kernel(_KERNELS, set_priority=True) if query.is_cuda else nullcontext():
+        out_BHTD = scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+    size = alike.prompt_tokens + alike.answer_tokens
+    out_BTHD = out_BHTD.transpose(1, 2)[:, :size]
+    if alike.answers > 1:
+        out_CMTHD = out_BTHD.unflatten(0, (-1, alike.answers))
+        prompt, answers = out_CMTHD.split([alike.prompt_tokens, alike.answer_tokens], dim=2)
+        # Every answer's copy of the prompt has the same output: one of them is the prompt's.
+        out_BTHD = torch.cat([prompt[:, 0], answers.flatten(1, 2)], dim=1)
+    return out_BTHD.flatten(0, 1).transpose(0, 1)
+
+
+def _whole_sequences(alike: _Alike, values_HTD: Tensor, padding: int) -> Tensor:
+    """Return [B, heads, T, D], a row per answer with its prompt before it, padded behind."""
+    answers, size = max(alike.answers, 1), alike.answer_tokens
+    values_THD = values_HTD.transpose(0, 1)
+    values_CTHD = values_THD.unflatten(0, (-1, alike.prompt_tokens + answers * size))
+    if answers > 1:
+        prompt = values_CTHD[:, None, : alike.prompt_tokens].expand(-1, answers, -1, -1, -1)
+        own = values_CTHD[:, alike.prompt_tokens :].unflatten(1, (answers, size))
+        values_CTHD = torch.cat([prompt, own], dim=2).flatten(0, 1)
+    if padding:  # without any, `pad` would copy
+        values_CTHD = pad(values_CTHD, (0, 0, 0, 0, 0, padding))
+    return values_CTHD.transpose(1, 2)
 
 
 def _attend(

@@ -2,6 +2,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen3_distill.errors import ConfigError, ModelError
-from qwen3_distill.modeling import digest
+from qwen3_distill.modeling import digest, loading
 from qwen3_distill.modeling.digest import are_of_directory, weights_digest
 from qwen3_distill.modeling.head import entropy, logits_of, map_chunks, token_stats
 from qwen3_distill.modeling.loading import (
@@ -370,6 +371,30 @@ def test_the_identity_is_read_from_the_directory(tiny_models: TinyModels) -> Non
     assert identity.vocab_size == VOCAB_SIZE
     assert identity.eos_ids == {EOS_ID}
     assert identity.context_length == CONTEXT_LENGTH
+
+
+def test_an_identity_is_read_again_only_when_a_file_changed(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = list[Path]()
+
+    def counted(path: Path, **options: Any) -> Any:
+        reads.append(path)
+        return load_tokenizer(path, **options)
+
+    monkeypatch.setattr(loading, "load_tokenizer", counted)
+    before = load_identity(model_dir)
+    assert load_identity(model_dir) == before
+    assert load_identity(model_dir, weights=False) == before
+    assert reads == [model_dir]
+    (model_dir / "chat_template.jinja").write_text("another", encoding="utf-8")
+    assert load_identity(model_dir).chat_template_digest != before.chat_template_digest
+    edit_json(model_dir / "generation_config.json", eos_token_id=[256, 258])
+    assert load_identity(model_dir).eos_ids == {256, 258}
+    assert len(reads) == 3
+    (model_dir / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="weights are missing"):
+        load_identity(model_dir)
 
 
 def test_using_a_tokenizer_does_not_change_its_digest(model_dir: Path) -> None:

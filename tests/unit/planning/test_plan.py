@@ -448,7 +448,8 @@ def test_configs_of_the_lab_pair_fit_a_small_machine(
 
 
 @pytest.mark.parametrize(
-    ("name", "gib", "teacher"), [("gb10.yaml", 112, "32B-FP8"), ("h200.yaml", 138, "8B")]
+    ("name", "gib", "teacher"),
+    [("gb10.yaml", 112, "32B-FP8"), ("h200.yaml", 138, "8B"), ("h200-streaming.yaml", 138, "8B")],
 )
 def test_configs_of_large_models_fit_their_machines(name: str, gib: int, teacher: str) -> None:
     run = load_config(ROOT / "configs" / name)

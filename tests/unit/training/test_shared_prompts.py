@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
@@ -19,9 +22,16 @@ from qwen3_distill.config import EmbeddedTraining, LoraTuning, OptimizerConfig, 
 from qwen3_distill.config.load import check_config, load_config
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.loading import load_model
+from qwen3_distill.training import flash_rows, prompt_attention
 from qwen3_distill.training.batching import MicroBatch, collate, micro_batches, triangle
 from qwen3_distill.training.embedded.student import EmbeddedLearner, build_embedded_learner
-from qwen3_distill.training.prompt_attention import PromptAttention, hidden_states, share_prompts
+from qwen3_distill.training.flash_rows import FlashRow
+from qwen3_distill.training.prompt_attention import (
+    PromptAttention,
+    hidden_states,
+    share_prompts,
+    without_answers,
+)
 from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.types import Batch, Rollout, ScoredRollout, TeacherScore, TokenSpan, Update
 from tests.contract.builders import make_prompt, synthetic_rollout
@@ -33,6 +43,10 @@ Groups = list[tuple[int, list[int]]]
 """Prompt tokens and the response tokens of its answers."""
 EVEN: Groups = [(5, [4, 4, 4]), (3, [6, 6])]
 UNEVEN: Groups = [(5, [4, 1, 7]), (1, [3]), (4, [1, 1]), (6, [2, 9, 2, 5])]
+ALIKE: Groups = [(5, [6, 6, 6]), (5, [6, 6, 6])]
+ALIKE_SINGLE: Groups = [(3, [7]), (3, [7]), (3, [7])]
+ALIKE_SHORT: Groups = [(3, [1]), (3, [1])]
+LONG_PROMPTS: Groups = [(40, [3, 3, 3]), (40, [3, 3, 3])]
 
 group = st.tuples(st.integers(1, 6), st.lists(st.integers(1, 8), min_size=1, max_size=4))
 groups_of_prompts = st.lists(group, min_size=1, max_size=5)
@@ -173,7 +187,61 @@ def gradient(model: PreTrainedModel, hidden: Sequence[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(model.model.parameters())))
 
 
-@pytest.mark.parametrize("groups", [EVEN, UNEVEN], ids=["even", "uneven"])
+@pytest.fixture(params=["as on a CPU", "cuDNN's lengths", "one launch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The ways of attention that there are on a GPU, with a kernel that runs here too."""
+    if request.param == "cuDNN's lengths":
+        of_cpu = prompt_attention._attend_alike
+        monkeypatch.setattr(
+            prompt_attention,
+            "_attend_alike",
+            lambda alike, of_row, options, multiple: of_cpu(alike, of_row, options, 16),
+        )
+    if request.param == "one launch":
+        monkeypatch.setattr(prompt_attention, "flash_runs", lambda *given: True)
+        monkeypatch.setattr(flash_rows._Flash, "apply", one_by_one)
+    return request.param
+
+
+def one_by_one(
+    query_THD: Tensor, key_SGD: Tensor, value_SGD: Tensor, row: FlashRow, scale: float
+) -> Tensor:
+    """What the flash kernel computes, sequence by sequence."""
+    parts, ends = list[Tensor](), zip(row.query_ends.tolist(), row.key_ends.tolist(), strict=True)
+    for (start, first), (stop, last) in pairwise(ends):
+        assert 0 < stop - start <= row.most_queries
+        assert last - first <= row.most_keys
+        query, key, value = (
+            values[a:b].transpose(0, 1)
+            for values, a, b in (
+                (query_THD, start, stop),
+                (key_SGD, first, last),
+                (value_SGD, first, last),
+            )
+        )
+        bias = causal_lower_right(stop - start, last - first)
+        out = scaled_dot_product_attention(
+            query[None], key[None], value[None], attn_mask=bias, scale=scale, enable_gqa=True
+        )
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+ALL_GROUPS = [EVEN, UNEVEN, ALIKE, ALIKE_SINGLE, ALIKE_SHORT, LONG_PROMPTS]
+NAMES = ["even", "uneven", "alike", "alike single", "alike short", "long prompts"]
+
+
+def test_whole_sequences_are_taken_where_all_are_alike_and_prompts_are_not_too_long() -> None:
+    whole = list[bool]()
+    for groups in ALL_GROUPS:
+        (micro,) = micro_batches(batch_of(groups), 1000, shared_prompts=True)
+        assert micro.shared is not None
+        whole.append(PromptAttention(micro.shared, CPU)._alike is not None)
+    assert whole == [False, False, True, True, True, False]
+
+
+@pytest.mark.parametrize("groups", ALL_GROUPS, ids=NAMES)
+@pytest.mark.usefixtures("way")
 def test_hidden_states_and_gradient_are_those_of_the_sequences_alone(
     model: PreTrainedModel, groups: Groups
 ) -> None:
@@ -188,14 +256,18 @@ def test_hidden_states_and_gradient_are_those_of_the_sequences_alone(
         assert_close(mine, other, rtol=0, atol=1e-6 * float(other.abs().max()))
 
 
-def test_answers_do_not_see_one_another_and_the_prompt_sees_none(model: PreTrainedModel) -> None:
-    batch = batch_of(UNEVEN)
+@pytest.mark.parametrize(("groups", "answers"), [(UNEVEN, 4), (ALIKE, 3)], ids=["uneven", "alike"])
+@pytest.mark.usefixtures("way")
+def test_answers_do_not_see_one_another_and_the_prompt_sees_none(
+    model: PreTrainedModel, groups: Groups, answers: int
+) -> None:
+    batch = batch_of(groups)
     (micro,) = micro_batches(batch, 1000, shared_prompts=True)
     paths = paths_of(micro)
     assert micro.shared is not None
     prompt = micro.shared[0].prompt_tokens
-    assert len(micro.shared[0].answer_tokens) == 4
-    answer = paths[2][prompt:]  # of the first prompt: answers stand before and behind it
+    assert len(micro.shared[0].answer_tokens) == answers
+    answer = paths[2][prompt:]  # of the first prompt: answers stand before it
     changed = micro.input_BT.clone()
     changed[0, answer] = (changed[0, answer] + 1) % 200
     other = replace(micro, input_BT=changed)
@@ -204,6 +276,42 @@ def test_answers_do_not_see_one_another_and_the_prompt_sees_none(model: PreTrain
     for place, (mine, theirs) in enumerate(zip(before, after, strict=True)):
         if place != 2:
             assert torch.equal(mine, theirs), f"answer {place} saw another one"
+
+
+@pytest.mark.parametrize("groups", [UNEVEN, ALIKE_SINGLE], ids=["uneven", "alike"])
+@pytest.mark.usefixtures("way")
+def test_packed_sequences_are_prompts_without_answers(
+    model: PreTrainedModel, groups: Groups
+) -> None:
+    batch = batch_of(groups)
+    (micro,) = micro_batches(batch, 1000, packed=True)
+    rows = without_answers(micro.sequence_tokens)
+    ours = behind_prompts(model, replace(micro, shared=tuple(rows)))
+    for mine, index in zip(ours, micro.rollouts, strict=True):
+        assert_close(mine, alone(model, batch, index), rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", ALL_GROUPS, ids=NAMES)
+def test_the_kernels_of_the_gpu_compute_the_same(groups: Groups) -> None:
+    (micro,) = micro_batches(batch_of(groups), 1000, shared_prompts=True)
+    assert micro.shared is not None
+    generator = torch.Generator().manual_seed(0)
+    heads = [(8, "query"), (2, "key"), (2, "value"), (8, "weights")]
+    shapes = [(count, micro.input_BT.numel(), 64) for count, _ in heads]
+    drawn = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+
+    def results(device: str, dtype: torch.dtype) -> list[Tensor]:
+        query, key, value, weights = (values.to(device, dtype) for values in drawn)
+        given = [values.requires_grad_() for values in (query, key, value)]
+        out = PromptAttention(micro.shared or (), torch.device(device))(*given)
+        return [out, *torch.autograd.grad((out * weights).sum(), given)]
+
+    assert flash_rows.flash_runs(torch.device("cuda"), torch.bfloat16, 64)
+    for ours, exact in zip(
+        results("cuda", torch.bfloat16), results("cpu", torch.float64), strict=True
+    ):
+        assert_close(ours.double().cpu(), exact, rtol=0, atol=2e-2 * float(exact.abs().max()))
 
 
 def test_a_model_that_shares_prompts_attends_as_before_without_one(

@@ -48,7 +48,12 @@ from qwen3_distill.training.learner import TorchLearner
 from qwen3_distill.training.lora import check_targets, initialise_adapters
 from qwen3_distill.training.memory_lack import memory_lack
 from qwen3_distill.training.objectives.build import build_objective
-from qwen3_distill.training.prompt_attention import PromptAttention, hidden_states, share_prompts
+from qwen3_distill.training.prompt_attention import (
+    PromptAttention,
+    hidden_states,
+    share_prompts,
+    without_answers,
+)
 from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.training.unsloth.attention import ATTENTION_ARGUMENT, patch_attention
 from qwen3_distill.training.unsloth.packing_probe import (
@@ -174,6 +179,8 @@ class UnslothStudent:
         _check_weights(model_dir, self.core)
         recompute_first_layers(self.core, plan.choice.recomputed_layers)
         self.shares_prompts, self._sharing = self._decide_sharing()
+        self._attends_itself = self._fused and not _has_varlen_kernel()
+        """Packed rows are attended to as shared prompts are: unsloth has no kernel for them."""
         self.packs, self._packing = self._decide_packing()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -208,6 +215,8 @@ class UnslothStudent:
     def _packed_hidden(
         self, input_1T: Tensor, position_1T: Tensor, lengths: Sequence[int]
     ) -> Tensor:
+        if self._attends_itself:
+            return self._shared_hidden(input_1T, position_1T, without_answers(lengths))
         known: dict[str, Any] = {}
         if self._fused:
             # Lengths on the host spare unsloth a wait for the device to find them in positions.
@@ -266,11 +275,12 @@ class UnslothStudent:
             where = f"{self._config.tuning.kind} tuning on {self.device.type}"
             return False, f"off: unsloth has no attention kernel for it with {where}"
         if wanted == "auto" and not _has_varlen_kernel():
-            # Then it has only PyTorch's attention for packed rows (docs/measured).
             return False, (
-                "off: neither flash-attn nor xformers is installed, and PyTorch's kernel for "
-                "packed rows comes with 2.12"
+                "off: neither flash-attn nor xformers is installed, and unsloth takes PyTorch's "
+                "kernel for packed rows from 2.12 on; packing=true uses it here"
             )
+        if self._attends_itself:
+            patch_attention()
         with self.autocast():
             gap = packing_gap(self.core, self._packed_hidden)
         limit = self._tolerance

@@ -1,0 +1,128 @@
+"""Puts the figures of one H200 together from the results that were measured one by one.
+
+    python -m benchmarks.speed.h200_speed --results out
+
+reads what is there of `h200_rows` (`speed/learners.py`), `h200_one_start` (`speed/one_start.py`),
+`h200_trl` (`speed/trl_distillation.py`), `h200_start` (`speed/start.py`) and `time_plan`, and
+writes `h200_speed.json`: the figures, each beside its goal, and what was not measured. Ratios are
+of results of one card. Machine and versions are those of `h200_one_start`, or of the first there.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lib.common import RESULTS, command_line, commit
+from qwen3_distill.utils.files import write_json_atomic
+
+_SOURCES = ("h200_one_start", "h200_rows", "h200_trl", "h200_start", "time_plan")
+GOALS: dict[str, float | None] = {
+    "train_fp8_vs_unsloth": 1.25,
+    "train_prefix_n4_ratio": 1.15,
+    "train_prefix_n4_long_prompt_ratio": 1.3,
+    "train_packing_longtail_ratio": None,
+    "opd_tok_s_256x512": 10_500,
+    "opd_tok_s_n4": 12_000,
+    "fixed_vs_trl": 2.2,
+    "longtail8_vs_trl": 3,
+    "longtail8_vs_sequential": 2,
+    "score_topk16_tok_s": 42_000,
+    "topk16_vs_sampled_step": -1.15,
+    "host_share_of_step": -0.02,
+    "cold_start_s": -180,
+    "warm_start_s": -90,
+    "time_plan_error_pct": -15,
+    "gb10_public_error_pct": None,
+}
+"""At least this, or at most where it is negative; None: no goal, it is only measured."""
+
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def figures_of(results: Results) -> dict[str, float]:
+    """Return every figure that the results give."""
+    flat = dict[str, float]()
+    # `time_plan` has errors of older results too: of it, only what is public of another device.
+    public = results.get("time_plan", {}).get("figures", {}).get("gb10_public_error_pct")
+    if public is not None:
+        flat["gb10_public_error_pct"] = public
+    for source in reversed(_SOURCES[:-1]):
+        flat |= results.get(source, {}).get("figures", {})
+    tails = results.get("h200_one_start", {}).get("parts", {}).get("longtail8", {})
+    if "streaming" in tails:
+        flat["longtail8_tok_s"] = tails["streaming"]["tok_s"]
+    ratios = {
+        "train_fp8_vs_unsloth": _rates("compiled_fp8_backward", "unsloth", "128x512_n4"),
+        "train_prefix_n4_ratio": _rates("unsloth_shared", "unsloth", "128x512_n4"),
+        "train_prefix_n4_long_prompt_ratio": _rates("unsloth_shared", "unsloth", "300x508_n4"),
+        "train_packing_longtail_ratio": _rates("unsloth_packed", "unsloth", "128xlongtail8_n1"),
+        "fixed_vs_trl": ("opd_tok_s_256x512", "trl_fixed_tok_s"),
+        "longtail8_vs_trl": ("longtail8_tok_s", "trl_longtail8_tok_s"),
+    }
+    for name, (ours, theirs) in ratios.items():
+        if ours in flat and theirs in flat:
+            flat[name] = flat[ours] / flat[theirs]
+    return {name: round(flat[name], 4) for name in GOALS if name in flat}
+
+
+def _rates(ours: str, theirs: str, work: str) -> tuple[str, str]:
+    return f"train_{ours}_{work}_tok_s", f"train_{theirs}_{work}_tok_s"
+
+
+def is_met(value: float, goal: float) -> bool:
+    """Whether a figure reaches its goal."""
+    return value >= goal if goal > 0 else value <= -goal
+
+
+def verdicts(figures: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return each goal with its figure."""
+    return [
+        {
+            "figure": name,
+            "goal": None if goal is None else f"{'>=' if goal > 0 else '<='} {abs(goal):g}",
+            "value": figures.get(name),
+            "met": None if goal is None or name not in figures else is_met(figures[name], goal),
+        }
+        for name, goal in GOALS.items()
+    ]
+
+
+def read(folder: Path, names: Sequence[str] = _SOURCES) -> dict[str, dict[str, Any]]:
+    """Read the results that are there."""
+    files = {name: folder / f"{name}.json" for name in names}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    arguments = parser.parse_args()
+    results = read(arguments.results)
+    measured = [results[name] for name in _SOURCES[:-1] if name in results]
+    if not measured:
+        parser.error(f"{arguments.results} has none of {', '.join(_SOURCES[:-1])}")
+    figures = figures_of(results)
+    content = {
+        "name": "h200_speed",
+        "command": command_line(),
+        "commit": commit(),
+        "machine": measured[0]["machine"],
+        "versions": measured[0]["versions"],
+        "figures": figures,
+        "goals": verdicts(figures),
+        "sources": {
+            name: {key: result[key] for key in ("command", "commit", "machine")}
+            for name, result in results.items()
+        },
+    }
+    write_json_atomic(arguments.results / "h200_speed.json", content)
+    for row in content["goals"]:
+        print(row["figure"], row["value"], row["goal"] or "", row["met"], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,342 @@
+"""Measures steps of several kinds on engines that are started once, to spare minutes of starts.
+
+    python -m benchmarks.speed.one_start --config configs/h200-streaming.yaml \\
+        --name h200_one_start --measure fixed,longtail8,plan,topk16,n4 --limit-s 900 \\
+        student.model=models/random-4B scoring.model=models/random-8B \\
+        generation.max_model_tokens=2304 training.max_model_tokens=2304
+
+The config streams; prompts are random tokens, and answers have the lengths that are asked for
+(`speed/overlap.py`), so the models must not stop by themselves. Parts:
+
+- the start itself: ``ready_s``, from the process's begin until the student's weights are served
+- ``fixed``: all answers have `sampling.max_new_tokens`; sequential, then streaming:
+  ``opd_tok_s_<rollouts>x<tokens>``, ``fixed_vs_sequential``
+- ``longtail8``: lognormal lengths, median ``--median-tokens``, 99th percentile 8 times as much, cut
+  at ``--max-tokens``; tokens may be ``--longtail-staleness`` steps old: ``longtail8_vs_sequential``
+- ``plan``: sequential steps of other sizes, beside what `qwen3-distill plan` predicts for them and
+  for the long tails: ``time_plan_error_pct``
+- ``topk16``: a teacher asked for its 16 most likely tokens, and a learner that compares with them:
+  ``score_topk16_tok_s``, ``topk16_vs_sampled_step``
+- ``n4``: a quarter of the prompts, four answers to each, and a learner that computes a prompt once:
+  ``opd_tok_s_n4``
+
+A part that fails is noted, and the next begins. None begins that might end after ``--limit-s``.
+"""
+
+import argparse
+import asyncio
+import copy
+import json
+import os
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lib.common import RESULTS, Report, timed
+from benchmarks.lib.device_memory import PeakMemory
+from benchmarks.lib.overlap_parts import Plan
+from benchmarks.lib.random_work import Work
+from benchmarks.lib.stage_parts import measure_score, opd_step, stage_seconds, started_learner
+from benchmarks.lib.time_plan_rows import Case, Row
+from benchmarks.speed.overlap import Bench, RandomPrompts, TooFewSteps, refuse
+from benchmarks.speed.time_plan import error_figures, measured_rows
+from qwen3_distill.config import RunConfig, StreamingPipeline, TaskPrompts, TopKDivergence
+from qwen3_distill.config.load import load_config
+from qwen3_distill.errors import DistillError
+from qwen3_distill.hosts.mps import MpsDaemon, private_mps
+from qwen3_distill.pipeline.assembly.engines import build_parts
+from qwen3_distill.pipeline.step import push_weights
+from qwen3_distill.ports import CACHED_TOKENS, Learner, TeacherScorer
+from qwen3_distill.recording.trace import Trace
+from qwen3_distill.scoring.served.teacher import ServedTeacher
+from qwen3_distill.types import ScoreRequest, TopKRequest
+
+_SIZES = (
+    # rollouts, tokens of a prompt and of an answer, steps
+    ("64 rollouts", 64, 128, 512, 2),
+    ("512 short answers", 512, 128, 128, 2),
+    ("long prompts", 128, 1024, 256, 2),
+    ("long answers", 128, 128, 1536, 1),
+)
+
+
+_FAILURES = (DistillError, TooFewSteps, RuntimeError, LookupError, ValueError, OSError)
+
+
+class Session:
+    """Running engines and the measurements on them."""
+
+    def __init__(self, bench: Bench, arguments: argparse.Namespace) -> None:
+        self.bench = bench
+        self._arguments = arguments
+        self._given = bench.parts
+        self._learners = 0
+        self.measures: dict[str, tuple[float, Callable[[], Awaitable[None]]]] = {
+            "fixed": (170, self.fixed),
+            "longtail8": (170, self.longtail8),
+            "plan": (90, self.plan),
+            "topk16": (130, self.topk16),
+            "n4": (170, self.n4),
+        }
+        """The seconds that a part may take on an H200, and what it does."""
+
+    @property
+    def report(self) -> Report:
+        return self.bench.report
+
+    async def fixed(self) -> None:
+        await self.bench.compare(Plan("fixed", *self._arguments.fixed_steps))
+
+    async def longtail8(self) -> None:
+        config = self._given.config
+        assert isinstance(config.pipeline, StreamingPipeline)
+        older = {"max_staleness_steps": self._arguments.longtail_staleness}
+        pipeline = config.pipeline.model_copy(update=older)
+        self.bench.parts = replace(
+            self._given, config=config.model_copy(update={"pipeline": pipeline})
+        )
+        try:
+            await self.bench.compare(Plan("longtail8", *self._arguments.longtail_steps))
+        finally:
+            self.bench.parts = self._given
+
+    async def plan(self) -> None:
+        """Measure steps of other sizes; compare all with the time plan."""
+        found = dict[str, Any]()
+        for name, sequences, prompt_tokens, new_tokens, steps in _SIZES:
+            scale = self._arguments.scale
+            sizes = {
+                "sequences": max(1, sequences // scale),
+                "prompt_tokens": max(1, prompt_tokens // scale),
+                "new_tokens": max(1, new_tokens // scale),
+            }
+            work = self.work(self._given.config, **sizes)
+            measured, metrics = [], dict[str, float]()
+            for _ in range(steps):
+                trace = Trace()
+                _, update = await opd_step(work, self._given, trace)
+                measured.append(stage_seconds(trace))
+                metrics = {metric.key: metric.total for metric in update.metrics}
+            case = self.case(
+                sizes["sequences"],
+                prompt_tokens=sizes["prompt_tokens"],
+                response_tokens=sizes["new_tokens"],
+                max_new_tokens=sizes["new_tokens"],
+                recomputed_layers=int(metrics.get("train/recomputed_layers", 0)),
+            )
+            found[name] = {"case": asdict(case), "steps": measured[-1:]}
+        rows = [*measured_rows(found, "h200"), *self.longtail_rows()]
+        self.report.add(
+            "plan", error_figures(rows), measured=found, rows=[row.as_record() for row in rows]
+        )
+
+    def case(self, sequences: int, *more: str, **lengths: Any) -> Case:
+        """The case of some steps with this config, for the time plan."""
+        config = self._given.config
+        assert config.teacher.kind == "sglang"
+        overrides = (
+            f"prompts_per_step={sequences}",
+            f"generation.max_sequences={config.generation.max_sequences}",
+            f"training.micro_batch_tokens={config.training.micro_batch_tokens}",
+            f"scoring.chunk_tokens={config.teacher.chunk_tokens}",
+            *more,
+        )
+        return Case(overrides=overrides, **lengths)
+
+    def longtail_rows(self) -> list[Row]:
+        """Rows of the long tails, if they were measured."""
+        found, arguments = self.report.parts.get("longtail8", {}), self._arguments
+        config = self._given.config
+        rows = list[Row]()
+        for kind, what in (("sequential", "step without host"), ("streaming", "step")):
+            if kind not in found:
+                continue
+            seconds = found[kind]["time/step_s"]
+            if kind == "sequential":
+                seconds *= 1 - found[kind]["idle/all_fraction"]
+            pipeline = json.dumps(config.pipeline.model_dump(mode="json"))
+            case = self.case(
+                config.rollouts_per_step,
+                *([f"pipeline={pipeline}"] if kind == "streaming" else []),
+                response_tokens=arguments.median_tokens,
+                max_new_tokens=arguments.max_tokens,
+                tail=8.0,
+            )
+            rows.append(
+                Row(
+                    name=f"longtail8 {kind}",
+                    source="measured",
+                    what=what,
+                    measured_s=seconds,
+                    case=case,
+                )
+            )
+        return rows
+
+    async def topk16(self) -> None:
+        """Compare scoring and sequential steps with the teacher's top 16 and the sampled token."""
+        config, teacher = self._given.config, self._given.required_teacher
+        dense = config.model_copy(update={"objective": TopKDivergence(kind="top_k", k=16)})
+        asked = asking(teacher, TopKRequest(k=16))
+        await measure_score(self.work(config), self.report, teacher)
+        await measure_score(self.work(dense), self.report, asked, "score_topk16")
+        sampled = self.report.parts.get("fixed", {}).get("sequential")
+        if sampled is None:
+            sampled = await self.sequential("sampled")
+        await self.use(dense, asked)
+        found = await self.sequential("topk16")
+        ratio = found["seconds"] / found["steps"] / (sampled["seconds"] / sampled["steps"])
+        self.report.add("topk16", {"topk16_vs_sampled_step": ratio}, topk16=found, sampled=sampled)
+
+    async def sequential(self, label: str) -> dict[str, Any]:
+        await self.bench.pipeline("sequential", "fixed", 1, "warm-up")
+        return await self.bench.pipeline("sequential", "fixed", 2, label)
+
+    async def n4(self) -> None:
+        """Stream with four answers to a prompt, which the learner computes once."""
+        config = self._given.config
+        training = config.training.model_copy(update={"shared_prompts": True})
+        fewer = {
+            "samples_per_prompt": 4,
+            "prompts_per_step": config.rollouts_per_step // 4,
+            "training": training,
+        }
+        await self.use(config.model_copy(update=fewer), self._given.required_teacher)
+        before = dict(self.bench.parts.counters)
+        _, steps, skip = self._arguments.fixed_steps
+        found = await self.bench.pipeline("streaming", "fixed", steps, "n4", skip=skip)
+        cached = self.bench.parts.counters.get(CACHED_TOKENS, 0) - before.get(CACHED_TOKENS, 0)
+        describe = getattr(self.bench.parts.learner, "describe", dict)
+        self.report.add(
+            "n4",
+            {"opd_tok_s_n4": found["tok_s"]},
+            streaming=found,
+            teacher_cached_tokens=cached,
+            learner={str(key): str(value) for key, value in describe().items()},
+        )
+
+    async def use(self, config: RunConfig, teacher: TeacherScorer) -> None:
+        """Start a learner of this config in place of the one before."""
+        await self.bench.parts.learner.close()
+        self._learners += 1  # its log needs a folder in which there are no runs yet
+        folder = str(config.output_path / f"learner-{self._learners}")
+        learner: Learner
+        learner, start_s = await started_learner(config.model_copy(update={"output_dir": folder}))
+        print(f"another learner after {start_s:.1f} s", flush=True)
+        changes: dict[str, Any] = {"config": config, "teacher": teacher, "learner": learner}
+        self.bench.parts = replace(self.bench.parts, **changes)
+
+    def work(self, config: RunConfig, **sizes: int) -> Work:
+        defaults = {
+            "sequences": config.rollouts_per_step,
+            "prompt_tokens": self._arguments.prompt_tokens,
+            "new_tokens": config.sampling.max_new_tokens,
+        }
+        vocab_size = self._given.learner.identity.vocab_size
+        all_sizes = defaults | sizes
+        return Work(
+            config=config,
+            sequences=all_sizes["sequences"],
+            prompt_tokens=all_sizes["prompt_tokens"],
+            new_tokens=all_sizes["new_tokens"],
+            rounds=2,
+            opd_steps=1,
+            vocab_size=vocab_size,
+        )
+
+
+def asking(teacher: TeacherScorer, request: ScoreRequest) -> TeacherScorer:
+    """Return the teacher with another request to the same server."""
+    assert isinstance(teacher, ServedTeacher)
+    other = copy.copy(teacher)
+    other._request = request
+    return other
+
+
+def seconds_of_process() -> float:
+    """Seconds since this process began."""
+    with Path("/proc/self/stat").open() as file:
+        ticks = int(file.read().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+async def measure(arguments: argparse.Namespace, config: RunConfig, report: Report) -> None:
+    daemon = MpsDaemon(config.output_path / "mps.log")
+    async with AsyncExitStack() as stack:
+        if config.pipeline.mps:
+            await stack.enter_async_context(private_mps(daemon, refuse))
+        parts = build_parts(config)
+        prompts = RandomPrompts(arguments.prompt_tokens, parts.learner.identity.vocab_size)
+        bench = Bench(
+            replace(parts, prompts=prompts), report, arguments.median_tokens, arguments.max_tokens
+        )
+        stack.push_async_callback(lambda: bench.parts.close())
+        with PeakMemory() as memory:
+            _, start_s = await timed(bench.parts.start(lambda text: print(text, flush=True)))
+            await push_weights(bench.parts)
+            ready = {arguments.ready_figure: seconds_of_process()}
+            report.add("start", ready, start_s=start_s, mps=config.pipeline.mps)
+            session = Session(bench, arguments)
+            for name in arguments.measure:
+                most_s, work = session.measures[name]
+                if seconds_of_process() + most_s > arguments.limit_s:
+                    print(f"{name}: not begun, it might take {most_s} s", flush=True)
+                    continue
+                try:
+                    await work()
+                except _FAILURES as error:  # the others may still be measured
+                    traceback.print_exc()
+                    report.add(f"{name}_failed", {}, error=str(error)[:500])
+                print(f"{name} ended after {seconds_of_process():.0f} s", flush=True)
+            report.add("memory", {"streaming_peak_gib": memory.peak_gib})
+
+
+def main() -> None:
+    arguments = parse()
+    given = load_config(arguments.config, arguments.overrides)
+    config = given.model_copy(
+        update={"prompts": TaskPrompts(kind="task"), "verifier": None, "evaluation": None}
+    )
+    if not isinstance(config.pipeline, StreamingPipeline):
+        raise SystemExit(f"{arguments.config} does not stream: pipeline.kind=streaming")
+    report = Report(arguments.name, arguments.results)
+    asyncio.run(measure(arguments, config, report))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True)
+    parser.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE")
+    names = ("fixed", "longtail8", "plan", "topk16", "n4")
+    parser.add_argument("--measure", type=lambda text: text.split(","), default=list(names))
+    parser.add_argument("--limit-s", type=float, default=3600)
+    steps = "SEQUENTIAL:STREAMING:SKIP"
+    parser.add_argument("--fixed-steps", type=numbers, default=(2, 7, 3), metavar=steps)
+    parser.add_argument("--longtail-steps", type=numbers, default=(3, 18, 8), metavar=steps)
+    parser.add_argument("--longtail-staleness", type=int, default=24)
+    parser.add_argument("--median-tokens", type=int, default=128)
+    parser.add_argument("--max-tokens", type=int, default=2048)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--scale", type=int, default=1, help="divides the sizes of `plan`")
+    parser.add_argument("--ready-figure", default="ready_s")
+    parser.add_argument("--name", default="one_start", help="of the result")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
+    arguments = parser.parse_intermixed_args()
+    if unknown := set(arguments.measure) - set(names):
+        parser.error(f"--measure: no {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    return arguments
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Numbers with colons between them."""
+    return tuple(map(int, text.split(":")))
+
+
+if __name__ == "__main__":
+    main()

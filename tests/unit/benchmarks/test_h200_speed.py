@@ -1,0 +1,84 @@
+"""The figures of one H200, from results that were measured one by one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.speed import h200_speed
+from benchmarks.speed.h200_speed import GOALS, figures_of, is_met, verdicts
+
+ROWS = {
+    "train_unsloth_128x512_n4_tok_s": 26_000.0,
+    "train_unsloth_shared_128x512_n4_tok_s": 29_900.0,
+    "train_unsloth_128xlongtail8_n1_tok_s": 20_000.0,
+    "train_unsloth_packed_128xlongtail8_n1_tok_s": 21_000.0,
+}
+ONE_START: dict[str, Any] = {
+    "figures": {
+        "opd_tok_s_256x512": 9_440.0,
+        "longtail8_vs_sequential": 2.05,
+        "time_plan_error_pct": 9.0,
+        "topk16_vs_sampled_step": 1.1,
+        "ready_s": 80.0,
+    },
+    "parts": {"longtail8": {"streaming": {"tok_s": 7_000.0}}},
+}
+TIME_PLAN = {"figures": {"gb10_public_error_pct": 13.0, "time_plan_error_pct": 99.0}}
+
+
+def test_ratios_are_of_the_results_that_are_there() -> None:
+    results = {
+        "h200_rows": {"figures": ROWS},
+        "h200_one_start": ONE_START,
+        "h200_trl": {"figures": {"trl_fixed_tok_s": 4_720.0, "trl_longtail8_tok_s": 2_000.0}},
+        "time_plan": TIME_PLAN,
+    }
+    assert figures_of(results) == {
+        "train_prefix_n4_ratio": 1.15,
+        "train_packing_longtail_ratio": 1.05,
+        "opd_tok_s_256x512": 9_440.0,
+        "fixed_vs_trl": 2.0,
+        "longtail8_vs_trl": 3.5,
+        "longtail8_vs_sequential": 2.05,
+        "topk16_vs_sampled_step": 1.1,
+        "time_plan_error_pct": 9.0,
+        "gb10_public_error_pct": 13.0,
+    }
+
+
+def test_what_was_not_measured_has_no_figure_and_no_verdict() -> None:
+    figures = figures_of({"h200_rows": {"figures": ROWS}, "time_plan": TIME_PLAN})
+    assert "time_plan_error_pct" not in figures
+    assert "fixed_vs_trl" not in figures
+    rows = {row["figure"]: row for row in verdicts(figures)}
+    assert set(rows) == set(GOALS)
+    assert rows["train_prefix_n4_ratio"] == {
+        "figure": "train_prefix_n4_ratio",
+        "goal": ">= 1.15",
+        "value": 1.15,
+        "met": True,
+    }
+    assert (rows["fixed_vs_trl"]["value"], rows["fixed_vs_trl"]["met"]) == (None, None)
+    assert rows["train_packing_longtail_ratio"]["met"] is None
+
+
+def test_a_negative_goal_is_the_most_that_is_allowed() -> None:
+    assert is_met(1.25, 1.25)
+    assert not is_met(1.24, 1.25)
+    assert is_met(180, -180)
+    assert not is_met(180.1, -180)
+
+
+def test_the_result_has_the_machine_of_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = {"command": "c", "commit": "a", "machine": {"gpu": "H200"}, "versions": {"torch": "2"}}
+    (tmp_path / "h200_rows.json").write_text(json.dumps({"figures": ROWS, **common}))
+    monkeypatch.setattr("sys.argv", [h200_speed.__file__, "--results", str(tmp_path)])
+    h200_speed.main()
+    written = json.loads((tmp_path / "h200_speed.json").read_text())
+    assert written["machine"] == {"gpu": "H200"}
+    assert written["figures"]["train_prefix_n4_ratio"] == 1.15
+    assert list(written["sources"]) == ["h200_rows"]
