@@ -307,6 +307,9 @@ SGLANG = Wire(
     kind="sglang",
     engine="SGLang",
     path="/generate",
+    # Python's garbage collection then leaves out what its processes made at their start: hundreds
+    # of thousands of objects, read again and again while lists of candidates are made.
+    settle_path="/freeze_gc",
     starts_first=True,
     score_body=score_body,
     score_reply_limit=score_reply_limit,
