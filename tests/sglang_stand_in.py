@@ -244,7 +244,11 @@ def _handler(stand_in: Answers) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            status, reply = stand_in.answer(self.headers, body)
+            if self.path == "/freeze_gc" and self.headers["Authorization"]:
+                print("Freezing GC", flush=True)  # noqa: T201
+                status, reply = 200, "frozen"
+            else:
+                status, reply = stand_in.answer(self.headers, body)
             payload = json.dumps(reply).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(payload)))

@@ -79,7 +79,7 @@ class Session:
             "fixed": (170, self.fixed),
             "longtail8": (170, self.longtail8),
             "plan": (90, self.plan),
-            "topk16": (130, self.topk16),
+            "topk16": (150, self.topk16),
             "n4": (170, self.n4),
         }
         """The seconds that a part may take on an H200, and what it does."""
@@ -229,6 +229,7 @@ class Session:
         print(f"another learner after {start_s:.1f} s", flush=True)
         changes: dict[str, Any] = {"config": config, "teacher": teacher, "learner": learner}
         self.bench.parts = replace(self.bench.parts, **changes)
+        self._given = replace(self._given, learner=learner)  # the one before has ended
 
     def work(self, config: RunConfig, **sizes: int) -> Work:
         defaults = {

@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 
 from qwen3_distill.errors import ConfigError, EngineLost, EngineStartError
 from qwen3_distill.ports import CACHED_TOKENS
+from qwen3_distill.scoring.served.client import ServerClient
 from qwen3_distill.scoring.served.endpoint import RESTARTS
 from qwen3_distill.scoring.served.teacher import ServedTeacher
+from qwen3_distill.scoring.sglang.wire import SGLANG
 from qwen3_distill.types import TeacherScore
 from tests.contract.builders import jobs_of, run, scores_of, synthetic_rollout
 from tests.contract.reference import largest_gap, reference_model, token_logprobs
@@ -31,6 +34,7 @@ from tests.contract.served_adapter import (
     build_served,
     sglang_config,
 )
+from tests.sglang_stand_in import StandInServer
 from tests.tiny_models import TinyModels
 
 ROOT = Path(__file__).parents[2]
@@ -151,6 +155,43 @@ def assert_hidden_key(api_key: str, group: int | None) -> None:
     lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in processes_of(group)]
     assert lines
     assert not any(api_key.encode() in line for line in lines)
+
+
+def test_sglang_is_told_that_its_start_is_over(build_as: Build, tmp_path: Path) -> None:
+    run(build_as(SGLANG_STAND_IN).start())
+    assert "Freezing GC" in (tmp_path / "logs" / "server.log").read_text()
+
+
+@pytest.mark.sglang
+def test_sglang_can_be_told_that_its_start_is_over(build_as: Build) -> None:
+    teacher = build_as(Served("sglang", "real"))
+    run(teacher.start())
+    assert teacher.server is not None
+    key = {"Authorization": f"Bearer {teacher.server.api_key}"}
+    told = httpx.post(f"{teacher.server.url}{SGLANG.settle_path}", headers=key, trust_env=False)
+    assert told.status_code == 200
+
+
+class Refusing:
+    """Knows no path."""
+
+    def answer(self, headers: object, body: bytes) -> tuple[int, object]:
+        return 404, {"error": "not found"}
+
+
+def test_a_server_that_cannot_be_told_is_used_all_the_same() -> None:
+    server = StandInServer(Refusing()).start()
+
+    async def tell_twice() -> None:
+        client = ServerClient(
+            [server.url], path="/generate", api_key="k", max_in_flight=1, timeout_s=9
+        )
+        await client.tell("/freeze_gc/")
+        server.close()
+        await client.tell("/freeze_gc/")
+        await client.close()
+
+    asyncio.run(tell_twice())
 
 
 def test_files_that_hold_the_key_are_ours_alone(

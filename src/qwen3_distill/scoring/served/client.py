@@ -6,6 +6,7 @@ that follows from the request, and no compression. Whatever goes wrong with it i
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
@@ -112,6 +113,16 @@ class ServerClient:
         finally:
             await self._give_back(chosen, tokens)
         return reply if status == httpx.codes.OK else _raise_for(status, chosen, reply)
+
+    async def tell(self, path: str) -> None:
+        """Post nothing to another path of every server; whether it knows the path is its matter."""
+        for connection in self.connections:
+            with suppress(
+                Unanswered, httpx.HTTPError, httpx.InvalidURL, asyncio.TimeoutError, OSError
+            ):
+                await result_within(
+                    _CONNECT_TIMEOUT_S, self._send(connection.address + path, b"", _ERROR_BYTES)
+                )
 
     async def close(self) -> None:
         await self._http.aclose()

@@ -190,6 +190,8 @@ class ServedEndpoint:
         await server.start()
         self._connect([server.url], server.api_key)
         await unless_it_ends(server, self._check_server(self._score_client.connections[0]))
+        if self.wire.settle_path is not None:
+            await self._score_client.tell(self.wire.settle_path)
 
     async def _end(self) -> None:
         for client in (self._scores, self._answers):

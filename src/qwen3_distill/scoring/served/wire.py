@@ -81,5 +81,8 @@ class Wire:
     gives those of another distribution. None: servers of this kind need no such check."""
     sampling_remedy: str = ""
     """How else to start such a server."""
+    settle_path: str | None = None
+    """Where a server that is started here is told, once it answers, that its start is over; None:
+    it need not be told. What it answers does not matter."""
     starts_first: bool = False
     """Whether a server takes a share of the memory that is free when it starts."""

@@ -308,6 +308,9 @@ SGLANG = Wire(
     engine="SGLang",
     path="/generate",
     reads_cache=True,
+    # Python's garbage collection then leaves out what its processes made at their start: hundreds
+    # of thousands of objects, read again and again while lists of candidates are made.
+    settle_path="/freeze_gc",
     starts_first=True,
     score_body=score_body,
     score_reply_limit=score_reply_limit,
