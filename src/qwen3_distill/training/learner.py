@@ -27,6 +27,7 @@ from qwen3_distill.errors import (
     ModelError,
     NonFiniteError,
 )
+from qwen3_distill.modeling.device_to_host import to_host
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.host_to_device import to_device
 from qwen3_distill.modeling.loading import load_identity, output_head
@@ -281,7 +282,7 @@ class TorchLearner:
         if adapter is not None:
             return adapter_weights(self.student.core, adapter)
         if self._weights.part.count > 1:  # never whole on the device
-            return FullWeights(tensors={n: t.cpu() for n, t in self._weights.published()})
+            return FullWeights(tensors=to_host(self._weights.published()))
         return FullWeights(tensors=dict(self._weights.published()))
 
     def gather(self) -> None:
