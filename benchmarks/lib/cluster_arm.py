@@ -16,7 +16,7 @@ from benchmarks.lib.cards import peak_memory
 from benchmarks.lib.cluster_parts import append_log, ledger_check, member_rates, role_idle
 from benchmarks.lib.common import Report, timed
 from benchmarks.lib.overlap_parts import FEWEST_STEPS
-from benchmarks.speed import stages
+from benchmarks.lib.random_work import Work
 from benchmarks.speed.overlap import Bench, RandomPrompts, StopsAfter, TooFewSteps
 from qwen3_distill.config import LoraTuning, RunConfig, TaskPrompts
 from qwen3_distill.config.load import load_config
@@ -35,6 +35,10 @@ from qwen3_distill.weights.adapter_files import version_name
 _STRIKE_AFTER, _STEPS_AFTER_RETURN = 2, 2
 _FLOAT32 = 4
 _HANDLES = ".pickle"
+_WARM_UP = (512, 300)
+"""New tokens of the learner's first steps: kernels may be compiled anew for a second shape."""
+_WARM_UP_SEQUENCES = 32
+_MEMORY = ("train/peak_memory_gib", "train/held_memory_gib", "train/memory_retries")
 
 
 class StopsInTime(StopsAfter):
@@ -45,7 +49,8 @@ class StopsInTime(StopsAfter):
         self._ends = ends
 
     def step(self, step: int, values: Mapping[str, float | None]) -> None:
-        print(f"step {step}: {values.get('time/step_s')} s", flush=True)
+        memory = {key: values[key] for key in _MEMORY if values.get(key) is not None}
+        print(f"step {step}: {values.get('time/step_s')} s {memory}", flush=True)
         super().step(step, values)
         if time.time() >= self._ends and self.recorder is not None:
             self.recorder.stop_requested = True
@@ -150,11 +155,42 @@ async def start(parts: Parts, stagger_s: float) -> None:
     def say(text: str) -> None:
         print(text, flush=True)
 
+    places_s = 0.0
     if parts.cluster is not None:
-        await parts.cluster.start(say)
-    stages.STAGGER_S = stagger_s
-    await stages.start_side_by_side(parts)
-    await push_weights(parts)
+        _, places_s = await timed(parts.cluster.start(say))
+
+    async def later(delay_s: float, engine: Any) -> None:
+        await asyncio.sleep(delay_s)
+        _, start_s = await timed(engine.start())
+        say(f"{type(engine).__name__} started in {start_s:.0f} s")
+        if engine is parts.learner:
+            _, warm_s = await timed(warm_up(parts))
+            say(f"the learner's first steps took {warm_s:.0f} s")
+
+    engines = (parts.required_teacher, parts.engine, parts.learner)
+    starts = (later(index * stagger_s, engine) for index, engine in enumerate(engines))
+    _, engines_s = await timed(asyncio.gather(*starts))
+    version, publish_s = await timed(parts.learner.publish(parts.channel))
+    _, load_s = await timed(push_weights(parts))
+    say(
+        f"{version}: places after {places_s:.1f} s, engines after {engines_s:.1f}, published in "
+        f"{publish_s:.1f}, published and loaded in {load_s:.1f}"
+    )
+
+
+async def warm_up(parts: Parts) -> None:
+    """Have the learner compile what it needs, by small steps, while other engines still load."""
+    for new_tokens in _WARM_UP:
+        work = Work(
+            config=parts.config,
+            sequences=_WARM_UP_SEQUENCES,
+            prompt_tokens=128,
+            new_tokens=new_tokens,
+            rounds=1,
+            opd_steps=0,
+            vocab_size=parts.learner.identity.vocab_size,
+        )
+        await parts.learner.update(work.batch(_WARM_UP_SEQUENCES))
 
 
 async def measure(arguments: argparse.Namespace) -> bool:
@@ -257,6 +293,7 @@ def recorded(bench: Bench, stops: StopsAfter, traffic: Traffic, skip: int) -> di
         "role_idle": role_idle(members, last.steps[skip:]),
         "bytes_per_step": traffic.per_step(len(last.steps)),
         "restarts": last.steps[-1].get("health/rollout_engine_restarts", 0),
+        "learner": {key: max(step.get(key) or 0.0 for step in last.steps) for key in _MEMORY},
     }
     if isinstance(stops, Strikes):
         found["served_again_s"] = stops.served_again_s

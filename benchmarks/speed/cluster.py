@@ -9,7 +9,8 @@ An arm is a layout: ``one`` (all three engines on one of the cards, without a cl
 (``each@2``), or a name that ``--set ARM:KEY=VALUE`` describes. A layout with other settings is an
 arm with a label: ``--arms each,each+swap --set each+swap:generation.adapters=swap``; of the base,
 the best part of all counts. Each arm is a process, which starts its engines once, for all of its
-parts:
+parts; while the others load, the learner takes two small steps of random tokens, in which it
+compiles its kernels:
 
 - ``fixed``: `sampling.max_new_tokens` for all, streaming.
 - ``longtail8``: lognormal with p99/p50 = 8, streaming.

@@ -261,22 +261,36 @@ def measure(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
         if arguments.generator == "transformers":
             lengths.in_transformers(trainer)
         trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "completions/mean_length" in entry]
+    return {
+        "works": works_of(trainer.state.log_history, clock.seconds, arguments, setting),
+        "warm_up_step_s": clock.seconds[0],
+        "peak_gib": memory.peak_gib,
+        "versions": versions(),
+    }
+
+
+def works_of(
+    history: Sequence[Any],
+    seconds: Sequence[float],
+    arguments: argparse.Namespace,
+    setting: Setting,
+) -> dict[str, dict[str, float]]:
+    """Return what the trainer logged of each work's step.
+
+    Args:
+        history: the trainer's log.
+        seconds: of every step; the first is the warm-up.
+    """
+    logs = [entry for entry in history if "completions/mean_length" in entry]
     tokens = [entry["completions/mean_length"] * arguments.prompts for entry in logs]
-    works = {
+    return {
         work: {
-            "tok_s": tokens[step] / clock.seconds[step],
-            "step_s": clock.seconds[step],
+            "tok_s": tokens[step] / seconds[step],
+            "step_s": seconds[step],
             "tokens": tokens[step],
             "longest": logs[step]["completions/max_length"],
         }
         for step, work in enumerate(setting.works, start=1)
-    }
-    return {
-        "works": works,
-        "warm_up_step_s": clock.seconds[0],
-        "peak_gib": memory.peak_gib,
-        "versions": versions(),
     }
 
 

@@ -44,11 +44,13 @@ from tests.contract.test_learner import (
     weights_of,
 )
 from tests.contract.unsloth_adapter import (
+    ROOT,
     UnslothLearnerAdapter,
     own_process,
     pooled_learner,
     unsloth_config,
 )
+from tests.contract.unsloth_adapter import unsloth_environment as unsloth_adapter_environment
 from tests.engines import INSTALLED
 from tests.tiny_models import TinyModels
 
@@ -162,7 +164,7 @@ def unsloth_torch() -> tuple[int, ...]:
 
 def unsloth_says(code: str) -> str:
     """Run Python code in the interpreter of the tests' unsloth; return what it prints."""
-    environment = engine_environment(INSTALLED.variables.get("unsloth", {}))
+    environment = engine_environment(unsloth_adapter_environment())
     done = subprocess.run(
         [INSTALLED.python["unsloth"], "-c", code],
         env=environment,
@@ -246,9 +248,10 @@ def test_layers_are_recomputed_as_memory_demands_and_the_step_stays(bench: Bench
     """With a million tokens a micro-batch, so that a tiny model fills gigabytes."""
     batch, tokens = bench.ragged_batch(sampled()), 1_000_000
     shape = read_shape(bench.student_dir)
-    model = MemoryModel(shape=shape, tuning=LORA, arithmetic="float32", base_bytes=4)
+    training = unsloth_config(tuning=LORA)
+    model = MemoryModel.of(shape, training, on_gpu=INSTALLED.device != "cpu", merges=False)
     peaks = [
-        model.peak_bytes(tokens, Checkpointing(recomputed_layers=layers, offload=False))
+        model.held_bytes(tokens, Checkpointing(recomputed_layers=layers, offload=False))
         for layers in range(3)
     ]
     outcomes = []
@@ -256,7 +259,7 @@ def test_layers_are_recomputed_as_memory_demands_and_the_step_stays(bench: Bench
     for layers, mode in [(0, "auto"), (1, "auto"), (2, "on")]:
         learner = pooled(
             bench.student_dir,
-            int((1.01 * peaks[layers] + 0.75 * GIB) / 0.95),
+            int(1.01 * peaks[layers] + 0.75 * GIB),
             gradient_checkpointing=mode,
             micro_batch_tokens=tokens,
         )
@@ -431,24 +434,51 @@ def test_a_start_that_takes_too_long_is_an_error_and_leaves_no_process(
     assert not learner.host.is_running
 
 
-@pytest.mark.parametrize(
-    ("tuning", "publish_adapter", "lends"),
-    [(FULL, False, True), (LORA, False, True), (LORA, True, False), (FULL, True, True)],
-)
-def test_expandable_segments_are_off_where_weights_may_be_lent(
-    tiny_models: TinyModels, tuning: TuningConfig, publish_adapter: bool, lends: bool
-) -> None:
-    wanted = settings_of(tuning, publish_adapter=publish_adapter)
+def test_whether_segments_grow_is_unsloths_choice_or_the_configs(tiny_models: TinyModels) -> None:
+    """In a process that lends its weights too."""
+    wanted = settings_of(LORA, publish_adapter=False)
 
     def environment_of(**changes: Any) -> dict[str, str]:
         training = unsloth_config(tuning=wanted.tuning, optimizer=wanted.optimizer, **changes)
         return unsloth_environment(wanted.settings(tiny_models.student, training))
 
-    environment = engine_environment(environment_of())
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        assert (environment.get(name) == "expandable_segments:False") == lends
+    assert not [name for name in environment_of() if "ALLOC_CONF" in name]
     changed = environment_of(environment={"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"})
     assert changed["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"
+
+
+LOADS = """
+import sys
+sys.path.insert(0, {root!r} + "/src")
+from pathlib import Path
+from qwen3_distill.training.unsloth import student
+from qwen3_distill.config import LoraTuning, SampledReverseKL, UnslothTraining
+from qwen3_distill.training.settings import LearnerSettings
+import torch
+
+class Loading:
+    def __init__(self, *_):
+        print("while loading", torch._C._accelerator_getAllocatorSettings())
+        sys.exit()
+
+student.UnslothStudent = Loading
+torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+student.open_learner(
+    LearnerSettings(
+        model_dir=Path({model_dir!r}),
+        training=UnslothTraining(kind="unsloth", tuning=LoraTuning(kind="lora")),
+        objective=SampledReverseKL(kind="sampled_reverse_kl"),
+        total_steps=1,
+        seed=0,
+    )
+)
+"""
+
+
+@needs_unsloth
+def test_weights_are_loaded_into_memory_that_can_be_lent(bench: Bench) -> None:
+    said = unsloth_says(LOADS.format(root=ROOT, model_dir=str(bench.student_dir)))
+    assert said.endswith("while loading expandable_segments:False")
 
 
 def test_full_weights_are_still_published_whole(bench: Bench) -> None:

@@ -79,6 +79,9 @@ _GATHERED_LAYERS = 4
 the one that computes, the one that is gathered meanwhile and its buffer, and a gradient."""
 _SUMMED_LAYERS = 2
 """Layers' gradients, in the dtype of the weights, that are being summed over the ranks."""
+_LOST_SHARE = 0.2
+"""Bytes that PyTorch holds and cannot use, for each byte that a step takes and gives back. Where
+segments do not grow it was 0.4, and a step without that room failed (docs/engines/memory.md)."""
 
 
 def activation_bytes(shape: ModelShape, tuning: TuningConfig, arithmetic: Arithmetic) -> int:
@@ -147,6 +150,8 @@ class MemoryModel:
     """Bytes of layers with merged adapters, kept for an engine that takes merged weights."""
     shards: int = 1
     """Ranks over which the layers' matrices are divided."""
+    lost_share: float = _LOST_SHARE
+    """Bytes that are held and cannot be used, for each byte that a step adds."""
 
     @classmethod
     def of(
@@ -181,6 +186,7 @@ class MemoryModel:
             ),
             merged_bytes=merged,
             shards=shards,
+            lost_share=_LOST_SHARE if on_gpu else 0.0,
         )
 
     @property
@@ -208,6 +214,19 @@ class MemoryModel:
         """Peak bytes of a step whose largest micro-batch holds ``tokens`` tokens."""
         return self.fixed_bytes + self.step_bytes(tokens, choice)
 
+    def held_bytes(self, tokens: int, choice: Checkpointing) -> int:
+        """Most bytes that the allocator holds, with those that it cannot use.
+
+        That is in a step, or after it, when the next version's merged weights are made beside those
+        of the last, which an engine may be reading.
+        """
+        step = self.step_bytes(tokens, choice) + self.lost_bytes(tokens, choice)
+        return self.fixed_bytes + max(step, self.merged_bytes)
+
+    def lost_bytes(self, tokens: int, choice: Checkpointing) -> int:
+        """Bytes that the allocator holds in a step and cannot use: rests between tensors."""
+        return int(self.lost_share * self.step_bytes(tokens, choice))
+
     def step_bytes(self, tokens: int, choice: Checkpointing) -> int:
         """Bytes that a step adds at its peak.
 
@@ -227,9 +246,10 @@ class MemoryModel:
     def fewest_recomputed(
         self, tokens: int, budget_bytes: int, *, may_offload: bool
     ) -> Checkpointing:
-        """Return the fastest choice whose peak fits, or the one of least memory if none does.
+        """Return the fastest choice that fits, or the one of least memory if none does.
 
         Args:
+            budget_bytes: the most that the allocator may hold.
             may_offload: whether host memory is separate from the device's.
         """
         counts = range(self.shape.num_layers + 1)
@@ -237,7 +257,7 @@ class MemoryModel:
         if may_offload:
             ladder += [Checkpointing(recomputed_layers=k, offload=True) for k in counts[1:]]
         for choice in ladder:
-            if self.peak_bytes(tokens, choice) <= budget_bytes:
+            if self.held_bytes(tokens, choice) <= budget_bytes:
                 return choice
         # Not the last: with all but one recomputed, the one that runs again makes the peak.
         return min(ladder, key=lambda choice: self.peak_bytes(tokens, choice))
@@ -246,11 +266,3 @@ class MemoryModel:
 def allocator_bytes(memory_bytes: int) -> int:
     """Bytes of a process's share of the device for PyTorch; the rest is the CUDA context."""
     return max(memory_bytes - _CONTEXT_BYTES, 1)
-
-
-def usable_bytes(memory_bytes: int) -> int:
-    """Bytes of a process's share of the device for tensors.
-
-    The rest is the CUDA context and what the allocator loses to fragmentation.
-    """
-    return int(memory_bytes * 0.95) - _CONTEXT_BYTES

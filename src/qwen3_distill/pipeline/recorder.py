@@ -168,6 +168,7 @@ class Recorder:
         self._progress.step(cursor.step, values)
         self._note_lost_output()
         self._note_if_all_cut(cursor.step, [item.rollout for item in scored])
+        self._note_retries(cursor.step, values)
         self._save_rollouts(cursor.step - 1, scored)
         last = cursor.step == self._config.steps
         if last or self.stop_requested or cursor.step % self._config.checkpoint.every_steps == 0:
@@ -356,6 +357,16 @@ class Recorder:
             "config check` whether the template's end of turn is among the tokens that end a "
             "rollout"
         )
+
+    def _note_retries(self, step: int, values: Mapping[str, float]) -> None:
+        """Say that the learner had too little memory in a step, and began it again."""
+        if values.get("train/memory_retries"):
+            tokens = int(values["train/micro_batch_tokens"])
+            self._progress.note(
+                f"the learner ran out of memory in step {step} and began it again: it goes on with "
+                f"micro-batches of at most {tokens} tokens. Lower training.micro_batch_tokens, or "
+                "raise its share (training.memory_gib, planning)"
+            )
 
     def _save_rollouts(self, step: int, scored: Sequence[TrainingRollout]) -> None:
         logging = self._config.logging

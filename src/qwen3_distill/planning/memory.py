@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 from qwen3_distill.config import NamedTeacher, RunConfig, candidates_per_token
 from qwen3_distill.modeling.shapes import ModelShape
-from qwen3_distill.modeling.step_memory import GIB, Checkpointing, MemoryModel, usable_bytes
+from qwen3_distill.modeling.step_memory import GIB, Checkpointing, MemoryModel, allocator_bytes
 from qwen3_distill.planning.device import DeviceMemory
 from qwen3_distill.replay.buffer import ReplayBuffer
 
@@ -36,6 +36,8 @@ _CUDA_GRAPH_BYTES = 1.25 * GIB
 _VLLM_BATCHED_TOKENS = 8192
 """Tokens that vLLM schedules per step, its default on large GPUs."""
 _DECODE_GRAPH_BYTES = 1.0 * GIB
+_LINK_GIB = 0.8
+"""Memory of a process of two ranks beyond that of one alone, on H200s."""
 _CACHE_BLOCK_TOKENS = 16
 _VLLM_CPU_BLOCK_TOKENS = 128
 
@@ -361,7 +363,7 @@ def checkpointing(
     if mode == "auto":
         return step_memory(config, models, device).fewest_recomputed(
             micro_batch_tokens(config, models),
-            usable_bytes(max(0, room_bytes - replay_bytes(config))),
+            allocator_bytes(room_bytes - replay_bytes(config)),
             may_offload=device.kind in ("cuda", "stated"),
         )
     if mode in (False, "off"):
@@ -376,6 +378,13 @@ def replay_bytes(config: RunConfig) -> int:
         return 0
     candidates = candidates_per_token(config.objective)
     return ReplayBuffer.memory_bytes(config.replay, candidates=candidates)
+
+
+def link_bytes(config: RunConfig, device: DeviceMemory) -> int:
+    """Bytes that a rank's process holds, outside of PyTorch's memory, to reach the others."""
+    learner = None if config.cluster is None else config.cluster.learner
+    alone = learner is None or learner.ranks == 1
+    return 0 if alone or device.kind == "cpu" else int(_LINK_GIB * GIB)
 
 
 def _learner_merges(config: RunConfig) -> bool:
@@ -395,6 +404,14 @@ def learner_rows(
         *_learner_state_rows(config, models, model),
         _row("learner", "activations and logits", step, how),
     ]
+    lost = model.lost_bytes(tokens, choice)
+    if step + lost < model.merged_bytes:
+        how = "the next version's merged weights, beside this one's"
+        rows.append(_row("learner", "to publish", model.merged_bytes - step, how))
+    elif lost:
+        rows.append(_row("learner", "lost to fragments", lost, "held, not usable; estimate"))
+    if links := link_bytes(config, device):
+        rows.append(_row("learner", "links between ranks", links, "NCCL; estimate"))
     if config.replay is not None:
         how = f"{config.replay.capacity_tokens} tokens"
         rows.append(_row("learner", "replay", replay_bytes(config), how))

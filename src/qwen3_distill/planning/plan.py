@@ -203,7 +203,7 @@ def _lay_out(
     student = memory.student_rows(config, models, device) if "student" in engines else []
     others = reserve + sum(row.num_bytes for row in [*teacher, *student])
     left = device.free_bytes - others
-    room = _learner_bytes(config, left)
+    room = _learner_bytes(config, left - memory.link_bytes(config, device))
     choice = memory.checkpointing(config, models, device, 0 if thrifty else room)
     learner = memory.learner_rows(config, models, device, choice) if "learner" in engines else []
     none = TeacherShare(static_bytes=0, memory_fraction=0.0, max_total_tokens=0, cache_bytes=0)

@@ -27,6 +27,7 @@ from qwen3_distill.errors import (
     ModelError,
     NonFiniteError,
 )
+from qwen3_distill.modeling.device_to_host import to_host
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.host_to_device import to_device
 from qwen3_distill.modeling.loading import load_identity, output_head
@@ -41,7 +42,6 @@ from qwen3_distill.training.memory_lack import memory_lack
 from qwen3_distill.training.objectives.base import (
     LossTerms,
     Objective,
-    TensorMetric,
     check_samplers,
     read_scalars,
     require_samplers,
@@ -49,9 +49,16 @@ from qwen3_distill.training.objectives.base import (
 from qwen3_distill.training.pass_counts import PassCounts
 from qwen3_distill.training.rank_place import StepShare, deal
 from qwen3_distill.training.ranks import Ranks
+from qwen3_distill.training.room import Room
 from qwen3_distill.training.schedule import learning_rate_factor
 from qwen3_distill.training.settings import AnyLearnerSettings
-from qwen3_distill.training.step import MicroBatches, Step, StepGradient, no_micro_batches
+from qwen3_distill.training.step import (
+    MicroBatches,
+    Passed,
+    Step,
+    StepGradient,
+    no_micro_batches,
+)
 from qwen3_distill.training.student import Student
 from qwen3_distill.training.trained import TrainedWeights
 from qwen3_distill.types import (
@@ -111,6 +118,11 @@ class TorchLearner:
         )
         self._spoiled: str | None = None
         """Why the weights may not be used any more."""
+        self._room = Room(
+            settings.training.micro_batch_tokens,
+            self._drop_pass,
+            may_begin_again=self._weights.part.count == 1,
+        )
         try:
             self._version = WeightVersion(step=0, digest=self._digest())
         except NonFiniteError as error:
@@ -232,8 +244,6 @@ class TorchLearner:
         """Take an optimizer step; also [S], each rollout's mean magnitude."""
         self._require_unspoiled()
         step = self._version.step
-        rank = () if self._ranks is None else (self._ranks.place.index,)
-        torch.manual_seed(derive_seed(self._settings.seed, "dropout", step, *rank))
         self._weights.drop_gradients()
         if self.student.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.student.device)
@@ -272,7 +282,7 @@ class TorchLearner:
         if adapter is not None:
             return adapter_weights(self.student.core, adapter)
         if self._weights.part.count > 1:  # never whole on the device
-            return FullWeights(tensors={n: t.cpu() for n, t in self._weights.published()})
+            return FullWeights(tensors=to_host(self._weights.published()))
         return FullWeights(tensors=dict(self._weights.published()))
 
     def gather(self) -> None:
@@ -323,34 +333,39 @@ class TorchLearner:
 
     def _gradient(self, work: Step) -> StepGradient:
         """Accumulate and clip the step's gradient."""
-        losses, pending = list[Tensor](), list[TensorMetric]()
-        rollouts, magnitudes = list[int](), list[Tensor]()
-        counts = PassCounts(self._settings.training.chunk_tokens)
-        max_tokens = self._settings.training.micro_batch_tokens
-        micros = work.micros(max_tokens, packed=self.student.packs)
-        for micro in self._weights.passes(micros):
-            terms = self._terms(micro.to(self.student.device), work.denominator)
-            terms.loss.backward()
-            counts.add(micro)
-            losses.append(terms.loss.detach())
-            pending.extend(terms.metrics)
-            rollouts.extend(micro.rollouts)
-            magnitudes.append(_mean_per_rollout(terms.magnitude_N, micro.loss_tokens))
+        passed = self._room.find(lambda room: self._passes(work, room))
         self._reduce()
-        losses = self._losses_of_all_ranks(losses)
+        losses = self._losses_of_all_ranks(passed.losses)
         max_norm = self._settings.training.optimizer.max_grad_norm
         norm = self._weights.clip_gradients(max_norm)
-        values = read_scalars([norm, *losses, *(metric.total for metric in pending)])
+        values = read_scalars([norm, *losses, *(metric.total for metric in passed.metrics)])
         totals = values[1 + len(losses) :]
+        metrics = [m.read(total) for m, total in zip(passed.metrics, totals, strict=True)]
         return StepGradient(
             loss=sum(values[1 : 1 + len(losses)]),
             norm=values[0],
-            metrics=[
-                *(metric.read(total) for metric, total in zip(pending, totals, strict=True)),
-                *counts.metrics(),
-            ],
-            magnitude_S=self._in_order(magnitudes, rollouts),
+            metrics=[*metrics, *passed.counts.metrics()],
+            magnitude_S=self._in_order(passed.magnitudes, passed.rollouts),
         )
+
+    def _passes(self, work: Step, room: Room) -> Passed:
+        """Pass all micro-batches forward and backward, from the beginning."""
+        step = self._version.step
+        rank = () if self._ranks is None else (self._ranks.place.index,)
+        torch.manual_seed(derive_seed(self._settings.seed, "dropout", step, *rank))
+        passed = Passed(counts=PassCounts(self._settings.training.chunk_tokens))
+        micros = work.micros(room.micro_batch_tokens, packed=self.student.packs)
+        for micro in self._weights.passes(micros):
+            room.num_rollouts = len(micro.rollouts)
+            terms = self._terms(micro.to(self.student.device), work.denominator)
+            terms.loss.backward()
+            passed.counts.add(micro)
+            passed.losses.append(terms.loss.detach())
+            passed.metrics.extend(terms.metrics)
+            passed.rollouts.extend(micro.rollouts)
+            magnitude_N = terms.magnitude_N
+            passed.magnitudes.append(_mean_per_rollout(magnitude_N, micro.loss_tokens))
+        return passed
 
     def _in_order(self, magnitudes: Sequence[Tensor], rollouts: Sequence[int]) -> Tensor:
         if not magnitudes:
@@ -382,13 +397,10 @@ class TorchLearner:
     @contextlib.contextmanager
     def _memory_watched(self, what: str, outcome: str) -> Iterator[None]:
         """Turn a lack of memory into an error, and free what the failed pass had allocated."""
-        device = self.student.device
         with memory_lack() as lack:
             yield
         if lack.text is not None:
-            self._weights.drop_gradients()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._drop_pass()
             raise EngineError(
                 f"{what}: the learner ran out of memory; {outcome}. "
                 f"Planned: {self.student.memory_report()}. Found: {lack.text} Lower "
@@ -397,12 +409,23 @@ class TorchLearner:
                 "(training.memory_gib, planning)"
             )
 
+    def _drop_pass(self) -> None:
+        """Free what a pass that failed has left."""
+        self._weights.drop_gradients()
+        if self.student.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _memory_metrics(self) -> tuple[Metric, ...]:
         device = self.student.device
         if device.type != "cuda":
-            return ()
+            return self._room.metrics()
+        held = torch.cuda.max_memory_reserved(device) / _GIB
         peak = torch.cuda.max_memory_allocated(device) / _GIB
-        return (Metric.max("train/peak_memory_gib", peak),)
+        return (
+            *self._room.metrics(),
+            Metric.max("train/peak_memory_gib", peak),
+            Metric.max("train/held_memory_gib", held),
+        )
 
     def _check_lengths(self, scored: Sequence[TrainingRollout]) -> None:
         for rollout in (entry.rollout for entry in scored):

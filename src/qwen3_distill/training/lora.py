@@ -18,6 +18,7 @@ from qwen3_distill.config import LoraTuning
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.ports import LoraWeights
 from qwen3_distill.training.fp8_base import Fp8Linear
+from qwen3_distill.training.segments import lendable
 from qwen3_distill.utils.seeds import derive_seed
 
 _INIT_SEED = "lora_init"
@@ -118,7 +119,10 @@ def merged_parameters(core: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _merged(layer: Any, weight_NK: Tensor) -> Tensor:
-    return weight_NK + layer.get_delta_weight(_ADAPTER).to(weight_NK.dtype)
+    delta_NK = layer.get_delta_weight(_ADAPTER).to(weight_NK.dtype)
+    with lendable():  # an engine on the same card reads it where it is
+        merged_NK = torch.empty_like(weight_NK)
+    return torch.add(weight_NK, delta_NK, out=merged_NK)
 
 
 def _adapted(core: PreTrainedModel) -> dict[str, Any]:

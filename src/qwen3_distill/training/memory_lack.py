@@ -1,4 +1,4 @@
-"""Noting a lack of device memory, so that it can be reported with its remedy."""
+"""Noting a lack of device memory, so that it can be reported with its remedy, or tried again."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,12 +1,14 @@
 """The records of one optimizer step: the work that it is given, and the gradient that it finds."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from qwen3_distill.training.batching import MicroBatch
+from qwen3_distill.training.objectives.base import TensorMetric
+from qwen3_distill.training.pass_counts import PassCounts
 from qwen3_distill.types import Metric
 
 
@@ -26,6 +28,18 @@ class Step:
     num_loss_tokens: int
     lag_steps: int
     """Age of the oldest token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """Results of the passes of a step's micro-batches, still on the device."""
+
+    counts: PassCounts
+    losses: list[Tensor] = field(default_factory=list)
+    metrics: list[TensorMetric] = field(default_factory=list)
+    rollouts: list[int] = field(default_factory=list)
+    magnitudes: list[Tensor] = field(default_factory=list)
+    """Each micro-batch's mean magnitudes of its rollouts' tokens, in the order of `rollouts`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,8 @@
 """A weight channel through files, and weight versions that come from a model directory."""
 
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,11 +24,15 @@ from qwen3_distill.weights.adapter_files import (
     version_name,
 )
 
-_FULL = "model.safetensors"
+_FILE_BYTES = 1 << 30
+_MOST_FILES = 8
+"""Files of a version at most, and threads that write them: most of the work is the system's own,
+which makes room for new pages."""
 
 
 class DirectoryChannel:
-    """Versions as directories under ``root``: adapters in peft's layout, whole weights as one file.
+    """Versions as directories under ``root``: adapters in peft's layout, whole weights in files
+    that are written concurrently.
 
     A version is written under another name, synced and renamed: it exists whole or not at all. The
     newest two are kept, so that an engine may still read the one it serves. On a memory file system
@@ -52,7 +58,12 @@ class DirectoryChannel:
         try:
             if has_adapter(directory):
                 return load_adapter(directory)
-            return FullWeights(tensors=load_file(directory / _FULL))
+            tensors: dict[str, Tensor] = {}
+            for file in sorted(directory.glob("*.safetensors")):
+                tensors |= load_file(file)
+            if not tensors:
+                raise ValueError(f"there are no weights in {directory}")
+            return FullWeights(tensors=tensors)
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise WeightVersionError(
                 f"the channel {self._root} does not hold {version}; publish it first ({error})"
@@ -80,16 +91,32 @@ class DirectoryChannel:
         if isinstance(payload, LoraWeights):
             save_adapter(payload, temporary)
         else:
-            tensors = {
-                n: tensor.detach().contiguous().cpu() for n, tensor in payload.tensors.items()
-            }
-            save_file(tensors, temporary / _FULL)
+            _save_full(payload.tensors, temporary)
         for path in (*temporary.iterdir(), temporary):
             sync(path)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         sync(self._root)
         keep_newest(self._root, 2)
+
+
+def _save_full(tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Write tensors into files of about equal size, each by a thread of its own."""
+    wanted = -(-sum(tensor.nbytes for tensor in tensors.values()) // _FILE_BYTES)
+    parts: list[dict[str, Tensor]] = [{} for _ in range(max(1, min(wanted, _MOST_FILES)))]
+    sizes = [0] * len(parts)
+    for name in sorted(tensors, key=lambda name: -tensors[name].nbytes):
+        smallest = sizes.index(min(sizes))
+        parts[smallest][name] = tensors[name]
+        sizes[smallest] += tensors[name].nbytes
+
+    def save(number: int) -> None:
+        on_host = {n: tensor.detach().contiguous().cpu() for n, tensor in parts[number].items()}
+        save_file(on_host, directory / f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors")
+
+    with ThreadPoolExecutor(len(parts)) as threads:
+        for done in [threads.submit(save, number) for number in range(len(parts))]:
+            done.result()
 
 
 def publish_directory(

@@ -86,7 +86,8 @@ def test_h200_gets_the_settings_of_its_measurements() -> None:
 
 def test_streaming_on_an_h200_gets_those_of_its_measurements() -> None:
     made = initial_config(facts(MACHINES["h200"], wishes=replace(WISHES, streaming=True)))
-    assert chosen(made) == (256, 512, "merge", 16384, 4, 8192, 2048, 8192, "auto")
+    assert chosen(made) == (256, 512, "merge", 16384, 4, 8192, 2048, 5120, "auto")
+    assert recomputed_layers(made.plan) == 0
     pipeline = made.config.pipeline
     assert pipeline.kind == "streaming"
     assert (pipeline.mps, pipeline.max_staleness_steps, pipeline.max_steps_ahead) == (True, 8, 3)

@@ -159,9 +159,11 @@ def test_swapped_adapters_have_a_slot_and_merged_ones_a_copy_of_the_layers() -> 
     assert size(merge, "learner", "merged weights") == named_shape("4B").linear_parameters * 2
     with pytest.raises(ConfigError) as caught:
         planned(config(generation={"adapters": "merge"}), 90)
-    saved = (named_shape("4B").linear_parameters - 66_060_288) * 2
+    # Two copies: a version is made while engines may still read the last one.
+    saved = (2 * named_shape("4B").linear_parameters - 66_060_288) * 2 / GIB
     found = freed_by(str(caught.value))["generation.adapters=swap"]
-    assert found == pytest.approx(saved / GIB, abs=0.051)
+    activations = 1.2 * 1.6  # of 35 recomputed layers: less than a copy
+    assert found == pytest.approx(saved - activations, abs=0.1)
     full = planned(
         config(training={"tuning": {"kind": "full"}, "dtype": "float32"}), 200, teacher="8B"
     )
@@ -328,6 +330,35 @@ def test_ranks_that_divide_the_states_fit_cards_that_whole_ones_do_not() -> None
     assert 8 * layer <= size(card.plan, "learner", "layers of all ranks") <= 20 * layer
     four = learners_card(full_tuning(ranks=4, sharded=True), 80)
     assert four.plan.engine_bytes("learner") < card.plan.engine_bytes("learner")
+
+
+def test_what_ranks_reach_one_another_by_is_not_the_learners() -> None:
+    one, two = (
+        learners_card(config(cluster={"learner": {"ranks": ranks}}), 300).plan for ranks in (1, 2)
+    )
+    links = size(two, "learner", "links between ranks")
+    assert 0.5 * GIB < links < 1.5 * GIB
+    assert two.learner_memory_bytes == one.learner_memory_bytes - links
+    assert two.required_bytes == one.required_bytes + links
+    assert "links between ranks" not in {row.what for row in one.rows}
+
+
+@pytest.mark.parametrize("adapters", ["swap", "merge"])
+def test_what_auto_chooses_fits_with_what_fragments_take(adapters: str) -> None:
+    """The learner's own process keeps to its share, which the rows must not exceed."""
+    run = config(generation={"adapters": adapters})
+    student, teacher = named_shape("4B"), named_shape("8B-FP8")
+    chosen = set[int]()
+    for gib in range(80, 140, 5):
+        plan = lay_out(
+            run, device_memory_bytes=gib * GIB, student_shape=student, teacher_shape=teacher
+        )
+        if plan.fits:
+            assert plan.engine_bytes("learner") <= plan.learner_memory_bytes
+            lost = [row.num_bytes for row in plan.rows if row.what == "lost to fragments"]
+            assert lost == [pytest.approx(0.2 * activations(plan).num_bytes, rel=0.01)]
+            chosen.add(recomputed(plan))
+    assert len(chosen) > 3
 
 
 def rollout_card(run: RunConfig, student: str = "32B") -> MemoryPlan:

@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 import torch
 from peft import PeftConfig
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen3_distill.errors import EngineError, WeightVersionError
@@ -128,6 +129,46 @@ def test_a_version_that_was_not_written_to_its_end_cannot_be_fetched(
         channel.publish(FIRST, some_payload())
     with pytest.raises(WeightVersionError):
         channel.fetch(FIRST)
+
+
+def large_payload() -> FullWeights:
+    sizes = [1, 700, 30, 300, 5, 650, 64]
+    tensors = {f"layer.{i}": torch.randn(size, 2) for i, size in enumerate(sizes)}
+    return FullWeights(tensors=tensors | {"turned": torch.randn(4, 90).T})
+
+
+@pytest.mark.parametrize(("file_bytes", "files"), [(1 << 30, 1), (8_000, 2), (1_000, 8), (1, 8)])
+def test_large_versions_are_files_of_about_equal_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_bytes: int, files: int
+) -> None:
+    monkeypatch.setattr("qwen3_distill.weights.directory._FILE_BYTES", file_bytes)
+    channel, payload = DirectoryChannel(tmp_path), large_payload()
+    channel.publish(FIRST, payload)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) == files
+    total = sum(tensor.nbytes for tensor in payload.tensors.values())
+    largest = max(tensor.nbytes for tensor in payload.tensors.values())
+    assert max(path.stat().st_size for path in written) < max(largest, total / files) + 1500
+    fetched = DirectoryChannel(tmp_path).fetch(FIRST).tensors
+    assert fetched.keys() == payload.tensors.keys()
+    assert all(torch.equal(fetched[n], tensor) for n, tensor in payload.tensors.items())
+
+
+def test_a_version_of_which_one_file_cannot_be_written_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen3_distill.weights.directory._FILE_BYTES", 1)
+
+    def save(tensors: object, path: Path) -> None:
+        if "00003-of" in path.name:
+            raise OSError("No space left on device")
+        save_file(tensors, path)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr("qwen3_distill.weights.directory.save_file", save)
+    with pytest.raises(EngineError, match=r"step=0.*No space left on device; make room there"):
+        DirectoryChannel(tmp_path).publish(FIRST, large_payload())
+    with pytest.raises(WeightVersionError):
+        DirectoryChannel(tmp_path).fetch(FIRST)
 
 
 CHANNELS = {**FILE_CHANNELS, "memory": lambda root: MemoryChannel()}

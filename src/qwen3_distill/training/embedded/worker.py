@@ -8,6 +8,7 @@ from qwen3_distill.modeling.loading import resolve_device
 from qwen3_distill.training.embedded.student import build_embedded_learner
 from qwen3_distill.training.learner_service import LearnerService
 from qwen3_distill.training.ranks import Ranks
+from qwen3_distill.training.segments import grow_segments, lendable
 from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.types import WeightVersion
 
@@ -24,7 +25,10 @@ class EmbeddedLearnerWorker(LearnerService):
         ranks = None
         if self.place is not None and self.place.sharded:
             ranks = Ranks(self.place, resolve_device(settings.training.device))
-        return self._serve(build_embedded_learner(settings, shards=ranks))
+        with lendable():  # trained weights are published where they are
+            learner = build_embedded_learner(settings, shards=ranks)
+        grow_segments(learner.student.device)
+        return self._serve(learner)
 
 
 if __name__ == "__main__":

@@ -59,9 +59,4 @@ def unsloth_environment(settings: LearnerSettings[UnslothTraining]) -> dict[str,
         "UNSLOTH_DISABLE_STATISTICS": "1",
         "HF_HUB_OFFLINE": "1",  # the student is a directory
     }
-    if settings.published_adapter is None:
-        # unsloth turns expandable segments on, and their memory cannot be lent by CUDA IPC
-        # without a privilege that containers rarely have. Torch 2.9 reads the second name.
-        off = "expandable_segments:False"
-        variables |= {"PYTORCH_ALLOC_CONF": off, "PYTORCH_CUDA_ALLOC_CONF": off}
     return variables | settings.training.environment

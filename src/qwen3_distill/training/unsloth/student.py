@@ -40,7 +40,6 @@ from qwen3_distill.modeling.step_memory import (
     MemoryModel,
     allocator_bytes,
     autocasts,
-    usable_bytes,
 )
 from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
 from qwen3_distill.training.batching import MicroBatch, SharedPrompt
@@ -54,6 +53,7 @@ from qwen3_distill.training.prompt_attention import (
     share_prompts,
     without_answers,
 )
+from qwen3_distill.training.segments import describe_segments, lendable
 from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.training.unsloth.attention import ATTENTION_ARGUMENT, patch_attention
 from qwen3_distill.training.unsloth.packing_probe import (
@@ -85,7 +85,8 @@ def open_learner(settings: LearnerSettings[UnslothTraining]) -> TorchLearner:
     merges = isinstance(config.tuning, LoraTuning) and not settings.publish_adapter
     plan = CheckpointingPlan(settings.model_dir, config, budget, merges=merges)
     with memory_lack() as lack:
-        student = UnslothStudent(settings.model_dir, config, settings.seed, plan)
+        with lendable():  # what the adapters do not change is published where it is
+            student = UnslothStudent(settings.model_dir, config, settings.seed, plan)
         objective = build_objective(
             settings.objective,
             teacher_head_VD=None,
@@ -160,7 +161,7 @@ class CheckpointingPlan:
             return Checkpointing(recomputed_layers=layers, offload=self._mode == "unsloth")
         return self._model.fewest_recomputed(
             self._micro_batch_tokens,
-            usable_bytes(self._budget),
+            allocator_bytes(self._budget),
             may_offload=self._device.type == "cuda" and not _shares_memory(self._device),
         )
 
@@ -208,6 +209,7 @@ class UnslothStudent:
             "device": str(self.device),
             "kernels": "unsloth's fused ones" if self._fused else "Hugging Face's",
             "memory": self._plan.report(),
+            **({"segments": describe_segments()} if self.device.type == "cuda" else {}),
             "packing": self._packing,
             "shared prompts": self._sharing,
         }
