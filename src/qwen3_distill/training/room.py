@@ -71,7 +71,7 @@ class Room:
         is_first, self._has_lacked = not self._has_lacked, True
         if not self._may_begin_again:
             return False
-        if not is_first and self.num_rollouts > 1:
-            self.micro_batch_tokens = max(1, self.micro_batch_tokens // 2)
+        if not is_first and self.num_rollouts > 1 and self.micro_batch_tokens > 1:
+            self.micro_batch_tokens //= 2
             return True
         return self._retries == 0

@@ -185,3 +185,30 @@ def test_a_worker_loads_into_memory_that_can_be_lent_and_steps_in_memory_that_gr
         served.open(replace(settings_of(tiny_models), seed=seed))
     assert loading == ["fixed", "fixed"]
     assert grown == [torch.device("cpu")] * 2
+
+
+# --- On a device --------------------------------------------------------------------------------
+
+
+def grows(tensor: Tensor) -> bool:
+    """Whether the device tells that a tensor lies in a growing segment."""
+    address = tensor.data_ptr()
+    return any(
+        segment["is_expandable"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["address"] <= address < segment["address"] + segment["total_size"]
+    )
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_lent_memory_is_fixed_and_the_rest_grows() -> None:
+    def new() -> Tensor:
+        return torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
+
+    grow_segments(torch.device("cuda"))
+    assert grows(new())  # it is free again, and of the size that is asked for next
+    with lendable():
+        lent = new()
+        assert not grows(lent)
+    assert grows(new())
+    assert torch.equal(lent.fill_(7), torch.full_like(lent, 7))
