@@ -179,7 +179,7 @@ def load_identity(path: str | Path, *, weights: bool = True) -> ModelIdentity:
 
 
 def _file_states(directory: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """What tells a changed file among those that an identity is read from."""
+    """Return what changes with any file that an identity is read from."""
     files = [*directory.glob("*"), *directory.glob("additional_chat_templates/*")]
     read = [file for file in sorted(files) if file.suffix in _IDENTITY_FILES and file.is_file()]
     stats = [(file, file.stat()) for file in read]
