@@ -3,9 +3,10 @@
     python -m benchmarks.speed.h200_speed --results out
 
 reads what is there of `h200_rows` (`speed/learners.py`), `h200_one_start` (`speed/one_start.py`),
-`h200_trl` (`speed/trl_distillation.py`), `h200_start` (`speed/start.py`) and `time_plan`, and
-writes `h200_speed.json`: the figures, each beside its goal, and what was not measured. Ratios are
-of results of one card. Machine and versions are those of `h200_one_start`, or of the first there.
+`h200_trl` (`speed/trl_distillation.py`), `h200_start` (`speed/start.py`), `h200_learners` and
+`time_plan`, and writes `h200_speed.json`: the figures, each beside its goal, and what was not
+measured. Ratios are of results of one card; FP8's is that of `h200_learners` where the rows have
+none. Machine and versions are those of `h200_one_start`, or of the first there.
 """
 
 import argparse
@@ -17,7 +18,9 @@ from typing import Any
 from benchmarks.lib.common import RESULTS, command_line, commit
 from qwen3_distill.utils.files import write_json_atomic
 
-_SOURCES = ("h200_one_start", "h200_rows", "h200_trl", "h200_start", "time_plan")
+_SOURCES = ("h200_one_start", "h200_rows", "h200_trl", "h200_start")
+_OTHERS = ("h200_learners", "time_plan")
+"""Results of other cards, or of none."""
 GOALS: dict[str, float | None] = {
     "train_fp8_vs_unsloth": 1.25,
     "train_prefix_n4_ratio": 1.15,
@@ -48,7 +51,10 @@ def figures_of(results: Results) -> dict[str, float]:
     public = results.get("time_plan", {}).get("figures", {}).get("gb10_public_error_pct")
     if public is not None:
         flat["gb10_public_error_pct"] = public
-    for source in reversed(_SOURCES[:-1]):
+    fp8 = results.get("h200_learners", {}).get("figures", {})
+    if "train_compiled_fp8_backward_vs_unsloth" in fp8:
+        flat["train_fp8_vs_unsloth"] = fp8["train_compiled_fp8_backward_vs_unsloth"]
+    for source in reversed(_SOURCES):
         flat |= results.get(source, {}).get("figures", {})
     tails = results.get("h200_one_start", {}).get("parts", {}).get("longtail8", {})
     if "streaming" in tails:
@@ -89,7 +95,7 @@ def verdicts(figures: Mapping[str, float]) -> list[dict[str, Any]]:
     ]
 
 
-def read(folder: Path, names: Sequence[str] = _SOURCES) -> dict[str, dict[str, Any]]:
+def read(folder: Path, names: Sequence[str] = _SOURCES + _OTHERS) -> dict[str, dict[str, Any]]:
     """Read the results that are there."""
     files = {name: folder / f"{name}.json" for name in names}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
@@ -102,9 +108,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
     results = read(arguments.results)
-    measured = [results[name] for name in _SOURCES[:-1] if name in results]
+    measured = [results[name] for name in _SOURCES if name in results]
     if not measured:
-        parser.error(f"{arguments.results} has none of {', '.join(_SOURCES[:-1])}")
+        parser.error(f"{arguments.results} has none of {', '.join(_SOURCES)}")
     figures = figures_of(results)
     content = {
         "name": "h200_speed",

@@ -209,18 +209,16 @@ class ForcedLengths:
         trainer._generate_single_turn = cut
 
 
-def measure(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
-    """Measure the trainer's steps with one setting."""
-    if arguments.prompts % setting.micro_batch:
-        sys.exit(f"--settings: {setting.micro_batch} does not divide {arguments.prompts} prompts")
+def make_clock() -> Any:
+    """Make a callback with the seconds of every optimizer step, generation included."""
     import torch
-    from peft import LoraConfig
     from transformers import TrainerCallback
-    from trl import DistillationTrainer
+
+    def synchronize() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     class Clock(TrainerCallback):
-        """Records the seconds of every optimizer step, generation included."""
-
         def __init__(self) -> None:
             self.seconds: list[float] = []
             self._began = 0.0
@@ -233,14 +231,20 @@ def measure(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
             synchronize()
             self.seconds.append(time.perf_counter() - self._began)
 
-    def synchronize() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    return Clock()
+
+
+def measure(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
+    """Measure the trainer's steps with one setting."""
+    if arguments.prompts % setting.micro_batch:
+        sys.exit(f"--settings: {setting.micro_batch} does not divide {arguments.prompts} prompts")
+    from peft import LoraConfig
+    from trl import DistillationTrainer
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if importlib.util.find_spec("flashinfer") is None:  # vLLM takes it for granted on Hopper
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    clock, lengths = Clock(), ForcedLengths(arguments, setting.works)
+    clock, lengths = make_clock(), ForcedLengths(arguments, setting.works)
     if arguments.generator == "vllm":
         lengths.in_vllm()
     with PeakMemory() as memory, tempfile.TemporaryDirectory() as folder:

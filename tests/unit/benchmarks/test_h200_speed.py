@@ -33,9 +33,11 @@ def test_ratios_are_of_the_results_that_are_there() -> None:
         "h200_rows": {"figures": ROWS},
         "h200_one_start": ONE_START,
         "h200_trl": {"figures": {"trl_fixed_tok_s": 4_720.0, "trl_longtail8_tok_s": 2_000.0}},
+        "h200_learners": {"figures": {"train_compiled_fp8_backward_vs_unsloth": 0.98}},
         "time_plan": TIME_PLAN,
     }
     assert figures_of(results) == {
+        "train_fp8_vs_unsloth": 0.98,
         "train_prefix_n4_ratio": 1.15,
         "train_packing_longtail_ratio": 1.05,
         "opd_tok_s_256x512": 9_440.0,

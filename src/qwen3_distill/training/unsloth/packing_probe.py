@@ -12,11 +12,18 @@ from transformers import PreTrainedModel
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.training.batching import SharedPrompt
 
-_PROBE_LENGTHS = (19, 7, 12)
+_PROBE_LENGTHS = ((19, 7, 12), (17, 17))
 _PROBE_PROMPTS = (
-    SharedPrompt(start=0, prompt_tokens=9, answer_tokens=(12, 5, 7)),
-    SharedPrompt(start=33, prompt_tokens=4, answer_tokens=(6, 6)),
+    (
+        SharedPrompt(start=0, prompt_tokens=9, answer_tokens=(12, 5, 7)),
+        SharedPrompt(start=33, prompt_tokens=4, answer_tokens=(6, 6)),
+    ),
+    (
+        SharedPrompt(start=0, prompt_tokens=9, answer_tokens=(8, 8)),
+        SharedPrompt(start=25, prompt_tokens=9, answer_tokens=(8, 8)),
+    ),
 )
+"""Rows of sequences that differ, and rows of those that are alike: both ways of attention."""
 
 PackedForward: TypeAlias = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 """From input ids [1, T], positions [1, T] and the lengths of the sequences to [1, T, D]."""
@@ -48,13 +55,15 @@ def packing_gap(core: PreTrainedModel, packed_forward: PackedForward) -> float:
 
     Rounding gives 1e-6 in float32. Sequences that see one another give about 1.
     """
-    rows = _random_rows(core, _PROBE_LENGTHS)
-    packed_1T = torch.cat(rows, dim=1)
-    positions_1T = torch.cat([torch.arange(n) for n in _PROBE_LENGTHS]).unsqueeze(0)
-    device = core.device
+    gaps, device = list[float](), core.device
     with _without_dropout(core):
-        together_1TD = packed_forward(packed_1T.to(device), positions_1T.to(device), _PROBE_LENGTHS)
-        return _gap(together_1TD, torch.cat([_alone(core, row) for row in rows], dim=1))
+        for lengths in _PROBE_LENGTHS:
+            rows = _random_rows(core, lengths)
+            packed_1T = torch.cat(rows, dim=1)
+            positions_1T = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+            together_1TD = packed_forward(packed_1T.to(device), positions_1T.to(device), lengths)
+            gaps.append(_gap(together_1TD, torch.cat([_alone(core, row) for row in rows], dim=1)))
+    return max(gaps)
 
 
 @torch.no_grad()
@@ -64,25 +73,31 @@ def shared_prompts_gap(core: PreTrainedModel, shared_forward: SharedForward) -> 
 
     Rounding gives 1e-6 in float32. Answers that see one another give about 1.
     """
+    with _without_dropout(core):
+        return max(_shared_gap(core, shared_forward, groups) for groups in _PROBE_PROMPTS)
+
+
+def _shared_gap(
+    core: PreTrainedModel, shared_forward: SharedForward, groups: Sequence[SharedPrompt]
+) -> float:
     tokens, positions = list[Tensor](), list[Tensor]()
     expected = list[Tensor]()
-    with _without_dropout(core):
-        for group in _PROBE_PROMPTS:
-            (prompt_1P,) = _random_rows(core, [group.prompt_tokens])
-            tokens.append(prompt_1P)
-            positions.append(torch.arange(group.prompt_tokens))
-            expected.append(_alone(core, prompt_1P))
-            for answer_1A in _random_rows(core, group.answer_tokens):
-                tokens.append(answer_1A)
-                positions.append(group.prompt_tokens + torch.arange(answer_1A.shape[1]))
-                whole = _alone(core, torch.cat([prompt_1P, answer_1A], dim=1))
-                expected.append(whole[:, group.prompt_tokens :])
-        together_1TD = shared_forward(
-            torch.cat(tokens, dim=1).to(core.device),
-            torch.cat(positions).unsqueeze(0).to(core.device),
-            _PROBE_PROMPTS,
-        )
-        return _gap(together_1TD, torch.cat(expected, dim=1))
+    for group in groups:
+        (prompt_1P,) = _random_rows(core, [group.prompt_tokens])
+        tokens.append(prompt_1P)
+        positions.append(torch.arange(group.prompt_tokens))
+        expected.append(_alone(core, prompt_1P))
+        for answer_1A in _random_rows(core, group.answer_tokens):
+            tokens.append(answer_1A)
+            positions.append(group.prompt_tokens + torch.arange(answer_1A.shape[1]))
+            whole = _alone(core, torch.cat([prompt_1P, answer_1A], dim=1))
+            expected.append(whole[:, group.prompt_tokens :])
+    together_1TD = shared_forward(
+        torch.cat(tokens, dim=1).to(core.device),
+        torch.cat(positions).unsqueeze(0).to(core.device),
+        groups,
+    )
+    return _gap(together_1TD, torch.cat(expected, dim=1))
 
 
 def _random_rows(core: PreTrainedModel, lengths: Sequence[int]) -> list[Tensor]:
