@@ -31,6 +31,24 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """Holds a call's arguments as a pickle, in place of them, where they are only passed on.
+
+    Reading them may need what the worker alone has imported, such as PyTorch.
+    """
+
+    payload: bytes
+
+
+def unpacked(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of a call, read if they are packed."""
+    match arguments:
+        case (Packed(payload),):
+            return pickle.loads(payload)
+    return arguments
+
+
+@dataclass(frozen=True, slots=True)
 class Cancel:
     """Ends a call; nothing more of it comes back."""
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 from qwen3_distill.errors import DistillError, EngineError, EngineLost, EngineStartError
 from qwen3_distill.hosts.child import private
 from qwen3_distill.hosts.cluster import Place, answer_of
-from qwen3_distill.hosts.frames import End, Error, Value
+from qwen3_distill.hosts.frames import End, Error, Packed, Value
 from qwen3_distill.hosts.host import WorkerSpec
 from qwen3_distill.hosts.mps import LOG_VARIABLE, PIPE_VARIABLE
 from qwen3_distill.hosts.process import LocalProcess
@@ -311,9 +311,13 @@ class _HostActor:
     async def begin(
         self, call: int, kind: _Kind, method: str, payload: bytes, timeout_s: float | None
     ) -> bytes:
-        """Begin a call; return its first answers, like `poll`."""
+        """Begin a call; return its first answers, like `poll`.
+
+        The arguments are read by the worker: here that would import PyTorch, for seconds in which
+        no call is answered.
+        """
         pending = self._pending[call] = _Pending(kind)
-        arguments = pickle.loads(payload)
+        arguments = pickle.loads(payload) if kind == "start" else (Packed(payload),)
         pending.task = asyncio.create_task(
             self._run(call, pending, kind, method, arguments, timeout_s)
         )

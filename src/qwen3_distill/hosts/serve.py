@@ -21,6 +21,7 @@ from qwen3_distill.hosts.frames import (
     ToController,
     Value,
     read_frame,
+    unpacked,
     write_frame,
 )
 
@@ -94,7 +95,7 @@ class _Service:
     async def _answer(self, frame: Call) -> None:
         call, method = frame.call, frame.method
         try:
-            result = getattr(self._target, method)(*frame.arguments)
+            result = getattr(self._target, method)(*unpacked(frame.arguments))
             if inspect.isasyncgen(result):
                 # A cancelled call ends its generator at once.
                 async with contextlib.aclosing(result):
