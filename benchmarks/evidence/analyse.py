@@ -387,6 +387,7 @@ def main() -> None:
     parser.add_argument("--trials-log", type=Path, default=Path("runs/evidence/trials.jsonl"))
     parser.add_argument("--models", type=Path, default=MODELS)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
+    parser.add_argument("--runs-on", help="machine and versions of the runs, in words")
     arguments = parser.parse_args()
     models = json.loads((arguments.models / "models.json").read_text())
     runs = read_jsonl(arguments.log)
@@ -400,6 +401,7 @@ def main() -> None:
             result["figures"],
             folder=arguments.results,
             models=models,
+            runs_on=arguments.runs_on,
             trials=[trial_row(record) for record in trials],
             **{key: result[key] for key in ("tables", "ratios", "curves")},
         )
