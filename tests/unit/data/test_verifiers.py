@@ -36,6 +36,7 @@ from qwen3_distill.data.verifiers import (
     Verifier,
     build_verifier,
     line_process,
+    math_equality,
 )
 from qwen3_distill.errors import DataError, EngineError
 from qwen3_distill.types import Prompt
@@ -170,6 +171,25 @@ def test_equal(math_verifier: Verifier, answer: str, response: str) -> None:
 )
 def test_not_equal(math_verifier: Verifier, answer: str, response: str) -> None:
     assert math_verifier.correct(prompt(answer), response) is False
+
+
+def ones(count: int) -> str:
+    return r"\boxed{" + "+".join("1" * count) + "}"
+
+
+def test_an_expression_of_thousands_of_characters_is_no_answer(
+    math_verifier: Verifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert math_verifier.correct(prompt("200"), ones(200)) is True
+    garbage = "5883" + "".join(f"t{number}" for number in range(75495, 75995))
+    began = time.process_time()
+    assert math_verifier.correct(prompt("42"), garbage) is False
+    assert math_verifier.correct(prompt("600"), ones(600)) is False
+    assert time.process_time() - began < 5
+    monkeypatch.setattr(math_equality, "LONGEST", 10)
+    assert math_verifier.correct(prompt("8"), ones(8)) is False
+    roots = r"\sqrt{2}+\sqrt{3}+\sqrt{5}"
+    assert math_verifier.correct(prompt(roots), rf"\boxed{{{roots}}}") is True
 
 
 @given(

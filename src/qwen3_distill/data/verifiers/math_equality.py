@@ -11,6 +11,9 @@ from qwen3_distill.types import Prompt
 
 TIMEOUT_S = 5.0
 MEMORY_BYTES = 4 * 2**30
+LONGEST = 500
+"""Characters by which an expression that math-verify is asked about may be longer than the
+reference."""
 
 
 class MathEqualityVerifier:
@@ -19,7 +22,9 @@ class MathEqualityVerifier:
     Reference: the text after the last ``####`` (GSM8K), else the whole text; in it the last
     ``\boxed{}`` or ``$...$`` if there is one. Response: see `answer_text`. Where both are plain
     numbers, times or lists, they are compared exactly. Anything else goes to math-verify; what does
-    not parse, or takes more than `TIMEOUT_S` or `MEMORY_BYTES`, is not correct.
+    not parse, or takes more than `TIMEOUT_S` or `MEMORY_BYTES`, is not correct, nor is what is more
+    than `LONGEST` characters longer than the reference: text without an answer, read as a product
+    of a hundred symbols, takes a tenth of a second.
 
     Thread-safe; calls take turns. The first call of math-verify starts a process (about 1 s).
     """
@@ -41,6 +46,8 @@ class MathEqualityVerifier:
             return any(equal(reference.value, value) for value in answer.values)
         response = answer.latex or (f"${latex_of(answer.values[0])}$" if answer.values else None)
         if response is None or isinstance(reference.value, Clock):
+            return False
+        if len(response) > LONGEST + len(reference.latex):
             return False
         question = {"reference": reference.latex, "response": response}
         return self._worker.ask(question) is True
