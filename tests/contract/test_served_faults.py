@@ -329,7 +329,7 @@ def test_too_long_for_the_server_is_dropped_and_its_neighbours_scored(
     """The server's own limit, which may be lower than the model's."""
     proxy = bench.proxy()
     teacher = bench.started(proxy.url)
-    object.__setattr__(teacher.identity, "context_length", 10_000)
+    teacher._identity = replace(teacher.identity, context_length=10_000)
     too_long = synthetic_rollout(6, CONTEXT_LENGTH, seed=9)
     results = run(teacher.score(jobs_of([ROLLOUTS[0], too_long, ROLLOUTS[1]])))
     bad = results.pop(1)
