@@ -31,13 +31,15 @@ test: $(VENV)/installed-dev ## the test suite a laptop can run
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # One pytest for each engine, concurrently: each waits much, for starts and for its own processes. Tests of
-# vLLM as the rollout engine look at what it is doing, so the others leave it the processor.
-ENGINE_SUITES := test-vllm test-vllm-teacher test-sglang test-unsloth
+# vLLM as the rollout engine look at what it is doing, so the others leave it the processor. vLLM as the
+# teacher comes after it: its threads wait busily, and two vLLMs took each other's cores four times over.
+ENGINE_SUITES := test-vllm test-sglang test-unsloth
 test-engines: $(VENV)/installed-dev ## the tests of the real engines on a CPU, in environments it makes
 	@set -e; for engine in transformers4 vllm sglang unsloth; do $(ENVIRONMENT) $$engine-cpu > /dev/null; done
 	@$(MAKE) --no-print-directory test-transformers4
 	@echo "$(ENGINE_SUITES) concurrently; each is shown when it is done (some minutes)"
-	@$(MAKE) --no-print-directory --output-sync=target -j4 $(ENGINE_SUITES)
+	@$(MAKE) --no-print-directory --output-sync=target -j3 $(ENGINE_SUITES)
+	@$(MAKE) --no-print-directory test-vllm-teacher
 	@$(MAKE) --no-print-directory test-engines-together
 
 VLLM_TEACHER := $(addprefix tests/,$(addprefix contract/,test_served_server.py test_served_faults.py \
