@@ -35,12 +35,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     engines.skip_what_is_not_installed(items)
     if not config.getoption("--cluster"):
         for item in items:
-            if "cluster" in item.keywords:
+            if item.get_closest_marker("cluster"):
                 item.add_marker(pytest.mark.skip(reason="starts Ray: make test-cluster"))
     if torch.cuda.is_available() or config.getoption("--require-gpu"):
         return
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 

@@ -55,7 +55,8 @@ def read_options(config: pytest.Config) -> None:
 
 
 def skip_what_is_not_installed(items: list[pytest.Item]) -> None:
+    # By its marks: an item's keywords are also its folders' names and its parameters.
     for item in items:
         for name in ENGINE_NAMES:
-            if name in item.keywords and name not in INSTALLED.python:
+            if item.get_closest_marker(name) and name not in INSTALLED.python:
                 item.add_marker(pytest.mark.skip(reason=f"needs --engine {name}=PYTHON"))

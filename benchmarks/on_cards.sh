@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Measures, part by part, what docs/measured gives for one or two cards, with random weights:
+#
+#   bash benchmarks/on_cards.sh models                    # once: random models of the real shapes
+#   bash benchmarks/on_cards.sh steps --measure topk16    # one card: h200_one_start.json
+#
+#   one card    models, steps, cold, learners, trl, teachers, topk, memory, together
+#   two cards   cluster (--arms one; --arms each,roles), full_tuning
+#
+# What follows a part's name goes to its program and comes after the arguments here.
+#
+# GPU_PYTHON runs the project. VLLM_PYTHON, SGLANG_PYTHON, UNSLOTH_PYTHON are the engines' interpreters
+# (empty: `qwen3-distill engines install` made them), and VLLM_PYTHONPATH, ... folders for their PYTHONPATH.
+# TRL_PYTHONPATH is for TRL and vLLM in GPU_PYTHON's process. SGLANG_SETTINGS are further overrides.
+# OUT is the folder of the results.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${GPU_PYTHON:-.venv/bin/python} out=${OUT:-benchmarks/results}
+export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}src:." PYTHONUNBUFFERED=1
+mkdir -p "$out"
+
+# Overrides of a config: engine SECTION PYTHON PYTHONPATH [MORE ENVIRONMENT]
+engine() {
+  [ -z "$2" ] || echo "$1.python=$2"
+  local variables="${3:+PYTHONPATH: $3}${4:+${3:+, }$4}"
+  [ -z "$variables" ] || echo "$1.environment={$variables}"
+}
+mapfile -t engines < <(
+  engine generation "${VLLM_PYTHON:-}" "${VLLM_PYTHONPATH:-}" 'VLLM_USE_FLASHINFER_SAMPLER: "0"'
+  engine scoring "${SGLANG_PYTHON:-}" "${SGLANG_PYTHONPATH:-}" 'SGLANG_ENABLE_JIT_DEEPGEMM: "0"'
+  engine training "${UNSLOTH_PYTHON:-}" "${UNSLOTH_PYTHONPATH:-}"
+)
+# Random weights: in FP8 their logprobs move far.
+given=(student.model=models/random-4B scoring.model=models/random-8B scoring.readiness_tolerance_nats=3.0
+  "${engines[@]}" ${SGLANG_SETTINGS:-})
+# Prompts of random tokens have no template and no answers to verify.
+lengths=(generation.max_model_tokens=2304 training.max_model_tokens=2304)
+measure() { "$python" -m "benchmarks.$1" "${@:2}" --results "$out"; }
+
+part=${1:?"a part: see the head of this file"}
+shift
+case $part in
+  models) # 4 minutes on two cores, 30 s on a card
+    for shape in 4B 8B; do
+      [ -d "models/random-$shape" ] ||
+        "$python" scripts/make_shape_model.py --shape "$shape" "models/random-$shape" --device cuda &
+    done
+    wait
+    ;;
+  steps) # sequential, streaming, long tails, other sizes, top 16, four answers to a prompt: 1,000 s
+    measure speed.one_start --config configs/h200-streaming.yaml --name h200_one_start \
+      "${given[@]}" "${lengths[@]}" "$@"
+    ;;
+  cold) # the shipped config with empty caches, and once more: 400 s
+    HOME=$(mktemp -d) && export HOME TORCHINDUCTOR_CACHE_DIR="$HOME/inductor" TRITON_CACHE_DIR="$HOME/triton"
+    for figure in cold_start_s warm_start_s; do
+      measure speed.start --config configs/h200.yaml --figure "$figure" --name h200_start "${given[@]}" "$@"
+    done
+    ;;
+  learners) # prompts once, packing, FP8 below
+    measure speed.learners --config configs/h200.yaml --name h200_rows "${given[@]}" \
+      --learners unsloth,unsloth_shared,unsloth_packed@128xlongtail8:1,compiled_fp8_backward@128x512:4 \
+      --works 128x512:4,300x508:4,128xlongtail8:1 "$@"
+    ;;
+  trl)
+    PYTHONPATH="${TRL_PYTHONPATH:+$TRL_PYTHONPATH:}$PYTHONPATH" VLLM_USE_FLASHINFER_SAMPLER=0 \
+      measure speed.trl_distillation --student models/random-4B --teacher models/random-8B --name h200_trl \
+      --settings 8:off:fixed,16:on:fixed,2:off:longtail8 --max-tokens 2048 "$@"
+    ;;
+  teachers) # both servers, a context, samples of a prompt; then what aligning two tokenizers takes: 500 s
+    measure teachers.speed --config configs/h200.yaml "${given[@]}" "$@"
+    measure teachers.alignment
+    ;;
+  topk) # where the teacher's server spends the time of the top 16
+    PYTHONPATH="${SGLANG_PYTHONPATH:+$SGLANG_PYTHONPATH:}$PYTHONPATH" measure speed.topk_profile "$@"
+    ;;
+  memory) # the tests of the learner's memory, on the card
+    "$python" -m pytest tests/unit/training tests/unit/modeling -m gpu --require-gpu -W default "$@"
+    ;;
+  together) # all contract suites, doctor and stages of one card
+    make gpu-check GPU_PYTHON="$python"
+    ;;
+  cluster) # a fleet on the cards of this host against one of them
+    measure speed.cluster --config benchmarks/speed/cluster.yaml --cards 2 --name cluster_x2 \
+      --log "$out/cluster_x2.jsonl" --beside --stagger-s 8 --steps 6 --skip 2 --longtail-steps 10 \
+      --longtail-skip 3 --set=roles:generation.kv_cache_gib=45 --set=roles:generation.max_sequences=512 \
+      student.model=models/random-4B scoring.model=models/random-8B "${engines[@]}" "$@"
+    ;;
+  full_tuning)
+    measure speed.full_tuning --model models/random-4B --check models/lab/student --ranks 2 \
+      --name full_tuning_x2 "$@"
+    ;;
+  *)
+    echo "error: no part is named $part: see the head of $0" >&2
+    exit 2
+    ;;
+esac

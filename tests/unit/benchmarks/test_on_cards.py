@@ -1,0 +1,61 @@
+"""The parts of benchmarks/on_cards.sh name benchmarks, options and settings that exist."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen3_distill.config.load import load_config
+
+ROOT = Path(__file__).parents[3]
+SCRIPT = ROOT / "benchmarks" / "on_cards.sh"
+PARTS = re.findall(r"^  ([a-z_]+)\)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
+RECORDER = """#!{python}
+import json, sys
+with open({log!r}, "a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+"""
+
+
+def run_part(part: str, folder: Path) -> tuple[int, list[list[str]]]:
+    """Run a part with an interpreter that only notes what it is asked for."""
+    log, recorder = folder / "log", folder / "python"
+    recorder.write_text(RECORDER.format(python=sys.executable, log=str(log)), encoding="utf-8")
+    recorder.chmod(0o755)
+    engines = {"VLLM_PYTHONPATH": "site/vllm", "SGLANG_PYTHON": "/sglang/python"}
+    environment = os.environ | engines | {"GPU_PYTHON": str(recorder), "OUT": str(folder / "out")}
+    ended = subprocess.run(["bash", str(SCRIPT), part], env=environment, check=False)
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    return ended.returncode, [json.loads(line) for line in lines]
+
+
+def test_every_part_of_the_heading_is_there() -> None:
+    named = SCRIPT.read_text(encoding="utf-8").partition("set -euo")[0]
+    assert len(PARTS) > 8
+    assert [part for part in PARTS if part not in named] == []
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part not in ("memory", "together")])
+def test_a_part_asks_for_what_there_is(part: str, tmp_path: Path) -> None:
+    status, commands = run_part(part, tmp_path)
+    assert (status, bool(commands)) == (0, True)
+    for command in commands:
+        names = command[1].split(".") if command[0] == "-m" else [command[0]]
+        file = ROOT.joinpath(*names).with_suffix(".py")
+        source = file.read_text(encoding="utf-8")
+        for option in (word.partition("=")[0] for word in command if word.startswith("--")):
+            assert f'"{option}"' in source, f"{file.name} has no {option}"
+        if "--config" in command:
+            own = [word for word in command if re.match(r"[a-z_.]+=", word)]
+            config = load_config(ROOT / command[command.index("--config") + 1], own)
+            assert config.student.model == "models/random-4B"
+            assert config.generation.environment["PYTHONPATH"] == "site/vllm"
+            assert config.teacher.python == "/sglang/python"
+
+
+def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
+    assert run_part("nope", tmp_path) == (2, [])
