@@ -13,7 +13,7 @@ ENVIRONMENT := $(ENGINE_PYTHON) src/qwen3_distill/environments/make.py
 # Where it is set, every process of a test compiles PyTorch and transformers anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo engines test test-engines test-vllm test-vllm-teacher test-sglang test-unsloth test-engines-together test-transformers4 test-cluster test-cluster-contracts test-gpu gpu-check fuzz check format hooks docs evidence evidence-cpu evidence-page clean
+.PHONY: help demo engines engine-environments test test-engines test-vllm test-vllm-teacher test-sglang test-unsloth test-engines-together test-transformers4 test-cluster test-cluster-contracts test-gpu gpu-check fuzz check format hooks docs evidence evidence-cpu evidence-page clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -34,8 +34,10 @@ test: $(VENV)/installed-dev ## the test suite a laptop can run
 # vLLM as the rollout engine look at what it is doing, so the others leave it the processor. vLLM as the
 # teacher comes after it: its threads wait busily, and two vLLMs took each other's cores four times over.
 ENGINE_SUITES := test-vllm test-sglang test-unsloth
-test-engines: $(VENV)/installed-dev ## the tests of the real engines on a CPU, in environments it makes
+engine-environments:
 	@set -e; for engine in transformers4 vllm sglang unsloth; do $(ENVIRONMENT) $$engine-cpu > /dev/null; done
+
+test-engines: $(VENV)/installed-dev engine-environments ## the tests of the real engines on a CPU, in environments it makes
 	@$(MAKE) --no-print-directory test-transformers4
 	@echo "$(ENGINE_SUITES) concurrently; each is shown when it is done (some minutes)"
 	@$(MAKE) --no-print-directory --output-sync=target -j3 $(ENGINE_SUITES)
