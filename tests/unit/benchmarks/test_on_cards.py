@@ -53,8 +53,9 @@ def test_a_part_asks_for_what_there_is(part: str, tmp_path: Path) -> None:
             own = [word for word in command if re.match(r"[a-z_.]+=", word)]
             config = load_config(ROOT / command[command.index("--config") + 1], own)
             assert config.student.model == "models/random-4B"
-            assert config.generation.environment["PYTHONPATH"] == "site/vllm"
-            assert config.teacher.python == "/sglang/python"
+            generation, teacher = config.generation.model_dump(), config.teacher.model_dump()
+            assert generation["environment"]["PYTHONPATH"] == "site/vllm"
+            assert teacher["python"] == "/sglang/python"
 
 
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
