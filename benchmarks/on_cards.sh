@@ -4,7 +4,7 @@
 #   bash benchmarks/on_cards.sh models                    # once: random models of the real shapes
 #   bash benchmarks/on_cards.sh steps --measure topk16    # one card: h200_one_start.json
 #
-#   one card    models, steps, cold, learners, trl, teachers, topk, memory, together
+#   one card    models, steps, cold, learners, trl, teachers, topk, memory, contract ENGINE, together
 #   two cards   cluster (--arms one; --arms each,roles), full_tuning
 #
 # What follows a part's name goes to its program and comes after the arguments here.
@@ -76,6 +76,13 @@ case $part in
     ;;
   memory) # the tests of the learner's memory, on the card
     "$python" -m pytest tests/unit/training tests/unit/modeling -m gpu --require-gpu -W default "$@"
+    ;;
+  contract) # an engine's contract suite: vllm, sglang or unsloth
+    engine=${1:?"an engine: vllm, sglang or unsloth"} && shift
+    interpreter=${engine^^}_PYTHON variable=${engine^^}_PYTHONPATH
+    "$python" -m pytest tests/contract -m "$engine" -W default --engine-device cuda \
+      --engine "$engine=${!interpreter:-$("$python" src/qwen3_distill/environments/make.py "$engine-cuda")}" \
+      ${!variable:+--engine-variable "$engine:PYTHONPATH=${!variable}"} "$@"
     ;;
   together) # all contract suites, doctor and stages of one card
     make gpu-check GPU_PYTHON="$python"

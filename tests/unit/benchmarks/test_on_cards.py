@@ -14,6 +14,7 @@ from qwen3_distill.config.load import load_config
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "benchmarks" / "on_cards.sh"
 PARTS = re.findall(r"^  ([a-z_]+)\)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
+OF_PYTEST = ("memory", "contract", "together")
 RECORDER = """#!{python}
 import json, sys
 with open({log!r}, "a") as file:
@@ -21,14 +22,14 @@ with open({log!r}, "a") as file:
 """
 
 
-def run_part(part: str, folder: Path) -> tuple[int, list[list[str]]]:
+def run_part(part: str, folder: Path, *more: str) -> tuple[int, list[list[str]]]:
     """Run a part with an interpreter that only notes what it is asked for."""
     log, recorder = folder / "log", folder / "python"
     recorder.write_text(RECORDER.format(python=sys.executable, log=str(log)), encoding="utf-8")
     recorder.chmod(0o755)
     engines = {"VLLM_PYTHONPATH": "site/vllm", "SGLANG_PYTHON": "/sglang/python"}
     environment = os.environ | engines | {"GPU_PYTHON": str(recorder), "OUT": str(folder / "out")}
-    ended = subprocess.run(["bash", str(SCRIPT), part], env=environment, check=False)
+    ended = subprocess.run(["bash", str(SCRIPT), part, *more], env=environment, check=False)
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     return ended.returncode, [json.loads(line) for line in lines]
 
@@ -39,7 +40,7 @@ def test_every_part_of_the_heading_is_there() -> None:
     assert [part for part in PARTS if part not in named] == []
 
 
-@pytest.mark.parametrize("part", [part for part in PARTS if part not in ("memory", "together")])
+@pytest.mark.parametrize("part", [part for part in PARTS if part not in OF_PYTEST])
 def test_a_part_asks_for_what_there_is(part: str, tmp_path: Path) -> None:
     status, commands = run_part(part, tmp_path)
     assert (status, bool(commands)) == (0, True)
@@ -56,6 +57,14 @@ def test_a_part_asks_for_what_there_is(part: str, tmp_path: Path) -> None:
             generation, teacher = config.generation.model_dump(), config.teacher.model_dump()
             assert generation["environment"]["PYTHONPATH"] == "site/vllm"
             assert teacher["python"] == "/sglang/python"
+
+
+def test_a_contract_suite_gets_its_engine(tmp_path: Path) -> None:
+    status, commands = run_part("contract", tmp_path, "sglang")
+    assert status == 0
+    assert "sglang=/sglang/python" in commands[-1]
+    _, commands = run_part("contract", tmp_path, "vllm")
+    assert "vllm:PYTHONPATH=site/vllm" in commands[-1]
 
 
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
