@@ -31,7 +31,7 @@ class OnDevice:
         if self.value in (1, 2, 3):
             self.begun.release()
         if self.value == 0:
-            assert all([self.begun.acquire(timeout=60) for _ in range(3)])
+            assert all(self.begun.acquire(timeout=60) for _ in range(3))
         return torch.tensor(self.value)
 
 
