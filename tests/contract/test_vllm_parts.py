@@ -26,6 +26,7 @@ from tests.engines import INSTALLED
 from tests.tiny_models import write_model
 
 pytestmark = [
+    pytest.mark.weekly,
     pytest.mark.vllm,
     pytest.mark.skipif(INSTALLED.device == "cuda", reason="needs two cards in one engine"),
 ]

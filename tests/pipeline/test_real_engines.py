@@ -173,6 +173,7 @@ FEWER_PROBLEMS = ("evaluation.every_steps=160", "evaluation.final_num_problems=4
 """Accuracies below 91% are refused; with the config's 1,000 problems, those below 92%."""
 
 
+@pytest.mark.weekly
 def test_the_lab_pair_reaches_the_embedded_runs_accuracy(tmp_path: Path) -> None:
     summary, warnings = lab_run(tmp_path / "run", *FEWER_PROBLEMS)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
