@@ -33,25 +33,24 @@ mapfile -t engines < <(
 # Random weights: in FP8 their logprobs move far.
 given=(student.model=models/random-4B scoring.model=models/random-8B scoring.readiness_tolerance_nats=3.0
   "${engines[@]}" ${SGLANG_SETTINGS:-})
-# Prompts of random tokens have no template and no answers to verify.
+# Room for long tails: prompts of 128 tokens, answers cut at 2,048.
 lengths=(generation.max_model_tokens=2304 training.max_model_tokens=2304)
 measure() { "$python" -m "benchmarks.$1" "${@:2}" --results "$out"; }
 
 part=${1:?"a part: see the head of this file"}
 shift
 case $part in
-  models) # 4 minutes on two cores, 30 s on a card
+  models)
     for shape in 4B 8B; do
       [ -d "models/random-$shape" ] ||
-        "$python" scripts/make_shape_model.py --shape "$shape" "models/random-$shape" --device cuda &
+        "$python" scripts/make_shape_model.py --shape "$shape" "models/random-$shape" --device cuda
     done
-    wait
     ;;
-  steps) # sequential, streaming, long tails, other sizes, top 16, four answers to a prompt: 1,000 s
+  steps) # sequential, streaming, long tails, other sizes, top 16, four answers to a prompt
     measure speed.one_start --config configs/h200-streaming.yaml --name h200_one_start \
       "${given[@]}" "${lengths[@]}" "$@"
     ;;
-  cold) # the shipped config with empty caches, and once more: 400 s
+  cold) # the shipped config with empty caches, and once more
     HOME=$(mktemp -d) && export HOME TORCHINDUCTOR_CACHE_DIR="$HOME/inductor" TRITON_CACHE_DIR="$HOME/triton"
     for figure in cold_start_s warm_start_s; do
       measure speed.start --config configs/h200.yaml --figure "$figure" --name h200_start "${given[@]}" "$@"
@@ -67,7 +66,7 @@ case $part in
       measure speed.trl_distillation --student models/random-4B --teacher models/random-8B --name h200_trl \
       --settings 8:off:fixed,16:on:fixed,2:off:longtail8 --max-tokens 2048 "$@"
     ;;
-  teachers) # both servers, a context, samples of a prompt; then what aligning two tokenizers takes: 500 s
+  teachers) # both servers, a context, samples of a prompt; then what aligning two tokenizers takes
     measure teachers.speed --config configs/h200.yaml "${given[@]}" "$@"
     measure teachers.alignment
     ;;

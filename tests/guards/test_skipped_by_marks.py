@@ -12,7 +12,7 @@ NAMES = (*ENGINE_NAMES, "cluster", "gpu")
 
 
 class Item:
-    """What is asked of an item of pytest, with one name among its keywords and maybe its marks."""
+    """Stands for an item of pytest, with one name among its keywords and maybe among its marks."""
 
     def __init__(self, name: str, *, is_marked: bool) -> None:
         self.keywords = {name: True}
