@@ -14,23 +14,15 @@ import argparse
 import asyncio
 import statistics
 import time
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 
 from benchmarks.lib.common import write_result
-from benchmarks.speed.embedded_decode import CONFIG, MAX_SEQUENCES, STEPS, call_after_call
+from benchmarks.speed.embedded_decode import CONFIG, call_after_call, requests_of, serving
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import load_config
 from qwen3_distill.generation.embedded.engine import EmbeddedRolloutEngine
-from qwen3_distill.modeling.loading import resolve_dtype
-from qwen3_distill.pipeline.assembly.data import build_prompts
-from qwen3_distill.pipeline.parts import TextTools
-from qwen3_distill.pipeline.requests import requests_for_step
-from qwen3_distill.types import RolloutRequest
-from qwen3_distill.weights.directory import publish_directory
-from qwen3_distill.weights.memory import MemoryChannel
 
 WAYS = (
     "float32_continuous",
@@ -42,20 +34,11 @@ WAYS = (
 )
 
 
-async def serving(config: RunConfig, way: str) -> EmbeddedRolloutEngine:
+async def serving_as(config: RunConfig, way: str) -> EmbeddedRolloutEngine:
     """Start an engine that decodes in one of the ways, and serves the config's student."""
     dtype, batching, *more = way.split("_")
     kind: Literal["continuous", "static"] = "static" if batching == "static" else "continuous"
-    engine = EmbeddedRolloutEngine(
-        config.student.model,
-        device="cpu",
-        dtype=dtype,
-        max_sequences=MAX_SEQUENCES,
-        batching=kind,
-    )
-    channel = MemoryChannel()
-    published = resolve_dtype(config.training.dtype)
-    await engine.load(publish_directory(config.student.model, channel, dtype=published), channel)
+    engine = await serving(config, dtype, kind)
     if more:
         model: Any = engine._model
         for layer in model.model.layers:
@@ -66,17 +49,10 @@ async def serving(config: RunConfig, way: str) -> EmbeddedRolloutEngine:
 async def measure(rounds: int) -> dict[str, float]:
     """Return every way's figures."""
     config = load_config(CONFIG)
-    prompts = build_prompts(config, TextTools(config.student.model))
-    requests: Sequence[RolloutRequest] = [
-        request
-        for step in range(STEPS)
-        for request in requests_for_step(
-            config, prompts.take(step * MAX_SEQUENCES, MAX_SEQUENCES), step
-        )
-    ]
+    requests = requests_of(config)
     engines, figures = dict[str, EmbeddedRolloutEngine](), dict[str, float]()
     for way in WAYS:
-        engines[way] = await serving(config, way)
+        engines[way] = await serving_as(config, way)
         began = time.perf_counter()
         await call_after_call(engines[way], requests)
         figures[f"{way}_first_s"] = time.perf_counter() - began

@@ -19,6 +19,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -90,28 +91,41 @@ async def tokens_per_s(
     return sum(rollout.num_tokens for rollout in rollouts) / (time.process_time() - began)
 
 
-async def serving(config: RunConfig) -> EmbeddedRolloutEngine:
+async def serving(
+    config: RunConfig,
+    dtype: str = "float32",
+    batching: Literal["continuous", "static"] = "continuous",
+) -> EmbeddedRolloutEngine:
     """Start an engine that serves the config's student."""
     engine = EmbeddedRolloutEngine(
-        config.student.model, device="cpu", dtype="float32", max_sequences=MAX_SEQUENCES
+        config.student.model,
+        device="cpu",
+        dtype=dtype,
+        max_sequences=MAX_SEQUENCES,
+        batching=batching,
     )
     channel = MemoryChannel()
-    dtype = resolve_dtype(config.training.dtype)
-    version = publish_directory(config.student.model, channel, dtype=dtype)
+    published = resolve_dtype(config.training.dtype)
+    version = publish_directory(config.student.model, channel, dtype=published)
     await engine.load(version, channel)
     return engine
 
 
-async def measure(rounds: int, folder: Path) -> dict[str, float]:
-    config = load_config(CONFIG)
+def requests_of(config: RunConfig) -> list[RolloutRequest]:
+    """Return the requests of the config's first steps."""
     prompts = build_prompts(config, TextTools(config.student.model))
-    requests = [
+    return [
         request
         for step in range(STEPS)
         for request in requests_for_step(
             config, prompts.take(step * MAX_SEQUENCES, MAX_SEQUENCES), step
         )
     ]
+
+
+async def measure(rounds: int, folder: Path) -> dict[str, float]:
+    config = load_config(CONFIG)
+    requests = requests_of(config)
     free = await serving(config)
     forced = await serving(config.model_copy(update=without_eos(config, folder)))
     cases = {"as_trained_call_after_call": (free, call_after_call, requests)} | {

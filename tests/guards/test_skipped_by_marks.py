@@ -26,7 +26,8 @@ class Item:
         self.reasons.append(mark.kwargs["reason"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+# The ids differ from the names: else these tests would be what is skipped for a keyword.
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: f"named {name}")
 def test_a_keyword_is_no_mark(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.engines.INSTALLED", SimpleNamespace(python={}))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
