@@ -30,9 +30,9 @@ mapfile -t engines < <(
   engine scoring "${SGLANG_PYTHON:-}" "${SGLANG_PYTHONPATH:-}" 'SGLANG_ENABLE_JIT_DEEPGEMM: "0"'
   engine training "${UNSLOTH_PYTHON:-}" "${UNSLOTH_PYTHONPATH:-}"
 )
-# Random weights: in FP8 their logprobs move far.
-given=(student.model=models/random-4B scoring.model=models/random-8B scoring.readiness_tolerance_nats=3.0
-  "${engines[@]}" ${SGLANG_SETTINGS:-})
+# Random weights: in FP8 their logprobs move far. Their chat template reads no argument.
+given=(student.model=models/random-4B student.template_arguments={} scoring.model=models/random-8B
+  scoring.readiness_tolerance_nats=3.0 "${engines[@]}" ${SGLANG_SETTINGS:-})
 # Room for long tails: prompts of 128 tokens, answers cut at 2,048.
 lengths=(generation.max_model_tokens=2304 training.max_model_tokens=2304)
 measure() { "$python" -m "benchmarks.$1" "${@:2}" --results "$out"; }
@@ -74,7 +74,7 @@ case $part in
     PYTHONPATH="${SGLANG_PYTHONPATH:+$SGLANG_PYTHONPATH:}$PYTHONPATH" measure speed.topk_profile "$@"
     ;;
   memory) # the tests of the learner's memory, on the card
-    "$python" -m pytest tests/unit/training tests/unit/modeling -m gpu --require-gpu -W default "$@"
+    "$python" -m pytest tests/unit/training tests/unit/modeling tests/unit/weights -m gpu --require-gpu -W default "$@"
     ;;
   contract) # an engine's contract suite: vllm, sglang or unsloth
     engine=${1:?"an engine: vllm, sglang or unsloth"} && shift

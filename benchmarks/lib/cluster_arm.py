@@ -25,6 +25,7 @@ from qwen3_distill.hosts.mps import PIPE_VARIABLE, MpsDaemon, private_mps
 from qwen3_distill.hosts.ray_host import RayHost
 from qwen3_distill.modeling.shapes import read_shape
 from qwen3_distill.pipeline.assembly.engines import build_parts
+from qwen3_distill.pipeline.assembly.plan import engine_log
 from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.step import push_weights
 from qwen3_distill.scoring.fleet import TeacherFleet
@@ -206,7 +207,7 @@ async def measure(arguments: argparse.Namespace) -> bool:
     with peak_memory() as peaks:
         async with AsyncExitStack() as stack:
             if config.pipeline.mps:
-                daemon = MpsDaemon(config.output_path / "mps.log")
+                daemon = MpsDaemon(engine_log(config, "mps"))
                 await stack.enter_async_context(private_mps(daemon, print))
             stack.push_async_callback(parts.close)
             _, start_s = await timed(start(parts, arguments.stagger_s))

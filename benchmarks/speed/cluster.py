@@ -78,6 +78,13 @@ def run_arm(arm: Arm, parts: Sequence[str], arguments: argparse.Namespace, cards
     return subprocess.run(command, env=environment, check=False).returncode == 0
 
 
+def visible_cards(count: int) -> list[str]:
+    """Return the names of the first cards that this process may use."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    cards = [card.strip() for card in listed.split(",") if card.strip()]
+    return (cards or [str(card) for card in range(count)])[:count]
+
+
 def run_arms(arms: Sequence[Arm], arguments: argparse.Namespace) -> bool:
     """Measure what the log lacks until the time is over; return whether all is done."""
     is_complete = True
@@ -93,13 +100,13 @@ def run_arms(arms: Sequence[Arm], arguments: argparse.Namespace) -> bool:
         if arm.is_base and arguments.beside:
             with ThreadPoolExecutor(arguments.cards) as pool:
                 each = [
-                    pool.submit(run_arm, arm, [part], arguments, str(card))
-                    for card, part in enumerate(parts[: arguments.cards])
+                    pool.submit(run_arm, arm, [part], arguments, card)
+                    for card, part in zip(visible_cards(arguments.cards), parts, strict=False)
                 ]
             ended = [job.result() for job in each]
-            is_complete &= all(ended) and len(parts) <= arguments.cards
+            is_complete &= all(ended) and len(parts) == len(each)
         else:
-            cards = ",".join(map(str, range(arm.cards)))
+            cards = ",".join(visible_cards(arm.cards))
             is_complete &= run_arm(arm, parts, arguments, cards)
         write_figures(arguments)
     return is_complete

@@ -49,6 +49,7 @@ from qwen3_distill.config.load import load_config
 from qwen3_distill.errors import DistillError
 from qwen3_distill.hosts.mps import MpsDaemon, private_mps
 from qwen3_distill.pipeline.assembly.engines import build_parts
+from qwen3_distill.pipeline.assembly.plan import engine_log
 from qwen3_distill.pipeline.step import push_weights
 from qwen3_distill.ports import CACHED_TOKENS, Learner, TeacherScorer
 from qwen3_distill.recording.trace import Trace
@@ -267,7 +268,7 @@ def seconds_of_process() -> float:
 
 
 async def measure(arguments: argparse.Namespace, config: RunConfig, report: Report) -> None:
-    daemon = MpsDaemon(config.output_path / "mps.log")
+    daemon = MpsDaemon(engine_log(config, "mps"))
     async with AsyncExitStack() as stack:
         if config.pipeline.mps:
             await stack.enter_async_context(private_mps(daemon, refuse))

@@ -64,6 +64,7 @@ from qwen3_distill.config import (
 from qwen3_distill.config.load import load_config
 from qwen3_distill.hosts.mps import MpsDaemon, private_mps
 from qwen3_distill.pipeline.assembly.engines import build_parts
+from qwen3_distill.pipeline.assembly.plan import engine_log
 from qwen3_distill.pipeline.parts import Parts
 from qwen3_distill.pipeline.recorder import Recorder
 from qwen3_distill.pipeline.requests import requests_for_step
@@ -381,7 +382,7 @@ async def together(
     if not plans and not variants:
         return
     parts = bench.parts
-    daemon = MpsDaemon(parts.config.output_path / "mps.log")
+    daemon = MpsDaemon(engine_log(parts.config, "mps"))
     async with AsyncExitStack() as stack:
         if mps:
             await stack.enter_async_context(private_mps(daemon, refuse))

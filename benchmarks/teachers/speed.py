@@ -49,8 +49,10 @@ from qwen3_distill.config import (
 from qwen3_distill.config.load import load_config
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.loading import load_identity
+from qwen3_distill.modeling.step_memory import GIB
 from qwen3_distill.pipeline.assembly.plan import plan_memory
 from qwen3_distill.pipeline.assembly.teachers import build_teacher
+from qwen3_distill.planning.device import detect_memory
 from qwen3_distill.ports import CACHED_TOKENS, TeacherScorer
 from qwen3_distill.scoring.by_tag import TeachersByTag
 from qwen3_distill.scoring.served.teacher import ServedTeacher
@@ -329,9 +331,16 @@ async def measure_all(setup: Setup) -> None:
 def main() -> None:
     arguments = parse()
     given = load_config(arguments.config, arguments.overrides)
-    # Prompts are random tokens: neither a data file nor an evaluation is needed.
+    # Of all that is free now: parts are planned while an earlier part's server runs.
+    memory_gib = given.planning.device_memory_gib or detect_memory().free_bytes / GIB
     config = given.model_copy(
-        update={"prompts": TaskPrompts(kind="task"), "verifier": None, "evaluation": None}
+        update={
+            # Prompts are random tokens: neither a data file nor an evaluation is needed.
+            "prompts": TaskPrompts(kind="task"),
+            "verifier": None,
+            "evaluation": None,
+            "planning": given.planning.model_copy(update={"device_memory_gib": memory_gib}),
+        }
     )
     report = Report(arguments.name, arguments.results)
     with tempfile.TemporaryDirectory() as keys:

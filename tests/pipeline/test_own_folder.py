@@ -126,6 +126,7 @@ def test_input_where_the_student_would_be_written_is_refused(
         [".DS_Store", "lost+found"],
         [".lock"],
         [".lock", "logs/vllm.log"],
+        ["logs/mps.log", "logs/mps/control.log"],
         ["offline/rollouts.parquet", "offline/rollouts-partial.parquet", "offline/student/x"],
     ],
     ids=str,

@@ -16,7 +16,7 @@ _CONFIG_KEYS = {"output_dir", "student", "scoring", "training"}
 """Settings that every run's ``config.json`` has and no model's."""
 _BEFORE_THE_CONFIG = {
     ".lock": re.compile(""),
-    "logs": re.compile(r".*\.log"),
+    "logs": re.compile(r".*\.log|mps"),
     "offline": re.compile(r"(rollouts|scored|student)\b.*"),
 }
 """Names left by a killed start or the offline stages, which write no config; what each may hold."""

@@ -5,6 +5,7 @@ weights that it trains, so an engine must have loaded a version before the next 
 pipeline awaits each load.
 """
 
+import inspect
 import io
 import pickle
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.multiprocessing  # registers how tensors are sent
 from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from qwen3_distill.errors import WeightVersionError
 from qwen3_distill.ports import FullWeights, Reach, WeightPayload
@@ -23,6 +25,32 @@ from qwen3_distill.weights.adapter_files import version_name
 from qwen3_distill.weights.directory import DirectoryChannel
 
 _HANDLES = "handles.pickle"
+_PARAMETERS = inspect.signature(rebuild_cuda_tensor)
+
+
+class _Lending(ForkingPickler):
+    """Pickles CUDA tensors as handles, and notes PyTorch's counters of who reads them."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._counters: list[tuple[bytes, int]] = []
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor):
+            return NotImplemented
+        rebuild, values = reduce_tensor(obj)
+        found = _PARAMETERS.bind(*values).arguments
+        self._counters.append((found["ref_counter_handle"], found["ref_counter_offset"]))
+        return rebuild, values
+
+    def release(self) -> None:
+        """Count no reader.
+
+        PyTorch counts one for every handle from the start, and gives the memory back only when that
+        one has been there: of a version that nobody fetches, never.
+        """
+        for counter in self._counters:
+            torch.UntypedStorage._release_ipc_counter_cuda(*counter)
 
 
 class IpcChannel:
@@ -33,7 +61,9 @@ class IpcChannel:
     comes before the first rollout and is compared bit for bit, is thereby the probe.
 
     The object that published last holds the tensors that other processes may be reading: keep it
-    until the next version is published. Its pickle does not contain them.
+    until the next version is published. Its pickle does not contain them. A version's memory is
+    free again as soon as the next one is published, also if nobody has fetched it, as a replica
+    that starts again does not; who still reads it then is told by the digest.
 
     Args:
         root: directory for handles, notes and files.
@@ -67,7 +97,9 @@ class IpcChannel:
         torch.cuda.synchronize()  # handles do not wait for work that is still queued
         buffer = io.BytesIO()
         try:
-            ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL).dump((version, tensors))
+            lending = _Lending(buffer)
+            lending.dump((version, tensors))
+            lending.release()
         except RuntimeError as error:  # e.g. expandable segments in an unprivileged container
             self._give_up(version, str(error))
             self._publish_files(version, payload)

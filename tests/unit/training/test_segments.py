@@ -25,7 +25,7 @@ OTHERS = "max_split_size_mb:256,roundup_power2_divisions:[256:1,512:2,>:4]"
 
 
 def settings_now() -> str:
-    return torch._C._accelerator_getAllocatorSettings()  # pyright: ignore[reportAttributeAccessIssue]
+    return segments._settings()
 
 
 def set_to(settings: str) -> None:

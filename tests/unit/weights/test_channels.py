@@ -1,4 +1,8 @@
+import inspect
+import io
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +13,7 @@ import torch
 from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from qwen3_distill.errors import EngineError, WeightVersionError
 from qwen3_distill.modeling.digest import weights_digest
@@ -22,6 +27,7 @@ from qwen3_distill.ports import (
     reaches,
 )
 from qwen3_distill.types import WeightVersion
+from qwen3_distill.weights import ipc
 from qwen3_distill.weights.adapter_files import load_adapter
 from qwen3_distill.weights.directory import DirectoryChannel, publish_directory
 from qwen3_distill.weights.ipc import IpcChannel
@@ -247,6 +253,62 @@ def test_ipc_sends_files_once_a_receiver_could_not_open_its_handles(
     channel.publish(FIRST, some_payload())
     assert not channel.switched_transport(FIRST)  # it came as files
     assert channel.fetch(FIRST).tensors.keys() == {"w", "b"}
+
+
+def test_handles_are_counted_as_read_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = list[tuple[bytes, int]]()
+    names = list(inspect.signature(rebuild_cuda_tensor).parameters)
+
+    def reduce(tensor: torch.Tensor) -> tuple[object, ...]:
+        values = dict.fromkeys(names, 0) | {"ref_counter_handle": b"file"}
+        values["ref_counter_offset"] = len(tensor)
+        return rebuild_cuda_tensor, tuple(values.values())
+
+    monkeypatch.setattr(ipc, "reduce_tensor", reduce)
+    monkeypatch.setattr(
+        torch.UntypedStorage, "_release_ipc_counter_cuda", lambda *of: released.append(of)
+    )
+    file = io.BytesIO()
+    lending = ipc._Lending(file)
+    lending.dump((FIRST, {"w": torch.zeros(3), "b": torch.zeros(1)}))
+    lending.release()
+    assert released == [(b"file", 3), (b"file", 1)]
+    assert b"rebuild_cuda_tensor" in file.getvalue()
+
+
+MEGABYTES = 32 << 20
+
+
+def on_the_gpu(value: int) -> FullWeights:
+    return FullWeights(
+        tensors={"w": torch.full((MEGABYTES,), value, dtype=torch.uint8, device="cuda")}
+    )
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_version_that_nobody_fetched_is_freed_by_the_next(tmp_path: Path) -> None:
+    channel, before = IpcChannel(tmp_path), torch.cuda.memory_allocated()
+    for step in range(4):
+        channel.publish(WeightVersion(step=step, digest=str(step)), on_the_gpu(step))
+    assert torch.cuda.memory_allocated() - before == MEGABYTES
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_another_process_reads_a_version_which_the_next_frees(tmp_path: Path) -> None:
+    channel, before = IpcChannel(tmp_path), torch.cuda.memory_allocated()
+    channel.publish(FIRST, on_the_gpu(7))
+    reader = (
+        "import sys, pathlib, pickle, torch; from qwen3_distill.weights.ipc import IpcChannel\n"
+        "version = pickle.loads(bytes.fromhex(sys.argv[2]))\n"
+        "read = IpcChannel(pathlib.Path(sys.argv[1])).fetch(version).tensors['w']\n"
+        "print(read.unique().tolist())"
+    )
+    for _ in range(2):  # a second replica, or one that starts again
+        command = [sys.executable, "-c", reader, str(tmp_path), pickle.dumps(FIRST).hex()]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert answer.stdout.strip() == "[7]"
+    channel.publish(SECOND, on_the_gpu(8))
+    assert torch.cuda.memory_allocated() - before == MEGABYTES
 
 
 def test_a_pickled_ipc_channel_holds_no_tensors(tmp_path: Path) -> None:
