@@ -26,31 +26,30 @@ from qwen3_distill.weights.directory import DirectoryChannel
 
 _HANDLES = "handles.pickle"
 _PARAMETERS = inspect.signature(rebuild_cuda_tensor)
+_NO_COUNTER = b"/qwen3-distill-counts-no-readers"
 
 
 class _Lending(ForkingPickler):
-    """Pickles CUDA tensors as handles, and notes PyTorch's counters of who reads them."""
+    """Pickles CUDA tensors as handles that any number of processes may open, or none.
+
+    PyTorch counts one reader of a handle from the start and keeps the memory until that one is
+    done: for ever if there is none, and for ever if there are two, as its counter then passes zero.
+    Here it counts none. The memory is the publisher's to keep for as long as it is read.
+    """
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
-        self._counters: list[tuple[bytes, int]] = []
 
     def reducer_override(self, obj: Any) -> Any:
         if not isinstance(obj, Tensor):
             return NotImplemented
         rebuild, values = reduce_tensor(obj)
-        found = _PARAMETERS.bind(*values).arguments
-        self._counters.append((found["ref_counter_handle"], found["ref_counter_offset"]))
-        return rebuild, values
-
-    def release(self) -> None:
-        """Count no reader.
-
-        PyTorch counts one for every handle from the start, and gives the memory back only when that
-        one has been there: of a version that nobody fetches, never.
-        """
-        for counter in self._counters:
-            torch.UntypedStorage._release_ipc_counter_cuda(*counter)
+        found = _PARAMETERS.bind(*values)
+        counter = (found.arguments["ref_counter_handle"], found.arguments["ref_counter_offset"])
+        torch.UntypedStorage._release_ipc_counter_cuda(*counter)
+        # A reader who is done finds no such file, and counts nothing.
+        found.arguments["ref_counter_handle"] = _NO_COUNTER
+        return rebuild, found.args
 
 
 class IpcChannel:
@@ -97,9 +96,7 @@ class IpcChannel:
         torch.cuda.synchronize()  # handles do not wait for work that is still queued
         buffer = io.BytesIO()
         try:
-            lending = _Lending(buffer)
-            lending.dump((version, tensors))
-            lending.release()
+            _Lending(buffer).dump((version, tensors))
         except RuntimeError as error:  # e.g. expandable segments in an unprivileged container
             self._give_up(version, str(error))
             self._publish_files(version, payload)

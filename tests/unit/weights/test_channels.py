@@ -255,25 +255,33 @@ def test_ipc_sends_files_once_a_receiver_could_not_open_its_handles(
     assert channel.fetch(FIRST).tensors.keys() == {"w", "b"}
 
 
-def test_handles_are_counted_as_read_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    released = list[tuple[bytes, int]]()
+def test_no_reader_of_a_handle_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    released, rebuilt = list[tuple[bytes, int]](), list[dict[str, object]]()
     names = list(inspect.signature(rebuild_cuda_tensor).parameters)
 
     def reduce(tensor: torch.Tensor) -> tuple[object, ...]:
-        values = dict.fromkeys(names, 0) | {"ref_counter_handle": b"file"}
-        values["ref_counter_offset"] = len(tensor)
-        return rebuild_cuda_tensor, tuple(values.values())
+        values = {name: f"the {name}" for name in names} | {"ref_counter_handle": b"file"}
+        return rebuild_cuda_tensor, (*(values | {"ref_counter_offset": len(tensor)}).values(),)
 
     monkeypatch.setattr(ipc, "reduce_tensor", reduce)
     monkeypatch.setattr(
         torch.UntypedStorage, "_release_ipc_counter_cuda", lambda *of: released.append(of)
     )
+    monkeypatch.setattr(
+        "torch.multiprocessing.reductions.rebuild_cuda_tensor",
+        lambda *values: rebuilt.append(dict(zip(names, values, strict=True))),
+    )
     file = io.BytesIO()
-    lending = ipc._Lending(file)
-    lending.dump((FIRST, {"w": torch.zeros(3), "b": torch.zeros(1)}))
-    lending.release()
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.multiprocessing.reductions.rebuild_cuda_tensor", rebuild_cuda_tensor)
+        ipc._Lending(file).dump((FIRST, {"w": torch.zeros(3), "b": torch.zeros(1)}))
     assert released == [(b"file", 3), (b"file", 1)]
-    assert b"rebuild_cuda_tensor" in file.getvalue()
+    assert pickle.loads(file.getvalue())[0] == FIRST
+    assert [one["ref_counter_handle"] for one in rebuilt] == [
+        b"/qwen3-distill-counts-no-readers"
+    ] * 2
+    assert [one["ref_counter_offset"] for one in rebuilt] == [3, 1]
+    assert rebuilt[0]["storage_handle"] == "the storage_handle"
 
 
 MEGABYTES = 32 << 20
@@ -294,16 +302,20 @@ def test_on_a_gpu_a_version_that_nobody_fetched_is_freed_by_the_next(tmp_path: P
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_another_process_reads_a_version_which_the_next_frees(tmp_path: Path) -> None:
+@pytest.mark.parametrize("readers", [1, 2])  # a second replica, or one that starts again
+def test_on_a_gpu_other_processes_read_a_version_which_the_next_frees(
+    readers: int, tmp_path: Path
+) -> None:
     channel, before = IpcChannel(tmp_path), torch.cuda.memory_allocated()
     channel.publish(FIRST, on_the_gpu(7))
     reader = (
         "import sys, pathlib, pickle, torch; from qwen3_distill.weights.ipc import IpcChannel\n"
         "version = pickle.loads(bytes.fromhex(sys.argv[2]))\n"
-        "read = IpcChannel(pathlib.Path(sys.argv[1])).fetch(version).tensors['w']\n"
-        "print(read.unique().tolist())"
+        "read = IpcChannel(pathlib.Path(sys.argv[1])).fetch(version).tensors\n"
+        "print(read['w'].unique().tolist())\n"
+        "del read  # told to PyTorch's counter, if there is one\n"
     )
-    for _ in range(2):  # a second replica, or one that starts again
+    for _ in range(readers):
         command = [sys.executable, "-c", reader, str(tmp_path), pickle.dumps(FIRST).hex()]
         answer = subprocess.run(command, capture_output=True, text=True, check=True)
         assert answer.stdout.strip() == "[7]"
