@@ -9,7 +9,7 @@ share is a fraction of what is free: start it first.
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
 
 from qwen3_distill.types import (
     Batch,
@@ -174,6 +174,19 @@ class StreamingRolloutEngine(RolloutEngine, Protocol):
         ...
 
     async def resume(self) -> None: ...
+
+
+@runtime_checkable
+class StartsInTwo(Protocol):
+    """An engine that can begin its start before it may take memory of the device."""
+
+    async def prepare(self) -> None:
+        """Do the part of `start` that takes none; `start` waits for it, and does the rest.
+
+        Raises:
+            EngineStartError: the engine cannot be started.
+        """
+        ...
 
 
 class TeacherScorer(Protocol):

@@ -24,11 +24,13 @@ from qwen3_distill.errors import (
     DataError,
     EngineError,
     EngineLost,
+    EngineStartError,
     LearnerLost,
     WeightVersionError,
 )
 from qwen3_distill.generation.embedded.hosted import hosted_embedded_engine
 from qwen3_distill.generation.hosted import HostedRolloutEngine
+from qwen3_distill.hosts.process import LocalProcess
 from qwen3_distill.ports import FullWeights
 from qwen3_distill.scoring.embedded.hosted import hosted_embedded_teacher
 from qwen3_distill.scoring.embedded.teacher import EmbeddedTeacher
@@ -39,7 +41,7 @@ from qwen3_distill.types import Batch, Rollout, SampledRequest, ScoredRollout
 from qwen3_distill.weights.adapter_files import version_name
 from qwen3_distill.weights.directory import DirectoryChannel
 from qwen3_distill.weights.memory import MemoryChannel
-from tests.contract.adapters import build_embedded_process
+from tests.contract.adapters import build_embedded_process, with_module
 from tests.contract.builders import (
     LONG,
     collect,
@@ -312,6 +314,58 @@ def test_asking_a_closed_engine_does_not_start_it(tiny_models: TinyModels) -> No
     with pytest.raises(EngineLost, match="not running: start it first"):
         run(engine.prefixes())
     assert not engine.host.is_running
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["lives", "dies"])
+def test_a_prepared_worker_is_the_one_that_the_engine_is_opened_in(
+    tiny_models: TinyModels, weights: dict[str, Tensor], dies: bool
+) -> None:
+    config = EmbeddedGeneration(kind="embedded", device="cpu", own_process=True)
+    engine = hosted_embedded_engine(tiny_models.student, config, log=LOGS / "prepared.log")
+    host = engine.host
+    assert isinstance(host, LocalProcess)
+
+    async def begin() -> tuple[int | None, int | None]:
+        preparing = asyncio.create_task(engine.prepare())
+        await asyncio.sleep(0)  # under way when the start comes
+        pid: int | None = None
+        if dies:
+            await preparing
+            pid = host.pid
+            host.kill()
+            while host.is_running:
+                await asyncio.sleep(0.01)
+        starting = asyncio.create_task(engine.start())
+        await preparing
+        if not dies:
+            pid = host.pid
+        await starting
+        return pid, host.pid
+
+    try:
+        prepared, opened = run(begin())
+        assert (prepared == opened) != dies
+        serve(engine, weights)
+        assert len(generate(engine, ragged_requests(2))) == 2
+        assert host.pid == opened
+        assert engine.counters == {"health/rollout_engine_restarts": 0}
+    finally:
+        run(engine.close())
+    assert not host.is_running
+
+
+def test_a_worker_that_cannot_be_prepared_says_why_and_is_gone(tiny_models: TinyModels) -> None:
+    config = EmbeddedGeneration(kind="embedded", device="cpu", own_process=True)
+    engine = hosted_embedded_engine(
+        tiny_models.student,
+        config,
+        log=LOGS / "unprepared.log",
+        make_host=with_module("no.such.module", LocalProcess),
+    )
+    with pytest.raises(EngineStartError, match=r"No module named 'no'"):
+        run(engine.prepare())
+    assert not engine.host.is_running
+    run(engine.close())
 
 
 # --- Scores -------------------------------------------------------------------------------------

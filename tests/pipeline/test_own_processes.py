@@ -134,6 +134,13 @@ class Starting:
         self._seen.append(f"{self._name} is there")
 
 
+class StartingInTwo(Starting):
+    """A part whose process starts at once, whoever has memory."""
+
+    async def prepare(self) -> None:
+        self._seen.append(f"{self._name} is prepared")
+
+
 @pytest.mark.parametrize("shares", [False, True], ids=["all-three", "two-after-the-teacher"])
 def test_engines_start_side_by_side_once_a_teacher_has_its_share_of_what_is_free(
     tmp_path: Path, shares: bool
@@ -144,7 +151,7 @@ def test_engines_start_side_by_side_once_a_teacher_has_its_share_of_what_is_free
 
     async def start() -> None:
         learner = Starting(seen=seen, name="learner")
-        engine = Starting(after=learner.begun, seen=seen, name="engine")
+        engine = StartingInTwo(after=learner.begun, seen=seen, name="engine")
         teacher = Starting(after=engine.begun, seen=seen, name="teacher")
         teacher.starts_first = shares
         nothing: Any = None
@@ -163,9 +170,9 @@ def test_engines_start_side_by_side_once_a_teacher_has_its_share_of_what_is_free
         ).start()
 
     asyncio.run(start())
-    assert len(seen) == 6 + shares
+    assert len(seen) == 6 + 2 * shares
     if shares:
-        assert seen[:2] == ["teacher begins", "teacher has its memory"]
+        assert seen[:3] == ["teacher begins", "engine is prepared", "teacher has its memory"]
 
 
 def local(hosted: Hosted) -> LocalProcess:

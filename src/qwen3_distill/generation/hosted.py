@@ -52,6 +52,8 @@ class HostedRolloutEngine:
         self._paused = False
         self._missing: list[dict[str, RolloutRequest]] = []
         """Per call of `generate`: the requests it has yet to answer, by id."""
+        self._starting = asyncio.Lock()
+        self._is_prepared = False
         self._loading = asyncio.Lock()
         self._own_channel: _PrivateChannel | None = None
 
@@ -75,8 +77,21 @@ class HostedRolloutEngine:
             )
         return self._served
 
+    async def prepare(self) -> None:
+        """Start the worker, which imports its libraries and takes none of the device's memory.
+
+        Raises:
+            EngineStartError: not installed, or the worker does not start.
+        """
+        async with self._starting:
+            try:
+                await self._host.start(self._opening.environment())
+            except EngineStartError as error:
+                raise self._opening.explained(error, self._host) from None
+            self._is_prepared = True
+
     async def start(self) -> None:
-        """Start the worker and open the engine in it.
+        """Start the worker, unless `prepare` has, and open the engine in it.
 
         Raises:
             EngineStartError: not installed, or the engine does not start.
@@ -174,7 +189,13 @@ class HostedRolloutEngine:
 
     async def _start(self) -> None:
         try:
-            await self._host.start(self._opening.environment())
+            async with self._starting:  # wait for a `prepare` under way
+                was_prepared, self._is_prepared = self._is_prepared, False
+                if was_prepared and not self._host.is_running:  # it has died since
+                    await self._host.close()
+                    was_prepared = False
+                if not was_prepared:
+                    await self._host.start(self._opening.environment())
             await self._opening.open(self._host)
         except EngineStartError as error:
             raise self._opening.explained(error, self._host) from None

@@ -20,6 +20,7 @@ from qwen3_distill.ports import (
     FollowingTeacher,
     ReplayingLearner,
     Sampler,
+    StartsInTwo,
     StreamingRolloutEngine,
     TeacherScorer,
     WeightChannel,
@@ -155,6 +156,9 @@ class Parts:
             kind = "" if config.scoring is None else f" ({config.scoring.kind})"
             teacher = {f"the teacher{kind}": self.teacher.start}
             if self.teacher.starts_first:
+                if isinstance(self.engine, StartsInTwo):
+                    worker = f"the rollout engine's process ({config.generation.kind})"
+                    teacher[worker] = self.engine.prepare
                 await start_engines(teacher, say, then=starts, after=self.teacher.memory_taken)
             else:
                 await start_engines(teacher | starts, say)
