@@ -6,6 +6,7 @@
 #
 #   one card    models, steps, cold, learners, trl, teachers, topk, memory, contract ENGINE, together
 #   two cards   cluster (--arms one; --arms each,roles), full_tuning
+#   either      queue SECONDS:PART... (one after another; one that fails or takes longer does not end it)
 #
 # What follows a part's name goes to its program and comes after the arguments here.
 #
@@ -30,14 +31,14 @@ mapfile -t engines < <(
   engine scoring "${SGLANG_PYTHON:-}" "${SGLANG_PYTHONPATH:-}" 'SGLANG_ENABLE_JIT_DEEPGEMM: "0"'
   engine training "${UNSLOTH_PYTHON:-}" "${UNSLOTH_PYTHONPATH:-}"
 )
-# Random weights: in FP8 their logprobs move far. Their chat template reads no argument.
-given=(student.model=models/random-4B student.template_arguments={} scoring.model=models/random-8B
-  scoring.readiness_tolerance_nats=3.0 "${engines[@]}" ${SGLANG_SETTINGS:-})
+# Random weights: in FP8 their logprobs move far.
+given=(student.model=models/random-4B scoring.model=models/random-8B scoring.readiness_tolerance_nats=3.0
+  "${engines[@]}" ${SGLANG_SETTINGS:-})
 # Room for long tails: prompts of 128 tokens, answers cut at 2,048.
 lengths=(generation.max_model_tokens=2304 training.max_model_tokens=2304)
 measure() { "$python" -m "benchmarks.$1" "${@:2}" --results "$out"; }
 
-part=${1:?"a part: see the head of this file"}
+part=${1:?"a part: see the head of this file"} self=$PWD/benchmarks/on_cards.sh
 shift
 case $part in
   models)
@@ -95,6 +96,16 @@ case $part in
   full_tuning)
     measure speed.full_tuning --model models/random-4B --check models/lab/student --ranks 2 \
       --name full_tuning_x2 "$@"
+    ;;
+  queue) # queue '600:steps --measure topk16' 300:cold
+    failed=()
+    for item; do
+      read -ra words <<< "${item#*:}"
+      echo "--- $(date +%T) ${words[*]}, ${item%%:*} s at the most"
+      timeout -s INT -k 30 "${item%%:*}" bash "$self" "${words[@]}" || failed+=("${item#*:} (status $?)")
+    done
+    echo "--- $(date +%T) end"
+    [ ${#failed[@]} -eq 0 ] || { printf 'error: not done: %s\n' "${failed[@]}" >&2 && exit 1; }
     ;;
   *)
     echo "error: no part is named $part: see the head of $0" >&2

@@ -15,6 +15,8 @@ trained model.
 
 import argparse
 import json
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +39,12 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}"
+    "{% endif %}{% endif %}"
 )
+"""Reads what the configs of Qwen3 pass."""
 
 
 def main() -> None:
@@ -51,14 +57,17 @@ def main() -> None:
     parser.add_argument("--logit-scale", type=float, default=1.0, help="of all logits")
     parser.add_argument("--branch-scale", type=float, default=1.0, help="of what a layer adds")
     arguments = parser.parse_args()
-    write_model(
-        arguments.out,
-        QWEN3_SHAPES[arguments.shape],
-        fp8=arguments.fp8,
-        device=torch.device(arguments.device),
-        seed=arguments.seed,
-        scales=Scales(logits=arguments.logit_scale, branches=arguments.branch_scale),
-    )
+    try:
+        write_model(
+            arguments.out,
+            QWEN3_SHAPES[arguments.shape],
+            fp8=arguments.fp8,
+            device=torch.device(arguments.device),
+            seed=arguments.seed,
+            scales=Scales(logits=arguments.logit_scale, branches=arguments.branch_scale),
+        )
+    except FileExistsError as error:
+        sys.exit(f"error: {error}")
     print(arguments.out)
 
 
@@ -79,13 +88,22 @@ def write_model(
     seed: int,
     scales: Scales = Scales(),
 ) -> None:
-    """Write config, tokenizer and weights in Hugging Face layout."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_config(out, shape, fp8=fp8)
-    make_tokenizer(shape.vocab_size).save_pretrained(out)
+    """Write config, tokenizer and weights in Hugging Face layout; the directory appears when whole.
+
+    Raises:
+        FileExistsError: ``out`` is there, and not empty.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} holds files; remove it, or choose another directory")
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    write_config(unfinished, shape, fp8=fp8)
+    make_tokenizer(shape.vocab_size).save_pretrained(unfinished)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device(device):
-        write_shards(out, weights(shape, generator, fp8=fp8, scales=scales))
+        write_shards(unfinished, weights(shape, generator, fp8=fp8, scales=scales))
+    unfinished.rename(out)
 
 
 def write_config(out: Path, shape: ModelShape, *, fp8: bool) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +11,20 @@ from pathlib import Path
 import pytest
 
 from qwen3_distill.config.load import load_config
+from qwen3_distill.data.template_arguments import check_template_arguments
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "benchmarks" / "on_cards.sh"
 PARTS = re.findall(r"^  ([a-z_]+)\)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
-OF_PYTEST = ("memory", "contract", "together")
+NO_BENCHMARK = ("memory", "contract", "together", "queue")
+CHAT_TEMPLATE = runpy.run_path(str(ROOT / "scripts" / "make_shape_model.py"))["CHAT_TEMPLATE"]
 RECORDER = """#!{python}
-import json, sys
+import json, sys, time
 with open({log!r}, "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
+if "--sleeps" in sys.argv:
+    time.sleep(60)
+sys.exit("--fails" in sys.argv)
 """
 
 
@@ -36,12 +42,12 @@ def run_part(part: str, folder: Path, *more: str) -> tuple[int, list[list[str]]]
 
 def test_the_heading_names_every_part_and_no_other() -> None:
     heading = SCRIPT.read_text(encoding="utf-8").partition("set -euo")[0]
-    lines = re.findall(r"^#   (?:one card|two cards) +(.*)$", heading, re.MULTILINE)
+    lines = re.findall(r"^#   (?:one card|two cards|either) +(.*)$", heading, re.MULTILINE)
     named = re.sub(r"\(.*?\)", "", ", ".join(lines)).split(",")
     assert sorted(name.split()[0] for name in named) == sorted(PARTS)
 
 
-@pytest.mark.parametrize("part", [part for part in PARTS if part not in OF_PYTEST])
+@pytest.mark.parametrize("part", [part for part in PARTS if part not in NO_BENCHMARK])
 def test_a_part_asks_for_what_there_is(part: str, tmp_path: Path) -> None:
     status, commands = run_part(part, tmp_path)
     assert (status, bool(commands)) == (0, True)
@@ -55,6 +61,7 @@ def test_a_part_asks_for_what_there_is(part: str, tmp_path: Path) -> None:
             own = [word for word in command if re.match(r"[a-z_.]+=", word)]
             config = load_config(ROOT / command[command.index("--config") + 1], own)
             assert config.student.model == "models/random-4B"
+            check_template_arguments(CHAT_TEMPLATE, config.student.template_arguments)
             generation, teacher = config.generation.model_dump(), config.teacher.model_dump()
             assert generation["environment"]["PYTHONPATH"] == "site/vllm"
             assert teacher["python"] == "/sglang/python"
@@ -66,6 +73,23 @@ def test_a_contract_suite_gets_its_engine(tmp_path: Path) -> None:
     assert "sglang=/sglang/python" in commands[-1]
     _, commands = run_part("contract", tmp_path, "vllm")
     assert "vllm:PYTHONPATH=site/vllm" in commands[-1]
+
+
+def test_a_queue_goes_on_after_a_part_that_fails_or_takes_too_long(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    parts = ["9:topk --fails", "1:topk --sleeps", "9:cold --k 2"]
+    status, commands = run_part("queue", tmp_path, *parts)
+    assert status == 1
+    assert [command[1] for command in commands] == ["benchmarks.speed.topk_profile"] * 2 + [
+        "benchmarks.speed.start"
+    ] * 2
+    assert commands[-1][-4:-2] == ["--k", "2"]
+    assert (
+        "not done: topk --fails (status 1)\nerror: not done: topk --sleeps"
+        in capfd.readouterr().err
+    )
+    assert run_part("queue", tmp_path, "9:topk")[0] == 0
 
 
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:

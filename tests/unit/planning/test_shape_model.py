@@ -57,6 +57,25 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return found
 
 
+def test_a_model_appears_when_it_is_whole_and_replaces_nothing(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "models" / "small"
+
+    def full(*_: Any) -> None:
+        raise OSError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "write_shards", full)
+        with pytest.raises(OSError, match="no space"):
+            write(script, folder, SMALL)
+    assert not folder.exists()
+    write(script, folder, SMALL)
+    assert [path.name for path in folder.parent.iterdir()] == ["small"]
+    with pytest.raises(FileExistsError, match="small holds files"):
+        write(script, folder, SMALL)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_model_is_whole_and_of_the_shape(tied: bool, script: ModuleType, tmp_path: Path) -> None:
     shape = replace(SMALL, tied=tied)
