@@ -97,12 +97,15 @@ case $part in
     measure speed.full_tuning --model models/random-4B --check models/lab/student --ranks 2 \
       --name full_tuning_x2 "$@"
     ;;
-  queue) # queue '600:steps --measure topk16' 300:cold
+  queue) # queue '600:steps --measure topk16' 300:cold; options have no spaces
     failed=()
     for item; do
       read -ra words <<< "${item#*:}"
       echo "--- $(date +%T) ${words[*]}, ${item%%:*} s at the most"
-      timeout -s INT -k 30 "${item%%:*}" bash "$self" "${words[@]}" || failed+=("${item#*:} (status $?)")
+      # Ctrl-C reaches a part as it reaches a part alone, also from a queue that runs in the background.
+      timeout -s INT -k 90 "${item%%:*}" env --default-signal=INT bash "$self" "${words[@]}" &
+      trap 'kill -INT %% && wait %%; exit 130' INT TERM
+      wait $! || failed+=("${item#*:} (status $?)")
     done
     echo "--- $(date +%T) end"
     [ ${#failed[@]} -eq 0 ] || { printf 'error: not done: %s\n' "${failed[@]}" >&2 && exit 1; }

@@ -44,7 +44,7 @@ CHAT_TEMPLATE = (
     "{{ '<think>\n\n</think>\n\n' }}"
     "{% endif %}{% endif %}"
 )
-"""Reads what the configs of Qwen3 pass."""
+"""Takes the template argument that the shipped configs pass (`enable_thinking`)."""
 
 
 def main() -> None:
@@ -93,8 +93,9 @@ def write_model(
     Raises:
         FileExistsError: ``out`` is there, and not empty.
     """
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} holds files; remove it, or choose another directory")
+    out = out.resolve()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} is there; remove it, or choose another directory")
     unfinished = out.with_name(f"{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

@@ -1,5 +1,6 @@
 """The used memory of every card of this machine, by nvidia-smi."""
 
+import os
 import shutil
 import subprocess
 import threading
@@ -12,17 +13,19 @@ _QUERY = ("--query-gpu=memory.used", "--format=csv,noheader,nounits")
 
 @contextmanager
 def peak_memory() -> Iterator[list[float]]:
-    """Poll the used memory of every card; the list has the largest of each, in GiB.
+    """Poll the used memory of every card in use; the list has the largest of each, in GiB.
 
     It stays empty where there is no nvidia-smi.
     """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    query = (*_QUERY, f"--id={visible}") if visible else _QUERY
     peaks: list[float] = []
     done = threading.Event()
     program = shutil.which("nvidia-smi")
 
     def poll() -> None:
         while program is not None and not done.wait(_POLL_S):
-            found = subprocess.run([program, *_QUERY], capture_output=True, text=True, check=False)
+            found = subprocess.run([program, *query], capture_output=True, text=True, check=False)
             used = [int(line) / 1024 for line in found.stdout.split() if line.isdecimal()]
             for i, value in enumerate(used):
                 if i == len(peaks):

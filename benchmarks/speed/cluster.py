@@ -79,10 +79,18 @@ def run_arm(arm: Arm, parts: Sequence[str], arguments: argparse.Namespace, cards
 
 
 def visible_cards(count: int) -> list[str]:
-    """Return the names of the first cards that this process may use."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    """Return the names of the first cards that this process may use.
+
+    Raises:
+        ValueError: it may use fewer.
+    """
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return [str(card) for card in range(count)]
     cards = [card.strip() for card in listed.split(",") if card.strip()]
-    return (cards or [str(card) for card in range(count)])[:count]
+    if len(cards) < count:
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={listed}: {count} cards are asked for")
+    return cards[:count]
 
 
 def run_arms(arms: Sequence[Arm], arguments: argparse.Namespace) -> bool:
@@ -98,10 +106,11 @@ def run_arms(arms: Sequence[Arm], arguments: argparse.Namespace) -> bool:
             print(f"no time for {arm.name}: {', '.join(parts)}; run the command again", flush=True)
             return False
         if arm.is_base and arguments.beside:
+            beside = visible_cards(min(arguments.cards, len(parts)))
             with ThreadPoolExecutor(arguments.cards) as pool:
                 each = [
                     pool.submit(run_arm, arm, [part], arguments, card)
-                    for card, part in zip(visible_cards(arguments.cards), parts, strict=False)
+                    for card, part in zip(beside, parts, strict=False)
                 ]
             ended = [job.result() for job in each]
             is_complete &= all(ended) and len(parts) == len(each)

@@ -181,7 +181,7 @@ class StartsInTwo(Protocol):
     """An engine that can begin its start before it may take memory of the device."""
 
     async def prepare(self) -> None:
-        """Do the part of `start` that takes none; `start` waits for it, and does the rest.
+        """Do the part of `start` that takes no memory of the device; `start` does the rest.
 
         Raises:
             EngineStartError: the engine cannot be started.

@@ -482,6 +482,22 @@ def test_too_little_cache_says_what_was_planned_and_what_to_change(
         build_vllm(tiny_models.student)
 
 
+def test_weights_that_change_while_they_are_loaded_are_not_served(
+    tiny_models: TinyModels, base: dict[str, Tensor]
+) -> None:
+    engine = build_vllm(
+        tiny_models.student, make_host=with_module("tests.contract.changed_vllm_worker")
+    )
+    try:
+        serve(engine, base, step=1)
+        with pytest.raises(WeightVersionError, match="changed while they were loaded"):
+            serve(engine, {name: tensor + 0.1 for name, tensor in base.items()}, step=2)
+        with pytest.raises(WeightVersionError):
+            generate(engine, ragged_requests(1))
+    finally:
+        run(engine.close())
+
+
 @pytest.mark.skipif(not ON_GPU, reason="on a CPU there are float32 kernels")
 def test_adapters_in_float32_are_refused_on_a_gpu(tiny_models: TinyModels) -> None:
     with pytest.raises(EngineStartError, match=r"no float32 .*generation\.adapters=merge"):

@@ -78,7 +78,7 @@ class HostedRolloutEngine:
         return self._served
 
     async def prepare(self) -> None:
-        """Start the worker, which imports its libraries and takes none of the device's memory.
+        """Start the worker, which imports its libraries; `start` opens the engine in it.
 
         Raises:
             EngineStartError: not installed, or the worker does not start.
@@ -88,6 +88,9 @@ class HostedRolloutEngine:
                 await self._host.start(self._opening.environment())
             except EngineStartError as error:
                 raise self._opening.explained(error, self._host) from None
+            except BaseException:
+                await self._host.close()
+                raise
             self._is_prepared = True
 
     async def start(self) -> None:

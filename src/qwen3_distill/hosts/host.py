@@ -45,8 +45,8 @@ class Host(Protocol):
 
     @property
     def is_running(self) -> bool:
-        """Whether the worker is connected and was not lost. For tests and benchmarks that watch a
-        worker; engines learn of a loss from `call`."""
+        """Whether the worker is connected and is not known to be lost. Engines that use a worker
+        learn of a loss from `call`."""
         ...
 
     async def start(self, environment: Mapping[str, str] | None = None) -> None:

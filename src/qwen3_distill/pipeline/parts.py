@@ -142,6 +142,8 @@ class Parts:
     async def start(self, say: Callable[[str], None] = lambda message: None) -> None:
         """Start the engines concurrently, once a teacher whose share is of the free memory has it.
 
+        What takes no memory of the device (`StartsInTwo`) starts with that teacher.
+
         Raises:
             EngineStartError: one does not start; the starts of the others were cancelled.
         """

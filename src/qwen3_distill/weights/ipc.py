@@ -62,7 +62,8 @@ class IpcChannel:
     The object that published last holds the tensors that other processes may be reading: keep it
     until the next version is published. Its pickle does not contain them. A version's memory is
     free again as soon as the next one is published, also if nobody has fetched it, as a replica
-    that starts again does not; who still reads it then is told by the digest.
+    that starts again does not. Who still reads it then must find out: vLLM's worker computes the
+    digest of what it has read once more.
 
     Args:
         root: directory for handles, notes and files.
@@ -110,9 +111,14 @@ class IpcChannel:
     def fetch(self, version: WeightVersion) -> WeightPayload:
         if not self._handles.exists():
             return self._files.fetch(version)
+        handles = self._handles.read_bytes()
         try:
-            held, tensors = pickle.loads(self._handles.read_bytes())
+            held, tensors = pickle.loads(handles)
         except RuntimeError as error:
+            if not self._handles.exists() or self._handles.read_bytes() != handles:
+                raise WeightVersionError(
+                    f"{version} was replaced while it was fetched; load the newest version"
+                ) from error
             self._give_up(version, str(error))
             raise WeightVersionError(f"{version}: CUDA IPC does not work here: {error}") from error
         if held != version:
@@ -130,6 +136,7 @@ class IpcChannel:
 
     def _publish_files(self, version: WeightVersion, payload: WeightPayload) -> None:
         self._handles.unlink(missing_ok=True)
+        self._lent = {}
         self._files.publish(version, payload)
 
     @property

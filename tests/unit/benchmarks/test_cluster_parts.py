@@ -18,10 +18,20 @@ from benchmarks.lib.cluster_parts import (
     read_log,
     role_idle,
 )
+from benchmarks.speed.cluster import visible_cards
 from qwen3_distill.config import ClusterConfig
 from qwen3_distill.config.load import load_config
 
 ROOT = Path(__file__).parents[3]
+
+
+def test_only_cards_that_may_be_used_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_cards(2) == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-7")
+    assert [visible_cards(1), visible_cards(2)] == [["3"], ["3", "GPU-7"]]
+    with pytest.raises(ValueError, match="3 cards are asked for"):
+        visible_cards(3)
 
 
 @pytest.mark.parametrize(

@@ -3,21 +3,22 @@
 import json
 import os
 import re
-import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from qwen3_distill.config.load import load_config
 from qwen3_distill.data.template_arguments import check_template_arguments
+from scripts.make_shape_model import CHAT_TEMPLATE
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "benchmarks" / "on_cards.sh"
 PARTS = re.findall(r"^  ([a-z_]+)\)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
 NO_BENCHMARK = ("memory", "contract", "together", "queue")
-CHAT_TEMPLATE = runpy.run_path(str(ROOT / "scripts" / "make_shape_model.py"))["CHAT_TEMPLATE"]
 RECORDER = """#!{python}
 import json, sys, time
 with open({log!r}, "a") as file:
@@ -78,7 +79,7 @@ def test_a_contract_suite_gets_its_engine(tmp_path: Path) -> None:
 def test_a_queue_goes_on_after_a_part_that_fails_or_takes_too_long(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    parts = ["9:topk --fails", "1:topk --sleeps", "9:cold --k 2"]
+    parts = ["60:topk --fails", "4:topk --sleeps", "60:cold --k 2"]
     status, commands = run_part("queue", tmp_path, *parts)
     assert status == 1
     assert [command[1] for command in commands] == ["benchmarks.speed.topk_profile"] * 2 + [
@@ -86,10 +87,27 @@ def test_a_queue_goes_on_after_a_part_that_fails_or_takes_too_long(
     ] * 2
     assert commands[-1][-4:-2] == ["--k", "2"]
     assert (
-        "not done: topk --fails (status 1)\nerror: not done: topk --sleeps"
+        "not done: topk --fails (status 1)\nerror: not done: topk --sleeps (status 124)"
         in capfd.readouterr().err
     )
-    assert run_part("queue", tmp_path, "9:topk")[0] == 0
+    assert run_part("queue", tmp_path, "60:topk")[0] == 0
+
+
+def test_ctrl_c_ends_a_queue_and_its_part(tmp_path: Path) -> None:
+    log, recorder = tmp_path / "log", tmp_path / "python"
+    recorder.write_text(RECORDER.format(python=sys.executable, log=str(log)), encoding="utf-8")
+    recorder.chmod(0o755)
+    environment = os.environ | {"GPU_PYTHON": str(recorder), "OUT": str(tmp_path / "out")}
+    command = ["bash", str(SCRIPT), "queue", "60:topk --sleeps", "60:topk"]
+    queue = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while not log.exists() or not log.read_text(encoding="utf-8"):
+        assert queue.poll() is None
+        time.sleep(0.05)
+    queue.send_signal(signal.SIGINT)
+    _, said = queue.communicate(timeout=30)
+    assert queue.returncode == 130
+    assert "KeyboardInterrupt" in said
+    assert len(log.read_text(encoding="utf-8").splitlines()) == 1
 
 
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_model_appears_when_it_is_whole_and_replaces_nothing(
     assert not folder.exists()
     write(script, folder, SMALL)
     assert [path.name for path in folder.parent.iterdir()] == ["small"]
-    with pytest.raises(FileExistsError, match="small holds files"):
+    with pytest.raises(FileExistsError, match="small is there"):
         write(script, folder, SMALL)
 
 

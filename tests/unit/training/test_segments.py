@@ -25,7 +25,8 @@ OTHERS = "max_split_size_mb:256,roundup_power2_divisions:[256:1,512:2,>:4]"
 
 
 def settings_now() -> str:
-    return segments._settings()
+    """By PyTorch where it tells (2.11 does not)."""
+    return getattr(torch._C, "_accelerator_getAllocatorSettings", segments._settings)()
 
 
 def set_to(settings: str) -> None:

@@ -250,9 +250,39 @@ def test_ipc_sends_files_once_a_receiver_could_not_open_its_handles(
     assert channel.failed
     assert channel.switched_transport(FIRST) == (not strict)
     assert not channel.switched_transport(SECOND)
+    channel._lent = {"w": torch.zeros(1)}
     channel.publish(FIRST, some_payload())
+    assert channel._lent == {}
     assert not channel.switched_transport(FIRST)  # it came as files
     assert channel.fetch(FIRST).tensors.keys() == {"w", "b"}
+
+
+def test_handles_that_are_replaced_while_they_are_opened_do_not_end_ipc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel = IpcChannel(tmp_path)
+
+    def replaced() -> None:
+        (tmp_path / "handles.pickle").write_bytes(b"those of the next version")
+        raise RuntimeError("invalid device context")
+
+    class FreedHandle:
+        def __reduce__(self) -> tuple[object, ...]:
+            return _replaced, ()
+
+    monkeypatch.setitem(globals(), "_replace", replaced)
+    (tmp_path / "handles.pickle").write_bytes(pickle.dumps((FIRST, FreedHandle())))
+    with pytest.raises(WeightVersionError, match="replaced while it was fetched"):
+        channel.fetch(FIRST)
+    assert not channel.failed
+
+
+def _replace() -> None:
+    """Set by a test."""
+
+
+def _replaced() -> None:
+    _replace()
 
 
 def test_no_reader_of_a_handle_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,8 @@ class WeightAccess:
             wanted = served.part.of(published[served.name])
             if not torch.equal(served.tensor, wanted.to(served.tensor)):
                 return f"{version}: {served.name} in use is not the published one"
+        if weights_digest(published) != version.digest:  # lent, and given to something else by now
+            return f"{version}: its weights changed while they were loaded"
         self._in_use = version.digest
         return ""
 
