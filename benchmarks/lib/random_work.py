@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qwen3_distill.config import RunConfig
+from qwen3_distill.config import RunConfig, TaskPrompts
+from qwen3_distill.modeling.step_memory import GIB
+from qwen3_distill.planning.device import detect_memory
 from qwen3_distill.types import (
     Batch,
     FinishReason,
@@ -98,6 +100,22 @@ class Work:
                 )
             scored.append(ScoredRollout(rollout=rollout, score=score))
         return Batch.uniform(scored)
+
+
+def for_random_work(config: RunConfig) -> RunConfig:
+    """Return the config without data, planned with all of the memory that is free now.
+
+    Some benchmarks plan an engine while others run, which have taken their part of it.
+    """
+    memory_gib = config.planning.device_memory_gib or detect_memory().free_bytes / GIB
+    return config.model_copy(
+        update={
+            "prompts": TaskPrompts(kind="task"),
+            "verifier": None,
+            "evaluation": None,
+            "planning": config.planning.model_copy(update={"device_memory_gib": memory_gib}),
+        }
+    )
 
 
 def total_tokens(rollouts: Sequence[Rollout]) -> int:

@@ -39,20 +39,18 @@ from typing import Any
 from benchmarks.lib.common import RESULTS, Report, timed
 from benchmarks.lib.device_memory import PeakMemory
 from benchmarks.lib.overlap_parts import Plan
-from benchmarks.lib.random_work import Work
+from benchmarks.lib.random_work import Work, for_random_work
 from benchmarks.lib.stage_parts import measure_score, opd_step, stage_seconds, started_learner
 from benchmarks.lib.time_plan_rows import Case, Row
 from benchmarks.speed.overlap import Bench, RandomPrompts, TooFewSteps, refuse
 from benchmarks.speed.time_plan import error_figures, measured_rows
-from qwen3_distill.config import RunConfig, StreamingPipeline, TaskPrompts, TopKDivergence
+from qwen3_distill.config import RunConfig, StreamingPipeline, TopKDivergence
 from qwen3_distill.config.load import load_config
 from qwen3_distill.errors import DistillError
 from qwen3_distill.hosts.mps import MpsDaemon, private_mps
-from qwen3_distill.modeling.step_memory import GIB
 from qwen3_distill.pipeline.assembly.engines import build_parts
 from qwen3_distill.pipeline.assembly.plan import engine_log
 from qwen3_distill.pipeline.step import push_weights
-from qwen3_distill.planning.device import detect_memory
 from qwen3_distill.ports import CACHED_TOKENS, Learner, TeacherScorer
 from qwen3_distill.recording.trace import Trace
 from qwen3_distill.scoring.served.teacher import ServedTeacher
@@ -303,16 +301,7 @@ async def measure(arguments: argparse.Namespace, config: RunConfig, report: Repo
 def main() -> None:
     arguments = parse()
     given = load_config(arguments.config, arguments.overrides)
-    # Of all that is free now: other learners are planned while the other engines run.
-    memory_gib = given.planning.device_memory_gib or detect_memory().free_bytes / GIB
-    config = given.model_copy(
-        update={
-            "prompts": TaskPrompts(kind="task"),
-            "verifier": None,
-            "evaluation": None,
-            "planning": given.planning.model_copy(update={"device_memory_gib": memory_gib}),
-        }
-    )
+    config = for_random_work(given)
     if not isinstance(config.pipeline, StreamingPipeline):
         raise SystemExit(f"{arguments.config} does not stream: pipeline.kind=streaming")
     report = Report(arguments.name, arguments.results)

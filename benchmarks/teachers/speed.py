@@ -35,24 +35,21 @@ import numpy as np
 
 from benchmarks.lib.common import RESULTS, Report, timed
 from benchmarks.lib.device_memory import PeakMemory
-from benchmarks.lib.random_work import Work, total_tokens
+from benchmarks.lib.random_work import Work, for_random_work, total_tokens
 from benchmarks.lib.stage_parts import Rate, bare_requests, jobs_of
 from qwen3_distill.config import (
     RunConfig,
     ServedScoring,
     SeveralScoring,
     SglangScoring,
-    TaskPrompts,
     VllmGeneration,
     VllmScoring,
 )
 from qwen3_distill.config.load import load_config
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.loading import load_identity
-from qwen3_distill.modeling.step_memory import GIB
 from qwen3_distill.pipeline.assembly.plan import plan_memory
 from qwen3_distill.pipeline.assembly.teachers import build_teacher
-from qwen3_distill.planning.device import detect_memory
 from qwen3_distill.ports import CACHED_TOKENS, TeacherScorer
 from qwen3_distill.scoring.by_tag import TeachersByTag
 from qwen3_distill.scoring.served.teacher import ServedTeacher
@@ -331,17 +328,7 @@ async def measure_all(setup: Setup) -> None:
 def main() -> None:
     arguments = parse()
     given = load_config(arguments.config, arguments.overrides)
-    # Of all that is free now: parts are planned while an earlier part's server runs.
-    memory_gib = given.planning.device_memory_gib or detect_memory().free_bytes / GIB
-    config = given.model_copy(
-        update={
-            # Prompts are random tokens: neither a data file nor an evaluation is needed.
-            "prompts": TaskPrompts(kind="task"),
-            "verifier": None,
-            "evaluation": None,
-            "planning": given.planning.model_copy(update={"device_memory_gib": memory_gib}),
-        }
-    )
+    config = for_random_work(given)
     report = Report(arguments.name, arguments.results)
     with tempfile.TemporaryDirectory() as keys:
         setup = Setup(given=config, arguments=arguments, report=report, keys=Path(keys))

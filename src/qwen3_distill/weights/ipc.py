@@ -109,13 +109,13 @@ class IpcChannel:
         self._lent = tensors
 
     def fetch(self, version: WeightVersion) -> WeightPayload:
-        if not self._handles.exists():
+        handles = self._read_handles()
+        if handles is None:
             return self._files.fetch(version)
-        handles = self._handles.read_bytes()
         try:
             held, tensors = pickle.loads(handles)
         except RuntimeError as error:
-            if not self._handles.exists() or self._handles.read_bytes() != handles:
+            if self._read_handles() != handles:
                 raise WeightVersionError(
                     f"{version} was replaced while it was fetched; load the newest version"
                 ) from error
@@ -138,6 +138,13 @@ class IpcChannel:
         self._handles.unlink(missing_ok=True)
         self._lent = {}
         self._files.publish(version, payload)
+
+    def _read_handles(self) -> bytes | None:
+        """The newest version's handles; None: it was published as files."""
+        try:
+            return self._handles.read_bytes()
+        except FileNotFoundError:
+            return None
 
     @property
     def _handles(self) -> Path:
