@@ -4,7 +4,7 @@ Shape letters: N selected tokens, C tokens of one chunk, D hidden size, V vocabu
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,62 @@ def token_stats(
 
     logprob_N, entropy_N = map_chunks(chunk, (hidden_ND, target_N), chunk_tokens=chunk_tokens)
     return TokenStats(logprob_N, entropy_N)
+
+
+def candidate_logits(hidden_ND: Tensor, head_VD: Tensor, id_NK: Tensor) -> Tensor:
+    """Compute [N, K] float32 logits of some ids, with a gradient for the hidden states only.
+
+    Other rows of the head are not read. Operands are rounded as a matrix product would round them,
+    under autocast or not; their products are added up in float32.
+    """
+    return _CandidateLogits.apply(hidden_ND, head_VD.detach(), id_NK)  # pyright: ignore[reportReturnType]
+
+
+class _CandidateLogits(torch.autograd.Function):
+    """Gathers the rows again for the backward pass: they are K times the hidden states."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, id_NK: Tensor) -> Tensor:
+        device = hidden_ND.device.type
+        on = torch.is_autocast_enabled(device)
+        ctx.dtype = torch.get_autocast_dtype(device) if on else head_VD.dtype
+        ctx.save_for_backward(head_VD, id_NK)
+        ctx.hidden_dtype = hidden_ND.dtype
+        with torch.autocast(device, enabled=False):
+            parts = [
+                torch.bmm(
+                    _rows_CKD(head_VD, id_CK, ctx.dtype), _wide(hidden_CD, ctx.dtype)[..., None]
+                )
+                for hidden_CD, id_CK in _in_gathered_chunks(hidden_ND, id_NK)
+            ]
+        return torch.cat(parts).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        head_VD, id_NK = ctx.saved_tensors
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            parts = [
+                torch.bmm(gradient_CK[:, None], _rows_CKD(head_VD, id_CK, ctx.dtype)).squeeze(1)
+                for gradient_CK, id_CK in _in_gathered_chunks(gradients[0], id_NK)
+            ]
+        return torch.cat(parts).to(ctx.hidden_dtype), None, None
+
+
+_GATHERED_TOKENS = 1024
+"""Tokens whose rows of the head are gathered at a time: 180 MB for 17 of 2,560 float32 values."""
+
+
+def _in_gathered_chunks(*per_token: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(tensor.split(_GATHERED_TOKENS) for tensor in per_token), strict=True)
+
+
+def _rows_CKD(head_VD: Tensor, id_CK: Tensor, dtype: torch.dtype) -> Tensor:
+    return _wide(head_VD[id_CK], dtype)
+
+
+def _wide(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to a dtype, then widen to at least float32."""
+    return values.to(dtype).to(torch.promote_types(dtype, torch.float32))
 
 
 def entropy(logprob_CV: Tensor) -> Tensor:

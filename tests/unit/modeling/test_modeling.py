@@ -12,7 +12,13 @@ from torch import Tensor
 from qwen3_distill.errors import ConfigError, ModelError
 from qwen3_distill.modeling import digest, loading
 from qwen3_distill.modeling.digest import are_of_directory, weights_digest
-from qwen3_distill.modeling.head import entropy, logits_of, map_chunks, token_stats
+from qwen3_distill.modeling.head import (
+    candidate_logits,
+    entropy,
+    logits_of,
+    map_chunks,
+    token_stats,
+)
 from qwen3_distill.modeling.loading import (
     load_identity,
     load_model,
@@ -264,6 +270,35 @@ def missing_tensor(path: Path) -> None:
     weights = load_file(path / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_logits_of_candidates_are_products_in_float32_at_least(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(7, 64, generator=generator).to(dtype).requires_grad_()
+    head = torch.randn(12, 64, generator=generator).to(dtype)
+    ids = torch.randint(0, 12, (7, 3), generator=generator)
+    logits = candidate_logits(hidden, head, ids)
+    whole = hidden.double() @ head.double().T
+    expected = whole.gather(-1, ids)
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+    assert logits.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    cotangent = torch.randn(7, 3, generator=generator).to(logits)
+    (ours,) = torch.autograd.grad(logits, hidden, cotangent, retain_graph=True)
+    (exact,) = torch.autograd.grad(expected, hidden, cotangent.double())
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, exact)
+
+
+def test_logits_of_candidates_round_operands_as_autocast_does() -> None:
+    """So that they fit statistics that another kernel computed under the same autocast."""
+    hidden, head = torch.randn(5, 64), torch.randn(9, 64)
+    ids = torch.arange(9).expand(5, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = candidate_logits(hidden, head, ids)
+    rounded = hidden.bfloat16().float() @ head.bfloat16().float().T
+    torch.testing.assert_close(logits, rounded)
+    assert (logits - hidden @ head.T).abs().max() > 1e-3
 
 
 def missing_head(path: Path) -> None:

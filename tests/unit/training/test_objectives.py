@@ -250,6 +250,65 @@ def test_other_token_statistics_are_used_where_they_are_given() -> None:
     assert entropies[1] == pytest.approx(2 * entropies[0])
 
 
+TOP_K_OBJECTIVES = [
+    {"kind": "sampled_reverse_kl", "kl_baseline": {"kind": "top_k", "k": K}},
+    *(
+        {"kind": "top_k", "k": K, "tail": tail, **divergence}
+        for tail in ("bin", "renormalize")
+        for divergence in (
+            {"divergence": "reverse_kl"},
+            {"divergence": "forward_kl"},
+            {"divergence": "jsd", "beta": 0.4},
+        )
+    ),
+]
+
+
+def exact_stats(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> TokenStats:
+    return token_stats(hidden_ND, head_VD, target_N, chunk_tokens=1000)
+
+
+@pytest.mark.parametrize("values", TOP_K_OBJECTIVES)
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_candidates_beside_other_statistics_give_the_same_step(values, is_frozen, monkeypatch):
+    """Statistics of another kernel, and the logits of the candidates alone."""
+    monkeypatch.setattr("qwen3_distill.modeling.head._GATHERED_TOKENS", 3)
+    batch = make_batch(values)
+    micro = collate(batch, [0, 1, 2, 3])
+    found = []
+    for statistics in (None, exact_stats):
+        below = torch.ones(D, requires_grad=True)
+        head = HEAD.clone().requires_grad_(not is_frozen)
+        hidden_BTD = hidden_rows([0, 1, 2, 3], micro.input_BT.shape[1], below)
+        objective = objective_of(values, token_statistics=statistics)
+        terms = objective.terms(micro, hidden_BTD, head, batch.denominator)
+        terms.loss.backward()
+        gradients = [below.grad] if is_frozen else [below.grad, head.grad]
+        found.append((terms.loss, terms.magnitude_N, gradients, read(terms)))
+    (loss, magnitude_N, gradients, metrics), (loss_, magnitude_N_, gradients_, metrics_) = found
+    torch.testing.assert_close(loss_, loss)
+    torch.testing.assert_close(magnitude_N_, magnitude_N)
+    torch.testing.assert_close(gradients_, gradients)
+    assert [m.key for m in metrics_] == [m.key for m in metrics]
+    assert [m.value for m in metrics_] == pytest.approx([m.value for m in metrics], rel=1e-5)
+
+
+def test_statistics_that_are_given_spare_all_other_logits(monkeypatch) -> None:
+    """With a frozen head no [tokens, vocabulary] logits are made for the teacher's candidates."""
+    values = {"kind": "top_k", "k": K}
+    batch = make_batch(values)
+    micro = collate(batch, [0, 1])
+    hidden_BTD = hidden_rows([0, 1], micro.input_BT.shape[1], torch.ones(D)).requires_grad_()
+    stats = exact_stats(micro.at_loss_tokens(hidden_BTD), HEAD, micro.target_N)
+
+    def refused(*_: Tensor) -> Tensor:
+        raise AssertionError("logits of the whole vocabulary")
+
+    monkeypatch.setattr("qwen3_distill.training.objectives.divergences.logits_of", refused)
+    objective = objective_of(values, token_statistics=lambda *_: stats)
+    assert objective.terms(micro, hidden_BTD, HEAD, batch.denominator).loss.isfinite()
+
+
 def test_the_full_baseline_is_the_exact_kl() -> None:
     """With b = KL, E_a[signal] = 0 at every state, so the mean signal needs no samples."""
     values = {"kind": "sampled_reverse_kl", "kl_baseline": {"kind": "full"}}

@@ -21,8 +21,8 @@ def build_objective(
     Args:
         teacher_head_VD: the teacher's output head, for objectives over hidden states.
         chunk_tokens: rows of logits that exist at a time.
-        token_statistics: computes the sampled tokens' logprobs and entropies; None: in chunks of
-            logits. Other statistics are always computed in chunks.
+        token_statistics: computes the sampled tokens' logprobs, from logits that are not rounded,
+            and entropies, for objectives over these or over candidates; None: in chunks of logits.
 
     Raises:
         ConfigError: the objective needs the teacher's output head and there is none.

@@ -14,6 +14,8 @@ from qwen3_distill.config import (
     TopKDivergence,
 )
 from qwen3_distill.modeling.head import (
+    TokenStats,
+    candidate_logits,
     entropy,
     logits_of,
     map_chunks,
@@ -43,18 +45,21 @@ class TopKObjective:
     def __init__(self, setup: ObjectiveSetup[TopKDivergence]) -> None:
         self._config = setup.config
         self._chunk_tokens = setup.chunk_tokens
+        self._given_stats = setup.token_statistics
 
     def terms(
         self, micro: MicroBatch, hidden_BTD: Tensor, head_VD: Tensor, denominator: float
     ) -> LossTerms:
         top_k = require_top_k(micro, self._config.k)
-        divergence_N, logprob_N, entropy_N, mass_N = top_k_divergence(
-            top_k,
-            micro.at_loss_tokens(hidden_BTD),
-            head_VD,
-            self._config,
-            chunk_tokens=self._chunk_tokens,
-        )
+        hidden_ND = micro.at_loss_tokens(hidden_BTD)
+        if self._given_stats is not None and not head_VD.requires_grad:
+            stats = self._given_stats(hidden_ND, head_VD, micro.target_N)
+            found = top_k_divergence_beside(top_k, hidden_ND, head_VD, stats, self._config)
+        else:
+            found = top_k_divergence(
+                top_k, hidden_ND, head_VD, self._config, chunk_tokens=self._chunk_tokens
+            )
+        divergence_N, logprob_N, entropy_N, mass_N = found
         metrics = [
             *common_metrics(micro, logprob_N, entropy_N),
             mean_metric("loss/divergence_nats", divergence_N),
@@ -101,14 +106,11 @@ def top_k_divergence(
     chunk_tokens: int,
 ) -> Chunk:
     """Return [N] each: divergence, target logprob, entropy, student's mass on the candidates."""
-    close = with_tail_bin if config.tail == "bin" else renormalized
 
     def chunk(hidden_CD: Tensor, target_C: Tensor, ids_CK: Tensor, teacher_CK: Tensor) -> Chunk:
         logprob_CV = torch.log_softmax(logits_of(hidden_CD, head_VD), dim=-1)
         student_CK = logprob_CV.gather(-1, ids_CK)
-        divergence_C = divergence(
-            close(student_CK), close(teacher_CK), config.divergence, config.beta
-        )
+        divergence_C = _of_candidates(student_CK, teacher_CK, config)
         target_logprob_C = logprob_CV.detach().gather(-1, target_C.unsqueeze(-1)).squeeze(-1)
         return (
             divergence_C,
@@ -122,6 +124,36 @@ def top_k_divergence(
         (hidden_ND, micro.target_N, micro.candidate_id_NK, micro.candidate_logprob_NK),
         chunk_tokens=chunk_tokens,
     )
+
+
+def top_k_divergence_beside(
+    micro: TopKMicroBatch,
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    stats: TokenStats,
+    config: TopKDivergence,
+) -> Chunk:
+    """Return the same as `top_k_divergence`, given the targets' statistics; the head is frozen.
+
+    A candidate's logprob is the target's plus the difference of the two logits, so that of all
+    logits only those of k + 1 tokens are computed here. What computed the statistics must not have
+    rounded the target's logit: the candidates would have its rounding.
+    """
+    id_NK = torch.cat([micro.candidate_id_NK, micro.target_N.unsqueeze(-1)], dim=-1)
+    logit_NK = candidate_logits(hidden_ND, head_VD, id_NK)
+    student_NK = logit_NK[:, :-1] - logit_NK[:, -1:] + stats.logprob_N.unsqueeze(-1)
+    return (
+        _of_candidates(student_NK, micro.candidate_logprob_NK, config),
+        stats.logprob_N.detach(),
+        stats.entropy_N,
+        student_NK.detach().exp().sum(-1),
+    )
+
+
+def _of_candidates(student_CK: Tensor, teacher_CK: Tensor, config: TopKDivergence) -> Tensor:
+    """Return [C]: the divergence of the candidates, closed to distributions."""
+    close = with_tail_bin if config.tail == "bin" else renormalized
+    return divergence(close(student_CK), close(teacher_CK), config.divergence, config.beta)
 
 
 def full_divergence(

@@ -14,6 +14,7 @@ from qwen3_distill.config import (
     TopKDivergence,
 )
 from qwen3_distill.errors import AlignmentError
+from qwen3_distill.modeling.head import TokenStats
 from qwen3_distill.training.batching import AlignedMicroBatch, MicroBatch
 from qwen3_distill.training.objectives.base import (
     LossTerms,
@@ -28,6 +29,7 @@ from qwen3_distill.training.objectives.base import (
 from qwen3_distill.training.objectives.divergences import (
     full_divergence,
     top_k_divergence,
+    top_k_divergence_beside,
 )
 from qwen3_distill.training.objectives.losses import SampledTerms, sampled_reverse_kl
 from qwen3_distill.types import Reduction
@@ -42,6 +44,7 @@ class SampledObjective:
         self._teacher_head_VD = setup.require_teacher_head() if full else None
         self._chunk_tokens = setup.chunk_tokens
         self._token_stats = setup.token_stats()
+        self._has_own_stats = setup.token_statistics is not None
 
     def terms(
         self, micro: MicroBatch, hidden_BTD: Tensor, head_VD: Tensor, denominator: float
@@ -59,7 +62,7 @@ class SampledObjective:
             stats.logprob_N,
             micro.behavior_logprob_N,
             micro.teacher_logprob_N,
-            self._baseline(micro, hidden_ND.detach(), head_VD.detach()),
+            self._baseline(micro, hidden_ND.detach(), head_VD.detach(), stats),
             micro.importance_weight_N,
             micro.task_advantage_N,
             tokens_per_row=micro.loss_tokens,
@@ -116,13 +119,17 @@ class SampledObjective:
         return metrics
 
     @torch.no_grad()
-    def _baseline(self, micro: MicroBatch, hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
+    def _baseline(
+        self, micro: MicroBatch, hidden_ND: Tensor, head_VD: Tensor, stats: TokenStats
+    ) -> Tensor:
         """Return b_t [N]: KL(student || teacher) at each state, or 0."""
         baseline = self._config.kl_baseline
         if baseline.kind == "none":
             return hidden_ND.new_zeros(hidden_ND.shape[0], dtype=torch.float32)
         if baseline.kind == "top_k":
             top_k = require_top_k(micro, baseline.k)
+            if self._has_own_stats:
+                return top_k_divergence_beside(top_k, hidden_ND, head_VD, stats, _TOP_K_BASELINE)[0]
             return top_k_divergence(
                 top_k, hidden_ND, head_VD, _TOP_K_BASELINE, chunk_tokens=self._chunk_tokens
             )[0]
