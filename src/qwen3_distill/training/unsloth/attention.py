@@ -1,28 +1,78 @@
-"""Shared prompts in unsloth's own attention. Imported in the worker's process only."""
+"""Shared prompts in unsloth's own attention, in layers that stay compiled.
 
+Shape letters: T places of the row, H heads, D dimensions of a head.
+"""
+
+import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from qwen3_distill.training.prompt_attention import PromptAttention
 
 ATTENTION_ARGUMENT = "prefix_seg_info"
-"""The argument of the model's forward pass that unsloth hands down to every layer's attention, and
-with which it neither cuts a row at the model's length nor makes a mask."""
+"""The argument of the model's forward pass that unsloth hands down to every layer, and with which
+the model neither cuts a row at its length nor makes a mask."""
+_PATCHED = "_qwen3_distill_attends"
 
 
-def patch_attention() -> None:
-    """Have unsloth's Qwen3 attend as the `PromptAttention` says that a forward pass is given."""
+class _Running:
+    """What the layer that runs now attends as.
+
+    Not an argument of the layer: unsloth compiles a layer as one region, but not for a call with
+    that argument, and a region would be compiled anew for every attention that it is given.
+    """
+
+    attention: PromptAttention | None = None
+
+
+def patch_attention(layer: type[nn.Module]) -> None:
+    """Have unsloth's Qwen3 attend as the `PromptAttention` says that a forward pass is given.
+
+    Args:
+        layer: the class of its layers, with unsloth's own patches.
+    """
     qwen3: Any = importlib.import_module("unsloth.models.qwen3")  # needs triton, so not on a CPU
-    of_unsloth = qwen3.run_attention
+    if not hasattr(qwen3.run_attention, _PATCHED):
+        qwen3.run_attention = attention_of_running(qwen3.run_attention)
+    if not hasattr(layer.forward, _PATCHED):
+        layer.forward = handing_over(layer.forward)
+
+
+def attention_of_running(otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return unsloth's `run_attention` with ours in layers that were given one.
+
+    A compiled region ends before it and begins again behind it: its shapes differ with every
+    micro-batch.
+    """
 
     def run_attention(*, config: Any, context: Any, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
         """Return [1, T, H, D] of queries [1, H, T, D], and keys and values likewise."""
-        attention = context.prefix_seg_info
-        if not isinstance(attention, PromptAttention):
-            return of_unsloth(config=config, context=context, Q=Q, K=K, V=V)
+        attention = _Running.attention
+        if attention is None:
+            return otherwise(config=config, context=context, Q=Q, K=K, V=V)
         out_HTD = attention(Q.squeeze(0), K.squeeze(0), V.squeeze(0))
         return out_HTD.transpose(0, 1).unsqueeze(0)
 
-    qwen3.run_attention = run_attention
+    outside: Any = torch.compiler.disable(run_attention)
+    setattr(outside, _PATCHED, True)
+    return outside
+
+
+def handing_over(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a layer's forward pass that keeps the attention it is given from the layer itself."""
+
+    @functools.wraps(forward)
+    def given(self: nn.Module, *arguments: Any, **options: Any) -> Any:
+        before = _Running.attention
+        _Running.attention = options.pop(ATTENTION_ARGUMENT, None)
+        try:
+            return forward(self, *arguments, **options)
+        finally:
+            _Running.attention = before
+
+    setattr(given, _PATCHED, True)
+    return given

@@ -249,7 +249,7 @@ class UnslothStudent:
         if not self._config.shared_prompts:
             return False, "off"
         if self._fused:
-            patch_attention()
+            patch_attention(type(self.core.model.layers[0]))
         else:
             share_prompts(self.core)
         with self.autocast():
@@ -282,7 +282,7 @@ class UnslothStudent:
                 "kernel for packed rows from 2.12 on; packing=true uses it here"
             )
         if self._attends_itself:
-            patch_attention()
+            patch_attention(type(self.core.model.layers[0]))
         with self.autocast():
             gap = packing_gap(self.core, self._packed_hidden)
         limit = self._tolerance

@@ -1,0 +1,135 @@
+"""Our attention in layers that are compiled as unsloth compiles its own."""
+
+import functools
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from qwen3_distill.training.batching import SharedPrompt
+from qwen3_distill.training.prompt_attention import PromptAttention
+from qwen3_distill.training.unsloth import attention as patches
+from qwen3_distill.training.unsloth.attention import (
+    ATTENTION_ARGUMENT,
+    attention_of_running,
+    handing_over,
+)
+
+# Of a region that begins behind our attention, which dynamo asks for a gradient.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+HEADS, SIZE = 2, 8
+LIBRARY = SimpleNamespace()
+"""Stands for the module of unsloth whose `run_attention` its layers call by name."""
+
+
+def causal(*, config: Any, context: Any, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
+    out = torch.nn.functional.scaled_dot_product_attention(Q, K, V, is_causal=True)
+    return out.transpose(1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(HEADS * SIZE, 3 * HEADS * SIZE)
+
+    def forward(self, hidden: Tensor, **options: Any) -> Tensor:
+        batch, size, width = hidden.shape
+        Q, K, V = (
+            part.view(batch, size, HEADS, SIZE).transpose(1, 2)
+            for part in self.qkv(hidden).chunk(3, dim=-1)
+        )
+        out = LIBRARY.run_attention(config=None, context=options, Q=Q, K=K, V=V)
+        return out.reshape(batch, size, width)
+
+
+def layer_class(backend: Any) -> Any:
+    """A layer of a class of its own, compiled but for calls with the argument, as unsloth does."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Attention()
+            self.mlp = nn.Linear(HEADS * SIZE, HEADS * SIZE)
+
+        def forward(self, hidden: Tensor, **options: Any) -> Tensor:
+            hidden = hidden + self.attention(hidden, **options)
+            return hidden + self.mlp(hidden).relu()
+
+    original = Layer.forward
+    compiled = torch.compile(original, backend=backend)
+
+    @functools.wraps(original)
+    def forward(self: Any, hidden: Tensor, **options: Any) -> Tensor:
+        if options.get(ATTENTION_ARGUMENT) is not None:
+            return original(self, hidden, **options)
+        torch._dynamo.maybe_mark_dynamic(hidden, 1)
+        return compiled(self, hidden, **options)
+
+    Layer.forward = forward
+    return Layer
+
+
+@pytest.fixture(autouse=True)
+def own_library() -> Iterator[None]:
+    LIBRARY.run_attention = causal
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def rows(answers: int, size: int) -> tuple[Tensor, PromptAttention]:
+    shared = [SharedPrompt(start=0, prompt_tokens=5, answer_tokens=(size,) * answers)]
+    generator = torch.Generator().manual_seed(size)
+    hidden = torch.randn(1, 5 + answers * size, HEADS * SIZE, generator=generator)
+    return hidden, PromptAttention(shared, torch.device("cpu"))
+
+
+def test_layers_stay_compiled_and_give_the_same() -> None:
+    counter = CompileCounter()
+    kind = layer_class(counter)
+    layer = kind()
+    LIBRARY.run_attention = attention_of_running(causal)
+    uncompiled = kind.forward.__wrapped__
+    kind.forward = handing_over(kind.forward)
+    compiled_so_far = list[int]()
+    for size in (3, 4, 6, 7, 9):
+        hidden, attention = rows(2, size)
+        found, expected = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+        out = layer(found, **{ATTENTION_ARGUMENT: attention})
+        patches._Running.attention = attention
+        wanted = uncompiled(layer, expected)
+        patches._Running.attention = None
+        torch.testing.assert_close(out, wanted)
+        out.square().sum().backward()
+        wanted.square().sum().backward()
+        torch.testing.assert_close(found.grad, expected.grad)
+        compiled_so_far.append(counter.frame_count)
+    assert compiled_so_far[0] > 0  # the layer is compiled ...
+    assert len(set(compiled_so_far[2:])) == 1  # ... and not again for every length
+
+
+def test_a_layer_without_an_attention_runs_the_librarys_own() -> None:
+    kind = layer_class("eager")
+    LIBRARY.run_attention = attention_of_running(causal)
+    layer, (hidden, attention) = kind(), rows(2, 4)
+    expected = layer(hidden)
+    kind.forward = handing_over(kind.forward)
+    torch.testing.assert_close(layer(hidden), expected)
+    assert not torch.allclose(layer(hidden, **{ATTENTION_ARGUMENT: attention}), expected)
+    torch.testing.assert_close(layer(hidden), expected)
+
+
+def test_a_layer_that_fails_leaves_no_attention_behind() -> None:
+    def fails(self: nn.Module, hidden: Tensor) -> Tensor:
+        assert patches._Running.attention is not None
+        raise ValueError("no memory")
+
+    _, attention = rows(2, 4)
+    with pytest.raises(ValueError, match="no memory"):
+        handing_over(fails)(nn.Identity(), torch.zeros(1), **{ATTENTION_ARGUMENT: attention})
+    assert patches._Running.attention is None
