@@ -45,8 +45,12 @@ class Case:
     device: str = "h200"
 
     def config(self) -> RunConfig:
-        """Return the run that was measured."""
-        given = (f"sampling.max_new_tokens={self.max_new_tokens}", "evaluation=null")
+        """Return the run that was measured; the results are of the sampled token's objective."""
+        given = (
+            f"sampling.max_new_tokens={self.max_new_tokens}",
+            "evaluation=null",
+            "objective={kind: sampled_reverse_kl}",
+        )
         return _config((*given, *self.overrides))
 
     def plan(self, share: Efficiency = EFFICIENCY) -> TimePlan:
@@ -180,9 +184,10 @@ def committed_rows() -> list[Row]:
 FITTED: Mapping[str, str] = {
     row: name
     for name, row in FITTED_ON.items()
-    if row.startswith("h200_") and not row.startswith("h200_decode_processes")
+    if row.startswith("h200_") and not row.startswith(("h200_decode_processes", "h200_one_start"))
 }
-"""The shares by the row that fitted them; `decode_shares` computes four more."""
+"""The shares by the row that fitted them; `decode_shares` computes four more, `candidate_share`
+one."""
 
 
 def _row(source: str, name: str, what: str, seconds: float, case: Case) -> Row:
@@ -304,6 +309,14 @@ def decode_shares() -> dict[str, float]:
     }
 
 
+def candidate_share() -> dict[str, float]:
+    """What the teacher's top 16 cost for each token of a response, by `h200_one_start`."""
+    figures = read("h200_one_start")["figures"]
+    tokens, responses = 256 * 640, 256 * 512
+    with_top = tokens / figures["score_topk16_tok_s"]
+    return {"candidates_s_per_token": (with_top - tokens / figures["score_tok_s"]) / responses}
+
+
 _ORDER = (
     "decode_step_s",
     "train",
@@ -320,7 +333,7 @@ _ORDER = (
 
 def fit(rows: Sequence[Row]) -> Efficiency:
     """Fit every share on its row: the value with which the row is predicted exactly."""
-    share = replace(EFFICIENCY, **decode_shares())
+    share = replace(EFFICIENCY, **decode_shares(), **candidate_share())
     fitted = {row.fits: row for row in rows if row.fits is not None}
     for name in _ORDER:
         row = fitted[name]

@@ -141,7 +141,7 @@ def _real_engines(facts: Facts, rung: Rung) -> list[str]:
         *_generation(facts, rung),
         *_scoring(facts, rung),
         *_training(facts, rung),
-        "objective: {kind: sampled_reverse_kl}",
+        "objective: {kind: top_k, k: 16}",
         *_pipeline(facts),
         *_planning(facts),
     ]
@@ -267,7 +267,7 @@ def _embedded_engines(facts: Facts, rung: Rung) -> list[str]:
         _line(
             f"  micro_batch_tokens: {rung.micro_batch_tokens}", "memory and speed, not the result"
         ),
-        "objective: {kind: sampled_reverse_kl}",
+        "objective: {kind: top_k, k: 16}",
     ]
 
 

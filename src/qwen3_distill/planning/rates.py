@@ -58,6 +58,8 @@ class Efficiency:
     """Share of the FP8 peak in scoring, with a scale per channel."""
     score_fp8_blocks: float
     """The same with an FP8 checkpoint's scales per block."""
+    candidates_s_per_token: float
+    """Seconds of SGLang's server for each token that it names its 16 most likely tokens at."""
     prefill: float
     """Share of the bf16 peak in prefill and in scoring without FP8."""
     train: float
@@ -84,6 +86,7 @@ EFFICIENCY = Efficiency(
     decode_step_s=0.909e-3,
     score_fp8=0.424,
     score_fp8_blocks=0.306,
+    candidates_s_per_token=6.10e-6,
     prefill=0.434,
     train=0.434,
     train_masked_attention=0.152,
@@ -102,6 +105,7 @@ FITTED_ON: dict[str, str] = {
     "decode_step_s": "h200_overlap_micro_batch_8192: longtail8 sequential, sampling",
     "score_fp8": "h200_stages_micro_batch_5120: score",
     "score_fp8_blocks": "h200_stages_micro_batch_5120: 32B FP8 teacher, scoring",
+    "candidates_s_per_token": "h200_one_start: scoring with the top 16, less without",
     "prefill": "taken to be train",
     "train": "h200_stages_micro_batch_5120: train_off",
     "train_masked_attention": "h200_overlap_micro_batch_8192: longtail8 sequential, training",

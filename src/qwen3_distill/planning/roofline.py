@@ -209,12 +209,14 @@ def scoring(
     rollouts: Rollouts,
     *,
     chunk_tokens: int,
+    candidates: bool = False,
     share: Efficiency = EFFICIENCY,
 ) -> StageTime:
     """Predict the teacher's pass over prompts and responses.
 
     Args:
         chunk_tokens: rows of logits at a time; a float32 head is cast for each part.
+        candidates: SGLang names its most likely tokens at every token of a response.
     """
     shape, rows = model.shape, rollouts.new_tokens
     reached = share.prefill
@@ -234,7 +236,13 @@ def scoring(
     else:
         head_s = head / (share.prefill * rates.bf16_flops)
     logits_s = logits / (shares.BANDWIDTH_SHARE * rates.bandwidth)
-    return StageTime({"compute": linear + attention + head_s, "logits bandwidth": logits_s})
+    found: dict[Bound, float] = {
+        "compute": linear + attention + head_s,
+        "logits bandwidth": logits_s,
+    }
+    if candidates:
+        found["host"] = share.candidates_s_per_token * rows
+    return StageTime(found)
 
 
 @dataclass(frozen=True, kw_only=True)

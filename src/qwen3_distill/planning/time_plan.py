@@ -198,7 +198,14 @@ def _stages(
             scoring.chunked_prefill_tokens if scoring.kind == "vllm" else scoring.chunk_tokens
         )
         teacher = teacher_model(planned)
-        scored = roofline.scoring(teacher, rates, rollouts, chunk_tokens=chunk_tokens, share=share)
+        scored = roofline.scoring(
+            teacher,
+            rates,
+            rollouts,
+            chunk_tokens=chunk_tokens,
+            candidates=_names_candidates(config),
+            share=share,
+        )
     adapter = (
         config.generation.kind == "vllm"
         and config.generation.adapters == "swap"
@@ -320,12 +327,18 @@ def _evaluation_seconds(
     return total * (2 if evaluation.second_temperature is not None else 1)
 
 
+def _names_candidates(config: RunConfig) -> bool:
+    """Whether the teacher is one whose candidates have a time that was measured."""
+    asks = candidates_per_token(config.objective) > 0
+    return asks and config.scoring is not None and config.teacher.kind == "sglang"
+
+
 def _notes(config: RunConfig) -> Iterator[str]:
     """Say what the prediction leaves out for a config."""
     if "teacher" in config.rollouts.samplers:
         yield "answers sampled by the teacher are counted as the student's"
-    if candidates_per_token(config.objective):
-        yield "candidates of the teacher cost its server more than is counted here"
+    if candidates_per_token(config.objective) and not _names_candidates(config):
+        yield "candidates of the teacher cost it more than is counted here"
     training = config.training
     if training.kind == "unsloth" and training.packing == "auto":
         yield "micro-batches are taken to be padded; packing, where it works, saves the padding"

@@ -50,6 +50,22 @@ def test_ratios_are_of_the_results_that_are_there() -> None:
     }
 
 
+def test_parts_of_a_second_start_count_where_the_first_lacks_them() -> None:
+    tails = {
+        "figures": {"longtail8_vs_sequential": 1.9, "opd_tok_s_256x512": 1.0},
+        "parts": {"longtail8": {"streaming": {"tok_s": 6_000.0}}},
+    }
+    trl = {"figures": {"trl_longtail8_tok_s": 2_000.0}}
+    first = {"figures": {"opd_tok_s_256x512": 9_440.0}}
+    results = {"h200_one_start": first, "h200_tails": tails, "h200_trl": trl}
+    assert figures_of(results) == {
+        "opd_tok_s_256x512": 9_440.0,
+        "longtail8_vs_trl": 3.0,
+        "longtail8_vs_sequential": 1.9,
+    }
+    assert figures_of(results | {"h200_one_start": ONE_START})["longtail8_vs_trl"] == 3.5
+
+
 def test_what_was_not_measured_has_no_figure_and_no_verdict() -> None:
     figures = figures_of({"h200_rows": {"figures": ROWS}, "time_plan": TIME_PLAN})
     assert "time_plan_error_pct" not in figures

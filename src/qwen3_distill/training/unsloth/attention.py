@@ -20,7 +20,7 @@ _PATCHED = "_qwen3_distill_attends"
 
 
 class _Running:
-    """What the layer that runs now attends as.
+    """Holds what the layer that runs now attends as.
 
     Not an argument of the layer: unsloth compiles a layer as one region, but not for a call with
     that argument, and a region would be compiled anew for every attention that it is given.
