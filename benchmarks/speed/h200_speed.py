@@ -2,11 +2,12 @@
 
     python -m benchmarks.speed.h200_speed --results out
 
-reads what is there of `h200_rows` (`speed/learners.py`), `h200_one_start` (`speed/one_start.py`),
-`h200_trl` (`speed/trl_distillation.py`), `h200_start` (`speed/start.py`), `h200_learners` and
-`time_plan`, and writes `h200_speed.json`: the figures, each beside its goal, and what was not
-measured. Ratios are of results of one card; FP8's is that of `h200_learners` where the rows have
-none. Machine and versions are those of `h200_one_start`, or of the first there.
+reads what is there of `h200_rows` (`speed/learners.py`), `h200_one_start` and, for the parts that a
+second start measured, `h200_tails` (`speed/one_start.py`), `h200_trl`
+(`speed/trl_distillation.py`), `h200_start` (`speed/start.py`), `h200_learners` and `time_plan`, and
+writes `h200_speed.json`: the figures, each beside its goal, and what was not measured. Ratios are
+of results of one card; FP8's is that of `h200_learners` where the rows have none. Machine and
+versions are those of `h200_one_start`, or of the first there.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 from benchmarks.lib.common import RESULTS, command_line, commit
 from qwen3_distill.utils.files import write_json_atomic
 
-_SOURCES = ("h200_one_start", "h200_rows", "h200_trl", "h200_start")
+_SOURCES = ("h200_one_start", "h200_tails", "h200_rows", "h200_trl", "h200_start")
 _OTHERS = ("h200_learners", "time_plan")
 """Results of other cards, or of none."""
 GOALS: dict[str, float | None] = {
@@ -57,9 +58,10 @@ def figures_of(results: Results) -> dict[str, float]:
         flat["train_fp8_vs_unsloth"] = fp8["train_compiled_fp8_backward_vs_unsloth"]
     for source in reversed(_SOURCES):
         flat |= results.get(source, {}).get("figures", {})
-    tails = results.get("h200_one_start", {}).get("parts", {}).get("longtail8", {})
-    if "streaming" in tails:
-        flat["longtail8_tok_s"] = tails["streaming"]["tok_s"]
+    for source in ("h200_tails", "h200_one_start"):
+        tails = results.get(source, {}).get("parts", {}).get("longtail8", {})
+        if "streaming" in tails:
+            flat["longtail8_tok_s"] = tails["streaming"]["tok_s"]
     ratios = {
         "train_fp8_vs_unsloth": _rates("compiled_fp8_backward", "unsloth", "128x512_n4"),
         "train_prefix_n4_ratio": _rates("unsloth_shared", "unsloth", "128x512_n4"),
