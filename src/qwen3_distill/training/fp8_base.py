@@ -156,6 +156,11 @@ class Fp8Linear(_FrozenLinear):
         self.register_buffer("weight", straight.values, persistent=False)
         self.register_buffer("scales", straight.scales, persistent=False)
 
+    @property
+    def original_bytes(self) -> int:
+        """Bytes of `original`."""
+        return self.weight.numel() * self._dtype.itemsize
+
     def original(self) -> Tensor:
         """[N, K]: the weight before it was rounded, read from the model's files."""
         return self._stored.load(self._name, device=self.weight.device, dtype=self._dtype)

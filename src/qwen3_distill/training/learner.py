@@ -283,7 +283,7 @@ class TorchLearner:
             return adapter_weights(self.student.core, adapter)
         if self._weights.part.count > 1:  # never whole on the device
             return FullWeights(tensors=to_host(self._weights.published()))
-        return FullWeights(tensors=dict(self._weights.published()))
+        return FullWeights(tensors=dict(self._weights.published(lent=True)))
 
     def gather(self) -> None:
         """Take part in the gathering of whole weights, which another rank publishes or saves."""

@@ -5,7 +5,7 @@ Names are those of the plain Qwen3 model (``model.layers.0...``) with peft's ``b
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from qwen3_distill.config import LoraTuning
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.ports import LoraWeights
 from qwen3_distill.training.fp8_base import Fp8Linear
-from qwen3_distill.training.segments import lendable
+from qwen3_distill.training.shelf import Shelf, shelf_bytes
 from qwen3_distill.utils.seeds import derive_seed
 
 _INIT_SEED = "lora_init"
@@ -98,13 +98,17 @@ def adapter_weights(core: PreTrainedModel, tuning: LoraTuning) -> LoraWeights:
 
 
 @torch.no_grad()
-def merged_parameters(core: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def merged_parameters(core: PreTrainedModel, *, lent: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Yield names and values of a model without adapters, the adapters merged in.
 
     The merge is done on a copy: merging in place and undoing it would round the base weights at
     every step.
+
+    Args:
+        lent: all values are kept, for another process to read them where they are.
     """
     adapted = _adapted(core)
+    shelf = Shelf(_merged_bytes(adapted)) if lent else None
     for name, parameter in core.named_parameters():
         if ".lora_" in name:
             continue
@@ -112,17 +116,26 @@ def merged_parameters(core: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         if leaf != "weight" or owner not in adapted:
             yield name.replace(".base_layer.", "."), parameter.detach()
             continue
-        yield f"{owner}.weight", _merged(adapted[owner], parameter.detach())
+        yield f"{owner}.weight", _merged(adapted[owner], parameter.detach(), shelf)
     for owner, layer in adapted.items():
         if isinstance(layer.base_layer, Fp8Linear):  # its weight is no parameter
-            yield f"{owner}.weight", _merged(layer, layer.base_layer.original())
+            yield f"{owner}.weight", _merged(layer, layer.base_layer.original(), shelf)
 
 
-def _merged(layer: Any, weight_NK: Tensor) -> Tensor:
+def _merged(layer: Any, weight_NK: Tensor, shelf: Shelf | None) -> Tensor:
     delta_NK = layer.get_delta_weight(_ADAPTER).to(weight_NK.dtype)
-    with lendable():  # an engine on the same card reads it where it is
-        merged_NK = torch.empty_like(weight_NK)
-    return torch.add(weight_NK, delta_NK, out=merged_NK)
+    if shelf is None:
+        return weight_NK + delta_NK
+    return torch.add(weight_NK, delta_NK, out=shelf.like(weight_NK))
+
+
+def _merged_bytes(adapted: Mapping[str, Any]) -> int:
+    """Bytes of all weights that adapters are merged into, at the most."""
+    layers = [layer.base_layer for layer in adapted.values()]
+    return sum(
+        shelf_bytes(x.original_bytes if isinstance(x, Fp8Linear) else x.weight.nbytes)
+        for x in layers
+    )
 
 
 def _adapted(core: PreTrainedModel) -> dict[str, Any]:

@@ -84,9 +84,9 @@ class ShardedWeights(TrainedWeights):
             for name, parameter in self._divided.items()
         }
 
-    def published(self) -> Iterator[tuple[str, Tensor]]:
+    def published(self, *, lent: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield every weight, whole, gathered one by one. All ranks go through all of them."""
-        for name, tensor in super().published():
+        for name, tensor in super().published(lent=lent):
             yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def passes(self, micros: Iterable[MicroBatch]) -> Iterator[MicroBatch]:

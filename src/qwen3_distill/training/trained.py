@@ -35,9 +35,13 @@ class TrainedWeights:
         self.shapes = {name: parameter.shape for name, parameter in self.named.items()}
         """The whole weights' shapes, by name."""
 
-    def published(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every weight of the model without adapters, whole, the adapters merged in."""
-        return merged_parameters(self._core)
+    def published(self, *, lent: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Yield every weight of the model without adapters, whole, the adapters merged in.
+
+        Args:
+            lent: all of them are kept, for another process to read them where they are.
+        """
+        return merged_parameters(self._core, lent=lent)
 
     def passes(self, micros: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         """Yield the micro-batches of a step, to be passed forward and backward one by one."""
