@@ -41,15 +41,17 @@ measure() { "$python" -m "benchmarks.$1" "${@:2}" --results "$out"; }
 part=${1:?"a part: see the head of this file"} self=$PWD/benchmarks/on_cards.sh
 shift
 case $part in
-  models)
-    for shape in 4B 8B; do
+  models) # 4B and 8B, or the shapes that are named, 32B-FP8 among them
+    [ $# -gt 0 ] || set -- 4B 8B
+    for shape; do
       [ -d "models/random-$shape" ] ||
-        "$python" scripts/make_shape_model.py --shape "$shape" "models/random-$shape" --device cuda
+        "$python" scripts/make_shape_model.py --shape "${shape%-FP8}" "models/random-$shape" --device cuda \
+          $([ "$shape" = "${shape%-FP8}" ] || echo --fp8)
     done
     ;;
   steps) # sequential, streaming, long tails, other sizes, top 16, four answers to a prompt
     measure speed.one_start --config configs/h200-streaming.yaml --name h200_one_start \
-      "${given[@]}" "${lengths[@]}" "$@"
+      'objective={kind: sampled_reverse_kl}' "${given[@]}" "${lengths[@]}" "$@"
     ;;
   cold) # the shipped config with empty caches, and once more
     HOME=$(mktemp -d) && export HOME TORCHINDUCTOR_CACHE_DIR="$HOME/inductor" TRITON_CACHE_DIR="$HOME/triton"
@@ -89,8 +91,9 @@ case $part in
     ;;
   cluster) # a fleet on the cards of this host against one of them
     measure speed.cluster --config benchmarks/speed/cluster.yaml --cards 2 --name cluster_x2 \
-      --log "$out/cluster_x2.jsonl" --beside --stagger-s 8 --steps 6 --skip 2 --longtail-steps 10 \
-      --longtail-skip 3 --set=roles:generation.kv_cache_gib=45 --set=roles:generation.max_sequences=512 \
+      --log "$out/cluster_x2.jsonl" --beside --stagger-s 8 --steps 16 --skip 6 --longtail-steps 24 \
+      --longtail-skip 8 --set=roles:generation.kv_cache_gib=45 --set=roles:generation.max_sequences=512 \
+      --set=roles:generation.adapters=swap \
       student.model=models/random-4B scoring.model=models/random-8B "${engines[@]}" "$@"
     ;;
   full_tuning)

@@ -33,6 +33,7 @@ from benchmarks.lib.random_work import Work, total_tokens
 from benchmarks.lib.stage_parts import peak_gib, started_learner
 from qwen3_distill.config import (
     RunConfig,
+    SampledReverseKL,
     TaskPrompts,
     TopKDivergence,
     UnslothTraining,
@@ -129,10 +130,12 @@ def config_of(name: str, config: RunConfig, micro_batch_tokens: int) -> RunConfi
         if "environment" in update:
             update["environment"] = training.environment | update["environment"]
         training = training.model_copy(update=update)
-    changes: dict[str, Any] = {"training": training}
-    if "_top16" in given:
-        changes["objective"] = TopKDivergence(kind="top_k", k=16)
-    return config.model_copy(update=changes)
+    objective = (
+        TopKDivergence(kind="top_k", k=16)
+        if "_top16" in given
+        else SampledReverseKL(kind="sampled_reverse_kl")
+    )
+    return config.model_copy(update={"training": training, "objective": objective})
 
 
 def _name(wanted: str) -> str:

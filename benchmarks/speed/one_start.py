@@ -15,8 +15,9 @@ The config streams; prompts are random tokens, and answers have the lengths that
   at ``--max-tokens``; tokens may be ``--longtail-staleness`` steps old: ``longtail8_vs_sequential``
 - ``plan``: sequential steps of other sizes, beside what `qwen3-distill plan` predicts for them and
   for the long tails: ``time_plan_error_pct``
-- ``topk16``: a teacher asked for its 16 most likely tokens, and a learner that compares with them:
-  ``score_topk16_tok_s``, ``topk16_vs_sampled_step``, ``opd_topk16_tok_s`` (sequential)
+- ``topk16``: scoring and steps with the teacher's 16 most likely tokens and with the sampled token,
+  each with a learner of its own: ``score_topk16_tok_s``, ``topk16_vs_sampled_step`` and
+  ``opd_topk16_tok_s`` (sequential), ``opd_topk16_streaming_tok_s``
 - ``n4``: a quarter of the prompts, four answers to each, and a learner that computes a prompt once:
   ``opd_tok_s_n4``
 
@@ -44,7 +45,7 @@ from benchmarks.lib.stage_parts import measure_score, opd_step, stage_seconds, s
 from benchmarks.lib.time_plan_rows import Case, Row
 from benchmarks.speed.overlap import Bench, RandomPrompts, TooFewSteps, refuse
 from benchmarks.speed.time_plan import error_figures, measured_rows
-from qwen3_distill.config import RunConfig, StreamingPipeline, TopKDivergence
+from qwen3_distill.config import RunConfig, SampledReverseKL, StreamingPipeline, TopKDivergence
 from qwen3_distill.config.load import load_config
 from qwen3_distill.errors import DistillError
 from qwen3_distill.hosts.mps import MpsDaemon, private_mps
@@ -54,7 +55,7 @@ from qwen3_distill.pipeline.step import push_weights
 from qwen3_distill.ports import CACHED_TOKENS, Learner, TeacherScorer
 from qwen3_distill.recording.trace import Trace
 from qwen3_distill.scoring.served.teacher import ServedTeacher
-from qwen3_distill.types import ScoreRequest, TopKRequest
+from qwen3_distill.types import SampledRequest, ScoreRequest, TopKRequest
 
 _SIZES = (
     # rollouts, tokens of a prompt and of an answer, steps
@@ -80,7 +81,7 @@ class Session:
             "fixed": (170, self.fixed),
             "longtail8": (170, self.longtail8),
             "plan": (90, self.plan),
-            "topk16": (150, self.topk16),
+            "topk16": (300, self.topk16),
             "n4": (170, self.n4),
         }
         """The seconds that a part may take on an H200, and what it does."""
@@ -179,20 +180,27 @@ class Session:
         return rows
 
     async def topk16(self) -> None:
-        """Compare scoring and sequential steps with the teacher's top 16 and the sampled token."""
-        config, teacher = self._given.config, self._given.required_teacher
-        dense = config.model_copy(update={"objective": TopKDivergence(kind="top_k", k=16)})
-        asked = asking(teacher, TopKRequest(k=16))
-        await measure_score(self.work(config), self.report, teacher)
-        await measure_score(self.work(dense), self.report, asked, "score_topk16")
-        sampled = self.report.parts.get("fixed", {}).get("sequential")
-        if sampled is None:
-            sampled = await self.sequential("sampled")
-        await self.use(dense, asked)
-        found = await self.sequential("topk16")
-        ratio = found["seconds"] / found["steps"] / (sampled["seconds"] / sampled["steps"])
-        figures = {"topk16_vs_sampled_step": ratio, "opd_topk16_tok_s": found["tok_s"]}
-        self.report.add("topk16", figures, topk16=found, sampled=sampled)
+        """Compare scoring and steps with the teacher's top 16 and with the sampled token."""
+        teacher = self._given.required_teacher
+        found = dict[str, Any]()
+        for name, objective, request in (
+            ("sampled", SampledReverseKL(kind="sampled_reverse_kl"), SampledRequest()),
+            ("topk16", TopKDivergence(kind="top_k", k=16), TopKRequest(k=16)),
+        ):
+            config = self._given.config.model_copy(update={"objective": objective})
+            asked = asking(teacher, request)
+            what = "score" if name == "sampled" else "score_topk16"
+            await measure_score(self.work(config), self.report, asked, what)
+            await self.use(config, asked)
+            found[name] = await self.sequential(name)
+        dense, sampled = found["topk16"], found["sampled"]
+        ratio = dense["seconds"] / dense["steps"] / (sampled["seconds"] / sampled["steps"])
+        figures = {"topk16_vs_sampled_step": ratio, "opd_topk16_tok_s": dense["tok_s"]}
+        self.report.add("topk16", figures, **found)
+        _, steps, skip = self._arguments.fixed_steps
+        streaming = await self.bench.pipeline("streaming", "fixed", steps, "topk16", skip=skip)
+        figures = {"opd_topk16_streaming_tok_s": streaming["tok_s"]}
+        self.report.add("topk16_streaming", figures, streaming=streaming)
 
     async def sequential(self, label: str) -> dict[str, Any]:
         await self.bench.pipeline("sequential", "fixed", 1, "warm-up")
