@@ -14,7 +14,7 @@ from qwen3_distill.training.batching import SharedPrompt
 from qwen3_distill.training.prompt_attention import PromptAttention
 from qwen3_distill.training.unsloth import attention as patches
 from qwen3_distill.training.unsloth.attention import (
-    ATTENTION_ARGUMENT,
+    arguments_with,
     attention_of_running,
     handing_over,
 )
@@ -48,7 +48,7 @@ class Attention(nn.Module):
 
 
 def layer_class(backend: Any) -> Any:
-    """A layer of a class of its own, compiled but for calls with the argument, as unsloth does."""
+    """Return a class of layers, compiled but for calls with such arguments, as unsloth does."""
 
     class Layer(nn.Module):
         def __init__(self) -> None:
@@ -65,7 +65,7 @@ def layer_class(backend: Any) -> Any:
 
     @functools.wraps(original)
     def forward(self: Any, hidden: Tensor, **options: Any) -> Tensor:
-        if options.get(ATTENTION_ARGUMENT) is not None:
+        if any(options.get(name) is not None for name in ("prefix_seg_info", "packed_seq_lengths")):
             return original(self, hidden, **options)
         torch._dynamo.maybe_mark_dynamic(hidden, 1)
         return compiled(self, hidden, **options)
@@ -100,7 +100,7 @@ def test_layers_stay_compiled_and_give_the_same() -> None:
     for size in (3, 4, 6, 7, 9):
         hidden, attention = rows(2, size)
         found, expected = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-        out = layer(found, **{ATTENTION_ARGUMENT: attention})
+        out = layer(found, **arguments_with(attention, hidden.shape[1]))
         patches._Running.attention = attention
         wanted = uncompiled(layer, expected)
         patches._Running.attention = None
@@ -120,7 +120,7 @@ def test_a_layer_without_an_attention_runs_the_librarys_own() -> None:
     expected = layer(hidden)
     kind.forward = handing_over(kind.forward)
     torch.testing.assert_close(layer(hidden), expected)
-    assert not torch.allclose(layer(hidden, **{ATTENTION_ARGUMENT: attention}), expected)
+    assert not torch.allclose(layer(hidden, **arguments_with(attention, hidden.shape[1])), expected)
     torch.testing.assert_close(layer(hidden), expected)
 
 
@@ -131,5 +131,5 @@ def test_a_layer_that_fails_leaves_no_attention_behind() -> None:
 
     _, attention = rows(2, 4)
     with pytest.raises(ValueError, match="no memory"):
-        handing_over(fails)(nn.Identity(), torch.zeros(1), **{ATTENTION_ARGUMENT: attention})
+        handing_over(fails)(nn.Identity(), torch.zeros(1), **arguments_with(attention, 1))
     assert patches._Running.attention is None

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from qwen3_distill.training.prompt_attention import PromptAttention
 
-ATTENTION_ARGUMENT = "prefix_seg_info"
-"""The argument of the model's forward pass that unsloth hands down to every layer, and with which
-the model neither cuts a row at its length nor makes a mask."""
+_ATTENTION, _LENGTHS = "prefix_seg_info", "packed_seq_lengths"
 _PATCHED = "_qwen3_distill_attends"
 
 
@@ -23,10 +21,21 @@ class _Running:
     """Holds what the layer that runs now attends as.
 
     Not an argument of the layer: unsloth compiles a layer as one region, but not for a call with
-    that argument, and a region would be compiled anew for every attention that it is given.
+    such an argument, and a region would be compiled anew for every attention that it is given.
     """
 
     attention: PromptAttention | None = None
+
+
+def arguments_with(attention: PromptAttention, num_tokens: int) -> dict[str, Any]:
+    """Return the arguments of a model's forward pass over one row with which it attends so.
+
+    With the first, which unsloth hands down to every layer, the model neither cuts a row at its
+    length nor makes a mask. Without the second it would look in the positions for where sequences
+    begin, and wait for the device.
+    """
+    lengths = torch.tensor([num_tokens], dtype=torch.int32)
+    return {_ATTENTION: attention, _LENGTHS: lengths}
 
 
 def patch_attention(layer: type[nn.Module]) -> None:
@@ -63,12 +72,19 @@ def attention_of_running(otherwise: Callable[..., Tensor]) -> Callable[..., Tens
 
 
 def handing_over(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a layer's forward pass that keeps the attention it is given from the layer itself."""
+    """Return a layer's forward pass that keeps what `arguments_with` gave from the layer itself."""
 
     @functools.wraps(forward)
     def given(self: nn.Module, *arguments: Any, **options: Any) -> Any:
         before = _Running.attention
-        _Running.attention = options.pop(ATTENTION_ARGUMENT, None)
+        attention = options.get(_ATTENTION)
+        if isinstance(attention, PromptAttention):
+            options = {
+                name: value for name, value in options.items() if name not in (_ATTENTION, _LENGTHS)
+            }
+            _Running.attention = attention
+        else:
+            _Running.attention = None
         try:
             return forward(self, *arguments, **options)
         finally:

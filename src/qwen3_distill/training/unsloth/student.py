@@ -55,7 +55,7 @@ from qwen3_distill.training.prompt_attention import (
 )
 from qwen3_distill.training.segments import describe_segments, lendable
 from qwen3_distill.training.settings import LearnerSettings
-from qwen3_distill.training.unsloth.attention import ATTENTION_ARGUMENT, patch_attention
+from qwen3_distill.training.unsloth.attention import arguments_with, patch_attention
 from qwen3_distill.training.unsloth.packing_probe import (
     packing_gap,
     recompute_first_layers,
@@ -237,7 +237,7 @@ class UnslothStudent:
             input_ids=input_1T,
             position_ids=position_1T,
             use_cache=False,
-            **{ATTENTION_ARGUMENT: attention},
+            **arguments_with(attention, input_1T.shape[1]),
         )[0]
 
     def _decide_sharing(self) -> tuple[bool, str]:
