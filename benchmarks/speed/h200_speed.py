@@ -35,6 +35,7 @@ GOALS: dict[str, float | None] = {
     "score_topk16_tok_s": 42_000,
     "topk16_vs_sampled_step": -1.15,
     "opd_topk16_tok_s": None,
+    "opd_topk16_streaming_tok_s": None,
     "host_share_of_step": -0.02,
     "cold_start_s": -180,
     "warm_start_s": -90,

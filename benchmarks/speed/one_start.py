@@ -21,7 +21,8 @@ The config streams; prompts are random tokens, and answers have the lengths that
 - ``n4``: a quarter of the prompts, four answers to each, and a learner that computes a prompt once:
   ``opd_tok_s_n4``
 
-A part that fails is noted, and the next begins. None begins that might end after ``--limit-s``.
+`topk16` and `n4` come last: they leave a learner of another config. A part that fails is noted, and
+the next begins. None begins that might end after ``--limit-s``.
 """
 
 import argparse
@@ -339,6 +340,9 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if unknown := set(arguments.measure) - set(names):
         parser.error(f"--measure: no {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    changing = [name in ("topk16", "n4") for name in arguments.measure]
+    if changing != sorted(changing):
+        parser.error("--measure: topk16 and n4 leave another learner; name them last")
     return arguments
 
 

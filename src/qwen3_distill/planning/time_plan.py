@@ -337,8 +337,13 @@ def _notes(config: RunConfig) -> Iterator[str]:
     """Say what the prediction leaves out for a config."""
     if "teacher" in config.rollouts.samplers:
         yield "answers sampled by the teacher are counted as the student's"
-    if candidates_per_token(config.objective) and not _names_candidates(config):
-        yield "candidates of the teacher cost it more than is counted here"
+    if candidates_per_token(config.objective):
+        yield (
+            "what the teacher's candidates cost is that of 16 with SGLang's server; the learner's "
+            "part is not counted"
+            if _names_candidates(config)
+            else "candidates of the teacher cost it, and the learner, more than is counted here"
+        )
     training = config.training
     if training.kind == "unsloth" and training.packing == "auto":
         yield "micro-batches are taken to be padded; packing, where it works, saves the padding"

@@ -158,7 +158,7 @@ class Fp8Linear(_FrozenLinear):
 
     @property
     def original_bytes(self) -> int:
-        """Bytes of `original`."""
+        """Number of bytes of `original`."""
         return self.weight.numel() * self._dtype.itemsize
 
     def original(self) -> Tensor:

@@ -18,7 +18,7 @@ from qwen3_distill.config import LoraTuning
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.ports import LoraWeights
 from qwen3_distill.training.fp8_base import Fp8Linear
-from qwen3_distill.training.shelf import Shelf, shelf_bytes
+from qwen3_distill.training.shelf import Shelf, lends, shelf_bytes
 from qwen3_distill.utils.seeds import derive_seed
 
 _INIT_SEED = "lora_init"
@@ -108,7 +108,7 @@ def merged_parameters(core: PreTrainedModel, *, lent: bool = False) -> Iterator[
         lent: all values are kept, for another process to read them where they are.
     """
     adapted = _adapted(core)
-    shelf = Shelf(_merged_bytes(adapted)) if lent else None
+    shelf = Shelf(_merged_bytes(adapted)) if lent and lends(core.device) else None
     for name, parameter in core.named_parameters():
         if ".lora_" in name:
             continue
@@ -130,7 +130,7 @@ def _merged(layer: Any, weight_NK: Tensor, shelf: Shelf | None) -> Tensor:
 
 
 def _merged_bytes(adapted: Mapping[str, Any]) -> int:
-    """Bytes of all weights that adapters are merged into, at the most."""
+    """Add up the bytes of all weights that adapters are merged into."""
     layers = [layer.base_layer for layer in adapted.values()]
     return sum(
         shelf_bytes(x.original_bytes if isinstance(x, Fp8Linear) else x.weight.nbytes)

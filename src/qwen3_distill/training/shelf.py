@@ -45,6 +45,11 @@ class Shelf:
         return place.view(values.dtype).view(values.shape)
 
 
+def lends(device: torch.device) -> bool:
+    """Whether a device's memory can be lent. On a CPU a tensor is sent with its whole block."""
+    return device.type == "cuda"
+
+
 def shelf_bytes(num_bytes: int) -> int:
-    """Bytes that a tensor of so many takes on a shelf."""
+    """Return the bytes that a tensor of so many takes on a shelf."""
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

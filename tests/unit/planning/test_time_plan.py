@@ -102,13 +102,15 @@ def test_candidates_of_sglang_cost_host_time() -> None:
     tokens = load("h200").rollouts_per_step * 512
     assert more_s == pytest.approx(0.80 * tokens / (256 * 512), rel=0.01)
     assert more_s == pytest.approx(dense.stages["scoring"].parts["host"])
+    assert any("learner's part is not counted" in note for note in dense.notes)
+    assert not any("candidates" in note for note in sampled.notes)
 
 
 def test_what_is_left_out_of_a_config_is_named() -> None:
     shared = ("training.shared_prompts=true", "samples_per_prompt=4")
     for overrides, words in (
         (shared, "shared_prompts"),
-        (("scoring={kind: vllm, model: models/Qwen3-8B}",), "candidates of the teacher"),
+        (("scoring={kind: vllm, model: models/Qwen3-8B}",), "candidates of the teacher cost it"),
         (("generation={kind: embedded}",), "embedded engines"),
     ):
         assert any(words in note for note in plan_of(load("h200", *overrides)).notes), words

@@ -154,12 +154,14 @@ def objective_of(
     values: dict[str, Any],
     chunk_tokens: int = 1000,
     token_statistics: TokenStatistics | None = None,
+    exact: bool = True,
 ) -> Objective:
     return build_objective(
         objective_config(values),
         teacher_head_VD=TEACHER_HEAD,
         chunk_tokens=chunk_tokens,
         token_statistics=token_statistics,
+        has_exact_statistics=exact,
     )
 
 
@@ -272,7 +274,7 @@ def exact_stats(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> TokenSt
 @pytest.mark.parametrize("is_frozen", [True, False])
 def test_candidates_beside_other_statistics_give_the_same_step(values, is_frozen, monkeypatch):
     """Statistics of another kernel, and the logits of the candidates alone."""
-    monkeypatch.setattr("qwen3_distill.modeling.head._GATHERED_TOKENS", 3)
+    monkeypatch.setattr("qwen3_distill.modeling.head._GATHERED_ROWS", 3 * (K + 1))
     batch = make_batch(values)
     micro = collate(batch, [0, 1, 2, 3])
     found = []
@@ -307,6 +309,28 @@ def test_statistics_that_are_given_spare_all_other_logits(monkeypatch) -> None:
     monkeypatch.setattr("qwen3_distill.training.objectives.divergences.logits_of", refused)
     objective = objective_of(values, token_statistics=lambda *_: stats)
     assert objective.terms(micro, hidden_BTD, HEAD, batch.denominator).loss.isfinite()
+
+
+@pytest.mark.parametrize("values", [TOP_K_OBJECTIVES[0], TOP_K_OBJECTIVES[1]])
+def test_candidates_do_not_take_the_rounding_of_other_statistics(values) -> None:
+    """In bfloat16 a kernel's logits may be rounded to 0.1; the candidates have their own then."""
+
+    def rounded(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> TokenStats:
+        stats = exact_stats(hidden_ND, head_VD, target_N)
+        return TokenStats(stats.logprob_N + 0.1, stats.entropy_N)
+
+    batch = make_batch(values)
+    micro = collate(batch, [0, 1])
+    hidden_BTD = hidden_rows([0, 1], micro.input_BT.shape[1], torch.ones(D))
+
+    def priorities(statistics: TokenStatistics, exact: bool) -> Tensor:
+        objective = objective_of(values, token_statistics=statistics, exact=exact)
+        return objective.terms(micro, hidden_BTD, HEAD, batch.denominator).magnitude_N
+
+    wanted = priorities(exact_stats, False)
+    if values["kind"] == "top_k":
+        torch.testing.assert_close(priorities(rounded, False), wanted)
+    assert not torch.allclose(priorities(rounded, True), priorities(exact_stats, True))
 
 
 def test_the_full_baseline_is_the_exact_kl() -> None:

@@ -1,11 +1,13 @@
 """Tensors beside one another in blocks that are lent."""
 
 import gc
+import pickle
 import weakref
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qwen3_distill.config import LoraTuning
 from qwen3_distill.modeling.digest import weights_digest
@@ -61,12 +63,20 @@ def test_a_block_is_free_when_its_tensors_are() -> None:
     assert kept() is None
 
 
-def test_a_published_version_lies_in_few_blocks(tiny_models: TinyModels) -> None:
+def adapted(tiny_models: TinyModels) -> PreTrainedModel:
     core = load_model(tiny_models.student, device=torch.device("cpu"), dtype=torch.float32)
     add_adapters(core, LoraTuning(kind="lora", rank=2, alpha=2.0), seed=0)
     for name, parameter in core.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    return core
+
+
+def test_a_published_version_lies_in_few_blocks(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen3_distill.training.lora.lends", lambda _: True)
+    core = adapted(tiny_models)
     one_by_one = dict(merged_parameters(core))
     together = dict(merged_parameters(core, lent=True))
     assert weights_digest(together) == weights_digest(one_by_one)
@@ -81,3 +91,12 @@ def test_a_published_version_lies_in_few_blocks(tiny_models: TinyModels) -> None
     assert merged[next(iter(merged))].untyped_storage().nbytes() == sum(
         shelf_bytes(tensor.nbytes) for tensor in merged.values()
     )
+
+
+def test_what_is_published_on_a_cpu_is_sent_without_what_lies_beside_it(
+    tiny_models: TinyModels,
+) -> None:
+    core = adapted(tiny_models)
+    tensors = dict(merged_parameters(core, lent=True))
+    bytes_of_all = sum(tensor.nbytes for tensor in tensors.values())
+    assert len(pickle.dumps(tensors)) < 1.1 * bytes_of_all + 1000 * len(tensors)

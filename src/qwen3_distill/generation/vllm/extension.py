@@ -45,10 +45,10 @@ class WeightAccess:
 
     @torch.no_grad()
     def _load_full(self, version: WeightVersion, payload: WeightPayload, fetch_s: float) -> str:
-        """Load, compare what is in use with what was published, and that with its digest.
+        """Load, check the digest of what was published, and compare what is in use with that.
 
-        The digest comes last: memory that another process lends may have been given to something
-        else by now. With the digest right at the end, it was right while the weights were read.
+        The digest is computed after the load: memory that another process lends may be given to
+        something else meanwhile. With the digest right then, it was right while weights were read.
         """
         if not isinstance(payload, FullWeights):
             return f"{version} was published as adapters, this engine serves whole weights"
@@ -61,6 +61,13 @@ class WeightAccess:
         self._in_use = ""
         started = time.perf_counter()
         compat.load_full(self.model_runner, list(published.items()))
+        digest = weights_digest(published)
+        digest_s = time.perf_counter() - started
+        if digest != version.digest:
+            return (
+                f"the channel's weights are not {version}, or changed while they were loaded: "
+                f"their digest is {digest}"
+            )
         if before is not None and before == _raw_digest(self._served()):
             return f"{version}: the quantized weights in use did not change"
         other = _first_difference(
@@ -70,18 +77,11 @@ class WeightAccess:
         )
         if other is not None:
             return f"{version}: {other} in use is not the published one"
-        loaded_s = time.perf_counter() - started
-        digest = weights_digest(published)
-        if digest != version.digest:
-            return (
-                f"the channel's weights are not {version}, or changed while they were loaded: "
-                f"their digest is {digest}"
-            )
         self._in_use = version.digest
-        whole_s = time.perf_counter() - started
+        compared_s = time.perf_counter() - started - digest_s
         print(  # noqa: T201 - to the engine's log
-            f"weights of step {version.step}: fetched in {fetch_s:.3f} s, loaded and compared in "
-            f"{loaded_s:.3f}, digest in {whole_s - loaded_s:.3f}",
+            f"weights of step {version.step}: fetched in {fetch_s:.3f} s, loaded and their digest "
+            f"computed in {digest_s:.3f}, compared in {compared_s:.3f}",
             flush=True,
         )
         return ""
@@ -163,7 +163,8 @@ def _first_difference(pairs: Iterable[tuple[str, Tensor, Tensor]]) -> str | None
     names, differ = list[str](), list[Tensor]()
     for name, found, wanted in pairs:
         names.append(name)
-        differ.append((found != wanted.to(found)).any())
+        is_other = (found != wanted.to(found)).any()
+        differ.append(is_other.to(differ[0].device) if differ else is_other)
     if not differ:
         return None
     return next(

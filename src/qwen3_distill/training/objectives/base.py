@@ -32,6 +32,8 @@ class ObjectiveSetup(Generic[ConfigT]):
     chunk_tokens: int
     """Rows of logits that exist at a time."""
     token_statistics: TokenStatistics | None
+    has_exact_statistics: bool = False
+    """Whether `token_statistics` does not round logits, so that candidates may be put beside it."""
 
     def token_stats(self) -> TokenStatistics:
         """Return the function for the sampled tokens' logprobs and entropies."""

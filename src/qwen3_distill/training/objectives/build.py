@@ -15,14 +15,16 @@ def build_objective(
     teacher_head_VD: Tensor | None,
     chunk_tokens: int,
     token_statistics: TokenStatistics | None = None,
+    has_exact_statistics: bool = False,
 ) -> Objective:
     """Import the class that the config names, and construct it.
 
     Args:
         teacher_head_VD: the teacher's output head, for objectives over hidden states.
         chunk_tokens: rows of logits that exist at a time.
-        token_statistics: computes the sampled tokens' logprobs, from logits that are not rounded,
-            and entropies, for objectives over these or over candidates; None: in chunks of logits.
+        token_statistics: computes the sampled tokens' logprobs and entropies; None: in chunks of
+            logits.
+        has_exact_statistics: it does not round logits: candidates' logprobs come from its then.
 
     Raises:
         ConfigError: the objective needs the teacher's output head and there is none.
@@ -35,5 +37,6 @@ def build_objective(
             teacher_head_VD=teacher_head_VD,
             chunk_tokens=chunk_tokens,
             token_statistics=token_statistics,
+            has_exact_statistics=has_exact_statistics,
         )
     )

@@ -45,15 +45,15 @@ class TopKObjective:
     def __init__(self, setup: ObjectiveSetup[TopKDivergence]) -> None:
         self._config = setup.config
         self._chunk_tokens = setup.chunk_tokens
-        self._given_stats = setup.token_statistics
+        self._exact_stats = setup.token_statistics if setup.has_exact_statistics else None
 
     def terms(
         self, micro: MicroBatch, hidden_BTD: Tensor, head_VD: Tensor, denominator: float
     ) -> LossTerms:
         top_k = require_top_k(micro, self._config.k)
         hidden_ND = micro.at_loss_tokens(hidden_BTD)
-        if self._given_stats is not None and not head_VD.requires_grad:
-            stats = self._given_stats(hidden_ND, head_VD, micro.target_N)
+        if self._exact_stats is not None and not head_VD.requires_grad:
+            stats = self._exact_stats(hidden_ND, head_VD, micro.target_N)
             found = top_k_divergence_beside(top_k, hidden_ND, head_VD, stats, self._config)
         else:
             found = top_k_divergence(

@@ -44,7 +44,7 @@ class SampledObjective:
         self._teacher_head_VD = setup.require_teacher_head() if full else None
         self._chunk_tokens = setup.chunk_tokens
         self._token_stats = setup.token_stats()
-        self._has_own_stats = setup.token_statistics is not None
+        self._has_exact_stats = setup.token_statistics is not None and setup.has_exact_statistics
 
     def terms(
         self, micro: MicroBatch, hidden_BTD: Tensor, head_VD: Tensor, denominator: float
@@ -128,7 +128,7 @@ class SampledObjective:
             return hidden_ND.new_zeros(hidden_ND.shape[0], dtype=torch.float32)
         if baseline.kind == "top_k":
             top_k = require_top_k(micro, baseline.k)
-            if self._has_own_stats:
+            if self._has_exact_stats:
                 return top_k_divergence_beside(top_k, hidden_ND, head_VD, stats, _TOP_K_BASELINE)[0]
             return top_k_divergence(
                 top_k, hidden_ND, head_VD, _TOP_K_BASELINE, chunk_tokens=self._chunk_tokens

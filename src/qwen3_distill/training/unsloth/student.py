@@ -65,6 +65,8 @@ from qwen3_distill.types import Metric
 
 _PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 6e-2}
 """Largest `packing_gap` with which sequences are packed; likewise `shared_prompts_gap`."""
+_HEAD_TOLERANCE_NATS = 5e-3
+"""Rounded logits are off by ten times as much, sums in another order by a hundredth."""
 
 
 def open_learner(settings: LearnerSettings[UnslothTraining]) -> TorchLearner:
@@ -92,6 +94,7 @@ def open_learner(settings: LearnerSettings[UnslothTraining]) -> TorchLearner:
             teacher_head_VD=None,
             chunk_tokens=config.chunk_tokens,
             token_statistics=fused_token_stats,
+            has_exact_statistics=student.has_exact_head,
         )
         return TorchLearner(settings, student, objective, buffer)
     raise EngineStartError(
@@ -118,6 +121,22 @@ def fused_token_stats(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> T
         hidden_ND, head_VD, target_N, return_entropy=True, entropy_requires_grad=False
     )
     return TokenStats(logprob_N, entropy_N)
+
+
+@torch.no_grad()
+def head_rounding(device: torch.device, dtype: torch.dtype) -> float:
+    """Return how far, in nats, the fused head's logprobs are from those of float32 logits.
+
+    It makes float32 logits from matrices in 16 bits where the device can. Where it cannot, logits
+    of 16 and more are rounded to 0.1.
+    """
+    generator = torch.Generator().manual_seed(0)
+    hidden_ND = torch.randn(64, 256, generator=generator).to(device, dtype)
+    head_VD = torch.randn(1024, 256, generator=generator).to(device, dtype)
+    target_N = torch.randint(1024, (64,), generator=generator).to(device)
+    fused_N = fused_token_stats(hidden_ND, head_VD, target_N).logprob_N
+    exact_NV = torch.log_softmax(hidden_ND.float() @ head_VD.float().T, dim=-1)
+    return float((fused_N - exact_NV.gather(1, target_N[:, None]).squeeze(1)).abs().max())
 
 
 class CheckpointingPlan:
@@ -183,6 +202,9 @@ class UnslothStudent:
         self._attends_itself = self._fused and not _has_varlen_kernel()
         """Packed rows are attended to as shared prompts are: unsloth has no kernel for them."""
         self.packs, self._packing = self._decide_packing()
+        dtype = torch.bfloat16 if self._computes_in_bfloat16 else resolve_dtype(config.dtype)
+        self.has_exact_head = head_rounding(self.device, dtype) < _HEAD_TOLERANCE_NATS
+        """Whether the fused head's logits are not rounded."""
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         on = autocasts(self._config, on_gpu=self.device.type == "cuda")
@@ -208,6 +230,7 @@ class UnslothStudent:
             "unsloth": str(unsloth.__version__),
             "device": str(self.device),
             "kernels": "unsloth's fused ones" if self._fused else "Hugging Face's",
+            "candidates": "by the fused head" if self.has_exact_head else "in chunks of logits",
             "memory": self._plan.report(),
             **({"segments": describe_segments()} if self.device.type == "cuda" else {}),
             "packing": self._packing,
@@ -265,8 +288,12 @@ class UnslothStudent:
     @property
     def _tolerance(self) -> float:
         """Largest gap to single sequences with which rows are packed or prompts shared."""
-        on = autocasts(self._config, on_gpu=self.device.type == "cuda")
-        return _PROBE_TOLERANCE["bfloat16" if on else self._config.dtype]
+        return _PROBE_TOLERANCE["bfloat16" if self._computes_in_bfloat16 else self._config.dtype]
+
+    @property
+    def _computes_in_bfloat16(self) -> bool:
+        """Whether products are in bfloat16 whatever the weights are."""
+        return autocasts(self._config, on_gpu=self.device.type == "cuda")
 
     def _decide_packing(self) -> tuple[bool, str]:
         """Whether micro-batches are packed, and why."""
