@@ -11,7 +11,7 @@ from torch import Tensor
 from qwen3_distill.training.segments import lendable
 
 BLOCK_BYTES = 1 << 30
-"""Of a block. A version in a single block would need as much free memory in one piece."""
+"""A block has so many: a version in a single one would need as much free memory in one piece."""
 _ALIGNMENT = 512
 """PyTorch's own, of every tensor."""
 

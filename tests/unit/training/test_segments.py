@@ -150,18 +150,20 @@ def test_merged_weights_are_made_in_memory_that_can_be_lent(
     asyncio.run(learner.update(batch_of(3)))
     published = learner.payload().tensors
     set_to("expandable_segments:True")
-    made, empty_like = dict[int, str](), torch.empty_like
+    made, empty = dict[int, str](), torch.empty
 
-    def noting(tensor: Tensor) -> Tensor:
-        new = empty_like(tensor)
-        made[new.data_ptr()] = describe_segments()
+    def noting(*size: Any, **options: Any) -> Tensor:
+        new = empty(*size, **options)
+        made[new.untyped_storage().data_ptr()] = describe_segments()
         return new
 
-    monkeypatch.setattr(torch, "empty_like", noting)
+    monkeypatch.setattr("qwen3_distill.training.lora.lends", lambda _: True)
+    monkeypatch.setattr(torch, "empty", noting)
     again = learner.payload().tensors
     adapted = [name for name in again if name.endswith("_proj.weight")]
     assert adapted
-    assert {made[again[name].data_ptr()] for name in adapted} == {"fixed"}
+    blocks = {again[name].untyped_storage().data_ptr() for name in adapted}
+    assert {made[block] for block in blocks} == {"fixed"}
     assert describe_segments() == "growing"
     assert all(torch.equal(again[name], published[name]) for name in published)
 
