@@ -63,7 +63,7 @@ class IpcChannel:
     until the next version is published. Its pickle does not contain them. A version's memory is
     free again as soon as the next one is published, also if nobody has fetched it, as a replica
     that starts again does not. Who still reads it then must find out: vLLM's worker computes the
-    digest of what it has read once more.
+    digest when it has read all.
 
     Args:
         root: directory for handles, notes and files.

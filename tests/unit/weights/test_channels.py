@@ -26,6 +26,7 @@ from qwen3_distill.ports import (
     WeightPayload,
     reaches,
 )
+from qwen3_distill.training.shelf import Shelf
 from qwen3_distill.types import WeightVersion
 from qwen3_distill.weights import ipc
 from qwen3_distill.weights.adapter_files import load_adapter
@@ -351,6 +352,34 @@ def test_on_a_gpu_other_processes_read_a_version_which_the_next_frees(
         assert answer.stdout.strip() == "[7]"
     channel.publish(SECOND, on_the_gpu(8))
     assert torch.cuda.memory_allocated() - before == MEGABYTES
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_tensors_beside_one_another_are_read_and_freed(tmp_path: Path) -> None:
+    """Several tensors of a block, which a reader opens once."""
+    channel, before = IpcChannel(tmp_path), torch.cuda.memory_allocated()
+
+    def version(step: int) -> FullWeights:
+        shelf = Shelf(3 * MEGABYTES)
+        like = torch.empty(MEGABYTES, dtype=torch.uint8, device="cuda")
+        return FullWeights(
+            tensors={n: shelf.like(like).fill_(step + i) for i, n in enumerate("abc")}
+        )
+
+    for step, expected in ((1, "123"), (4, "456")):
+        published = WeightVersion(step=step, digest=str(step))
+        channel.publish(published, version(step))
+        reader = (
+            "import sys, pathlib, pickle, torch; from qwen3_distill.weights.ipc import IpcChannel\n"
+            "version = pickle.loads(bytes.fromhex(sys.argv[2]))\n"
+            "read = IpcChannel(pathlib.Path(sys.argv[1])).fetch(version).tensors\n"
+            "print(*(int(read[n].unique()) for n in 'abc'), sep='')\n"
+            "print(len({read[n].untyped_storage().data_ptr() for n in 'abc'}))\n"
+        )
+        command = [sys.executable, "-c", reader, str(tmp_path), pickle.dumps(published).hex()]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert answer.stdout.split() == [expected, "1"]
+    assert torch.cuda.memory_allocated() - before == 3 * MEGABYTES
 
 
 def test_a_pickled_ipc_channel_holds_no_tensors(tmp_path: Path) -> None:
