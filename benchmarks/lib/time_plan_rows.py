@@ -310,7 +310,7 @@ def decode_shares() -> dict[str, float]:
 
 
 def candidate_share() -> dict[str, float]:
-    """What the teacher's top 16 cost for each token of a response, by `h200_one_start`."""
+    """Compute what the teacher's top 16 cost for each token of a response: `h200_one_start`."""
     figures = read("h200_one_start")["figures"]
     tokens, responses = 256 * 640, 256 * 512
     with_top = tokens / figures["score_topk16_tok_s"]

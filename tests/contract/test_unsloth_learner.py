@@ -150,6 +150,17 @@ def test_packing_is_chosen_where_there_is_a_kernel_for_it(bench: Bench) -> None:
         assert chosen.startswith("off: neither flash-attn nor xformers")
 
 
+@needs_unsloth
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_candidates_come_from_the_fused_head_where_it_does_not_round(
+    bench: Bench, dtype: str
+) -> None:
+    """On a CPU it makes logits of bfloat16 in bfloat16, on a GPU in float32."""
+    chosen = pooled(bench.student_dir, dtype=dtype, packing="auto").describe()["candidates"]
+    rounds = dtype == "bfloat16" and INSTALLED.device == "cpu"
+    assert chosen == ("in chunks of logits" if rounds else "by the fused head")
+
+
 def has_unsloth_any_of(*modules: str) -> bool:
     """Whether the interpreter of the tests' unsloth finds one of the modules."""
     code = f"import importlib.util; print(any(map(importlib.util.find_spec, {modules})))"

@@ -482,15 +482,21 @@ def test_too_little_cache_says_what_was_planned_and_what_to_change(
         build_vllm(tiny_models.student)
 
 
-def test_weights_that_change_while_they_are_loaded_are_not_served(
-    tiny_models: TinyModels, base: dict[str, Tensor]
+@pytest.mark.parametrize(
+    ("worker", "problem"),
+    [
+        ("changed_vllm_worker", "changed while they were loaded"),
+        ("half_loaded_vllm_worker", "in use is not the published one"),
+    ],
+)
+def test_weights_that_are_not_in_use_after_a_load_are_not_served(
+    tiny_models: TinyModels, base: dict[str, Tensor], worker: str, problem: str
 ) -> None:
-    engine = build_vllm(
-        tiny_models.student, make_host=with_module("tests.contract.changed_vllm_worker")
-    )
+    """They changed meanwhile, or the engine kept those before."""
+    engine = build_vllm(tiny_models.student, make_host=with_module(f"tests.contract.{worker}"))
     try:
         serve(engine, base, step=1)
-        with pytest.raises(WeightVersionError, match="changed while they were loaded"):
+        with pytest.raises(WeightVersionError, match=problem):
             serve(engine, {name: tensor + 0.1 for name, tensor in base.items()}, step=2)
         with pytest.raises(WeightVersionError):
             generate(engine, ragged_requests(1))

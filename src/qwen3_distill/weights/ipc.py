@@ -140,7 +140,7 @@ class IpcChannel:
         self._files.publish(version, payload)
 
     def _read_handles(self) -> bytes | None:
-        """The newest version's handles; None: it was published as files."""
+        """Return the newest version's handles; None: it was published as files."""
         try:
             return self._handles.read_bytes()
         except FileNotFoundError:

@@ -68,6 +68,14 @@ def test_a_part_asks_for_what_there_is(part: str, tmp_path: Path) -> None:
             assert teacher["python"] == "/sglang/python"
 
 
+def test_models_of_other_shapes_are_made(tmp_path: Path) -> None:
+    status, commands = run_part("models", tmp_path, "0.6B", "32B-FP8")
+    assert status == 0
+    (plain, fp8) = (command[command.index("--shape") + 1 :] for command in commands)
+    assert plain == ["0.6B", "models/random-0.6B", "--device", "cuda"]
+    assert fp8 == ["32B", "models/random-32B-FP8", "--device", "cuda", "--fp8"]
+
+
 def test_a_contract_suite_gets_its_engine(tmp_path: Path) -> None:
     status, commands = run_part("contract", tmp_path, "sglang")
     assert status == 0

@@ -24,6 +24,7 @@ from qwen3_distill.training.objectives.base import (
     read_scalars,
 )
 from qwen3_distill.training.objectives.build import build_objective
+from qwen3_distill.training.objectives.sampled import SampledObjective
 from qwen3_distill.types import (
     Batch,
     FinishReason,
@@ -314,23 +315,29 @@ def test_statistics_that_are_given_spare_all_other_logits(monkeypatch) -> None:
 @pytest.mark.parametrize("values", [TOP_K_OBJECTIVES[0], TOP_K_OBJECTIVES[1]])
 def test_candidates_do_not_take_the_rounding_of_other_statistics(values) -> None:
     """In bfloat16 a kernel's logits may be rounded to 0.1; the candidates have their own then."""
-
-    def rounded(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> TokenStats:
-        stats = exact_stats(hidden_ND, head_VD, target_N)
-        return TokenStats(stats.logprob_N + 0.1, stats.entropy_N)
-
+    shift = 0.1
     batch = make_batch(values)
     micro = collate(batch, [0, 1])
     hidden_BTD = hidden_rows([0, 1], micro.input_BT.shape[1], torch.ones(D))
 
-    def priorities(statistics: TokenStatistics, exact: bool) -> Tensor:
-        objective = objective_of(values, token_statistics=statistics, exact=exact)
-        return objective.terms(micro, hidden_BTD, HEAD, batch.denominator).magnitude_N
+    def rounded(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> TokenStats:
+        stats = exact_stats(hidden_ND, head_VD, target_N)
+        return TokenStats(stats.logprob_N + shift, stats.entropy_N)
 
-    wanted = priorities(exact_stats, False)
-    if values["kind"] == "top_k":
-        torch.testing.assert_close(priorities(rounded, False), wanted)
-    assert not torch.allclose(priorities(rounded, True), priorities(exact_stats, True))
+    def of_candidates(statistics: TokenStatistics, exact: bool) -> float:
+        """Return the loss, or of the sampled token's the candidates' part."""
+        objective = objective_of(values, token_statistics=statistics, exact=exact)
+        if isinstance(objective, SampledObjective):
+            hidden_ND = micro.at_loss_tokens(hidden_BTD)
+            stats = statistics(hidden_ND, HEAD, micro.target_N)
+            return float(objective._baseline(micro, hidden_ND, HEAD, stats).sum())
+        return float(objective.terms(micro, hidden_BTD, HEAD, batch.denominator).loss)
+
+    assert of_candidates(rounded, exact=False) == pytest.approx(
+        of_candidates(exact_stats, exact=False)
+    )
+    moved = of_candidates(rounded, exact=True)
+    assert moved != pytest.approx(of_candidates(exact_stats, exact=True), rel=1e-2)
 
 
 def test_the_full_baseline_is_the_exact_kl() -> None:

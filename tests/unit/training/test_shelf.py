@@ -58,6 +58,7 @@ def test_a_block_is_free_when_its_tensors_are() -> None:
     del first, made
     gc.collect()
     assert torch.equal(second.zero_(), torch.zeros(10))
+    assert kept() is not None
     del second
     gc.collect()
     assert kept() is None

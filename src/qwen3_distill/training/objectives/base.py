@@ -33,11 +33,15 @@ class ObjectiveSetup(Generic[ConfigT]):
     """Rows of logits that exist at a time."""
     token_statistics: TokenStatistics | None
     has_exact_statistics: bool = False
-    """Whether `token_statistics` does not round logits, so that candidates may be put beside it."""
+    """Whether `token_statistics` does not round logits."""
 
     def token_stats(self) -> TokenStatistics:
         """Return the function for the sampled tokens' logprobs and entropies."""
         return self.token_statistics or partial(token_stats, chunk_tokens=self.chunk_tokens)
+
+    def exact_token_stats(self) -> TokenStatistics | None:
+        """Return that function if candidates' logprobs may be put beside its results."""
+        return self.token_statistics if self.has_exact_statistics else None
 
     def require_teacher_head(self) -> Tensor:
         """Return the teacher's output head.

@@ -24,7 +24,7 @@ def build_objective(
         chunk_tokens: rows of logits that exist at a time.
         token_statistics: computes the sampled tokens' logprobs and entropies; None: in chunks of
             logits.
-        has_exact_statistics: it does not round logits: candidates' logprobs come from its then.
+        has_exact_statistics: that function does not round logits (`ObjectiveSetup`).
 
     Raises:
         ConfigError: the objective needs the teacher's output head and there is none.

@@ -45,7 +45,7 @@ class TopKObjective:
     def __init__(self, setup: ObjectiveSetup[TopKDivergence]) -> None:
         self._config = setup.config
         self._chunk_tokens = setup.chunk_tokens
-        self._exact_stats = setup.token_statistics if setup.has_exact_statistics else None
+        self._exact_stats = setup.exact_token_stats()
 
     def terms(
         self, micro: MicroBatch, hidden_BTD: Tensor, head_VD: Tensor, denominator: float

@@ -44,7 +44,7 @@ class SampledObjective:
         self._teacher_head_VD = setup.require_teacher_head() if full else None
         self._chunk_tokens = setup.chunk_tokens
         self._token_stats = setup.token_stats()
-        self._has_exact_stats = setup.token_statistics is not None and setup.has_exact_statistics
+        self._has_exact_stats = setup.exact_token_stats() is not None
 
     def terms(
         self, micro: MicroBatch, hidden_BTD: Tensor, head_VD: Tensor, denominator: float
