@@ -36,9 +36,9 @@ from qwen3_distill.weights.adapter_files import version_name
 _STRIKE_AFTER, _STEPS_AFTER_RETURN = 2, 2
 _FLOAT32 = 4
 _HANDLES = ".pickle"
-_WARM_UP = (512, 300)
-"""New tokens of the learner's first steps: kernels may be compiled anew for a second shape."""
-_WARM_UP_SEQUENCES = 32
+_WARM_UP = ((32, 512), (32, 300), (1, 1024), (1, 700))
+"""Sequences a rank and new tokens of the learner's first steps. Kernels may be compiled anew for a
+second shape, and for a first micro-batch of a single row, which long tails bring."""
 _MEMORY = ("train/peak_memory_gib", "train/held_memory_gib", "train/memory_retries")
 
 
@@ -181,17 +181,19 @@ async def start(parts: Parts, stagger_s: float) -> None:
 
 async def warm_up(parts: Parts) -> None:
     """Have the learner compile what it needs, by small steps, while other engines still load."""
-    for new_tokens in _WARM_UP:
+    learner = parts.learner
+    num_ranks = len(learner.ranks) if isinstance(learner, GroupLearner) else 1
+    for per_rank, new_tokens in _WARM_UP:
         work = Work(
             config=parts.config,
-            sequences=_WARM_UP_SEQUENCES,
+            sequences=per_rank * num_ranks,
             prompt_tokens=128,
             new_tokens=new_tokens,
             rounds=1,
             opd_steps=0,
-            vocab_size=parts.learner.identity.vocab_size,
+            vocab_size=learner.identity.vocab_size,
         )
-        await parts.learner.update(work.batch(_WARM_UP_SEQUENCES))
+        await learner.update(work.batch(work.sequences))
 
 
 async def measure(arguments: argparse.Namespace) -> bool:

@@ -224,7 +224,7 @@ class Bench:
             **{
                 key: float(np.mean([record.get(key) or 0.0 for record in counted]))
                 for key in records[-1]
-                if key.startswith(("idle/", "queue/", "time/"))
+                if key.startswith(("idle/", "queue/", "time/", "weights/load"))
             },
         }
 

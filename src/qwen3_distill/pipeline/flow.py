@@ -33,6 +33,7 @@ from qwen3_distill.pipeline.harvest import harvested, remainder
 from qwen3_distill.pipeline.in_progress import RolloutsInProgress
 from qwen3_distill.pipeline.notification import Notification
 from qwen3_distill.pipeline.parts import Parts
+from qwen3_distill.pipeline.push import WeightPush
 from qwen3_distill.pipeline.ready import Ready, whole_groups, whole_prompts
 from qwen3_distill.pipeline.recorder import Ledger, StepRecord, ledger_entry
 from qwen3_distill.pipeline.requests import is_full_length, request_number, with_prefix_budget
@@ -41,7 +42,6 @@ from qwen3_distill.pipeline.step import (
     needs_rollouts,
     none_aligned,
     sampler_of,
-    traced_push,
     training_rollouts,
 )
 from qwen3_distill.ports import Sampler
@@ -98,6 +98,7 @@ class RolloutFlow:
         """No rollout starts: running ones must end first, or a step must."""
         self._is_paused = False
         self._step_began = time.monotonic()
+        self.push = WeightPush(parts, trace, scope)
         scope.spawn(self._feed(), "feed")
         for index in range(pipeline.scoring_calls):
             scope.spawn(self._score(), f"score-{index}")
@@ -316,6 +317,7 @@ class RolloutFlow:
 
     async def _harvest(self, harvest: Harvest) -> set[str]:
         """Queue the new tokens of running rollouts for scoring; return the pieces' ids."""
+        await self.push.loaded()
         numbers = {request.rollout_id: n for n, request in self._running.items()}
         what = "what runs, for a harvest"
         prefixes = await self.within_stall_timeout(self._parts.engine.prefixes(), what)
@@ -369,6 +371,7 @@ class RolloutFlow:
         """Pause the engine once ``num_rollouts`` have ended; resume it when cancelled."""
         while self._num_unscored + len(self._ready) < num_rollouts:
             await self._changed.wait()
+        await self.push.loaded()
         self._is_paused = True
         self._update_trace()
         pause = asyncio.ensure_future(self._parts.engine.pause())
@@ -386,8 +389,7 @@ class RolloutFlow:
         self._holds_new_rollouts = self._config.max_steps_ahead == 0
         if self._pipeline.weight_updates == "boundary":
             await self._drain()
-        push = traced_push(self._parts, self._trace)
-        await self.within_stall_timeout(push, "the engine to serve the new weights")
+        await self.push.push(waits=self._needs_new_weights(self.cursor.step + 1))
         for item in batch:
             if not item.is_last:
                 self._in_progress.mark_harvested(item.number)
@@ -415,6 +417,7 @@ class RolloutFlow:
             update=update,
             metrics=[
                 *compared,
+                *self.push.metrics(),
                 Metric.mean("staleness/age_steps", sum(ages), len(ages)),
                 Metric.sum("staleness/pieces", sum(not item.rollout.is_whole for item in batch)),
                 *drops.metrics(),
@@ -424,6 +427,11 @@ class RolloutFlow:
                 dropped=" ".join(drops.entries),
             ),
         )
+
+    def _needs_new_weights(self, step: int) -> bool:
+        """Whether what comes right after a step samples from its weights."""
+        evaluation = self._config.evaluation
+        return evaluation is not None and evaluation.is_due(step, self._config.steps)
 
     def allow_new_rollouts(self) -> None:
         """Let rollouts start again.

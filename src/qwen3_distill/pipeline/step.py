@@ -22,6 +22,7 @@ from qwen3_distill.types import (
     TrainingRollout,
     UnalignedRollout,
     Update,
+    WeightVersion,
 )
 from qwen3_distill.utils.concurrency import together
 
@@ -30,7 +31,11 @@ async def traced_push(parts: Parts, trace: Trace) -> None:
     """`push_weights`, and note in the trace which version the engine serves from now on."""
     with trace.span("publish"):
         await push_weights(parts)
-    version = parts.learner.version
+    note_version(trace, parts.learner.version)
+
+
+def note_version(trace: Trace, version: WeightVersion) -> None:
+    """Note in the trace that the engine serves a version from now on."""
     trace.instant(WEIGHTS, f"version {version.step}", step=version.step, digest=version.digest[:12])
 
 

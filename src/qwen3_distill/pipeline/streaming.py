@@ -4,6 +4,8 @@
      ^                                                                                |
      +------ a step's rollouts are settled, so as many may start <------- publish ----+
 
+The engine loads what was published while the learner takes its next step (`push`).
+
 One asyncio event loop runs it; `flow` has the tasks. At most the rollouts of
 ``max_steps_ahead + 1`` steps are in progress, so no queue needs a bound of its own. With staleness
 0 a step's rollouts start when the step before is done: the same rollouts as the sequential loop.
@@ -53,4 +55,5 @@ async def run_streaming(parts: Parts, recorder: Recorder, cursor: RunCursor) -> 
             flow.allow_new_rollouts()
             if recorder.stop_requested:
                 break
+        await flow.push.finish()
     return cursor

@@ -1,8 +1,9 @@
 """Whole weights from one process to another on the same GPU, without a copy through the host.
 
-What is published is a file of CUDA IPC handles; the tensors stay the learner's. They are the very
-weights that it trains, so an engine must have loaded a version before the next step is taken: the
-pipeline awaits each load.
+What is published is a file of CUDA IPC handles; the tensors stay the learner's. In full tuning they
+are the very weights that it trains, so an engine must have loaded a version before the next step is
+taken: the sequential pipeline awaits each load, and the streaming one, which does not, uses files
+(`assembly.channel`). Merged weights are made anew for each version.
 """
 
 import inspect
