@@ -200,9 +200,7 @@ def figures_of(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         key = (part["lengths"], part["cards"])
         if speedup > best.get(key, 0.0):
             best[key] = speedup
-            if part["cards"] == most and part["lengths"] == "fixed":
-                figures["publish_pct_of_step"] = 100 * part["time/publish_s"] / part["time/step_s"]
-                figures["bytes_per_step"] = part["bytes_per_step"]["all"]
+    figures |= _once_a_step([part for part in log if part["cards"] == most])
     for (lengths, cards), speedup in best.items():
         if cards == most:
             figures[f"speedup_{lengths}"] = speedup
@@ -220,6 +218,24 @@ def figures_of(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if returns:
             figures["struck_served_again_s"] = max(returns)
     return figures
+
+
+def _once_a_step(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return what the fastest layout of fixed lengths does once a step."""
+    parts = [
+        part
+        for part in log
+        if part["lengths"] == "fixed" and not part["struck"] and not is_base(part["arm"])
+    ]
+    if not parts:
+        return {}
+    fastest = max(parts, key=lambda part: part["tok_s"])
+    figures = {
+        "publish_pct_of_step": 100 * fastest["time/publish_s"] / fastest["time/step_s"],
+        "bytes_per_step": fastest["bytes_per_step"]["all"],
+    }
+    load_s = fastest.get("weights/load_s")
+    return figures if load_s is None else figures | {"load_beside_s": load_s}
 
 
 def compared(part: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:

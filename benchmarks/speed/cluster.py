@@ -25,9 +25,10 @@ then is not recorded. ``--beside`` measures the base's parts concurrently, each 
 own. Prompts and lengths are those of `overlap`. Models must not stop by themselves.
 
 Figures: ``tok_s_{part}_{arm}``, ``speedup_{lengths}`` (the best arm on all cards against the base's
-best part), ``speedup_{cards}`` and ``efficiency_{cards}`` (fixed lengths), ``publish_pct_of_step``
-and ``bytes_per_step`` (of the best arm on all cards, fixed lengths), ``peak_gib_{arm}`` (the
-fullest card, by nvidia-smi), ``lost`` and ``duplicated`` (rollouts by the ledgers of all parts; of
+best part), ``speedup_{cards}`` and ``efficiency_{cards}`` (fixed lengths); of the fastest arm on
+all cards, fixed lengths: ``publish_pct_of_step`` (the learner's part), ``load_beside_s`` (the
+rollout engines', beside the next step), ``bytes_per_step``; ``peak_gib_{arm}`` (the fullest card,
+by nvidia-smi), ``lost`` and ``duplicated`` (rollouts by the ledgers of all parts; of
 struck ones alone ``struck_lost``, ``struck_duplicated``, ``struck_restarts``). Every part has
 tokens per second and idle share of each engine, and the bytes that a step moves.
 """

@@ -316,6 +316,20 @@ def test_a_port_that_is_taken_is_named(build: Build) -> None:
     assert "scoring.port" in message
 
 
+def test_nobody_else_gets_the_port_of_a_server_that_starts(build: Build) -> None:
+    server = build().server
+    assert server is not None
+
+    async def while_it_starts() -> None:
+        await server.start()  # the process; it listens later
+        port = int(server.url.rpartition(":")[2])
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        await server.close()
+
+    run(while_it_starts())
+
+
 def test_a_port_that_was_just_used_is_free(build: Build) -> None:
     first = build()
     run(first.start())

@@ -22,6 +22,7 @@ from qwen3_distill.errors import ConfigError, EngineLost, EngineStartError
 from qwen3_distill.hosts.own_ray import OwnRay
 from qwen3_distill.hosts.package import package_fingerprint
 from qwen3_distill.hosts.places import Node, PlaceSpec, check_fit
+from qwen3_distill.hosts.reserved_port import ReservedPort
 from qwen3_distill.utils.variables import set_in_environment
 
 _GIB = 1 << 30
@@ -97,13 +98,11 @@ class Place:
         """Ray's scheduling strategy for an actor in this place."""
         return self.cluster.strategy(self._reserve())
 
-    def free_address(self) -> str:
-        """Return a free ``host:port`` of the node, which is this machine."""
+    def reserved_port(self) -> ReservedPort:
+        """Reserve a port of the node, which is this machine, at its address in the cluster."""
         assert self.spec.on_this_machine
         assert self._facts is not None
-        with contextlib.closing(socket.socket()) as free:
-            free.bind((self._facts.address, 0))
-            return f"{self._facts.address}:{free.getsockname()[1]}"
+        return ReservedPort(self._facts.address)
 
     def release(self) -> None:
         """Give the cards back."""

@@ -14,14 +14,13 @@ caller starts the group again and loads the last checkpoint, as for a single lea
 """
 
 import asyncio
-import socket
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen3_distill.errors import ConfigError, LearnerLost
 from qwen3_distill.hosts.members import Span, no_span
+from qwen3_distill.hosts.reserved_port import ReservedPort
 from qwen3_distill.ports import WeightChannel
 from qwen3_distill.training.hosted import HostedLearner
 from qwen3_distill.training.rank_place import RankPlace, shares_of
@@ -38,11 +37,9 @@ _GRACE_S = 30.0
 not finite, reaches them at about the same time."""
 
 
-def loopback_address() -> str:
-    """Return a free ``host:port`` of this machine, for ranks that are all on it."""
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
+def on_this_machine() -> ReservedPort:
+    """Reserve a port at which ranks that are all on this machine meet."""
+    return ReservedPort("127.0.0.1")
 
 
 class GroupLearner:
@@ -52,7 +49,7 @@ class GroupLearner:
         ranks: one hosted learner per rank, all of the same settings; rank 0 saves and publishes.
         timeout_s: how long the group may take to form, and a rank may wait for the others.
         sharded: divide the student's layers, their gradients and moments over the ranks.
-        rendezvous: returns an address at which rank 0 can be reached by all; asked for before each
+        rendezvous: reserves a port at which rank 0 can be reached by all; asked for before each
             start.
 
     Raises:
@@ -65,7 +62,7 @@ class GroupLearner:
         *,
         timeout_s: float,
         sharded: bool = False,
-        rendezvous: Callable[[], str] = loopback_address,
+        rendezvous: Callable[[], ReservedPort] = on_this_machine,
     ) -> None:
         if not ranks:
             raise ConfigError("a group of learners needs at least one rank")
@@ -73,6 +70,7 @@ class GroupLearner:
         self._timeout_s = timeout_s
         self._sharded = sharded
         self._rendezvous = rendezvous
+        self._meeting: ReservedPort | None = None
         self._num_starts = 0
         self._tokens_trained = [0.0] * len(ranks)
         self.span: Span = no_span
@@ -116,12 +114,12 @@ class GroupLearner:
         """
         await self.close()
         self._num_starts += 1
-        address = self._rendezvous()
+        self._meeting = self._rendezvous()
         for index, rank in enumerate(self._ranks):
             rank.place = RankPlace(
                 index=index,
                 count=len(self._ranks),
-                address=address,
+                address=self._meeting.address,
                 timeout_s=self._timeout_s,
                 sharded=self._sharded,
             )
@@ -177,6 +175,9 @@ class GroupLearner:
 
     async def close(self) -> None:
         await asyncio.gather(*(rank.close() for rank in self._ranks))
+        if self._meeting is not None:
+            self._meeting.release()
+            self._meeting = None
 
     async def _first(self, call: Coroutine[Any, Any, Result]) -> Result:
         """Make a call of rank 0 that looks at whole weights; the others take part in gathering.

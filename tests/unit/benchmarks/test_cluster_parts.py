@@ -129,7 +129,11 @@ def test_long_tails_are_compared_over_the_same_steps() -> None:
 
 
 def test_without_the_base_nothing_is_compared() -> None:
-    assert not any(key.startswith("speedup") for key in figures_of([part("each", "fixed", 1.0)]))
+    slow = part("roles", "fixed", 1.0, **{"time/publish_s": 5.0})
+    figures = figures_of([slow, part("each", "fixed", 2.0, **{"weights/load_s": 0.5})])
+    assert not any(key.startswith("speedup") for key in figures)
+    assert figures["publish_pct_of_step"] == 1.0  # of the fastest
+    assert figures["load_beside_s"] == 0.5
 
 
 def test_a_log_has_the_last_line_of_a_part_and_refuses_other_settings(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from qwen3_distill.config import (
 from qwen3_distill.errors import ConfigError, EngineStartError, LearnerLost
 from qwen3_distill.training.embedded.hosted import hosted_embedded_learner
 from qwen3_distill.training.embedded.student import build_embedded_learner
-from qwen3_distill.training.group import GroupLearner, loopback_address
+from qwen3_distill.training.group import GroupLearner, on_this_machine
 from qwen3_distill.training.rank_place import RankPlace, deal, shares_of
 from qwen3_distill.training.ranks import Ranks
 from qwen3_distill.training.settings import LearnerSettings
@@ -240,9 +240,11 @@ def test_ranks_with_different_weights_are_refused(tiny_models: TinyModels, tmp_p
 
 
 def test_ranks_that_do_not_meet_are_named() -> None:
-    place = RankPlace(index=1, count=2, address=loopback_address(), timeout_s=1.0)
+    meeting = on_this_machine()
+    place = RankPlace(index=1, count=2, address=meeting.address, timeout_s=1.0)
     with pytest.raises(EngineStartError, match=r"rank 1 of 2 did not meet .* within 1 s"):
         Ranks(place, torch.device("cpu"))
+    meeting.release()
 
 
 def test_a_group_of_nobody_is_refused() -> None:

@@ -108,7 +108,7 @@ class RunCluster:
             ranks,
             timeout_s=self._config.training.hang_timeout_s,
             sharded=section is not None and section.sharded,
-            rendezvous=self._ranks[0].free_address,
+            rendezvous=self._ranks[0].reserved_port,
         )
         return self._group
 

@@ -17,6 +17,7 @@ from qwen3_distill.config import ServedScoring
 from qwen3_distill.environments.installed import engine_python
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.hosts.child import ChildProcess, engine_environment, how_to_install
+from qwen3_distill.hosts.reserved_port import ReservedPort
 from qwen3_distill.utils.concurrency import result_within
 from qwen3_distill.utils.secrets import remember_secret
 
@@ -48,6 +49,8 @@ class EngineServer(ABC):
         self._log = log
         self._log_start = 0
         self._process = ChildProcess(f"the {self.engine} server", log)
+        self._reserved: ReservedPort | None = None
+        """A port of the server's own, if the config names none."""
         self._python = ""
         self.url = ""
         self.api_key = ""
@@ -75,8 +78,7 @@ class EngineServer(ABC):
         """
         self._python = engine_python(self.kind, "scoring", self._settings.python)
         await self.close()
-        port = self._settings.port or _free_port()
-        _check_free(port, self.engine)
+        port = self._port()
         self.url = f"http://{HOST}:{port}"
         self.api_key = secrets.token_hex(16)
         remember_secret(self.api_key)
@@ -120,6 +122,9 @@ class EngineServer(ABC):
     async def close(self) -> None:
         """End it and everything it started. May be called more than once."""
         await self._process.end()
+        if self._reserved is not None:
+            self._reserved.release()
+            self._reserved = None
 
     def kill(self) -> None:
         """Send SIGKILL to the whole process group."""
@@ -169,6 +174,18 @@ class EngineServer(ABC):
             f"not work with ({what}); use one of docs/engines/install.md"
         )
 
+    def _port(self) -> int:
+        """Return the config's port, or one that nobody else gets while the server runs.
+
+        Raises:
+            EngineStartError: the config's port is taken.
+        """
+        if self._settings.port:
+            _check_free(self._settings.port, self.engine)
+            return self._settings.port
+        self._reserved = ReservedPort(HOST)
+        return self._reserved.port
+
     def _log_text(self) -> str:
         try:
             with self._log.open("rb") as file:
@@ -195,12 +212,6 @@ async def unless_it_ends(server: EngineServer, work: Coroutine[Any, Any, None]) 
         for task in (working, ended):
             task.cancel()
         await asyncio.gather(working, ended, return_exceptions=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 def _check_free(port: int, engine: str) -> None:
