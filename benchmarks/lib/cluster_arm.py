@@ -39,7 +39,14 @@ _HANDLES = ".pickle"
 _WARM_UP = ((32, 512), (32, 300), (1, 1024), (1, 700))
 """Sequences a rank and new tokens of the learner's first steps. Kernels may be compiled anew for a
 second shape, and for a first micro-batch of a single row, which long tails bring."""
-_MEMORY = ("train/peak_memory_gib", "train/held_memory_gib", "train/memory_retries")
+_MEMORY = (
+    "train/peak_memory_gib",
+    "train/held_memory_gib",
+    "train/memory_retries",
+    "train/compiled_graphs",
+    "train/allocator_retries",
+)
+"""What a step took of the learner's device, and what may have stopped it."""
 
 
 class StopsInTime(StopsAfter):

@@ -35,6 +35,7 @@ from qwen3_distill.modeling.student_directory import read_student_files, write_s
 from qwen3_distill.ports import FullWeights, WeightChannel, WeightPayload
 from qwen3_distill.replay.buffer import ReplayBuffer
 from qwen3_distill.training.batching import MicroBatch, flat_micro_batches, micro_batches
+from qwen3_distill.training.device_metrics import device_metrics
 from qwen3_distill.training.finite import FiniteCheck
 from qwen3_distill.training.learner_state import read_state, write_state
 from qwen3_distill.training.lora import adapter_weights
@@ -71,8 +72,6 @@ from qwen3_distill.types import (
     WeightVersion,
 )
 from qwen3_distill.utils.seeds import derive_seed
-
-_GIB = 1 << 30
 
 
 class TorchLearner:
@@ -265,7 +264,8 @@ class TorchLearner:
                 Metric.last("optim/learning_rate", learning_rate),
                 Metric.max("weights/lag_steps", work.lag_steps),
                 *self.student.metrics(),
-                *self._memory_metrics(),
+                *self._room.metrics(),
+                *device_metrics(self.student.device),
             ),
         )
         return update, gradient.magnitude_S
@@ -414,18 +414,6 @@ class TorchLearner:
         self._weights.drop_gradients()
         if self.student.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _memory_metrics(self) -> tuple[Metric, ...]:
-        device = self.student.device
-        if device.type != "cuda":
-            return self._room.metrics()
-        held = torch.cuda.max_memory_reserved(device) / _GIB
-        peak = torch.cuda.max_memory_allocated(device) / _GIB
-        return (
-            *self._room.metrics(),
-            Metric.max("train/peak_memory_gib", peak),
-            Metric.max("train/held_memory_gib", held),
-        )
 
     def _check_lengths(self, scored: Sequence[TrainingRollout]) -> None:
         for rollout in (entry.rollout for entry in scored):
