@@ -39,14 +39,9 @@ _HANDLES = ".pickle"
 _WARM_UP = ((32, 512), (32, 300), (1, 1024), (1, 700))
 """Sequences a rank and new tokens of the learner's first steps. Kernels may be compiled anew for a
 second shape, and for a first micro-batch of a single row, which long tails bring."""
-_MEMORY = (
-    "train/peak_memory_gib",
-    "train/held_memory_gib",
-    "train/memory_retries",
-    "train/compiled_graphs",
-    "train/allocator_retries",
-)
-"""What a step took of the learner's device, and what may have stopped it."""
+_MEMORY = ("train/peak_memory_gib", "train/held_memory_gib", "train/memory_retries")
+_STOPS = ("train/compiled_graphs", "train/allocator_retries")
+"""Counters of the learner's process: what may have stopped a step."""
 
 
 class StopsInTime(StopsAfter):
@@ -57,8 +52,8 @@ class StopsInTime(StopsAfter):
         self._ends = ends
 
     def step(self, step: int, values: Mapping[str, float | None]) -> None:
-        memory = {key: values[key] for key in _MEMORY if values.get(key) is not None}
-        print(f"step {step}: {values.get('time/step_s')} s {memory}", flush=True)
+        found = {key: values[key] for key in (*_MEMORY, *_STOPS) if values.get(key) is not None}
+        print(f"step {step}: {values.get('time/step_s')} s {found}", flush=True)
         super().step(step, values)
         if time.time() >= self._ends and self.recorder is not None:
             self.recorder.stop_requested = True
@@ -304,6 +299,9 @@ def recorded(bench: Bench, stops: StopsAfter, traffic: Traffic, skip: int) -> di
         "bytes_per_step": traffic.per_step(len(last.steps)),
         "restarts": last.steps[-1].get("health/rollout_engine_restarts", 0),
         "learner": {key: max(step.get(key) or 0.0 for step in last.steps) for key in _MEMORY},
+        "learner_by_step": {
+            key: [step.get(key) for step in last.steps] for key in ("time/train_s", *_STOPS)
+        },
     }
     if isinstance(stops, Strikes):
         found["served_again_s"] = stops.served_again_s

@@ -146,6 +146,12 @@ class Recorded:
     ledger: list[dict[str, Any]]
 
 
+def mean_load(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean seconds of a load beside a step, over the steps in which one ended."""
+    loads = [step["weights/load_s"] for step in steps if step.get("weights/load_s") is not None]
+    return {"weights/load_s": float(np.mean(loads))} if loads else {}
+
+
 @dataclass
 class Bench:
     """Running engines, and the measurements on them."""
@@ -224,8 +230,9 @@ class Bench:
             **{
                 key: float(np.mean([record.get(key) or 0.0 for record in counted]))
                 for key in records[-1]
-                if key.startswith(("idle/", "queue/", "time/", "weights/load"))
+                if key.startswith(("idle/", "queue/", "time/"))
             },
+            **mean_load(counted),
         }
 
     def run_config(self, kind: str, steps: int, label: str) -> RunConfig:

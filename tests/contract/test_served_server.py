@@ -322,10 +322,12 @@ def test_nobody_else_gets_the_port_of_a_server_that_starts(build: Build) -> None
 
     async def while_it_starts() -> None:
         await server.start()  # the process; it listens later
-        port = int(server.url.rpartition(":")[2])
-        with socket.socket() as other, pytest.raises(OSError, match="in use"):
-            other.bind(("127.0.0.1", port))
-        await server.close()
+        try:
+            port = int(server.url.rpartition(":")[2])
+            with socket.socket() as other, pytest.raises(OSError, match="in use"):
+                other.bind(("127.0.0.1", port))
+        finally:
+            await server.close()
 
     run(while_it_starts())
 

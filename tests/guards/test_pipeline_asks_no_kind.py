@@ -22,7 +22,7 @@ SECTION_CLASSES = [cls for union in UNIONS.values() for cls in get_args(get_args
 SECTION_NAMES = {"generation", "scoring", "training", "section"}
 """Names of variables and attributes that hold an engine's section."""
 SETTINGS = {name for cls in SECTION_CLASSES for name in cls.model_fields} | SECTION_NAMES
-WHERE = {"learns_elsewhere", "samples_elsewhere"}
+WHERE = {"learns_elsewhere", "loads_beside_steps", "samples_elsewhere"}
 """Functions of `assembly.channel` that ask for the kind."""
 
 

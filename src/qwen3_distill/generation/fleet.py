@@ -75,6 +75,8 @@ class RolloutFleet:
         self._outstanding = OutstandingTokens(len(replicas))
         self._wanted: _Wanted | None = None
         self._served: WeightVersion | None = None
+        self._last_served: WeightVersion | None = None
+        """Stays during a load, in which nothing is served."""
         self._problems: dict[int, WeightVersionError] = {}
         """Why replicas that run are stale."""
         self._paused = False
@@ -115,9 +117,9 @@ class RolloutFleet:
             found[f"fleet/rollout_{i}_tokens"] = self._tokens_sampled[i]
             found[f"fleet/rollout_{i}_restarts"] = self._state.restarts_of(i)
             found[f"fleet/rollout_{i}_queue_tokens"] = self._outstanding.of(i)
-            if self._served is not None and i in self._loaded:
-                lag = self._served.step - self._loaded[i].step
-                found[f"fleet/rollout_{i}_lag_steps"] = lag
+            if self._last_served is not None and i in self._loaded:
+                lag = self._last_served.step - self._loaded[i].step
+                found[f"fleet/rollout_{i}_lag_steps"] = max(0, lag)
         return found
 
     @property
@@ -158,7 +160,7 @@ class RolloutFleet:
             if not await self._members.serving():
                 self._wanted = None
                 raise next(iter(self._problems.values()))
-            self._served = version
+            self._served = self._last_served = version
             for index, problem in tuple(self._problems.items()):  # the others show that it can be
                 self._members.report_lost(index, self._state.start_of(index), problem)
 
@@ -216,7 +218,7 @@ class RolloutFleet:
 
     async def close(self) -> None:
         self._paused = False
-        self._served = self._wanted = None
+        self._served = self._last_served = self._wanted = None
         await self._members.close()
 
     # --- Sampling ---------------------------------------------------------------------------------

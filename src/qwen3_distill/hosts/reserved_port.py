@@ -2,9 +2,11 @@
 
 import socket
 
+from qwen3_distill.errors import EngineStartError
+
 
 class ReservedPort:
-    """Keeps a free port from other programs until a server has bound it, and as long as it runs.
+    """Keeps a free port from programs that ask for any free one, until it is closed.
 
     A port that was only looked up may be given to another program before the server binds it, a
     minute later perhaps. Here a socket stays bound to it and never listens: the kernel gives the
@@ -15,7 +17,7 @@ class ReservedPort:
         host: an address of this machine.
 
     Raises:
-        OSError: the machine has no such address, or no free port.
+        EngineStartError: the machine has no such address, or no free port.
     """
 
     def __init__(self, host: str) -> None:
@@ -23,9 +25,12 @@ class ReservedPort:
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.bind((host, 0))
-        except OSError:
+        except OSError as error:
             self._socket.close()
-            raise
+            raise EngineStartError(
+                f"no port can be had at {host}, which should be an address of this machine: "
+                f"{error.strerror}"
+            ) from None
         self.host = host
         self.port = int(self._socket.getsockname()[1])
 
@@ -34,6 +39,6 @@ class ReservedPort:
         """``host:port``."""
         return f"{self.host}:{self.port}"
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Give the port back. May be called more than once."""
         self._socket.close()

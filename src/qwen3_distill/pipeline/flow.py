@@ -14,6 +14,7 @@
 |                                  |                  | harvest's deadline       | `_STOP_CHECK_S` |
 | `_pause_when_ready`, a task      | nothing          | enough ended rollouts    | `_changed`      |
 | `_drain`, the loop               | nothing          | no rollout running       | `_changed`      |
+| `WeightPush`, a task per load    | nothing          | the engine's load        | the engine      |
 
 `_follow` notifies `_queued` and `_changed`, a harvest `_queued`. `_score` notifies `_changed` after
 each call, the loop when it drops stale rollouts and when it allows new ones.
@@ -317,7 +318,6 @@ class RolloutFlow:
 
     async def _harvest(self, harvest: Harvest) -> set[str]:
         """Queue the new tokens of running rollouts for scoring; return the pieces' ids."""
-        await self.push.loaded()
         numbers = {request.rollout_id: n for n, request in self._running.items()}
         what = "what runs, for a harvest"
         prefixes = await self.within_stall_timeout(self._parts.engine.prefixes(), what)
@@ -371,7 +371,6 @@ class RolloutFlow:
         """Pause the engine once ``num_rollouts`` have ended; resume it when cancelled."""
         while self._num_unscored + len(self._ready) < num_rollouts:
             await self._changed.wait()
-        await self.push.loaded()
         self._is_paused = True
         self._update_trace()
         pause = asyncio.ensure_future(self._parts.engine.pause())
@@ -389,7 +388,7 @@ class RolloutFlow:
         self._holds_new_rollouts = self._config.max_steps_ahead == 0
         if self._pipeline.weight_updates == "boundary":
             await self._drain()
-        await self.push.push(waits=self._needs_new_weights(self.cursor.step + 1))
+        await self.push.publish(waits=self._is_evaluated_after(self.cursor.step + 1))
         for item in batch:
             if not item.is_last:
                 self._in_progress.mark_harvested(item.number)
@@ -428,8 +427,7 @@ class RolloutFlow:
             ),
         )
 
-    def _needs_new_weights(self, step: int) -> bool:
-        """Whether what comes right after a step samples from its weights."""
+    def _is_evaluated_after(self, step: int) -> bool:
         evaluation = self._config.evaluation
         return evaluation is not None and evaluation.is_due(step, self._config.steps)
 

@@ -4,7 +4,8 @@
      ^                                                                                |
      +------ a step's rollouts are settled, so as many may start <------- publish ----+
 
-The engine loads what was published while the learner takes its next step (`push`).
+The engine loads what was published while the learner takes its next step, if each has a process of
+its own (`push`).
 
 One asyncio event loop runs it; `flow` has the tasks. At most the rollouts of
 ``max_steps_ahead + 1`` steps are in progress, so no queue needs a bound of its own. With staleness

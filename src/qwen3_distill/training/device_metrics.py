@@ -28,6 +28,6 @@ def device_metrics(device: torch.device) -> tuple[Metric, ...]:
 
 
 def compiled_graphs() -> int:
-    """Return how many graphs `torch.compile` has made in this process, again ones included."""
+    """Return how many graphs `torch.compile` has made in this process, each time that it did."""
     dynamo: Any = sys.modules.get("torch._dynamo.utils")  # takes seconds to import
     return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])

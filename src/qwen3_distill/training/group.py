@@ -37,7 +37,7 @@ _GRACE_S = 30.0
 not finite, reaches them at about the same time."""
 
 
-def on_this_machine() -> ReservedPort:
+def port_on_this_machine() -> ReservedPort:
     """Reserve a port at which ranks that are all on this machine meet."""
     return ReservedPort("127.0.0.1")
 
@@ -62,7 +62,7 @@ class GroupLearner:
         *,
         timeout_s: float,
         sharded: bool = False,
-        rendezvous: Callable[[], ReservedPort] = on_this_machine,
+        rendezvous: Callable[[], ReservedPort] = port_on_this_machine,
     ) -> None:
         if not ranks:
             raise ConfigError("a group of learners needs at least one rank")
@@ -174,10 +174,12 @@ class GroupLearner:
         await self._first(self._ranks[0].save_student(directory))
 
     async def close(self) -> None:
-        await asyncio.gather(*(rank.close() for rank in self._ranks))
-        if self._meeting is not None:
-            self._meeting.release()
-            self._meeting = None
+        try:
+            await asyncio.gather(*(rank.close() for rank in self._ranks))
+        finally:
+            if self._meeting is not None:
+                self._meeting.close()
+                self._meeting = None
 
     async def _first(self, call: Coroutine[Any, Any, Result]) -> Result:
         """Make a call of rank 0 that looks at whole weights; the others take part in gathering.

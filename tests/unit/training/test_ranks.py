@@ -1,7 +1,7 @@
 """Groups of ranks: dealing, K ranks taking the step of one, and the loss of a rank."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from qwen3_distill.config import (
 from qwen3_distill.errors import ConfigError, EngineStartError, LearnerLost
 from qwen3_distill.training.embedded.hosted import hosted_embedded_learner
 from qwen3_distill.training.embedded.student import build_embedded_learner
-from qwen3_distill.training.group import GroupLearner, on_this_machine
+from qwen3_distill.training.group import GroupLearner, port_on_this_machine
 from qwen3_distill.training.rank_place import RankPlace, deal, shares_of
 from qwen3_distill.training.ranks import Ranks
 from qwen3_distill.training.settings import LearnerSettings
@@ -240,11 +240,10 @@ def test_ranks_with_different_weights_are_refused(tiny_models: TinyModels, tmp_p
 
 
 def test_ranks_that_do_not_meet_are_named() -> None:
-    meeting = on_this_machine()
-    place = RankPlace(index=1, count=2, address=meeting.address, timeout_s=1.0)
-    with pytest.raises(EngineStartError, match=r"rank 1 of 2 did not meet .* within 1 s"):
-        Ranks(place, torch.device("cpu"))
-    meeting.release()
+    with closing(port_on_this_machine()) as meeting:
+        place = RankPlace(index=1, count=2, address=meeting.address, timeout_s=1.0)
+        with pytest.raises(EngineStartError, match=r"rank 1 of 2 did not meet .* within 1 s"):
+            Ranks(place, torch.device("cpu"))
 
 
 def test_a_group_of_nobody_is_refused() -> None:

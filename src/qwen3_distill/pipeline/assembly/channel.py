@@ -35,6 +35,15 @@ def learns_elsewhere(training: TrainingConfig) -> bool:
     return not isinstance(training, EmbeddedTraining) or training.own_process
 
 
+def loads_beside_steps(config: RunConfig) -> bool:
+    """Whether the engine can load a version while the learner takes a step.
+
+    Each has a process of its own. The channel that a streaming run gets leaves what was published
+    as it is meanwhile (`build_channel`).
+    """
+    return samples_elsewhere(config.generation) and learns_elsewhere(config.training)
+
+
 def channel_folder(generation: GenerationConfig) -> Path | None:
     """Make a new folder in memory for a channel between processes; None within a process."""
     if not samples_elsewhere(generation):

@@ -29,6 +29,7 @@ from qwen3_distill.modeling.loading import resolve_dtype
 from qwen3_distill.pipeline.assembly.channel import (
     build_channel,
     channel_folder,
+    loads_beside_steps,
     run_channel_folder,
     samples_elsewhere,
 )
@@ -110,6 +111,7 @@ def build_parts(
         teacher_sampler=partial(teacher_sampler, config, teacher),
         teacher_rollouts=build_teacher_rollouts(config, teacher),
         samples_elsewhere=samples_elsewhere(config.generation),
+        loads_beside_steps=loads_beside_steps(config),
         data=data_record(config, prompts, problems),
         scratch=scratch,
         cluster=cluster,

@@ -123,7 +123,7 @@ class EngineServer(ABC):
         """End it and everything it started. May be called more than once."""
         await self._process.end()
         if self._reserved is not None:
-            self._reserved.release()
+            self._reserved.close()
             self._reserved = None
 
     def kill(self) -> None:
