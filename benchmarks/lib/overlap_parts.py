@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,3 +85,17 @@ def rate_of_common_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> fl
         return None
     sums = [np.sum(run[first:last], axis=0) for run in steps]
     return float(sums[0][0] / sums[0][1] / (sums[1][0] / sums[1][1]))
+
+
+def means_of_steps(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the means of the stages' times, idle shares and queues.
+
+    A load beside a step has its mean over the steps in which one ended.
+    """
+    found = {
+        key: float(np.mean([step.get(key) or 0.0 for step in steps]))
+        for key in steps[-1]
+        if key.startswith(("idle/", "queue/", "time/"))
+    }
+    loads = [step["weights/load_s"] for step in steps if step.get("weights/load_s") is not None]
+    return found | ({"weights/load_s": float(np.mean(loads))} if loads else {})

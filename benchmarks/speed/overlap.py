@@ -51,6 +51,7 @@ from benchmarks.lib.overlap_parts import (
     Lengths,
     Plan,
     Variant,
+    means_of_steps,
     rate_of_common_steps,
 )
 from benchmarks.speed.stages import start_side_by_side
@@ -146,12 +147,6 @@ class Recorded:
     ledger: list[dict[str, Any]]
 
 
-def mean_load(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the mean seconds of a load beside a step, over the steps in which one ended."""
-    loads = [step["weights/load_s"] for step in steps if step.get("weights/load_s") is not None]
-    return {"weights/load_s": float(np.mean(loads))} if loads else {}
-
-
 @dataclass
 class Bench:
     """Running engines, and the measurements on them."""
@@ -227,12 +222,7 @@ class Bench:
             "mean_age_steps": float(np.mean([r.get("staleness/age_steps", 0) for r in counted])),
             "max_age_steps": max(r["weights/lag_steps"] for r in counted),
             "peak_beyond_gib": memory.peak_gib,
-            **{
-                key: float(np.mean([record.get(key) or 0.0 for record in counted]))
-                for key in records[-1]
-                if key.startswith(("idle/", "queue/", "time/"))
-            },
-            **mean_load(counted),
+            **means_of_steps(counted),
         }
 
     def run_config(self, kind: str, steps: int, label: str) -> RunConfig:

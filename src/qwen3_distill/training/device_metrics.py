@@ -1,4 +1,4 @@
-"""What a learner's step took on its device besides work: memory, and what may have stopped it."""
+"""Measures what a step of a learner takes of its device, and counts what may have stopped it."""
 
 import sys
 from typing import Any

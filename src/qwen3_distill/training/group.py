@@ -15,6 +15,7 @@ caller starts the group again and loads the last checkpoint, as for a single lea
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,7 +71,6 @@ class GroupLearner:
         self._timeout_s = timeout_s
         self._sharded = sharded
         self._rendezvous = rendezvous
-        self._meeting: ReservedPort | None = None
         self._num_starts = 0
         self._tokens_trained = [0.0] * len(ranks)
         self.span: Span = no_span
@@ -114,21 +114,21 @@ class GroupLearner:
         """
         await self.close()
         self._num_starts += 1
-        self._meeting = self._rendezvous()
-        for index, rank in enumerate(self._ranks):
-            rank.place = RankPlace(
-                index=index,
-                count=len(self._ranks),
-                address=self._meeting.address,
-                timeout_s=self._timeout_s,
-                sharded=self._sharded,
-            )
-        try:
-            await together(*(rank.start() for rank in self._ranks))
-            self._require_same_weights()
-        except BaseException:
-            await self.close()
-            raise
+        with closing(self._rendezvous()) as meeting:  # once they have met, rank 0 listens there
+            for index, rank in enumerate(self._ranks):
+                rank.place = RankPlace(
+                    index=index,
+                    count=len(self._ranks),
+                    address=meeting.address,
+                    timeout_s=self._timeout_s,
+                    sharded=self._sharded,
+                )
+            try:
+                await together(*(rank.start() for rank in self._ranks))
+                self._require_same_weights()
+            except BaseException:
+                await self.close()
+                raise
 
     async def update(self, batch: Batch) -> Update:
         shares = shares_of(batch, len(self._ranks), batch.lag_steps(self.version))
@@ -174,12 +174,7 @@ class GroupLearner:
         await self._first(self._ranks[0].save_student(directory))
 
     async def close(self) -> None:
-        try:
-            await asyncio.gather(*(rank.close() for rank in self._ranks))
-        finally:
-            if self._meeting is not None:
-                self._meeting.close()
-                self._meeting = None
+        await asyncio.gather(*(rank.close() for rank in self._ranks))
 
     async def _first(self, call: Coroutine[Any, Any, Result]) -> Result:
         """Make a call of rank 0 that looks at whole weights; the others take part in gathering.

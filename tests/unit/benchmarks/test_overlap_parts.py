@@ -6,7 +6,13 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.lib.overlap_parts import Lengths, Plan, Variant, rate_of_common_steps
+from benchmarks.lib.overlap_parts import (
+    Lengths,
+    Plan,
+    Variant,
+    means_of_steps,
+    rate_of_common_steps,
+)
 
 
 def test_a_long_tail_has_the_median_and_the_99th_percentile_that_its_name_says() -> None:
@@ -57,3 +63,9 @@ def test_with_fewer_than_three_common_steps_there_is_no_ratio(
 ) -> None:
     three, many = run_of([(1, 1.0)] * 3, 0), run_of([(1, 1.0)] * 9, skipped)
     assert (rate_of_common_steps(three, many) is not None) == is_enough
+
+
+def test_a_load_beside_a_step_has_its_mean_over_the_steps_that_had_one() -> None:
+    steps = [{"time/step_s": 2.0, "tokens": 9}, {"time/step_s": 4.0, "weights/load_s": 0.5}]
+    assert means_of_steps(steps) == {"time/step_s": 3.0, "weights/load_s": 0.5}
+    assert means_of_steps(steps[:1]) == {"time/step_s": 2.0}
