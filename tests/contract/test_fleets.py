@@ -211,6 +211,28 @@ def test_a_replica_that_loads_slowly_is_named_meanwhile(
     run(fleet.close())
 
 
+def test_how_far_a_replica_lags_is_known_during_a_load_too(tiny_models: TinyModels) -> None:
+    lags: list[list[float | None]] = []
+
+    class Watched(EmbeddedRolloutEngine):
+        async def load(self, version: WeightVersion, channel: WeightChannel) -> None:
+            await super().load(version, channel)
+            await asyncio.sleep(0.1)  # the other replica has loaded
+            counters = fleet.counters
+            lags.append([counters.get(f"fleet/rollout_{i}_lag_steps") for i in range(2)])
+
+    watched = Watched(tiny_models.student, device="cpu", dtype="float32", max_sequences=64)
+    fleet = RolloutFleet(
+        [in_process(tiny_models.student), watched], max_restarts=1, warn=lambda text: None
+    )
+    run(fleet.start())
+    for step in range(2):
+        serve(fleet, directory_weights(tiny_models.student), step)
+    # Before any version is served by all there is none; a replica that is ahead does not lag.
+    assert lags == [[None, None], [0, 0]]
+    run(fleet.close())
+
+
 def test_what_is_waited_for_is_not_said_of_nobody(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,6 +167,7 @@ def test_engines_start_side_by_side_once_a_teacher_has_its_share_of_what_is_free
             verifier=None,
             teacher_sampler=nothing,
             samples_elsewhere=False,
+            loads_beside_steps=False,
         ).start()
 
     asyncio.run(start())

@@ -82,7 +82,7 @@ class FakeParts:
 
 
 class Played:
-    """What a play of pushes and steps left."""
+    """Plays pushes and steps, and keeps the calls, the trace and the seconds of loads."""
 
     def __init__(
         self, play: Callable[[FakeParts, WeightPush], Awaitable[None]], **settings: Any

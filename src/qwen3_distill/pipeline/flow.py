@@ -40,6 +40,7 @@ from qwen3_distill.pipeline.recorder import Ledger, StepRecord, ledger_entry
 from qwen3_distill.pipeline.requests import is_full_length, request_number, with_prefix_budget
 from qwen3_distill.pipeline.step import (
     context_metrics,
+    is_evaluated_after,
     needs_rollouts,
     none_aligned,
     sampler_of,
@@ -388,7 +389,7 @@ class RolloutFlow:
         self._holds_new_rollouts = self._config.max_steps_ahead == 0
         if self._pipeline.weight_updates == "boundary":
             await self._drain()
-        await self.push.publish(waits=self._is_evaluated_after(self.cursor.step + 1))
+        await self.push.publish(waits=is_evaluated_after(self._config, self.cursor.step + 1))
         for item in batch:
             if not item.is_last:
                 self._in_progress.mark_harvested(item.number)
@@ -426,10 +427,6 @@ class RolloutFlow:
                 dropped=" ".join(drops.entries),
             ),
         )
-
-    def _is_evaluated_after(self, step: int) -> bool:
-        evaluation = self._config.evaluation
-        return evaluation is not None and evaluation.is_due(step, self._config.steps)
 
     def allow_new_rollouts(self) -> None:
         """Let rollouts start again.

@@ -81,7 +81,7 @@ class Parts:
     """Opens a sampler that answers as the teacher, for an evaluation."""
     samples_elsewhere: bool
     """Whether the rollout engine has a process of its own."""
-    loads_beside_steps: bool = False
+    loads_beside_steps: bool
     """Whether the rollout engine may load a version while the learner takes a step."""
     teacher_rollouts: TagSampler | None = None
     """Samples the teacher's answers to train on; None: the teacher gives none."""

@@ -198,12 +198,15 @@ def needs_rollouts(replay: ReplayConfig | None, step: int) -> bool:
     return replay is None or step % replay.updates_per_batch == 0
 
 
+def is_evaluated_after(config: RunConfig, step: int) -> bool:
+    """Whether an evaluation follows this step."""
+    return config.evaluation is not None and config.evaluation.is_due(step, config.steps)
+
+
 def needs_new_weights(config: RunConfig, step: int) -> bool:
     """Whether anything samples from the student after this step: rollouts, or an evaluation."""
-    evaluation = config.evaluation
     samples = "student" in config.rollouts.samplers and config.pipeline.kind != "offline"
-    evaluates = evaluation is not None and evaluation.is_due(step, config.steps)
-    return samples or evaluates
+    return samples or is_evaluated_after(config, step)
 
 
 async def take_step(parts: Parts, recorder: Recorder, scored: Sequence[TrainingRollout]) -> Update:

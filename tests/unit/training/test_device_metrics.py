@@ -1,4 +1,4 @@
-"""What the device says of a step: its memory, and what may have stopped it."""
+"""A step's metrics have the memory that it took, and count what may have stopped it."""
 
 from typing import Any
 

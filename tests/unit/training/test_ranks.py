@@ -1,10 +1,11 @@
 """Groups of ranks: dealing, K ranks taking the step of one, and the loss of a rank."""
 
+import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -244,6 +245,30 @@ def test_ranks_that_do_not_meet_are_named() -> None:
         place = RankPlace(index=1, count=2, address=meeting.address, timeout_s=1.0)
         with pytest.raises(EngineStartError, match=r"rank 1 of 2 did not meet .* within 1 s"):
             Ranks(place, torch.device("cpu"))
+
+
+def test_nobody_else_gets_the_port_at_which_ranks_are_to_meet() -> None:
+    tried: list[int] = []
+
+    class FakeRank:
+        """FAKE: tries to take the port before it would meet the others there."""
+
+        place: RankPlace
+
+        async def start(self) -> None:
+            port = int(self.place.address.rpartition(":")[2])
+            with closing(socket.socket()) as other, pytest.raises(OSError, match="in use"):
+                other.bind(("127.0.0.1", port))
+            tried.append(port)
+            raise EngineStartError("that is all")
+
+        async def close(self) -> None: ...
+
+    group = GroupLearner([cast(Any, FakeRank())], timeout_s=1.0)
+    with pytest.raises(EngineStartError, match="that is all"):
+        run(group.start())
+    with closing(socket.socket()) as other:  # it is given back
+        other.bind(("127.0.0.1", tried[0]))
 
 
 def test_a_group_of_nobody_is_refused() -> None:
