@@ -12,6 +12,15 @@ from qwen3_distill.generation.vllm.engine import vllm_engine
 from tests.contract.builders import pid_of
 from tests.tiny_models import TinyModels
 
+IGNORED_AT_THE_END = """\
+Exception ignored in atexit callback: <bound method finalize._exitfunc of <class 'finalize'>>
+Traceback (most recent call last):
+  File "/x/weakref.py", line 637, in _select_for_exit
+    L = [(f,i) for (f,i) in cls._registry.items() if i.atexit]
+        ^^^^^^^^^^^^^^^
+RuntimeError: dictionary changed size during iteration
+"""
+
 
 @pytest.mark.parametrize(
     ("printed", "message"),
@@ -34,6 +43,18 @@ from tests.tiny_models import TinyModels
             "ImportError: no 'vllm._x', going on\nRuntimeError: CUDA out of memory",
             r"too little memory: planned .*CUDA out of memory",
         ),
+        (
+            "RuntimeError: CUDA out of memory\nEOFError: a worker that waited for it",
+            r"too little memory: planned .*CUDA out of memory",
+        ),
+        (
+            f"ValueError: the cause\n{IGNORED_AT_THE_END}driver: the last words",
+            r"vLLM says: ValueError: the cause$",
+        ),
+        (
+            f"{IGNORED_AT_THE_END}{IGNORED_AT_THE_END}ValueError: the cause",
+            r"vLLM says: ValueError: the cause$",
+        ),
     ],
     ids=[
         "its last words",
@@ -41,13 +62,17 @@ from tests.tiny_models import TinyModels
         "another version",
         "a version without the engine",
         "an import that it could do without",
+        "another process fails after it",
+        "an exception that Python ignores after it",
+        "exceptions that Python ignores before it",
     ],
 )
 def test_why_a_process_ended_at_its_start_is_said(
     tiny_models: TinyModels, tmp_path: Path, printed: str, message: str
 ) -> None:
     python = tmp_path / "fake-python"
-    python.write_text(f'#!/bin/sh\necho "{printed}" >&2\nexit 3\n')
+    (tmp_path / "printed").write_text(printed)
+    python.write_text(f"#!/bin/sh\ncat '{tmp_path}/printed' >&2\nexit 3\n")
     python.chmod(0o755)
     config = VllmGeneration.model_validate({"kind": "vllm", "python": str(python)})
     engine = vllm_engine(

@@ -22,6 +22,8 @@ _OTHER_VERSION = re.compile(r"(?:Import|ModuleNotFound)Error: (.*\bvllm\..*|.*fr
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|memory on device|available memory|KV cache is needed|max seq len", re.I
 )
+# Python prints these and goes on, most of them while a process that has failed is ending.
+_IGNORED = re.compile(r"Exception ignored (?:in|while)\b.*\n(?:(?:.*Traceback \(most.*|\s.*)\n)*.*")
 _MODULE = "qwen3_distill.generation.vllm.worker"
 
 
@@ -125,14 +127,15 @@ class VllmOpening(Opening):
             return EngineStartError(
                 f"vLLM is not installed for {self._python}: {how_to_install('vllm', 'generation')}"
             )
-        causes = [line for line in _CAUSE.findall(output) if "initialization failed" not in line]
+        causes = _causes(output)
         if causes and (unknown := _OTHER_VERSION.match(causes[-1])):
             return EngineStartError(
                 f"the vLLM of {self._python} is a version that this does not "
                 f"work with ({unknown[1]}); use one of docs/engines/install.md"
             )
-        cause = f"; vLLM says: {causes[-1]}" if causes else ""
-        if _OUT_OF_MEMORY.search(cause):
+        memory = [line for line in causes if _OUT_OF_MEMORY.search(line)]
+        cause = f"; vLLM says: {(memory or causes)[-1]}" if causes else ""
+        if memory:
             planned = self._settings.kv_cache_bytes / 2**30
             return EngineStartError(
                 f"vLLM found too little memory: planned {planned:.1f} GiB of key-value cache for "
@@ -143,3 +146,9 @@ class VllmOpening(Opening):
             return EngineStartError(text + cause)
         end = host.last_output()
         return EngineStartError(text if end in text else text + end)
+
+
+def _causes(output: str) -> list[str]:
+    """Return the exceptions that vLLM printed, without those that say only that there was one."""
+    lines = _CAUSE.findall(_IGNORED.sub("", output))
+    return [line for line in lines if "initialization failed" not in line]
