@@ -61,7 +61,7 @@ case $part in
     ;;
   learners) # prompts once, packing, FP8 below
     measure speed.learners --config configs/h200.yaml --name h200_rows "${given[@]}" "${lengths[@]}" \
-      --learners unsloth,unsloth_shared,unsloth_packed@128xlongtail8:1,compiled_fp8_backward@128x512:4 \
+      --learners unsloth,unsloth_shared,unsloth_packed@128xlongtail8:1,unsloth_fp8_backward@128x512:4 \
       --works 128x512:4,300x508:4,128xlongtail8:1 "$@"
     ;;
   trl)

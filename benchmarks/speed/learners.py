@@ -9,8 +9,9 @@ Every learner has a process of its own, takes the same steps of random tokens, a
 the next is measured; with ``--together`` all start at the same time. ``NAME@WORK+WORK`` takes some
 of the works only. Behind a name, ``_top16``
 takes the objective over the teacher's top 16 instead of the sampled token, ``_shared`` computes a
-prompt once for all of its answers, ``_packed`` packs rows instead of padding them, and ``_eager``
-is unsloth without its compiled layers.
+prompt once for all of its answers, ``_packed`` packs rows instead of padding them,
+``_fp8_backward`` computes input gradients of frozen layers in FP8, and ``_eager`` is unsloth
+without its compiled layers.
 
 A work is PROMPTxANSWER:SAMPLES: tokens of a prompt and of an answer, and answers to a prompt.
 ``longtail8`` for the answer's tokens: lognormal with a median of ``--median-tokens`` and a 99th
@@ -47,14 +48,15 @@ _EMBEDDED: dict[str, dict[str, Any]] = {
     "embedded": {},
     "compiled": {"compiled": True},
     "fp8": {"base_precision": "fp8"},
-    "compiled_fp8_backward": {"compiled": True, "base_precision": "fp8_backward"},
 }
 _CHANGES: dict[str, dict[str, Any]] = {
     "_top16": {},
     "_shared": {"shared_prompts": True},
     "_packed": {"packing": True},
+    "_fp8_backward": {"base_precision": "fp8_backward"},
     "_eager": {"environment": {"UNSLOTH_BLOCK_COMPILE": "0"}},
 }
+_ROUNDED = ("unsloth_fp8_backward", "compiled_fp8_backward")
 _OF_UNSLOTH = ("_packed", "_eager")
 
 
@@ -236,7 +238,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="with an unsloth learner")
     parser.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE")
     plain = ["unsloth", *_EMBEDDED]
-    parser.add_argument("--learners", type=lambda text: text.split(","), default=plain)
+    parser.add_argument(
+        "--learners", type=lambda text: text.split(","), default=[*plain, *_ROUNDED]
+    )
     parser.add_argument("--works", type=Shape.parse, default=[])
     parser.add_argument("--together", action="store_true", help="start all at the same time")
     parser.add_argument("--name", default="h200_learners", help="of the result")

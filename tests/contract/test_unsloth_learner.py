@@ -206,7 +206,10 @@ def replace_dropout(tuning: LoraTuning) -> LoraTuning:
 
 
 @needs_unsloth
-def test_a_bfloat16_base_takes_nearly_the_float32_step(bench: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "lowest"), [("as_loaded", 0.995), ("fp8_backward", 0.99)])
+def test_a_bfloat16_base_takes_nearly_the_float32_step(
+    bench: Bench, tmp_path: Path, precision: str, lowest: float
+) -> None:
     """Of the same weights: those that bfloat16 can hold. On CUDA these are the fused kernels."""
     rounded = tmp_path / "student"
     shutil.copytree(bench.student_dir, rounded)
@@ -225,12 +228,17 @@ def test_a_bfloat16_base_takes_nearly_the_float32_step(bench: Bench, tmp_path: P
         steps(learner, batch, 2)
         return flat_difference(weights_of(learner), before)
 
-    ours = change(pooled(rounded, dtype="bfloat16", packing="auto"), batch)
+    learner = pooled(rounded, dtype="bfloat16", packing="auto", base_precision=precision)
+    if precision == "fp8_backward":
+        fused = 14 if INSTALLED.device == "cuda" else 0
+        said = f"input gradients in FP8, {fused} of them in fused functions"
+        assert learner.describe()["frozen layers"] == said
+    ours = change(learner, batch)
     exact = change(EMBEDDED.build(rounded, settings_of()), batch)
     elsewhere = change(EMBEDDED.build(rounded, settings_of()), other)
     cosine = torch.nn.functional.cosine_similarity
 
-    assert cosine(ours, exact, dim=0) > 0.995
+    assert cosine(ours, exact, dim=0) > lowest
     assert cosine(elsewhere, exact, dim=0) < 0.9
 
 

@@ -155,18 +155,21 @@ class EmbeddedTraining(EmbeddedProcess):
 
     @model_validator(mode="after")
     def _fp8_base_is_frozen(self) -> Self:
-        if self.base_precision != "as_loaded" and self.tuning.kind == "full":
-            raise ValueError(
-                f"base_precision={self.base_precision} with tuning.kind=full: there no layer is "
-                "frozen, and float8 would round the steps away; use tuning.kind=lora, or drop "
-                "base_precision"
-            )
+        _check_base_is_frozen(self.base_precision, self.tuning)
         if self.base_precision == "fp8" and self.compiled:
             raise ValueError(
                 "base_precision=fp8 with compiled=true: PyTorch 2.11's compiler gave gradients of "
                 "another direction on an H200; use base_precision=fp8_backward, or compiled=false"
             )
         return self
+
+
+def _check_base_is_frozen(base_precision: str, tuning: TuningConfig) -> None:
+    if base_precision != "as_loaded" and tuning.kind == "full":
+        raise ValueError(
+            f"base_precision={base_precision} with tuning.kind=full: there no layer is frozen, and "
+            "float8 would round the steps away; use tuning.kind=lora, or drop base_precision"
+        )
 
 
 class UnslothTraining(EngineProcess, Watched):
@@ -178,6 +181,10 @@ class UnslothTraining(EngineProcess, Watched):
     autocast: Literal["auto", "off", "bfloat16"] = "auto"
     """``auto``: bfloat16 autocast if float32 weights are trained in full on CUDA, else none."""
     tuning: TuningConfig = Field(default_factory=lambda: LoraTuning(kind="lora"))
+    base_precision: Literal["as_loaded", "fp8_backward"] = "as_loaded"
+    """Precision of the frozen linear layers under adapters, with ``tuning.kind=lora``, on CUDA from
+    compute capability 8.9 on. ``fp8_backward``: the gradient that passes through them is computed
+    in float8, with a scale per row. It needs a byte more for each of their weights."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     max_model_tokens: PositiveInt | None = None
     """Maximum prompt plus response tokens; null: the student's context length. A longer rollout is
@@ -203,6 +210,16 @@ class UnslothTraining(EngineProcess, Watched):
     memory_gib: Gib | None = None
     """Memory that ``auto`` may use for weights and activations; null: planned, see
     ``qwen3-distill plan``."""
+
+    @model_validator(mode="after")
+    def _fp8_base_is_frozen(self) -> Self:
+        _check_base_is_frozen(self.base_precision, self.tuning)
+        if self.base_precision != "as_loaded" and getattr(self.tuning, "dropout", 0) > 0:
+            raise ValueError(
+                f"base_precision={self.base_precision} with tuning.dropout: unsloth's fused layers "
+                "with FP8 have none; use tuning.dropout=0, or base_precision=as_loaded"
+            )
+        return self
 
     @model_validator(mode="after")
     def _full_tuning_needs_float32(self) -> Self:

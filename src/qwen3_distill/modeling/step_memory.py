@@ -120,6 +120,17 @@ def weight_bytes(
     return whole + _FULL_COPIES * base_bytes * -(-shape.linear_parameters // shards)
 
 
+def _rounded_bytes(
+    shape: ModelShape, training: EmbeddedTraining | UnslothTraining, base_bytes: int
+) -> int:
+    """Bytes that frozen layers in float8 take, less those of the weights that they replace."""
+    if training.base_precision == "as_loaded" or not isinstance(training.tuning, LoraTuning):
+        return 0
+    weights = shape.merged_parameters(training.tuning.target_modules)
+    # Transposed, beside the weights; or both ways, in their place.
+    return weights if training.base_precision == "fp8_backward" else weights * (2 - base_bytes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checkpointing:
     """A choice of layers to recompute in the backward pass."""
@@ -148,6 +159,8 @@ class MemoryModel:
     """Rows of float32 logits, or of tensors of their size, that exist at a time."""
     merged_bytes: int = 0
     """Bytes of layers with merged adapters, kept for an engine that takes merged weights."""
+    rounded_bytes: int = 0
+    """Bytes of frozen layers in float8, less those of the weights that they replace."""
     shards: int = 1
     """Ranks over which the layers' matrices are divided."""
     lost_share: float = _LOST_SHARE
@@ -185,6 +198,7 @@ class MemoryModel:
                 else _LOGIT_COPIES * training.chunk_tokens
             ),
             merged_bytes=merged,
+            rounded_bytes=_rounded_bytes(shape, training, base_bytes),
             shards=shards,
             lost_share=_LOST_SHARE if on_gpu else 0.0,
         )
@@ -199,7 +213,7 @@ class MemoryModel:
             arithmetic=self.arithmetic,
             shards=self.shards,
         )
-        return weights + self.merged_bytes + self.gathered_bytes
+        return weights + self.rounded_bytes + self.merged_bytes + self.gathered_bytes
 
     @property
     def gathered_bytes(self) -> int:

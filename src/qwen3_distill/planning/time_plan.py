@@ -349,7 +349,7 @@ def _notes(config: RunConfig) -> Iterator[str]:
         yield "micro-batches are taken to be padded; packing, where it works, saves the padding"
     if training.shared_prompts and config.samples_per_prompt > 1:
         yield "what training.shared_prompts saves is not counted: training is shorter than here"
-    if training.kind == "embedded" and training.base_precision != "as_loaded":
+    if training.base_precision != "as_loaded":
         yield "what FP8 in frozen layers gains is not counted"
     if "embedded" in (config.generation.kind, training.kind) or (
         config.scoring is not None and config.scoring.kind == "embedded"

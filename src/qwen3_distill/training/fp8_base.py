@@ -12,6 +12,7 @@ the layers' inputs add to its error. Rounding the gradient's product alone leave
 Shape letters: M tokens, N outputs, K inputs.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -42,16 +43,21 @@ class Rowwise(NamedTuple):
     """[rows, 1] float32: the matrix is values * scales."""
 
 
-def quantize_rows(matrix: Tensor) -> Rowwise:
-    """Round a matrix to float8; the largest magnitude of each row becomes float8's largest."""
-    largest = matrix.abs().amax(dim=-1, keepdim=True).float()
-    scales = largest.clamp(min=_SMALLEST_SCALE) / _LARGEST
+def quantize_rows(*parts: Tensor) -> Rowwise:
+    """Round a matrix to float8; the largest magnitude of each row becomes float8's largest.
+
+    Args:
+        parts: matrices that stand side by side in it.
+    """
+    largest = torch.cat([part.abs().amax(dim=-1, keepdim=True) for part in parts], dim=-1)
+    scales = largest.amax(dim=-1, keepdim=True).float().clamp(min=_SMALLEST_SCALE) / _LARGEST
     # Rounding of the division may exceed the largest value, which the cast would turn into NaN.
-    scaled = (matrix.float() / scales).clamp(-_LARGEST, _LARGEST)
-    return Rowwise(scaled.to(_FP8), scales)
+    scaled = [(part.float() / scales).clamp(-_LARGEST, _LARGEST).to(_FP8) for part in parts]
+    whole = scaled[0].contiguous() if len(scaled) == 1 else torch.cat(scaled, dim=-1)
+    return Rowwise(whole, scales)
 
 
-def _product(left: Rowwise, right: Rowwise, dtype: torch.dtype) -> Tensor:
+def rowwise_product(left: Rowwise, right: Rowwise, dtype: torch.dtype) -> Tensor:
     """[rows of left, rows of right]: left right^T."""
     # The device's rowwise products give bfloat16 only.
     product: Tensor = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
@@ -80,7 +86,7 @@ class _RoundedProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(turned, turned_scales)
         ctx.dtype = x_MK.dtype
-        return _product(quantize_rows(x_MK), Rowwise(weight, scales), dtype)
+        return rowwise_product(quantize_rows(x_MK), Rowwise(weight, scales), dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -109,7 +115,7 @@ class _ExactForward(torch.autograd.Function):
 
 
 def _input_gradient(ctx: Any, dy_MN: Tensor) -> Tensor:
-    return _product(quantize_rows(dy_MN), Rowwise(*ctx.saved_tensors), ctx.dtype)
+    return rowwise_product(quantize_rows(dy_MN), Rowwise(*ctx.saved_tensors), ctx.dtype)
 
 
 class _FrozenLinear(nn.Module):
@@ -191,16 +197,39 @@ class Fp8BackwardLinear(_FrozenLinear):
 
 
 def freeze_in_fp8(
-    core: PreTrainedModel, model_dir: Path, precision: Literal["fp8", "fp8_backward"]
+    core: PreTrainedModel,
+    model_dir: Path,
+    precision: Literal["fp8", "fp8_backward"],
+    done: Collection[str] = (),
 ) -> None:
     """Replace the frozen layer under every adapter by an `Fp8Linear` or `Fp8BackwardLinear`.
+
+    Args:
+        done: names of layers with adapters that are to stay as they are.
+
+    Raises:
+        ConfigError: the device has no FP8 products, or a layer's sizes do not fit them.
+    """
+    check_fp8_layers(core, precision)
+    stored = StoredWeights(model_dir)
+    for name, module in core.named_modules():
+        if not isinstance(module, LoraLayer) or name in done:
+            continue
+        base: Any = module.base_layer
+        if precision == "fp8":
+            module.base_layer = Fp8Linear(base.weight, f"{name}.weight", stored)
+        else:
+            module.base_layer = Fp8BackwardLinear(base.weight)
+
+
+def check_fp8_layers(core: PreTrainedModel, precision: Literal["fp8", "fp8_backward"]) -> None:
+    """Check that the layers under adapters can be computed in FP8 where they are.
 
     Raises:
         ConfigError: the device has no FP8 products, or a layer's sizes do not fit them.
     """
     setting = f"training.base_precision={precision}"
     _check_device(core.device, setting)
-    stored = StoredWeights(model_dir)
     for name, module in core.named_modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -212,10 +241,6 @@ def freeze_in_fp8(
                 f"{setting}: {name} has {base.in_features} inputs and "
                 f"{base.out_features} outputs, expected multiples of {_MULTIPLE}; use as_loaded"
             )
-        if precision == "fp8":
-            module.base_layer = Fp8Linear(base.weight, f"{name}.weight", stored)
-        else:
-            module.base_layer = Fp8BackwardLinear(base.weight)
 
 
 def _check_device(device: torch.device, setting: str) -> None:

@@ -50,6 +50,18 @@ def test_ratios_are_of_the_results_that_are_there() -> None:
     }
 
 
+def test_fp8_is_that_of_the_faster_learner() -> None:
+    rates = {
+        f"train_{name}_128x512_n4_tok_s": rate
+        for name, rate in [
+            ("unsloth", 100.0),
+            ("compiled_fp8_backward", 98.0),
+            ("unsloth_fp8_backward", 109.0),
+        ]
+    }
+    assert figures_of({"h200_rows": {"figures": rates}})["train_fp8_vs_unsloth"] == 1.09
+
+
 def test_parts_of_a_second_start_count_where_the_first_lacks_them() -> None:
     tails = {
         "figures": {"longtail8_vs_sequential": 1.9, "opd_tok_s_256x512": 1.0},

@@ -15,7 +15,7 @@ from benchmarks.speed.start import write_problems
 from benchmarks.speed.time_plan import CONFIG
 from benchmarks.speed.topk_profile import by_blocks
 from benchmarks.speed.trl_distillation import ForcedLengths, Setting, best_of
-from qwen3_distill.config import TopKDivergence, UnslothTraining
+from qwen3_distill.config import EmbeddedTraining, TopKDivergence, UnslothTraining
 from qwen3_distill.config.load import load_config
 from qwen3_distill.data.sources import build_source
 from qwen3_distill.data.sources.records import ANSWER_KEY
@@ -52,7 +52,11 @@ def test_a_learners_name_says_what_changes() -> None:
     eager = config_of("unsloth_eager", config, 99).training
     assert isinstance(eager, UnslothTraining)
     assert eager.environment == {"UNSLOTH_BLOCK_COMPILE": "0"}
-    assert config_of("compiled_fp8_backward_shared", config, 99).training.kind == "embedded"
+    embedded = config_of("compiled_fp8_backward_shared", config, 99).training
+    assert isinstance(embedded, EmbeddedTraining)
+    assert (embedded.compiled, embedded.base_precision) == (True, "fp8_backward")
+    rounded = config_of("unsloth_fp8_backward", config, 99).training
+    assert (rounded.kind, rounded.base_precision) == ("unsloth", "fp8_backward")
 
 
 # --- TRL ----------------------------------------------------------------------------------------

@@ -17,11 +17,14 @@ from qwen3_distill.config import (
     FullTuning,
     LoraTuning,
     SampledReverseKL,
+    UnslothTraining,
 )
 from qwen3_distill.data.chain_task import ChainTask
 from qwen3_distill.errors import ConfigError, ModelError
 from qwen3_distill.modeling.digest import weights_digest
 from qwen3_distill.modeling.loading import load_tokenizer
+from qwen3_distill.modeling.shapes import QWEN3_SHAPES
+from qwen3_distill.modeling.step_memory import MemoryModel
 from qwen3_distill.modeling.stored_weights import StoredWeights
 from qwen3_distill.training.embedded.student import EmbeddedLearner, build_embedded_learner
 from qwen3_distill.training.fp8_base import Fp8Linear, quantize_rows
@@ -42,6 +45,7 @@ from tests.tiny_models import TinyModels, write_model
 
 LORA = LoraTuning(kind="lora", rank=4, alpha=8.0)
 LAB = Path("models/lab")
+PRECISIONS = ("as_loaded", "fp8_backward", "fp8")
 SAMPLED = SampledReverseKL(kind="sampled_reverse_kl")
 
 
@@ -181,9 +185,47 @@ def test_adapters_train_and_the_base_does_not() -> None:
         assert torch.equal(base.weight.view(torch.uint8), weight.view(torch.uint8))
 
 
+def unsloth(**changes: Any) -> UnslothTraining:
+    return UnslothTraining.model_validate(
+        {"kind": "unsloth", "base_precision": "fp8_backward"} | changes
+    )
+
+
 def test_full_tuning_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"use tuning\.kind=lora"):
         training(base_precision="fp8", tuning=FullTuning(kind="full"))
+    with pytest.raises(ValidationError, match=r"use tuning\.kind=lora"):
+        unsloth(dtype="float32", tuning=FullTuning(kind="full"))
+
+
+def test_dropout_with_unsloths_fused_layers_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"use tuning\.dropout=0, or base_precision"):
+        unsloth(tuning=LORA.model_copy(update={"dropout": 0.1}))
+    assert unsloth().tuning.kind == "lora"
+
+
+def test_what_is_rounded_needs_memory_in_the_plan() -> None:
+    shape = QWEN3_SHAPES["4B"]
+    weights = shape.merged_parameters(LORA.target_modules)
+
+    def fixed(config: EmbeddedTraining | UnslothTraining) -> int:
+        return MemoryModel.of(shape, config, on_gpu=True, merges=False).fixed_bytes
+
+    plain = fixed(unsloth(base_precision="as_loaded"))
+    assert fixed(unsloth()) - plain == weights
+    assert weights == 3_633_315_840
+    embedded = [fixed(training(dtype="bfloat16", base_precision=p)) for p in PRECISIONS]
+    assert [each - embedded[0] for each in embedded] == [0, weights, 0]
+    in_float32 = [fixed(training(base_precision=p)) for p in PRECISIONS]
+    assert [each - in_float32[0] for each in in_float32] == [0, weights, -2 * weights]
+
+
+def test_a_gradient_in_any_order_of_memory_is_rounded_by_rows() -> None:
+    """The device's products take rows that lie one behind the other."""
+    column_major = torch.randn(16, 8).t()
+    values, scales = quantize_rows(column_major)
+    assert values.is_contiguous()
+    assert torch.equal(scales, quantize_rows(column_major.contiguous()).scales)
 
 
 def test_compiled_fp8_is_refused() -> None:

@@ -43,6 +43,7 @@ from qwen3_distill.modeling.step_memory import (
 )
 from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
 from qwen3_distill.training.batching import MicroBatch, SharedPrompt
+from qwen3_distill.training.fp8_base import check_fp8_layers, freeze_in_fp8
 from qwen3_distill.training.learner import TorchLearner
 from qwen3_distill.training.lora import check_targets, initialise_adapters
 from qwen3_distill.training.memory_lack import memory_lack
@@ -56,6 +57,7 @@ from qwen3_distill.training.prompt_attention import (
 from qwen3_distill.training.segments import describe_segments, lendable
 from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.training.unsloth.attention import arguments_with, patch_attention
+from qwen3_distill.training.unsloth.fp8_layers import round_fused_gradients
 from qwen3_distill.training.unsloth.packing_probe import (
     packing_gap,
     recompute_first_layers,
@@ -198,6 +200,7 @@ class UnslothStudent:
         self.core: PreTrainedModel = _load(model_dir, config, seed, plan.choice)
         _check_weights(model_dir, self.core)
         recompute_first_layers(self.core, plan.choice.recomputed_layers)
+        self._base = self._round_gradients(model_dir)
         self.shares_prompts, self._sharing = self._decide_sharing()
         self._attends_itself = self._fused and not _has_varlen_kernel()
         """Packed rows are attended to as shared prompts are: unsloth has no kernel for them."""
@@ -230,6 +233,7 @@ class UnslothStudent:
             "unsloth": str(unsloth.__version__),
             "device": str(self.device),
             "kernels": "unsloth's fused ones" if self._fused else "Hugging Face's",
+            "frozen layers": self._base,
             "candidates": "by the fused head" if self.has_exact_head else "in chunks of logits",
             "memory": self._plan.report(),
             **({"segments": describe_segments()} if self.device.type == "cuda" else {}),
@@ -262,6 +266,16 @@ class UnslothStudent:
             use_cache=False,
             **arguments_with(attention, input_1T.shape[1]),
         )[0]
+
+    def _round_gradients(self, model_dir: Path) -> str:
+        """Compute the gradients that pass through frozen layers in FP8, if asked, and say so."""
+        precision = self._config.base_precision
+        if precision == "as_loaded":
+            return "as loaded"
+        check_fp8_layers(self.core, precision)
+        fused = round_fused_gradients(self.core) if self._fused else set[str]()
+        freeze_in_fp8(self.core, model_dir, precision, done=fused)
+        return f"input gradients in FP8, {len(fused)} of them in fused functions"
 
     def _decide_sharing(self) -> tuple[bool, str]:
         """Whether prompts are shared, and why.

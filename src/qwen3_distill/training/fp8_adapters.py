@@ -1,0 +1,225 @@
+"""Frozen layers with adapters, several in one autograd function, with input gradients in FP8.
+
+A library that fuses a layer with its adapter, or a whole MLP, has no module in between that could
+be an `Fp8BackwardLinear`. These are fused functions with that product. For layers i of one input:
+
+    y_i  = x W_i^T + s_i (x A_i^T) B_i^T
+    dx   = [dy_1 .. dy_n] [W_1; ..; W_n] + sum_i s_i (dy_i B_i) A_i
+    dA_i = s_i (dy_i B_i)^T x
+    dB_i = s_i dy_i^T (x A_i^T)
+
+The first product of dx is in float8 (e4m3), with one scale for each row of either factor; all else
+has the input's dtype. An MLP computes the input of its down projection a second time in the
+backward pass instead of keeping it.
+
+Shape letters: M tokens, N outputs of a layer, K inputs, R rank.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from qwen3_distill.training.fp8_base import Rowwise, quantize_rows, rowwise_product
+
+AddProduct: TypeAlias = Callable[[Tensor, Tensor, Tensor, float], Any]
+"""Adds the fourth argument times the product of the second and the third to the first, in place."""
+
+
+class Adapted(NamedTuple):
+    """A frozen layer and its adapter."""
+
+    weight_NK: Tensor
+    down_RK: Tensor
+    up_NR: Tensor
+    scaling: float
+
+
+class Kernels(NamedTuple):
+    """Holds the functions between the products."""
+
+    add_product: AddProduct
+    activate: Callable[[Tensor, Tensor], Tensor]
+    """From the outputs of gate and up, [B, T, N] each, to silu(gate) * up."""
+    activate_backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    """From the gradient of that product and the outputs of gate and up, [M, N] each, to the
+    product, up's gradient and gate's. It may overwrite what it is given."""
+
+
+class Turned(nn.Module):
+    """Holds the transposed weights of layers of one input, side by side, in float8.
+
+    Args:
+        weights_NK: the layers' weights.
+    """
+
+    values: Tensor
+    """[K, sum of N] float8."""
+    scales: Tensor
+    """[K, 1] float32."""
+
+    def __init__(self, weights_NK: Sequence[Tensor]) -> None:
+        super().__init__()
+        turned = quantize_rows(torch.cat([weight.detach() for weight in weights_NK]).t())
+        self.register_buffer("values", turned.values, persistent=False)
+        self.register_buffer("scales", turned.scales, persistent=False)
+
+
+def adapted_outputs(
+    x: Tensor, layers: Sequence[Adapted], turned: Turned, kernels: Kernels
+) -> tuple[Tensor, ...]:
+    """Compute the outputs of layers of one input, [..., N] each, from [..., K]."""
+    outputs: Any = _Outputs.apply(
+        x.reshape(-1, x.shape[-1]),
+        turned.values,
+        turned.scales,
+        kernels.add_product,
+        *_flat(layers),
+    )
+    return tuple(y_MN.view(*x.shape[:-1], y_MN.shape[-1]) for y_MN in outputs)
+
+
+def adapted_mlp(
+    x: Tensor, layers: Sequence[Adapted], gate_up: Turned, down: Turned, kernels: Kernels
+) -> Tensor:
+    """Compute the output of an MLP, [B, T, K], from its input.
+
+    Args:
+        layers: gate, up and down.
+    """
+    y: Any = _Mlp.apply(
+        x, gate_up.values, gate_up.scales, down.values, down.scales, *kernels, *_flat(layers)
+    )
+    return y
+
+
+def _flat(layers: Sequence[Adapted]) -> list[Any]:
+    # A compiler follows tensors that are arguments themselves, not those in an argument.
+    return [part for layer in layers for part in layer]
+
+
+def _layers(parts: Sequence[Any]) -> list[Adapted]:
+    return [Adapted(*parts[start : start + 4]) for start in range(0, len(parts), 4)]
+
+
+class _Outputs(torch.autograd.Function):
+    """Computes the outputs of layers of one input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_MK: Tensor, values: Tensor, scales: Tensor, add_product: AddProduct, *parts: Any
+    ) -> tuple[Tensor, ...]:
+        layers = _layers(parts)
+        ctx.save_for_backward(x_MK, values, scales, *_adapter_matrices(layers))
+        ctx.constants = (add_product, [layer.scaling for layer in layers])
+        return tuple(_output(x_MK, layer, add_product) for layer in layers)
+
+    @staticmethod
+    def backward(ctx: Any, *dys_MN: Tensor) -> tuple[Tensor | None, ...]:
+        x_MK, values, scales, *matrices = ctx.saved_tensors
+        add_product, scalings = ctx.constants
+        adapters = _adapters(matrices, scalings, x_MK.dtype)
+        back = [_Back.of(dy_MN, a) for dy_MN, a in zip(dys_MN, adapters, strict=True)]
+        dx_MK = _input_gradient(back, Rowwise(values, scales), add_product)
+        return dx_MK, None, None, None, *_of_parts(x_MK, back)
+
+
+class _Mlp(torch.autograd.Function):
+    """Computes an MLP, of which it keeps the input and the outputs of gate and up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate_up_values: Tensor,
+        gate_up_scales: Tensor,
+        down_values: Tensor,
+        down_scales: Tensor,
+        add_product: AddProduct,
+        activate: Callable[..., Tensor],
+        activate_backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+        *parts: Any,
+    ) -> Tensor:
+        gate, up, down = layers = _layers(parts)
+        x_MK = x.reshape(-1, x.shape[-1])
+        gate_MN = _output(x_MK, gate, add_product)
+        up_MN = _output(x_MK, up, add_product)
+        inner = (*x.shape[:-1], gate_MN.shape[-1])
+        product = activate(gate_MN.view(inner), up_MN.view(inner))
+        y_MK = _output(product.view(gate_MN.shape), down, add_product)
+        turned = (gate_up_values, gate_up_scales, down_values, down_scales)
+        ctx.save_for_backward(x, gate_MN, up_MN, *turned, *_adapter_matrices(layers))
+        ctx.constants = (add_product, activate_backward, [layer.scaling for layer in layers])
+        return y_MK.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate_MN, up_MN, *saved = ctx.saved_tensors
+        gate_up, down = Rowwise(*saved[:2]), Rowwise(*saved[2:4])
+        add_product, activate_backward, scalings = ctx.constants
+        adapters = _adapters(saved[4:], scalings, x.dtype)
+        x_MK = x.reshape(-1, x.shape[-1])
+        behind = _Back.of(gradients[0].reshape(x_MK.shape), adapters[2])
+        dproduct_MN = _input_gradient([behind], down, add_product)
+        product_MN, dup_MN, dgate_MN = activate_backward(dproduct_MN, gate_MN, up_MN)
+        back = [_Back.of(dgate_MN, adapters[0]), _Back.of(dup_MN, adapters[1])]
+        dx = _input_gradient(back, gate_up, add_product).view(x.shape)
+        of_layers = [*_of_parts(x_MK, back), *_of_parts(product_MN, [behind])]
+        return dx, *[None] * 7, *of_layers
+
+
+class _Adapter(NamedTuple):
+    down_RK: Tensor
+    up_NR: Tensor
+    scaling: float
+
+
+class _Back(NamedTuple):
+    """Holds what comes back to a layer: gradients of its output, and inside its adapter."""
+
+    dy_MN: Tensor
+    low_MR: Tensor
+    adapter: _Adapter
+
+    @classmethod
+    def of(cls, dy_MN: Tensor, adapter: _Adapter) -> "_Back":
+        return cls(dy_MN, (dy_MN @ adapter.up_NR) * adapter.scaling, adapter)
+
+
+def _adapter_matrices(layers: Sequence[Adapted]) -> list[Tensor]:
+    return [matrix for layer in layers for matrix in (layer.down_RK, layer.up_NR)]
+
+
+def _adapters(
+    matrices: Sequence[Tensor], scalings: Sequence[float], dtype: torch.dtype
+) -> list[_Adapter]:
+    downs, ups = matrices[::2], matrices[1::2]
+    return [
+        _Adapter(down_RK.to(dtype), up_NR.to(dtype), scaling)
+        for down_RK, up_NR, scaling in zip(downs, ups, scalings, strict=True)
+    ]
+
+
+def _output(x_MK: Tensor, layer: Adapted, add_product: AddProduct) -> Tensor:
+    y_MN = x_MK @ layer.weight_NK.t()
+    low_MR = x_MK @ layer.down_RK.to(x_MK.dtype).t()
+    add_product(y_MN, low_MR, layer.up_NR.to(x_MK.dtype).t(), layer.scaling)
+    return y_MN
+
+
+def _input_gradient(back: Sequence[_Back], turned: Rowwise, add_product: AddProduct) -> Tensor:
+    dys_MN = [each.dy_MN for each in back]
+    dx_MK = rowwise_product(quantize_rows(*dys_MN), turned, dys_MN[0].dtype)
+    for each in back:
+        add_product(dx_MK, each.low_MR, each.adapter.down_RK, 1.0)
+    return dx_MK
+
+
+def _of_parts(x_MK: Tensor, back: Sequence[_Back]) -> list[Tensor | None]:
+    """Gradients of the layers' parts, as `_flat` has them: of the adapters alone."""
+    gradients: list[Tensor | None] = []  # a compiler does not follow list[...]()
+    for dy_MN, low_MR, (down_RK, _, scaling) in back:
+        inside_MR = (x_MK @ down_RK.t()) * scaling
+        gradients += [None, low_MR.t() @ x_MK, dy_MN.t() @ inside_MR, None]
+    return gradients
