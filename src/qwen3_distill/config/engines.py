@@ -184,7 +184,8 @@ class UnslothTraining(EngineProcess, Watched):
     base_precision: Literal["as_loaded", "fp8_backward"] = "as_loaded"
     """Precision of the frozen linear layers under adapters, with ``tuning.kind=lora``, on CUDA from
     compute capability 8.9 on. ``fp8_backward``: the gradient that passes through them is computed
-    in float8, with a scale per row. It needs a byte more for each of their weights."""
+    in float8, with a scale per row. It needs a byte more for each of their weights. It is made for
+    compiled layers; unsloth compiles none where it packs rows by a kernel of its own."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     max_model_tokens: PositiveInt | None = None
     """Maximum prompt plus response tokens; null: the student's context length. A longer rollout is
@@ -199,9 +200,8 @@ class UnslothTraining(EngineProcess, Watched):
     packing: bool | Literal["auto"] = "auto"
     """Concatenate a micro-batch's sequences instead of padding them. ``auto``: if unsloth has an
     attention kernel for it and a probe at start gives the same result as padding. ``true``: also
-    without such a kernel. On CUDA with LoRA PyTorch's kernel is then used, and unsloth does not
-    compile its layers; elsewhere the cost grows with the square of `micro_batch_tokens`. A failed
-    probe is an error."""
+    without such a kernel. On CUDA with LoRA PyTorch's kernel is then used; elsewhere the cost grows
+    with the square of `micro_batch_tokens`. A failed probe is an error."""
     chunk_tokens: PositiveInt = 1024
     """Rows of logits held in memory at a time, in objectives over more than the sampled token."""
     gradient_checkpointing: Literal["auto", "off", "on", "unsloth"] = "auto"

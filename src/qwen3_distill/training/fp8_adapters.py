@@ -1,16 +1,17 @@
 """Frozen layers with adapters, several in one autograd function, with input gradients in FP8.
 
 A library that fuses a layer with its adapter, or a whole MLP, has no module in between that could
-be an `Fp8BackwardLinear`. These are fused functions with that product. For layers i of one input:
+be an `Fp8BackwardLinear`. These are fused functions whose input gradient is in FP8. For layers i of
+one input:
 
     y_i  = x W_i^T + s_i (x A_i^T) B_i^T
     dx   = [dy_1 .. dy_n] [W_1; ..; W_n] + sum_i s_i (dy_i B_i) A_i
     dA_i = s_i (dy_i B_i)^T x
     dB_i = s_i dy_i^T (x A_i^T)
 
-The first product of dx is in float8 (e4m3), with one scale for each row of either factor; all else
-has the input's dtype. An MLP computes the input of its down projection a second time in the
-backward pass instead of keeping it.
+The first product of dx is in float8 (e4m3), with one scale for each row of either factor, and gives
+bfloat16; all else has the input's dtype. An MLP computes the input of its down projection a second
+time in the backward pass instead of keeping it.
 
 Shape letters: M tokens, N outputs of a layer, K inputs, R rank.
 """
@@ -71,13 +72,9 @@ def adapted_outputs(
 ) -> tuple[Tensor, ...]:
     """Compute the outputs of layers of one input, [..., N] each, from [..., K]."""
     outputs: Any = _Outputs.apply(
-        x.reshape(-1, x.shape[-1]),
-        turned.values,
-        turned.scales,
-        kernels.add_product,
-        *_flat(layers),
+        x, turned.values, turned.scales, kernels.add_product, *_flat(layers)
     )
-    return tuple(y_MN.view(*x.shape[:-1], y_MN.shape[-1]) for y_MN in outputs)
+    return outputs
 
 
 def adapted_mlp(
@@ -108,21 +105,26 @@ class _Outputs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_MK: Tensor, values: Tensor, scales: Tensor, add_product: AddProduct, *parts: Any
+        ctx: Any, x: Tensor, values: Tensor, scales: Tensor, add_product: AddProduct, *parts: Any
     ) -> tuple[Tensor, ...]:
         layers = _layers(parts)
-        ctx.save_for_backward(x_MK, values, scales, *_adapter_matrices(layers))
+        ctx.save_for_backward(x, values, scales, *_adapter_matrices(layers))
         ctx.constants = (add_product, [layer.scaling for layer in layers])
-        return tuple(_output(x_MK, layer, add_product) for layer in layers)
+        x_MK = x.reshape(-1, x.shape[-1])
+        outputs = [_output(x_MK, layer, add_product) for layer in layers]
+        # Views: PyTorch 2.11 compiles a tensor that was changed in place to one without a gradient.
+        return tuple(y_MN.view(*x.shape[:-1], y_MN.shape[-1]) for y_MN in outputs)
 
     @staticmethod
-    def backward(ctx: Any, *dys_MN: Tensor) -> tuple[Tensor | None, ...]:
-        x_MK, values, scales, *matrices = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, scales, *matrices = ctx.saved_tensors
         add_product, scalings = ctx.constants
-        adapters = _adapters(matrices, scalings, x_MK.dtype)
+        x_MK = x.reshape(-1, x.shape[-1])
+        dys_MN = [dy.reshape(-1, dy.shape[-1]) for dy in gradients]
+        adapters = _adapters(matrices, scalings, x.dtype)
         back = [_Back.of(dy_MN, a) for dy_MN, a in zip(dys_MN, adapters, strict=True)]
         dx_MK = _input_gradient(back, Rowwise(values, scales), add_product)
-        return dx_MK, None, None, None, *_of_parts(x_MK, back)
+        return dx_MK.view(x.shape), None, None, None, *_of_parts(x_MK, back)
 
 
 class _Mlp(torch.autograd.Function):

@@ -244,12 +244,26 @@ def check_fp8_layers(core: PreTrainedModel, precision: Literal["fp8", "fp8_backw
 
 
 def _check_device(device: torch.device, setting: str) -> None:
-    if device.type != "cuda":
-        return
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _FIRST_CAPABILITY:
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _FIRST_CAPABILITY:
+            raise ConfigError(
+                f"{setting}: {torch.cuda.get_device_name(device)} has compute "
+                f"capability {capability[0]}.{capability[1]} and no FP8 products, which begin with "
+                f"{_FIRST_CAPABILITY[0]}.{_FIRST_CAPABILITY[1]}; use as_loaded"
+            )
+    if not has_rowwise_products(device):
         raise ConfigError(
-            f"{setting}: {torch.cuda.get_device_name(device)} has compute "
-            f"capability {capability[0]}.{capability[1]} and no FP8 products, which begin with "
-            f"{_FIRST_CAPABILITY[0]}.{_FIRST_CAPABILITY[1]}; use as_loaded"
+            f"{setting}: PyTorch {torch.__version__} has no FP8 products with a scale per row on "
+            f"{device.type}; use as_loaded, or a newer PyTorch"
         )
+
+
+def has_rowwise_products(device: torch.device) -> bool:
+    """Whether PyTorch multiplies float8 matrices with a scale per row there."""
+    matrix = quantize_rows(torch.ones(_MULTIPLE, _MULTIPLE, device=device))
+    try:
+        rowwise_product(matrix, matrix, torch.bfloat16)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True

@@ -239,6 +239,17 @@ def test_sizes_that_the_products_do_not_take_are_refused(tmp_path: Path) -> None
         learner(tmp_path / "odd", base_precision="fp8")
 
 
+def test_a_pytorch_without_the_products_is_refused(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("INTERNAL ASSERT FAILED: only supports per-tensor scaling")
+
+    monkeypatch.setattr(torch, "_scaled_mm", absent)
+    with pytest.raises(ConfigError, match="no FP8 products with a scale per row on cpu; use as"):
+        learner(tiny_models.student, base_precision="fp8_backward")
+
+
 def test_a_weight_that_is_not_in_the_files_is_named(tiny_models: TinyModels) -> None:
     stored = StoredWeights(tiny_models.student)
     with pytest.raises(ModelError, match=r"has no weight model\.nothing"):

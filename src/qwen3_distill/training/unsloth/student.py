@@ -89,8 +89,7 @@ def open_learner(settings: LearnerSettings[UnslothTraining]) -> TorchLearner:
     merges = isinstance(config.tuning, LoraTuning) and not settings.publish_adapter
     plan = CheckpointingPlan(settings.model_dir, config, budget, merges=merges)
     with memory_lack() as lack:
-        with lendable():  # what the adapters do not change is published where it is
-            student = UnslothStudent(settings.model_dir, config, settings.seed, plan)
+        student = UnslothStudent(settings.model_dir, config, settings.seed, plan)
         objective = build_objective(
             settings.objective,
             teacher_head_VD=None,
@@ -197,7 +196,8 @@ class UnslothStudent:
         self._plan = plan
         self.device = resolve_device("auto")
         self._fused = self.device.type == "cuda" and isinstance(config.tuning, LoraTuning)
-        self.core: PreTrainedModel = _load(model_dir, config, seed, plan.choice)
+        with lendable():  # what the adapters do not change is published where it is
+            self.core: PreTrainedModel = _load(model_dir, config, seed, plan.choice)
         _check_weights(model_dir, self.core)
         recompute_first_layers(self.core, plan.choice.recomputed_layers)
         self._base = self._round_gradients(model_dir)
