@@ -475,12 +475,14 @@ from qwen3_distill.config import LoraTuning, SampledReverseKL, UnslothTraining
 from qwen3_distill.training.settings import LearnerSettings
 import torch
 
-class Loading:
-    def __init__(self, *_):
-        print("while loading", torch._C._accelerator_getAllocatorSettings())
-        sys.exit()
+def load(*_):
+    print("while loading", torch._C._accelerator_getAllocatorSettings())
 
-student.UnslothStudent = Loading
+def check_weights(*_):
+    print("then", torch._C._accelerator_getAllocatorSettings())
+    sys.exit()
+
+student._load, student._check_weights = load, check_weights
 torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 student.open_learner(
     LearnerSettings(
@@ -497,7 +499,9 @@ student.open_learner(
 @needs_unsloth
 def test_weights_are_loaded_into_memory_that_can_be_lent(bench: Bench) -> None:
     said = unsloth_says(LOADS.format(root=ROOT, model_dir=str(bench.student_dir)))
-    assert said.endswith("while loading expandable_segments:False")
+    *_, loading, after = said.splitlines()
+    assert loading == "while loading expandable_segments:False"
+    assert after == "then expandable_segments:True"  # copies in FP8 are never lent
 
 
 def test_full_weights_are_still_published_whole(bench: Bench) -> None:
