@@ -1,6 +1,6 @@
 """Measures what FP8 in frozen layers does to the accuracy of the lab student, over seeds.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.learning.fp8_accuracy --seeds 5 --jobs 2
+    python -m benchmarks.learning.fp8_accuracy --seeds 5 --jobs 2
 
 The demo with adapters on all linear layers, its frozen layers as loaded, and in FP8 for the
 gradient that passes through them, with the same seeds. It runs on a CPU, which sums in float32; a
@@ -12,6 +12,7 @@ to the layers as loaded, paired by seed, with its interval (``difference``).
 """
 
 import argparse
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,20 +47,14 @@ def figures_of(runs: list[dict[str, Any]]) -> dict[str, float]:
     figures: dict[str, float] = {"seeds": len(runs) // len(CASES)}
     accuracies = {case: [run["accuracy"] for run in runs if run["case"] == case] for case in CASES}
     for case, values in accuracies.items():
-        figures |= _named(f"{case}_accuracy", values)
+        figures |= mean_of_seeds(values).figures(f"{case}_accuracy")
         greedy = [run["greedy"] for run in runs if run["case"] == case]
         figures[f"{case}_greedy"] = mean_of_seeds(greedy).mean
         if case != CASES[0]:
             pairs = zip(values, accuracies[CASES[0]], strict=True)
-            figures |= _named(f"{case}_difference", [ours - exact for ours, exact in pairs])
+            differences = mean_of_seeds([ours - exact for ours, exact in pairs])
+            figures |= differences.figures(f"{case}_difference")
     return figures
-
-
-def _named(name: str, values: list[float]) -> dict[str, float]:
-    mean = mean_of_seeds(values)
-    if mean.low is None or mean.high is None:
-        return {name: mean.mean}
-    return {name: mean.mean, f"{name}_low": mean.low, f"{name}_high": mean.high}
 
 
 def main() -> None:
@@ -71,6 +66,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/fp8-accuracy"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
     arguments = parser.parse_args()
+    if arguments.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
     with ThreadPoolExecutor(arguments.jobs) as pool:
         started = [
             pool.submit(one_run, case, seed, arguments.folder)

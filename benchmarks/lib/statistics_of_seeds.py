@@ -18,6 +18,12 @@ class MeanOfSeeds:
     high: float | None
     num_seeds: int
 
+    def figures(self, name: str) -> dict[str, float]:
+        """Return the mean under a name, and its interval, if any, as ``_low`` and ``_high``."""
+        if self.low is None or self.high is None:
+            return {name: self.mean}
+        return {name: self.mean, f"{name}_low": self.low, f"{name}_high": self.high}
+
 
 def mean_of_seeds(values: Sequence[float]) -> MeanOfSeeds:
     """The mean of one value per seed.

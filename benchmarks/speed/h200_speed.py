@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.common import RESULTS, command_line, commit
+from benchmarks.speed.learners import ROUNDED
 from qwen3_distill.utils.files import write_json_atomic
 
 _SOURCES = ("h200_one_start", "h200_tails", "h200_rows", "h200_trl", "h200_start")
@@ -44,9 +45,6 @@ GOALS: dict[str, float | None] = {
 }
 """At least this, or at most where it is negative; None: no goal, it is only measured."""
 
-_ROUNDED = ("unsloth_fp8_backward", "compiled_fp8_backward")
-"""Learners with FP8 in frozen layers; the faster counts."""
-
 Results = Mapping[str, Mapping[str, Any]]
 
 
@@ -59,9 +57,9 @@ def figures_of(results: Results) -> dict[str, float]:
         flat["gb10_public_error_pct"] = public
     fp8 = results.get("h200_learners", {}).get("figures", {})
     known = [
-        fp8[f"train_{name}_vs_unsloth"] for name in _ROUNDED if f"train_{name}_vs_unsloth" in fp8
+        fp8[f"train_{name}_vs_unsloth"] for name in ROUNDED if f"train_{name}_vs_unsloth" in fp8
     ]
-    if known:
+    if known:  # the faster counts
         flat["train_fp8_vs_unsloth"] = max(known)
     for source in reversed(_SOURCES):
         flat |= results.get(source, {}).get("figures", {})
@@ -78,7 +76,7 @@ def figures_of(results: Results) -> dict[str, float]:
     }
     rounded = [
         flat[rate] / flat[unrounded]
-        for learner in _ROUNDED
+        for learner in ROUNDED
         for rate, unrounded in [_rates(learner, "unsloth", "128x512_n4")]
         if rate in flat and unrounded in flat
     ]

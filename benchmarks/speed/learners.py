@@ -56,7 +56,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "_fp8_backward": {"base_precision": "fp8_backward"},
     "_eager": {"environment": {"UNSLOTH_BLOCK_COMPILE": "0"}},
 }
-_ROUNDED = ("unsloth_fp8_backward", "compiled_fp8_backward")
+ROUNDED = ("unsloth_fp8_backward", "compiled_fp8_backward")
+"""Learners with FP8 in frozen layers."""
 _OF_UNSLOTH = ("_packed", "_eager")
 
 
@@ -238,9 +239,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="with an unsloth learner")
     parser.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE")
     plain = ["unsloth", *_EMBEDDED]
-    parser.add_argument(
-        "--learners", type=lambda text: text.split(","), default=[*plain, *_ROUNDED]
-    )
+    parser.add_argument("--learners", type=lambda text: text.split(","), default=[*plain, *ROUNDED])
     parser.add_argument("--works", type=Shape.parse, default=[])
     parser.add_argument("--together", action="store_true", help="start all at the same time")
     parser.add_argument("--name", default="h200_learners", help="of the result")

@@ -91,9 +91,7 @@ def main() -> None:
     figures: dict[str, float] = {"student_topk_seeds": arguments.seeds}
     for name, records in runs.items():
         after = mean_of_seeds([record["accuracy"]["after"]["value"] for record in records])
-        figures[f"{name}_after"] = after.mean
-        if after.low is not None and after.high is not None:
-            figures |= {f"{name}_after_low": after.low, f"{name}_after_high": after.high}
+        figures |= after.figures(f"{name}_after")
     before = [record["accuracy"]["before"]["value"] for record in runs["student_topk"]]
     figures["student_topk_before"] = sum(before) / len(before)
     figures["same_view_max_abs_diff"] = same_view_difference(arguments.folder / "same-view")

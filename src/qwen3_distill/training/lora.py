@@ -22,7 +22,8 @@ from qwen3_distill.training.shelf import Shelf, lends, shelf_bytes
 from qwen3_distill.utils.seeds import derive_seed
 
 _INIT_SEED = "lora_init"
-_ADAPTER = "default"
+ADAPTER = "default"
+"""Name of the one adapter that a model has here."""
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -76,18 +77,18 @@ def initialise_adapters(core: PreTrainedModel, seed: int) -> None:
     """
     for name, layer in _adapted(core).items():
         generator = torch.Generator().manual_seed(derive_seed(seed, _INIT_SEED, name))
-        down = layer.lora_A[_ADAPTER].weight
+        down = layer.lora_A[ADAPTER].weight
         bound = 1 / math.sqrt(down.shape[1])
         drawn = torch.empty(down.shape, dtype=torch.float32)
         down.copy_(drawn.uniform_(-bound, bound, generator=generator))
-        layer.lora_B[_ADAPTER].weight.zero_()
+        layer.lora_B[ADAPTER].weight.zero_()
 
 
 def adapter_weights(core: PreTrainedModel, tuning: LoraTuning) -> LoraWeights:
     """Return the trained adapters under peft's names."""
     return LoraWeights(
         tensors={
-            _PEFT_PREFIX + name.replace(f".{_ADAPTER}.", "."): parameter.detach()
+            _PEFT_PREFIX + name.replace(f".{ADAPTER}.", "."): parameter.detach()
             for name, parameter in core.named_parameters()
             if ".lora_" in name
         },
@@ -123,7 +124,7 @@ def merged_parameters(core: PreTrainedModel, *, lent: bool = False) -> Iterator[
 
 
 def _merged(layer: Any, weight_NK: Tensor, shelf: Shelf | None) -> Tensor:
-    delta_NK = layer.get_delta_weight(_ADAPTER).to(weight_NK.dtype)
+    delta_NK = layer.get_delta_weight(ADAPTER).to(weight_NK.dtype)
     if shelf is None:
         return weight_NK + delta_NK
     return torch.add(weight_NK, delta_NK, out=shelf.like(weight_NK))

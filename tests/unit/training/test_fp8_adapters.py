@@ -79,7 +79,7 @@ def plain(x: Tensor, layer: Adapted) -> Tensor:
 
 
 def gradients(outputs: tuple[Tensor, ...], x: Tensor, layers: list[Adapted]) -> list[Tensor]:
-    """Of the input, then of the adapters."""
+    """Return the gradients of the input, then those of the adapters."""
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
     wanted = [x, *(matrix for layer in layers for matrix in layer[1:3])]
@@ -157,7 +157,7 @@ def test_an_mlp_is_that_of_peft() -> None:
 
 @pytest.mark.parametrize("shape", ["queries", "MLP"])
 def test_in_bfloat16_with_adapters_in_float32_it_is_nearly_the_same(shape: str) -> None:
-    """As on a GPU."""
+    """The dtypes are those of unsloth on a GPU."""
     x = torch.randn(2, 5, K).bfloat16().float().requires_grad_()
     x_16 = x.detach().bfloat16().requires_grad_()
     if shape == "MLP":
@@ -181,7 +181,7 @@ def test_in_bfloat16_with_adapters_in_float32_it_is_nearly_the_same(shape: str) 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # its own
 @pytest.mark.parametrize("shape", ["queries", "MLP"])
 def test_a_compiler_follows_the_functions(shape: str) -> None:
-    """As one region, as unsloth compiles its layers: nothing in them ends it."""
+    """unsloth compiles a layer as one region, which nothing in the functions may end."""
     x = torch.randn(2, 5, K, requires_grad=True)
     if shape == "MLP":
         layers, gate_up, down = mlp_layers()

@@ -15,8 +15,8 @@ from qwen3_distill.training.fp8_adapters import (
     adapted_mlp,
     adapted_outputs,
 )
+from qwen3_distill.training.lora import ADAPTER
 
-_ADAPTER = "default"
 _QKV = ("q_proj", "k_proj", "v_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -89,8 +89,8 @@ def _adapted(module: Any, *names: str) -> list[Adapted]:
     layers = []
     for name in names:
         layer = getattr(module, name)
-        down, up = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
+        down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
         layers.append(
-            Adapted(layer.base_layer.weight, down.weight, up.weight, layer.scaling[_ADAPTER])
+            Adapted(layer.base_layer.weight, down.weight, up.weight, layer.scaling[ADAPTER])
         )
     return layers
