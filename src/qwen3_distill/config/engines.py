@@ -214,7 +214,8 @@ class UnslothTraining(EngineProcess, Watched):
     @model_validator(mode="after")
     def _fp8_base_is_frozen(self) -> Self:
         _check_base_is_frozen(self.base_precision, self.tuning)
-        if self.base_precision != "as_loaded" and getattr(self.tuning, "dropout", 0) > 0:
+        drops = isinstance(self.tuning, LoraTuning) and self.tuning.dropout > 0
+        if self.base_precision != "as_loaded" and drops:
             raise ValueError(
                 f"base_precision={self.base_precision} with tuning.dropout: unsloth's fused layers "
                 "with FP8 have none; use tuning.dropout=0, or base_precision=as_loaded"
