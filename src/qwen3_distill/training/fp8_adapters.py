@@ -13,7 +13,8 @@ The first product of dx is in float8 (e4m3), with one scale for each row of eith
 bfloat16; all else has the input's dtype. An MLP computes the input of its down projection a second
 time in the backward pass instead of keeping it.
 
-Shape letters: M tokens, N outputs of a layer, K inputs, R rank.
+Shape letters: M tokens, N outputs of a layer, K inputs, R rank, S the sum of the ranks of layers of
+one input.
 """
 
 from collections.abc import Callable, Sequence
@@ -108,23 +109,23 @@ class _Outputs(torch.autograd.Function):
         ctx: Any, x: Tensor, values: Tensor, scales: Tensor, add_product: AddProduct, *parts: Any
     ) -> tuple[Tensor, ...]:
         layers = _layers(parts)
-        ctx.save_for_backward(x, values, scales, *_adapter_matrices(layers))
-        ctx.constants = (add_product, [layer.scaling for layer in layers])
         x_MK = x.reshape(-1, x.shape[-1])
-        outputs = [_output(x_MK, layer, add_product) for layer in layers]
+        low_MS = _low(x_MK, layers)
+        ctx.save_for_backward(x, low_MS, values, scales, *_adapter_matrices(layers))
+        ctx.constants = (add_product, [layer.scaling for layer in layers])
+        outputs = _outputs(x_MK, low_MS, layers, add_product)
         # Views: PyTorch 2.11 compiles a tensor that was changed in place to one without a gradient.
         return tuple(y_MN.view(*x.shape[:-1], y_MN.shape[-1]) for y_MN in outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, scales, *matrices = ctx.saved_tensors
+        x, low_MS, values, scales, *matrices = ctx.saved_tensors
         add_product, scalings = ctx.constants
         x_MK = x.reshape(-1, x.shape[-1])
         dys_MN = [dy.reshape(-1, dy.shape[-1]) for dy in gradients]
-        adapters = _adapters(matrices, scalings, x.dtype)
-        back = [_Back.of(dy_MN, a) for dy_MN, a in zip(dys_MN, adapters, strict=True)]
-        dx_MK = _input_gradient(back, Rowwise(values, scales), add_product)
-        return dx_MK.view(x.shape), None, None, None, *_of_parts(x_MK, back)
+        back = _Back.of(dys_MN, _adapters(matrices, scalings, x.dtype))
+        dx_MK = back.input_gradient(Rowwise(values, scales), add_product)
+        return dx_MK.view(x.shape), None, None, None, *back.of_parts(x_MK, low_MS)
 
 
 class _Mlp(torch.autograd.Function):
@@ -143,31 +144,33 @@ class _Mlp(torch.autograd.Function):
         activate_backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
         *parts: Any,
     ) -> Tensor:
-        gate, up, down = layers = _layers(parts)
+        *gate_up, down = layers = _layers(parts)
         x_MK = x.reshape(-1, x.shape[-1])
-        gate_MN = _output(x_MK, gate, add_product)
-        up_MN = _output(x_MK, up, add_product)
+        low_MS = _low(x_MK, gate_up)
+        gate_MN, up_MN = _outputs(x_MK, low_MS, gate_up, add_product)
         inner = (*x.shape[:-1], gate_MN.shape[-1])
-        product = activate(gate_MN.view(inner), up_MN.view(inner))
-        y_MK = _output(product.view(gate_MN.shape), down, add_product)
+        product_MN = activate(gate_MN.view(inner), up_MN.view(inner)).view(gate_MN.shape)
+        down_low_MR = _low(product_MN, [down])
+        (y_MK,) = _outputs(product_MN, down_low_MR, [down], add_product)
+        kept = (x, gate_MN, up_MN, low_MS, down_low_MR)
         turned = (gate_up_values, gate_up_scales, down_values, down_scales)
-        ctx.save_for_backward(x, gate_MN, up_MN, *turned, *_adapter_matrices(layers))
+        ctx.save_for_backward(*kept, *turned, *_adapter_matrices(layers))
         ctx.constants = (add_product, activate_backward, [layer.scaling for layer in layers])
         return y_MK.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate_MN, up_MN, *saved = ctx.saved_tensors
+        x, gate_MN, up_MN, low_MS, down_low_MR, *saved = ctx.saved_tensors
         gate_up, down = Rowwise(*saved[:2]), Rowwise(*saved[2:4])
         add_product, activate_backward, scalings = ctx.constants
         adapters = _adapters(saved[4:], scalings, x.dtype)
         x_MK = x.reshape(-1, x.shape[-1])
-        behind = _Back.of(gradients[0].reshape(x_MK.shape), adapters[2])
-        dproduct_MN = _input_gradient([behind], down, add_product)
+        behind = _Back.of([gradients[0].reshape(x_MK.shape)], adapters[2:])
+        dproduct_MN = behind.input_gradient(down, add_product)
         product_MN, dup_MN, dgate_MN = activate_backward(dproduct_MN, gate_MN, up_MN)
-        back = [_Back.of(dgate_MN, adapters[0]), _Back.of(dup_MN, adapters[1])]
-        dx = _input_gradient(back, gate_up, add_product).view(x.shape)
-        of_layers = [*_of_parts(x_MK, back), *_of_parts(product_MN, [behind])]
+        back = _Back.of([dgate_MN, dup_MN], adapters[:2])
+        dx = back.input_gradient(gate_up, add_product).view(x.shape)
+        of_layers = [*back.of_parts(x_MK, low_MS), *behind.of_parts(product_MN, down_low_MR)]
         return dx, *[None] * 7, *of_layers
 
 
@@ -178,15 +181,46 @@ class _Adapter(NamedTuple):
 
 
 class _Back(NamedTuple):
-    """Holds what comes back to a layer: gradients of its output, and inside its adapter."""
+    """Holds what comes back to layers of one input: their outputs' gradients, and their adapters'.
 
-    dy_MN: Tensor
-    low_MR: Tensor
-    adapter: _Adapter
+    The adapters are side by side: S is the sum of their ranks. A product with one of them takes as
+    long as it takes to read the input, so there is one for all.
+    """
+
+    dys_MN: Sequence[Tensor]
+    back_MS: Tensor
+    """Gradients inside the adapters: s_i dy_i B_i."""
+    down_SK: Tensor
+    adapters: Sequence[_Adapter]
 
     @classmethod
-    def of(cls, dy_MN: Tensor, adapter: _Adapter) -> "_Back":
-        return cls(dy_MN, (dy_MN @ adapter.up_NR) * adapter.scaling, adapter)
+    def of(cls, dys_MN: Sequence[Tensor], adapters: Sequence[_Adapter]) -> "_Back":
+        inside = [(dy @ a.up_NR) * a.scaling for dy, a in zip(dys_MN, adapters, strict=True)]
+        down_SK = torch.cat([adapter.down_RK for adapter in adapters])
+        return cls(dys_MN, torch.cat(inside, dim=-1), down_SK, adapters)
+
+    def input_gradient(self, turned: Rowwise, add_product: AddProduct) -> Tensor:
+        """Compute [M, K]: the frozen layers' part in float8, the adapters' on top."""
+        dtype = self.dys_MN[0].dtype
+        dx_MK = rowwise_product(quantize_rows(*self.dys_MN), turned, dtype)
+        add_product(dx_MK, self.back_MS, self.down_SK, 1.0)
+        return dx_MK
+
+    def of_parts(self, x_MK: Tensor, low_MS: Tensor) -> list[Tensor | None]:
+        """Compute gradients of the layers' parts, as `_flat` has them: of the adapters alone.
+
+        Args:
+            low_MS: what `_low` gave in the forward pass.
+        """
+        ranks = [adapter.down_RK.shape[0] for adapter in self.adapters]
+        d_downs_RK = (self.back_MS.t() @ x_MK).split(ranks)
+        lows_MR = low_MS.split(ranks, dim=-1)
+        gradients: list[Tensor | None] = []  # a compiler does not follow list[...]()
+        for dy_MN, low_MR, d_down_RK, adapter in zip(
+            self.dys_MN, lows_MR, d_downs_RK, self.adapters, strict=True
+        ):
+            gradients += [None, d_down_RK, dy_MN.t() @ (low_MR * adapter.scaling), None]
+        return gradients
 
 
 def _adapter_matrices(layers: Sequence[Adapted]) -> list[Tensor]:
@@ -203,25 +237,18 @@ def _adapters(
     ]
 
 
-def _output(x_MK: Tensor, layer: Adapted, add_product: AddProduct) -> Tensor:
-    y_MN = x_MK @ layer.weight_NK.t()
-    low_MR = x_MK @ layer.down_RK.to(x_MK.dtype).t()
-    add_product(y_MN, low_MR, layer.up_NR.to(x_MK.dtype).t(), layer.scaling)
-    return y_MN
+def _low(x_MK: Tensor, layers: Sequence[Adapted]) -> Tensor:
+    """Compute x A^T of every layer, side by side: [M, S]."""
+    return x_MK @ torch.cat([layer.down_RK.to(x_MK.dtype) for layer in layers]).t()
 
 
-def _input_gradient(back: Sequence[_Back], turned: Rowwise, add_product: AddProduct) -> Tensor:
-    dys_MN = [each.dy_MN for each in back]
-    dx_MK = rowwise_product(quantize_rows(*dys_MN), turned, dys_MN[0].dtype)
-    for each in back:
-        add_product(dx_MK, each.low_MR, each.adapter.down_RK, 1.0)
-    return dx_MK
-
-
-def _of_parts(x_MK: Tensor, back: Sequence[_Back]) -> list[Tensor | None]:
-    """Gradients of the layers' parts, as `_flat` has them: of the adapters alone."""
-    gradients: list[Tensor | None] = []  # a compiler does not follow list[...]()
-    for dy_MN, low_MR, (down_RK, _, scaling) in back:
-        inside_MR = (x_MK @ down_RK.t()) * scaling
-        gradients += [None, low_MR.t() @ x_MK, dy_MN.t() @ inside_MR, None]
-    return gradients
+def _outputs(
+    x_MK: Tensor, low_MS: Tensor, layers: Sequence[Adapted], add_product: AddProduct
+) -> list[Tensor]:
+    outputs = []
+    lows_MR = low_MS.split([layer.down_RK.shape[0] for layer in layers], dim=-1)
+    for layer, low_MR in zip(layers, lows_MR, strict=True):
+        y_MN = x_MK @ layer.weight_NK.t()
+        add_product(y_MN, low_MR, layer.up_NR.to(x_MK.dtype).t(), layer.scaling)
+        outputs.append(y_MN)
+    return outputs
