@@ -32,8 +32,11 @@ class FlashRow:
     """[N + 1] int32: where each sequence's queries begin and end, in the row."""
     key_ends: Tensor
     """[N + 1] int32: likewise its keys, among all keys."""
-    most_queries: int
-    most_keys: int
+    query_size: Tensor
+    """[queries of the longest sequence]: a number that a compiler keeps open, as it does the sizes
+    of tensors but not numbers that reach an autograd function. What is in it is not read."""
+    key_size: Tensor
+    """[keys of the longest sequence], likewise."""
     key_place_S: Tensor | None
     """int64: the place in the row of every key; None: keys are where the queries are."""
 
@@ -45,8 +48,16 @@ class FlashRow:
         if self.key_place_S is not None:
             key_SGD = _Gathered.apply(key_SGD, self.key_place_S)
             value_SGD = _Gathered.apply(value_SGD, self.key_place_S)
+        # A compiler follows tensors that are arguments themselves, not those in an argument.
         out_THD: Any = _Flash.apply(
-            query_THD.contiguous(), key_SGD.contiguous(), value_SGD.contiguous(), self, scale
+            query_THD.contiguous(),
+            key_SGD.contiguous(),
+            value_SGD.contiguous(),
+            self.query_ends,
+            self.key_ends,
+            self.query_size,
+            self.key_size,
+            scale,
         )
         return out_THD.transpose(0, 1)
 
@@ -68,11 +79,11 @@ def flash_row(shared: Sequence[SharedPrompt], device: torch.device) -> FlashRow:
             places += [prompt, torch.arange(start, start + tokens)]
             start += tokens
     return FlashRow(
-        query_ends=to_device(_ends(queries), device),
-        key_ends=to_device(_ends(keys), device),
-        most_queries=max(queries),
-        most_keys=max(keys),
-        key_place_S=None if queries == keys else to_device(torch.cat(places), device),
+        query_ends=_placed(_ends(queries), device),
+        key_ends=_placed(_ends(keys), device),
+        query_size=_placed(torch.empty(max(queries), dtype=torch.uint8), device),
+        key_size=_placed(torch.empty(max(keys), dtype=torch.uint8), device),
+        key_place_S=None if queries == keys else _placed(torch.cat(places), device),
     )
 
 
@@ -82,6 +93,13 @@ def flash_runs(device: torch.device, dtype: torch.dtype, head_size: int) -> bool
         return False
     fits = head_size <= _LARGEST_HEAD and head_size % 8 == 0 and dtype in _DTYPES
     return fits and torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY
+
+
+def _placed(values: Tensor, device: torch.device) -> Tensor:
+    placed = to_device(values, device)
+    # A compiler shall not begin anew for every row.
+    torch._dynamo.maybe_mark_dynamic(placed, 0)  # pyright: ignore[reportPrivateImportUsage]
+    return placed
 
 
 def _ends(lengths: Sequence[int]) -> Tensor:
@@ -113,44 +131,48 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, row: FlashRow, scale: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_ends: Tensor,
+        key_ends: Tensor,
+        query_size: Tensor,
+        key_size: Tensor,
+        scale: float,
     ) -> Tensor:
         out, logsumexp, random_state, unused, _ = torch.ops.aten._flash_attention_forward(
             query,
             key,
             value,
-            row.query_ends,
-            row.key_ends,
-            row.most_queries,
-            row.most_keys,
+            query_ends,
+            key_ends,
+            query_size.shape[0],
+            key_size.shape[0],
             0.0,
             True,
             return_debug_mask=False,
             scale=scale,
         )
-        ctx.save_for_backward(query, key, value, out, logsumexp, random_state, unused)
-        ctx.row, ctx.scale = row, scale
+        of_row = (query_ends, key_ends, query_size, key_size)
+        ctx.save_for_backward(query, key, value, out, logsumexp, *of_row, random_state, unused)
+        ctx.scale = scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, logsumexp, random_state, unused = ctx.saved_tensors
-        row: FlashRow = ctx.row
+        *kept, query_ends, key_ends, query_size, key_size, random_state, unused = ctx.saved_tensors
         found = torch.ops.aten._flash_attention_backward(
             gradients[0].contiguous(),
-            query,
-            key,
-            value,
-            out,
-            logsumexp,
-            row.query_ends,
-            row.key_ends,
-            row.most_queries,
-            row.most_keys,
+            *kept,
+            query_ends,
+            key_ends,
+            query_size.shape[0],
+            key_size.shape[0],
             0.0,
             True,
             random_state,
             unused,
             scale=ctx.scale,
         )
-        return (*found, None, None)
+        return (*found, None, None, None, None, None)

@@ -84,6 +84,13 @@ class PromptAttention:
     def _flash(self) -> FlashRow:
         return flash_row(self._shared, self._device)
 
+    def one_launch(self, dtype: torch.dtype, head_size: int) -> FlashRow | None:
+        """Return the row for attention of this dtype in one launch, which a compiler can follow.
+
+        None: no kernel computes it on this device.
+        """
+        return self._flash if flash_runs(self._device, dtype, head_size) else None
+
     @cached_property
     def _groups(self) -> list[_Group]:
         return [_place(group, self._device) for group in self._shared]
@@ -101,11 +108,10 @@ class PromptAttention:
             multiple = _CUDNN_LENGTHS if query_HTD.is_cuda else 1
             return _attend_alike(self._alike, (query_HTD, key_GTD, value_GTD), options, multiple)
         head_size = query_HTD.shape[-1]
-        if not options.get("dropout_p") and flash_runs(
-            query_HTD.device, query_HTD.dtype, head_size
-        ):
+        row = self.one_launch(query_HTD.dtype, head_size)
+        if row is not None and not options.get("dropout_p"):
             scale = options.get("scale") or head_size**-0.5
-            return self._flash.attend(query_HTD, key_GTD, value_GTD, scale)
+            return row.attend(query_HTD, key_GTD, value_GTD, scale)
         parts = list[Tensor]()
         for group in self._groups:
             parts.extend(_attend(group, query_HTD, key_GTD, value_GTD, options))

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
+from qwen3_distill.training import flash_rows, prompt_attention
 from qwen3_distill.training.batching import SharedPrompt
 from qwen3_distill.training.prompt_attention import PromptAttention
 from qwen3_distill.training.unsloth import attention as patches
@@ -19,8 +20,12 @@ from qwen3_distill.training.unsloth.attention import (
     handing_over,
 )
 
-# Of a region that begins behind our attention, which dynamo asks for a gradient.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+pytestmark = [
+    # Of a region that begins behind our attention, which dynamo asks for a gradient.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    # PyTorch's own, where it traces an autograd function.
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
 
 HEADS, SIZE = 2, 8
 LIBRARY = SimpleNamespace()
@@ -33,6 +38,8 @@ def causal(*, config: Any, context: Any, Q: Tensor, K: Tensor, V: Tensor) -> Ten
 
 
 class Attention(nn.Module):
+    head_dim = SIZE
+
     def __init__(self) -> None:
         super().__init__()
         self.qkv = nn.Linear(HEADS * SIZE, 3 * HEADS * SIZE)
@@ -53,11 +60,11 @@ def layer_class(backend: Any) -> Any:
     class Layer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attention = Attention()
+            self.self_attn = Attention()
             self.mlp = nn.Linear(HEADS * SIZE, HEADS * SIZE)
 
         def forward(self, hidden: Tensor, **options: Any) -> Tensor:
-            hidden = hidden + self.attention(hidden, **options)
+            hidden = hidden + self.self_attn(hidden, **options)
             return hidden + self.mlp(hidden).relu()
 
     original = Layer.forward
@@ -80,6 +87,7 @@ def own_library() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+    patches._Running.attention = patches._Running.row = None
 
 
 def rows(answers: int, size: int) -> tuple[Tensor, PromptAttention]:
@@ -89,7 +97,45 @@ def rows(answers: int, size: int) -> tuple[Tensor, PromptAttention]:
     return hidden, PromptAttention(shared, torch.device("cpu"))
 
 
-def test_layers_stay_compiled_and_give_the_same() -> None:
+def by_a_mask(
+    query_THD: Tensor,
+    key_SHD: Tensor,
+    value_SHD: Tensor,
+    query_ends: Tensor,
+    key_ends: Tensor,
+    query_size: Tensor,
+    key_size: Tensor,
+    scale: float,
+) -> Tensor:
+    """What the flash kernel computes, as a compiler can follow it on any device."""
+    place_T, place_S = (torch.arange(len(values)) for values in (query_THD, key_SHD))
+    of_T, of_S = (
+        torch.searchsorted(ends, place, right=True, out_int32=True) - 1
+        for ends, place in ((query_ends, place_T), (key_ends, place_S))
+    )
+    # The last query of a sequence sees all of its keys, the one before all but one.
+    behind_T, behind_S = query_ends[of_T + 1] - place_T, key_ends[of_S + 1] - place_S
+    mask_TS = (of_T[:, None] == of_S) & (behind_T[:, None] <= behind_S)
+    heads = (values.transpose(0, 1)[None] for values in (query_THD, key_SHD, value_SHD))
+    out = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask_TS, scale=scale)
+    # As the kernel, it may be given more room than the longest sequence has, never less.
+    enough = (query_ends.diff().max() <= query_size.shape[0]) & (
+        key_ends.diff().max() <= key_size.shape[0]
+    )
+    return torch.where(enough, out[0].transpose(0, 1), torch.nan)
+
+
+@pytest.fixture(params=["beside the region", "inside, in one launch"])
+def inside(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both places of our attention; whether it is inside."""
+    if request.param == "beside the region":
+        return False
+    monkeypatch.setattr(prompt_attention, "flash_runs", lambda *given: True)
+    monkeypatch.setattr(flash_rows, "_Flash", SimpleNamespace(apply=by_a_mask))
+    return True
+
+
+def test_layers_stay_compiled_and_give_the_same(inside: bool) -> None:
     counter = CompileCounter()
     kind = layer_class(counter)
     layer = kind()
@@ -111,8 +157,39 @@ def test_layers_stay_compiled_and_give_the_same() -> None:
         compiled_so_far.append(counter.frame_count)
     assert compiled_so_far[0] > 0  # the layer is compiled ...
     assert len(set(compiled_so_far[2:])) == 1  # ... and not again for every length
+    if inside:
+        assert compiled_so_far == [1] * 5  # ... as one region
 
 
+def test_a_compiler_follows_the_kernel_itself_for_rows_of_any_lengths() -> None:
+    """No device is needed for shapes, so the kernel's own operators are traced."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        assert patches._Running.row is not None
+        return patches._Running.row.attend(query * 2, key, value, scale=0.5) + 1
+
+    compiled: Any = torch.compile(attend, backend=counter, fullgraph=True)
+    for answers in ((3, 4), (8, 8), (1,), (20, 5, 9, 30)):
+        shared = [SharedPrompt(start=0, prompt_tokens=7, answer_tokens=answers)]
+        given = [
+            torch.randn(heads, 7 + sum(answers), 64, dtype=torch.bfloat16, device="meta")
+            for heads in (8, 2, 2)
+        ]
+        for values in given:
+            torch._dynamo.maybe_mark_dynamic(values, 1)
+            values.requires_grad_()
+        patches._Running.row = flash_rows.flash_row(shared, torch.device("meta"))
+        out = compiled(*given)
+        out.float().sum().backward()
+        assert out.shape == given[0].shape
+        assert [each.grad.shape for each in given if each.grad is not None] == [
+            each.shape for each in given
+        ]
+        assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("inside")
 def test_a_layer_without_an_attention_runs_the_librarys_own() -> None:
     kind = layer_class("eager")
     LIBRARY.run_attention = attention_of_running(causal)
@@ -124,12 +201,17 @@ def test_a_layer_without_an_attention_runs_the_librarys_own() -> None:
     torch.testing.assert_close(layer(hidden), expected)
 
 
-def test_a_layer_that_fails_leaves_no_attention_behind() -> None:
-    def fails(self: nn.Module, hidden: Tensor) -> Tensor:
+def test_a_layer_that_fails_leaves_no_attention_behind(inside: bool) -> None:
+    def fails(self: Any, hidden: Tensor) -> Tensor:
         assert patches._Running.attention is not None
+        assert (patches._Running.row is not None) == inside
         raise ValueError("no memory")
+
+    class Layer:
+        self_attn = Attention()
 
     _, attention = rows(2, 4)
     with pytest.raises(ValueError, match="no memory"):
-        handing_over(fails)(nn.Identity(), torch.zeros(1), **arguments_with(attention, 1))
+        handing_over(fails)(Layer(), torch.zeros(1), **arguments_with(attention, 1))
     assert patches._Running.attention is None
+    assert patches._Running.row is None

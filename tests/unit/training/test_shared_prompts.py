@@ -25,7 +25,6 @@ from qwen3_distill.modeling.loading import load_model
 from qwen3_distill.training import flash_rows, prompt_attention
 from qwen3_distill.training.batching import MicroBatch, collate, micro_batches, triangle
 from qwen3_distill.training.embedded.student import EmbeddedLearner, build_embedded_learner
-from qwen3_distill.training.flash_rows import FlashRow
 from qwen3_distill.training.prompt_attention import (
     PromptAttention,
     hidden_states,
@@ -204,13 +203,20 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def one_by_one(
-    query_THD: Tensor, key_SGD: Tensor, value_SGD: Tensor, row: FlashRow, scale: float
+    query_THD: Tensor,
+    key_SGD: Tensor,
+    value_SGD: Tensor,
+    query_ends: Tensor,
+    key_ends: Tensor,
+    query_size: Tensor,
+    key_size: Tensor,
+    scale: float,
 ) -> Tensor:
     """What the flash kernel computes, sequence by sequence."""
-    parts, ends = list[Tensor](), zip(row.query_ends.tolist(), row.key_ends.tolist(), strict=True)
+    parts, ends = list[Tensor](), zip(query_ends.tolist(), key_ends.tolist(), strict=True)
     for (start, first), (stop, last) in pairwise(ends):
-        assert 0 < stop - start <= row.most_queries
-        assert last - first <= row.most_keys
+        assert 0 < stop - start <= len(query_size)
+        assert last - first <= len(key_size)
         query, key, value = (
             values[a:b].transpose(0, 1)
             for values, a, b in (

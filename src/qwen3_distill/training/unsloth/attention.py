@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwen3_distill.training.flash_rows import FlashRow
 from qwen3_distill.training.prompt_attention import PromptAttention
 
 _ATTENTION, _LENGTHS = "prefix_seg_info", "packed_seq_lengths"
@@ -25,6 +26,8 @@ class _Running:
     """
 
     attention: PromptAttention | None = None
+    row: FlashRow | None = None
+    """The same in one launch; None: the kernel is not for this device, dtype or size."""
 
 
 def arguments_with(attention: PromptAttention, num_tokens: int) -> dict[str, Any]:
@@ -54,41 +57,52 @@ def patch_attention(layer: type[nn.Module]) -> None:
 def attention_of_running(otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return unsloth's `run_attention` with ours in layers that were given one.
 
-    A compiled region ends before it and begins again behind it: its shapes differ with every
-    micro-batch.
+    A compiled region has it inside where one launch computes it. Else the region ends before it
+    and begins again behind it: its shapes differ with every micro-batch.
     """
 
     def run_attention(*, config: Any, context: Any, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
         """Return [1, T, H, D] of queries [1, H, T, D], and keys and values likewise."""
-        attention = _Running.attention
-        if attention is None:
+        if _Running.attention is None:
             return otherwise(config=config, context=context, Q=Q, K=K, V=V)
-        out_HTD = attention(Q.squeeze(0), K.squeeze(0), V.squeeze(0))
+        row, given = _Running.row, (Q.squeeze(0), K.squeeze(0), V.squeeze(0))
+        if row is None:
+            out_HTD = _beside(*given)
+        else:
+            out_HTD = row.attend(*given, scale=Q.shape[-1] ** -0.5)
         return out_HTD.transpose(0, 1).unsqueeze(0)
 
-    outside: Any = torch.compiler.disable(run_attention)
-    setattr(outside, _PATCHED, True)
-    return outside
+    setattr(run_attention, _PATCHED, True)
+    return run_attention
+
+
+def _attend(query_HTD: Tensor, key_GTD: Tensor, value_GTD: Tensor) -> Tensor:
+    assert _Running.attention is not None
+    return _Running.attention(query_HTD, key_GTD, value_GTD)
+
+
+_beside: Any = torch.compiler.disable(_attend)
 
 
 def handing_over(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Return a layer's forward pass that keeps what `arguments_with` gave from the layer itself."""
 
     @functools.wraps(forward)
-    def given(self: nn.Module, *arguments: Any, **options: Any) -> Any:
-        before = _Running.attention
+    def given(self: Any, hidden_1TD: Tensor, *arguments: Any, **options: Any) -> Any:
+        before = _Running.attention, _Running.row
         attention = options.get(_ATTENTION)
         if isinstance(attention, PromptAttention):
             options = {
                 name: value for name, value in options.items() if name not in (_ATTENTION, _LENGTHS)
             }
             _Running.attention = attention
+            _Running.row = attention.one_launch(hidden_1TD.dtype, self.self_attn.head_dim)
         else:
-            _Running.attention = None
+            _Running.attention = _Running.row = None
         try:
-            return forward(self, *arguments, **options)
+            return forward(self, hidden_1TD, *arguments, **options)
         finally:
-            _Running.attention = before
+            _Running.attention, _Running.row = before
 
     setattr(given, _PATCHED, True)
     return given
