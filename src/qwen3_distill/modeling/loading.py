@@ -50,6 +50,11 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda")
 
 
+def allow_cudnn_attention() -> None:
+    """Undo what `resolve_device` disables, for attention that pads lengths to a few sizes."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
 def resolve_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 

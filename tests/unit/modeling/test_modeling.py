@@ -20,6 +20,7 @@ from qwen3_distill.modeling.head import (
     token_stats,
 )
 from qwen3_distill.modeling.loading import (
+    allow_cudnn_attention,
     load_identity,
     load_model,
     load_tokenizer,
@@ -380,6 +381,8 @@ def test_attention_on_a_gpu_is_not_one_that_is_built_for_every_shape(
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         resolve_device("auto")
         assert not torch.backends.cuda.cudnn_sdp_enabled()
+        allow_cudnn_attention()
+        assert torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
 

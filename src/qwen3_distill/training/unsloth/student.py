@@ -32,7 +32,12 @@ from qwen3_distill.errors import EngineStartError, ModelError
 from qwen3_distill.modeling.cpu_warmup import settle_vector_math
 from qwen3_distill.modeling.directory import weight_files
 from qwen3_distill.modeling.head import TokenStats
-from qwen3_distill.modeling.loading import load_identity, resolve_device, resolve_dtype
+from qwen3_distill.modeling.loading import (
+    allow_cudnn_attention,
+    load_identity,
+    resolve_device,
+    resolve_dtype,
+)
 from qwen3_distill.modeling.shapes import read_shape
 from qwen3_distill.modeling.step_memory import (
     GIB,
@@ -201,6 +206,8 @@ class UnslothStudent:
         self._plan = plan
         self.device = resolve_device("auto")
         self._fused = self.device.type == "cuda" and isinstance(config.tuning, LoraTuning)
+        if self._fused:  # its attention pads lengths to multiples of 128 for cuDNN
+            allow_cudnn_attention()
         with lendable():  # what the adapters do not change is published where it is
             self.core: PreTrainedModel = _load(model_dir, config, seed, plan.choice)
         _check_weights(model_dir, self.core)
