@@ -24,12 +24,16 @@ from transformers import PreTrainedModel
 
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.stored_weights import StoredWeights
+from qwen3_distill.training.gradient_probe import Probe, gradient_gap
 
 _FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FP8).max
 _SMALLEST_SCALE = 1e-12
 _MULTIPLE = 16
 """Inputs and outputs of a layer must be multiples of this for the device's FP8 products."""
+_LARGEST_GAP = 0.5
+"""`gradient_gap` to layers as loaded with which they are used: rounding gives 0.06 in the lab
+student, products that are wrong 1 and more."""
 _FIRST_CAPABILITY = (8, 9)
 """CUDA compute capability from which there are FP8 products (Ada, Hopper, Blackwell)."""
 
@@ -241,6 +245,26 @@ def check_fp8_layers(core: PreTrainedModel, precision: Literal["fp8", "fp8_backw
                 f"{setting}: {name} has {base.in_features} inputs and "
                 f"{base.out_features} outputs, expected multiples of {_MULTIPLE}; use as_loaded"
             )
+
+
+def check_gradient(found: Probe, expected: Probe, precision: str) -> float:
+    """Check that rounding moved the gradient as little as rounding does; return by how much.
+
+    Args:
+        found: with the layers in FP8.
+        expected: with the layers as they were loaded.
+
+    Raises:
+        ConfigError: this device, or its compiler, computes another gradient.
+    """
+    gap = gradient_gap(found, expected)
+    if not gap <= _LARGEST_GAP:  # NaN, too
+        raise ConfigError(
+            f"training.base_precision={precision}: on this device it moves the gradient by "
+            f"{gap:.2f} of its norm, expected at most {_LARGEST_GAP}: more than rounding does; use "
+            "as_loaded"
+        )
+    return gap
 
 
 def _check_device(device: torch.device, setting: str) -> None:

@@ -4,6 +4,7 @@ Shape letters: B rows of a micro-batch, T positions, D hidden size.
 """
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from qwen3_distill.modeling.loading import load_model, resolve_device, resolve_d
 from qwen3_distill.modeling.step_memory import autocasts
 from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
 from qwen3_distill.training.batching import MicroBatch
-from qwen3_distill.training.fp8_base import freeze_in_fp8
+from qwen3_distill.training.fp8_base import check_gradient, freeze_in_fp8
+from qwen3_distill.training.gradient_probe import Probe, probe_rows
 from qwen3_distill.training.learner import TorchLearner
 from qwen3_distill.training.lora import add_adapters
 from qwen3_distill.training.objectives.base import Objective
@@ -82,8 +84,7 @@ class _EmbeddedStudent:
             shard_layers(base, shards, computes_in=torch.bfloat16 if self._autocasts else None)
         if isinstance(config.tuning, LoraTuning):
             self.core = add_adapters(base, config.tuning, settings.seed)
-        if config.base_precision != "as_loaded":
-            freeze_in_fp8(self.core, settings.model_dir, config.base_precision)
+        as_loaded = self._freeze(settings.model_dir)
         if config.gradient_checkpointing:
             self.core.gradient_checkpointing_enable({"use_reentrant": False})
             self.core.enable_input_require_grads()
@@ -93,6 +94,22 @@ class _EmbeddedStudent:
         if config.compiled:
             for layer in self.core.model.layers:
                 layer.compile()
+        self._base = "as loaded"
+        if as_loaded is not None:
+            with self.autocast():
+                gap = check_gradient(probe_rows(self.core), as_loaded, config.base_precision)
+            self._base = f"{config.base_precision}; the gradient moved by {gap:.1e} of its norm"
+
+    def _freeze(self, model_dir: Path) -> Probe | None:
+        """Freeze layers in FP8, if asked; return what the model gave before."""
+        precision = self._config.base_precision
+        if precision == "as_loaded":
+            return None
+        self.core.train()
+        with self.autocast():
+            before = probe_rows(self.core)
+        freeze_in_fp8(self.core, model_dir, precision)
+        return before
 
     @property
     def shares_prompts(self) -> bool:
@@ -125,4 +142,8 @@ class _EmbeddedStudent:
         )
 
     def describe(self) -> dict[str, str]:
-        return {"device": str(self.device), "memory": self.memory_report()}
+        return {
+            "device": str(self.device),
+            "frozen layers": self._base,
+            "memory": self.memory_report(),
+        }

@@ -1,17 +1,16 @@
 """Probing packed sequences and shared prompts, and recomputing layers, in a model that any library
 prepared."""
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.training.batching import SharedPrompt
+from qwen3_distill.training.gradient_probe import gradient_gap, layers_as_they_are, probe
 
 _PROBE_LENGTHS = ((19, 7, 12), (17, 17))
 _PROBE_PROMPTS = (
@@ -59,7 +58,7 @@ class Gap(NamedTuple):
     hidden: float
     """Largest difference of hidden states, over the largest hidden state."""
     gradient: float
-    """Norm of the difference of gradients, over their norm: of the first and the last layer."""
+    """`gradient_gap` of the two."""
 
     def __str__(self) -> str:
         return f"{self.hidden:.1e} of the largest value, and its gradient by {self.gradient:.1e}"
@@ -125,63 +124,14 @@ def _alone(core: PreTrainedModel, row_1T: Tensor) -> Tensor:
 
 
 def _gap(core: PreTrainedModel, together: Callable[[], Tensor], alone: Callable[[], Tensor]) -> Gap:
-    """Compare what two ways of computing [1, T, D] give, as they are trained, without dropout."""
-    with _without_dropout(core):
-        found_1TD, found = _with_gradient(core, together)
-        with _uncompiled():
-            expected_1TD, expected = _with_gradient(core, alone)
-    hidden = (found_1TD - expected_1TD).abs().max() / expected_1TD.abs().max()
-    return Gap(float(hidden), float((found - expected).norm() / expected.norm()))
+    """Compare what two ways of computing [1, T, D] give."""
+    found = probe(core, together)
+    with layers_as_they_are():  # to compile them for rows of their own takes too long
+        expected = probe(core, alone)
+    hidden = (found.hidden - expected.hidden).abs().max() / expected.hidden.abs().max()
+    return Gap(float(hidden), gradient_gap(found, expected))
 
 
 def _largest(gaps: Sequence[Gap]) -> Gap:
     largest = torch.tensor(gaps, dtype=torch.float64).amax(dim=0)  # NaN if one is, unlike `max`
     return Gap(*largest.tolist())
-
-
-def _with_gradient(core: PreTrainedModel, forward: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """Return hidden states and, of their random sum, the gradient of two layers; in float32."""
-    with torch.enable_grad():
-        hidden_1TD = forward().float()
-        generator = torch.Generator().manual_seed(0)
-        weights_1TD = torch.randn(hidden_1TD.shape, generator=generator)
-        # Recomputed layers take a backward pass to all parameters only.
-        (hidden_1TD * weights_1TD.to(hidden_1TD.device)).sum().backward()
-    layers = core.model.layers
-    trained = [
-        each
-        for layer in (layers[0], layers[-1])
-        for each in layer.parameters()
-        if each.requires_grad
-    ]
-    parts = [torch.zeros_like(each) if each.grad is None else each.grad for each in trained]
-    core.zero_grad(set_to_none=True)
-    return hidden_1TD.detach(), torch.cat([part.float().flatten() for part in parts])
-
-
-@contextlib.contextmanager
-def _without_dropout(core: PreTrainedModel) -> Iterator[None]:
-    """Switch dropout alone off: as a whole, a model that does not train runs in another way."""
-    active = [each for each in core.modules() if isinstance(each, nn.Dropout) and each.training]
-    for each in active:
-        each.eval()
-    try:
-        yield
-    finally:
-        for each in active:
-            each.train()
-
-
-@contextlib.contextmanager
-def _uncompiled() -> Iterator[None]:
-    """Have unsloth run its layers as they are: for some rows a compilation takes too long."""
-    name = "UNSLOTH_BLOCK_COMPILE"
-    before = os.environ.get(name)
-    os.environ[name] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -48,7 +48,8 @@ from qwen3_distill.modeling.step_memory import (
 )
 from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
 from qwen3_distill.training.batching import MicroBatch, SharedPrompt
-from qwen3_distill.training.fp8_base import check_fp8_layers, freeze_in_fp8
+from qwen3_distill.training.fp8_base import check_fp8_layers, check_gradient, freeze_in_fp8
+from qwen3_distill.training.gradient_probe import layers_as_they_are, probe_rows
 from qwen3_distill.training.learner import TorchLearner
 from qwen3_distill.training.lora import check_targets, initialise_adapters
 from qwen3_distill.training.memory_lack import memory_lack
@@ -285,9 +286,14 @@ class UnslothStudent:
         if precision == "as_loaded":
             return "as loaded"
         check_fp8_layers(self.core, precision)
+        with self.autocast(), layers_as_they_are():
+            expected = probe_rows(self.core)
         fused = round_fused_gradients(self.core) if self._fused else set[str]()
         freeze_in_fp8(self.core, model_dir, precision, done=fused)
-        return f"input gradients in FP8, {len(fused)} of them in fused functions"
+        with self.autocast():
+            gap = check_gradient(probe_rows(self.core), expected, precision)
+        how = f"input gradients in FP8, {len(fused)} of them in fused functions"
+        return f"{how}; the gradient moved by {gap:.1e} of its norm"
 
     def _decide_sharing(self) -> tuple[bool, str]:
         """Whether prompts are shared, and why.

@@ -1,0 +1,121 @@
+"""What holds a device's gradients against the plain way, before anything is trained."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qwen3_distill.config import EmbeddedTraining, LoraTuning, SampledReverseKL
+from qwen3_distill.errors import ConfigError
+from qwen3_distill.modeling.loading import load_model
+from qwen3_distill.training import fp8_base
+from qwen3_distill.training.embedded.student import build_embedded_learner
+from qwen3_distill.training.gradient_probe import (
+    Probe,
+    gradient_gap,
+    layers_as_they_are,
+    probe,
+    probe_rows,
+)
+from qwen3_distill.training.learner import TorchLearner
+from qwen3_distill.training.lora import add_adapters
+from qwen3_distill.training.settings import LearnerSettings
+from tests.tiny_models import TinyModels
+
+CPU = torch.device("cpu")
+BLOCK_COMPILE = "UNSLOTH_BLOCK_COMPILE"
+
+needs_fp8 = pytest.mark.skipif(
+    not fp8_base.has_rowwise_products(CPU), reason="this PyTorch has no FP8 on a CPU"
+)
+
+
+def learner(model: Path) -> TorchLearner:
+    training = EmbeddedTraining(
+        kind="embedded",
+        device="cpu",
+        tuning=LoraTuning(kind="lora", rank=4, alpha=8.0),
+        base_precision="fp8_backward",
+    )
+    objective = SampledReverseKL(kind="sampled_reverse_kl")
+    return build_embedded_learner(
+        LearnerSettings(
+            model_dir=model, training=training, objective=objective, total_steps=1, seed=0
+        )
+    )
+
+
+def test_dropout_is_off_and_the_model_as_before_afterwards(tiny_models: TinyModels) -> None:
+    base = load_model(tiny_models.student, device=CPU, dtype=torch.float32)
+    tuning = LoraTuning(kind="lora", rank=4, alpha=8.0, dropout=0.5)
+    core = add_adapters(base, tuning, 0).train()
+    first, second = probe_rows(core), probe_rows(core)
+    assert torch.equal(first.hidden, second.hidden)
+    assert torch.equal(first.gradient, second.gradient)
+    assert first.gradient.norm() > 0
+    assert core.training
+    assert all(each.training for each in core.modules() if isinstance(each, nn.Dropout))
+    assert all(parameter.grad is None for parameter in core.parameters())
+
+
+def test_a_part_without_a_gradient_counts_as_zero(tiny_models: TinyModels) -> None:
+    core = load_model(tiny_models.student, device=CPU, dtype=torch.float32).train()
+    ids = torch.tensor([[5, 6, 7, 8]])
+
+    def whole() -> Tensor:
+        return core.model(input_ids=ids, use_cache=False)[0]
+
+    def without_layers() -> Tensor:
+        return core.model.embed_tokens(ids)
+
+    expected, found = probe(core, whole), probe(core, without_layers)
+    assert found.gradient.shape == expected.gradient.shape
+    assert gradient_gap(found, expected) == 1
+
+
+def test_a_gap_is_that_of_the_directions() -> None:
+    hidden = torch.zeros(1)
+    one, other = Probe(hidden, torch.tensor([3.0, 4.0])), Probe(hidden, torch.tensor([4.0, 3.0]))
+    cosine = 24 / 25
+    assert gradient_gap(other, one) == pytest.approx((2 - 2 * cosine) ** 0.5)
+
+
+@needs_fp8
+def test_a_learner_says_by_how_much_rounding_moved_its_gradient(tiny_models: TinyModels) -> None:
+    said = learner(tiny_models.student).student.describe()["frozen layers"]
+    how, moved = said.split("; the gradient moved by ")
+    assert how == "fp8_backward"
+    assert 1e-3 < float(moved.split()[0]) < 0.2
+
+
+@needs_fp8
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan")])
+def test_a_device_that_computes_another_gradient_is_refused(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    of_device = fp8_base._input_gradient
+    monkeypatch.setattr(
+        fp8_base, "_input_gradient", lambda ctx, dy_MN: wrong * of_device(ctx, dy_MN)
+    )
+    with pytest.raises(ConfigError, match=r"moves the gradient by .* at most 0\.5.* use as_loaded"):
+        learner(tiny_models.student)
+
+
+@pytest.mark.parametrize("before", [None, "1"])
+def test_layers_are_compiled_again_afterwards(
+    monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    if before is None:
+        monkeypatch.delenv(BLOCK_COMPILE, raising=False)
+    else:
+        monkeypatch.setenv(BLOCK_COMPILE, before)
+
+    @layers_as_they_are()
+    def fails() -> None:
+        raise ValueError(os.environ[BLOCK_COMPILE])
+
+    with pytest.raises(ValueError, match="0"):
+        fails()
+    assert os.environ.get(BLOCK_COMPILE) == before
