@@ -17,7 +17,7 @@ _ROWS, _TOKENS = 2, 24
 
 
 class Probe(NamedTuple):
-    """What one way of computing a model gives, in float32."""
+    """Holds what one way of computing a model gives, in float32."""
 
     hidden: Tensor
     """Hidden states."""
