@@ -4,7 +4,7 @@
 #   bash benchmarks/on_cards.sh models                    # once: random models of the real shapes
 #   bash benchmarks/on_cards.sh steps --measure topk16    # one card: h200_one_start.json
 #
-#   one card    models, steps, cold, learners, trl, teachers, topk, memory, contract ENGINE, together
+#   one card    models, steps, cold, learners, profile, trl, teachers, topk, memory, contract ENGINE, together
 #   two cards   cluster (--arms one; --arms each,roles), full_tuning
 #   either      queue SECONDS:PART... (one after another; one that fails or takes longer does not end it)
 #
@@ -63,6 +63,11 @@ case $part in
     measure speed.learners --config configs/h200.yaml --name h200_rows "${given[@]}" "${lengths[@]}" \
       --learners unsloth,unsloth_shared,unsloth_packed@128xlongtail8:1,unsloth_fp8_backward@128x512:4 \
       --works 128x512:4,300x508:4,128xlongtail8:1 "$@"
+    ;;
+  profile) # the GPU's time in a step of an unsloth learner, kernel by kernel
+    PYTHONPATH="${UNSLOTH_PYTHONPATH:+$UNSLOTH_PYTHONPATH:}$PYTHONPATH" \
+      "${UNSLOTH_PYTHON:-$("$python" src/qwen3_distill/environments/make.py unsloth-cuda)}" \
+      -m benchmarks.speed.learner_profile --config configs/h200.yaml --results "$out" "${given[@]}" "$@"
     ;;
   trl)
     PYTHONPATH="${TRL_PYTHONPATH:+$TRL_PYTHONPATH:}$PYTHONPATH" VLLM_USE_FLASHINFER_SAMPLER=0 \
