@@ -231,7 +231,7 @@ def test_a_bfloat16_base_takes_nearly_the_float32_step(
     learner = pooled(rounded, dtype="bfloat16", packing="auto", base_precision=precision)
     if precision == "fp8_backward":
         fused = 14 if INSTALLED.device == "cuda" else 0
-        how, moved = learner.describe()["frozen layers"].split("; the gradient moved by ")
+        how, moved = learner.describe()["frozen layers"].split("; gradients moved by ")
         assert how == f"input gradients in FP8, {fused} of them in fused functions"
         assert 1e-3 < float(moved.split()[0]) < 0.2
     ours = change(learner, batch)

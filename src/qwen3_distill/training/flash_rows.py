@@ -81,8 +81,8 @@ def flash_row(shared: Sequence[SharedPrompt], device: torch.device) -> FlashRow:
     return FlashRow(
         query_ends=_placed(_ends(queries), device),
         key_ends=_placed(_ends(keys), device),
-        query_size=_placed(torch.empty(max(queries), dtype=torch.uint8), device),
-        key_size=_placed(torch.empty(max(keys), dtype=torch.uint8), device),
+        query_size=_open(torch.empty(max(queries), dtype=torch.uint8, device=device)),
+        key_size=_open(torch.empty(max(keys), dtype=torch.uint8, device=device)),
         key_place_S=None if queries == keys else _placed(torch.cat(places), device),
     )
 
@@ -96,10 +96,13 @@ def flash_runs(device: torch.device, dtype: torch.dtype, head_size: int) -> bool
 
 
 def _placed(values: Tensor, device: torch.device) -> Tensor:
-    placed = to_device(values, device)
-    # A compiler shall not begin anew for every row.
-    torch._dynamo.maybe_mark_dynamic(placed, 0)  # pyright: ignore[reportPrivateImportUsage]
-    return placed
+    return _open(to_device(values, device))
+
+
+def _open(values: Tensor) -> Tensor:
+    """Keep a compiler from beginning anew for every size of it."""
+    torch._dynamo.maybe_mark_dynamic(values, 0)  # pyright: ignore[reportPrivateImportUsage]
+    return values
 
 
 def _ends(lengths: Sequence[int]) -> Tensor:

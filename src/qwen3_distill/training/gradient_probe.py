@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _ROWS, _TOKENS = 2, 24
+_ADAPTER_SIZE = 0.02
+"""Standard deviation of an adapter's second matrix in a probe."""
 
 
 class Probe(NamedTuple):
@@ -21,8 +23,8 @@ class Probe(NamedTuple):
 
     hidden: Tensor
     """Hidden states."""
-    gradient: Tensor
-    """[parameters]: of a random sum of the hidden states, for the first and the last layer."""
+    gradients: dict[str, Tensor]
+    """Gradients of a random sum of them, of every trained matrix in the first and last layer."""
 
 
 def probe_rows(core: PreTrainedModel) -> Probe:
@@ -33,35 +35,39 @@ def probe_rows(core: PreTrainedModel) -> Probe:
 
 
 def probe(core: PreTrainedModel, forward: Callable[[], Tensor]) -> Probe:
-    """Compute hidden states and their gradient, as they are trained, but without dropout."""
-    with _without_dropout(core), torch.enable_grad():
+    """Compute hidden states and their gradients, as they are trained, but without dropout."""
+    with _without_dropout(core), _with_filled_adapters(core), torch.enable_grad():
         hidden = forward().float()
         generator = torch.Generator().manual_seed(0)
         weights = torch.randn(hidden.shape, generator=generator).to(hidden.device)
         # Not `torch.autograd.grad`: layers that are recomputed have no gradient in it.
         (hidden * weights).sum().backward()
-    layers = core.model.layers
-    trained = [
-        each
-        for layer in (layers[0], layers[-1])
-        for each in layer.parameters()
-        if each.requires_grad
-    ]
-    parts = [torch.zeros_like(each) if each.grad is None else each.grad for each in trained]
+    last = len(core.model.layers) - 1
+    gradients = {
+        f"{index}.{name}": torch.zeros_like(each) if each.grad is None else each.grad
+        for index in dict.fromkeys((0, last))
+        for name, each in core.model.layers[index].named_parameters()
+        if each.requires_grad and each.dim() > 1
+    }
     core.zero_grad(set_to_none=True)
-    return Probe(hidden.detach(), torch.cat([part.float().flatten() for part in parts]))
+    return Probe(hidden.detach(), {name: each.float() for name, each in gradients.items()})
 
 
 def gradient_gap(found: Probe, expected: Probe) -> float:
-    """Compute the norm of the gradients' difference over the expected one's norm.
+    """Compute the largest gap of a matrix: the norm of the difference over the expected norm.
 
     Directions with a cosine of c and equal norms give sqrt(2 - 2c); a gradient of zero gives 1.
+    One norm of all would hide a matrix whose gradient is small.
     """
-    return float((found.gradient - expected.gradient).norm() / expected.gradient.norm())
+    gaps = [
+        (found.gradients[name] - gradient).norm() / gradient.norm()
+        for name, gradient in expected.gradients.items()
+    ]
+    return float(torch.stack(gaps).max())  # NaN if one is, unlike `max`
 
 
 @contextlib.contextmanager
-def layers_as_they_are() -> Iterator[None]:
+def uncompiled_layers() -> Iterator[None]:
     """Have unsloth run layers uncompiled."""
     name = "UNSLOTH_BLOCK_COMPILE"
     before = os.environ.get(name)
@@ -86,3 +92,21 @@ def _without_dropout(core: PreTrainedModel) -> Iterator[None]:
     finally:
         for each in active:
             each.train()
+
+
+@contextlib.contextmanager
+def _with_filled_adapters(core: PreTrainedModel) -> Iterator[None]:
+    """Fill adapters that begin with zeros: the other half of each would have no gradient."""
+    generator = torch.Generator().manual_seed(0)
+    before = {
+        each: each.detach().clone() for name, each in core.named_parameters() if ".lora_B." in name
+    }
+    with torch.no_grad():
+        for each in before:
+            each.copy_(_ADAPTER_SIZE * torch.randn(each.shape, generator=generator))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for each, values in before.items():
+                each.copy_(values)

@@ -5,7 +5,8 @@ Keys and values of a prompt are computed once, and its gradient is the sum over 
 hidden states are those of a sequence by itself, but for the order of sums. Sequences packed without
 a prompt in common are prompts without answers.
 
-There are three ways, of which the fastest that is possible is taken:
+There are three ways, of which the first that is possible is taken; in layers that unsloth compiles
+on CUDA the second always, which a compiler can follow:
 
 - all prompts and answers of the row have the same lengths: attention over whole sequences, as
   without packing, with a prompt's keys repeated for its answers (on an H200 cuDNN's kernel, which

@@ -87,7 +87,7 @@ def own_library() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-    patches._Running.attention = patches._Running.row = None
+    patches._RUNNING.attention = patches._RUNNING.row = None
 
 
 def rows(answers: int, size: int) -> tuple[Tensor, PromptAttention]:
@@ -147,9 +147,9 @@ def test_layers_stay_compiled_and_give_the_same(inside: bool) -> None:
         hidden, attention = rows(2, size)
         found, expected = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
         out = layer(found, **arguments_with(attention, hidden.shape[1]))
-        patches._Running.attention = attention
+        patches._RUNNING.attention = attention
         wanted = uncompiled(layer, expected)
-        patches._Running.attention = None
+        patches._RUNNING.attention = None
         torch.testing.assert_close(out, wanted)
         out.square().sum().backward()
         wanted.square().sum().backward()
@@ -166,8 +166,8 @@ def test_a_compiler_follows_the_kernel_itself_for_rows_of_any_lengths() -> None:
     counter = CompileCounterWithBackend("aot_eager")
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        assert patches._Running.row is not None
-        return patches._Running.row.attend(query * 2, key, value, scale=0.5) + 1
+        assert patches._RUNNING.row is not None
+        return patches._RUNNING.row.attend(query * 2, key, value, scale=0.5) + 1
 
     compiled: Any = torch.compile(attend, backend=counter, fullgraph=True)
     for answers in ((3, 4), (8, 8), (1,), (20, 5, 9, 30)):
@@ -179,7 +179,7 @@ def test_a_compiler_follows_the_kernel_itself_for_rows_of_any_lengths() -> None:
         for values in given:
             torch._dynamo.maybe_mark_dynamic(values, 1)
             values.requires_grad_()
-        patches._Running.row = flash_rows.flash_row(shared, torch.device("meta"))
+        patches._RUNNING.row = flash_rows.flash_row(shared, torch.device("meta"))
         out = compiled(*given)
         out.float().sum().backward()
         assert out.shape == given[0].shape
@@ -203,8 +203,8 @@ def test_a_layer_without_an_attention_runs_the_librarys_own() -> None:
 
 def test_a_layer_that_fails_leaves_no_attention_behind(inside: bool) -> None:
     def fails(self: Any, hidden: Tensor) -> Tensor:
-        assert patches._Running.attention is not None
-        assert (patches._Running.row is not None) == inside
+        assert patches._RUNNING.attention is not None
+        assert (patches._RUNNING.row is not None) == inside
         raise ValueError("no memory")
 
     class Layer:
@@ -213,5 +213,5 @@ def test_a_layer_that_fails_leaves_no_attention_behind(inside: bool) -> None:
     _, attention = rows(2, 4)
     with pytest.raises(ValueError, match="no memory"):
         handing_over(fails)(Layer(), torch.zeros(1), **arguments_with(attention, 1))
-    assert patches._Running.attention is None
-    assert patches._Running.row is None
+    assert patches._RUNNING.attention is None
+    assert patches._RUNNING.row is None

@@ -1,5 +1,6 @@
 """What holds a device's gradients against the plain way, before anything is trained."""
 
+import math
 import os
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from qwen3_distill.training.embedded.student import build_embedded_learner
 from qwen3_distill.training.gradient_probe import (
     Probe,
     gradient_gap,
-    layers_as_they_are,
     probe,
     probe_rows,
+    uncompiled_layers,
 )
 from qwen3_distill.training.learner import TorchLearner
 from qwen3_distill.training.lora import add_adapters
@@ -53,8 +54,13 @@ def test_dropout_is_off_and_the_model_as_before_afterwards(tiny_models: TinyMode
     core = add_adapters(base, tuning, 0).train()
     first, second = probe_rows(core), probe_rows(core)
     assert torch.equal(first.hidden, second.hidden)
-    assert torch.equal(first.gradient, second.gradient)
-    assert first.gradient.norm() > 0
+    assert gradient_gap(second, first) == 0
+    assert first.gradients.keys() == second.gradients.keys()
+    adapters = [name for name, _ in core.named_parameters() if ".lora_" in name]
+    assert len(first.gradients) == len(adapters)  # this model's two layers are the outer ones
+    assert all(gradient.norm() > 0 for gradient in first.gradients.values())
+    # What was filled for it is as it was: zeros, with which training begins.
+    assert not any(p.any() for name, p in core.named_parameters() if ".lora_B." in name)
     assert core.training
     assert all(each.training for each in core.modules() if isinstance(each, nn.Dropout))
     assert all(parameter.grad is None for parameter in core.parameters())
@@ -71,27 +77,33 @@ def test_a_part_without_a_gradient_counts_as_zero(tiny_models: TinyModels) -> No
         return core.model.embed_tokens(ids)
 
     expected, found = probe(core, whole), probe(core, without_layers)
-    assert found.gradient.shape == expected.gradient.shape
+    assert found.gradients.keys() == expected.gradients.keys()
     assert gradient_gap(found, expected) == 1
 
 
-def test_a_gap_is_that_of_the_directions() -> None:
-    hidden = torch.zeros(1)
-    one, other = Probe(hidden, torch.tensor([3.0, 4.0])), Probe(hidden, torch.tensor([4.0, 3.0]))
+def test_the_gap_is_that_of_the_worst_matrix() -> None:
+    large = torch.tensor([300.0, 400.0])
+
+    def given(*values: float) -> Probe:
+        return Probe(torch.zeros(1), {"0.large": large, "1.small": torch.tensor(values)})
+
     cosine = 24 / 25
-    assert gradient_gap(other, one) == pytest.approx((2 - 2 * cosine) ** 0.5)
+    gap = gradient_gap(given(4.0, 3.0), given(3.0, 4.0))
+    assert gap == pytest.approx((2 - 2 * cosine) ** 0.5)
+    assert gradient_gap(given(0.0, 0.0), given(3.0, 4.0)) == 1
+    assert math.isnan(gradient_gap(given(float("nan"), 4.0), given(3.0, 4.0)))
 
 
 @needs_fp8
 def test_a_learner_says_by_how_much_rounding_moved_its_gradient(tiny_models: TinyModels) -> None:
     said = learner(tiny_models.student).student.describe()["frozen layers"]
-    how, moved = said.split("; the gradient moved by ")
+    how, moved = said.split("; gradients moved by ")
     assert how == "fp8_backward"
     assert 1e-3 < float(moved.split()[0]) < 0.2
 
 
 @needs_fp8
-@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan])
 def test_a_device_that_computes_another_gradient_is_refused(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, wrong: float
 ) -> None:
@@ -99,7 +111,9 @@ def test_a_device_that_computes_another_gradient_is_refused(
     monkeypatch.setattr(
         fp8_base, "_input_gradient", lambda ctx, dy_MN: wrong * of_device(ctx, dy_MN)
     )
-    with pytest.raises(ConfigError, match=r"moves the gradient by .* at most 0\.5.* use as_loaded"):
+    with pytest.raises(
+        ConfigError, match=r"gradient of a matrix by .* at most 0\.5.* use as_loaded"
+    ):
         learner(tiny_models.student)
 
 
@@ -112,7 +126,7 @@ def test_layers_are_compiled_again_afterwards(
     else:
         monkeypatch.setenv(BLOCK_COMPILE, before)
 
-    @layers_as_they_are()
+    @uncompiled_layers()
     def fails() -> None:
         raise ValueError(os.environ[BLOCK_COMPILE])
 

@@ -1,8 +1,6 @@
 """The shared learner where memory runs out, and the probes of the model below the head."""
 
 import asyncio
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,11 +36,7 @@ from qwen3_distill.training.objectives.build import build_objective
 from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.training.trained import TrainedWeights
 from qwen3_distill.training.unsloth.learner import unsloth_learner
-from qwen3_distill.training.unsloth.packing_probe import (
-    Gap,
-    packing_gap,
-    recompute_first_layers,
-)
+from qwen3_distill.training.unsloth.packing_probe import recompute_first_layers
 from qwen3_distill.types import Batch, ScoredRollout, TeacherScore, Update
 from qwen3_distill.weights.memory import MemoryChannel
 from tests.contract.builders import synthetic_rollout
@@ -328,52 +322,6 @@ def test_layers_that_were_never_armed_are_refused(tiny_models: TinyModels) -> No
     model = load_model(tiny_models.student, device=CPU, dtype=torch.float32).train()
     with pytest.raises(EngineStartError, match="layer 0 cannot be recomputed"):
         recompute_first_layers(model, 1)
-
-
-# --- Sequences that must not see one another ----------------------------------------------------
-
-
-def test_the_probe_tells_packing_from_attention_across_sequences(tiny_models: TinyModels) -> None:
-    model = load_model(tiny_models.student, device=CPU, dtype=torch.float32).train()
-
-    def right(input_1T: Tensor, position_1T: Tensor, lengths: Sequence[int]) -> Tensor:
-        return model.model(input_ids=input_1T, position_ids=position_1T, use_cache=False)[0]
-
-    def blind(input_1T: Tensor, position_1T: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Causal over the whole row, as attention without the boundaries is."""
-        mask = torch.ones_like(input_1T)
-        return model.model(
-            input_ids=input_1T, position_ids=position_1T, attention_mask=mask, use_cache=False
-        )[0]
-
-    def nothing_once(input_1T: Tensor, position_1T: Tensor, lengths: Sequence[int]) -> Tensor:
-        return right(input_1T, position_1T, lengths) * (math.nan if len(lengths) == 2 else 1)
-
-    def untaught(input_1T: Tensor, position_1T: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Hidden states that are right, with a gradient of the last layer's MLP alone."""
-        mlp = model.model.layers[-1].mlp
-        hook = mlp.register_forward_pre_hook(lambda _, given: (given[0].detach(),))
-        try:
-            return right(input_1T, position_1T, lengths)
-        finally:
-            hook.remove()
-
-    assert max(packing_gap(model, right)) < 1e-5
-    assert min(packing_gap(model, blind)) > 0.1
-    assert math.isnan(packing_gap(model, nothing_once).hidden)
-    gap = packing_gap(model, untaught)
-    assert gap.hidden < 1e-5
-    assert gap.gradient > 0.1
-    assert gap.exceeds(Gap(hidden=1e-3, gradient=1e-3))
-    assert model.training
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_a_gap_that_is_not_finite_exceeds_any_limit() -> None:
-    limit = Gap(hidden=1.0, gradient=1.0)
-    assert not Gap(hidden=1.0, gradient=1.0).exceeds(limit)
-    assert Gap(hidden=float("nan"), gradient=0.0).exceeds(limit)
-    assert Gap(hidden=0.0, gradient=float("nan")).exceeds(limit)
 
 
 def test_a_saved_student_is_a_directory_of_its_own(tiny_models: TinyModels, tmp_path: Path) -> None:

@@ -98,7 +98,9 @@ class _EmbeddedStudent:
         if as_loaded is not None:
             with self.autocast():
                 gap = check_gradient(probe_rows(self.core), as_loaded, config.base_precision)
-            self._base = f"{config.base_precision}; the gradient moved by {gap:.1e} of its norm"
+            self._base = (
+                f"{config.base_precision}; gradients moved by {gap:.1e} of their norms at most"
+            )
 
     def _freeze(self, model_dir: Path) -> Probe | None:
         """Freeze layers in FP8, if asked; return what the model gave before."""

@@ -25,9 +25,14 @@ class _Running:
     such an argument, and a region would be compiled anew for every attention that it is given.
     """
 
-    attention: PromptAttention | None = None
-    row: FlashRow | None = None
-    """The same in one launch; None: the kernel is not for this device, dtype or size."""
+    def __init__(self) -> None:
+        self.attention: PromptAttention | None = None
+        self.row: FlashRow | None = None
+        """The same in one launch; None: the kernel is not for this device, dtype or size."""
+
+
+# An object: PyTorch 2.11 takes None in a class's attribute for a constant, and looks there once.
+_RUNNING = _Running()
 
 
 def arguments_with(attention: PromptAttention, num_tokens: int) -> dict[str, Any]:
@@ -63,9 +68,9 @@ def attention_of_running(otherwise: Callable[..., Tensor]) -> Callable[..., Tens
 
     def run_attention(*, config: Any, context: Any, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
         """Return [1, T, H, D] of queries [1, H, T, D], and keys and values likewise."""
-        if _Running.attention is None:
+        if _RUNNING.attention is None:
             return otherwise(config=config, context=context, Q=Q, K=K, V=V)
-        row, given = _Running.row, (Q.squeeze(0), K.squeeze(0), V.squeeze(0))
+        row, given = _RUNNING.row, (Q.squeeze(0), K.squeeze(0), V.squeeze(0))
         if row is None:
             out_HTD = _beside(*given)
         else:
@@ -76,9 +81,10 @@ def attention_of_running(otherwise: Callable[..., Tensor]) -> Callable[..., Tens
     return run_attention
 
 
+# Two functions: what the compiler is kept out of ends a compiled region.
 def _attend(query_HTD: Tensor, key_GTD: Tensor, value_GTD: Tensor) -> Tensor:
-    assert _Running.attention is not None
-    return _Running.attention(query_HTD, key_GTD, value_GTD)
+    assert _RUNNING.attention is not None
+    return _RUNNING.attention(query_HTD, key_GTD, value_GTD)
 
 
 _beside: Any = torch.compiler.disable(_attend)
@@ -89,20 +95,20 @@ def handing_over(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def given(self: Any, hidden_1TD: Tensor, *arguments: Any, **options: Any) -> Any:
-        before = _Running.attention, _Running.row
+        before = _RUNNING.attention, _RUNNING.row
         attention = options.get(_ATTENTION)
         if isinstance(attention, PromptAttention):
             options = {
                 name: value for name, value in options.items() if name not in (_ATTENTION, _LENGTHS)
             }
-            _Running.attention = attention
-            _Running.row = attention.one_launch(hidden_1TD.dtype, self.self_attn.head_dim)
+            _RUNNING.attention = attention
+            _RUNNING.row = attention.one_launch(hidden_1TD.dtype, self.self_attn.head_dim)
         else:
-            _Running.attention = _Running.row = None
+            _RUNNING.attention = _RUNNING.row = None
         try:
             return forward(self, hidden_1TD, *arguments, **options)
         finally:
-            _Running.attention, _Running.row = before
+            _RUNNING.attention, _RUNNING.row = before
 
     setattr(given, _PATCHED, True)
     return given

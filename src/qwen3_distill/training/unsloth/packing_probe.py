@@ -1,8 +1,10 @@
 """Probing packed sequences and shared prompts, and recomputing layers, in a model that any library
 prepared."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from transformers import PreTrainedModel
 
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.training.batching import SharedPrompt
-from qwen3_distill.training.gradient_probe import gradient_gap, layers_as_they_are, probe
+from qwen3_distill.training.gradient_probe import gradient_gap, probe, uncompiled_layers
 
 _PROBE_LENGTHS = ((19, 7, 12), (17, 17))
 _PROBE_PROMPTS = (
@@ -23,7 +25,7 @@ _PROBE_PROMPTS = (
         SharedPrompt(start=25, prompt_tokens=9, answer_tokens=(8, 8)),
     ),
 )
-"""Rows of sequences that differ, and rows of those that are alike: both ways of attention."""
+"""Rows of sequences that differ, and of those that are alike: attention may take another way."""
 
 PackedForward: TypeAlias = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 """From input ids [1, T], positions [1, T] and the lengths of the sequences to [1, T, D]."""
@@ -50,7 +52,7 @@ def recompute_first_layers(core: PreTrainedModel, count: int) -> None:
 
 
 class Gap(NamedTuple):
-    """How far rows of several sequences are from the same sequences by themselves.
+    """Holds how far rows of several sequences are from the same sequences by themselves.
 
     Rounding gives 1e-6 in float32. Sequences that see one another give about 1.
     """
@@ -58,75 +60,118 @@ class Gap(NamedTuple):
     hidden: float
     """Largest difference of hidden states, over the largest hidden state."""
     gradient: float
-    """`gradient_gap` of the two."""
+    """Their `gradient_gap`."""
 
     def __str__(self) -> str:
         return f"{self.hidden:.1e} of the largest value, and its gradient by {self.gradient:.1e}"
 
     def exceeds(self, limit: "Gap") -> bool:
-        """Whether rows are not the sequences; numbers that are not finite are not either."""
+        """Tell whether it is above a limit, or not finite."""
         return not (self.hidden <= limit.hidden and self.gradient <= limit.gradient)
+
+
+def describe_layers(core: PreTrainedModel) -> str:
+    """Say whether unsloth compiled the layers, as far as they have run as they are trained."""
+    # Its own note: None before the first such run, 0 where the compiler failed.
+    modes = {layer.__dict__.get("_unsloth_block_mode") for layer in core.model.layers}
+    if modes == {None}:
+        return "not run yet"
+    return "as they are: unsloth could not compile them" if 0 in modes else "compiled"
+
+
+@contextlib.contextmanager
+def compiler_errors() -> Iterator[None]:
+    """Have a compiler that fails say so: unsloth lets it run a layer in pieces, slowly.
+
+    Raises:
+        EngineStartError: it failed.
+    """
+    dynamo: Any = importlib.import_module("torch._dynamo")
+    with dynamo.config.patch(suppress_errors=False):
+        try:
+            yield
+        except dynamo.exc.TorchDynamoException as error:
+            why = " ".join(str(error).split("\n")[:2])  # which part of it failed, and of what
+            raise EngineStartError(
+                f"unsloth learner: PyTorch's compiler failed on the student's layers: {why}; to "
+                'run them as they are, set training.environment={UNSLOTH_BLOCK_COMPILE: "0"}'
+            ) from error
 
 
 def packing_gap(core: PreTrainedModel, packed_forward: PackedForward) -> Gap:
     """Compute the largest gaps between packed sequences and single ones."""
-    gaps, device = list[Gap](), core.device
-    for lengths in _PROBE_LENGTHS:
-        rows = _random_rows(core, lengths)
-        packed_1T = torch.cat(rows, dim=1).to(device)
-        positions_1T = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(device)
-        gaps.append(
-            _gap(
-                core,
-                lambda ids=packed_1T, at=positions_1T, n=lengths: packed_forward(ids, at, n),
-                lambda rows=rows: torch.cat([_alone(core, row) for row in rows], dim=1),
-            )
-        )
-    return _largest(gaps)
+    draw = _RandomRows(core)
+    return _largest([_packed_gap(core, packed_forward, draw, each) for each in _PROBE_LENGTHS])
 
 
 def shared_prompts_gap(core: PreTrainedModel, shared_forward: SharedForward) -> Gap:
     """Compute the largest gaps between answers behind a shared prompt and single sequences."""
-    return _largest([_shared_gap(core, shared_forward, groups) for groups in _PROBE_PROMPTS])
+    draw = _RandomRows(core)
+    return _largest([_shared_gap(core, shared_forward, draw, each) for each in _PROBE_PROMPTS])
+
+
+class _RandomRows:
+    """Draws rows of tokens that all differ: of equal ones a mix-up would not show."""
+
+    def __init__(self, core: PreTrainedModel) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        self._core = core
+
+    def __call__(self, length: int) -> Tensor:
+        """Return [1, length] token ids."""
+        vocab_size: int = self._core.config.vocab_size
+        ids_1T = torch.randint(vocab_size, (1, length), generator=self._generator)
+        return ids_1T.to(self._core.device)
+
+
+def _packed_gap(
+    core: PreTrainedModel, forward: PackedForward, draw: _RandomRows, lengths: Sequence[int]
+) -> Gap:
+    rows = [draw(length) for length in lengths]
+    ids_1T = torch.cat(rows, dim=1)
+    positions_1T = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(core.device)
+    return _gap(
+        core,
+        lambda: forward(ids_1T, positions_1T, lengths),
+        lambda: torch.cat([_alone(core, row) for row in rows], dim=1),
+    )
 
 
 def _shared_gap(
-    core: PreTrainedModel, shared_forward: SharedForward, groups: Sequence[SharedPrompt]
+    core: PreTrainedModel,
+    forward: SharedForward,
+    draw: _RandomRows,
+    groups: Sequence[SharedPrompt],
 ) -> Gap:
     tokens, positions = list[Tensor](), list[Tensor]()
     singles = list[tuple[Tensor, int]]()  # and how many of its first tokens count elsewhere
     for group in groups:
-        (prompt_1P,) = _random_rows(core, [group.prompt_tokens])
+        prompt_1P = draw(group.prompt_tokens)
         tokens.append(prompt_1P)
         positions.append(torch.arange(group.prompt_tokens))
         singles.append((prompt_1P, 0))
-        for answer_1A in _random_rows(core, group.answer_tokens):
+        for answer_1A in map(draw, group.answer_tokens):
             tokens.append(answer_1A)
             positions.append(group.prompt_tokens + torch.arange(answer_1A.shape[1]))
             singles.append((torch.cat([prompt_1P, answer_1A], dim=1), group.prompt_tokens))
-    ids_1T = torch.cat(tokens, dim=1).to(core.device)
+    ids_1T = torch.cat(tokens, dim=1)
     positions_1T = torch.cat(positions).unsqueeze(0).to(core.device)
     return _gap(
         core,
-        lambda: shared_forward(ids_1T, positions_1T, groups),
+        lambda: forward(ids_1T, positions_1T, groups),
         lambda: torch.cat([_alone(core, row)[:, known:] for row, known in singles], dim=1),
     )
 
 
-def _random_rows(core: PreTrainedModel, lengths: Sequence[int]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = core.config.vocab_size
-    return [torch.randint(vocabulary, (1, n), generator=generator) for n in lengths]
-
-
 def _alone(core: PreTrainedModel, row_1T: Tensor) -> Tensor:
-    return core.model(input_ids=row_1T.to(core.device), use_cache=False)[0]
+    return core.model(input_ids=row_1T, use_cache=False)[0]
 
 
 def _gap(core: PreTrainedModel, together: Callable[[], Tensor], alone: Callable[[], Tensor]) -> Gap:
     """Compare what two ways of computing [1, T, D] give."""
-    found = probe(core, together)
-    with layers_as_they_are():  # to compile them for rows of their own takes too long
+    with compiler_errors():
+        found = probe(core, together)
+    with uncompiled_layers():  # to compile them for rows of their own takes too long
         expected = probe(core, alone)
     hidden = (found.hidden - expected.hidden).abs().max() / expected.hidden.abs().max()
     return Gap(float(hidden), gradient_gap(found, expected))

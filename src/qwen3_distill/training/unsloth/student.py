@@ -49,7 +49,7 @@ from qwen3_distill.modeling.step_memory import (
 from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
 from qwen3_distill.training.batching import MicroBatch, SharedPrompt
 from qwen3_distill.training.fp8_base import check_fp8_layers, check_gradient, freeze_in_fp8
-from qwen3_distill.training.gradient_probe import layers_as_they_are, probe_rows
+from qwen3_distill.training.gradient_probe import probe_rows, uncompiled_layers
 from qwen3_distill.training.learner import TorchLearner
 from qwen3_distill.training.lora import check_targets, initialise_adapters
 from qwen3_distill.training.memory_lack import memory_lack
@@ -66,6 +66,8 @@ from qwen3_distill.training.unsloth.attention import arguments_with, patch_atten
 from qwen3_distill.training.unsloth.fp8_layers import round_fused_gradients
 from qwen3_distill.training.unsloth.packing_probe import (
     Gap,
+    compiler_errors,
+    describe_layers,
     packing_gap,
     recompute_first_layers,
     shared_prompts_gap,
@@ -74,10 +76,10 @@ from qwen3_distill.types import Metric
 
 _PROBE_TOLERANCE = {
     "float32": Gap(hidden=1e-3, gradient=1e-3),
-    "bfloat16": Gap(hidden=6e-2, gradient=0.2),
+    "bfloat16": Gap(hidden=0.1, gradient=0.5),
 }
-"""Largest `packing_gap` with which sequences are packed; likewise `shared_prompts_gap`. A gradient
-without the attention's part is off by 0.5 and more."""
+"""Largest `packing_gap` with which sequences are packed; likewise `shared_prompts_gap`. Random
+models of 36 layers have 0.06 and 0.14 in bfloat16 with FP8; what is wrong has about 1."""
 _HEAD_TOLERANCE_NATS = 5e-3
 """Rounded logits are off by ten times as much, sums in another order by a hundredth."""
 
@@ -213,10 +215,14 @@ class UnslothStudent:
             self.core: PreTrainedModel = _load(model_dir, config, seed, plan.choice)
         _check_weights(model_dir, self.core)
         recompute_first_layers(self.core, plan.choice.recomputed_layers)
-        self._base = self._round_gradients(model_dir)
-        self.shares_prompts, self._sharing = self._decide_sharing()
         self._attends_itself = self._fused and not _has_varlen_kernel()
         """Packed rows are attended to as shared prompts are: unsloth has no kernel for them."""
+        if self._fused and (
+            config.shared_prompts or (config.packing is True and self._attends_itself)
+        ):
+            patch_attention(type(self.core.model.layers[0]))  # before anything is compiled
+        self._base = self._round_gradients(model_dir)
+        self.shares_prompts, self._sharing = self._decide_sharing()
         self.packs, self._packing = self._decide_packing()
         dtype = torch.bfloat16 if self._computes_in_bfloat16 else resolve_dtype(config.dtype)
         self.has_exact_head = head_rounding(self.device, dtype) < _HEAD_TOLERANCE_NATS
@@ -247,6 +253,7 @@ class UnslothStudent:
             "device": str(self.device),
             "kernels": "unsloth's fused ones" if self._fused else "Hugging Face's",
             "frozen layers": self._base,
+            "layers": describe_layers(self.core),
             "candidates": "by the fused head" if self.has_exact_head else "in chunks of logits",
             "memory": self._plan.report(),
             **({"segments": describe_segments()} if self.device.type == "cuda" else {}),
@@ -286,14 +293,14 @@ class UnslothStudent:
         if precision == "as_loaded":
             return "as loaded"
         check_fp8_layers(self.core, precision)
-        with self.autocast(), layers_as_they_are():
+        with self.autocast(), uncompiled_layers():
             expected = probe_rows(self.core)
         fused = round_fused_gradients(self.core) if self._fused else set[str]()
         freeze_in_fp8(self.core, model_dir, precision, done=fused)
-        with self.autocast():
+        with self.autocast(), compiler_errors():
             gap = check_gradient(probe_rows(self.core), expected, precision)
         how = f"input gradients in FP8, {len(fused)} of them in fused functions"
-        return f"{how}; the gradient moved by {gap:.1e} of its norm"
+        return f"{how}; gradients moved by {gap:.1e} of their norms at most"
 
     def _decide_sharing(self) -> tuple[bool, str]:
         """Whether prompts are shared, and why.
@@ -303,9 +310,7 @@ class UnslothStudent:
         """
         if not self._config.shared_prompts:
             return False, "off"
-        if self._fused:
-            patch_attention(type(self.core.model.layers[0]))
-        else:
+        if not self._fused:
             share_prompts(self.core)
         with self.autocast():
             gap = shared_prompts_gap(self.core, self._shared_hidden)
@@ -320,7 +325,13 @@ class UnslothStudent:
     @property
     def _tolerance(self) -> Gap:
         """Largest gap to single sequences with which rows are packed or prompts shared."""
-        return _PROBE_TOLERANCE["bfloat16" if self._computes_in_bfloat16 else self._config.dtype]
+        exact = _PROBE_TOLERANCE["float32"]
+        rounded = _PROBE_TOLERANCE["bfloat16"]
+        if self._computes_in_bfloat16 or self._config.dtype == "bfloat16":
+            return rounded
+        # The sum of rounded gradients is not the rounded sum.
+        is_exact = self._config.base_precision == "as_loaded"
+        return exact if is_exact else exact._replace(gradient=rounded.gradient)
 
     @property
     def _computes_in_bfloat16(self) -> bool:
@@ -340,8 +351,6 @@ class UnslothStudent:
                 "off: neither flash-attn nor xformers is installed, and unsloth takes PyTorch's "
                 "kernel for packed rows from 2.12 on; packing=true uses it here"
             )
-        if self._attends_itself:
-            patch_attention(type(self.core.model.layers[0]))
         with self.autocast():
             gap = packing_gap(self.core, self._packed_hidden)
         if not gap.exceeds(self._tolerance):
