@@ -8,7 +8,6 @@ timed, and one is profiled: milliseconds of each kernel for every thousand token
 the time in which the GPU was idle. ``--lock FILE``: several start beside each other, and measure
 one after another.
 """
-# ruff: noqa: E402 - unsloth comes before transformers
 
 import argparse
 import asyncio
@@ -25,7 +24,7 @@ from typing import Any
 
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.mkdtemp(prefix="compiled-"))
 
-from qwen3_distill.training.unsloth.student import open_learner  # isort: skip
+from qwen3_distill.training.unsloth.student import open_learner  # isort: skip - before transformers
 
 import torch
 from torch.profiler import ProfilerActivity, profile
