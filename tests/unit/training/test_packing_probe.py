@@ -96,6 +96,34 @@ def test_a_compiler_that_fails_is_an_error_with_a_way_out() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's
+@pytest.mark.parametrize("compiles", [True, False])
+def test_a_compiler_must_not_fail_where_our_attention_is_inside(
+    tiny_models: TinyModels, compiles: bool
+) -> None:
+    model = load_model(tiny_models.student, device=CPU, dtype=torch.float32).train()
+
+    def fails(graph: object, inputs: object) -> None:
+        raise ValueError("no kernel for this")
+
+    @torch.compile(backend=fails)
+    def broken(hidden: Tensor) -> Tensor:
+        return hidden + 0
+
+    def together(input_1T: Tensor, position_1T: Tensor, lengths: Sequence[int]) -> Tensor:
+        hidden = model.model(input_ids=input_1T, position_ids=position_1T, use_cache=False)[0]
+        return broken(hidden)
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(suppress_errors=True):  # as unsloth has it
+        if compiles:
+            with pytest.raises(EngineStartError, match="no kernel for this"):
+                packing_gap(model, together, compiles=True)
+        else:
+            assert max(packing_gap(model, together)) < 1e-5
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(
     ("modes", "said"),
     [

@@ -30,9 +30,9 @@ _PROBE_PROMPTS = (
 PackedForward: TypeAlias = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 """From input ids [1, T], positions [1, T] and the lengths of the sequences to [1, T, D]."""
 
-
 SharedForward: TypeAlias = Callable[[Tensor, Tensor, Sequence[SharedPrompt]], Tensor]
 """From input ids [1, T], positions [1, T] and where prompts and answers stand to [1, T, D]."""
+_Forward: TypeAlias = Callable[[], Tensor]
 
 
 def recompute_first_layers(core: PreTrainedModel, count: int) -> None:
@@ -98,16 +98,36 @@ def compiler_errors() -> Iterator[None]:
             ) from error
 
 
-def packing_gap(core: PreTrainedModel, packed_forward: PackedForward) -> Gap:
-    """Compute the largest gaps between packed sequences and single ones."""
+def packing_gap(
+    core: PreTrainedModel, packed_forward: PackedForward, *, compiles: bool = False
+) -> Gap:
+    """Compute the largest gaps between packed sequences and single ones.
+
+    Args:
+        compiles: our attention is in layers that are compiled, and a compiler that fails an error.
+    """
     draw = _RandomRows(core)
-    return _largest([_packed_gap(core, packed_forward, draw, each) for each in _PROBE_LENGTHS])
+    gaps = [
+        _gap(core, *_packed_and_alone(core, packed_forward, draw, lengths), compiles=compiles)
+        for lengths in _PROBE_LENGTHS
+    ]
+    return _largest(gaps)
 
 
-def shared_prompts_gap(core: PreTrainedModel, shared_forward: SharedForward) -> Gap:
-    """Compute the largest gaps between answers behind a shared prompt and single sequences."""
+def shared_prompts_gap(
+    core: PreTrainedModel, shared_forward: SharedForward, *, compiles: bool = False
+) -> Gap:
+    """Compute the largest gaps between answers behind a shared prompt and single sequences.
+
+    Args:
+        compiles: as of `packing_gap`.
+    """
     draw = _RandomRows(core)
-    return _largest([_shared_gap(core, shared_forward, draw, each) for each in _PROBE_PROMPTS])
+    gaps = [
+        _gap(core, *_shared_and_alone(core, shared_forward, draw, groups), compiles=compiles)
+        for groups in _PROBE_PROMPTS
+    ]
+    return _largest(gaps)
 
 
 class _RandomRows:
@@ -124,25 +144,24 @@ class _RandomRows:
         return ids_1T.to(self._core.device)
 
 
-def _packed_gap(
+def _packed_and_alone(
     core: PreTrainedModel, forward: PackedForward, draw: _RandomRows, lengths: Sequence[int]
-) -> Gap:
+) -> tuple[_Forward, _Forward]:
     rows = [draw(length) for length in lengths]
     ids_1T = torch.cat(rows, dim=1)
     positions_1T = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(core.device)
-    return _gap(
-        core,
+    return (
         lambda: forward(ids_1T, positions_1T, lengths),
         lambda: torch.cat([_alone(core, row) for row in rows], dim=1),
     )
 
 
-def _shared_gap(
+def _shared_and_alone(
     core: PreTrainedModel,
     forward: SharedForward,
     draw: _RandomRows,
     groups: Sequence[SharedPrompt],
-) -> Gap:
+) -> tuple[_Forward, _Forward]:
     tokens, positions = list[Tensor](), list[Tensor]()
     singles = list[tuple[Tensor, int]]()  # and how many of its first tokens count elsewhere
     for group in groups:
@@ -156,8 +175,7 @@ def _shared_gap(
             singles.append((torch.cat([prompt_1P, answer_1A], dim=1), group.prompt_tokens))
     ids_1T = torch.cat(tokens, dim=1)
     positions_1T = torch.cat(positions).unsqueeze(0).to(core.device)
-    return _gap(
-        core,
+    return (
         lambda: forward(ids_1T, positions_1T, groups),
         lambda: torch.cat([_alone(core, row)[:, known:] for row, known in singles], dim=1),
     )
@@ -167,9 +185,9 @@ def _alone(core: PreTrainedModel, row_1T: Tensor) -> Tensor:
     return core.model(input_ids=row_1T, use_cache=False)[0]
 
 
-def _gap(core: PreTrainedModel, together: Callable[[], Tensor], alone: Callable[[], Tensor]) -> Gap:
+def _gap(core: PreTrainedModel, together: _Forward, alone: _Forward, *, compiles: bool) -> Gap:
     """Compare what two ways of computing [1, T, D] give."""
-    with compiler_errors():
+    with compiler_errors() if compiles else contextlib.nullcontext():
         found = probe(core, together)
     with uncompiled_layers():  # to compile them for rows of their own takes too long
         expected = probe(core, alone)

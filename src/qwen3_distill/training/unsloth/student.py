@@ -313,7 +313,7 @@ class UnslothStudent:
         if not self._fused:
             share_prompts(self.core)
         with self.autocast():
-            gap = shared_prompts_gap(self.core, self._shared_hidden)
+            gap = shared_prompts_gap(self.core, self._shared_hidden, compiles=self._fused)
         if gap.exceeds(self._tolerance):
             raise EngineStartError(
                 "unsloth learner: training.shared_prompts=true, but answers behind a shared prompt "
@@ -352,7 +352,7 @@ class UnslothStudent:
                 "kernel for packed rows from 2.12 on; packing=true uses it here"
             )
         with self.autocast():
-            gap = packing_gap(self.core, self._packed_hidden)
+            gap = packing_gap(self.core, self._packed_hidden, compiles=self._attends_itself)
         if not gap.exceeds(self._tolerance):
             return True, f"on: differs from single sequences by {gap}"
         reason = (
