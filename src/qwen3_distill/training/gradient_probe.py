@@ -5,7 +5,6 @@ rounding that differ from one device to another are held against the plain way o
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -64,21 +63,6 @@ def gradient_gap(found: Probe, expected: Probe) -> float:
         for name, gradient in expected.gradients.items()
     ]
     return float(torch.stack(gaps).max())  # NaN if one is, unlike `max`
-
-
-@contextlib.contextmanager
-def uncompiled_layers() -> Iterator[None]:
-    """Have unsloth run layers uncompiled."""
-    name = "UNSLOTH_BLOCK_COMPILE"
-    before = os.environ.get(name)
-    os.environ[name] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
-"""What holds a device's gradients against the plain way, before anything is trained."""
+"""The probe compares a device's gradients with the plain way, before anything is trained."""
 
 import math
-import os
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from qwen3_distill.training.gradient_probe import (
     gradient_gap,
     probe,
     probe_rows,
-    uncompiled_layers,
 )
 from qwen3_distill.training.learner import TorchLearner
 from qwen3_distill.training.lora import add_adapters
@@ -26,7 +24,6 @@ from qwen3_distill.training.settings import LearnerSettings
 from tests.tiny_models import TinyModels
 
 CPU = torch.device("cpu")
-BLOCK_COMPILE = "UNSLOTH_BLOCK_COMPILE"
 
 needs_fp8 = pytest.mark.skipif(
     not fp8_base.has_rowwise_products(CPU), reason="this PyTorch has no FP8 on a CPU"
@@ -115,21 +112,3 @@ def test_a_device_that_computes_another_gradient_is_refused(
         ConfigError, match=r"gradient of a matrix by .* at most 0\.5.* use as_loaded"
     ):
         learner(tiny_models.student)
-
-
-@pytest.mark.parametrize("before", [None, "1"])
-def test_layers_are_compiled_again_afterwards(
-    monkeypatch: pytest.MonkeyPatch, before: str | None
-) -> None:
-    if before is None:
-        monkeypatch.delenv(BLOCK_COMPILE, raising=False)
-    else:
-        monkeypatch.setenv(BLOCK_COMPILE, before)
-
-    @uncompiled_layers()
-    def fails() -> None:
-        raise ValueError(os.environ[BLOCK_COMPILE])
-
-    with pytest.raises(ValueError, match="0"):
-        fails()
-    assert os.environ.get(BLOCK_COMPILE) == before

@@ -1,8 +1,7 @@
-"""What holds packed rows and shared prompts against the same sequences by themselves."""
+"""The probes compare packed rows and shared prompts with the same sequences by themselves."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -13,8 +12,6 @@ from qwen3_distill.modeling.loading import load_model
 from qwen3_distill.training.batching import SharedPrompt
 from qwen3_distill.training.unsloth.packing_probe import (
     Gap,
-    compiler_errors,
-    describe_layers,
     packing_gap,
     shared_prompts_gap,
 )
@@ -81,21 +78,6 @@ def test_the_probe_tells_answers_that_read_another_prompt(tiny_models: TinyModel
     assert min(shared_prompts_gap(model, lambda ids, _, at: behind(ids, at, [0, 0]))) > 0.1
 
 
-def test_a_compiler_that_fails_is_an_error_with_a_way_out() -> None:
-    def fails(graph: object, inputs: object) -> None:
-        raise ValueError("no kernel for this")
-
-    torch._dynamo.reset()
-    broken: Any = torch.compile(lambda x: x + 1, backend=fails)
-    with (
-        torch._dynamo.config.patch(suppress_errors=True),  # as unsloth has it
-        pytest.raises(EngineStartError, match=r"no kernel for this; .*UNSLOTH_BLOCK_COMPILE"),
-        compiler_errors(),
-    ):
-        broken(torch.ones(2))
-    torch._dynamo.reset()
-
-
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's
 @pytest.mark.parametrize("compiles", [True, False])
 def test_a_compiler_must_not_fail_where_our_attention_is_inside(
@@ -122,24 +104,6 @@ def test_a_compiler_must_not_fail_where_our_attention_is_inside(
         else:
             assert max(packing_gap(model, together)) < 1e-5
     torch._dynamo.reset()
-
-
-@pytest.mark.parametrize(
-    ("modes", "said"),
-    [
-        ([None, None], "not run yet"),
-        ([1, 1], "compiled"),
-        ([1, 0], "as they are: unsloth could not compile them"),
-    ],
-)
-def test_layers_are_described_by_unsloths_note(
-    tiny_models: TinyModels, modes: list[int | None], said: str
-) -> None:
-    model = load_model(tiny_models.student, device=CPU, dtype=torch.float32)
-    for layer, mode in zip(model.model.layers, modes, strict=True):
-        if mode is not None:
-            layer.__dict__["_unsloth_block_mode"] = mode
-    assert describe_layers(model) == said
 
 
 def test_a_gap_that_is_not_finite_exceeds_any_limit() -> None:

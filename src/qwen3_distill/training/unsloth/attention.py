@@ -81,7 +81,7 @@ def attention_of_running(otherwise: Callable[..., Tensor]) -> Callable[..., Tens
     return run_attention
 
 
-# Two functions: what the compiler is kept out of ends a compiled region.
+# A function of its own: one that the compiler is kept out of divides the region that calls it.
 def _attend(query_HTD: Tensor, key_GTD: Tensor, value_GTD: Tensor) -> Tensor:
     assert _RUNNING.attention is not None
     return _RUNNING.attention(query_HTD, key_GTD, value_GTD)

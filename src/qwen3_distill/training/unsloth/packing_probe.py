@@ -2,9 +2,8 @@
 prepared."""
 
 import contextlib
-import importlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,7 +11,8 @@ from transformers import PreTrainedModel
 
 from qwen3_distill.errors import EngineStartError
 from qwen3_distill.training.batching import SharedPrompt
-from qwen3_distill.training.gradient_probe import gradient_gap, probe, uncompiled_layers
+from qwen3_distill.training.gradient_probe import gradient_gap, probe
+from qwen3_distill.training.unsloth.compiled_layers import compiler_errors, uncompiled_layers
 
 _PROBE_LENGTHS = ((19, 7, 12), (17, 17))
 _PROBE_PROMPTS = (
@@ -68,34 +68,6 @@ class Gap(NamedTuple):
     def exceeds(self, limit: "Gap") -> bool:
         """Tell whether it is above a limit, or not finite."""
         return not (self.hidden <= limit.hidden and self.gradient <= limit.gradient)
-
-
-def describe_layers(core: PreTrainedModel) -> str:
-    """Say whether unsloth compiled the layers, as far as they have run as they are trained."""
-    # Its own note: None before the first such run, 0 where the compiler failed.
-    modes = {layer.__dict__.get("_unsloth_block_mode") for layer in core.model.layers}
-    if modes == {None}:
-        return "not run yet"
-    return "as they are: unsloth could not compile them" if 0 in modes else "compiled"
-
-
-@contextlib.contextmanager
-def compiler_errors() -> Iterator[None]:
-    """Have a compiler that fails say so: unsloth lets it run a layer in pieces, slowly.
-
-    Raises:
-        EngineStartError: it failed.
-    """
-    dynamo: Any = importlib.import_module("torch._dynamo")
-    with dynamo.config.patch(suppress_errors=False):
-        try:
-            yield
-        except dynamo.exc.TorchDynamoException as error:
-            why = " ".join(str(error).split("\n")[:2])  # which part of it failed, and of what
-            raise EngineStartError(
-                f"unsloth learner: PyTorch's compiler failed on the student's layers: {why}; to "
-                'run them as they are, set training.environment={UNSLOTH_BLOCK_COMPILE: "0"}'
-            ) from error
 
 
 def packing_gap(

@@ -49,7 +49,7 @@ from qwen3_distill.modeling.step_memory import (
 from qwen3_distill.replay.buffer import ReplayBuffer, build_replay
 from qwen3_distill.training.batching import MicroBatch, SharedPrompt
 from qwen3_distill.training.fp8_base import check_fp8_layers, check_gradient, freeze_in_fp8
-from qwen3_distill.training.gradient_probe import probe_rows, uncompiled_layers
+from qwen3_distill.training.gradient_probe import probe_rows
 from qwen3_distill.training.learner import TorchLearner
 from qwen3_distill.training.lora import check_targets, initialise_adapters
 from qwen3_distill.training.memory_lack import memory_lack
@@ -63,11 +63,14 @@ from qwen3_distill.training.prompt_attention import (
 from qwen3_distill.training.segments import describe_segments, lendable
 from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.training.unsloth.attention import arguments_with, patch_attention
+from qwen3_distill.training.unsloth.compiled_layers import (
+    compiler_errors,
+    describe_layers,
+    uncompiled_layers,
+)
 from qwen3_distill.training.unsloth.fp8_layers import round_fused_gradients
 from qwen3_distill.training.unsloth.packing_probe import (
     Gap,
-    compiler_errors,
-    describe_layers,
     packing_gap,
     recompute_first_layers,
     shared_prompts_gap,
