@@ -79,10 +79,10 @@ from qwen3_distill.types import Metric
 
 _PROBE_TOLERANCE = {
     "float32": Gap(hidden=1e-3, gradient=1e-3),
-    "bfloat16": Gap(hidden=0.1, gradient=0.5),
+    "bfloat16": Gap(hidden=0.2, gradient=0.5),
 }
 """Largest `packing_gap` with which sequences are packed; likewise `shared_prompts_gap`. Random
-models of 36 layers have 0.06 and 0.14 in bfloat16 with FP8; what is wrong has about 1."""
+models of 36 layers have up to 0.08 and 0.19 in bfloat16, with FP8; what is wrong has about 1."""
 _HEAD_TOLERANCE_NATS = 5e-3
 """Rounded logits are off by ten times as much, sums in another order by a hundredth."""
 
