@@ -18,9 +18,7 @@ import argparse
 import asyncio
 import json
 import os
-import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from vllm import AsyncEngineArgs, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from benchmarks.lib.gpu_trace import gpu_work, idle_share, milliseconds
 from qwen3_distill.generation.vllm import compat
 from qwen3_distill.generation.vllm.extension import WeightAccess
 from qwen3_distill.generation.vllm.settings import VllmSettings
@@ -66,35 +65,10 @@ class Profiled(WeightAccess):
     def distill_profile_stop(self) -> str:
         """JSON: count and microseconds per kernel, and the GPU's busy time."""
         self._profile.stop()
-        with tempfile.TemporaryDirectory() as folder:
-            trace = Path(folder) / "trace.json"
-            self._profile.export_chrome_trace(str(trace))
-            events = json.loads(trace.read_text())["traceEvents"]
-        work = sorted(
-            (e["ts"], e["ts"] + e["dur"], e["name"])
-            for e in events
-            if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and "dur" in e
-        )
-        kernels: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
-        busy, end = 0.0, 0.0
-        for start, stop, name in work:
-            kernels[name][0] += 1
-            kernels[name][1] += stop - start
-            busy += max(0.0, stop - max(start, end))
-            end = max(end, stop)
-        span = end - work[0][0] if work else 0.0
-        return json.dumps({"kernels": kernels, "busy_us": busy, "span_us": span})
+        return json.dumps(gpu_work(self._profile))
 
     def distill_cpu_seconds(self) -> float:
         return time.process_time()
-
-
-def category(kernel: str) -> str:
-    low = kernel.lower()
-    for name, marks in CATEGORIES.items():
-        if any(mark in low for mark in marks):
-            return name
-    return "other"
 
 
 class Bench:
@@ -184,21 +158,12 @@ class Bench:
         await asyncio.sleep(_WINDOW_S)
         raw = json.loads(await self.ask("distill_profile_stop"))
         await running
-        kernels = raw["kernels"]
-        steps = steps_of(kernels)
-        by_category: dict[str, float] = defaultdict(float)
-        for name, (_, total_us) in kernels.items():
-            by_category[category(name)] += total_us / steps / 1e3
-        largest = sorted(kernels.items(), key=lambda item: -item[1][1])[:40]
+        steps = steps_of(raw["kernels"])
         return {
             "steps": steps,
             "step_ms": raw["span_us"] / steps / 1e3,
-            "idle_share": 1 - raw["busy_us"] / raw["span_us"],
-            "category_ms": {k: round(v, 3) for k, v in sorted(by_category.items())},
-            "kernel_ms": {
-                name[:110]: [round(total / steps / 1e3, 4), round(count / steps, 2)]
-                for name, (count, total) in largest
-            },
+            "idle_share": idle_share(raw),
+            **milliseconds(raw, CATEGORIES, units=steps, largest=40),
         }
 
 

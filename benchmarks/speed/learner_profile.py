@@ -17,10 +17,8 @@ import json
 import os
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.mkdtemp(prefix="compiled-"))
 
@@ -30,12 +28,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.lib.common import RESULTS, Report
+from benchmarks.lib.gpu_trace import gpu_work, idle_share, milliseconds
 from benchmarks.lib.random_work import total_tokens
 from benchmarks.speed.learners import Shape, config_of
 from qwen3_distill.config.load import load_config
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.training.settings import LearnerSettings
 
+# unsloth's own kernels are the rest.
 CATEGORIES = {
     "attention": ("flash", "fmha", "cudnn", "attention", "sdpa"),
     "FP8 products": ("e4m3", "float_e4m3", "scaled_mm", "f8"),
@@ -44,16 +44,6 @@ CATEGORIES = {
     "copies": ("memcpy", "memset", "copy", "catarray"),
     "element by element": ("elementwise", "reduce", "index", "scatter", "gather", "fill"),
 }
-_LARGEST = 60
-
-
-def category(kernel: str) -> str:
-    """Return what a kernel does, by its name; unsloth's own kernels are the rest."""
-    low = kernel.lower()
-    for name, marks in CATEGORIES.items():
-        if any(mark in low for mark in marks):
-            return name
-    return "other"
 
 
 @contextlib.contextmanager
@@ -65,45 +55,6 @@ def held(lock: Path | None) -> Iterator[None]:
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def kernels_of(recorded: Any) -> dict[str, Any]:
-    """Return each kernel's count and microseconds, the GPU's busy time, and the whole time."""
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        recorded.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    work = sorted(
-        (e["ts"], e["ts"] + e["dur"], e["name"])
-        for e in events
-        if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and "dur" in e
-    )
-    kernels: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
-    busy = end = 0.0
-    for start, stop, name in work:
-        kernels[name][0] += 1
-        kernels[name][1] += stop - start
-        busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    return {"kernels": kernels, "busy_us": busy, "span_us": end - work[0][0] if work else 0.0}
-
-
-def figures_of(found: dict[str, Any], tokens: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Return the idle share, and milliseconds for a thousand tokens: by category and by kernel."""
-    thousands = tokens / 1000
-    by_category: dict[str, float] = defaultdict(float)
-    for name, (_, total_us) in found["kernels"].items():
-        by_category[category(name)] += total_us / 1e3 / thousands
-    largest = sorted(found["kernels"].items(), key=lambda item: -item[1][1])[:_LARGEST]
-    idle = 1 - found["busy_us"] / found["span_us"] if found["span_us"] else 1.0
-    details = {
-        "category_ms": {name: round(ms, 3) for name, ms in sorted(by_category.items())},
-        "kernel_ms": {
-            name[:110]: [round(total / 1e3 / thousands, 4), int(count)]
-            for name, (count, total) in largest
-        },
-    }
-    return {"idle_share": idle}, details
 
 
 async def measure(arguments: argparse.Namespace, report: Report) -> None:
@@ -134,11 +85,12 @@ async def measure(arguments: argparse.Namespace, report: Report) -> None:
         activity = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
         with profile(activities=[activity]) as recorded:
             await learner.update(batch)
-        figures, details = figures_of(kernels_of(recorded), tokens)
+        work = gpu_work(recorded)
+        details = milliseconds(work, CATEGORIES, units=tokens / 1000, largest=60)
     name = f"{arguments.learner}_{shape.name}"
     figures = {
         f"{name}_tok_s": tokens * len(steps) / sum(steps),
-        f"{name}_idle": figures["idle_share"],
+        f"{name}_idle": idle_share(work),
     }
     report.add(name, figures, steps_s=steps, tokens=tokens, **details)
     print(json.dumps(details, indent=1), flush=True)

@@ -34,7 +34,8 @@ _MULTIPLE = 16
 _LARGEST_GAP = {"fp8_backward": 0.5, "fp8": 10.0}
 """`gradient_gap` to layers as loaded with which they are used. Rounding in the backward pass gives
 0.11 in the lab student and 0.16 in 36 random layers, a matrix that is computed wrong about 1.
-Rounding both ways gives 0.27 and 1.2 (benchmarks/results/fp8_gradient.json): there a wrong matrix does not show."""
+Rounding both ways gives 0.27 and 1.2, among which a wrong matrix does not show
+(benchmarks/results/fp8_gradient.json)."""
 _FIRST_CAPABILITY = (8, 9)
 """CUDA compute capability from which there are FP8 products (Ada, Hopper, Blackwell)."""
 

@@ -19,6 +19,7 @@ from qwen3_distill.training.unsloth.attention import (
     attention_of_running,
     handing_over,
 )
+from tests.flash_stand_in import FlashStandIn
 
 pytestmark = [
     # Of a region that begins behind our attention, which dynamo asks for a gradient.
@@ -97,41 +98,13 @@ def rows(answers: int, size: int) -> tuple[Tensor, PromptAttention]:
     return hidden, PromptAttention(shared, torch.device("cpu"))
 
 
-def by_a_mask(
-    query_THD: Tensor,
-    key_SHD: Tensor,
-    value_SHD: Tensor,
-    query_ends: Tensor,
-    key_ends: Tensor,
-    query_size: Tensor,
-    key_size: Tensor,
-    scale: float,
-) -> Tensor:
-    """What the flash kernel computes, as a compiler can follow it on any device."""
-    place_T, place_S = (torch.arange(len(values)) for values in (query_THD, key_SHD))
-    of_T, of_S = (
-        torch.searchsorted(ends, place, right=True, out_int32=True) - 1
-        for ends, place in ((query_ends, place_T), (key_ends, place_S))
-    )
-    # The last query of a sequence sees all of its keys, the one before all but one.
-    behind_T, behind_S = query_ends[of_T + 1] - place_T, key_ends[of_S + 1] - place_S
-    mask_TS = (of_T[:, None] == of_S) & (behind_T[:, None] <= behind_S)
-    heads = (values.transpose(0, 1)[None] for values in (query_THD, key_SHD, value_SHD))
-    out = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask_TS, scale=scale)
-    # As the kernel, it may be given more room than the longest sequence has, never less.
-    enough = (query_ends.diff().max() <= query_size.shape[0]) & (
-        key_ends.diff().max() <= key_size.shape[0]
-    )
-    return torch.where(enough, out[0].transpose(0, 1), torch.nan)
-
-
 @pytest.fixture(params=["beside the region", "inside, in one launch"])
 def inside(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both places of our attention; whether it is inside."""
     if request.param == "beside the region":
         return False
     monkeypatch.setattr(prompt_attention, "flash_runs", lambda *given: True)
-    monkeypatch.setattr(flash_rows, "_Flash", SimpleNamespace(apply=by_a_mask))
+    monkeypatch.setattr(flash_rows, "_Flash", FlashStandIn)
     return True
 
 

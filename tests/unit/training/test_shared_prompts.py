@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
@@ -34,6 +31,7 @@ from qwen3_distill.training.prompt_attention import (
 from qwen3_distill.training.settings import LearnerSettings
 from qwen3_distill.types import Batch, Rollout, ScoredRollout, TeacherScore, TokenSpan, Update
 from tests.contract.builders import make_prompt, synthetic_rollout
+from tests.flash_stand_in import FlashStandIn
 from tests.tiny_models import TinyModels, write_model
 
 CPU = torch.device("cpu")
@@ -198,39 +196,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         )
     if request.param == "one launch":
         monkeypatch.setattr(prompt_attention, "flash_runs", lambda *given: True)
-        monkeypatch.setattr(flash_rows._Flash, "apply", one_by_one)
+        monkeypatch.setattr(flash_rows, "_Flash", FlashStandIn)
     return request.param
-
-
-def one_by_one(
-    query_THD: Tensor,
-    key_SGD: Tensor,
-    value_SGD: Tensor,
-    query_ends: Tensor,
-    key_ends: Tensor,
-    query_size: Tensor,
-    key_size: Tensor,
-    scale: float,
-) -> Tensor:
-    """What the flash kernel computes, sequence by sequence."""
-    parts, ends = list[Tensor](), zip(query_ends.tolist(), key_ends.tolist(), strict=True)
-    for (start, first), (stop, last) in pairwise(ends):
-        assert 0 < stop - start <= len(query_size)
-        assert last - first <= len(key_size)
-        query, key, value = (
-            values[a:b].transpose(0, 1)
-            for values, a, b in (
-                (query_THD, start, stop),
-                (key_SGD, first, last),
-                (value_SGD, first, last),
-            )
-        )
-        bias = causal_lower_right(stop - start, last - first)
-        out = scaled_dot_product_attention(
-            query[None], key[None], value[None], attn_mask=bias, scale=scale, enable_gqa=True
-        )
-        parts.append(out[0].transpose(0, 1))
-    return torch.cat(parts)
 
 
 ALL_GROUPS = [EVEN, UNEVEN, ALIKE, ALIKE_SINGLE, ALIKE_SHORT, LONG_PROMPTS]
