@@ -17,7 +17,7 @@ from qwen3_distill.training.unsloth import attention as patches
 from qwen3_distill.training.unsloth.attention import (
     arguments_with,
     attention_of_running,
-    handing_over,
+    hand_over,
 )
 from tests.flash_stand_in import FlashStandIn
 
@@ -114,7 +114,7 @@ def test_layers_stay_compiled_and_give_the_same(inside: bool) -> None:
     layer = kind()
     LIBRARY.run_attention = attention_of_running(causal)
     uncompiled = kind.forward.__wrapped__
-    kind.forward = handing_over(kind.forward)
+    hand_over([layer])
     compiled_so_far = list[int]()
     for size in (3, 4, 6, 7, 9):
         hidden, attention = rows(2, size)
@@ -168,23 +168,40 @@ def test_a_layer_without_an_attention_runs_the_librarys_own() -> None:
     LIBRARY.run_attention = attention_of_running(causal)
     layer, (hidden, attention) = kind(), rows(2, 4)
     expected = layer(hidden)
-    kind.forward = handing_over(kind.forward)
+    hand_over([layer])
     torch.testing.assert_close(layer(hidden), expected)
     assert not torch.allclose(layer(hidden, **arguments_with(attention, hidden.shape[1])), expected)
     torch.testing.assert_close(layer(hidden), expected)
 
 
-def test_a_layer_that_fails_leaves_no_attention_behind(inside: bool) -> None:
-    def fails(self: Any, hidden: Tensor) -> Tensor:
-        assert patches._RUNNING.attention is not None
-        assert (patches._RUNNING.row is not None) == inside
-        raise ValueError("no memory")
+@pytest.mark.usefixtures("inside")
+def test_a_layer_attends_so_after_another_model_was_loaded() -> None:
+    """Unsloth gives the class of all layers another forward pass for every model."""
+    kind, other = layer_class("eager"), layer_class("eager")
+    LIBRARY.run_attention = attention_of_running(causal)
+    layer, (hidden, attention) = kind(), rows(2, 4)
+    hand_over([layer])
+    given = arguments_with(attention, hidden.shape[1])
+    expected = layer(hidden, **given)
+    kind.forward = other.forward
+    torch.testing.assert_close(layer(hidden, **given), expected)
 
-    class Layer:
-        self_attn = Attention()
+
+def test_a_layer_that_fails_leaves_no_attention_behind(inside: bool) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.self_attn = Attention()
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            assert patches._RUNNING.attention is not None
+            assert (patches._RUNNING.row is not None) == inside
+            raise ValueError("no memory")
 
     _, attention = rows(2, 4)
+    layer = Layer()
+    hand_over([layer])
     with pytest.raises(ValueError, match="no memory"):
-        handing_over(fails)(Layer(), torch.zeros(1), **arguments_with(attention, 1))
+        layer(torch.zeros(1), **arguments_with(attention, 1))
     assert patches._RUNNING.attention is None
     assert patches._RUNNING.row is None

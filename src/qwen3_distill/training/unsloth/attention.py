@@ -3,9 +3,9 @@
 Shape letters: T places of the row, H heads, D dimensions of a head.
 """
 
-import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -46,17 +46,12 @@ def arguments_with(attention: PromptAttention, num_tokens: int) -> dict[str, Any
     return {_ATTENTION: attention, _LENGTHS: lengths}
 
 
-def patch_attention(layer: type[nn.Module]) -> None:
-    """Have unsloth's Qwen3 attend as the `PromptAttention` says that a forward pass is given.
-
-    Args:
-        layer: the class of its layers, with unsloth's own patches.
-    """
+def patch_attention(layers: Iterable[nn.Module]) -> None:
+    """Have these layers of Qwen3 attend as the `PromptAttention` that a forward pass is given."""
     qwen3: Any = importlib.import_module("unsloth.models.qwen3")  # needs triton, so not on a CPU
     if not hasattr(qwen3.run_attention, _PATCHED):
         qwen3.run_attention = attention_of_running(qwen3.run_attention)
-    if not hasattr(layer.forward, _PATCHED):
-        layer.forward = handing_over(layer.forward)
+    hand_over(layers)
 
 
 def attention_of_running(otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -90,25 +85,27 @@ def _attend(query_HTD: Tensor, key_GTD: Tensor, value_GTD: Tensor) -> Tensor:
 _beside: Any = torch.compiler.disable(_attend)
 
 
-def handing_over(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a layer's forward pass that keeps what `arguments_with` gave from the layer itself."""
+def hand_over(layers: Iterable[nn.Module]) -> None:
+    """Have each layer keep what `arguments_with` gave from its class's forward pass.
 
-    @functools.wraps(forward)
-    def given(self: Any, hidden_1TD: Tensor, *arguments: Any, **options: Any) -> Any:
-        before = _RUNNING.attention, _RUNNING.row
-        attention = options.get(_ATTENTION)
-        if isinstance(attention, PromptAttention):
-            options = {
-                name: value for name, value in options.items() if name not in (_ATTENTION, _LENGTHS)
-            }
-            _RUNNING.attention = attention
-            _RUNNING.row = attention.one_launch(hidden_1TD.dtype, self.self_attn.head_dim)
-        else:
-            _RUNNING.attention = _RUNNING.row = None
-        try:
-            return forward(self, hidden_1TD, *arguments, **options)
-        finally:
-            _RUNNING.attention, _RUNNING.row = before
+    Not the class: unsloth gives it another forward pass with every model that it loads.
+    """
+    for layer in layers:
+        layer.forward = MethodType(_handing_over, layer)
 
-    setattr(given, _PATCHED, True)
-    return given
+
+def _handing_over(self: Any, hidden_1TD: Tensor, *arguments: Any, **options: Any) -> Any:
+    before = _RUNNING.attention, _RUNNING.row
+    attention = options.get(_ATTENTION)
+    if isinstance(attention, PromptAttention):
+        options = {
+            name: value for name, value in options.items() if name not in (_ATTENTION, _LENGTHS)
+        }
+        _RUNNING.attention = attention
+        _RUNNING.row = attention.one_launch(hidden_1TD.dtype, self.self_attn.head_dim)
+    else:
+        _RUNNING.attention = _RUNNING.row = None
+    try:
+        return type(self).forward(self, hidden_1TD, *arguments, **options)
+    finally:
+        _RUNNING.attention, _RUNNING.row = before

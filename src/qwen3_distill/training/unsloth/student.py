@@ -223,7 +223,7 @@ class UnslothStudent:
         if self._fused and (
             config.shared_prompts or (config.packing is True and self._attends_itself)
         ):
-            patch_attention(type(self.core.model.layers[0]))  # before anything is compiled
+            patch_attention(self.core.model.layers)  # before anything is compiled
         self._base = self._round_gradients(model_dir)
         self.shares_prompts, self._sharing = self._decide_sharing()
         self.packs, self._packing = self._decide_packing()
