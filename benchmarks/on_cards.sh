@@ -4,7 +4,7 @@
 #   bash benchmarks/on_cards.sh models                    # once: random models of the real shapes
 #   bash benchmarks/on_cards.sh steps --measure topk16    # one card: h200_one_start.json
 #
-#   one card    models, steps, cold, learners, profile, trl, teachers, topk, memory, contract ENGINE, together
+#   one card    models, steps, cold, learners, profile, decode, trl, teachers, topk, memory, contract ENGINE, together
 #   two cards   cluster (--arms one; --arms each,roles), full_tuning
 #   either      queue SECONDS:PART... (one after another; one that fails or takes longer does not end it)
 #
@@ -68,6 +68,12 @@ case $part in
     PYTHONPATH="${UNSLOTH_PYTHONPATH:+$UNSLOTH_PYTHONPATH:}$PYTHONPATH" \
       "${UNSLOTH_PYTHON:-$("$python" src/qwen3_distill/environments/make.py unsloth-cuda)}" \
       -m benchmarks.speed.learner_profile --config configs/h200.yaml --results "$out" "${given[@]}" "$@"
+    ;;
+  decode) # the GPU's time in a decode step of vLLM, kernel by kernel; --engine NAME=VALUE sets it otherwise
+    PYTHONPATH="${VLLM_PYTHONPATH:+$VLLM_PYTHONPATH:}$PYTHONPATH" VLLM_USE_FLASHINFER_SAMPLER=0 \
+      "${VLLM_PYTHON:-$("$python" src/qwen3_distill/environments/make.py vllm-cuda)}" \
+      -m benchmarks.speed.decode_profile --model models/random-4B --rounds 3 --profile \
+      --out "$out/decode_profile.json" "$@"
     ;;
   trl)
     PYTHONPATH="${TRL_PYTHONPATH:+$TRL_PYTHONPATH:}$PYTHONPATH" VLLM_USE_FLASHINFER_SAMPLER=0 \

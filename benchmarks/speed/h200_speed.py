@@ -8,6 +8,9 @@ second start measured, `h200_tails` (`speed/one_start.py`), `h200_trl`
 writes `h200_speed.json`: the figures, each beside its goal, and what was not measured. Ratios are
 of results of one card; FP8's is that of `h200_learners` where the rows have none. Machine and
 versions are those of `h200_one_start`, or of the first there.
+
+``with_levers`` of a goal is the figure with settings that are not shipped: `h200_levers` and
+`h200_levers_trl`, `h200_tails_packed` and `h200_fp8_learners_cudnn` say which.
 """
 
 import argparse
@@ -23,6 +26,16 @@ from qwen3_distill.utils.files import write_json_atomic
 _SOURCES = ("h200_one_start", "h200_tails", "h200_rows", "h200_trl", "h200_start")
 _OTHERS = ("h200_learners", "time_plan")
 """Results of other cards, or of none."""
+_LEVERS = {
+    "train_fp8_vs_unsloth": (
+        "h200_fp8_learners_cudnn",
+        "train_unsloth_fp8_backward_128x512_n4_vs_unsloth",
+    ),
+    "opd_tok_s_256x512": ("h200_levers", "opd_tok_s_256x512"),
+    "longtail8_vs_sequential": ("h200_tails_packed", "longtail8_vs_sequential"),
+}
+"""Result and figure with settings that are not shipped."""
+_TRL_BESIDE_LEVERS = ("h200_levers_trl", "trl_fixed_tok_s")
 GOALS: dict[str, float | None] = {
     "train_fp8_vs_unsloth": 1.25,
     "train_prefix_n4_ratio": 1.15,
@@ -92,25 +105,47 @@ def _rates(ours: str, theirs: str, work: str) -> tuple[str, str]:
     return f"train_{ours}_{work}_tok_s", f"train_{theirs}_{work}_tok_s"
 
 
+def with_levers(results: Results) -> dict[str, float]:
+    """Return the figures that were measured with settings that are not shipped."""
+    found = {
+        name: results[source]["figures"][key]
+        for name, (source, key) in _LEVERS.items()
+        if source in results
+    }
+    source, key = _TRL_BESIDE_LEVERS
+    if source in results and "opd_tok_s_256x512" in found:
+        found["fixed_vs_trl"] = found["opd_tok_s_256x512"] / results[source]["figures"][key]
+    return {name: round(value, 4) for name, value in found.items()}
+
+
 def is_met(value: float, goal: float) -> bool:
     """Whether a figure reaches its goal."""
     return value >= goal if goal > 0 else value <= -goal
 
 
-def verdicts(figures: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Return each goal with its figure."""
-    return [
-        {
+def verdicts(
+    figures: Mapping[str, float], levers: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Return each goal with its figure, and with that of ``levers`` where there is one."""
+    rows = list[dict[str, Any]]()
+    for name, goal in GOALS.items():
+        row = {
             "figure": name,
             "goal": None if goal is None else f"{'>=' if goal > 0 else '<='} {abs(goal):g}",
             "value": figures.get(name),
             "met": None if goal is None or name not in figures else is_met(figures[name], goal),
         }
-        for name, goal in GOALS.items()
-    ]
+        if levers and name in levers:
+            row["with_levers"] = levers[name]
+            row["met_with_levers"] = goal is not None and is_met(levers[name], goal)
+        rows.append(row)
+    return rows
 
 
-def read(folder: Path, names: Sequence[str] = _SOURCES + _OTHERS) -> dict[str, dict[str, Any]]:
+_ALL = (*_SOURCES, *_OTHERS, *(source for source, _ in _LEVERS.values()), _TRL_BESIDE_LEVERS[0])
+
+
+def read(folder: Path, names: Sequence[str] = _ALL) -> dict[str, dict[str, Any]]:
     """Read the results that are there."""
     files = {name: folder / f"{name}.json" for name in names}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
@@ -134,7 +169,7 @@ def main() -> None:
         "machine": measured[0]["machine"],
         "versions": measured[0]["versions"],
         "figures": figures,
-        "goals": verdicts(figures),
+        "goals": verdicts(figures, with_levers(results)),
         "sources": {
             name: {key: result[key] for key in ("command", "commit", "machine")}
             for name, result in results.items()
@@ -142,7 +177,7 @@ def main() -> None:
     }
     write_json_atomic(arguments.results / "h200_speed.json", content)
     for row in content["goals"]:
-        print(row["figure"], row["value"], row["goal"] or "", row["met"], flush=True)
+        print(*row.values(), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.speed import h200_speed
-from benchmarks.speed.h200_speed import GOALS, figures_of, is_met, verdicts
+from benchmarks.speed.h200_speed import GOALS, figures_of, is_met, verdicts, with_levers
 
 ROWS = {
     "train_unsloth_128x512_n4_tok_s": 26_000.0,
@@ -112,3 +112,24 @@ def test_the_result_has_the_machine_of_what_was_measured(
     assert written["machine"] == {"gpu": "H200"}
     assert written["figures"]["train_prefix_n4_ratio"] == 1.15
     assert list(written["sources"]) == ["h200_rows"]
+
+
+def test_settings_that_are_not_shipped_stand_beside_the_figure() -> None:
+    results = {
+        "h200_levers": {"figures": {"opd_tok_s_256x512": 11_000.0}},
+        "h200_levers_trl": {"figures": {"trl_fixed_tok_s": 5_500.0}},
+        "h200_tails_packed": {"figures": {"longtail8_vs_sequential": 2.1}},
+    }
+    levers = with_levers(results)
+    assert levers == {
+        "opd_tok_s_256x512": 11_000.0,
+        "longtail8_vs_sequential": 2.1,
+        "fixed_vs_trl": 2.0,
+    }
+    rows = {row["figure"]: row for row in verdicts({"opd_tok_s_256x512": 9_000.0}, levers)}
+    assert rows["opd_tok_s_256x512"]["met"] is False
+    assert rows["opd_tok_s_256x512"]["met_with_levers"] is True
+    assert rows["fixed_vs_trl"]["met"] is None
+    assert rows["fixed_vs_trl"]["met_with_levers"] is False
+    assert "with_levers" not in rows["opd_tok_s_n4"]
+    assert with_levers({"h200_levers_trl": results["h200_levers_trl"]}) == {}

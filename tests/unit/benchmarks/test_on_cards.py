@@ -35,8 +35,8 @@ def run_part(part: str, folder: Path, *more: str) -> tuple[int, list[list[str]]]
     recorder.write_text(RECORDER.format(python=sys.executable, log=str(log)), encoding="utf-8")
     recorder.chmod(0o755)
     engines = {"VLLM_PYTHONPATH": "site/vllm", "SGLANG_PYTHON": "/sglang/python"}
-    if part == "profile":  # it runs where unsloth is
-        engines["UNSLOTH_PYTHON"] = str(recorder)
+    if part in ("profile", "decode"):  # they run where the engine is
+        engines["UNSLOTH_PYTHON" if part == "profile" else "VLLM_PYTHON"] = str(recorder)
     environment = os.environ | engines | {"GPU_PYTHON": str(recorder), "OUT": str(folder / "out")}
     ended = subprocess.run(["bash", str(SCRIPT), part, *more], env=environment, check=False)
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
