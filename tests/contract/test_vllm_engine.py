@@ -565,6 +565,21 @@ def test_a_flag_that_is_neither_true_nor_false_is_named(
         run(unopened.call("open", settings, timeout_s=60.0))
 
 
+@pytest.mark.skipif(ON_GPU, reason="a GPU's rounding hides that of the cache")
+def test_keys_and_values_are_in_fp8_if_asked(
+    tiny_models: TinyModels, base: dict[str, Tensor]
+) -> None:
+    engine = build_vllm(tiny_models.student, kv_cache_dtype="fp8")
+    try:
+        version, channel = published(base, step=0)
+        run(engine.load(version, channel))
+        rollouts = generate(engine, cached_requests(4, new_tokens=12))
+        found = max(gap(rollout, tiny_models.student, base) for rollout in rollouts)
+        assert PARITY_NATS < found < FP8_NATS
+    finally:
+        run(engine.close())
+
+
 @pytest.mark.skipif(not ON_GPU, reason="vLLM rounds weights to FP8 on a GPU only")
 def test_fp8_weights_are_those_that_came_and_new_ones_must_change_them(
     tiny_models: TinyModels, base: dict[str, Tensor]

@@ -27,6 +27,7 @@ VLLM_OPTIONS = {
     "max_num_seqs": "generation.max_sequences",
     "max_num_batched_tokens": "generation.max_batched_tokens",
     "kv_cache_memory_bytes": "generation.kv_cache_gib",
+    "kv_cache_dtype": "generation.kv_cache_dtype",
     "quantization": "generation.quantization",
     "stream_interval": "generation.stream_interval",
     "enforce_eager": "generation.enforce_eager",
@@ -74,6 +75,10 @@ class VllmGeneration(EngineProcess, Watched):
     """Maximum prompt plus response tokens; null: the student's context length."""
     kv_cache_gib: Gib | None = None
     """Memory of the KV cache; null: planned, see ``qwen3-distill plan``."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Type of cached keys and values. ``auto``: as ``dtype``. ``fp8``: float8 (e4m3) without
+    scales, half of the memory. Tokens are then sampled from a student that is a little another one,
+    and the importance ratio corrects for the difference."""
     quantization: Literal["fp8"] | None = None
     """``fp8``: the student's weights are quantized online for sampling, and the importance ratio
     corrects for the difference. It speeds up small decode batches only."""

@@ -206,13 +206,16 @@ def full_vocabulary_needs_one_process(config: "RunConfig") -> None:
 
 def quantization_needs_ratio(config: "RunConfig") -> None:
     generation, objective = config.generation, config.objective
-    if generation.kind == "vllm" and generation.quantization is not None and objective.lacks_ratio:
-        raise ValueError(
-            f"generation.quantization={generation.quantization} with "
-            f"objective.{objective.ratio_setting}: tokens are sampled from a quantized student, "
-            "and without the ratio the gradient is biased; set "
-            f"{objective.ratio_key} or quantization=null"
-        )
+    if generation.kind != "vllm" or not objective.lacks_ratio:
+        return
+    for setting, plain in (("quantization", "null"), ("kv_cache_dtype", "auto")):
+        value = getattr(generation, setting)
+        if value == "fp8":
+            raise ValueError(
+                f"generation.{setting}={value} with objective.{objective.ratio_setting}: tokens "
+                "are sampled from a quantized student, and without the ratio the gradient is "
+                f"biased; set {objective.ratio_key} or {setting}={plain}"
+            )
 
 
 def lora_rank_fits_vllm(config: "RunConfig") -> None:

@@ -114,7 +114,7 @@ def student_cache_bytes(config: RunConfig, models: Models) -> int:
     generation, shape = config.generation, models.student
     if generation.kind == "vllm" and generation.kv_cache_gib is not None:
         return int(generation.kv_cache_gib * GIB)
-    per_token = shape.kv_bytes_per_token(_ITEMSIZE[generation.dtype])
+    per_token = shape.kv_bytes_per_token(student_cache_itemsize(config))
     tokens = decoded_tokens(config, models)
     if generation.kind == "vllm":
         # vLLM refuses a cache that cannot hold one sequence of the longest length.
@@ -122,6 +122,14 @@ def student_cache_bytes(config: RunConfig, models: Models) -> int:
         tokens = max(tokens, longest + 2 * _VLLM_CPU_BLOCK_TOKENS)
     # Every card has its heads' part; with more cards than heads, a whole head.
     return tokens * per_token // min(student_parts(config), shape.num_kv_heads)
+
+
+def student_cache_itemsize(config: RunConfig) -> int:
+    """Bytes of a key's or a value's element in the rollout engine's cache."""
+    generation = config.generation
+    if generation.kind == "vllm" and generation.kv_cache_dtype == "fp8":
+        return 1
+    return _ITEMSIZE[generation.dtype]
 
 
 def student_parts(config: RunConfig) -> int:

@@ -285,7 +285,7 @@ def _check_what_is_stated(config: RunConfig, models: Models, plan: MemoryPlan) -
     engines = models.engines
     if "student" in engines and generation.kind == "vllm" and generation.kv_cache_gib is not None:
         longest = generation.max_model_tokens or models.student.context_length
-        per_token = models.student.kv_bytes_per_token(2 if generation.dtype == "bfloat16" else 4)
+        per_token = models.student.kv_bytes_per_token(memory.student_cache_itemsize(config))
         if plan.vllm_kv_cache_bytes < longest * per_token:
             raise ConfigError(
                 f"generation.kv_cache_gib={generation.kv_cache_gib} holds "

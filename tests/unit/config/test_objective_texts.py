@@ -27,6 +27,11 @@ WITHOUT_RATIO: list[tuple[dict[str, Any], str]] = [
         f"student, {BIASED} {{key}} or quantization=null",
     ),
     (
+        {"generation": {"kind": "vllm", "kv_cache_dtype": "fp8"}},
+        "generation.kv_cache_dtype=fp8 with objective.{off}: tokens are sampled from a quantized "
+        f"student, {BIASED} {{key}} or kv_cache_dtype=auto",
+    ),
+    (
         {"replay": {"capacity_tokens": 40}},
         "replay with objective.{off}: replayed tokens were sampled from older weights, "
         f"{BIASED} {{key}}",

@@ -148,6 +148,14 @@ def test_cache_holds_one_longest_sequence_at_least() -> None:
     assert few.vllm_kv_cache_bytes >= 40960 * named_shape("4B").kv_bytes_per_token(2)
 
 
+def test_a_cache_in_fp8_is_half_as_large() -> None:
+    plain = planned(config(), 140)
+    small = planned(config(generation={"kv_cache_dtype": "fp8"}), 140)
+    assert small.vllm_kv_cache_bytes * 2 == plain.vllm_kv_cache_bytes
+    stated = {"kv_cache_gib": 3.0, "kv_cache_dtype": "fp8"}  # 5.6 GiB for the longest as bfloat16
+    assert planned(config(generation=stated), 140).vllm_kv_cache_bytes == 3 * GIB
+
+
 def test_quantized_rollouts_halve_the_weights() -> None:
     plan = planned(config(generation={"quantization": "fp8"}), 140)
     assert size(plan, "student", "weights") == named_shape("4B").fp8_weight_bytes(2)

@@ -83,6 +83,7 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
         # The cache's size is given; the fraction is only compared with what is free at start.
         "kv_cache_memory_bytes": settings.kv_cache_bytes,
         "gpu_memory_utilization": 0.05,
+        "kv_cache_dtype": settings.kv_cache_dtype,
         "stream_interval": settings.stream_interval,
         "worker_extension_cls": EXTENSION,
         "enforce_eager": settings.enforce_eager or is_cpu(),

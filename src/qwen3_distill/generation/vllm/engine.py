@@ -96,6 +96,7 @@ def _settings(
         max_model_tokens=min(limit, identity.context_length),
         max_batched_tokens=config.max_batched_tokens,
         kv_cache_bytes=kv_cache_bytes,
+        kv_cache_dtype=config.kv_cache_dtype,
         stream_interval=config.stream_interval,
         hang_timeout_s=config.hang_timeout_s,
         lora_rank=lora_rank,

@@ -22,6 +22,7 @@ class VllmSettings:
     """Cards that the model is divided over."""
     keeps_cache: bool = True
     """Whether running rollouts keep their keys and values when new weights come."""
+    kv_cache_dtype: str = "auto"
     max_batched_tokens: int | None = None
     quantization: str | None = None
     float32_head: bool = False
