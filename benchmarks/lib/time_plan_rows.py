@@ -1,22 +1,22 @@
 """Compares the time plan with committed results: what fitted it, and what did not."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from benchmarks.lib.common import RESULTS
-from qwen3_distill.config import RunConfig
-from qwen3_distill.config.load import load_config
+from benchmarks.lib.time_plan_case import SAMPLED, TOP_16, Case, Row, read
 from qwen3_distill.modeling.shapes import named_shape
 from qwen3_distill.planning.peaks import named_device
 from qwen3_distill.planning.rates import EFFICIENCY, FITTED_ON, Efficiency, peak_rates
-from qwen3_distill.planning.time_plan import Planned, TimePlan, assumed_lengths, plan_time
 
-CONFIG = Path(__file__).parents[2] / "configs" / "h200.yaml"
 FIXED = "fixed"
+OF_OPD_STEP = {
+    "sampling": "generate",
+    "scoring": "score",
+    "training": "train",
+    "publishing": "publish",
+}
+"""The stages' names in `benchmarks.speed.stages`."""
 _OF_RECORD = {
     "sampling": "time/generate_s",
     "scoring": "time/score_s",
@@ -25,145 +25,12 @@ _OF_RECORD = {
 }
 
 
-@cache
-def _config(overrides: tuple[str, ...]) -> RunConfig:
-    return load_config(CONFIG, overrides)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """Work that was measured: the config's changes, lengths, models and the card."""
-
-    overrides: Sequence[str] = ()
-    prompt_tokens: int = 128
-    response_tokens: int = 512
-    tail: float = 1.0
-    max_new_tokens: int = 512
-    teacher: str = "8B"
-    student: str = "4B"
-    recomputed_layers: int = 0
-    device: str = "h200"
-
-    def config(self) -> RunConfig:
-        """Return the run that was measured; the results are of the sampled token's objective."""
-        given = (
-            f"sampling.max_new_tokens={self.max_new_tokens}",
-            "evaluation=null",
-            "objective={kind: sampled_reverse_kl}",
-        )
-        return _config((*given, *self.overrides))
-
-    def plan(self, share: Efficiency = EFFICIENCY) -> TimePlan:
-        """Predict it."""
-        config = self.config()
-        planned = Planned(
-            config=config,
-            student=named_shape(self.student),
-            teacher=named_shape(self.teacher),
-            recomputed_layers=self.recomputed_layers,
-        )
-        assumed = assumed_lengths(
-            config,
-            prompt_tokens=self.prompt_tokens,
-            response_tokens=self.response_tokens,
-            tail=self.tail,
-        )
-        return plan_time(planned, peak_rates(named_device(self.device)), assumed, share)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One measured time beside its prediction."""
-
-    name: str
-    source: str
-    """The result's file, without its ending."""
-    what: str
-    """A stage, or ``step``."""
-    measured_s: float
-    case: Case
-    fits: str | None = None
-    """The share that it fitted; None: it was held out."""
-
-    def predicted_s(self, share: Efficiency = EFFICIENCY) -> float:
-        """Return the plan's seconds."""
-        plan = self.case.plan(share)
-        if self.what == "step":
-            return plan.step_s
-        if self.what == "step without host":  # the benchmark's steps end with their stages
-            return plan.step_s - plan.stages["host"].seconds
-        return plan.stages[self.what].seconds  # type: ignore[index]
-
-    def error(self, share: Efficiency = EFFICIENCY) -> float:
-        """Return (predicted - measured) / measured."""
-        return self.predicted_s(share) / self.measured_s - 1
-
-    def as_record(self) -> dict[str, Any]:
-        """Return the row for a result file."""
-        record = {
-            "row": self.name,
-            "source": self.source,
-            "what": self.what,
-            "measured_s": round(self.measured_s, 4),
-            "predicted_s": round(self.predicted_s(), 4),
-            "error_pct": round(100 * self.error(), 1),
-        }
-        return record if self.fits is None else record | {"fitted": self.fits}
-
-
-def gb10_predictions() -> dict[str, dict[str, float]]:
-    """Predict a step of `configs/gb10.yaml` with other numbers of rollouts: nothing measured.
-
-    Prompts of 110 tokens, answers of 280 in the median, 1.5 times that in the 99th percentile.
-    """
-    found = {}
-    for rollouts, teacher in ((64, "32B"), (128, "32B"), (256, "32B"), (128, "8B")):
-        number = [f"prompts_per_step={rollouts}", f"generation.max_sequences={rollouts}"]
-        config = load_config(CONFIG.with_name("gb10.yaml"), [*number, "evaluation=null"])
-        planned = Planned(
-            config=config,
-            student=named_shape("4B"),
-            teacher=named_shape(teacher),
-            recomputed_layers=0,
-        )
-        lengths = assumed_lengths(config, prompt_tokens=110, response_tokens=280, tail=1.5)
-        plan = plan_time(planned, peak_rates(named_device("gb10")), lengths)
-        sampled = plan.new_tokens / plan.stages["sampling"].seconds
-        found[f"{rollouts} rollouts, {teacher} teacher"] = {
-            **{stage: round(time.seconds, 2) for stage, time in plan.stages.items()},
-            "step_s": round(plan.step_s, 1),
-            "new_tok_s": round(plan.tokens_per_s, 1),
-            "sampled_tok_s": round(sampled, 1),
-            "hours_of_100_steps": round(plan.run_s / 3600, 2),
-        }
-    return found
-
-
-def gb10_head_costs() -> dict[str, float]:
-    """Predict what the teacher's float32 head adds to its scoring on a GB10, in percent."""
-    found = {}
-    for teacher in ("32B", "8B"):
-        scored = []
-        for head in ("true", "false"):
-            config = load_config(CONFIG.with_name("gb10.yaml"), [f"scoring.float32_head={head}"])
-            planned = Planned(
-                config=config,
-                student=named_shape("4B"),
-                teacher=named_shape(teacher),
-                recomputed_layers=0,
-            )
-            lengths = assumed_lengths(config, prompt_tokens=110, response_tokens=280, tail=1.5)
-            plan = plan_time(planned, peak_rates(named_device("gb10")), lengths)
-            scored.append(plan.stages["scoring"].seconds)
-        found[f"gb10_predicted_float32_head_{teacher.lower()}_pct"] = 100 * (
-            scored[0] / scored[1] - 1
-        )
-    return found
-
-
-def read(name: str, folder: Path = RESULTS) -> dict[str, Any]:
-    """Read a committed result."""
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+_STREAMING = "pipeline={kind: streaming, mps: true, max_staleness_steps: 8, max_steps_ahead: 3}"
+_FP8_BACKWARD = "training.base_precision=fp8_backward"
+_FP8_CACHE = "generation.engine_arguments={attention_backend: TRITON_ATTN, kv_cache_dtype: fp8}"
+_OLD_HOST = "answers are checked while the step goes on"
+_OLD_CANDIDATES = "candidates' logprobs come from unsloth's fused kernel"
+_OLD_ATTENTION = "our attention is inside unsloth's compiled layers"
 
 
 def committed_rows() -> list[Row]:
@@ -177,23 +44,54 @@ def committed_rows() -> list[Row]:
         *_overlap_rows("h200_overlap_again", 5120),
         *_overlap_rows("h200_overlap_micro_batch_8192", 8192),
         *_overlap_rows("h200_overlap_micro_batch_10240", 10240),
-        *_learner_rows(),
+        *_start_rows(),
+        *_one_start_rows("h200_one_start"),
+        *_one_start_rows("h200_tails"),
+        *_one_start_rows("h200_tails_packed", "training.packing=true", _FP8_BACKWARD, _FP8_CACHE),
+        *_one_start_rows("h200_levers", _FP8_BACKWARD, _FP8_CACHE),
+        *_one_start_rows("h200_levers_without", parts=("n4",)),  # its note says why not the rest
+        *_plan_rows("h200_tails"),
+        *_learner_rows("h200_learners"),
+        *_learner_rows("h200_rows"),
+        *_learner_rows("h200_rows_divided"),
+        *_learner_rows("h200_fp8_learners"),
+        *_learner_rows("h200_fp8_learners_cudnn"),
     ]
 
 
+_RATIO = " over "
+RATIOS: Mapping[str, tuple[str, list[str]]] = {
+    name: (source, parts.split(_RATIO))
+    for name, row in FITTED_ON.items()
+    if _RATIO in row
+    for source, parts in [row.split(": ", 1)]
+}
+"""The shares that are a ratio of two learners' rates: the result, and its two parts."""
 FITTED: Mapping[str, str] = {
     row: name
     for name, row in FITTED_ON.items()
-    if row.startswith("h200_") and not row.startswith(("h200_decode_processes", "h200_one_start"))
-}
+    if row.startswith("h200_")
+    and not row.startswith(("h200_decode_processes", "h200_one_start"))
+    and name not in RATIOS
+} | {f"{source}: {parts[0]}, training": name for name, (source, parts) in RATIOS.items()}
 """The shares by the row that fitted them; `decode_shares` computes four more, `candidate_share`
 one."""
 
 
-def _row(source: str, name: str, what: str, seconds: float, case: Case) -> Row:
+def _row(
+    source: str, name: str, what: str, seconds: float, case: Case, changed: str | None = None
+) -> Row:
     # A part that is one stage alone is named by itself.
     fits = FITTED.get(f"{source}: {name}, {what}") or FITTED.get(f"{source}: {name}")
-    return Row(name=name, source=source, what=what, measured_s=seconds, case=case, fits=fits)
+    return Row(
+        name=name,
+        source=source,
+        what=what,
+        measured_s=seconds,
+        case=case,
+        fits=fits,
+        changed=changed if fits is None else None,
+    )
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -223,17 +121,52 @@ def _stage_rows(source: str, *, micro_batch: int) -> Iterator[Row]:
     yield _row(source, "32B FP8 teacher", "scoring", seconds, large)
 
 
+def _record_rows(
+    source: str, name: str, record: Mapping[str, Any], case: Case, **changed: str | None
+) -> Iterator[Row]:
+    """Rows of a sequential step's record: its stages, and the whole step.
+
+    A step with a stage that fitted is not held out.
+
+    Args:
+        changed: by stage, or ``step``, what was changed since.
+    """
+    rows = [
+        _row(source, name, what, record[key], case, changed.get(what))
+        for what, key in _OF_RECORD.items()
+    ]
+    seconds = record["time/step_s"] - record["time/checkpoint_s"]
+    yield from rows
+    if not any(row.fits for row in rows):
+        yield _row(source, name, "step", seconds, case, changed.get("step"))
+
+
 def _shipped_rows() -> Iterator[Row]:
     """Rows of a run of `configs/h200.yaml`; its prompts have 300 tokens and more."""
     for step in read("h200_shipped")["steps"][1:]:
-        name = f"step {step['step']}"
-        case = Case(prompt_tokens=300)
-        stages = 0.0
-        for what, key in _OF_RECORD.items():
-            stages += step[key]
-            yield _row("h200_shipped", name, what, step[key], case)
-        host = step["time/step_s"] - stages - step["time/checkpoint_s"]
-        yield _row("h200_shipped", name, "host", host, case)
+        name, case = f"step {step['step']}", Case(prompt_tokens=300)
+        host = step["time/step_s"] - sum(step[key] for key in _OF_RECORD.values())
+        host -= step["time/checkpoint_s"]
+        yield from _record_rows("h200_shipped", name, step, case, step=_OLD_HOST)
+        yield _row("h200_shipped", name, "host", host, case, _OLD_HOST)
+
+
+def _start_rows() -> Iterator[Row]:
+    """Rows of `benchmarks.speed.start`: second steps of `configs/h200.yaml`.
+
+    Its word problems have 285 tokens on average, a byte each.
+    """
+    for part, values in read("h200_start")["parts"].items():
+        step, case, name = values["steps"][1], Case(prompt_tokens=285), f"{part} step 2"
+        host_s = step["idle/all_fraction"] * step["time/step_s"]
+        host = _row("h200_start", name, "host", host_s, case)
+        *stages, whole = _record_rows("h200_start", name, step, case)
+        yield from (*stages, host)
+        if host.fits is None:
+            yield whole
+        else:
+            seconds = whole.measured_s - host_s
+            yield replace(whole, what="step without host", measured_s=seconds)
 
 
 def _overlap_rows(source: str, micro_batch: int) -> Iterator[Row]:
@@ -250,12 +183,9 @@ def _overlap_rows(source: str, micro_batch: int) -> Iterator[Row]:
             case = _overlap_case(name, kind, micro_batch, mps=mps)
             label = f"{name} {kind}" + ("" if mps else " without MPS")
             if kind == "sequential":
-                for what, key in _OF_RECORD.items():
-                    yield _row(source, label, what, record[key], case)
-            what = "step" if kind == "streaming" else "step without host"
-            if any(each.startswith(f"{source}: {label}, ") for each in FITTED) and what != "step":
-                continue  # it contains stages that fitted
-            yield _row(source, label, what, record["time/step_s"], case)
+                yield from _record_rows(source, label, record, case)
+            else:
+                yield _row(source, label, "step", record["time/step_s"], case)
 
 
 def _overlap_case(name: str, kind: str, micro_batch: int, *, mps: bool) -> Case:
@@ -273,18 +203,115 @@ def _overlap_case(name: str, kind: str, micro_batch: int, *, mps: bool) -> Case:
     )
 
 
-def _learner_rows() -> Iterator[Row]:
-    """Rows of `benchmarks.speed.learners`: 128 rollouts of 128 + 512 tokens a step."""
-    source = "h200_learners"
-    embedded = "training={kind: embedded, dtype: bfloat16, micro_batch_tokens: 10240, "
-    embedded += "tuning: {kind: lora}, compiled: true}"
+def _one_start_rows(
+    source: str, *overrides: str, parts: Sequence[str] = ("fixed", "longtail8", "topk16", "n4")
+) -> Iterator[Row]:
+    """Rows of `benchmarks.speed.one_start`, with `configs/h200-streaming.yaml`."""
+    found = read(source)["parts"]
+    packing = "training.packing=true" in overrides
+    changed = dict.fromkeys(("training", "step"), _OLD_ATTENTION if packing else None)
+    for part, tail in (("fixed", 1.0), ("longtail8", 8.0)):
+        if part not in parts or part not in found:
+            continue
+        lengths: dict[str, Any] = {"tail": tail}
+        if tail > 1:
+            lengths |= {"response_tokens": 128, "max_new_tokens": 2048}
+        record, case = found[part]["sequential"], _one_start_case(*overrides, **lengths)
+        yield from _record_rows(source, f"{part} sequential", record, case, **changed)
+        seconds = found[part]["streaming"]["time/step_s"]
+        case = _one_start_case(*overrides, _STREAMING, **lengths)
+        yield _row(source, f"{part} streaming", "step", seconds, case, changed["step"])
+    if "topk16" in parts and "topk16" in found:  # other rounds fitted what candidates cost
+        record, case = found["topk16"]["topk16"], _one_start_case(*overrides, objective=TOP_16)
+        old = {"training": _OLD_CANDIDATES, "step": _OLD_CANDIDATES}
+        yield from _record_rows(source, "top 16 sequential", record, case, **old)
+    if "n4" in parts and "n4" in found:
+        seconds = found["n4"]["streaming"]["time/step_s"]
+        shared = ("training.shared_prompts=true", "samples_per_prompt=4", "prompts_per_step=64")
+        case = _one_start_case(*overrides, _STREAMING, *shared)
+        yield _row(source, "n4 streaming", "step", seconds, case, _OLD_ATTENTION)
+
+
+def _one_start_case(*overrides: str, **lengths: Any) -> Case:
+    given = (
+        "generation.max_sequences=512",
+        "training.micro_batch_tokens=5120",
+        "scoring.chunk_tokens=2048",
+    )
+    return Case(overrides=(*given, *overrides), **lengths)
+
+
+def _plan_rows(source: str) -> Iterator[Row]:
+    """Rows of the part `plan` of `benchmarks.speed.one_start`, which end with their stages."""
+    for row in measured_rows(read(source)["parts"]["plan"]["measured"]):
+        yield replace(row, source=source)
+
+
+def measured_rows(parts: Mapping[str, Any], **changes: str) -> list[Row]:
+    """Return the rows of measured settings: four stages and the step of each."""
+    rows = []
+    for name, part in parts.items():
+        case, steps = Case(**(part["case"] | changes)), part["steps"]
+        seconds = {
+            what: sum(step[key] for step in steps) / len(steps) for what, key in OF_OPD_STEP.items()
+        }
+        seconds["step without host"] = sum(seconds.values())
+        rows += [
+            Row(name=name, source="measured", what=what, measured_s=value, case=case)
+            for what, value in seconds.items()
+        ]
+    return rows
+
+
+def _learner_rows(source: str) -> Iterator[Row]:
+    """Rows of `benchmarks.speed.learners`: 128 rollouts a step."""
     for part, values in read(source)["parts"].items():
+        learner, _, work = part.rpartition("_") if part.endswith(("_n1", "_n4")) else (part, "", "")
+        samples = 4 if work == "n4" else 1
+        learner, _, lengths = learner.rpartition("_") if work else (learner, "", "128x512")
         seconds = _mean(values["steps_s"])
-        rollouts = round(seconds * values[f"train_{part}_tok_s"] / (128 + 512))
-        overrides = [f"prompts_per_step={rollouts}"]
-        if "unsloth" not in part:
-            overrides.append(embedded)
-        yield _row(source, part, "training", seconds, Case(overrides=overrides))
+        case = _learner_case(learner, lengths, samples)
+        changed = None
+        if "top16" in learner and source == "h200_learners" and "unsloth" in learner:
+            changed = _OLD_CANDIDATES
+        if "shared" in learner or "packed" in learner:
+            changed = _OLD_ATTENTION
+        yield _row(source, part, "training", seconds, case, changed)
+
+
+def shared_prompt_gains() -> dict[str, dict[str, float]]:
+    """Compare what sharing prompts gains with what the number of tokens says: `h200_rows`."""
+    rows, found = {row.name: row for row in _learner_rows("h200_rows")}, {}
+    by_tokens = replace(EFFICIENCY, train_own_attention=1.0)
+    for work in ("128x512_n4", "300x508_n4"):
+        alone, shared = rows[f"unsloth_{work}"], rows[f"unsloth_shared_{work}"]
+        found[work] = {
+            "measured": round(alone.measured_s / shared.measured_s, 4),
+            "by_tokens": round(alone.predicted_s() / shared.predicted_s(by_tokens), 4),
+            "predicted": round(alone.predicted_s() / shared.predicted_s(), 4),
+        }
+    return found
+
+
+def _learner_case(learner: str, lengths: str, samples: int) -> Case:
+    """Describe a learner and a work by their names in `benchmarks.speed.learners`."""
+    prompt, _, answer = lengths.partition("x")
+    overrides = [f"prompts_per_step={128 // samples}", f"samples_per_prompt={samples}"]
+    if "unsloth" not in learner:
+        embedded = "training={kind: embedded, dtype: bfloat16, micro_batch_tokens: 10240, "
+        overrides.append(embedded + "tuning: {kind: lora}, compiled: true}")
+    for name, override in (
+        ("_shared", "training.shared_prompts=true"),
+        ("_packed", "training.packing=true"),
+        ("_fp8_backward", _FP8_BACKWARD),
+    ):
+        if name in learner:
+            overrides.append(override)
+    sizes: dict[str, Any] = {"response_tokens": 128, "max_new_tokens": 2048, "tail": 8.0}
+    if answer.isdigit():
+        sizes = {"response_tokens": int(answer), "max_new_tokens": int(answer)}
+    objective = TOP_16 if "_top16" in learner else SAMPLED
+    return Case(overrides=overrides, prompt_tokens=int(prompt), objective=objective, **sizes)
 
 
 def decode_shares() -> dict[str, float]:
@@ -317,6 +344,19 @@ def candidate_share() -> dict[str, float]:
     return {"candidates_s_per_token": (with_top - tokens / figures["score_tok_s"]) / responses}
 
 
+def learner_shares(share: Efficiency) -> dict[str, float]:
+    """Compute the shares that are ratios: the measured one over that of the plan without it."""
+    found = {}
+    for name, (source, parts) in RATIOS.items():
+        measured, planned = [], []
+        for part in parts:
+            row = next(row for row in _learner_rows(source) if row.name == part)
+            measured.append(row.measured_s)
+            planned.append(row.predicted_s(replace(share, **{name: 1.0})))
+        found[name] = planned[0] / planned[1] * measured[1] / measured[0]
+    return found
+
+
 _ORDER = (
     "decode_step_s",
     "train",
@@ -334,7 +374,7 @@ _ORDER = (
 def fit(rows: Sequence[Row]) -> Efficiency:
     """Fit every share on its row: the value with which the row is predicted exactly."""
     share = replace(EFFICIENCY, **decode_shares(), **candidate_share())
-    fitted = {row.fits: row for row in rows if row.fits is not None}
+    fitted = {row.fits: row for row in rows if row.fits in _ORDER}
     for name in _ORDER:
         row = fitted[name]
 
@@ -345,7 +385,7 @@ def fit(rows: Sequence[Row]) -> Efficiency:
 
         value = _root(excess, getattr(share, name))
         share = _with(share, name, value)
-    return share
+    return replace(share, **learner_shares(share))
 
 
 def _with(share: Efficiency, name: str, value: float) -> Efficiency:

@@ -43,9 +43,10 @@ from benchmarks.lib.device_memory import PeakMemory
 from benchmarks.lib.overlap_parts import Plan
 from benchmarks.lib.random_work import Work, for_random_work
 from benchmarks.lib.stage_parts import measure_score, opd_step, stage_seconds, started_learner
-from benchmarks.lib.time_plan_rows import Case, Row
+from benchmarks.lib.time_plan_case import Case, Row
+from benchmarks.lib.time_plan_rows import measured_rows
 from benchmarks.speed.overlap import Bench, RandomPrompts, TooFewSteps, refuse
-from benchmarks.speed.time_plan import error_figures, measured_rows
+from benchmarks.speed.time_plan import error_figures
 from qwen3_distill.config import RunConfig, SampledReverseKL, StreamingPipeline, TopKDivergence
 from qwen3_distill.config.load import load_config
 from qwen3_distill.errors import DistillError
@@ -132,7 +133,7 @@ class Session:
                 recomputed_layers=int(metrics.get("train/recomputed_layers", 0)),
             )
             found[name] = {"case": asdict(case), "steps": measured[-1:]}
-        rows = [*measured_rows(found, "h200"), *self.longtail_rows()]
+        rows = [*measured_rows(found), *self.longtail_rows()]
         self.report.add(
             "plan", error_figures(rows), measured=found, rows=[row.as_record() for row in rows]
         )
@@ -148,19 +149,17 @@ class Session:
             f"scoring.chunk_tokens={config.teacher.chunk_tokens}",
             *more,
         )
-        return Case(overrides=overrides, **lengths)
+        objective = json.dumps(config.objective.model_dump(mode="json"))
+        return Case(overrides=overrides, objective=objective, **lengths)
 
     def longtail_rows(self) -> list[Row]:
         """Rows of the long tails, if they were measured."""
         found, arguments = self.report.parts.get("longtail8", {}), self._arguments
         config = self._given.config
         rows = list[Row]()
-        for kind, what in (("sequential", "step without host"), ("streaming", "step")):
+        for kind in ("sequential", "streaming"):
             if kind not in found:
                 continue
-            seconds = found[kind]["time/step_s"]
-            if kind == "sequential":
-                seconds *= 1 - found[kind]["idle/all_fraction"]
             pipeline = json.dumps(config.pipeline.model_dump(mode="json"))
             case = self.case(
                 config.rollouts_per_step,
@@ -173,8 +172,8 @@ class Session:
                 Row(
                     name=f"longtail8 {kind}",
                     source="measured",
-                    what=what,
-                    measured_s=seconds,
+                    what="step",
+                    measured_s=found[kind]["time/step_s"],
                     case=case,
                 )
             )

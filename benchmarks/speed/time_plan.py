@@ -29,24 +29,16 @@ from typing import Any
 
 from benchmarks.lib.common import RESULTS, merge_result, write_result
 from benchmarks.lib.gb10_public_rows import checked_rows
+from benchmarks.lib.time_plan_case import CONFIG, Case, Row
+from benchmarks.lib.time_plan_gb10 import gb10_head_costs, gb10_predictions, gb10_training
 from benchmarks.lib.time_plan_rows import (
-    CONFIG,
-    Case,
-    Row,
     committed_rows,
     fit,
-    gb10_head_costs,
-    gb10_predictions,
+    measured_rows,
+    shared_prompt_gains,
 )
 from qwen3_distill.planning.peaks import DEVICES
 from qwen3_distill.planning.rates import FITTED_ON
-
-_STAGES = {
-    "sampling": "generate",
-    "scoring": "score",
-    "training": "train",
-    "publishing": "publish",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,18 +85,23 @@ def compare() -> tuple[dict[str, float], dict[str, Any]]:
     """Compare with what is committed and public; return figures and details."""
     rows = committed_rows()
     gb10 = checked_rows()
+    held_out = [row for row in rows if row.fits is None]
+    unchanged = [row for row in held_out if row.changed is None]
     counted = [row["error_pct"] for row in gb10 if row["held_out"]]
     figures = {
-        **error_figures([row for row in rows if row.fits is None]),
+        **error_figures(held_out),
+        **{f"unchanged_{name}": value for name, value in error_figures(unchanged).items()},
         "gb10_public_error_pct": _mean_abs(counted),  # type: ignore[arg-type]
         "gb10_public_rows": len(counted),
         **gb10_head_costs(),
     }
     details = {
         "fitted_on": FITTED_ON,
-        "held_out": [row.as_record() for row in rows if row.fits is None],
+        "held_out": [row.as_record() for row in held_out],
         "fitted": [row.as_record() for row in rows if row.fits is not None],
+        "shared_prompts": shared_prompt_gains(),
         "gb10": gb10,
+        "gb10_training": gb10_training(),
         "gb10_predicted": gb10_predictions(),
         "note": "Held-out rows of files that also fitted a share, or that repeat one, are of the "
         "same kind of card and models; h200_time_plan.json is of configs that nothing fitted.",
@@ -145,7 +142,7 @@ def measure(arguments: argparse.Namespace) -> Path:
         if setting.name in parts:
             continue
         parts[setting.name] = {"case": asdict(setting.case), "steps": _steps(setting, arguments)}
-        rows = measured_rows(parts, arguments.device)
+        rows = measured_rows(parts, device=arguments.device)
         figures = error_figures(rows)
         file = merge_result(
             arguments.name,
@@ -176,6 +173,7 @@ def _steps(setting: Setting, arguments: argparse.Namespace) -> list[dict[str, fl
         f"scoring.model={arguments.models / f'random-{case.teacher}'}",
         f"planning.prompt_tokens={case.prompt_tokens}",
         f"sampling.max_new_tokens={case.max_new_tokens}",
+        f"objective={case.objective}",
         f"output_dir={folder / 'run'}",
         "scoring.readiness_tolerance_nats=3.0",
         *case.overrides,
@@ -184,23 +182,6 @@ def _steps(setting: Setting, arguments: argparse.Namespace) -> list[dict[str, fl
     if subprocess.run(command).returncode != 0:
         sys.exit(f"{setting.name}: not measured, the cause is above; what was measured is kept")
     return json.loads((folder / f"{name}.json").read_text())["parts"]["opd"]["steps"]
-
-
-def measured_rows(parts: dict[str, Any], device: str) -> list[Row]:
-    """Return the rows of measured settings: four stages and the step of each."""
-    rows = []
-    for name, part in parts.items():
-        case = Case(**(part["case"] | {"device": device}))
-        steps = part["steps"]
-        seconds = {
-            what: sum(step[key] for step in steps) / len(steps) for what, key in _STAGES.items()
-        }
-        seconds["step without host"] = sum(seconds.values())
-        rows += [
-            Row(name=name, source="measured", what=what, measured_s=value, case=case)
-            for what, value in seconds.items()
-        ]
-    return rows
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Holds what devices can do at most: matrix products, memory bandwidth, kernel launches.
 
 The figures are those of the makers' data sheets, without sparsity. What a stage reaches of them is
-in `planning.efficiency`.
+in `planning.rates`.
 """
 
 import re

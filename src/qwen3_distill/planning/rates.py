@@ -66,12 +66,20 @@ class Efficiency:
     """Share of the bf16 peak in the linear layers of forward and backward passes."""
     train_masked_attention: float
     """The same in attention over padded sequences of different lengths."""
+    train_own_attention: float
+    """Rate of unsloth's layers with our attention, for shared prompts and packed rows, over that
+    with theirs, for a token that is computed."""
+    train_fp8_backward: float
+    """Rate of training with frozen layers in FP8 for the backward pass, over that as loaded."""
+    train_candidates: float
+    """Rate of training with 16 candidates of the teacher, over that with the sampled token."""
     publish_passes: float
     """Times that the bandwidth passes over a student's weights when whole weights are pushed."""
     publish_adapter_s: float
     """Seconds to push an adapter."""
     host_s_per_rollout: float
-    """Seconds of the controller per rollout: verifying, records, digests."""
+    """Seconds of the controller per rollout in which no stage is at work: records, digests.
+    Answers are verified beside the learner."""
     streaming_mps: float
     """Time of a streaming step over the sum of its stages' own, with MPS."""
     streaming_slices: float
@@ -90,9 +98,12 @@ EFFICIENCY = Efficiency(
     prefill=0.434,
     train=0.434,
     train_masked_attention=0.152,
+    train_own_attention=0.873,
+    train_fp8_backward=1.071,
+    train_candidates=0.979,
     publish_passes=116,
     publish_adapter_s=0.3,
-    host_s_per_rollout=4.72e-3,
+    host_s_per_rollout=3.32e-4,
     streaming_mps=0.927,
     streaming_slices=1.48,
 )
@@ -109,9 +120,13 @@ FITTED_ON: dict[str, str] = {
     "prefill": "taken to be train",
     "train": "h200_stages_micro_batch_5120: train_off",
     "train_masked_attention": "h200_overlap_micro_batch_8192: longtail8 sequential, training",
+    "train_own_attention": "h200_rows: unsloth_shared_128x512_n4 over unsloth_128x512_n4",
+    "train_fp8_backward": "h200_fp8_learners_cudnn: unsloth_fp8_backward_128x512_n4 over "
+    "unsloth_128x512_n4",
+    "train_candidates": "h200_rows_divided: unsloth_top16_128x512_n4 over unsloth_128x512_n4",
     "publish_passes": "h200_stages_micro_batch_5120: opd, publishing",
     "publish_adapter_s": "assumed",
-    "host_s_per_rollout": "h200_shipped: step 2, host",
+    "host_s_per_rollout": "h200_start: warm_start_s step 2, host",
     "streaming_mps": "h200_overlap_micro_batch_8192: longtail8 streaming, step",
     "streaming_slices": "h200_overlap: longtail8 streaming without MPS, step",
 }

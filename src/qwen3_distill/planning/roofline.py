@@ -252,6 +252,8 @@ class Training:
     tuning: TuningConfig
     micro_batches: Sequence[Sequence[int]]
     """Lengths of the sequences of each micro-batch, prompts included."""
+    prompts: Sequence[int] | None = None
+    """Prompts that are computed in each micro-batch; None: every sequence's own."""
     packed: bool = False
     """Whether sequences are laid end to end instead of padded to the longest."""
     recomputed_layers: int = 0
@@ -260,6 +262,19 @@ class Training:
     """Whether products are in float32."""
     float32_weights: bool = False
     """Whether the weights are in float32 and are cast for every micro-batch."""
+    own_attention: bool = False
+    """Whether unsloth's layers take our attention in place of theirs."""
+    fp8_backward: bool = False
+    """Whether the gradient passes through frozen layers in FP8."""
+    candidates: bool = False
+    """Whether the objective is over the teacher's candidates."""
+
+    def rate(self, rates: Rates, share: Efficiency) -> float:
+        """Return its rate over that of the sampled token, layers as loaded and their attention."""
+        rate = share.train_own_attention if self.own_attention else 1.0
+        if self.fp8_backward and rates.fp8_flops is not None:
+            rate *= share.train_fp8_backward
+        return rate * (share.train_candidates if self.candidates else 1.0)
 
 
 def training(
@@ -274,10 +289,14 @@ def training(
     kernels = shape.num_layers * work.kernels_per_layer * rates.launch_s
     memory = shares.BANDWIDTH_SHARE * rates.bandwidth
     compute_s, waiting_s, cast_s = 0.0, 0.0, 0.0
-    for lengths, times in Counter(map(tuple, work.micro_batches)).items():
+    prompts = work.prompts or [len(lengths) for lengths in work.micro_batches]
+    batches = Counter(zip(map(tuple, work.micro_batches), prompts, strict=True))
+    for (lengths, computed), times in batches.items():
         ragged = not work.packed and min(lengths) < max(lengths)
+        spared = len(lengths) - computed  # prompts that stand once before several answers
+        tokens = sum(lengths) if work.packed else len(lengths) * max(lengths)
         trained = TrainedTokens(
-            tokens=sum(lengths) if work.packed else len(lengths) * max(lengths),
+            tokens=tokens - spared * rollouts.prompt_tokens,
             pairs=0,
             loss_tokens=sum(lengths) - len(lengths) * rollouts.prompt_tokens,
             recomputed_loss_tokens=0,
@@ -286,9 +305,11 @@ def training(
         own = training_flops(shape, work.tuning, trained) / (share.train * peak)
         # With padding, attention takes a mask, and computes what the mask hides.
         pairs = sum(map(causal_pairs, lengths)) if not ragged else len(lengths) * max(lengths) ** 2
+        pairs -= spared * causal_pairs(rollouts.prompt_tokens)
         passes = 3 * shape.num_layers + work.recomputed_layers
         reached = share.train_masked_attention if ragged else shares.ATTENTION_SHARE
         own += 4 * shape.query_size * passes * pairs / (reached * peak)
+        own /= work.rate(rates, share)
         compute_s += times * own
         waiting_s += times * max(0.0, kernels - own)
         if work.float32_weights and not work.float32:

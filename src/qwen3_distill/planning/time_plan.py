@@ -16,12 +16,14 @@ from qwen3_distill.planning import rates as shares
 from qwen3_distill.planning import roofline
 from qwen3_distill.planning.rates import EFFICIENCY, Efficiency, Rates
 from qwen3_distill.planning.roofline import Decoding, Model, StageTime, Training
-from qwen3_distill.planning.work import Answers, Rollouts
+from qwen3_distill.planning.work import Answers, Rollouts, shared_rows
 from qwen3_distill.utils.batches import padded_batches
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 Stage: TypeAlias = Literal["sampling", "scoring", "training", "publishing", "host"]
+MEASURED_CANDIDATES = 16
+"""Candidates of the teacher for a token whose cost was measured."""
 STAGES: tuple[Stage, ...] = ("sampling", "scoring", "training", "publishing", "host")
 
 
@@ -216,24 +218,36 @@ def _stages(
         "sampling": sample(student_model(planned), rates, decoding, rollouts, share),
         "scoring": scored,
         "training": roofline.training(
-            planned.student, rates, training_work(planned, rollouts, rates), rollouts, share
+            planned.student, rates, training_work(planned, rollouts), rollouts, share
         ),
         "publishing": roofline.publishing(weights, rates, adapter=adapter, share=share),
         "host": StageTime({"host": share.host_s_per_rollout * rollouts.count}),
     }
 
 
-def training_work(planned: Planned, rollouts: Rollouts, rates: Rates) -> Training:
+def training_work(planned: Planned, rollouts: Rollouts) -> Training:
     """Describe the learner's settings and lay out its micro-batches."""
-    training, lengths = planned.config.training, rollouts.lengths
-    packed = training.kind == "unsloth" and training.packing is True
-    groups = padded_batches(lengths, training.micro_batch_tokens)
+    config, training = planned.config, planned.config.training
+    lengths, prompt_tokens = rollouts.lengths, rollouts.prompt_tokens
+    packed = training.shared_prompts or (training.kind == "unsloth" and training.packing is True)
+    if training.shared_prompts:
+        samples, most = config.samples_per_prompt, training.micro_batch_tokens
+        rows = shared_rows(rollouts.responses, prompt_tokens, samples, most)
+        batches = [[prompt_tokens + tokens for tokens in answers] for answers, _ in rows]
+        prompts = [number for _, number in rows]
+    else:
+        groups = padded_batches(lengths, training.micro_batch_tokens)
+        batches, prompts = [[lengths[index] for index in group] for group in groups], None
     on_gpu = not (training.kind == "embedded" and training.device == "cpu")
     arithmetic = arithmetic_of(training, on_gpu=on_gpu)
     return Training(
         tuning=training.tuning,
-        micro_batches=[[lengths[index] for index in group] for group in groups],
+        micro_batches=batches,
+        prompts=prompts,
         packed=packed,
+        own_attention=training.kind == "unsloth" and packed,
+        fp8_backward=training.base_precision == "fp8_backward",
+        candidates=candidates_per_token(config.objective) > 0,
         recomputed_layers=planned.recomputed_layers,
         float32=arithmetic == "float32",
         float32_weights=training.dtype == "float32",
@@ -337,20 +351,16 @@ def _notes(config: RunConfig) -> Iterator[str]:
     """Say what the prediction leaves out for a config."""
     if "teacher" in config.rollouts.samplers:
         yield "answers sampled by the teacher are counted as the student's"
-    if candidates_per_token(config.objective):
-        yield (
-            "what the teacher's candidates cost is that of 16 with SGLang's server; the learner's "
-            "part is not counted"
-            if _names_candidates(config)
-            else "candidates of the teacher cost it, and the learner, more than is counted here"
-        )
+    candidates = candidates_per_token(config.objective)
+    if candidates and not _names_candidates(config):
+        yield "candidates of the teacher cost it more than is counted here"
+    if candidates not in (0, MEASURED_CANDIDATES):
+        yield f"{candidates} candidates cost as {MEASURED_CANDIDATES} here, which were measured"
     training = config.training
     if training.kind == "unsloth" and training.packing == "auto":
         yield "micro-batches are taken to be padded; packing, where it works, saves the padding"
-    if training.shared_prompts and config.samples_per_prompt > 1:
-        yield "what training.shared_prompts saves is not counted: training is shorter than here"
-    if training.base_precision != "as_loaded":
-        yield "what FP8 in frozen layers gains is not counted"
+    if training.base_precision == "fp8":
+        yield "what FP8 in frozen layers gains in both passes is not counted"
     if "embedded" in (config.generation.kind, training.kind) or (
         config.scoring is not None and config.scoring.kind == "embedded"
     ):

@@ -106,6 +106,47 @@ class Rollouts:
         return self.weight * sum(length * (length + 1) / 2 for length in self.lengths)
 
 
+def shared_rows(
+    responses: Sequence[int], prompt_tokens: int, samples_per_prompt: int, max_tokens: int
+) -> list[tuple[list[int], int]]:
+    """Lay out micro-batches in which a prompt stands once before its answers.
+
+    As `training.batching` does: neighbours have a prompt in common, and answers that do not fit
+    behind it get it again. Returns each micro-batch's responses, and its number of prompts.
+    """
+    groups: list[list[int]] = []
+    for start in range(0, len(responses), samples_per_prompt):
+        answers = responses[start : start + samples_per_prompt]
+        groups += _first_fit([[tokens] for tokens in answers], 0, max_tokens - prompt_tokens)[0]
+    rows, numbers = _first_fit(groups, prompt_tokens, max_tokens)
+    return list(zip(rows, numbers, strict=True))
+
+
+def _first_fit(
+    items: Sequence[Sequence[int]], before: int, max_tokens: int
+) -> tuple[list[list[int]], list[int]]:
+    """Join items up to ``max_tokens``, longest first; return the rows and their numbers of items.
+
+    Args:
+        before: tokens that each item has besides its own.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    numbers: list[int] = []
+    for item in sorted(items, key=sum, reverse=True):
+        tokens = before + sum(item)
+        row = next((row for row, free in enumerate(room) if free >= tokens), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room.append(max_tokens)
+            numbers.append(0)
+        rows[row] += item
+        room[row] -= tokens
+        numbers[row] += 1
+    return rows, numbers
+
+
 @dataclass(frozen=True)
 class Segment:
     """Decode steps in a row with the same rollouts in flight."""

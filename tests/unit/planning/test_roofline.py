@@ -13,7 +13,7 @@ from qwen3_distill.planning import roofline
 from qwen3_distill.planning.peaks import named_device
 from qwen3_distill.planning.rates import EFFICIENCY, Rates, peak_rates
 from qwen3_distill.planning.roofline import Decoding, Model, Training, decode_step
-from qwen3_distill.planning.work import Answers, Rollouts, decode_segments
+from qwen3_distill.planning.work import Answers, Rollouts, decode_segments, shared_rows
 
 H200 = peak_rates(named_device("h200"))
 STUDENT = Model(shape=named_shape("4B"), itemsize=2)
@@ -102,6 +102,49 @@ def test_padding_costs_and_packing_saves_it() -> None:
     padded = train_s(micro(ragged))
     packed = train_s(replace(micro(ragged), packed=True))
     assert padded > 3 * packed
+
+
+def test_a_shared_prompt_counts_once_in_tokens_and_in_pairs() -> None:
+    def attention(pairs: int) -> float:
+        operations = 4 * shape.query_size * 3 * shape.num_layers * pairs
+        return operations / (0.5 * H200.bf16_flops)
+
+    shape, prompt = STUDENT.shape, 1000
+    own = replace(micro([prompt + 512] * 4), packed=True)
+    once, every = replace(own, prompts=[1]), replace(own, prompts=[4])
+
+    def seconds(work: Training) -> float:
+        asked = rollouts(count=4, new=512, prompt=prompt)
+        return roofline.training(shape, H200, work, asked).seconds
+
+    assert seconds(every) == pytest.approx(seconds(own))
+    spared_s = seconds(own) - seconds(once)
+    linear_s = 3 * prompt * 2 * 2 * shape.linear_parameters / (EFFICIENCY.train * H200.bf16_flops)
+    assert spared_s == pytest.approx(
+        linear_s + attention(3 * prompt * (prompt + 1) // 2), rel=0.05
+    )  # adapters besides
+    slower = seconds(replace(once, own_attention=True))
+    assert slower * EFFICIENCY.train_own_attention == pytest.approx(seconds(once))
+
+
+@given(
+    responses=st.lists(st.integers(1, 900), min_size=1, max_size=40),
+    samples=st.integers(1, 5),
+    max_tokens=st.integers(50, 3000),
+)
+@settings(max_examples=60, deadline=None)
+def test_rows_with_shared_prompts_hold_every_answer_and_keep_to_their_size(
+    responses: list[int], samples: int, max_tokens: int
+) -> None:
+    prompt = 100
+    rows = shared_rows(responses, prompt, samples, max_tokens)
+    assert sorted(tokens for row, _ in rows for tokens in row) == sorted(responses)
+    for row, prompts in rows:
+        assert sum(row) + prompts * prompt <= max_tokens or (len(row) == 1 and prompts == 1)
+    groups = -(-len(responses) // samples)
+    assert groups <= sum(prompts for _, prompts in rows) <= len(responses)
+    if max_tokens >= prompt + samples * 900:  # no group has to be cut
+        assert sum(prompts for _, prompts in rows) == groups
 
 
 def test_tiny_micro_batches_wait_for_the_host() -> None:
