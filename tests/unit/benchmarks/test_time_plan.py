@@ -1,12 +1,14 @@
 """The time plan's benchmark: its six configs are planned, and new results become rows."""
 
 import argparse
+import json
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.lib.common import RESULTS
 from benchmarks.lib.time_plan_gb10 import gb10_head_costs, gb10_training
 from benchmarks.lib.time_plan_rows import (
     RATIOS,
@@ -14,7 +16,7 @@ from benchmarks.lib.time_plan_rows import (
     measured_rows,
     shared_prompt_gains,
 )
-from benchmarks.speed.time_plan import SETTINGS, _steps, error_figures
+from benchmarks.speed.time_plan import SETTINGS, _steps, compare, error_figures
 
 
 def test_six_configs_differ_from_one_another_and_from_what_fitted() -> None:
@@ -106,6 +108,14 @@ def test_ratios_of_learners_are_fitted_by_the_rows_that_they_name() -> None:
     assert long["predicted"] == pytest.approx(long["measured"], rel=0.03)  # it did not
     assert short["by_tokens"] > 1.1 * short["measured"]
     assert long["by_tokens"] > 1.1 * long["measured"]
+
+
+def test_the_committed_result_is_what_the_plan_predicts_now() -> None:
+    figures, details = compare()
+    committed = json.loads((RESULTS / "time_plan.json").read_text())
+    assert committed["figures"] == pytest.approx(figures)
+    for part in ("held_out", "fitted", "gb10", "gb10_predicted", "gb10_training"):
+        assert committed[part] == json.loads(json.dumps(details[part])), part
 
 
 def test_the_float32_head_of_a_gb10_is_predicted_with_tf32_and_without() -> None:

@@ -109,7 +109,7 @@ def test_a_shared_prompt_counts_once_in_tokens_and_in_pairs() -> None:
         operations = 4 * shape.query_size * 3 * shape.num_layers * pairs
         return operations / (0.5 * H200.bf16_flops)
 
-    shape, prompt = STUDENT.shape, 1000
+    shape, prompt = STUDENT.shape, 20_000
     own = replace(micro([prompt + 512] * 4), packed=True)
     once, every = replace(own, prompts=[1]), replace(own, prompts=[4])
 
