@@ -357,7 +357,8 @@ def _notes(config: RunConfig) -> Iterator[str]:
     if candidates not in (0, MEASURED_CANDIDATES):
         yield f"{candidates} candidates cost as {MEASURED_CANDIDATES} here, which were measured"
     training = config.training
-    if training.kind == "unsloth" and training.packing == "auto":
+    padded = training.kind == "unsloth" and training.packing == "auto"
+    if padded and not training.shared_prompts:
         yield "micro-batches are taken to be padded; packing, where it works, saves the padding"
     if training.base_precision == "fp8":
         yield "what FP8 in frozen layers gains in both passes is not counted"
