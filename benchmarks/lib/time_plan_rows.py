@@ -27,7 +27,10 @@ _OF_RECORD = {
 
 _STREAMING = "pipeline={kind: streaming, mps: true, max_staleness_steps: 8, max_steps_ahead: 3}"
 _FP8_BACKWARD = "training.base_precision=fp8_backward"
-_FP8_CACHE = "generation.engine_arguments={attention_backend: TRITON_ATTN, kv_cache_dtype: fp8}"
+_FP8_CACHE = (
+    "generation.kv_cache_dtype=fp8",
+    "generation.engine_arguments={attention_backend: TRITON_ATTN}",
+)
 _OLD_HOST = "answers are checked while the step goes on"
 _OLD_CANDIDATES = "candidates' logprobs come from unsloth's fused kernel"
 _OLD_ATTENTION = "our attention is inside unsloth's compiled layers"
@@ -47,8 +50,8 @@ def committed_rows() -> list[Row]:
         *_start_rows(),
         *_one_start_rows("h200_one_start"),
         *_one_start_rows("h200_tails"),
-        *_one_start_rows("h200_tails_packed", "training.packing=true", _FP8_BACKWARD, _FP8_CACHE),
-        *_one_start_rows("h200_levers", _FP8_BACKWARD, _FP8_CACHE),
+        *_one_start_rows("h200_tails_packed", "training.packing=true", _FP8_BACKWARD, *_FP8_CACHE),
+        *_one_start_rows("h200_levers", _FP8_BACKWARD, *_FP8_CACHE),
         *_one_start_rows("h200_levers_without", parts=("n4",)),  # its note says why not the rest
         *_plan_rows("h200_tails"),
         *_learner_rows("h200_learners"),

@@ -356,6 +356,8 @@ def _notes(config: RunConfig) -> Iterator[str]:
         yield "candidates of the teacher cost it more than is counted here"
     if candidates not in (0, MEASURED_CANDIDATES):
         yield f"{candidates} candidates cost as {MEASURED_CANDIDATES} here, which were measured"
+    if config.generation.kind == "vllm" and config.generation.kv_cache_dtype == "fp8":
+        yield "reading a cache in FP8 is taken to last as long as one in bfloat16"
     training = config.training
     padded = training.kind == "unsloth" and training.packing == "auto"
     if padded and not training.shared_prompts:

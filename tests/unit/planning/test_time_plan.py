@@ -161,6 +161,7 @@ def test_what_is_left_out_of_a_config_is_named() -> None:
         (("objective={kind: top_k, k: 32}",), "32 candidates cost as 16"),
         (("scoring={kind: vllm, model: models/Qwen3-8B}",), "candidates of the teacher cost it"),
         (("generation={kind: embedded}",), "embedded engines"),
+        (("generation.kv_cache_dtype=fp8",), "a cache in FP8"),
     ):
         assert any(words in note for note in plan_of(load("h200", *overrides)).notes), words
         assert not any(words in note for note in plan_of(load("h200")).notes), words
