@@ -6,8 +6,9 @@ from qwen3_distill.config import ClusterEngines, RunConfig
 from qwen3_distill.config.cluster import OWN, WITH_LEARNER
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.shapes import ModelShape, read_shape
+from qwen3_distill.planning.device import DeviceMemory
 from qwen3_distill.planning.memory import Engine
-from qwen3_distill.planning.plan import MemoryPlan, make_plan
+from qwen3_distill.planning.plan import MemoryPlan, make_plan, planned_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ def plan_cards(
     config: RunConfig,
     *,
     device_memory_bytes: int | None = None,
+    device: DeviceMemory | None = None,
     student_shape: ModelShape | None = None,
     teacher_shape: ModelShape | None = None,
 ) -> list[CardPlan]:
@@ -31,6 +33,13 @@ def plan_cards(
 
     Every card is assumed to have the memory of this machine's, unless the config or the argument
     states another one.
+
+    Args:
+        config: the run.
+        device_memory_bytes: as of `make_plan`.
+        device: as of `make_plan`.
+        student_shape: as of `make_plan`.
+        teacher_shape: as of `make_plan`.
 
     Raises:
         ConfigError: an engine does not fit its card, or its cards do not divide its heads.
@@ -43,12 +52,13 @@ def plan_cards(
     if fleet is not None and config.loaded_teacher is not None:
         shape = teacher_shape or read_shape(config.loaded_teacher.model)
         _check_heads("cluster.teachers", fleet, shape)
+    device = device or planned_device(config, device_memory_bytes)
     found = []
     for what, engines in _kinds(config):
         try:
             plan = make_plan(
                 config,
-                device_memory_bytes=device_memory_bytes,
+                device=device,
                 student_shape=student_shape,
                 teacher_shape=teacher_shape,
                 engines=engines,

@@ -3,11 +3,12 @@
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from qwen3_distill.errors import ConfigError
+from qwen3_distill.planning.peaks import find_device
 
 _MEMINFO = Path("/proc/meminfo")
 _MIB = 2**20
@@ -17,16 +18,48 @@ _MIB = 2**20
 class DeviceMemory:
     """The memory that the engines share."""
 
-    kind: Literal["cuda", "unified", "cpu", "stated"]
-    """``unified``: GPU and CPU share one memory. ``stated``: by the config or the caller."""
+    kind: Literal["cuda", "unified", "cpu"]
+    """``unified``: GPU and CPU share one memory."""
     name: str
     free_bytes: int
     """Bytes that can be allocated now."""
 
 
-def stated_memory(free_bytes: int) -> DeviceMemory:
-    """A device of which only the memory is known."""
-    return DeviceMemory(kind="stated", name="as stated", free_bytes=free_bytes)
+def stated_memory(free_bytes: int, *, unified: bool = False) -> DeviceMemory:
+    """A GPU of which only the memory is known, and whether the CPU shares it."""
+    if unified:
+        name = "as stated, shared with the CPU"
+        return DeviceMemory(kind="unified", name=name, free_bytes=free_bytes)
+    return DeviceMemory(kind="cuda", name="as stated", free_bytes=free_bytes)
+
+
+def memory_to_plan(stated_bytes: int | None = None, *, unified: bool | None = None) -> DeviceMemory:
+    """Return the memory that a plan divides.
+
+    Args:
+        stated_bytes: default: what is free here now.
+        unified: whether GPU and CPU of the planned device share one memory; default: as the first
+            GPU here. Where they do, every process's host side counts, and offloading frees nothing.
+
+    Raises:
+        ConfigError: nothing is stated, and neither the driver nor the system reports the memory.
+    """
+    if stated_bytes is not None:
+        shared = _is_unified_here() if unified is None else unified
+        return stated_memory(stated_bytes, unified=shared)
+    found = detect_memory()
+    return replace(found, kind="unified") if unified else found
+
+
+def _is_unified_here() -> bool:
+    gpu = _first_gpu()
+    return gpu is not None and _shares_memory(*gpu)
+
+
+def _shares_memory(name: str, free_bytes: int | None) -> bool:
+    """Whether a GPU has no memory of its own: its driver reports none, or its kind has none."""
+    known = find_device(name)
+    return free_bytes is None or (known is not None and known.unified)
 
 
 def detect_memory() -> DeviceMemory:
@@ -39,9 +72,8 @@ def detect_memory() -> DeviceMemory:
     if gpu is None:
         return DeviceMemory(kind="cpu", name="this machine's memory", free_bytes=available_bytes())
     name, free = gpu
-    if free is None:
-        # A GPU without a memory of its own. The driver's free memory would not count what the page
-        # cache holds and gives back.
+    if free is None or _shares_memory(name, free):
+        # The driver's free memory would not count what the page cache holds and gives back.
         return DeviceMemory(kind="unified", name=name, free_bytes=available_bytes())
     return DeviceMemory(kind="cuda", name=name, free_bytes=free)
 

@@ -372,11 +372,11 @@ def checkpointing(
         return step_memory(config, models, device).fewest_recomputed(
             micro_batch_tokens(config, models),
             allocator_bytes(room_bytes - replay_bytes(config)),
-            may_offload=device.kind in ("cuda", "stated"),
+            may_offload=device.kind == "cuda",
         )
     if mode in (False, "off"):
         return Checkpointing(recomputed_layers=0, offload=False)
-    offload = mode == "unsloth" and device.kind in ("cuda", "stated")
+    offload = mode == "unsloth" and device.kind == "cuda"
     return Checkpointing(recomputed_layers=layers, offload=offload)
 
 
@@ -393,6 +393,14 @@ def link_bytes(config: RunConfig, device: DeviceMemory) -> int:
     learner = None if config.cluster is None else config.cluster.learner
     alone = learner is None or learner.ranks == 1
     return 0 if alone or device.kind == "cpu" else int(_LINK_GIB * GIB)
+
+
+def outside_bytes(config: RunConfig, device: DeviceMemory) -> int:
+    """Bytes of a learner's process beyond PyTorch's memory and CUDA's context: links, host side."""
+    host = 0.0
+    if config.training.kind == "unsloth":
+        host = _RUNTIME_GIB[device.kind]["learner"] - _RUNTIME_GIB["cuda"]["learner"]
+    return link_bytes(config, device) + int(host * GIB)
 
 
 def _learner_merges(config: RunConfig) -> bool:
@@ -485,9 +493,8 @@ def _count(number: int) -> str:
 
 
 def _runtime_row(engine: Engine, device: DeviceMemory) -> PlanRow:
-    kind = device.kind if device.kind in _RUNTIME_GIB else "cuda"
-    what = "process" if kind == "cpu" else "CUDA context"
-    return _row(engine, what, _RUNTIME_GIB[kind][engine] * GIB, "estimate")
+    what = "process" if device.kind == "cpu" else "CUDA context"
+    return _row(engine, what, _RUNTIME_GIB[device.kind][engine] * GIB, "estimate")
 
 
 def _row(engine: Engine, what: str, num_bytes: float, how: str) -> PlanRow:

@@ -20,7 +20,7 @@ from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.shapes import ModelShape, read_shape
 from qwen3_distill.modeling.step_memory import GIB
 from qwen3_distill.planning import memory
-from qwen3_distill.planning.device import DeviceMemory, detect_memory, stated_memory
+from qwen3_distill.planning.device import DeviceMemory, detect_memory, memory_to_plan
 from qwen3_distill.planning.memory import ENGINES, Engine, Models, PlanRow
 from qwen3_distill.recording.text import gibibytes
 
@@ -65,7 +65,7 @@ class MemoryPlan:
     teacher_cache_bytes: int
     """The same in bytes: vLLM's server is told a size."""
     learner_memory_bytes: int
-    """The learner's share of the device, its process's context included."""
+    """The learner's share of the device: PyTorch's memory and CUDA's context."""
     teacher_static_bytes: int
     """Weights and cache of the scoring server, with a margin for errors of measurement."""
     teachers: Mapping[str, TeacherShare] = field(default_factory=dict)
@@ -163,7 +163,7 @@ def lay_out(
 ) -> MemoryPlan:
     """Plan without the checks of `make_plan`: the plan may need more than is free."""
     models = _models(config, student_shape, teacher_shape, engines)
-    return _lay_out(config, models, device or _device(config, device_memory_bytes))
+    return _lay_out(config, models, device or planned_device(config, device_memory_bytes))
 
 
 def _models(
@@ -185,12 +185,19 @@ def _models(
     )
 
 
-def _device(config: RunConfig, device_memory_bytes: int | None) -> DeviceMemory:
-    if device_memory_bytes is not None:
-        return stated_memory(device_memory_bytes)
-    if config.planning.device_memory_gib is not None:
-        return stated_memory(int(config.planning.device_memory_gib * GIB))
-    return detect_memory()
+def planned_device(
+    config: RunConfig, device_memory_bytes: int | None = None, *, unified: bool | None = None
+) -> DeviceMemory:
+    """Return the device whose memory a plan divides: as given, as configured, or the one here.
+
+    Args:
+        device_memory_bytes: default: the config's ``planning.device_memory_gib``.
+        unified: as of `memory_to_plan`.
+    """
+    stated_gib = config.planning.device_memory_gib
+    if device_memory_bytes is None and stated_gib is not None:
+        device_memory_bytes = int(stated_gib * GIB)
+    return memory_to_plan(device_memory_bytes, unified=unified)
 
 
 def _lay_out(
@@ -203,7 +210,7 @@ def _lay_out(
     student = memory.student_rows(config, models, device) if "student" in engines else []
     others = reserve + sum(row.num_bytes for row in [*teacher, *student])
     left = device.free_bytes - others
-    room = _learner_bytes(config, left - memory.link_bytes(config, device))
+    room = _learner_bytes(config, left - memory.outside_bytes(config, device))
     choice = memory.checkpointing(config, models, device, 0 if thrifty else room)
     learner = memory.learner_rows(config, models, device, choice) if "learner" in engines else []
     none = TeacherShare(static_bytes=0, memory_fraction=0.0, max_total_tokens=0, cache_bytes=0)
@@ -297,7 +304,8 @@ def _check_what_is_stated(config: RunConfig, models: Models, plan: MemoryPlan) -
         for teacher, one, its_models in memory.each_teacher(config, models):
             _check_stated_teacher(one, its_models, plan.for_teacher(teacher.name), teacher.setting)
     if "learner" in engines and training.kind == "unsloth" and training.memory_gib is not None:
-        needed = plan.engine_bytes("learner")
+        outside = memory.outside_bytes(config, plan.device)
+        needed = plan.engine_bytes("learner") - outside
         if plan.learner_memory_bytes < needed:
             choice = memory.checkpointing(config, models, plan.device, plan.learner_memory_bytes)
             raise ConfigError(

@@ -7,7 +7,7 @@ import pytest
 
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.planning import device
-from qwen3_distill.planning.device import detect_memory
+from qwen3_distill.planning.device import detect_memory, memory_to_plan
 
 
 @pytest.fixture
@@ -51,6 +51,44 @@ def test_unified_memory_is_what_the_system_can_give(
     meminfo(monkeypatch, tmp_path / "meminfo", "MemFree: 5 kB\nMemAvailable:  1024 kB\n")
     found = detect_memory()
     assert (found.kind, found.name, found.free_bytes) == ("unified", "NVIDIA GB10", 2**20)
+
+
+@pytest.mark.parametrize("memory", ["[N/A]", "50000"])
+def test_unified_device_is_known_by_its_name_whatever_its_driver_reports(
+    memory: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_smi(monkeypatch, tmp_path, f"echo 'NVIDIA GB10, {memory}'")
+    meminfo(monkeypatch, tmp_path / "meminfo", "MemAvailable:  1024 kB\n")
+    assert (detect_memory().kind, detect_memory().free_bytes) == ("unified", 2**20)
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("NVIDIA GB10, [N/A]", "unified"),
+        ("A new one, [N/A]", "unified"),
+        ("NVIDIA H200, 7", "cuda"),
+    ],
+)
+def test_stated_memory_is_of_the_kind_of_the_gpu_here(
+    line: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_smi(monkeypatch, tmp_path, f"echo '{line}'")
+    found = memory_to_plan(108)
+    assert (found.kind, found.free_bytes) == (kind, 108)
+    assert memory_to_plan(108, unified=True).kind == "unified"
+    assert memory_to_plan(108, unified=False).kind == "cuda"
+
+
+@pytest.mark.usefixtures("no_visible_gpu")
+def test_stated_memory_is_a_cards_where_no_gpu_is_seen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert memory_to_plan(108).kind == "cuda"
+    meminfo(monkeypatch, tmp_path / "meminfo", "MemAvailable:  1024 kB\n")
+    assert memory_to_plan().kind == "cpu"
+    planned = memory_to_plan(unified=True)  # a named device, with the memory that is free here
+    assert (planned.kind, planned.free_bytes) == ("unified", 2**20)
 
 
 @pytest.mark.parametrize("script", ["exit 9", "true"])

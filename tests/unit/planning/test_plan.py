@@ -11,10 +11,11 @@ from qwen3_distill.config.load import check_config, load_config
 from qwen3_distill.errors import ConfigError, ModelError
 from qwen3_distill.modeling.shapes import named_shape
 from qwen3_distill.modeling.step_memory import GIB, Checkpointing
+from qwen3_distill.planning import device
 from qwen3_distill.planning.cards import CardPlan, plan_cards
-from qwen3_distill.planning.device import DeviceMemory
+from qwen3_distill.planning.device import DeviceMemory, stated_memory
 from qwen3_distill.planning.memory import Models, PlanRow, checkpointing, step_memory
-from qwen3_distill.planning.plan import MemoryPlan, lay_out, make_plan
+from qwen3_distill.planning.plan import MemoryPlan, lay_out, make_plan, planned_device
 
 ROOT = Path(__file__).parents[3]
 CUDA = DeviceMemory(kind="cuda", name="GPU", free_bytes=0)
@@ -107,6 +108,54 @@ def test_plan_needs_no_memory_to_be_looked_up_when_stated_in_the_config() -> Non
     plan = make_plan(run, student_shape=student, teacher_shape=teacher)
     assert plan.device.free_bytes == 130 * GIB
     assert planned(run, 150).device.free_bytes == 150 * GIB
+
+
+def test_stated_memory_that_the_cpu_shares_counts_the_host_side_and_offloads_nothing() -> None:
+    shapes: dict[str, Any] = {
+        "student_shape": named_shape("4B"),
+        "teacher_shape": named_shape("32B-FP8"),
+    }
+    run = config(training={"gradient_checkpointing": "unsloth"})
+    own = make_plan(run, device=stated_memory(140 * GIB), **shapes)
+    shared = make_plan(run, device=stated_memory(140 * GIB, unified=True), **shapes)
+    for engine, gib in (("teacher", 2.25), ("student", 1.75), ("learner", 1.75)):
+        contexts = [size(plan, engine, "CUDA context") for plan in (own, shared)]
+        assert contexts[1] - contexts[0] == gib * GIB
+    models = Models(student=named_shape("4B"), teacher=named_shape("32B-FP8"))
+    for mode in ("auto", "unsloth"):
+        run = config(training={"gradient_checkpointing": mode})
+        offloads = [
+            checkpointing(run, models, stated_memory(0, unified=unified), 0).offload
+            for unified in (False, True)
+        ]
+        assert offloads == [True, False], mode
+
+
+@pytest.mark.parametrize("gib", [122, 125, 128, 131, 134, 137, 140])
+def test_learner_keeps_no_more_layers_than_fit_beside_its_host_side(gib: int) -> None:
+    shapes: dict[str, Any] = {
+        "student_shape": named_shape("4B"),
+        "teacher_shape": named_shape("32B-FP8"),
+    }
+    shared = stated_memory(gib * GIB, unified=True)
+    plan = make_plan(config(), device=shared, **shapes)
+    # What is planned can be stated.
+    run = config(training={"memory_gib": plan.learner_memory_bytes / GIB})
+    assert make_plan(run, device=shared, **shapes).rows == plan.rows
+
+
+def test_memory_that_a_config_states_is_shared_where_the_gpu_here_shares_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = config(planning={"device_memory_gib": 140.0})
+    shapes: dict[str, Any] = {
+        "student_shape": named_shape("4B"),
+        "teacher_shape": named_shape("32B-FP8"),
+    }
+    monkeypatch.setattr(device, "_first_gpu", lambda: ("NVIDIA GB10", None))
+    for plan in (make_plan(run, **shapes), plan_cards(run, **shapes)[0].plan):
+        assert (plan.device.kind, plan.device.free_bytes) == ("unified", 140 * GIB)
+    assert planned_device(run, unified=False).kind == "cuda"
 
 
 def test_default_reserve_is_an_eighth_of_small_memories() -> None:
@@ -322,7 +371,10 @@ def full_tuning(**learner: Any) -> RunConfig:
 
 
 def learners_card(run: RunConfig, gib: int) -> CardPlan:
-    shapes = {"student_shape": named_shape("4B"), "teacher_shape": named_shape("8B")}
+    shapes: dict[str, Any] = {
+        "student_shape": named_shape("4B"),
+        "teacher_shape": named_shape("8B"),
+    }
     return plan_cards(run, device_memory_bytes=gib * GIB, **shapes)[0]
 
 
@@ -370,7 +422,10 @@ def test_what_auto_chooses_fits_with_what_fragments_take(adapters: str) -> None:
 
 
 def rollout_card(run: RunConfig, student: str = "32B") -> MemoryPlan:
-    shapes = {"student_shape": named_shape(student), "teacher_shape": named_shape("8B")}
+    shapes: dict[str, Any] = {
+        "student_shape": named_shape(student),
+        "teacher_shape": named_shape("8B"),
+    }
     plans = plan_cards(run, device_memory_bytes=500 * GIB, **shapes)
     return next(card.plan for card in plans if card.engines == ("student",))
 
