@@ -14,9 +14,11 @@ from qwen3_distill.recording.terminal import TerminalConsole
 
 if TYPE_CHECKING:
     from qwen3_distill.modeling.shapes import ModelShape
-    from qwen3_distill.planning.cards import CardPlan
+    from qwen3_distill.planning.device import DeviceMemory
+    from qwen3_distill.planning.plan import MemoryPlan
     from qwen3_distill.planning.rates import Rates
-    from qwen3_distill.planning.time_plan import Assumed
+    from qwen3_distill.planning.suggest import Situation
+    from qwen3_distill.planning.time_plan import Assumed, TimePlan
 
 
 def _refuse_nan(value: float | None) -> float | None:
@@ -30,8 +32,9 @@ _Device = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Plan the time of this device by its data sheet, e.g. h200, h100-sxm or gb10; "
-        "default: the one here, as `calibrate` measured it, else by its data sheet.",
+        help="Plan for this device: its time by its data sheet, and whether CPU and GPU share its "
+        "memory; e.g. h200, h100-sxm or gb10. Default: the one here, as `calibrate` measured it, "
+        "else by its data sheet.",
     ),
 ]
 _PromptTokens = Annotated[
@@ -70,7 +73,7 @@ def plan(
             min=0.001,
             max=1_000_000,
             callback=_refuse_nan,
-            help="Memory to plan for; default: what is free now.",
+            help="Memory to plan for; default: what is free here now.",
         ),
     ] = None,
     device: _Device = None,
@@ -87,13 +90,16 @@ def plan(
     settings = load_config(config, overrides or ())
     from qwen3_distill.modeling.shapes import named_shape
     from qwen3_distill.pipeline.models import localize
-    from qwen3_distill.planning.cards import plan_cards
-    from qwen3_distill.planning.table import plan_settings, plan_table
+    from qwen3_distill.planning.peaks import named_device
+    from qwen3_distill.planning.plan import planned_device
+    from qwen3_distill.planning.suggest import refuse_cluster
     from qwen3_distill.planning.time_plan import assumed_lengths
 
     assumed = assumed_lengths(
         settings, prompt_tokens=prompt_tokens, response_tokens=response_tokens, tail=tail
     )
+    if suggest:
+        refuse_cluster(settings)
     predicts = _predicts_time(settings, required=suggest)
     rates = _rates(device, required=suggest) if predicts else None
     shapes = {"student": shape_student, "teacher": shape_teacher}
@@ -101,19 +107,17 @@ def plan(
     settings = localize(settings, say=say, warn=warn, roles=read, datasets=False).config
     student = None if shape_student is None else named_shape(shape_student)
     teacher = None if shape_teacher is None else named_shape(shape_teacher)
-    cards = plan_cards(
+    memory = planned_device(
         settings,
-        device_memory_bytes=None if device_memory_gib is None else int(device_memory_gib * 2**30),
-        student_shape=student,
-        teacher_shape=teacher,
+        None if device_memory_gib is None else int(device_memory_gib * 2**30),
+        unified=None if device is None else named_device(device).unified,
     )
-    for card in cards:
-        title = card.what if settings.cluster is not None else None
-        TerminalConsole().print(plan_table(card.plan, title))
-    if settings.cluster is None:
-        say(f"planned settings: {plan_settings(settings, cards[0].plan)}")
-    if rates is not None:
-        _show_time(settings, rates, assumed, cards, student, teacher, suggest=suggest)
+    if not suggest:
+        card = _show_memory(settings, memory, student, teacher)
+        if rates is not None:
+            _show_time(_situation(settings, card.device, rates, assumed, student, teacher), card)
+    elif rates is not None:
+        _show_suggestions(_situation(settings, memory, rates, assumed, student, teacher))
 
 
 def _predicts_time(settings: RunConfig, *, required: bool) -> bool:
@@ -150,41 +154,100 @@ def _rates(device: str | None, *, required: bool) -> "Rates | None":
         return None
 
 
-def _show_time(
+def _situation(
     settings: RunConfig,
+    device: "DeviceMemory",
     rates: "Rates",
     assumed: "Assumed",
-    cards: "list[CardPlan]",
     student: "ModelShape | None",
     teacher: "ModelShape | None",
-    *,
-    suggest: bool,
-) -> None:
-    """Print the time plan, and suggestions if asked for."""
+) -> "Situation":
+    """Describe the run on its device; models without a named shape are read."""
     from qwen3_distill.modeling.shapes import read_shape
-    from qwen3_distill.planning.cards import plan_of
-    from qwen3_distill.planning.suggest import Situation, evaluated
-    from qwen3_distill.planning.suggest import suggest as search
-    from qwen3_distill.planning.time_table import suggestion_lines, time_lines, time_table
+    from qwen3_distill.planning.suggest import Situation
 
     scoring = settings.loaded_teacher
     if scoring is not None and teacher is None:
         teacher = read_shape(scoring.model)
-    situation = Situation(
+    return Situation(
         config=settings,
         student=student or read_shape(settings.student.model),
         teacher=None if scoring is None else teacher,
-        device=plan_of("learner", cards).device,
+        device=device,
         rates=rates,
         assumed=assumed,
     )
-    found = evaluated(situation, plan_of("learner", cards))
+
+
+def _show_memory(
+    settings: RunConfig,
+    device: "DeviceMemory",
+    student: "ModelShape | None",
+    teacher: "ModelShape | None",
+) -> "MemoryPlan":
+    """Print the memory plan of every kind of card; return that of the learner's.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    from qwen3_distill.planning.cards import plan_cards, plan_of
+    from qwen3_distill.planning.table import plan_settings, plan_table
+
+    cards = plan_cards(settings, device=device, student_shape=student, teacher_shape=teacher)
+    for card in cards:
+        title = card.what if settings.cluster is not None else None
+        TerminalConsole().print(plan_table(card.plan, title))
+    if settings.cluster is None:
+        say(f"planned settings: {plan_settings(settings, cards[0].plan)}")
+    return plan_of("learner", cards)
+
+
+def _show_time(situation: "Situation", laid_out: "MemoryPlan") -> "TimePlan":
+    """Print the time plan of the config itself, and return it."""
+    from qwen3_distill.planning.suggest import evaluated
+    from qwen3_distill.planning.time_table import time_lines, time_table
+
+    found = evaluated(situation, laid_out)
     TerminalConsole().print(time_table(found))
-    for line in time_lines(settings, found, assumed):
+    for line in time_lines(situation.config, found, situation.assumed):
         say(line)
-    if suggest:
-        for line in suggestion_lines(search(situation), found):
-            say(line)
+    return found
+
+
+def _show_suggestions(situation: "Situation") -> None:
+    """Print both plans, and the settings found. A config that does not fit is said to.
+
+    Raises:
+        ConfigError: neither the config nor anything that was tried fits.
+        typer.Exit: the config does not fit, and something else does.
+    """
+    from qwen3_distill.planning.plan import lay_out
+    from qwen3_distill.planning.suggest import suggest
+    from qwen3_distill.planning.time_table import suggestion_lines
+
+    shapes = situation.student, situation.teacher
+    refusal: ConfigError | None = None
+    try:
+        laid_out = _show_memory(situation.config, situation.device, *shapes)
+    except ConfigError as error:
+        refusal = error
+        laid_out = lay_out(
+            situation.config,
+            device=situation.device,
+            student_shape=situation.student,
+            teacher_shape=situation.teacher,
+        )
+    found = suggest(situation)
+    if refusal is not None:
+        if not found:
+            raise ConfigError(f"{refusal}\n--suggest found nothing that fits, either") from None
+        warn(f"the config as it is does not fit: {refusal}")
+        say("The config as it is, if it fitted:")
+    now = _show_time(situation, laid_out)
+    for line in suggestion_lines(found, now):
+        say(line)
+    if refusal is not None:
+        raise typer.Exit(refusal.exit_code)
 
 
 def calibrate(

@@ -4,6 +4,7 @@ Settings of speed and memory are searched together; those that change what is le
 step, samples of a prompt, streaming) only in variants of their own, each named.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,10 @@ _GAIN = 1.02
 """Least gain in tokens per second that is worth a suggestion."""
 _SEQUENCES = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
 _MICRO_BATCHES = (2048, 4096, 5120, 8192, 10240, 16384, 20480)
+_LARGE_CARD_BYTES = 80e9
+_LEAST_ON_LARGE_CARDS = 4096
+"""Tokens of the smallest micro-batch on such a card: smaller ones, which leave the GPU waiting for
+the host, were not measured on any, so the time plan does not know what they cost there."""
 _SWEEPS = 2
 
 
@@ -62,23 +67,34 @@ class _Variant:
 def suggest(situation: Situation, count: int = 3) -> list[Suggestion]:
     """Return the fastest settings that fit: ``count`` of each kind, the fastest first.
 
+    The config itself need not fit: then the fastest of all that do are returned.
+
     Raises:
         ConfigError: the run has a cluster, whose cards are not searched.
     """
     config = situation.config
-    if config.cluster is not None:
-        raise ConfigError(
-            "--suggest is for runs on one device, and the config has a cluster; drop --suggest"
-        )
-    now = _evaluate(situation, {}, ())
+    refuse_cluster(config)
+    now = _fitting(situation, {}, ())
     least = now.plan.tokens_per_s * _GAIN if now is not None else 0.0
     kept: list[Suggestion] = []
     changed: list[Suggestion] = []
     for variant in _variants(config, situation.device, situation.rates):
         best = _search(situation, variant)
-        if best is not None and best.plan.tokens_per_s > least and _is_planned(situation, best):
+        if best is not None and best.plan.tokens_per_s > least:
             (changed if best.meaning else kept).append(best)
     return [*_best(kept, count), *_best(changed, count)]
+
+
+def refuse_cluster(config: RunConfig) -> None:
+    """Refuse a config whose settings are not searched.
+
+    Raises:
+        ConfigError: the run has a cluster.
+    """
+    if config.cluster is not None:
+        raise ConfigError(
+            "--suggest is for runs on one device, and the config has a cluster; drop --suggest"
+        )
 
 
 def _best(found: list[Suggestion], count: int) -> list[Suggestion]:
@@ -148,15 +164,17 @@ def _variant(
 
 
 def _search(situation: Situation, variant: _Variant) -> Suggestion | None:
-    """Improve one setting after another, as long as it gains."""
-    best = _evaluate(situation, variant.changes, variant.meaning)
+    """Improve one setting after another, as long as it gains; where nothing fits yet, try all."""
+    best = _fitting(situation, variant.changes, variant.meaning)
+    if best is None:
+        return _search_all(situation, variant)
     changes = dict(variant.changes)
     for _ in range(_SWEEPS):
         improved = False
-        for key, values in _settings(situation.config):
+        for key, values in _settings(situation):
             for value in values:
-                tried = _evaluate(situation, changes | {key: value}, variant.meaning)
-                if tried is not None and _is_faster(tried, best):
+                tried = _faster(situation, changes | {key: value}, variant.meaning, best)
+                if tried is not None:
                     best, improved = tried, True
                     changes = changes | {key: value}
         if not improved:
@@ -164,17 +182,52 @@ def _search(situation: Situation, variant: _Variant) -> Suggestion | None:
     return best
 
 
-def _is_faster(tried: Suggestion, best: Suggestion | None) -> bool:
-    """Whether it is faster by more than a thousandth: a tie keeps the setting that is there."""
-    return best is None or tried.plan.tokens_per_s > 1.001 * best.plan.tokens_per_s
+def _search_all(situation: Situation, variant: _Variant) -> Suggestion | None:
+    """Try all settings together: it may take two that are lowered at once to fit."""
+    best: Suggestion | None = None
+    kept = [[(key, None), *((key, value) for value in v)] for key, v in _settings(situation)]
+    for chosen in itertools.product(*kept):
+        lowered = {key: value for key, value in chosen if value is not None}
+        changes = variant.changes | lowered
+        best = _faster(situation, changes, variant.meaning, best) or best
+    return best
 
 
-def _settings(config: RunConfig) -> Iterator[tuple[str, Sequence[Any]]]:
+def _faster(
+    situation: Situation,
+    changes: dict[str, Any],
+    meaning: tuple[str, ...],
+    best: Suggestion | None,
+) -> Suggestion | None:
+    """Return changed settings if they are planned and faster than the best by a thousandth.
+
+    A tie keeps what is there.
+    """
+    tried = _evaluate(situation, changes, meaning)
+    if tried is None:
+        return None
+    if best is not None and tried.plan.tokens_per_s <= 1.001 * best.plan.tokens_per_s:
+        return None
+    return tried if _is_planned(situation, tried) else None
+
+
+def _settings(situation: Situation) -> Iterator[tuple[str, Sequence[Any]]]:
     """Iterate over settings that change speed and memory only."""
+    config, device = situation.config, situation.device
     yield "generation.max_sequences", _SEQUENCES
     if config.generation.kind == "vllm" and config.training.tuning.kind == "lora":
         yield "generation.adapters", ("merge", "swap")
-    yield "training.micro_batch_tokens", _MICRO_BATCHES
+    least = 0
+    if device.kind == "cuda" and device.free_bytes >= _LARGE_CARD_BYTES:
+        least = min(_LEAST_ON_LARGE_CARDS, config.training.micro_batch_tokens)
+    yield "training.micro_batch_tokens", [size for size in _MICRO_BATCHES if size >= least]
+
+
+def _fitting(
+    situation: Situation, changes: dict[str, Any], meaning: tuple[str, ...]
+) -> Suggestion | None:
+    """Plan memory and time of changed settings; None if the memory plan does not accept them."""
+    return _faster(situation, changes, meaning, None)
 
 
 def _evaluate(

@@ -12,6 +12,8 @@ from qwen3_distill.planning import device_rates
 from tests.pipeline.builders import call_cli, refused
 from tests.tiny_models import TinyModels
 
+ROOT = Path(__file__).parents[3]
+
 
 def write_config(folder: Path, tiny_models: TinyModels) -> Path:
     values = {
@@ -49,6 +51,29 @@ def test_command_plans_shapes_without_directories(tiny_models: TinyModels, tmp_p
     assert small.code == 2
     assert "What would free memory" in small.err
     assert call_cli("plan", "-c", str(file), "--shape-teacher", "31B").code == 2
+
+
+@pytest.mark.parametrize("name", ["h200", "gb10"])
+def test_plan_of_a_shipped_config_is_that_of_its_head(name: str) -> None:
+    file = ROOT / "configs" / f"{name}.yaml"
+    head = " ".join(line.removeprefix("# ") for line in file.read_text().splitlines()[:14])
+    required, available = re.findall(r"([\d.]+) of ([\d.]+)\. The learner", head)[0]
+    teacher = {"gb10": "32B", "h200": "8B"}[name]
+    shapes = ("--shape-student", "4B", "--shape-teacher", teacher)
+    call = ("plan", "-c", file, *shapes, "--device", name, "--device-memory-gib", available)
+    result = call_cli(*call)
+    assert result.code == 0, result.err
+    assert re.findall(r"required\W+([\d.]+)", result.out) == [required]
+    engines = re.findall(r"(teacher|student|learner|left free) ([\d.]+)[,;]", head)
+    assert len(engines) == 4
+    sums = re.findall(r"│ +│ +│ +([\d.]+) │", result.out)
+    assert sums == [gib for _, gib in engines][:3]
+
+
+def test_256_rollouts_do_not_fit_a_gb10_beside_the_32b_teacher() -> None:
+    shapes = ("--shape-student", "4B", "--shape-teacher", "32B", "--device-memory-gib", "108")
+    call = ("plan", "-c", ROOT / "configs/gb10.yaml", *shapes, "--device", "gb10")
+    assert call_cli(*call, "generation.max_sequences=256").code == 2
 
 
 # --- Time ---------------------------------------------------------------------------------------
@@ -165,3 +190,30 @@ def test_several_teachers_have_a_memory_plan_and_no_prediction(config: Path) -> 
     assert "new tokens/s" not in result.out
     call = ("plan", "-c", config, *SHAPES, "--device", "h200", "--suggest")
     refused(*call, words=["one teacher only", "plan without --suggest"])
+
+
+def test_suggestions_are_refused_for_a_cluster_before_anything_is_printed(config: Path) -> None:
+    cluster = "cluster={teachers: {replicas: 2}, learner: {}}"
+    call = ("plan", "-c", config, *SHAPES, "--device", "h200", "--suggest", cluster)
+    refused(*call, words=["--suggest is for runs on one device"])
+    assert call_cli(*call).out == ""
+
+
+def test_config_that_does_not_fit_is_said_to_and_searched(config: Path) -> None:
+    large = ("generation.max_sequences=1024", "training.micro_batch_tokens=20480")
+    shapes = ("--shape-student", "4B", "--shape-teacher", "8B", "--device-memory-gib", "79")
+    call = ("plan", "-c", config, *shapes, "--device", "h100", *large)
+    result = call_cli(*call, "--suggest")
+    assert result.code == 2
+    assert "the config as it is does not fit: the engines need" in result.err
+    assert "The config as it is, if it fitted:" in result.out
+    lines = result.out.splitlines()
+    title = lines.index("The same optimization, other settings of speed and memory:")
+    overrides = lines[title + 2].split()
+    assert overrides[0].startswith("generation.max_sequences="), lines[title:]
+    assert call_cli(*call, *overrides).code == 0
+    shapes = ("--shape-student", "4B", "--shape-teacher", "32B", "--device-memory-gib", "40")
+    refused(
+        *("plan", "-c", config, *shapes, "--device", "h100", "--suggest"),
+        words=["the engines need", "--suggest found nothing that fits, either"],
+    )

@@ -1,0 +1,96 @@
+"""What `plan --suggest` searches where the config does not fit, and how small micro-batches get."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qwen3_distill.config import RunConfig
+from qwen3_distill.config.load import load_config
+from qwen3_distill.modeling.shapes import named_shape
+from qwen3_distill.modeling.step_memory import GIB
+from qwen3_distill.planning import suggest as suggest_module
+from qwen3_distill.planning.device import stated_memory
+from qwen3_distill.planning.peaks import named_device
+from qwen3_distill.planning.plan import lay_out, make_plan
+from qwen3_distill.planning.rates import peak_rates
+from qwen3_distill.planning.suggest import Situation, suggest
+from qwen3_distill.planning.time_plan import assumed_lengths
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+@pytest.fixture
+def _same_optimization(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Search the settings of speed and memory alone, which is quick."""
+    every = suggest_module._variants
+    monkeypatch.setattr(suggest_module, "_variants", lambda *given: [next(iter(every(*given)))])
+
+
+def situation(
+    name: str, gib: float, *overrides: str, device: str = "h100", teacher: str = "8B", tail: int = 1
+) -> Situation:
+    # Few rollouts: a search plans hundreds of times.
+    config = load_config(CONFIGS / f"{name}.yaml", ["prompts_per_step=32", *overrides])
+    peaks = named_device(device)
+    return Situation(
+        config=config,
+        student=named_shape("4B"),
+        teacher=named_shape(teacher),
+        device=stated_memory(int(gib * GIB), unified=peaks.unified),
+        rates=peak_rates(peaks),
+        assumed=assumed_lengths(config, response_tokens=100, tail=tail),
+    )
+
+
+def micro_batches(config: RunConfig) -> int:
+    return config.training.micro_batch_tokens
+
+
+def test_config_that_needs_two_lower_settings_to_fit_gets_them() -> None:
+    large = ("generation.max_sequences=1024", "training.micro_batch_tokens=40960")
+    given = situation("h200", 90, *large, "training.gradient_checkpointing=off")
+    shapes = {"student_shape": given.student, "teacher_shape": given.teacher}
+    for lowered in ("generation.max_sequences=32", "training.micro_batch_tokens=4096"):
+        overrides = [*large, "training.gradient_checkpointing=off", lowered]
+        one = load_config(CONFIGS / "h200.yaml", overrides)
+        assert not lay_out(one, device=given.device, **shapes).fits, lowered
+    found = suggest(given)
+    assert any(not each.meaning for each in found)
+    for each in found:
+        assert make_plan(each.config, device=given.device, **shapes).fits
+
+
+@pytest.mark.usefixtures("_same_optimization")
+def test_stated_memory_of_the_learner_is_kept_to() -> None:
+    given = situation("h200", 139, "training.memory_gib=13", "training.micro_batch_tokens=20480")
+    found = suggest(given)
+    assert any(not each.meaning for each in found)
+    for each in found:
+        assert micro_batches(each.config) < 20480
+
+
+@pytest.mark.usefixtures("_same_optimization")
+@pytest.mark.parametrize(("given", "least"), [(10240, 4096), (5120, 4096), (2048, 2048)])
+def test_large_cards_get_no_smaller_micro_batches_than_were_measured_or_given(
+    given: int, least: int
+) -> None:
+    overrides = (f"training.micro_batch_tokens={given}", "generation.adapters=swap")
+    card = situation("h200", 79, *overrides, tail=5)
+    found = suggest(card)
+    assert found
+    assert min(micro_batches(each.config) for each in found) >= least
+    small = suggest(replace(card, device=stated_memory(60 * GIB)))
+    assert min(micro_batches(each.config) for each in small) < 4096
+
+
+def test_nothing_is_suggested_that_a_gb10_cannot_hold() -> None:
+    few = ("generation.max_sequences=32", "prompts_per_step=256")
+    here = situation("gb10", 108, *few, device="gb10", teacher="32B")
+    found = suggest(here)
+    assert found
+    shapes = {"student_shape": here.student, "teacher_shape": here.teacher}
+    machine = replace(here.device, name="a GB10")
+    for each in found:
+        assert make_plan(each.config, device=machine, **shapes).required_bytes <= 108 * GIB
+        assert each.config.generation.max_sequences < 256
