@@ -6,6 +6,7 @@ in `planning.rates`.
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from qwen3_distill.errors import ConfigError
 
@@ -243,12 +244,16 @@ def named_device(key: str) -> DevicePeaks:
     Raises:
         ConfigError: there is none of this name.
     """
-    found = {device.key: device for device in DEVICES}.get(key.strip().lower())
-    found = found or find_device(key)
+    typed = key.strip().lower()
+    found = {device.key: device for device in DEVICES}.get(typed) or find_device(key)
     if found is None:
-        known = ", ".join(device.key for device in DEVICES)
+        known = [device.key for device in DEVICES]
+        nearest = [one for one in known if one.startswith(typed)] if typed else []
+        nearest = nearest or get_close_matches(typed, known)
+        meant = f" (did you mean {' or '.join(nearest)}?)" if nearest else ""
         raise ConfigError(
-            f"--device {key}: its peak figures are not known; expected one of {known}. On the "
+            f"--device {key}: its peak figures are not known{meant}; expected one of "
+            f"{', '.join(known)}. On the "
             "device itself `qwen3-distill calibrate` measures it in a minute, and `plan` without "
             "--device then uses what it measured"
         )
