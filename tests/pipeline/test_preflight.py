@@ -8,7 +8,14 @@ import pytest
 
 from qwen3_distill.pipeline.data_checks import check_lengths
 from qwen3_distill.pipeline.finding import Status, Verdict
-from tests.pipeline.builders import EVALUATION, call_cli, tiny_config, tiny_values, write_config
+from tests.pipeline.builders import (
+    EVALUATION,
+    call_cli,
+    run_to_end,
+    tiny_config,
+    tiny_values,
+    write_config,
+)
 from tests.tiny_models import CONTEXT_LENGTH, TinyModels
 
 MATH = {"kind": "math"}
@@ -136,3 +143,13 @@ def test_a_servers_longest_sequence_is_a_limit_on_what_the_teacher_reads(
     assert "scoring.max_model_tokens is 8" in short.found
     assert found(100, teacher=False).status is not Status.FAIL  # it reads no held-out answers
     assert found(100, teacher=True).status is Status.FAIL
+
+
+def test_run_warns_of_a_slow_gpu_and_goes_on(
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = "device speed: the clock under load is 850 MHz"
+    monkeypatch.setattr("qwen3_distill.pipeline.run.speed_notes", lambda config, say: [slow])
+    warned: list[str] = []
+    run_to_end(tiny_config(tiny_models, tmp_path / "run", {"steps": 1}), warned.append)
+    assert warned == [slow]

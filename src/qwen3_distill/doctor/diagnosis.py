@@ -13,11 +13,11 @@ from qwen3_distill.config import RunConfig
 from qwen3_distill.doctor.examined import examined, score_request
 from qwen3_distill.doctor.precision import compare_with_unquantized, quantized_directory
 from qwen3_distill.doctor.real_pass import RealPass
-from qwen3_distill.doctor.speed import DEVICE_SPEED, check_speed
 from qwen3_distill.doctor.tolerances import QUANTIZED_BROKEN_NATS, QUANTIZED_NOTICEABLE_NATS
 from qwen3_distill.errors import DistillError
 from qwen3_distill.pipeline.assembly.engines import build_parts
 from qwen3_distill.pipeline.assembly.machine_checks import quantization_of
+from qwen3_distill.pipeline.device_check import DEVICE_SPEED, check_speed
 from qwen3_distill.pipeline.finding import (
     Finding,
     Status,

@@ -1,6 +1,10 @@
 """Checks that the GPU is as fast as its kind: a throttled one says nothing, and wastes time."""
 
-from qwen3_distill.pipeline.finding import Verdict, doubtful, good, skipped
+from collections.abc import Callable
+
+from qwen3_distill.config import RunConfig
+from qwen3_distill.pipeline.finding import Status, Verdict, doubtful, good, skipped
+from qwen3_distill.planning.device import is_unified_here
 from qwen3_distill.planning.device_speed import Speed, measure_speed, slow_parts
 from qwen3_distill.planning.gpu import detect_gpu
 from qwen3_distill.planning.peaks import find_device
@@ -30,3 +34,18 @@ def judged(name: str, speed: Speed | str) -> Verdict:
     if speed.clock_mhz is not None:
         found += f", clock {speed.clock_mhz:,.0f} MHz"
     return doubtful(f"{found}: {', '.join(slow)}", _CHANGE) if slow else good(found)
+
+
+def speed_notes(config: RunConfig, say: Callable[[str], None]) -> list[str]:
+    """Warn of a slow GPU before engines take the memory, where CPU and GPU share one.
+
+    Such machines are known to get stuck at a low clock. Where everything is embedded, or PyTorch
+    cannot use the GPU, nothing is measured.
+    """
+    kinds = {config.generation.kind, config.training.kind}
+    kinds |= {teacher.section.kind for teacher in config.loaded_teachers}
+    if kinds == {"embedded"} or not is_unified_here():
+        return []
+    say("looking at the GPU's clock and bandwidth")
+    verdict = check_speed()
+    return [f"{DEVICE_SPEED}: {verdict.text}"] if verdict.status is Status.WARN else []

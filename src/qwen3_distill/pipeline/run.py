@@ -22,6 +22,7 @@ from qwen3_distill.pipeline.assembly.teachers import teacher_records
 from qwen3_distill.pipeline.assembly.views import build_view, special_token_lines
 from qwen3_distill.pipeline.checkpoints import CheckpointStore
 from qwen3_distill.pipeline.collected import run_offline
+from qwen3_distill.pipeline.device_check import speed_notes
 from qwen3_distill.pipeline.first_prompt import first_prompt, prompt_record, template_notes
 from qwen3_distill.pipeline.manifest import (
     data_digests,
@@ -130,6 +131,8 @@ async def _run(
     local.fetch_weights(progress.stage)
     if any(source.hub for source in local.sources.values()):
         check_weights(config)
+    for note in await asyncio.to_thread(speed_notes, config, progress.stage):
+        warn(note)
     async with AsyncExitStack() as stack:
         if config.pipeline.mps:  # before anything here uses CUDA; ends after the last engine
             progress.stage("starting MPS")

@@ -45,13 +45,14 @@ def memory_to_plan(stated_bytes: int | None = None, *, unified: bool | None = No
         ConfigError: nothing is stated, and neither the driver nor the system reports the memory.
     """
     if stated_bytes is not None:
-        shared = _is_unified_here() if unified is None else unified
+        shared = is_unified_here() if unified is None else unified
         return stated_memory(stated_bytes, unified=shared)
     found = detect_memory()
     return replace(found, kind="unified") if unified else found
 
 
-def _is_unified_here() -> bool:
+def is_unified_here() -> bool:
+    """Return whether the first visible GPU shares the machine's memory."""
     gpu = _first_gpu()
     return gpu is not None and _shares_memory(*gpu)
 

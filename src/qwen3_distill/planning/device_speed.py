@@ -13,11 +13,18 @@ from dataclasses import dataclass
 from qwen3_distill.planning.peaks import DevicePeaks
 
 _LEAST_BANDWIDTH = 0.6
-"""Share of the data sheet's bandwidth that a copy reaches at least on a device in order. Others
-measured 0.77 to 0.88 on a GB10."""
+"""Share of the data sheet's bandwidth that a copy reaches at least on a device in order."""
+_LEAST_UNIFIED_BANDWIDTH = 200 / 273
+"""The same of a GB10: others measured 209 GB/s in a fused norm (indrajeetadityaroy9/blackwell-gb10-
+sm121-native-pytorch) and 218 in a kernel that streams (huggingface/kernels, PR 283), and decoding
+implies 229 to 242."""
 _LEAST_PRODUCTS = 0.4
 _LEAST_CLOCK = 0.6
 """Share of the highest clock under load."""
+_LEAST_UNIFIED_CLOCK_MHZ = 2000
+"""Clock of a GB10 under load: others saw 2.2 to 2.5 GHz (djangodevreng/dgx-spark-benchmarks), advise
+to cap it at 2.1, and saw 0.5 to 0.85 on machines stuck in a low-power state (Blackwellboy/
+model-serving-minefield, PR 55)."""
 _TIMEOUT_S = 120
 
 
@@ -48,8 +55,10 @@ def measure_speed() -> Speed | str:
 def slow_parts(speed: Speed, peaks: DevicePeaks | None) -> list[str]:
     """Return what is slower than a device in order: empty if nothing is."""
     found = []
+    unified = peaks is not None and peaks.unified
     if peaks is not None:
-        least = _LEAST_BANDWIDTH * peaks.bandwidth_gbs
+        share = _LEAST_UNIFIED_BANDWIDTH if unified else _LEAST_BANDWIDTH
+        least = share * peaks.bandwidth_gbs
         if speed.copy_gbs < least:
             found.append(f"copies reach {speed.copy_gbs:,.0f} GB/s, expected {least:,.0f} or more")
         least = _LEAST_PRODUCTS * peaks.bf16_tflops
@@ -59,6 +68,8 @@ def slow_parts(speed: Speed, peaks: DevicePeaks | None) -> list[str]:
                 "or more"
             )
     clock, highest = speed.clock_mhz, speed.highest_mhz
-    if clock is not None and highest is not None and clock < _LEAST_CLOCK * highest:
-        found.append(f"the clock under load is {clock:,.0f} of {highest:,.0f} MHz")
+    least = _LEAST_UNIFIED_CLOCK_MHZ if unified else _LEAST_CLOCK * (highest or 0.0)
+    if clock is not None and clock < least:
+        of = "" if highest is None else f" of {highest:,.0f}"
+        found.append(f"the clock under load is {clock:,.0f}{of} MHz, expected {least:,.0f} or more")
     return found

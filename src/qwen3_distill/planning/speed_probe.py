@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 
+import torch
+
 from qwen3_distill.errors import DistillError
 from qwen3_distill.planning.calibrate import choose_device, quick_speed
 
@@ -30,6 +32,11 @@ def _number(text: str) -> float | None:
     return float(text) if text.replace(".", "", 1).isdigit() else None
 
 
+def _wake(device: torch.device) -> None:
+    """Load CUDA, which takes as long as the load itself: the clock is asked for under load."""
+    torch.zeros(1, device=device).item()
+
+
 def main() -> None:
     """Measure and print; without a usable GPU, say why and exit with status 2."""
     clocks: list[tuple[float | None, float | None]] = []
@@ -38,6 +45,7 @@ def main() -> None:
     except DistillError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)
+    _wake(device)
     asking = threading.Timer(_LOADED_AFTER_S, lambda: clocks.append(_clocks()))
     asking.start()
     copy_gbs, bf16_tflops = quick_speed(device)

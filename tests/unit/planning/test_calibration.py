@@ -2,17 +2,18 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from qwen3_distill.doctor.speed import judged
 from qwen3_distill.errors import ConfigError
+from qwen3_distill.pipeline.device_check import judged
 from qwen3_distill.pipeline.finding import Status
 from qwen3_distill.planning import calibrate as calibrate_module
-from qwen3_distill.planning import device_rates
+from qwen3_distill.planning import device_rates, speed_probe
 from qwen3_distill.planning.calibrate import calibrate, choose_device
 from qwen3_distill.planning.calibration import (
     Calibration,
@@ -101,6 +102,27 @@ def test_names_of_the_driver_find_their_device_and_no_other(name: str, key: str 
 def test_unknown_name_says_what_is_known_and_how_to_measure() -> None:
     with pytest.raises(ConfigError, match=r"--device gtx.*expected one of gb10.*calibrate"):
         rates_of("gtx")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("A100", r"did you mean a100-sxm or a100-pcie or a100-40gb\?"),
+        ("a100", r"did you mean a100-sxm or a100-pcie or a100-40gb\?"),
+        ("L40", r"did you mean l40s\?"),
+        ("rtx5090", r"did you mean rtx-5090"),
+    ],
+)
+def test_name_that_is_nearly_known_names_the_nearest(typed: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--device {typed}: .*{meant}"):
+        rates_of(typed)
+
+
+def test_names_are_known_in_any_case_and_an_empty_one_is_near_to_nothing() -> None:
+    for typed in ("h100", "H100", "H100-SXM", " A100-Sxm ", "GB10"):
+        assert rates_of(typed).name.startswith(typed.strip()[:4].upper())
+    with pytest.raises(ConfigError, match="are not known; expected"):
+        rates_of("")
 
 
 def test_every_share_says_what_it_was_fitted_on() -> None:
@@ -215,6 +237,29 @@ def test_a_gpu_that_pytorch_cannot_use_is_no_cpu(monkeypatch: pytest.MonkeyPatch
 GOOD = Speed(copy_gbs=215, bf16_tflops=80, clock_mhz=2400, highest_mhz=3003)
 
 
+def test_clock_is_asked_for_under_load_not_while_cuda_loads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[str] = []
+
+    class Timer:
+        def __init__(self, seconds: float, ask: Callable[[], None]) -> None:
+            self.start, self.join = lambda: done.append("timer"), ask
+
+    def load(_: torch.device) -> tuple[float, float]:
+        done.append("load")
+        return 215.0, 80.0
+
+    monkeypatch.setattr(speed_probe, "choose_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(speed_probe, "_wake", lambda _: done.append("CUDA"))
+    monkeypatch.setattr(speed_probe, "quick_speed", load)
+    monkeypatch.setattr(speed_probe, "_clocks", lambda: (2400.0, 3003.0))
+    monkeypatch.setattr(speed_probe.threading, "Timer", Timer)
+    speed_probe.main()
+    assert done == ["CUDA", "timer", "load"]
+    assert Speed(**json.loads(capsys.readouterr().out)) == GOOD
+
+
 def test_a_device_in_order_passes_and_a_slow_one_is_named() -> None:
     assert slow_parts(GOOD, GB10) == []
     assert judged("NVIDIA GB10", GOOD).status is Status.PASS
@@ -222,10 +267,16 @@ def test_a_device_in_order_passes_and_a_slow_one_is_named() -> None:
         ({"copy_gbs": 120.0}, "copies reach 120 GB/s"),
         ({"bf16_tflops": 30.0}, "30 TFLOP/s"),
         ({"clock_mhz": 850.0}, "850 of 3,003 MHz"),
+        ({"copy_gbs": 199.0}, "copies reach 199 GB/s, expected 200 or more"),
+        ({"clock_mhz": 1990.0, "highest_mhz": None}, "1,990 MHz, expected 2,000 or more"),
     ):
         verdict = judged("NVIDIA GB10", replace(GOOD, **change))
         assert verdict.status is Status.WARN
         assert words in verdict.found
         assert verdict.change
+    for fine in ({"copy_gbs": 201.0}, {"clock_mhz": 2090.0}):  # capped at 2,100
+        assert slow_parts(replace(GOOD, **fine), GB10) == []
     assert slow_parts(replace(GOOD, clock_mhz=None, highest_mhz=None), None) == []
+    h200 = Speed(copy_gbs=3000, bf16_tflops=600, clock_mhz=1400, highest_mhz=1980)
+    assert slow_parts(h200, named_device("h200")) == []
     assert judged("NVIDIA GB10", "it was not measured: no CUDA").status is Status.SKIP
