@@ -22,7 +22,7 @@ _LEAST_PRODUCTS = 0.4
 _LEAST_CLOCK = 0.6
 """Share of the highest clock under load."""
 _LEAST_UNIFIED_CLOCK_MHZ = 2000
-"""Clock of a GB10 under load: others saw 2.2 to 2.5 GHz (djangodevreng/dgx-spark-benchmarks), advise
+"""Clock of a GB10 under load: others saw 2.2 to 2.5 GHz (djangodevreng/dgx-spark-benchmarks), say
 to cap it at 2.1, and saw 0.5 to 0.85 on machines stuck in a low-power state (Blackwellboy/
 model-serving-minefield, PR 55)."""
 _TIMEOUT_S = 120
