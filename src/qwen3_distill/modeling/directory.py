@@ -6,6 +6,7 @@ from typing import Any
 
 from qwen3_distill.errors import ModelError
 from qwen3_distill.modeling.config_file import CONFIG, read_json_object, rope_parameters
+from qwen3_distill.modeling.fp8_checkpoint import channel_faults, is_compressed_tensors
 from qwen3_distill.utils.shown import shown
 
 SUPPORTED_MODEL_TYPES = ("qwen3",)
@@ -124,7 +125,7 @@ def _refuse_pipes(directory: Path) -> None:
 
 
 def _refuse_quantized(directory: Path, config: dict[str, Any]) -> None:
-    """Refuse weights in a form that neither PyTorch here nor SGLang's FP8 reads."""
+    """Refuse weights in a form that neither PyTorch here nor the servers' FP8 reads."""
     settings = config.get("quantization_config", config.get("compression_config"))
     other = next((name for name in _QUANTIZED_BY_FILE if (directory / name).exists()), None)
     if settings is None and other is None:
@@ -139,13 +140,30 @@ def _refuse_quantized(directory: Path, config: dict[str, Any]) -> None:
         method = settings.get("quant_method")
         if method == "fp8" and other is None:
             return
+        if is_compressed_tensors(config.get("quantization_config")) and other is None:
+            _refuse_other_compression(directory, settings)
+            return
     raise ModelError(
         f"{directory}: its weights are quantized ({shown(method)}), expected bfloat16 or float32 "
-        "weights or, for a teacher in SGLang, an FP8 checkpoint (quant_method fp8); give the "
+        "weights or, for a teacher in SGLang, an FP8 checkpoint (quant_method fp8, or "
+        "compressed-tensors with a scale per channel); give the "
         "unquantized model, e.g. Qwen/Qwen3-8B in place of Qwen/Qwen3-8B-AWQ, or its FP8 "
         "checkpoint, e.g. Qwen/Qwen3-8B-FP8. A teacher in SGLang with scoring.quantization=fp8 is "
         "quantized while it loads"
     )
+
+
+def _refuse_other_compression(directory: Path, settings: dict[str, Any]) -> None:
+    """Refuse what compressed-tensors describes besides FP8 with a scale per output channel."""
+    if faults := channel_faults(settings):
+        raise ModelError(
+            f"{directory / CONFIG}: its weights are quantized by compressed-tensors in a form that "
+            f"is not read: quantization_config.{faults[0]}. Of compressed-tensors is read: FP8 "
+            "weights with a static scale per channel, activations scaled per token while "
+            "computing, all linear layers but lm_head (llm-compressor's FP8_DYNAMIC); give such a "
+            "checkpoint, the unquantized model, or write one from it with "
+            "scripts/make_fp8_checkpoint.py"
+        )
 
 
 def _refuse_foreign_code(config_file: Path, config: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from qwen3_distill.errors import ModelError
 from qwen3_distill.modeling.cpu_warmup import settle_vector_math
 from qwen3_distill.modeling.digest import directory_digest
 from qwen3_distill.modeling.directory import check_model_dir, weight_files
+from qwen3_distill.modeling.fp8_checkpoint import is_per_channel
 from qwen3_distill.modeling.loading import load_model_config, load_tokenizer
 from qwen3_distill.modeling.weight_headers import check_weight_headers
 from qwen3_distill.types import FloatArray, IntArray
@@ -41,6 +42,8 @@ FORMAT = 1
 HEAD_ROWS = 8192
 TEXT_TOKENS = 32
 SPREAD_TOKENS = 32
+_Scaling: TypeAlias = tuple[int, int] | Literal["channel"]
+"""Rows and columns that share a scale, or ``channel``: a scale for each row."""
 _TEXT = (
     "Alice has 12 boxes with 7 pencils each and gives 15 pencils away. How many are left? "
     "12 * 7 = 84, and 84 - 15 = 69. The answer is 69.\n\ndef area(w, h):\n    return w * h\n"
@@ -175,22 +178,24 @@ def _open_weights(directory: Path, config: Any) -> Iterator["_Weights"]:
                 stack.enter_context(safe_open(path, framework="pt"))
                 for path in weight_files(directory)
             ]
-            yield _Weights(directory, files, _block_size(directory, config))
+            yield _Weights(directory, files, _scaling(directory, config))
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{directory}: weights cannot be read: {error}") from error
 
 
-def _block_size(directory: Path, config: Any) -> tuple[int, int] | None:
-    """Return rows and columns that share a scale in an FP8 checkpoint; None if not quantized."""
+def _scaling(directory: Path, config: Any) -> _Scaling | None:
+    """Return what shares a scale in an FP8 checkpoint; None if it is not quantized."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return None
     settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    if is_per_channel(settings):
+        return "channel"
     block = settings.get("weight_block_size")
     if settings.get("quant_method") != "fp8" or not block:
         raise ModelError(
             f"{directory} is quantized as {settings.get('quant_method')!r}, block size {block}; "
-            "can be checked: bfloat16 or float32 weights, and FP8 with a scale per block"
+            "can be checked: bfloat16 or float32 weights, and FP8 with a scale per block or channel"
         )
     return int(block[0]), int(block[1])
 
@@ -198,12 +203,10 @@ def _block_size(directory: Path, config: Any) -> tuple[int, int] | None:
 class _Weights:
     """Reads the tensors of a directory by name, in float32."""
 
-    def __init__(
-        self, directory: Path, files: list[Any], block_size: tuple[int, int] | None
-    ) -> None:
+    def __init__(self, directory: Path, files: list[Any], scaling: _Scaling | None) -> None:
         self._directory = directory
         self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118
-        self._block_size = block_size
+        self._scaling = scaling
 
     def fill(self, module: torch.nn.Module, prefix: str) -> None:
         """Load the weights of a module that has none."""
@@ -233,11 +236,14 @@ class _Weights:
         tensor = self._file(name).get_tensor(name)
         if tensor.dtype != torch.float8_e4m3fn:
             return tensor.float()
-        if self._block_size is None:
+        if self._scaling is None:
             raise ModelError(f"{self._directory}: {name} is FP8, but config.json does not say so")
-        scale_name = f"{name}_scale_inv"
-        scale = self._file(scale_name).get_tensor(scale_name).float()
-        return dequantized(tensor, scale, self._block_size)
+        if isinstance(self._scaling, tuple):
+            return dequantized(tensor, self._scale(f"{name}_scale_inv"), self._scaling)
+        return tensor.float() * self._scale(f"{name}_scale")  # [outputs, 1]
+
+    def _scale(self, name: str) -> Tensor:
+        return self._file(name).get_tensor(name).float()
 
     def _file(self, name: str) -> Any:
         if name not in self._file_of:

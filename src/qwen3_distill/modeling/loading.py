@@ -20,6 +20,7 @@ from qwen3_distill.errors import ConfigError, ModelError
 from qwen3_distill.modeling.config_file import CONFIG, read_json_object
 from qwen3_distill.modeling.cpu_warmup import settle_vector_math
 from qwen3_distill.modeling.directory import check_model_dir
+from qwen3_distill.modeling.fp8_checkpoint import is_per_channel
 from qwen3_distill.modeling.weight_headers import check_weight_headers
 from qwen3_distill.types import ModelIdentity
 from qwen3_distill.utils.shown import shortened, shown
@@ -66,6 +67,11 @@ def load_model(path: str | Path, *, device: torch.device, dtype: torch.dtype) ->
         ModelError: the directory does not hold a complete Qwen3 model.
     """
     directory = check_model_dir(path)
+    if is_per_channel(read_json_object(directory / CONFIG).get("quantization_config")):
+        raise ModelError(
+            f"{directory} is an FP8 checkpoint with a scale per channel, which SGLang and vLLM "
+            "serve and PyTorch here does not load; give the unquantized model"
+        )
     check_weight_headers(directory)  # before a model of its config's sizes is made
     settle_vector_math()
     config = load_model_config(directory, attention="sdpa")  # never what the directory asks for

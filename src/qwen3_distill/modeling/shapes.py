@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_distill.errors import ConfigError, ModelError
+from qwen3_distill.modeling.fp8_checkpoint import channel_faults, is_compressed_tensors
 from qwen3_distill.utils.json_text import read_json_object
 from qwen3_distill.utils.shown import shown
 
@@ -30,7 +31,9 @@ class ModelShape:
     """Whether embedding and output head are one matrix."""
     context_length: int
     fp8_checkpoint: bool = False
-    """Whether the linear layers are stored in FP8 with a scale per block of 128 x 128."""
+    """Whether the linear layers are stored in FP8."""
+    fp8_per_channel: bool = False
+    """Whether such a checkpoint has a scale per output channel; else one per block of 128 x 128."""
 
     @property
     def query_size(self) -> int:
@@ -86,7 +89,7 @@ class ModelShape:
     def fp8_weight_bytes(self, itemsize: int) -> int:
         """Bytes with linear layers in FP8 with float32 scales, the rest at ``itemsize`` each."""
         scales = self.num_layers * sum(
-            _ceil(rows, _FP8_BLOCK) * _ceil(columns, _FP8_BLOCK)
+            rows if self.fp8_per_channel else _ceil(rows, _FP8_BLOCK) * _ceil(columns, _FP8_BLOCK)
             for rows, columns in self.linear_layers.values()
         )
         rest = self.embedding_parameters + self.norm_parameters
@@ -199,6 +202,7 @@ def read_shape(directory: str | Path) -> ModelShape:
 
 
 def _from_config(name: str, values: dict[str, Any]) -> ModelShape:
+    quantization = values.get("quantization_config")
     return ModelShape(
         name=name,
         vocab_size=_count(values, "vocab_size"),
@@ -210,7 +214,8 @@ def _from_config(name: str, values: dict[str, Any]) -> ModelShape:
         head_dim=_count(values, "head_dim"),
         tied=bool(values["tie_word_embeddings"]),
         context_length=_count(values, "max_position_embeddings"),
-        fp8_checkpoint=_is_fp8(name, values.get("quantization_config")),
+        fp8_checkpoint=_is_fp8(name, quantization),
+        fp8_per_channel=is_compressed_tensors(quantization),
     )
 
 
@@ -225,10 +230,12 @@ def _is_fp8(name: str, quantization: dict[str, Any] | None) -> bool:
     if quantization is None:
         return False
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method != "fp8":
+    faults = channel_faults(quantization) if is_compressed_tensors(quantization) else []
+    if faults or (method != "fp8" and not is_compressed_tensors(quantization)):
         raise ModelError(
-            f"{name}: its weights are quantized by {method!r}; expected bfloat16 or float32 "
-            "weights, or an FP8 checkpoint (quant_method fp8)"
+            f"{name}: its weights are quantized by {method!r}{f' ({faults[0]})' if faults else ''};"
+            " expected bfloat16 or float32 weights, or an FP8 checkpoint (quant_method fp8, or "
+            "compressed-tensors with a scale per channel)"
         )
     return True
 

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from qwen3_distill.errors import ModelError
 from qwen3_distill.modeling.config_file import CONFIG, read_json_object
 from qwen3_distill.modeling.directory import weight_files
+from qwen3_distill.modeling.fp8_checkpoint import is_linear_weight, is_per_channel
 from qwen3_distill.utils.shown import shortened, shown
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -96,7 +97,36 @@ def check_weight_headers(directory: Path) -> dict[str, Header]:
             )
     if all(type(config.get(key)) is int for key in _SIZES):
         _check_names(directory, headers, _expected(config), config)
+    if is_per_channel(config.get("quantization_config")):
+        _check_channel_scales(directory, headers)
     return headers
+
+
+def _check_channel_scales(directory: Path, headers: Mapping[str, Header]) -> None:
+    """Check that every linear layer is in FP8 with a scale per output, and nothing else is.
+
+    SGLang casts a weight of another type to FP8 without a scale, and keeps its placeholder for a
+    scale that is missing.
+    """
+    for name, header in headers.items():
+        if _BESIDE.fullmatch(name):
+            continue
+        if is_linear_weight(name) != (header.dtype == _FP8):
+            expected = _FP8 if is_linear_weight(name) else "not in FP8"
+            raise ModelError(
+                f"{directory}: {name} is stored as {header.dtype}, expected {expected}: "
+                "config.json says that all linear layers but lm_head are quantized; make the "
+                "checkpoint again"
+            )
+        if header.dtype != _FP8:
+            continue
+        scale, shape = headers.get(f"{name}_scale"), (header.shape[0], 1)
+        if scale is None or scale.dtype not in _FLOATS or scale.shape != shape:
+            found = "missing" if scale is None else f"{scale.dtype} of size {list(scale.shape)}"
+            raise ModelError(
+                f"{directory}: {name}_scale is {found}, expected a float of size {list(shape)}, "
+                "one per output channel; make the checkpoint again"
+            )
 
 
 def _check_names(

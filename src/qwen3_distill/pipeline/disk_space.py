@@ -40,7 +40,7 @@ def check_run_space(config: RunConfig) -> tuple[int, int]:
     # A checkpoint is written before the oldest one goes; the student when all are there.
     needed = max(min(saved, kept + 1) * one, min(saved, kept) * one + student)
     written = _bytes_below(folder / "checkpoints") + _bytes_below(folder / "student")
-    return _require(
+    return require_space(
         folder,
         needed - written,
         f"the student needs {gibibytes(student, 2)} and each of its {min(saved, kept)} checkpoints "
@@ -57,7 +57,7 @@ def check_student_space(config: RunConfig, out: Path) -> None:
     """
     needed = student_bytes(config)
     advice = "free space or choose another directory"
-    _require(out, needed, f"the student needs {gibibytes(needed, 2)}", advice)
+    require_space(out, needed, f"the student needs {gibibytes(needed, 2)}", advice)
 
 
 def check_download_space(models: Sequence[str]) -> tuple[int, int]:
@@ -75,7 +75,7 @@ def check_download_space(models: Sequence[str]) -> tuple[int, int]:
     needed = sum(_download_bytes(read_shape(model)) for model in models)
     advice = "free space, or let HF_HOME name a folder on another disk"
     what = f"the weights that are to be downloaded need {gibibytes(needed)}"
-    return _require(Path(models[0]), needed, what, advice)
+    return require_space(Path(models[0]), needed, what, advice)
 
 
 def _download_bytes(shape: ModelShape) -> int:
@@ -125,8 +125,19 @@ def _trained_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in shapes.items() if name.startswith(prefixes)}
 
 
-def _require(path: Path, needed: int, what: str, advice: str) -> tuple[int, int]:
-    """Return ``needed`` and the free bytes; raise unless the one fits into the other."""
+def require_space(path: Path, needed: int, what: str, advice: str) -> tuple[int, int]:
+    """Check that bytes fit on the disk where ``path`` is or will be.
+
+    Args:
+        what: says what needs them.
+        advice: says what can be done where they do not fit.
+
+    Returns:
+        ``needed``, and the bytes that are free.
+
+    Raises:
+        RunFolderError: they do not fit.
+    """
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(there).free
     if needed > free:

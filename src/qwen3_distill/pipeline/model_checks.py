@@ -3,9 +3,11 @@
 from functools import lru_cache, partial
 from pathlib import Path
 
-from qwen3_distill.config import RunConfig
-from qwen3_distill.errors import DataError
+from qwen3_distill.config import RunConfig, ScoringConfig
+from qwen3_distill.errors import ConfigError, DataError
+from qwen3_distill.modeling.config_file import CONFIG, read_json_object
 from qwen3_distill.modeling.directory import check_model_dir
+from qwen3_distill.modeling.fp8_checkpoint import is_per_channel
 from qwen3_distill.modeling.hub import is_snapshot, missing_weights
 from qwen3_distill.modeling.loading import load_identity
 from qwen3_distill.modeling.student_directory import check_student
@@ -62,15 +64,34 @@ def check_teacher_files(config: RunConfig) -> Verdict:
 
     Raises:
         ModelError: something is missing or damaged.
+        ConfigError: its engine does not read its weights, or would quantize them again.
     """
     if config.scoring is None:
         return skipped(NO_TEACHER)
     model = config.teacher.model
     directory = check_model_dir(model, weights=_are_there(model))
+    _require_engine_of_channels(config.teacher, directory)
     identity_of(model)
     if _are_there(model):
         check_weight_headers(directory)
     return _described(model)
+
+
+def _require_engine_of_channels(scoring: ScoringConfig, directory: Path) -> None:
+    """Refuse a checkpoint with a scale per channel where the engine cannot serve it as it is."""
+    if not is_per_channel(read_json_object(directory / CONFIG).get("quantization_config")):
+        return
+    what = f"{directory} is an FP8 checkpoint with a scale per channel"
+    if scoring.kind == "embedded":
+        raise ConfigError(
+            f"{what}, which scoring.kind=embedded does not compute with; use sglang or vllm, or "
+            "give the unquantized model"
+        )
+    if scoring.quantization is not None and not scoring.urls:
+        raise ConfigError(
+            f"{what}, and scoring.quantization={scoring.quantization} quantizes a bfloat16 model; "
+            "set scoring.quantization=null"
+        )
 
 
 def _described(model: str) -> Verdict:

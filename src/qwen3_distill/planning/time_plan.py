@@ -160,7 +160,7 @@ def teacher_model(planned: Planned) -> Model:
         shape=shape,
         itemsize=_ITEMSIZE[scoring.dtype],
         fp8=shape.fp8_checkpoint or online,
-        fp8_blocks=shape.fp8_checkpoint,
+        fp8_blocks=shape.fp8_checkpoint and not shape.fp8_per_channel,
         float32_head=bool(getattr(scoring, "float32_head", False)),
         tf32_head=bool(getattr(scoring, "server_arguments", {}).get("enable-tf32-matmul", False)),
     )
