@@ -89,7 +89,7 @@ def write_checkpoint(
     needed = sum(_written_bytes(name, header) for name, header in headers.items())
     advice = "free space, or choose a directory on another disk"
     require_space(out, needed, f"the checkpoint needs {gibibytes(needed, 2)}", advice)
-    tensors = _quantized(model_dir, Progress(_source_bytes(headers), say))
+    tensors = _quantized(model_dir, Progress(_bytes_to_quantize(headers), say))
     try:
         unfinished.mkdir(parents=True)  # before the block that removes it: it may be another's
         try:
@@ -125,8 +125,12 @@ def _written_bytes(name: str, header: Header) -> int:
     return values * _ITEMSIZE.get(header.dtype, 4)
 
 
-def _source_bytes(headers: Mapping[str, Header]) -> int:
-    return sum(math.prod(each.shape) * _ITEMSIZE.get(each.dtype, 4) for each in headers.values())
+def _bytes_to_quantize(headers: Mapping[str, Header]) -> int:
+    return sum(
+        math.prod(header.shape) * _ITEMSIZE.get(header.dtype, 4)
+        for name, header in headers.items()
+        if is_linear_weight(name)
+    )
 
 
 def _write_files(out: Path, files: StudentFiles) -> None:
@@ -139,7 +143,10 @@ def _write_files(out: Path, files: StudentFiles) -> None:
 
 
 class Progress:
-    """Tells every few seconds how much was read, and how long the rest will take."""
+    """Tells every few seconds how much was quantized, and how long the rest will take.
+
+    The other tensors are only copied, and not counted.
+    """
 
     def __init__(self, total: int, say: Callable[[str], None]) -> None:
         self._total, self._say = total, say
@@ -147,7 +154,7 @@ class Progress:
         self._started = self._told = time.perf_counter()
 
     def add(self, num_bytes: int) -> None:
-        """Count bytes that were read and quantized."""
+        """Count bytes of a weight that was quantized."""
         self._done += num_bytes
         now = time.perf_counter()
         if now - self._told < REPORT_EVERY_S and self._done < self._total:
@@ -156,7 +163,7 @@ class Progress:
         rate = self._done / max(now - self._started, 1e-9)
         left = (self._total - self._done) / rate
         self._say(
-            f"{gibibytes(self._done, 2)} of {gibibytes(self._total, 2)} read, "
+            f"{gibibytes(self._done, 2)} of {gibibytes(self._total, 2)} quantized, "
             f"{rate / 2**30:.2f} GiB/s, ETA {left:.0f} s"
         )
 
@@ -175,9 +182,9 @@ def _quantized(model_dir: Path, progress: Progress) -> Iterator[tuple[str, Tenso
                         )
                     yield name, weight
                     yield f"{name}_scale", scale
+                    progress.add(tensor.numel() * tensor.element_size())
                 else:
                     yield name, tensor
-                progress.add(tensor.numel() * tensor.element_size())
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

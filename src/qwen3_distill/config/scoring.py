@@ -32,6 +32,14 @@ class EmbeddedScoring(EmbeddedProcess, TeacherConfig, TeacherTokenizer):
         """Folder of the score cache: the embedded teacher has none."""
         return None
 
+    @property
+    def channel_scales_refused(self) -> str | None:
+        """Why no FP8 checkpoint with a scale per channel can be the teacher."""
+        return (
+            "which scoring.kind=embedded does not compute with; use sglang or vllm, or give the "
+            "unquantized model"
+        )
+
 
 class ServedScoring(EngineProcess, TeacherConfig, TeacherTokenizer):
     """A teacher in servers that are asked over HTTP: one that the run starts, or existing ones."""
@@ -80,6 +88,16 @@ class ServedScoring(EngineProcess, TeacherConfig, TeacherTokenizer):
     def cache_folder(self) -> Path | None:
         """Folder of the score cache; None: no cache."""
         return None if self.cache is None else Path(self.cache)
+
+    @property
+    def channel_scales_refused(self) -> str | None:
+        """Why no FP8 checkpoint with a scale per channel can be the teacher; None: it can."""
+        if self.quantization is None or self.urls:
+            return None
+        return (
+            f"and scoring.quantization={self.quantization} quantizes a bfloat16 model; set "
+            "scoring.quantization=null"
+        )
 
     @model_validator(mode="after")
     def _urls_exclude_port_and_need_no_key(self) -> Self:

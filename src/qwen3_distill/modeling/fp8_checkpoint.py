@@ -18,7 +18,7 @@ _WEIGHTS = {**_FP8, "strategy": "channel", "dynamic": False}
 _ACTIVATIONS = {**_FP8, "strategy": "token", "dynamic": True}
 _ABSENT = ("group_size", "actorder", "block_structure")
 _DEFAULTS = {"num_bits": 8, "symmetric": True, "dynamic": False}
-"""What compressed-tensors takes for a setting that is not there."""
+"""Values that compressed-tensors takes for settings that are not there."""
 _OTHER_FORMS = ("kv_cache_scheme", "sparsity_config", "transform_config", "linear_fp8_config")
 """Settings of a quantization besides that of the linear layers."""
 CHANNEL_SETTINGS: Mapping[str, Any] = {

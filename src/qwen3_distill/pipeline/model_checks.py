@@ -79,19 +79,10 @@ def check_teacher_files(config: RunConfig) -> Verdict:
 
 def _require_engine_of_channels(scoring: ScoringConfig, directory: Path) -> None:
     """Refuse a checkpoint with a scale per channel where the engine cannot serve it as it is."""
-    if not is_per_channel(read_json_object(directory / CONFIG).get("quantization_config")):
-        return
-    what = f"{directory} is an FP8 checkpoint with a scale per channel"
-    if scoring.kind == "embedded":
-        raise ConfigError(
-            f"{what}, which scoring.kind=embedded does not compute with; use sglang or vllm, or "
-            "give the unquantized model"
-        )
-    if scoring.quantization is not None and not scoring.urls:
-        raise ConfigError(
-            f"{what}, and scoring.quantization={scoring.quantization} quantizes a bfloat16 model; "
-            "set scoring.quantization=null"
-        )
+    why = scoring.channel_scales_refused
+    settings = read_json_object(directory / CONFIG).get("quantization_config")
+    if why is not None and is_per_channel(settings):
+        raise ConfigError(f"{directory} is an FP8 checkpoint with a scale per channel, {why}")
 
 
 def _described(model: str) -> Verdict:

@@ -140,7 +140,7 @@ def test_weights_may_lie_in_several_files(script: ModuleType, tiny: Path, tmp_pa
 def test_progress_ends_with_all_of_the_model(script: ModuleType, tmp_path: Path) -> None:
     said: list[str] = []
     write(script, write_model(tmp_path / "plain", seed=3), tmp_path / "fp8", say=said.append)
-    assert re.fullmatch(r"(\S+ GiB) of \1 read, \S+ GiB/s, ETA 0 s", said[-1])
+    assert re.fullmatch(r"(\S+ GiB) of \1 quantized, \S+ GiB/s, ETA 0 s", said[-1])
 
 
 def test_a_quantized_model_is_not_quantized_again(script: ModuleType, tiny: Path) -> None:
