@@ -9,7 +9,7 @@ latter is what llm-compressor's scheme FP8_DYNAMIC writes.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qwen3_distill.utils.shown import shown
+from qwen3_distill.utils.shown import shortened, shown
 
 COMPRESSED_TENSORS = "compressed-tensors"
 _FORMAT = "float-quantized"
@@ -51,7 +51,7 @@ def is_compressed_tensors(settings: Any) -> bool:
 
 def channel_faults(settings: Mapping[str, Any]) -> list[str]:
     """Return where settings of compressed-tensors differ from those that are read."""
-    return list(_faults(settings))
+    return [shortened(fault) for fault in _faults(settings)]
 
 
 def is_linear_weight(name: str) -> bool:
