@@ -187,7 +187,7 @@ def _scoring(facts: Facts, rung: Rung) -> list[str]:
             "  # Made at start from the bfloat16 weights, per channel: kernels that work here.",
             "  # For that the whole bfloat16 weights are loaded: drop the page cache before a run.",
             "  # Qwen's own FP8 checkpoints load in half the memory, but use blocks: their kernels",
-            "  # are unproven on this GPU.",
+            "  # are unproven on this GPU. scripts/make_fp8_checkpoint.py writes one per channel.",
             "  quantization: fp8",
         ]
     else:
