@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from qwen3_distill.config import RunConfig
+from qwen3_distill.pipeline.assembly.plan import all_embedded
 from qwen3_distill.pipeline.finding import Status, Verdict, doubtful, good, skipped
 from qwen3_distill.planning.device import is_unified_here
 from qwen3_distill.planning.device_speed import Speed, measure_speed, slow_parts
@@ -42,9 +43,7 @@ def speed_notes(config: RunConfig, say: Callable[[str], None]) -> list[str]:
     Such machines are known to get stuck at a low clock. Where everything is embedded, or PyTorch
     cannot use the GPU, nothing is measured.
     """
-    kinds = {config.generation.kind, config.training.kind}
-    kinds |= {teacher.section.kind for teacher in config.loaded_teachers}
-    if kinds == {"embedded"} or not is_unified_here():
+    if all_embedded(config) or not is_unified_here():
         return []
     say("looking at the GPU's clock and bandwidth")
     verdict = check_speed()

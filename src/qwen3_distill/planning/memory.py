@@ -127,9 +127,8 @@ def student_cache_bytes(config: RunConfig, models: Models) -> int:
 def student_cache_itemsize(config: RunConfig) -> int:
     """Bytes of a key's or a value's element in the rollout engine's cache."""
     generation = config.generation
-    if generation.kind == "vllm" and generation.kv_cache_dtype == "fp8":
-        return 1
-    return _ITEMSIZE[generation.dtype]
+    in_fp8 = generation.kind == "vllm" and generation.kv_cache_dtype == "fp8"
+    return 1 if in_fp8 else _ITEMSIZE[generation.dtype]
 
 
 def student_parts(config: RunConfig) -> int:

@@ -17,9 +17,14 @@ def plan_memory(config: RunConfig, engine: Engine = "learner") -> MemoryPlan | N
     Raises:
         ConfigError: an engine does not fit its card.
     """
+    return None if all_embedded(config) else plan_of(engine, plan_cards(config))
+
+
+def all_embedded(config: RunConfig) -> bool:
+    """Tell whether no engine of a config is a library with a memory of its own."""
     kinds = {config.generation.kind, config.training.kind}
     kinds |= {teacher.section.kind for teacher in config.loaded_teachers}
-    return None if kinds == {"embedded"} else plan_of(engine, plan_cards(config))
+    return kinds == {"embedded"}
 
 
 def require_plan(plan: MemoryPlan | None) -> MemoryPlan:
