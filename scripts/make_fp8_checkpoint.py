@@ -7,8 +7,8 @@ of all blocks are stored in FP8, embedding, output head and norms as they are. A
 largest absolute value divided by 448. The form is that of compressed-tensors.
 
 One weight after another is read and quantized: memory for one file of some gigabytes is enough. The
-directory appears when it is whole; until then it is called ``OUT.unfinished``, and is removed where
-the script is stopped.
+directory appears when it is whole; until then it is called ``.unfinished-OUT``, and is removed
+where the script is stopped.
 """
 
 import argparse
@@ -33,12 +33,10 @@ from qwen3_distill.modeling.student_directory import StudentFiles, read_student_
 from qwen3_distill.modeling.weight_headers import Header, check_weight_headers
 from qwen3_distill.pipeline.disk_space import require_space
 from qwen3_distill.recording.text import gibibytes
+from qwen3_distill.training.fp8_base import quantize_rows
 from qwen3_distill.utils.files import sync
-from qwen3_distill.utils.signals import signals_as_ctrl_c
+from qwen3_distill.utils.signals import ctrl_c_ignored, signals_as_ctrl_c
 
-FP8_MAX = 448.0
-SMALLEST = 1e-12
-"""Taken for the largest value of a row of zeros, whose scale would be 0."""
 ROWS = 1024
 """Rows that are in float32 at a time."""
 SHARD_BYTES = 2 * 2**30
@@ -55,7 +53,8 @@ def main() -> None:
         with signals_as_ctrl_c():
             write_checkpoint(arguments.model, arguments.out, say=_say)
     except KeyboardInterrupt:
-        print("stopped; nothing was kept", file=sys.stderr)
+        kept = f"{arguments.out} is there" if arguments.out.exists() else "nothing was kept"
+        print(f"stopped; {kept}", file=sys.stderr)
         sys.exit(130)
     except DistillError as error:
         sys.exit(f"error: {error}")
@@ -80,7 +79,7 @@ def write_checkpoint(
     """
     out = out.absolute()
     files, headers = _read_source(model_dir)
-    unfinished = out.with_name(f"{out.name}.unfinished")
+    unfinished = out.with_name(f".unfinished-{out.name}")
     for path in (out, unfinished):
         if path.exists() or path.is_symlink():
             raise RunFolderError(
@@ -90,22 +89,27 @@ def write_checkpoint(
     advice = "free space, or choose a directory on another disk"
     require_space(out, needed, f"the checkpoint needs {gibibytes(needed, 2)}", advice)
     tensors = _quantized(model_dir, Progress(_bytes_to_quantize(headers), say))
+    made = False
     try:
-        unfinished.mkdir(parents=True)  # before the block that removes it: it may be another's
-        try:
-            _write_files(unfinished, files)
-            _write_shards(unfinished, tensors, shard_bytes)
-            check_weight_headers(check_model_dir(unfinished))
-            for path in (*unfinished.rglob("*"), unfinished):
-                sync(path)
+        with ctrl_c_ignored():
+            unfinished.mkdir(parents=True)
+            made = True  # else what is there would be another's
+        _write_files(unfinished, files)
+        _write_shards(unfinished, tensors, shard_bytes)
+        check_weight_headers(check_model_dir(unfinished))
+        for path in (*unfinished.rglob("*"), unfinished):
+            sync(path)
+        with ctrl_c_ignored():
             unfinished.rename(out)
             sync(out.parent)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise RunFolderError(
             f"cannot write {out}: {error}; free space or choose another directory"
         ) from error
+    finally:
+        if made:
+            with ctrl_c_ignored():
+                shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _read_source(model_dir: Path) -> tuple[StudentFiles, Mapping[str, Header]]:
@@ -170,21 +174,27 @@ class Progress:
 
 def _quantized(model_dir: Path, progress: Progress) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of the checkpoint; one of the model's is held at a time."""
+    for name, tensor in _read(model_dir):
+        if is_linear_weight(name):
+            weight, scale = quantize(tensor)
+            if not scale.isfinite().all():
+                raise ModelError(f"{model_dir}: {name} is NaN or infinite; fetch the model again")
+            yield name, weight
+            yield f"{name}_scale", scale
+            progress.add(tensor.numel() * tensor.element_size())
+        else:
+            yield name, tensor
+
+
+def _read(model_dir: Path) -> Iterator[tuple[str, Tensor]]:
     for file in weight_files(model_dir):
-        with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 - a handle is no mapping
-                tensor = handle.get_tensor(name)
-                if is_linear_weight(name):
-                    weight, scale = quantize(tensor)
-                    if not scale.isfinite().all():
-                        raise ModelError(
-                            f"{model_dir}: {name} is NaN or infinite; fetch the model again"
-                        )
-                    yield name, weight
-                    yield f"{name}_scale", scale
-                    progress.add(tensor.numel() * tensor.element_size())
-                else:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 - a handle is no mapping
+                    tensor = handle.get_tensor(name)
                     yield name, tensor
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file} cannot be read: {error}; fetch the model again") from error
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,9 +203,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.empty(weight.shape[0], 1)
     for start in range(0, weight.shape[0], ROWS):
         rows = slice(start, start + ROWS)
-        part = weight[rows].float()
-        scales[rows] = part.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST) / FP8_MAX
-        values[rows] = (part / scales[rows]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        values[rows], scales[rows] = quantize_rows(weight[rows])
     return values, scales
 
 

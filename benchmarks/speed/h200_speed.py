@@ -137,7 +137,7 @@ def verdicts(
         }
         if levers and name in levers:
             row["with_levers"] = levers[name]
-            row["met_with_levers"] = goal is not None and is_met(levers[name], goal)
+            row["met_with_levers"] = None if goal is None else is_met(levers[name], goal)
         rows.append(row)
     return rows
 

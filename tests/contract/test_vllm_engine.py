@@ -566,6 +566,10 @@ def test_a_flag_that_is_neither_true_nor_false_is_named(
 
 
 @pytest.mark.skipif(ON_GPU, reason="a GPU's rounding hides that of the cache")
+@pytest.mark.skipif(
+    not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),
+    reason="vLLM needs AVX-512 or AMX for it",
+)
 def test_keys_and_values_are_in_fp8_if_asked(
     tiny_models: TinyModels, base: dict[str, Tensor]
 ) -> None:

@@ -151,6 +151,24 @@ def test_gpus_are_judged_by_driver_and_capability(
     assert machine_checks.check_fp8(config).status is status
 
 
+@pytest.mark.parametrize(
+    ("gpu", "status"), [(H200, Status.PASS), (A100, Status.WARN), (None, Status.PASS)]
+)
+def test_a_cache_in_fp8_is_looked_at_and_needs_no_gpu(
+    gpu: Gpu | None, status: Status, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world(tmp_path)
+    fake_engine(world, versions={"vllm": "0.26.0"})
+    world.changes["generation.kv_cache_dtype"] = "fp8"
+    monkeypatch.setattr(machine_checks, "detect_gpu", lambda: gpu)
+    verdict = machine_checks.check_fp8(check_config(world.values))
+    assert verdict.status is status
+    assert "generation.kv_cache_dtype=fp8" in verdict.text
+    world.changes["generation.quantization"] = "fp8"
+    both = machine_checks.check_fp8(check_config(world.values))
+    assert both.status is (Status.FAIL if gpu is None else status)
+
+
 def test_a_line_of_the_driver_is_parsed() -> None:
     assert parse_gpu("NVIDIA H200, 580.95.05, 9.0, 143771 MiB") == H200
     unified = parse_gpu("NVIDIA GB10, 580.95.05, 12.1, [N/A]")

@@ -244,7 +244,7 @@ def _show_suggestions(situation: "Situation") -> None:
         warn(f"the config as it is does not fit: {refusal}")
         say("The config as it is, if it fitted:")
     now = _show_time(situation, laid_out)
-    for line in suggestion_lines(found, now):
+    for line in suggestion_lines(found, now, fits=refusal is None):
         say(line)
     if refusal is not None:
         raise typer.Exit(refusal.exit_code)

@@ -77,11 +77,12 @@ class VllmGeneration(EngineProcess, Watched):
     """Memory of the KV cache; null: planned, see ``qwen3-distill plan``."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """Type of cached keys and values. ``auto``: as ``dtype``. ``fp8``: float8 (e4m3) without
-    scales, half of the memory. Tokens are then sampled from a student that is a little another one,
-    and the importance ratio corrects for the difference."""
+    scales, one byte a value. Tokens are then sampled from a student that is a little another one:
+    objectives of the sampled token correct by the importance ratio, and are refused without it;
+    those over the teacher's candidates only visit other states."""
     quantization: Literal["fp8"] | None = None
-    """``fp8``: the student's weights are quantized online for sampling, and the importance ratio
-    corrects for the difference. It speeds up small decode batches only."""
+    """``fp8``: the student's weights are quantized online for sampling, and what differs is
+    corrected as with ``kv_cache_dtype``. It speeds up small decode batches only."""
     adapters: Literal["swap", "merge"] = "swap"
     """How LoRA training reaches the engine. ``swap``: the engine loads the adapter and applies it
     at every decode step; loads are small, decoding is slower. ``merge``: the engine loads whole

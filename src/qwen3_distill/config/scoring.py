@@ -36,8 +36,8 @@ class EmbeddedScoring(EmbeddedProcess, TeacherConfig, TeacherTokenizer):
     def channel_scales_refused(self) -> str | None:
         """Why no FP8 checkpoint with a scale per channel can be the teacher."""
         return (
-            "which scoring.kind=embedded does not compute with; use sglang or vllm, or give the "
-            "unquantized model"
+            "which a teacher of kind=embedded does not compute with; use kind sglang or vllm, or "
+            "give the unquantized model"
         )
 
 
@@ -95,8 +95,8 @@ class ServedScoring(EngineProcess, TeacherConfig, TeacherTokenizer):
         if self.quantization is None or self.urls:
             return None
         return (
-            f"and scoring.quantization={self.quantization} quantizes a bfloat16 model; set "
-            "scoring.quantization=null"
+            f"and this teacher's quantization={self.quantization} quantizes a bfloat16 model; set "
+            "its quantization=null"
         )
 
     @model_validator(mode="after")

@@ -161,8 +161,7 @@ def _refuse_other_compression(directory: Path, settings: dict[str, Any]) -> None
             f"is not read: quantization_config.{faults[0]}. Of compressed-tensors is read: FP8 "
             "weights with a static scale per channel, activations scaled per token while "
             "computing, all linear layers but lm_head (llm-compressor's FP8_DYNAMIC); give such a "
-            "checkpoint, the unquantized model, or write one from it with "
-            "scripts/make_fp8_checkpoint.py"
+            "checkpoint, which docs/guide/teachers.md makes of the unquantized model, or that model"
         )
 
 

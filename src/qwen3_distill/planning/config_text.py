@@ -152,8 +152,8 @@ def _generation(facts: Facts, rung: Rung) -> list[str]:
     lines = ["generation:", "  kind: vllm"]
     if unified:
         lines += [
-            "  # As the learner computes. FP8 per channel would halve the reads; by blocks it",
-            "  # fails in vLLM 0.26 on this GPU.",
+            "  # As the learner computes. `quantization: fp8` would halve the reads of weights; it",
+            "  # was not tried on this GPU.",
             "  dtype: bfloat16",
         ]
     else:
@@ -187,7 +187,7 @@ def _scoring(facts: Facts, rung: Rung) -> list[str]:
             "  # Made at start from the bfloat16 weights, per channel: kernels that work here.",
             "  # For that the whole bfloat16 weights are loaded: drop the page cache before a run.",
             "  # Qwen's own FP8 checkpoints load in half the memory, but use blocks: their kernels",
-            "  # are unproven on this GPU. scripts/make_fp8_checkpoint.py writes one per channel.",
+            "  # are unproven on this GPU. docs/guide/teachers.md makes one per channel.",
             "  quantization: fp8",
         ]
     else:

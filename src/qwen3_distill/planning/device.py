@@ -48,7 +48,9 @@ def memory_to_plan(stated_bytes: int | None = None, *, unified: bool | None = No
         shared = is_unified_here() if unified is None else unified
         return stated_memory(stated_bytes, unified=shared)
     found = detect_memory()
-    return replace(found, kind="unified") if unified else found
+    if unified is None:
+        return found
+    return replace(found, kind="unified" if unified else "cuda")
 
 
 def is_unified_here() -> bool:

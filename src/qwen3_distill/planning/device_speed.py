@@ -49,7 +49,10 @@ def measure_speed() -> Speed | str:
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         return f"it was not measured: {last}"
-    return Speed(**json.loads(done.stdout))
+    try:
+        return Speed(**json.loads((done.stdout.strip().splitlines() or [""])[-1]))
+    except (ValueError, TypeError) as error:  # a library printed something else
+        return f"it was not measured: {error}"
 
 
 def slow_parts(speed: Speed, peaks: DevicePeaks | None) -> list[str]:

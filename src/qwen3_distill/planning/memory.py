@@ -149,12 +149,12 @@ def student_rows(config: RunConfig, models: Models, device: DeviceMemory) -> lis
     if tuning.kind == "lora" and generation.kind == "vllm" and generation.adapters == "swap":
         adapter = shape.lora_parameters(tuning.rank, tuning.target_modules) * itemsize
         rows.append(_row("student", "adapter", adapter, f"rank {tuning.rank}"))
-    cache = student_cache_bytes(config, models)
     how = f"{generation.max_sequences} rollouts of {prompt_tokens(config, models)} + "
     how += f"{config.sampling.max_new_tokens} tokens"
     if generation.kind == "vllm" and generation.kv_cache_gib is not None:
         how = "generation.kv_cache_gib"
-    rows.append(_row("student", "key-value cache", cache, how))
+    how += ", FP8" if student_cache_itemsize(config) == 1 else ""
+    rows.append(_row("student", "key-value cache", student_cache_bytes(config, models), how))
     rows.append(_student_working_row(config, models))
     if generation.kind == "vllm":
         if device.kind != "cpu" and not generation.enforce_eager:

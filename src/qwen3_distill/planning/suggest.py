@@ -75,14 +75,18 @@ def suggest(situation: Situation, count: int = 3) -> list[Suggestion]:
     config = situation.config
     refuse_cluster(config)
     now = _fitting(situation, {}, ())
-    least = now.plan.tokens_per_s * _GAIN if now is not None else 0.0
-    kept: list[Suggestion] = []
-    changed: list[Suggestion] = []
-    for variant in _variants(config, situation.device, situation.rates):
-        best = _search(situation, variant)
-        if best is not None and best.plan.tokens_per_s > least:
-            (changed if best.meaning else kept).append(best)
-    return [*_best(kept, count), *_best(changed, count)]
+    found = [
+        _search(situation, each) for each in _variants(config, situation.device, situation.rates)
+    ]
+    fitting = [each for each in found if each is not None]
+    kept = [each for each in fitting if not each.meaning]
+    # Nothing is gained over a config that does not fit: then over the best that leaves it as it is.
+    rates = [each.plan.tokens_per_s for each in ([now] if now is not None else kept)]
+    least = max(rates, default=0.0) * _GAIN
+    faster = [each for each in fitting if each.plan.tokens_per_s > least]
+    if now is not None:
+        kept = [each for each in faster if not each.meaning]
+    return [*_best(kept, count), *_best([each for each in faster if each.meaning], count)]
 
 
 def refuse_cluster(config: RunConfig) -> None:

@@ -355,15 +355,15 @@ def _notes(config: RunConfig) -> Iterator[str]:
     if candidates and not _names_candidates(config):
         yield "candidates of the teacher cost it more than is counted here"
     if candidates not in (0, MEASURED_CANDIDATES):
-        yield f"{candidates} candidates cost as {MEASURED_CANDIDATES} here, which were measured"
+        yield f"what {candidates} candidates cost beyond {MEASURED_CANDIDATES}, which were measured"
     if config.generation.kind == "vllm" and config.generation.kv_cache_dtype == "fp8":
-        yield "reading a cache in FP8 is taken to last as long as one in bfloat16"
+        yield "what reading a cache in FP8 saves"
     training = config.training
     padded = training.kind == "unsloth" and training.packing == "auto"
     if padded and not training.shared_prompts:
         yield "micro-batches are taken to be padded; packing, where it works, saves the padding"
     if training.base_precision == "fp8":
-        yield "what FP8 in frozen layers gains in both passes is not counted"
+        yield "what FP8 in frozen layers gains in both passes"
     if "embedded" in (config.generation.kind, training.kind) or (
         config.scoring is not None and config.scoring.kind == "embedded"
     ):
@@ -372,7 +372,7 @@ def _notes(config: RunConfig) -> Iterator[str]:
             "unsloth are used"
         )
     if config.cluster is not None:
-        yield "what several cards lose by talking to one another is not counted"
+        yield "what several cards lose by talking to one another"
     evaluation = config.evaluation
     if evaluation is not None and evaluation.teacher:
-        yield "the teacher's own evaluation is not counted"
+        yield "the teacher's own evaluation"

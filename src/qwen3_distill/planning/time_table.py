@@ -54,9 +54,16 @@ def time_lines(config: RunConfig, plan: TimePlan, assumed: Assumed) -> Iterator[
         yield f"not counted: {note}"
 
 
-def suggestion_lines(found: Sequence[Suggestion], now: TimePlan) -> Iterator[str]:
-    """Print the best settings, first those that leave the optimization as it is."""
-    yield f"now: {now.tokens_per_s:,.0f} new tokens/s, a step of {duration(now.step_s)}"
+def suggestion_lines(
+    found: Sequence[Suggestion], now: TimePlan, *, fits: bool = True
+) -> Iterator[str]:
+    """Print the best settings, first those that leave the optimization as it is.
+
+    Args:
+        fits: whether the config of ``now`` does; else nothing is compared with it.
+    """
+    if fits:
+        yield f"now: {now.tokens_per_s:,.0f} new tokens/s, a step of {duration(now.step_s)}"
     groups = (
         (False, "The same optimization, other settings of speed and memory:"),
         (True, "Another optimization: what each changes is named; results will differ:"),
@@ -65,14 +72,14 @@ def suggestion_lines(found: Sequence[Suggestion], now: TimePlan) -> Iterator[str
         own = [each for each in found if bool(each.meaning) == changes]
         yield title
         if not own:
-            yield "  nothing faster was found"
+            yield f"  nothing {'faster' if fits else 'that fits and is faster'} was found"
         for each in own:
-            gain = each.plan.tokens_per_s / now.tokens_per_s
+            gain = f" ({each.plan.tokens_per_s / now.tokens_per_s:.2f}x)" if fits else ""
             memory = (
                 f"{gib(each.memory.required_bytes)} of {gib(each.memory.device.free_bytes)} GiB"
             )
             yield (
-                f"  {each.plan.tokens_per_s:,.0f} new tokens/s ({gain:.2f}x), a step of "
+                f"  {each.plan.tokens_per_s:,.0f} new tokens/s{gain}, a step of "
                 f"{duration(each.plan.step_s)}, {memory}, bound by {each.plan.bound}"
             )
             yield f"    {' '.join(each.overrides)}"

@@ -148,7 +148,7 @@ def test_a_quantized_model_is_not_quantized_again(script: ModuleType, tiny: Path
         write(script, tiny, tiny.with_name("again"))
 
 
-@pytest.mark.parametrize("name", ["fp8", "fp8.unfinished"])
+@pytest.mark.parametrize("name", ["fp8", ".unfinished-fp8"])
 def test_nothing_is_replaced(script: ModuleType, tmp_path: Path, name: str) -> None:
     model = write_model(tmp_path / "plain", seed=3)
     (tmp_path / name).mkdir()
@@ -189,6 +189,20 @@ def test_a_stop_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["plain"]
 
 
+def test_a_model_that_cannot_be_read_is_not_blamed_on_the_checkpoint(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tmp_path / "plain", seed=3)
+
+    def fails(*given: Any, **options: Any) -> Any:
+        raise OSError("input/output error")
+
+    monkeypatch.setattr(script, "safe_open", fails)
+    with pytest.raises(ModelError, match=r"model.safetensors cannot be read: input/output error"):
+        write(script, model, tmp_path / "fp8")
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+
+
 def test_weights_that_are_not_finite_are_refused(script: ModuleType, tmp_path: Path) -> None:
     model = write_model(tmp_path / "plain", seed=3)
     weights = load_file(model / "model.safetensors")
@@ -207,7 +221,7 @@ def test_a_killed_command_leaves_nothing(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=SCRIPT.parent, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "on\n"
-        assert (tmp_path / "fp8.unfinished").is_dir()
+        assert (tmp_path / ".unfinished-fp8").is_dir()
         started = time.monotonic()
         child.send_signal(signal.SIGTERM)
         assert child.wait(timeout=50) == 130
@@ -312,7 +326,7 @@ def test_another_form_is_refused_with_what_is_read(tiny: Path, name: str) -> Non
     change(settings)
     set_quantization(tiny, settings)
     said = re.escape(words)
-    accepted = "is read: FP8 weights with a static scale per channel.*make_fp8_checkpoint"
+    accepted = "is read: FP8 weights with a static scale per channel.*teachers.md"
     with pytest.raises(ModelError, match=f"quantization_config.*{said}.*{accepted}"):
         check_model_dir(tiny)
     with pytest.raises(ModelError, match=f"compressed-tensors.*{said}.*scale per channel"):
@@ -386,8 +400,11 @@ def test_pytorch_does_not_load_it(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["scoring.quantization=fp8"], "scoring.quantization=fp8 quantizes a bfloat16 model.*null"),
-        (["scoring={kind: embedded, device: cpu}"], "scoring.kind=embedded does not compute with"),
+        (
+            ["scoring.quantization=fp8"],
+            "this teacher's quantization=fp8 quantizes a bfloat16 model.*null",
+        ),
+        (["scoring={kind: embedded, device: cpu}"], "kind=embedded does not compute with"),
         (["scoring.quantization=null"], None),
         (["scoring.quantization=fp8", "scoring.urls=[http://10.0.0.2:30000]"], None),
     ],

@@ -1,5 +1,6 @@
 """What a run says of a slow GPU before its engines start, and when it looks."""
 
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import load_config
 from qwen3_distill.pipeline import device_check
 from qwen3_distill.pipeline.device_check import speed_notes
+from qwen3_distill.planning import device_speed
 from qwen3_distill.planning.device_speed import Speed
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -53,3 +55,14 @@ def test_nothing_is_measured_on_a_card_or_for_embedded_engines(gb10: pytest.Monk
     assert notes(load_config(CONFIGS / "demo.yaml", [])) == ([], [])
     gb10.setattr(device_check, "is_unified_here", lambda: False)
     assert notes(load_config(CONFIGS / "h200.yaml", [])) == ([], [])
+
+
+@pytest.mark.parametrize("printed", ["", "a banner", "[1, 2]", '{"nothing": 1}'])
+def test_a_probe_that_says_something_else_measured_nothing(
+    printed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = subprocess.CompletedProcess([], 0, stdout=printed, stderr="")
+    monkeypatch.setattr(device_speed.subprocess, "run", lambda *given, **options: done)
+    found = device_speed.measure_speed()
+    assert isinstance(found, str)
+    assert found.startswith("it was not measured")

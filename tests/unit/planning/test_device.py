@@ -87,7 +87,8 @@ def test_stated_memory_is_a_cards_where_no_gpu_is_seen(
     assert memory_to_plan(108).kind == "cuda"
     meminfo(monkeypatch, tmp_path / "meminfo", "MemAvailable:  1024 kB\n")
     assert memory_to_plan().kind == "cpu"
-    planned = memory_to_plan(unified=True)  # a named device, with the memory that is free here
+    assert memory_to_plan(unified=False).kind == "cuda"  # named devices, with what is free here
+    planned = memory_to_plan(unified=True)
     assert (planned.kind, planned.free_bytes) == ("unified", 2**20)
 
 

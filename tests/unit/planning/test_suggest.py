@@ -14,8 +14,9 @@ from qwen3_distill.planning.device import stated_memory
 from qwen3_distill.planning.peaks import named_device
 from qwen3_distill.planning.plan import lay_out, make_plan
 from qwen3_distill.planning.rates import peak_rates
-from qwen3_distill.planning.suggest import Situation, suggest
+from qwen3_distill.planning.suggest import Situation, evaluated, suggest
 from qwen3_distill.planning.time_plan import assumed_lengths
+from qwen3_distill.planning.time_table import suggestion_lines
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -56,9 +57,17 @@ def test_config_that_needs_two_lower_settings_to_fit_gets_them() -> None:
         one = load_config(CONFIGS / "h200.yaml", overrides)
         assert not lay_out(one, device=given.device, **shapes).fits, lowered
     found = suggest(given)
-    assert any(not each.meaning for each in found)
+    kept = [each.plan.tokens_per_s for each in found if not each.meaning]
+    assert kept
     for each in found:
         assert make_plan(each.config, device=given.device, **shapes).fits
+        assert not each.meaning or each.plan.tokens_per_s > max(kept)  # else it gains nothing
+    now = evaluated(given, lay_out(given.config, device=given.device, **shapes))
+    text = "\n".join(suggestion_lines(found, now, fits=False))
+    assert "now:" not in text
+    assert "x)" not in text
+    assert "now:" in "\n".join(suggestion_lines(found, now))
+    assert "nothing that fits" in "\n".join(suggestion_lines([], now, fits=False))
 
 
 @pytest.mark.usefixtures("_same_optimization")
@@ -94,3 +103,12 @@ def test_nothing_is_suggested_that_a_gb10_cannot_hold() -> None:
     for each in found:
         assert make_plan(each.config, device=machine, **shapes).required_bytes <= 108 * GIB
         assert each.config.generation.max_sequences < 256
+
+
+def test_another_optimization_gains_on_the_best_that_fits_where_the_config_does_not() -> None:
+    given = situation("gb10", 90, "prompts_per_step=128", device="gb10", teacher="32B")
+    found = suggest(given)
+    kept = max(each.plan.tokens_per_s for each in found if not each.meaning)
+    others = [each.plan.tokens_per_s for each in found if each.meaning]
+    assert others
+    assert min(others) > 1.02 * kept

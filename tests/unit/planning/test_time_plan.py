@@ -158,7 +158,7 @@ def test_what_is_left_out_of_a_config_is_named() -> None:
     embedded = "training={kind: embedded, tuning: {kind: lora}, base_precision: "
     for overrides, words in (
         ((embedded + "fp8}",), "FP8 in frozen layers"),
-        (("objective={kind: top_k, k: 32}",), "32 candidates cost as 16"),
+        (("objective={kind: top_k, k: 32}",), "32 candidates cost beyond 16"),
         (("scoring={kind: vllm, model: models/Qwen3-8B}",), "candidates of the teacher cost it"),
         (("generation={kind: embedded}",), "embedded engines"),
         (("generation.kv_cache_dtype=fp8",), "a cache in FP8"),

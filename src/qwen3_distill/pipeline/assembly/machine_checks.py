@@ -103,33 +103,49 @@ def check_driver(config: RunConfig) -> Verdict:
 
 def check_fp8(config: RunConfig) -> Verdict:
     """Check that the GPU computes in FP8 where the config asks for it."""
-    users = [
+    on_gpu, anywhere = _uses_of_fp8(config)
+    if not (on_gpu or anywhere):
+        return skipped("nothing is quantized here")
+    gpu = detect_gpu()
+    if gpu is None and on_gpu:
+        return bad(
+            f"no GPU is here, as is needed for {', '.join(on_gpu)}",
+            "set quantization=null, and use a teacher that is not quantized",
+        )
+    if gpu is None:
+        return good(f"{', '.join(anywhere)} on a CPU, where vLLM needs AVX-512 or AMX for it")
+    text = f"{', '.join([*on_gpu, *anywhere])} on compute capability "
+    text += f"{gpu.capability[0]}.{gpu.capability[1]}"
+    if gpu.capability < _FP8_CAPABILITY:
+        return doubtful(
+            f"{text}: FP8 is computed from {_FP8_CAPABILITY[0]}.{_FP8_CAPABILITY[1]} on",
+            "if the engine does not start, set quantization=null and "
+            "generation.kv_cache_dtype=auto; memory is saved here, not time",
+        )
+    return good(text)
+
+
+def _uses_of_fp8(config: RunConfig) -> tuple[list[str], list[str]]:
+    """Name what is in FP8: what only a GPU computes, and what vLLM computes on a CPU, too."""
+    on_gpu = [
         f"{setting}.quantization=fp8"
         for name in _QUANTIZABLE
         for setting, section in sections_of(config, name).items()
         if getattr(section, "quantization", None) == "fp8" and not getattr(section, "urls", ())
     ]
+    anywhere = list[str]()
+    if getattr(config.generation, "kv_cache_dtype", "auto") == "fp8":
+        anywhere.append("generation.kv_cache_dtype=fp8")
     for teacher in config.loaded_teachers:
-        if not getattr(teacher.section, "urls", ()):
-            with suppress(ModelError):
-                if read_shape(teacher.section.model).fp8_checkpoint:
-                    users.append(f"{teacher.setting}.model is an FP8 checkpoint")
-    if not users:
-        return skipped("nothing is quantized here")
-    what = ", ".join(users)
-    gpu = detect_gpu()
-    if gpu is None:
-        return bad(
-            f"{what} needs a GPU, and there is none",
-            "set quantization=null, and use a teacher that is not quantized",
-        )
-    text = f"{what} on compute capability {gpu.capability[0]}.{gpu.capability[1]}"
-    if gpu.capability < _FP8_CAPABILITY:
-        return doubtful(
-            f"{text}: FP8 is computed from {_FP8_CAPABILITY[0]}.{_FP8_CAPABILITY[1]} on",
-            "set quantization=null if the engine does not start; memory is saved here, not time",
-        )
-    return good(text)
+        if getattr(teacher.section, "urls", ()):
+            continue
+        with suppress(ModelError):
+            shape = read_shape(teacher.section.model)
+            if shape.fp8_checkpoint:
+                by_vllm = shape.fp8_per_channel and teacher.section.kind == "vllm"
+                of = anywhere if by_vllm else on_gpu
+                of.append(f"the FP8 checkpoint of {teacher.setting}.model")
+    return on_gpu, anywhere
 
 
 def check_versions(config: RunConfig) -> Verdict:
