@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from qwen3_distill.errors import ConfigError
+from qwen3_distill.utils.batches import packed_rows
 
 _Z_99 = NormalDist().inv_cdf(0.99)
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -117,34 +118,10 @@ def shared_rows(
     groups: list[list[int]] = []
     for start in range(0, len(responses), samples_per_prompt):
         answers = responses[start : start + samples_per_prompt]
-        groups += _first_fit([[tokens] for tokens in answers], 0, max_tokens - prompt_tokens)[0]
-    rows, numbers = _first_fit(groups, prompt_tokens, max_tokens)
-    return list(zip(rows, numbers, strict=True))
-
-
-def _first_fit(
-    items: Sequence[Sequence[int]], before: int, max_tokens: int
-) -> tuple[list[list[int]], list[int]]:
-    """Join items up to ``max_tokens``, longest first; return the rows and their numbers of items.
-
-    Args:
-        before: tokens that each item has besides its own.
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    numbers: list[int] = []
-    for item in sorted(items, key=sum, reverse=True):
-        tokens = before + sum(item)
-        row = next((row for row, free in enumerate(room) if free >= tokens), None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            room.append(max_tokens)
-            numbers.append(0)
-        rows[row] += item
-        room[row] -= tokens
-        numbers[row] += 1
-    return rows, numbers
+        parts = packed_rows(answers, max(max_tokens - prompt_tokens, 0))
+        groups += [[answers[place] for place in part] for part in parts]
+    rows = packed_rows([prompt_tokens + sum(group) for group in groups], max_tokens)
+    return [([tokens for place in row for tokens in groups[place]], len(row)) for row in rows]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 from qwen3_distill.modeling.host_to_device import to_device
 from qwen3_distill.replay.flat import Counts, Flags, FlatRollouts, flatten, spans
 from qwen3_distill.types import Batch
-from qwen3_distill.utils.batches import padded_batches
+from qwen3_distill.utils.batches import packed_rows, padded_batches
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,15 +233,15 @@ def _shared_rows(batch: Batch, max_tokens: int) -> list[list[list[int]]]:
     for indices in of_prompt.values():
         prompt_tokens = int(batch.scored[indices[0]].rollout.prompt.token_ids.size)
         answers = [batch.scored[index].rollout.num_tokens - 1 for index in indices]
-        for part in _packed_rows(answers, max(max_tokens - prompt_tokens, 0)):
+        for part in packed_rows(answers, max(max_tokens - prompt_tokens, 0)):
             groups.append([indices[place] for place in part])
             lengths.append(prompt_tokens + sum(answers[place] for place in part))
-    return [[groups[place] for place in row] for row in _packed_rows(lengths, max_tokens)]
+    return [[groups[place] for place in row] for row in packed_rows(lengths, max_tokens)]
 
 
 def _groups(tokens: Sequence[int], max_tokens: int, *, packed: bool) -> list[list[int]]:
     lengths = [count - 1 for count in tokens]  # the last token is a target only
-    return _packed_rows(lengths, max_tokens) if packed else padded_batches(lengths, max_tokens)
+    return packed_rows(lengths, max_tokens) if packed else padded_batches(lengths, max_tokens)
 
 
 def _lay_out(
@@ -414,22 +414,3 @@ def _shared_places(flat: FlatRollouts, sizes: Sequence[int]) -> _Places:
             for first, size in zip(first_G.tolist(), sizes_G.tolist(), strict=True)
         ),
     )
-
-
-def _packed_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group indices so that lengths sum to at most ``max_tokens``; longest first, first fit.
-
-    A longer sequence gets a group of its own. Deterministic; every index occurs exactly once.
-    """
-    groups: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        fits = (group for group, free in enumerate(room) if free >= lengths[index])
-        group = next(fits, None)
-        if group is None:
-            groups.append([index])
-            room.append(max_tokens - lengths[index])
-        else:
-            groups[group].append(index)
-            room[group] -= lengths[index]
-    return groups

@@ -1,4 +1,4 @@
-"""Grouping sequences into padded batches."""
+"""Grouping sequences into padded batches and packed rows."""
 
 from collections.abc import Sequence
 
@@ -17,4 +17,24 @@ def padded_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
             groups[-1].append(index)
         else:
             groups.append([index])
+    return groups
+
+
+def packed_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Return groups of indices whose lengths sum to at most ``max_tokens``.
+
+    Longest first, each into the first group that has room. A longer sequence gets a group
+    of its own. Deterministic; every index occurs exactly once.
+    """
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        fits = (group for group, free in enumerate(room) if free >= lengths[index])
+        group = next(fits, None)
+        if group is None:
+            groups.append([index])
+            room.append(max_tokens - lengths[index])
+        else:
+            groups[group].append(index)
+            room[group] -= lengths[index]
     return groups

@@ -31,6 +31,7 @@ from qwen3_distill.modeling.shapes import read_shape
 from qwen3_distill.modeling.weight_headers import check_weight_headers
 from qwen3_distill.pipeline.model_checks import check_teacher_files
 from qwen3_distill.planning.time_plan import Planned, teacher_model
+from tests.sharded import tensors
 from tests.tiny_models import write_model
 
 ROOT = Path(__file__).parents[3]
@@ -67,15 +68,6 @@ def tiny(script: ModuleType, tmp_path: Path) -> Path:
 def write(script: ModuleType, model: Path, out: Path, **options: Any) -> Path:
     script.write_checkpoint(model, out, **({"say": lambda text: None} | options))
     return out
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    found: dict[str, Tensor] = {}
-    for name in sorted(set(index["weight_map"].values())):
-        found |= load_file(folder / name)
-    assert found.keys() == index["weight_map"].keys()
-    return found
 
 
 def change_weights(folder: Path, **changes: Tensor | None) -> None:

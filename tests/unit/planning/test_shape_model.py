@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import json
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -10,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qwen3_distill.modeling.loading import load_identity, load_tokenizer
 from qwen3_distill.modeling.shapes import QWEN3_SHAPES, ModelShape, read_shape
+from tests.sharded import tensors
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "make_shape_model.py"
 
@@ -46,15 +44,6 @@ def write(script: ModuleType, folder: Path, shape: ModelShape, **options: Any) -
     settings = {"fp8": False, "device": torch.device("cpu"), "seed": 0} | options
     script.write_model(folder, shape, **settings)
     return folder
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    found: dict[str, Tensor] = {}
-    for name in sorted(set(index["weight_map"].values())):
-        found |= load_file(folder / name)
-    assert found.keys() == index["weight_map"].keys()
-    return found
 
 
 def test_a_model_appears_when_it_is_whole_and_replaces_nothing(
