@@ -81,7 +81,7 @@ class Row:
     fits: str | None = None
     """The share that it fitted; None: it was held out."""
     changed: str | None = None
-    """What was changed in the software since, where that is known to change this time."""
+    """Later change of the software that is known to change this time; None: none is."""
 
     def predicted_s(self, share: Efficiency = EFFICIENCY) -> float:
         """Return the plan's seconds."""

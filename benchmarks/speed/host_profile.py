@@ -45,7 +45,7 @@ PROMPT_TOKENS, NEW_TOKENS = 128, 512
 WARM_UP = 2
 PACKAGE = "/qwen3_distill/"
 ROOT = "event_loop"
-"""What no package of this project calls."""
+"""Part that holds the functions which no package of this project calls."""
 Function = tuple[str, int, str]
 """File, line and name, as `pstats` has them."""
 

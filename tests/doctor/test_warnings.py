@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen3_distill.config.load import check_config
+from qwen3_distill.config.load import check_config, load_config
 from qwen3_distill.doctor import diagnosis as doctor
 from qwen3_distill.pipeline import model_checks
 from qwen3_distill.pipeline.assembly import machine_checks
@@ -19,6 +19,7 @@ from qwen3_distill.planning.gpu import Gpu, parse_gpu
 from tests.doctor.test_planted_faults import fake_engine
 from tests.doctor.worlds import World, by_name, good_rows, make_world, with_status
 
+ROOT = Path(__file__).parents[2]
 H200 = Gpu(name="NVIDIA H200", driver="580.95.05", capability=(9, 0), memory="143771 MiB")
 A100 = Gpu(name="NVIDIA A100", driver="570.10", capability=(8, 0), memory="81920 MiB")
 THINKS = "{% if enable_thinking is defined and enable_thinking is false %}{% endif %}"
@@ -167,6 +168,23 @@ def test_a_cache_in_fp8_is_looked_at_and_needs_no_gpu(
     world.changes["generation.quantization"] = "fp8"
     both = machine_checks.check_fp8(check_config(world.values))
     assert both.status is (Status.FAIL if gpu is None else status)
+
+
+@pytest.mark.parametrize(
+    ("kind", "per_channel", "status"),
+    [("vllm", True, Status.PASS), ("vllm", False, Status.FAIL), ("sglang", True, Status.FAIL)],
+)
+def test_vllm_serves_an_fp8_checkpoint_with_a_scale_per_channel_on_a_cpu(
+    kind: str, per_channel: bool, status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = SimpleNamespace(fp8_checkpoint=True, fp8_per_channel=per_channel)
+    monkeypatch.setattr(machine_checks, "read_shape", lambda model: shape)
+    monkeypatch.setattr(machine_checks, "detect_gpu", lambda: None)
+    scoring = f"scoring={{kind: {kind}, model: models/any, quantization: null}}"
+    config = load_config(ROOT / "configs/h200.yaml", [scoring])
+    verdict = machine_checks.check_fp8(config)
+    assert verdict.status is status
+    assert "the FP8 checkpoint of scoring.model" in verdict.text
 
 
 def test_a_line_of_the_driver_is_parsed() -> None:

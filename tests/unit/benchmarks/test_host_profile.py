@@ -35,7 +35,7 @@ STATS: dict[Function, Any] = {
 
 
 def test_others_code_counts_for_the_package_that_calls_it() -> None:
-    """Of json's four seconds, a quarter was caused by frames, the rest by the reader of scores."""
+    """Frames caused a quarter of json's four seconds, the reader of scores the rest."""
     assert seconds_by_part(STATS) == pytest.approx(
         {"hosts": 2.0, "scoring": 5.0, "types": 0.25, "event_loop": 0.5}
     )

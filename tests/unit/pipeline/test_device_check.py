@@ -1,4 +1,4 @@
-"""What a run says of a slow GPU before its engines start, and when it looks."""
+"""A run warns of a slow GPU before its engines start."""
 
 import subprocess
 from pathlib import Path
@@ -28,7 +28,7 @@ def gb10(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def notes(config: RunConfig) -> tuple[list[str], list[str]]:
-    """What the run warns of, and what it says that it does."""
+    """Return the warnings of a run, and the stages that it names."""
     said: list[str] = []
     return speed_notes(config, said.append), said
 

@@ -1,4 +1,4 @@
-"""What `plan --suggest` searches where the config does not fit, and how small micro-batches get."""
+"""`plan --suggest` searches where the config does not fit, and keeps micro-batches large."""
 
 from dataclasses import replace
 from pathlib import Path
