@@ -37,7 +37,7 @@ from qwen3_distill.generation.vllm.settings import VllmSettings
 from qwen3_distill.types import SamplingSpec
 
 CATEGORIES = {
-    "attention": ("flash", "attention", "reshape_and_cache", "prepare_varlen"),
+    "attention": ("flash", "attention", "kernel_mha", "reshape_and_cache", "prepare_varlen"),
     "sampling": ("gumbel", "softmax", "ranks", "exponential", "distribution", "topk", "argmax"),
     "matrix products": ("gemm", "nvjet", "cutlass", "matmul", "cublas", "splitk"),
     "lora": ("lora",),
