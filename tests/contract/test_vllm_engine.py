@@ -8,6 +8,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -521,6 +522,26 @@ def test_an_unknown_engine_argument_is_named(tiny_models: TinyModels) -> None:
         build_vllm(tiny_models.student, engine_arguments={"max_seqs": 3})
 
 
+@pytest.mark.skipif(ON_GPU, reason="a GPU has several kinds of attention")
+def test_a_cpu_has_one_kind_of_attention(tiny_models: TinyModels, unopened: Host) -> None:
+    settings = unopened_settings(tiny_models, attention_backend="triton")
+    words = r"attention_backend=triton is for a GPU.* set it to null"
+    with pytest.raises(EngineStartError, match=words):
+        run(unopened.call("open", settings, timeout_s=60.0))
+
+
+@pytest.mark.skipif(ON_GPU, reason="FlashInfer may be there")
+def test_what_flashinfer_needs_is_named_where_it_is_lacking(tiny_models: TinyModels) -> None:
+    worker = with_module("tests.contract.gpu_without_flashinfer_worker")
+    with pytest.raises(EngineStartError, match=r"lacks the package flashinfer-python, or .*nvcc"):
+        build_vllm(
+            tiny_models.student,
+            attention_backend="flashinfer",
+            make_host=worker,
+            environment=environment_with_tests(),
+        )
+
+
 @pytest.fixture(scope="module")
 def unopened(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """A worker's process that has imported vLLM, which takes seconds, and opened no engine."""
@@ -545,12 +566,9 @@ def unopened(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) 
     run(host.close())
 
 
-@pytest.mark.parametrize("value", ["no", "false", 0])
-def test_a_flag_that_is_neither_true_nor_false_is_named(
-    tiny_models: TinyModels, unopened: Host, value: object
-) -> None:
-    settings = VllmSettings(
-        model_dir=str(tiny_models.student),
+def unopened_settings(models: TinyModels, **changes: Any) -> VllmSettings:
+    return VllmSettings(
+        model_dir=str(models.student),
         dtype="float32",
         eos_ids=(EOS_ID,),
         max_sequences=4,
@@ -558,8 +576,15 @@ def test_a_flag_that_is_neither_true_nor_false_is_named(
         kv_cache_bytes=KV_CACHE_BYTES,
         stream_interval=1,
         lora_rank=None,
-        engine_arguments={"disable_log_stats": value},
+        **changes,
     )
+
+
+@pytest.mark.parametrize("value", ["no", "false", 0])
+def test_a_flag_that_is_neither_true_nor_false_is_named(
+    tiny_models: TinyModels, unopened: Host, value: object
+) -> None:
+    settings = unopened_settings(tiny_models, engine_arguments={"disable_log_stats": value})
     words = f"disable_log_stats is {value!r} .* true or false"
     with pytest.raises(EngineStartError, match=words):
         run(unopened.call("open", settings, timeout_s=60.0))

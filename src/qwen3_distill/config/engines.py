@@ -28,6 +28,7 @@ VLLM_OPTIONS = {
     "max_num_batched_tokens": "generation.max_batched_tokens",
     "kv_cache_memory_bytes": "generation.kv_cache_gib",
     "kv_cache_dtype": "generation.kv_cache_dtype",
+    "attention_backend": "generation.attention_backend",
     "quantization": "generation.quantization",
     "stream_interval": "generation.stream_interval",
     "enforce_eager": "generation.enforce_eager",
@@ -80,6 +81,10 @@ class VllmGeneration(EngineProcess, Watched):
     scales, one byte a value. Tokens are then sampled from a student that is a little another one:
     objectives of the sampled token correct by the importance ratio, and are refused without it;
     those over the teacher's candidates only visit other states."""
+    attention_backend: Literal["flash_attn", "flashinfer", "triton"] | None = None
+    """vLLM's attention on a GPU; null: what vLLM chooses. On Hopper ``flashinfer`` reads a cache
+    in FP8 in about half of the time that others take. When it first starts it compiles for
+    minutes, with CUDA's ``nvcc``."""
     quantization: Literal["fp8"] | None = None
     """``fp8``: the student's weights are quantized online for sampling, and what differs is
     corrected as with ``kv_cache_dtype``. It speeds up small decode batches only."""

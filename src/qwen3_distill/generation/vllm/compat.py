@@ -27,6 +27,8 @@ ADAPTER_NAME = "policy"
 ADAPTER_ID = 1
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """`max_lora_rank` values that both versions accept."""
+_ATTENTION = {"flash_attn": "FLASH_ATTN", "flashinfer": "FLASHINFER", "triton": "TRITON_ATTN"}
+"""vLLM's names by those of `generation.attention_backend`."""
 _CPU_STEP_TOKENS = 4096
 _METHODS = (
     "abort",
@@ -93,6 +95,8 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
         "generation_config": "vllm",  # a model's generation_config.json changes no sampling
         "max_logprobs": max(20, settings.num_candidates),  # vLLM's own limit is 20
     }
+    if settings.attention_backend is not None:
+        values["attention_backend"] = _attention(settings.attention_backend)
     if settings.max_batched_tokens is not None:
         values["max_num_batched_tokens"] = settings.max_batched_tokens
     if settings.float32_head:
@@ -122,6 +126,30 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
     _check_names(values)
     _check_flags(settings.engine_arguments)
     return values
+
+
+def _attention(name: str) -> str:
+    """Return vLLM's name of an attention backend.
+
+    Raises:
+        EngineStartError: this vLLM is for a CPU, or lacks what FlashInfer needs.
+    """
+    if is_cpu():
+        raise EngineStartError(
+            f"generation.attention_backend={name} is for a GPU, and this vLLM {version()} is for a "
+            "CPU, with one attention; set it to null"
+        )
+    if name == "flashinfer":
+        from vllm.utils.flashinfer import has_flashinfer
+
+        # vLLM itself would say so after it has loaded the model, and not what is lacking.
+        if not has_flashinfer():
+            raise EngineStartError(
+                "generation.attention_backend=flashinfer: vLLM's interpreter lacks the package "
+                "flashinfer-python, or CUDA's compiler nvcc is not on PATH, with which FlashInfer "
+                "compiles its kernels; install them, or set it to null"
+            )
+    return _ATTENTION[name]
 
 
 def _check_names(values: Mapping[str, Any]) -> None:

@@ -97,6 +97,7 @@ def _settings(
         max_batched_tokens=config.max_batched_tokens,
         kv_cache_bytes=kv_cache_bytes,
         kv_cache_dtype=config.kv_cache_dtype,
+        attention_backend=config.attention_backend,
         stream_interval=config.stream_interval,
         hang_timeout_s=config.hang_timeout_s,
         lora_rank=lora_rank,

@@ -23,6 +23,7 @@ class VllmSettings:
     keeps_cache: bool = True
     """Whether running rollouts keep their keys and values when new weights come."""
     kv_cache_dtype: str = "auto"
+    attention_backend: str | None = None
     max_batched_tokens: int | None = None
     quantization: str | None = None
     float32_head: bool = False
