@@ -41,6 +41,8 @@ class DevicePeaks:
     """Where the figures are from."""
     unified: bool = False
     """Whether CPU and GPU share one memory."""
+    hopper: bool = False
+    """Whether it has compute capability 9.0."""
 
 
 _LAUNCHES = "launch times assumed"
@@ -63,6 +65,7 @@ DEVICES: tuple[DevicePeaks, ...] = (
     DevicePeaks(
         key="h200",
         label="H200 SXM",
+        hopper=True,
         pattern=r"\bH200\b(?!.*NVL)",
         bf16_tflops=989.4,
         fp8_tflops=1978.9,
@@ -75,6 +78,7 @@ DEVICES: tuple[DevicePeaks, ...] = (
     DevicePeaks(
         key="h200-nvl",
         label="H200 NVL",
+        hopper=True,
         pattern=r"\bH200\b.*NVL",
         bf16_tflops=835.5,
         fp8_tflops=1671,
@@ -87,6 +91,7 @@ DEVICES: tuple[DevicePeaks, ...] = (
     DevicePeaks(
         key="h100-sxm",
         label="H100 SXM",
+        hopper=True,
         pattern=r"\bH100\b(?!.*(?:PCIe|NVL))",
         bf16_tflops=989.4,
         fp8_tflops=1978.9,
@@ -99,6 +104,7 @@ DEVICES: tuple[DevicePeaks, ...] = (
     DevicePeaks(
         key="h100-pcie",
         label="H100 PCIe",
+        hopper=True,
         pattern=r"\bH100\b.*PCIe",
         bf16_tflops=756,
         fp8_tflops=1513,
@@ -111,6 +117,7 @@ DEVICES: tuple[DevicePeaks, ...] = (
     DevicePeaks(
         key="h100-nvl",
         label="H100 NVL",
+        hopper=True,
         pattern=r"\bH100\b.*NVL",
         bf16_tflops=835.5,
         fp8_tflops=1671,

@@ -5,7 +5,7 @@ step, samples of a prompt, streaming) only in variants of their own, each named.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ _LEAST_ON_LARGE_CARDS = 4096
 """Tokens of the smallest micro-batch on such a card: smaller ones, which leave the GPU waiting for
 the host, were not measured on any, so the time plan does not know what they cost there."""
 _SWEEPS = 2
+_FP8_CACHE = {"generation.kv_cache_dtype": "fp8", "generation.attention_backend": "flashinfer"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +48,18 @@ class Situation:
 class Suggestion:
     """Settings with their plans of memory and time."""
 
-    overrides: tuple[str, ...]
-    """Words to type after ``--config FILE``."""
+    changes: Mapping[str, Any]
+    """Settings that differ from the config's, by their keys."""
     meaning: tuple[str, ...]
     """Changes of the optimization, for people; empty: none."""
     config: RunConfig
     memory: MemoryPlan
     plan: TimePlan
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Words to type after ``--config FILE``."""
+        return tuple(f"{key}={_value(value)}" for key, value in self.changes.items())
 
 
 @dataclass(frozen=True)
@@ -141,8 +147,22 @@ def _variants(config: RunConfig, device: DeviceMemory, rates: Rates) -> Iterator
         for times in (1, 2, 4):
             for samples in dict.fromkeys((config.samples_per_prompt, 4)):
                 variant = _variant(config, pipeline, times, samples)
-                if variant is not None:
-                    yield variant
+                if variant is None:
+                    continue
+                yield variant
+                # In a sequential loop the host bounds a decode step, and nothing was gained.
+                streams = pipeline is not None or config.pipeline.kind == "streaming"
+                if streams and _may_cache_in_fp8(config, rates):
+                    cache = "what answers: the student with keys and values in FP8"
+                    yield _Variant(variant.changes | _FP8_CACHE, (*variant.meaning, cache))
+
+
+def _may_cache_in_fp8(config: RunConfig, rates: Rates) -> bool:
+    """Whether vLLM could have the attention for a cache in FP8 that was measured on Hopper."""
+    generation = config.generation
+    if generation.kind != "vllm" or not rates.hopper or config.objective.lacks_ratio:
+        return False
+    return generation.kv_cache_dtype == "auto" and generation.attention_backend is None
 
 
 def _variant(
@@ -170,17 +190,19 @@ def _variant(
 def _search(situation: Situation, variant: _Variant) -> Suggestion | None:
     """Improve one setting after another, as long as it gains; where nothing fits yet, try all."""
     best = _fitting(situation, variant.changes, variant.meaning)
+    settings = list(_settings(situation))
     if best is None:
-        return _search_all(situation, variant)
-    changes = dict(variant.changes)
+        best, settings = _search_all(situation, variant), []
+    if best is None:
+        return None
     for _ in range(_SWEEPS):
         improved = False
-        for key, values in _settings(situation):
+        for key, values in (*settings, *_rows(best.config)):
             for value in values:
-                tried = _faster(situation, changes | {key: value}, variant.meaning, best)
+                changes = {**best.changes, key: value}
+                tried = _faster(situation, changes, variant.meaning, best)
                 if tried is not None:
                     best, improved = tried, True
-                    changes = changes | {key: value}
         if not improved:
             break
     return best
@@ -227,6 +249,14 @@ def _settings(situation: Situation) -> Iterator[tuple[str, Sequence[Any]]]:
     yield "training.micro_batch_tokens", [size for size in _MICRO_BATCHES if size >= least]
 
 
+def _rows(config: RunConfig) -> Iterator[tuple[str, Sequence[Any]]]:
+    """Iterate over settings of how the learner lays out sequences; none is needed to fit."""
+    if config.samples_per_prompt > 1:
+        yield "training.shared_prompts", (True,)
+    elif config.training.kind == "unsloth" and not config.training.shared_prompts:
+        yield "training.packing", (True,)
+
+
 def _fitting(
     situation: Situation, changes: dict[str, Any], meaning: tuple[str, ...]
 ) -> Suggestion | None:
@@ -254,7 +284,7 @@ def _evaluate(
         recomputed_layers=recomputed_layers(config, situation, laid_out),
     )
     return Suggestion(
-        overrides=tuple(f"{key}={_value(value)}" for key, value in changes.items()),
+        changes=changes,
         meaning=(*meaning, *_in_flight_meaning(situation.config, config)),
         config=config,
         memory=laid_out,
@@ -308,6 +338,8 @@ def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
 
 def _value(value: Any) -> str:
     """Write a value as an override of the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
     if not isinstance(value, dict):
         return str(value)
     inner = ", ".join(f"{key}: {_value(each).lower()}" for key, each in value.items())

@@ -112,3 +112,40 @@ def test_another_optimization_gains_on_the_best_that_fits_where_the_config_does_
     others = [each.plan.tokens_per_s for each in found if each.meaning]
     assert others
     assert min(others) > 1.02 * kept
+
+
+@pytest.mark.usefixtures("_same_optimization")
+def test_prompts_are_shared_by_several_answers_and_uneven_single_ones_packed() -> None:
+    overrides = {
+        "samples_per_prompt=4": "training.shared_prompts=true",
+        "samples_per_prompt=1": "training.packing=true",
+    }
+    for samples, suggested in overrides.items():
+        found = suggest(situation("h200", 139, samples, tail=8))
+        assert found
+        assert suggested in found[0].overrides
+        (other,) = set(overrides.values()) - {suggested}
+        assert not any(other in each.overrides for each in found)
+    even = suggest(situation("h200", 139, "samples_per_prompt=1", "generation.max_sequences=32"))
+    assert not any("training.packing=true" in each.overrides for each in even)
+
+
+def test_a_cache_in_fp8_is_suggested_while_streaming_on_hopper() -> None:
+    def with_fp8(*overrides: str, device: str = "h200") -> list[str]:
+        config = situation("h200-streaming", 139, *overrides, device=device).config
+        rates = peak_rates(named_device(device))
+        variants = suggest_module._variants(config, stated_memory(139 * GIB), rates)
+        return [
+            each.meaning[-1] for each in variants if "generation.kv_cache_dtype" in each.changes
+        ]
+
+    found = with_fp8()
+    assert found
+    assert all("keys and values in FP8" in meaning for meaning in found)
+    assert not with_fp8(device="a100-sxm")
+    assert not with_fp8("generation.attention_backend=flash_attn")
+    assert not with_fp8("objective={kind: sampled_reverse_kl, ratio_cap: null}")
+    sequential = situation("h200", 139)
+    variants = suggest_module._variants(sequential.config, sequential.device, sequential.rates)
+    for each in variants:
+        assert ("generation.kv_cache_dtype" in each.changes) <= ("pipeline" in each.changes)
