@@ -29,10 +29,12 @@ _STREAMING = "pipeline={kind: streaming, mps: true, max_staleness_steps: 8, max_
 _FP8_BACKWARD = "training.base_precision=fp8_backward"
 _FP8_CACHE = (
     "generation.kv_cache_dtype=fp8",
-    "generation.engine_arguments={attention_backend: TRITON_ATTN}",
+    "generation.attention_backend=triton",
 )
+_XQA = ("generation.kv_cache_dtype=fp8", "generation.attention_backend=flashinfer")
 _OLD_HOST = "answers are checked while the step goes on"
 _OLD_CANDIDATES = "candidates' logprobs come from unsloth's fused kernel"
+_INSIDE = "h200_rows_inside"
 _OLD_ATTENTION = "our attention is inside unsloth's compiled layers"
 
 
@@ -52,11 +54,14 @@ def committed_rows() -> list[Row]:
         *_one_start_rows("h200_tails"),
         *_one_start_rows("h200_tails_packed", "training.packing=true", _FP8_BACKWARD, *_FP8_CACHE),
         *_one_start_rows("h200_levers", _FP8_BACKWARD, *_FP8_CACHE),
+        *_one_start_rows("h200_levers_xqa", _FP8_BACKWARD, *_XQA),
+        *_one_start_rows("h200_topk16"),
         *_one_start_rows("h200_levers_without", parts=("n4",)),  # its note says why not the rest
         *_plan_rows("h200_tails"),
         *_learner_rows("h200_learners"),
         *_learner_rows("h200_rows"),
         *_learner_rows("h200_rows_divided"),
+        *_learner_rows(_INSIDE),
         *_learner_rows("h200_fp8_learners"),
         *_learner_rows("h200_fp8_learners_cudnn"),
     ]
@@ -226,8 +231,12 @@ def _one_start_rows(
         yield _row(source, f"{part} streaming", "step", seconds, case, changed["step"])
     if "topk16" in parts and "topk16" in found:  # other rounds fitted what candidates cost
         record, case = found["topk16"]["topk16"], _one_start_case(*overrides, objective=TOP_16)
-        old = {"training": _OLD_CANDIDATES, "step": _OLD_CANDIDATES}
+        reason = _OLD_CANDIDATES if source == "h200_one_start" else None
+        old = {"training": reason, "step": reason}
         yield from _record_rows(source, "top 16 sequential", record, case, **old)
+    if "topk16" in found and "fixed" not in found:  # else it has been measured twice
+        record, case = found["topk16"]["sampled"], _one_start_case(*overrides)
+        yield from _record_rows(source, "fixed sequential", record, case)
     if "n4" in parts and "n4" in found:
         seconds = found["n4"]["streaming"]["time/step_s"]
         shared = ("training.shared_prompts=true", "samples_per_prompt=4", "prompts_per_step=64")
@@ -277,14 +286,14 @@ def _learner_rows(source: str) -> Iterator[Row]:
         changed = None
         if "top16" in learner and source == "h200_learners" and "unsloth" in learner:
             changed = _OLD_CANDIDATES
-        if "shared" in learner or "packed" in learner:
+        if ("shared" in learner or "packed" in learner) and source != _INSIDE:
             changed = _OLD_ATTENTION
         yield _row(source, part, "training", seconds, case, changed)
 
 
 def shared_prompt_gains() -> dict[str, dict[str, float]]:
-    """Compare what sharing prompts gains with what the number of tokens says: `h200_rows`."""
-    rows, found = {row.name: row for row in _learner_rows("h200_rows")}, {}
+    """Compare what sharing prompts gains with what the number of tokens says."""
+    rows, found = {row.name: row for row in _learner_rows(_INSIDE)}, {}
     by_tokens = replace(EFFICIENCY, train_own_attention=1.0)
     for work in ("128x512_n4", "300x508_n4"):
         alone, shared = rows[f"unsloth_{work}"], rows[f"unsloth_shared_{work}"]

@@ -2,15 +2,15 @@
 
     python -m benchmarks.speed.h200_speed --results out
 
-reads what is there of `h200_rows` (`speed/learners.py`), `h200_one_start` and, for the parts that a
-second start measured, `h200_tails` (`speed/one_start.py`), `h200_trl`
-(`speed/trl_distillation.py`), `h200_start` (`speed/start.py`), `h200_learners` and `time_plan`, and
-writes `h200_speed.json`: the figures, each beside its goal, and what was not measured. Ratios are
-of results of one card; FP8's is that of `h200_learners` where the rows have none. Machine and
-versions are those of `h200_one_start`, or of the first there.
+reads what is there of `h200_rows_inside` and `h200_rows` (`speed/learners.py`), `h200_topk16`,
+`h200_one_start` and `h200_tails` (`speed/one_start.py`), `h200_trl` (`speed/trl_distillation.py`),
+`h200_start` (`speed/start.py`), `h200_learners` and `time_plan`, and writes `h200_speed.json`: the
+figures, each beside its goal, and what was not measured. Of two results with a figure the one that
+is named first counts. Ratios are of results of one card; FP8's is that of `h200_learners` where
+the rows have none. Machine and versions are those of `h200_one_start`, or of the first there.
 
-``with_levers`` of a goal is the figure with settings that are not shipped: `h200_levers` and
-`h200_levers_trl`, `h200_tails_packed` and `h200_fp8_learners_cudnn` say which.
+``with_levers`` of a goal is the figure with settings that are not shipped: `h200_levers_xqa`,
+`h200_levers` beside `h200_levers_trl`, `h200_tails_packed` and `h200_fp8_learners_cudnn` say which.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from benchmarks.lib.common import RESULTS, command_line, commit
 from benchmarks.speed.learners import ROUNDED
 from qwen3_distill.utils.files import write_json_atomic
 
-_SOURCES = ("h200_one_start", "h200_tails", "h200_rows", "h200_trl", "h200_start")
+_ROWS = ("h200_rows_inside", "h200_rows")
+_SOURCES = ("h200_topk16", "h200_one_start", "h200_tails", *_ROWS, "h200_trl", "h200_start")
 _OTHERS = ("h200_learners", "time_plan")
 """Results of other cards, or of none."""
 _LEVERS = {
@@ -31,11 +32,12 @@ _LEVERS = {
         "h200_fp8_learners_cudnn",
         "train_unsloth_fp8_backward_128x512_n4_vs_unsloth",
     ),
-    "opd_tok_s_256x512": ("h200_levers", "opd_tok_s_256x512"),
+    "opd_tok_s_256x512": ("h200_levers_xqa", "opd_tok_s_256x512"),
     "longtail8_vs_sequential": ("h200_tails_packed", "longtail8_vs_sequential"),
 }
 """Result and figure with settings that are not shipped."""
-_TRL_BESIDE_LEVERS = ("h200_levers_trl", "trl_fixed_tok_s")
+_BESIDE_TRL = (("h200_levers", "opd_tok_s_256x512"), ("h200_levers_trl", "trl_fixed_tok_s"))
+"""With such settings, ours and TRL's on one card."""
 GOALS: dict[str, float | None] = {
     "train_fp8_vs_unsloth": 1.25,
     "train_prefix_n4_ratio": 1.15,
@@ -81,28 +83,33 @@ def figures_of(results: Results) -> dict[str, float]:
         if "streaming" in tails:
             flat["longtail8_tok_s"] = tails["streaming"]["tok_s"]
     ratios = {
-        "train_prefix_n4_ratio": _rates("unsloth_shared", "unsloth", "128x512_n4"),
-        "train_prefix_n4_long_prompt_ratio": _rates("unsloth_shared", "unsloth", "300x508_n4"),
-        "train_packing_longtail_ratio": _rates("unsloth_packed", "unsloth", "128xlongtail8_n1"),
         "fixed_vs_trl": ("opd_tok_s_256x512", "trl_fixed_tok_s"),
         "longtail8_vs_trl": ("longtail8_tok_s", "trl_longtail8_tok_s"),
     }
-    rounded = [
-        flat[rate] / flat[unrounded]
-        for learner in ROUNDED
-        for rate, unrounded in [_rates(learner, "unsloth", "128x512_n4")]
-        if rate in flat and unrounded in flat
-    ]
-    if rounded:
-        flat["train_fp8_vs_unsloth"] = max(rounded)
     for name, (ours, theirs) in ratios.items():
         if ours in flat and theirs in flat:
             flat[name] = flat[ours] / flat[theirs]
+    flat |= _of_learners(results)
     return {name: round(flat[name], 4) for name in GOALS if name in flat}
 
 
-def _rates(ours: str, theirs: str, work: str) -> tuple[str, str]:
-    return f"train_{ours}_{work}_tok_s", f"train_{theirs}_{work}_tok_s"
+def _of_learners(results: Results) -> dict[str, float]:
+    """Return ratios to unsloth as it is, each of two rates of one result."""
+    asked = {
+        "train_prefix_n4_ratio": (("unsloth_shared",), "128x512_n4"),
+        "train_prefix_n4_long_prompt_ratio": (("unsloth_shared",), "300x508_n4"),
+        "train_packing_longtail_ratio": (("unsloth_packed",), "128xlongtail8_n1"),
+        "train_fp8_vs_unsloth": (ROUNDED, "128x512_n4"),
+    }
+    found = dict[str, float]()
+    for source in reversed(_ROWS):
+        rates = results.get(source, {}).get("figures", {})
+        for name, (learners, work) in asked.items():
+            as_it_is = f"train_unsloth_{work}_tok_s"
+            theirs = [f"train_{learner}_{work}_tok_s" for learner in learners]
+            if as_it_is in rates and (there := [rates[rate] for rate in theirs if rate in rates]):
+                found[name] = max(there) / rates[as_it_is]
+    return found
 
 
 def with_levers(results: Results) -> dict[str, float]:
@@ -112,9 +119,9 @@ def with_levers(results: Results) -> dict[str, float]:
         for name, (source, key) in _LEVERS.items()
         if source in results
     }
-    source, key = _TRL_BESIDE_LEVERS
-    if source in results and "opd_tok_s_256x512" in found:
-        found["fixed_vs_trl"] = found["opd_tok_s_256x512"] / results[source]["figures"][key]
+    if all(source in results for source, _ in _BESIDE_TRL):
+        ours, theirs = (results[source]["figures"][key] for source, key in _BESIDE_TRL)
+        found["fixed_vs_trl"] = ours / theirs
     return {name: round(value, 4) for name, value in found.items()}
 
 
@@ -142,7 +149,7 @@ def verdicts(
     return rows
 
 
-_ALL = (*_SOURCES, *_OTHERS, *(source for source, _ in _LEVERS.values()), _TRL_BESIDE_LEVERS[0])
+_ALL = (*_SOURCES, *_OTHERS, *(source for source, _ in (*_LEVERS.values(), *_BESIDE_TRL)))
 
 
 def read(folder: Path, names: Sequence[str] = _ALL) -> dict[str, dict[str, Any]]:
@@ -158,7 +165,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
     results = read(arguments.results)
-    measured = [results[name] for name in _SOURCES if name in results]
+    measured = [results[n] for n in ("h200_one_start", *_SOURCES) if n in results]
     if not measured:
         parser.error(f"{arguments.results} has none of {', '.join(_SOURCES)}")
     figures = figures_of(results)

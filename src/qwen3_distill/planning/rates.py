@@ -34,6 +34,8 @@ class Rates:
     """Host's time for one kernel launched by itself."""
     unified: bool = False
     """Whether CPU and GPU share one memory."""
+    hopper: bool = False
+    """Whether the device has compute capability 9.0."""
 
     def products(self, *, fp8: bool) -> float:
         """Operations per second of a linear layer's products."""
@@ -98,7 +100,7 @@ EFFICIENCY = Efficiency(
     prefill=0.434,
     train=0.434,
     train_masked_attention=0.152,
-    train_own_attention=0.873,
+    train_own_attention=0.937,
     train_fp8_backward=1.071,
     train_candidates=0.979,
     publish_passes=116,
@@ -120,7 +122,7 @@ FITTED_ON: dict[str, str] = {
     "prefill": "taken to be train",
     "train": "h200_stages_micro_batch_5120: train_off",
     "train_masked_attention": "h200_overlap_micro_batch_8192: longtail8 sequential, training",
-    "train_own_attention": "h200_rows: unsloth_shared_128x512_n4 over unsloth_128x512_n4",
+    "train_own_attention": "h200_rows_inside: unsloth_shared_128x512_n4 over unsloth_128x512_n4",
     "train_fp8_backward": "h200_fp8_learners_cudnn: unsloth_fp8_backward_128x512_n4 over "
     "unsloth_128x512_n4",
     "train_candidates": "h200_rows_divided: unsloth_top16_128x512_n4 over unsloth_128x512_n4",
@@ -172,6 +174,7 @@ def peak_rates(device: DevicePeaks) -> Rates:
         graph_kernel_s=device.graph_kernel_us * MICRO,
         launch_s=device.launch_us * MICRO,
         unified=device.unified,
+        hopper=device.hopper,
     )
 
 
@@ -194,4 +197,5 @@ def calibrated_rates(measured: Calibration) -> Rates:
         graph_kernel_s=(measured.graph_kernel_us or measured.launch_us) * MICRO,
         launch_s=measured.launch_us * MICRO,
         unified=measured.kind == "cpu" or (known is not None and known.unified),
+        hopper=known is not None and known.hopper,
     )

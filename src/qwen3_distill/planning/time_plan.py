@@ -17,7 +17,7 @@ from qwen3_distill.planning import roofline
 from qwen3_distill.planning.rates import EFFICIENCY, Efficiency, Rates
 from qwen3_distill.planning.roofline import Decoding, Model, StageTime, Training
 from qwen3_distill.planning.work import Answers, Rollouts, shared_rows
-from qwen3_distill.utils.batches import padded_batches
+from qwen3_distill.utils.batches import packed_rows, padded_batches
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
@@ -148,7 +148,16 @@ def student_model(planned: Planned) -> Model:
         shape=shape,
         itemsize=_ITEMSIZE[generation.dtype],
         fp8=shape.fp8_checkpoint or getattr(generation, "quantization", None) is not None,
+        kv_itemsize=1 if _reads_fp8_cache(planned.config) else None,
     )
+
+
+def _reads_fp8_cache(config: RunConfig) -> bool:
+    """Whether decoding reads a cache in FP8 as fast as its bytes say."""
+    generation = config.generation
+    if generation.kind != "vllm" or generation.kv_cache_dtype != "fp8":
+        return False
+    return generation.attention_backend == "flashinfer"  # others take as long as with two bytes
 
 
 def teacher_model(planned: Planned) -> Model:
@@ -236,7 +245,8 @@ def training_work(planned: Planned, rollouts: Rollouts) -> Training:
         batches = [[prompt_tokens + tokens for tokens in answers] for answers, _ in rows]
         prompts = [number for _, number in rows]
     else:
-        groups = padded_batches(lengths, training.micro_batch_tokens)
+        laid_out = packed_rows if packed else padded_batches  # as the learner does
+        groups = laid_out(lengths, training.micro_batch_tokens)
         batches, prompts = [[lengths[index] for index in group] for group in groups], None
     on_gpu = not (training.kind == "embedded" and training.device == "cpu")
     arithmetic = arithmetic_of(training, on_gpu=on_gpu)
@@ -356,8 +366,6 @@ def _notes(config: RunConfig) -> Iterator[str]:
         yield "candidates of the teacher cost it more than is counted here"
     if candidates not in (0, MEASURED_CANDIDATES):
         yield f"what {candidates} candidates cost beyond {MEASURED_CANDIDATES}, which were measured"
-    if config.generation.kind == "vllm" and config.generation.kv_cache_dtype == "fp8":
-        yield "what reading a cache in FP8 saves"
     training = config.training
     padded = training.kind == "unsloth" and training.packing == "auto"
     if padded and not training.shared_prompts:
