@@ -171,6 +171,35 @@ def test_a_cache_in_fp8_is_looked_at_and_needs_no_gpu(
 
 
 @pytest.mark.parametrize(
+    ("name", "backend", "found", "status"),
+    [
+        ("generation", "flashinfer", "/usr/local/cuda/bin/nvcc", Status.PASS),
+        ("generation", "flashinfer", None, Status.WARN),
+        ("scoring", "flashinfer", None, Status.WARN),
+        ("generation", "triton", None, Status.SKIP),
+    ],
+)
+def test_flashinfer_without_a_compiler_is_warned_of(
+    name: str,
+    backend: str,
+    found: str | None,
+    status: Status,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = make_world(tmp_path)
+    fake_engine(world, versions={"vllm": "0.26.0"})
+    if name == "scoring":
+        world.changes["scoring"] = {"kind": "sglang", "model": "no/matter"}
+    world.changes[f"{name}.attention_backend"] = backend
+    monkeypatch.setattr(machine_checks.shutil, "which", lambda command, path=None: found)
+    verdict = machine_checks.check_flashinfer(check_config(world.values))
+    assert verdict.status is status
+    if status is not Status.SKIP:
+        assert f"{name}.attention_backend=flashinfer" in verdict.text
+
+
+@pytest.mark.parametrize(
     ("kind", "per_channel", "status"),
     [("vllm", True, Status.PASS), ("vllm", False, Status.FAIL), ("sglang", True, Status.FAIL)],
 )

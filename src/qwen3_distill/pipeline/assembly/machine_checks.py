@@ -148,6 +148,30 @@ def _uses_of_fp8(config: RunConfig) -> tuple[list[str], list[str]]:
     return on_gpu, anywhere
 
 
+def check_flashinfer(config: RunConfig) -> Verdict:
+    """Check that the compiler is here that FlashInfer takes for its kernels."""
+    lacking, found = list[str](), list[str]()
+    for name in _QUANTIZABLE:
+        for setting, section in sections_of(config, name).items():
+            if getattr(section, "attention_backend", None) != "flashinfer":
+                continue
+            if getattr(section, "urls", ()):  # it is on the server's machine
+                continue
+            own = getattr(section, "environment", {})
+            compiler = shutil.which("nvcc", path=own.get("PATH"))
+            text = f"{setting}.attention_backend=flashinfer"
+            found.append(f"{text} with {compiler}")
+            if compiler is None:
+                lacking.append(text)
+    if lacking:
+        return doubtful(
+            f"{', '.join(lacking)}: FlashInfer compiles kernels when it first needs them, and "
+            "nvcc is not on PATH",
+            "put the bin folder of CUDA's toolkit on PATH, or set attention_backend=null",
+        )
+    return good(", ".join(found)) if found else skipped("no engine here takes FlashInfer")
+
+
 def check_versions(config: RunConfig) -> Verdict:
     """Compare the engines' installed versions with the tested ones, without importing them."""
     interpreters = engine_interpreters(config)
@@ -273,6 +297,7 @@ _STARTABLE = ("installed engines", *(f"{name} interpreter" for name in NAMES))
 MACHINE_CHECKS = (
     Check(name="GPU", find=check_gpu, refuses_run=True),
     Check(name="FP8 on this GPU", find=check_fp8, refuses_run=True, notes_run=True),
+    Check(name="FlashInfer's compiler", find=check_flashinfer, notes_run=True),
     Check(name="installed engines", find=check_environments, refuses_run=True),
     *(
         Check(
