@@ -88,14 +88,17 @@ def rate_of_common_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> fl
 
 
 def means_of_steps(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the means of the stages' times, idle shares and queues.
+    """Return the means of the stages' times, idle shares and queues, and of what some steps have.
 
-    A load beside a step has its mean over the steps in which one ended.
+    A load beside a step has its mean over the steps in which one ended. How far the learner is from
+    the engine says whether the engine computes what it should, however fast.
     """
     found = {
         key: float(np.mean([step.get(key) or 0.0 for step in steps]))
         for key in steps[-1]
         if key.startswith(("idle/", "queue/", "time/"))
     }
-    loads = [step["weights/load_s"] for step in steps if step.get("weights/load_s") is not None]
-    return found | ({"weights/load_s": float(np.mean(loads))} if loads else {})
+    for key in ("weights/load_s", "health/learner_vs_engine_abs_nats"):
+        if there := [step[key] for step in steps if step.get(key) is not None]:
+            found[key] = float(np.mean(there))
+    return found

@@ -65,7 +65,11 @@ def test_with_fewer_than_three_common_steps_there_is_no_ratio(
     assert (rate_of_common_steps(three, many) is not None) == is_enough
 
 
-def test_a_load_beside_a_step_has_its_mean_over_the_steps_that_had_one() -> None:
-    steps = [{"time/step_s": 2.0, "tokens": 9}, {"time/step_s": 4.0, "weights/load_s": 0.5}]
-    assert means_of_steps(steps) == {"time/step_s": 3.0, "weights/load_s": 0.5}
-    assert means_of_steps(steps[:1]) == {"time/step_s": 2.0}
+def test_what_some_steps_have_has_its_mean_over_them() -> None:
+    gap = "health/learner_vs_engine_abs_nats"
+    steps = [
+        {"time/step_s": 2.0, "tokens": 9, gap: 0.5},
+        {"time/step_s": 4.0, "weights/load_s": 0.5, gap: 0.25},
+    ]
+    assert means_of_steps(steps) == {"time/step_s": 3.0, "weights/load_s": 0.5, gap: 0.375}
+    assert means_of_steps(steps[:1]) == {"time/step_s": 2.0, gap: 0.5}
