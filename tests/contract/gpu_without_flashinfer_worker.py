@@ -1,10 +1,15 @@
 """A rollout process whose vLLM takes itself for one of a GPU, on a machine without FlashInfer."""
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
 from qwen3_distill.generation.vllm import compat
 from qwen3_distill.generation.vllm.worker import VllmWorker
 from qwen3_distill.hosts.serve import serve_worker
 
 if __name__ == "__main__":
     compat.is_cpu = lambda: False
+    for name in ("flash_attn", "triton"):  # what is passed on is a name of vLLM's
+        assert compat._attention(name) in AttentionBackendEnum.__members__, name
+    assert "FLASHINFER" in AttentionBackendEnum.__members__
     serve_worker(VllmWorker())

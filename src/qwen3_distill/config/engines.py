@@ -83,8 +83,9 @@ class VllmGeneration(EngineProcess, Watched):
     those over the teacher's candidates only visit other states."""
     attention_backend: Literal["flash_attn", "flashinfer", "triton"] | None = None
     """vLLM's attention on a GPU; null: what vLLM chooses. On Hopper ``flashinfer`` reads a cache
-    in FP8 in about half of the time that others take. When it first starts it compiles for
-    minutes, with CUDA's ``nvcc``."""
+    in FP8 in about half of the time that others take. When it first starts it compiles, with
+    CUDA's ``nvcc``, for a quarter of an hour on few cores: raise ``start_timeout_s`` for that.
+    ``flash_attn`` takes a cache in FP8 on Hopper only."""
     quantization: Literal["fp8"] | None = None
     """``fp8``: the student's weights are quantized online for sampling, and what differs is
     corrected as with ``kv_cache_dtype``. It speeds up small decode batches only."""
@@ -127,6 +128,21 @@ class VllmGeneration(EngineProcess, Watched):
                     f"engine_arguments has {name!r}, and vLLM's names have letters, digits and _ "
                     f"only; write {plain.strip('_')!r}"
                 )
+        attention = self.engine_arguments.get("attention_config")
+        if isinstance(attention, dict) and "backend" in attention:
+            raise ValueError(
+                "engine_arguments has attention_config.backend, which is set by "
+                "generation.attention_backend; write it there"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _attention_has_the_dtype(self) -> Self:
+        if self.dtype == "float32" and self.attention_backend in ("flash_attn", "flashinfer"):
+            raise ValueError(
+                f"attention_backend={self.attention_backend} has no float32; set dtype=bfloat16, "
+                "or attention_backend to triton or null"
+            )
         return self
 
 

@@ -69,8 +69,10 @@ class Efficiency:
     train_masked_attention: float
     """The same in attention over padded sequences of different lengths."""
     train_own_attention: float
-    """Rate of unsloth's layers with our attention, for shared prompts and packed rows, over that
-    with theirs, for a token that is computed."""
+    """Rate of unsloth's layers with our attention, for shared prompts, over that with theirs, for a
+    token that is computed."""
+    train_packed_rows: float
+    """The same for rows of different lengths that are packed."""
     train_fp8_backward: float
     """Rate of training with frozen layers in FP8 for the backward pass, over that as loaded."""
     train_candidates: float
@@ -101,6 +103,7 @@ EFFICIENCY = Efficiency(
     train=0.434,
     train_masked_attention=0.152,
     train_own_attention=0.937,
+    train_packed_rows=0.757,
     train_fp8_backward=1.071,
     train_candidates=0.979,
     publish_passes=116,
@@ -123,6 +126,7 @@ FITTED_ON: dict[str, str] = {
     "train": "h200_stages_micro_batch_5120: train_off",
     "train_masked_attention": "h200_overlap_micro_batch_8192: longtail8 sequential, training",
     "train_own_attention": "h200_rows_inside: unsloth_shared_128x512_n4 over unsloth_128x512_n4",
+    "train_packed_rows": "h200_rows: unsloth_packed_128xlongtail8_n1 over unsloth_128xlongtail8_n1",
     "train_fp8_backward": "h200_fp8_learners_cudnn: unsloth_fp8_backward_128x512_n4 over "
     "unsloth_128x512_n4",
     "train_candidates": "h200_rows_divided: unsloth_top16_128x512_n4 over unsloth_128x512_n4",

@@ -269,9 +269,17 @@ class Training:
     candidates: bool = False
     """Whether the objective is over the teacher's candidates."""
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt stands before more than one answer."""
+        computed = self.prompts
+        return computed is not None and sum(computed) < sum(map(len, self.micro_batches))
+
     def rate(self, rates: Rates, share: Efficiency) -> float:
         """Return its rate over that of the sampled token, layers as loaded and their attention."""
-        rate = share.train_own_attention if self.own_attention else 1.0
+        rate = 1.0
+        if self.own_attention:
+            rate = share.train_own_attention if self.shares_prompts else share.train_packed_rows
         if self.fp8_backward and rates.fp8_flops is not None:
             rate *= share.train_fp8_backward
         return rate * (share.train_candidates if self.candidates else 1.0)

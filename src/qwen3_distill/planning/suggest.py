@@ -150,11 +150,11 @@ def _variants(config: RunConfig, device: DeviceMemory, rates: Rates) -> Iterator
                 if variant is None:
                     continue
                 yield variant
-                # In a sequential loop the host bounds a decode step, and nothing was gained.
+                # In a sequential loop the host bounded a decode step, and nothing was gained.
                 streams = pipeline is not None or config.pipeline.kind == "streaming"
                 if streams and _may_cache_in_fp8(config, rates):
-                    cache = "what answers: the student with keys and values in FP8"
-                    yield _Variant(variant.changes | _FP8_CACHE, (*variant.meaning, cache))
+                    changes = variant.changes | _FP8_CACHE
+                    yield _Variant(changes, (*variant.meaning, *_cache_meaning(config)))
 
 
 def _may_cache_in_fp8(config: RunConfig, rates: Rates) -> bool:
@@ -162,7 +162,13 @@ def _may_cache_in_fp8(config: RunConfig, rates: Rates) -> bool:
     generation = config.generation
     if generation.kind != "vllm" or not rates.hopper or config.objective.lacks_ratio:
         return False
-    return generation.kv_cache_dtype == "auto" and generation.attention_backend is None
+    return generation.dtype == "bfloat16" and generation.attention_backend is None
+
+
+def _cache_meaning(config: RunConfig) -> Iterator[str]:
+    """Say what FlashInfer over a cache in FP8 changes: where it is in FP8 already, nothing."""
+    if getattr(config.generation, "kv_cache_dtype", "auto") == "auto":
+        yield "what answers: the student with keys and values in FP8"
 
 
 def _variant(
@@ -250,11 +256,12 @@ def _settings(situation: Situation) -> Iterator[tuple[str, Sequence[Any]]]:
 
 
 def _rows(config: RunConfig) -> Iterator[tuple[str, Sequence[Any]]]:
-    """Iterate over settings of how the learner lays out sequences; none is needed to fit."""
+    """Iterate over how unsloth lays out sequences, as was measured; none is needed to fit."""
+    training = config.training
+    if training.kind != "unsloth" or training.tuning.kind != "lora":
+        return
     if config.samples_per_prompt > 1:
         yield "training.shared_prompts", (True,)
-    elif config.training.kind == "unsloth" and not config.training.shared_prompts:
-        yield "training.packing", (True,)
 
 
 def _fitting(

@@ -134,30 +134,38 @@ def plan_time(
         devices=config.cost.devices,
         price_per_device_hour=config.cost.price_per_device_hour,
         currency=config.cost.currency,
-        notes=tuple(_notes(config)),
+        notes=tuple(_notes(config, rates)),
     )
 
 
 # --- Stages -------------------------------------------------------------------------------------
 
 
-def student_model(planned: Planned) -> Model:
+def student_model(planned: Planned, rates: Rates) -> Model:
     """Describe the student as the sampling engine computes with it."""
     generation, shape = planned.config.generation, planned.student
     return Model(
         shape=shape,
         itemsize=_ITEMSIZE[generation.dtype],
         fp8=shape.fp8_checkpoint or getattr(generation, "quantization", None) is not None,
-        kv_itemsize=1 if _reads_fp8_cache(planned.config) else None,
+        kv_itemsize=1 if _reads_fp8_cache(planned.config, rates) else None,
     )
 
 
-def _reads_fp8_cache(config: RunConfig) -> bool:
-    """Whether decoding reads a cache in FP8 as fast as its bytes say."""
+def _reads_fp8_cache(config: RunConfig, rates: Rates) -> bool:
+    """Whether decoding gains from a cache in FP8, as was measured: while streaming, on Hopper.
+
+    In a sequential loop the host bounded a decode step, and nothing was gained.
+    """
+    return _flashinfer_in_fp8(config) and rates.hopper and config.pipeline.kind == "streaming"
+
+
+def _flashinfer_in_fp8(config: RunConfig) -> bool:
+    """Whether vLLM has FlashInfer's attention over a cache in FP8; no other gains from it."""
     generation = config.generation
     if generation.kind != "vllm" or generation.kv_cache_dtype != "fp8":
         return False
-    return generation.attention_backend == "flashinfer"  # others take as long as with two bytes
+    return generation.attention_backend == "flashinfer"
 
 
 def teacher_model(planned: Planned) -> Model:
@@ -224,7 +232,7 @@ def _stages(
     )
     weights = planned.student.weight_bytes(_ITEMSIZE[config.generation.dtype])
     return {
-        "sampling": sample(student_model(planned), rates, decoding, rollouts, share),
+        "sampling": sample(student_model(planned, rates), rates, decoding, rollouts, share),
         "scoring": scored,
         "training": roofline.training(
             planned.student, rates, training_work(planned, rollouts), rollouts, share
@@ -346,7 +354,7 @@ def _evaluation_seconds(
             samples_per_prompt=evaluation.samples_per_problem,
         )
         decoding = decoding_settings(config)
-        sampled = roofline.sampling(student_model(planned), rates, decoding, rollouts, share)
+        sampled = roofline.sampling(student_model(planned, rates), rates, decoding, rollouts, share)
         total += times * sampled.seconds / _devices_of(config, "sampling")
     return total * (2 if evaluation.second_temperature is not None else 1)
 
@@ -357,7 +365,7 @@ def _names_candidates(config: RunConfig) -> bool:
     return asks and config.scoring is not None and config.teacher.kind == "sglang"
 
 
-def _notes(config: RunConfig) -> Iterator[str]:
+def _notes(config: RunConfig, rates: Rates) -> Iterator[str]:
     """Say what the prediction leaves out for a config."""
     if "teacher" in config.rollouts.samplers:
         yield "answers sampled by the teacher are counted as the student's"
@@ -366,6 +374,8 @@ def _notes(config: RunConfig) -> Iterator[str]:
         yield "candidates of the teacher cost it more than is counted here"
     if candidates not in (0, MEASURED_CANDIDATES):
         yield f"what {candidates} candidates cost beyond {MEASURED_CANDIDATES}, which were measured"
+    if _flashinfer_in_fp8(config) and not _reads_fp8_cache(config, rates):
+        yield "what a cache in FP8 gains, measured while streaming on Hopper only"
     training = config.training
     padded = training.kind == "unsloth" and training.packing == "auto"
     if padded and not training.shared_prompts:

@@ -75,6 +75,22 @@ def test_a_learner_is_held_against_unsloth_on_its_own_card() -> None:
     }
 
 
+def test_the_first_named_result_counts_and_the_machine_is_that_of_the_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = {"figures": {"topk16_vs_sampled_step": 1.05}, "parts": {}}
+    results = {"h200_topk16": later, "h200_one_start": ONE_START}
+    assert figures_of(results)["topk16_vs_sampled_step"] == 1.05
+    assert figures_of(results)["opd_tok_s_256x512"] == 9_440.0
+    for name, result in results.items():
+        common = {"command": "c", "commit": "a", "machine": {"gpu": name}, "versions": {}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result | common))
+    monkeypatch.setattr("sys.argv", [h200_speed.__file__, "--results", str(tmp_path)])
+    h200_speed.main()
+    written = json.loads((tmp_path / "h200_speed.json").read_text())
+    assert written["machine"] == {"gpu": "h200_one_start"}
+
+
 def test_parts_of_a_second_start_count_where_the_first_lacks_them() -> None:
     tails = {
         "figures": {"longtail8_vs_sequential": 1.9, "opd_tok_s_256x512": 1.0},

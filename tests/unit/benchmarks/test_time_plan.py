@@ -101,7 +101,12 @@ def test_the_host_is_held_against_a_run_that_did_not_fit_it() -> None:
 
 
 def test_ratios_of_learners_are_fitted_by_the_rows_that_they_name() -> None:
-    assert set(RATIOS) == {"train_own_attention", "train_fp8_backward", "train_candidates"}
+    assert set(RATIOS) == {
+        "train_own_attention",
+        "train_packed_rows",
+        "train_fp8_backward",
+        "train_candidates",
+    }
     gains = shared_prompt_gains()
     short, long = gains["128x512_n4"], gains["300x508_n4"]
     assert short["predicted"] == pytest.approx(short["measured"], rel=2e-3)  # it fitted

@@ -45,6 +45,17 @@ def test_what_a_setting_gives_vllm_is_no_engine_argument(name: str) -> None:
             vllm(engine_arguments={spelling: 1})
 
 
+def test_attention_has_one_setting_and_the_engines_dtype() -> None:
+    vllm(engine_arguments={"attention_config": {"use_trtllm_attention": False}})
+    with pytest.raises(ValidationError, match=r"set by generation\.attention_backend"):
+        vllm(engine_arguments={"attention_config": {"backend": "FLASHINFER"}})
+    vllm(attention_backend="triton", dtype="float32")
+    for backend in ("flash_attn", "flashinfer"):
+        vllm(attention_backend=backend)
+        with pytest.raises(ValidationError, match=f"attention_backend={backend} has no float32"):
+            vllm(attention_backend=backend, dtype="float32")
+
+
 def test_names_that_vllm_cannot_have_are_refused() -> None:
     vllm(engine_arguments={"max_lora_rank": 8, "hf_overrides": {"a": 1}})
     with pytest.raises(ValidationError, match="write 'compilation_config'"):

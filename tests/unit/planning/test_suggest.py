@@ -115,19 +115,16 @@ def test_another_optimization_gains_on_the_best_that_fits_where_the_config_does_
 
 
 @pytest.mark.usefixtures("_same_optimization")
-def test_prompts_are_shared_by_several_answers_and_uneven_single_ones_packed() -> None:
-    overrides = {
-        "samples_per_prompt=4": "training.shared_prompts=true",
-        "samples_per_prompt=1": "training.packing=true",
-    }
-    for samples, suggested in overrides.items():
-        found = suggest(situation("h200", 139, samples, tail=8))
-        assert found
-        assert suggested in found[0].overrides
-        (other,) = set(overrides.values()) - {suggested}
-        assert not any(other in each.overrides for each in found)
-    even = suggest(situation("h200", 139, "samples_per_prompt=1", "generation.max_sequences=32"))
-    assert not any("training.packing=true" in each.overrides for each in even)
+def test_prompts_are_shared_by_several_answers_where_unsloth_was_measured() -> None:
+    shared, four = "training.shared_prompts=true", "samples_per_prompt=4"
+    assert shared in suggest(situation("h200", 139, four))[0].overrides
+    full = "training={kind: unsloth, dtype: float32, tuning: {kind: full}}"
+    lower = ("generation.max_sequences=1024", "training.micro_batch_tokens=40960")
+    fits_later = suggest(situation("h200", 90, *lower, four))  # all settings are tried together
+    assert shared in fits_later[0].overrides
+    for overrides in (("samples_per_prompt=1",), (four, full)):
+        found = suggest(situation("h200", 139, *overrides))
+        assert not any(shared in each.overrides for each in found)
 
 
 def test_a_cache_in_fp8_is_suggested_while_streaming_on_hopper() -> None:
@@ -144,6 +141,7 @@ def test_a_cache_in_fp8_is_suggested_while_streaming_on_hopper() -> None:
     assert all("keys and values in FP8" in meaning for meaning in found)
     assert not with_fp8(device="a100-sxm")
     assert not with_fp8("generation.attention_backend=flash_attn")
+    assert not with_fp8("generation.dtype=float32")
     assert not with_fp8("objective={kind: sampled_reverse_kl, ratio_cap: null}")
     sequential = situation("h200", 139)
     variants = suggest_module._variants(sequential.config, sequential.device, sequential.rates)

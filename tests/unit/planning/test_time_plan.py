@@ -174,15 +174,24 @@ def test_what_is_left_out_of_a_config_is_named() -> None:
         assert not any(words in note for note in plan_of(load("h200")).notes), words
 
 
-def test_a_cache_in_fp8_is_read_faster_by_flashinfer_only() -> None:
-    def reads_s(*overrides: str) -> float:
-        stages = plan_of(load("h200", *overrides)).stages
+def test_a_cache_in_fp8_is_read_faster_by_flashinfer_while_streaming_on_hopper() -> None:
+    def reads_s(*overrides: str, config: str = "h200-streaming", rates: Rates = H200) -> float:
+        stages = plan_of(load(config, *overrides), rates=rates).stages
         return stages["sampling"].parts["KV bandwidth"]
 
     fp8, flashinfer = "generation.kv_cache_dtype=fp8", "generation.attention_backend=flashinfer"
     assert reads_s(fp8, flashinfer) == pytest.approx(reads_s() / 2)
     assert reads_s(fp8) == reads_s(fp8, "generation.attention_backend=triton") == reads_s()
     assert reads_s(flashinfer) == reads_s()
+    a100, note = peak_rates(named_device("a100-sxm")), "a cache in FP8 gains"
+    for name, rates in (("h200", H200), ("h200-streaming", a100)):
+        assert reads_s(fp8, flashinfer, config=name, rates=rates) == reads_s(
+            config=name, rates=rates
+        )
+        plan = plan_of(load(name, fp8, flashinfer), rates=rates)
+        assert any(note in each for each in plan.notes)
+    counted = plan_of(load("h200-streaming", fp8, flashinfer))
+    assert not any(note in each for each in counted.notes)
 
 
 def test_impossible_lengths_are_refused() -> None:

@@ -7,6 +7,7 @@ not promise to keep; nothing else in this package does.
 
 import asyncio
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -140,6 +141,7 @@ def _attention(name: str) -> str:
             "CPU, with one attention; set it to null"
         )
     if name == "flashinfer":
+        from vllm.platforms import current_platform
         from vllm.utils.flashinfer import has_flashinfer
 
         # vLLM itself would say so after it has loaded the model, and not what is lacking.
@@ -149,6 +151,10 @@ def _attention(name: str) -> str:
                 "flashinfer-python, or CUDA's compiler nvcc is not on PATH, with which FlashInfer "
                 "compiles its kernels; install them, or set it to null"
             )
+        # Before it takes XQA, vLLM asks a server of NVIDIA's for other kernels, and where none
+        # answers it takes a slower attention. On Hopper it needs none of them: XQA is compiled.
+        if current_platform.is_device_capability(90):
+            os.environ.setdefault("VLLM_HAS_FLASHINFER_CUBIN", "1")
     return _ATTENTION[name]
 
 
