@@ -537,6 +537,7 @@ def test_what_flashinfer_needs_is_named_where_it_is_lacking(tiny_models: TinyMod
         build_vllm(
             tiny_models.student,
             attention_backend="flashinfer",
+            dtype="bfloat16",
             make_host=worker,
             environment=environment_with_tests(),
         )
