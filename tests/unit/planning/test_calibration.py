@@ -202,6 +202,8 @@ def test_a_device_that_reaches_what_the_reference_does_has_its_peaks() -> None:
     h200 = named_device("h200")
     measured = replace(MEASURED, bf16_tflops=REFERENCE_BF16 * h200.bf16_tflops)
     assert calibrated_rates(measured).bf16_flops == pytest.approx(peak_rates(h200).bf16_flops)
+    for device, hopper in (("NVIDIA H200", True), ("NVIDIA A100-SXM4-80GB", False)):
+        assert calibrated_rates(replace(measured, device=device)).hopper is hopper
 
 
 # --- Measuring ----------------------------------------------------------------------------------

@@ -122,7 +122,8 @@ def test_prompts_are_shared_by_several_answers_where_unsloth_was_measured() -> N
     lower = ("generation.max_sequences=1024", "training.micro_batch_tokens=40960")
     fits_later = suggest(situation("h200", 90, *lower, four))  # all settings are tried together
     assert shared in fits_later[0].overrides
-    for overrides in (("samples_per_prompt=1",), (four, full)):
+    embedded = "training={kind: embedded, tuning: {kind: lora}, dtype: bfloat16}"
+    for overrides in (("samples_per_prompt=1",), (four, full), (four, embedded)):
         found = suggest(situation("h200", 139, *overrides))
         assert not any(shared in each.overrides for each in found)
 
