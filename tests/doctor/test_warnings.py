@@ -191,6 +191,7 @@ def test_flashinfer_without_a_compiler_is_warned_of(
     fake_engine(world, versions={"vllm": "0.26.0"})
     if name == "scoring":
         world.changes["scoring"] = {"kind": "sglang", "model": "no/matter"}
+    world.changes["generation.dtype"] = "bfloat16"
     world.changes[f"{name}.attention_backend"] = backend
     monkeypatch.setattr(machine_checks.shutil, "which", lambda command, path=None: found)
     verdict = machine_checks.check_flashinfer(check_config(world.values))
