@@ -234,17 +234,16 @@ def _one_start_rows(
         reason = _OLD_CANDIDATES if source == "h200_one_start" else None
         old = {"training": reason, "step": reason}
         yield from _record_rows(source, "top 16 sequential", record, case, **old)
-    if (
-        "topk16" in parts and "topk16" in found and "fixed" not in found
-    ):  # else it has been measured twice
-        record, case = found["topk16"]["sampled"], _one_start_case(*overrides)
-        yield from _record_rows(source, "fixed sequential", record, case)
+        if "fixed" not in found:  # else it was measured twice
+            record, case = found["topk16"]["sampled"], _one_start_case(*overrides)
+            yield from _record_rows(source, "fixed sequential", record, case)
     if "n4" in parts and "n4" in found:
         seconds = found["n4"]["streaming"]["time/step_s"]
         shared = ("training.shared_prompts=true", "samples_per_prompt=4", "prompts_per_step=64")
         case = _one_start_case(*overrides, _STREAMING, *shared)
-        old = _OLD_ATTENTION if source in ("h200_one_start", "h200_levers_without") else None
-        yield _row(source, "n4 streaming", "step", seconds, case, old)
+        divided = source in ("h200_one_start", "h200_levers_without")
+        reason = _OLD_ATTENTION if divided else None
+        yield _row(source, "n4 streaming", "step", seconds, case, reason)
 
 
 def _one_start_case(*overrides: str, **lengths: Any) -> Case:

@@ -543,6 +543,35 @@ def test_what_flashinfer_needs_is_named_where_it_is_lacking(tiny_models: TinyMod
         )
 
 
+@pytest.mark.skipif(ON_GPU, reason="the machine's own GPU would be asked")
+@pytest.mark.parametrize("hopper", [True, False])
+def test_on_hopper_vllm_asks_no_server_before_it_takes_flashinfers_kernel(
+    hopper: bool,
+) -> None:
+    script = f"""
+        import os
+        import vllm.utils.flashinfer
+        from vllm.platforms import current_platform
+        from qwen3_distill.generation.vllm import compat
+        compat.is_cpu = lambda: False
+        vllm.utils.flashinfer.has_flashinfer = lambda: True
+        type(current_platform).is_device_capability = classmethod(lambda *given: {hopper})
+        assert compat._attention("flashinfer") == "FLASHINFER"
+        print("found", os.environ.get("VLLM_HAS_FLASHINFER_CUBIN"))
+    """
+    root = Path(__file__).parents[2]
+    variables = os.environ | environment_with_tests() | {"PYTHONPATH": str(root / "src")}
+    variables.pop("VLLM_HAS_FLASHINFER_CUBIN", None)
+    out = subprocess.run(
+        [INSTALLED.python["vllm"], "-c", textwrap.dedent(script)],
+        env=variables,
+        capture_output=True,
+        text=True,
+    )
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.splitlines()[-1] == ("found 1" if hopper else "found None")
+
+
 @pytest.fixture(scope="module")
 def unopened(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """A worker's process that has imported vLLM, which takes seconds, and opened no engine."""

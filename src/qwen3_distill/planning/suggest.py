@@ -349,5 +349,5 @@ def _value(value: Any) -> str:
         return str(value).lower()
     if not isinstance(value, dict):
         return str(value)
-    inner = ", ".join(f"{key}: {_value(each).lower()}" for key, each in value.items())
+    inner = ", ".join(f"{key}: {_value(each)}" for key, each in value.items())
     return f"'{{{inner}}}'"

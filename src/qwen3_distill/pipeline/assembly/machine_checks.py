@@ -46,7 +46,7 @@ _FP8_CAPABILITY = (8, 9)
 _ADAPTER_BYTES = 4
 _VERSIONS_KEPT = 2
 """The channel holds a version until the next one is written."""
-_QUANTIZABLE: tuple[Name, ...] = ("generation", "scoring")
+_INFERRING: tuple[Name, ...] = ("generation", "scoring")
 _ALL_EMBEDDED = "all engines are embedded, or run elsewhere"
 _REQUIRES_EXACT = {"unsloth"}
 """Engines below whose public functions this package reaches: other versions are refused."""
@@ -129,7 +129,7 @@ def _uses_of_fp8(config: RunConfig) -> tuple[list[str], list[str]]:
     """Name what is in FP8: what only a GPU computes, and what vLLM computes on a CPU, too."""
     on_gpu = [
         f"{setting}.quantization=fp8"
-        for name in _QUANTIZABLE
+        for name in _INFERRING
         for setting, section in sections_of(config, name).items()
         if getattr(section, "quantization", None) == "fp8" and not getattr(section, "urls", ())
     ]
@@ -151,7 +151,7 @@ def _uses_of_fp8(config: RunConfig) -> tuple[list[str], list[str]]:
 def check_flashinfer(config: RunConfig) -> Verdict:
     """Check that the compiler is here that FlashInfer takes for its kernels."""
     lacking, found = list[str](), list[str]()
-    for name in _QUANTIZABLE:
+    for name in _INFERRING:
         for setting, section in sections_of(config, name).items():
             if getattr(section, "attention_backend", None) != "flashinfer":
                 continue
