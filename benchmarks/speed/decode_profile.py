@@ -9,6 +9,9 @@ per step, and the share of the time in which the GPU was idle. Processor seconds
 of the process with the model show whether the GPU may wait for the host.
 ``--engine distributed_executor_backend=uni`` puts scheduler and model into one process.
 
+``--check`` compares the logprobs of sampled tokens with those of a prefill over the same sequences:
+what the attention of a decode step computes beside that of whole sequences.
+
 Variants: ``base`` is the request of the rollout process; ``final`` has one output at the end
 instead of deltas; ``unseeded`` has no seed per request; ``plain`` asks for no logprobs.
 """
@@ -27,7 +30,7 @@ import numpy as np
 import yaml
 from torch.profiler import ProfilerActivity, profile
 from vllm import AsyncEngineArgs, TokensPrompt
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from benchmarks.lib.gpu_trace import gpu_work, idle_share, milliseconds
@@ -150,6 +153,41 @@ class Bench:
             "engine_cpu_share": (await self.ask("distill_cpu_seconds") - engine) / seconds,
         }
 
+    async def checked(self, sequences: int = 32, new_tokens: int = 256) -> dict[str, float]:
+        """Return the gap in nats between decoding and a prefill, token by token."""
+
+        async def last(name: str, ids: list[int], **settings: Any) -> Any:
+            params = SamplingParams(
+                temperature=1.0, output_kind=RequestOutputKind.FINAL_ONLY, **settings
+            )
+            tokens = TokensPrompt(prompt_token_ids=ids)
+            (output,) = [each async for each in self.engine.generate(tokens, params, name)]
+            return output
+
+        async def one(number: int) -> np.ndarray:
+            ids = self.rng.integers(0, self.vocab_size, self.args.prompt_tokens).tolist()
+            output = await last(
+                f"decoded-{number}",
+                ids,
+                max_tokens=new_tokens,
+                ignore_eos=True,
+                logprobs=0,
+                seed=number,
+            )
+            answer = list(output.outputs[0].token_ids)
+            decoded = output.outputs[0].logprobs
+            again = await last(f"again-{number}", ids + answer, max_tokens=1, prompt_logprobs=0)
+            whole = again.prompt_logprobs[len(ids) :]
+            pairs = zip(answer, decoded, whole, strict=True)
+            return np.array([mine[t].logprob - theirs[t].logprob for t, mine, theirs in pairs])
+
+        gap = np.abs(np.concatenate(await asyncio.gather(*map(one, range(sequences)))))
+        return {
+            "tokens": gap.size,
+            "mean_abs_nats": float(gap.mean()),
+            "max_nats": float(gap.max()),
+        }
+
     async def profiled(self) -> dict[str, Any]:
         """Milliseconds per step, by category and of the largest kernels."""
         running = asyncio.create_task(self.round("base", self.args.new_tokens))
@@ -190,9 +228,12 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         "start_s": bench.start_s,
         "requests": {},
     }
-    for variant in args.requests.split(","):
+    for variant in filter(None, args.requests.split(",")):
         result["requests"][variant] = await bench.timed(variant)
         print(args.label, variant, result["requests"][variant], flush=True)
+    if args.check:
+        result["check"] = await bench.checked()
+        print(args.label, "check", result["check"], flush=True)
     if args.profile:
         result["profile"] = await bench.profiled()
         print(args.label, json.dumps(result["profile"], indent=1), flush=True)
@@ -215,8 +256,9 @@ def main() -> None:
     parser.add_argument("--stream-interval", type=int, default=16)
     parser.add_argument("--quantization")
     parser.add_argument("--engine", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--requests", default="base", help="variants, comma-separated")
+    parser.add_argument("--requests", default="base", help="variants, comma-separated; or none")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--check", action="store_true")
     parser.add_argument("--wait-for", help="a file; measuring begins when it is there")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

@@ -16,13 +16,14 @@ The config streams; prompts are random tokens, and answers have the lengths that
 - ``plan``: sequential steps of other sizes, beside what `qwen3-distill plan` predicts for them and
   for the long tails: ``time_plan_error_pct``
 - ``topk16``: scoring and steps with the teacher's 16 most likely tokens and with the sampled token,
-  each with a learner of its own: ``score_topk16_tok_s``, ``topk16_vs_sampled_step`` and
-  ``opd_topk16_tok_s`` (sequential), ``opd_topk16_streaming_tok_s``
+  each with a learner of its own, sequential: ``score_topk16_tok_s``, ``topk16_vs_sampled_step`` and
+  ``opd_topk16_tok_s``
+- ``topk16_streaming``: scoring with them, and streaming: ``opd_topk16_streaming_tok_s``
 - ``n4``: a quarter of the prompts, four answers to each, and a learner that computes a prompt once:
   ``opd_tok_s_n4``
 
-`topk16` and `n4` come last: they leave a learner of another config. A part that fails is noted, and
-the next begins. None begins that might end after ``--limit-s``.
+`topk16`, `topk16_streaming` and `n4` come last: they leave a learner of another config. A part that
+fails is noted, and the next begins. None begins that might end after ``--limit-s``.
 """
 
 import argparse
@@ -68,6 +69,8 @@ _SIZES = (
 )
 
 
+_OF_ANOTHER_LEARNER = ("topk16", "topk16_streaming", "n4")
+_TOP_16 = TopKDivergence(kind="top_k", k=16)
 _FAILURES = (DistillError, TooFewSteps, RuntimeError, LookupError, ValueError, OSError)
 
 
@@ -84,6 +87,7 @@ class Session:
             "longtail8": (170, self.longtail8),
             "plan": (90, self.plan),
             "topk16": (300, self.topk16),
+            "topk16_streaming": (190, self.topk16_streaming),
             "n4": (170, self.n4),
         }
         """The seconds that a part may take on an H200, and what it does."""
@@ -185,7 +189,7 @@ class Session:
         found = dict[str, Any]()
         for name, objective, request in (
             ("sampled", SampledReverseKL(kind="sampled_reverse_kl"), SampledRequest()),
-            ("topk16", TopKDivergence(kind="top_k", k=16), TopKRequest(k=16)),
+            ("topk16", _TOP_16, TopKRequest(k=16)),
         ):
             config = self._given.config.model_copy(update={"objective": objective})
             asked = asking(teacher, request)
@@ -197,6 +201,14 @@ class Session:
         ratio = dense["seconds"] / dense["steps"] / (sampled["seconds"] / sampled["steps"])
         figures = {"topk16_vs_sampled_step": ratio, "opd_topk16_tok_s": dense["tok_s"]}
         self.report.add("topk16", figures, **found)
+
+    async def topk16_streaming(self) -> None:
+        """Score with the teacher's top 16, then stream with them."""
+        config = self._given.config.model_copy(update={"objective": _TOP_16})
+        asked = asking(self._given.required_teacher, TopKRequest(k=16))
+        if "score_topk16_tok_s" not in self.report.figures:
+            await measure_score(self.work(config), self.report, asked, "score_topk16")
+        await self.use(config, asked)
         _, steps, skip = self._arguments.fixed_steps
         streaming = await self.bench.pipeline("streaming", "fixed", steps, "topk16", skip=skip)
         figures = {"opd_topk16_streaming_tok_s": streaming["tok_s"]}
@@ -322,7 +334,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True)
     parser.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE")
-    names = ("fixed", "longtail8", "plan", "topk16", "n4")
+    names = ("fixed", "longtail8", "plan", *_OF_ANOTHER_LEARNER)
     parser.add_argument("--measure", type=lambda text: text.split(","), default=list(names))
     parser.add_argument("--limit-s", type=float, default=3600)
     steps = "SEQUENTIAL:STREAMING:SKIP"
@@ -339,9 +351,10 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if unknown := set(arguments.measure) - set(names):
         parser.error(f"--measure: no {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    changing = [name in ("topk16", "n4") for name in arguments.measure]
+    changing = [name in _OF_ANOTHER_LEARNER for name in arguments.measure]
     if changing != sorted(changing):
-        parser.error("--measure: topk16 and n4 leave another learner; name them last")
+        last = ", ".join(_OF_ANOTHER_LEARNER)
+        parser.error(f"--measure: {last} leave another learner; name them last")
     return arguments
 
 

@@ -7,7 +7,8 @@ thing that it does with them, scaled to ``--tokens`` tokens: float32 and log-sof
 lists of Python, the lists of each sequence, arrays of them, and the same selection by blocks (the
 16 largest values lie in the 16 blocks with the largest maxima, so two small selections do for one
 over the whole vocabulary). SGLang's own functions are used where it is installed, and imported, so
-that Python's garbage collection has as many objects to read as in a server; frozen, it has not.
+that Python's garbage collection has as many objects to read as in a server; frozen, it has not;
+and with the thresholds of our plugin it begins rarely.
 """
 # ruff: noqa: PLC0415 - SGLang is not installed everywhere
 
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib.common import RESULTS, Report
+from qwen3_distill.scoring.sglang.plugin import THRESHOLDS
 
 _BLOCK = 128
 
@@ -130,6 +132,10 @@ def profile(arguments: argparse.Namespace, rows: int) -> dict[str, float]:
     clock.time("lists_of_passes", lists_of_a_pass)
     gc.freeze()
     clock.time("lists_of_passes_frozen", lists_of_a_pass)
+    before = gc.get_threshold()
+    gc.set_threshold(*THRESHOLDS)
+    clock.time("lists_of_passes_rarely_collected", lists_of_a_pass)
+    gc.set_threshold(*before)
     gc.unfreeze()
     clock.time("arrays_without_lists", lambda: (values.cpu().numpy(), ids.int().cpu().numpy()))
     return clock.seconds

@@ -26,16 +26,19 @@ _LONGEST_TEMPORARY_DIR = 50
 between."""
 
 
-def engine_environment(extra: Mapping[str, str]) -> dict[str, str]:
+def engine_environment(extra: Mapping[str, str], folders: Sequence[Path] = ()) -> dict[str, str]:
     """The variables of an engine's process: those of this one, and ``extra``.
 
     This package is importable there from the files that run here, whatever ``PYTHONPATH`` says.
+
+    Args:
+        folders: what else is importable there.
     """
     for name, value in extra.items():
         if is_secret_name(name):
             remember_secret(value)  # the process may print its variables
     environment = {**os.environ, **extra}
-    path = [str(_SOURCE), environment.get("PYTHONPATH", "")]
+    path = [str(_SOURCE), *map(str, folders), environment.get("PYTHONPATH", "")]
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 

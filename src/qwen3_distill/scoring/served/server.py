@@ -5,7 +5,7 @@ import re
 import secrets
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -90,9 +90,9 @@ class EngineServer(ABC):
         self._log.touch(mode=0o600)
         self._log_start = self._log.stat().st_size
         command = [self._python, "-m", self.module, "--config", str(file)]
-        await self._process.start(
-            command, engine_environment(self._variables() | self._settings.environment)
-        )
+        variables = self._variables() | self._settings.environment
+        folders = self._importable(self._process.scratch)
+        await self._process.start(command, engine_environment(variables, folders))
 
     async def wait(self) -> None:
         """Wait until the process has ended."""
@@ -142,6 +142,10 @@ class EngineServer(ABC):
         if unknown := self.unknown.findall(tail):
             return EngineStartError(self._unknown_message(unknown[-1]))
         return EngineStartError(f"the {self.engine} server did not start{tail}")
+
+    def _importable(self, scratch: Path) -> Sequence[Path]:
+        """Return folders of what the engine is to import, written into ``scratch``."""
+        return ()
 
     @abstractmethod
     def _options(self, port: int) -> Options:

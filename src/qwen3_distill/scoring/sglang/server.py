@@ -1,12 +1,13 @@
 """The SGLang server that is started here: its options, and what its log says of memory."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 from qwen3_distill.config import SglangScoring
 from qwen3_distill.scoring.served.server import HOST, EngineServer, Options
+from qwen3_distill.scoring.sglang.plugin import write_plugin
 
 CPU_CACHE_TOKENS = 65536
 """Tokens of the key-value cache on a CPU, where no memory is planned: SGLang's default takes most
@@ -88,6 +89,9 @@ class SglangServer(EngineServer):
             f"the SGLang server ran out of memory. Planned: {planned}. Found: "
             f"{found or 'no figure in its log'}. To change: {knob}"
         )
+
+    def _importable(self, scratch: Path) -> Sequence[Path]:
+        return [write_plugin(scratch / "plugin")]
 
     def _options(self, port: int) -> Options:
         """Return the entries of the configuration file of ``sglang.launch_server``."""
