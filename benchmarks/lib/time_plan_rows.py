@@ -34,8 +34,10 @@ _FP8_CACHE = (
 _XQA = ("generation.kv_cache_dtype=fp8", "generation.attention_backend=flashinfer")
 _OLD_HOST = "answers are checked while the step goes on"
 _OLD_CANDIDATES = "candidates' logprobs come from unsloth's fused kernel"
-_INSIDE = "h200_rows_inside"
+_ONCE = "h200_rows_once"
+_INSIDE = (_ONCE, "h200_rows_inside")
 _OLD_ATTENTION = "our attention is inside unsloth's compiled layers"
+_OLD_SUMS = "a shared prompt's gradient is added up without atomics"
 
 
 def committed_rows() -> list[Row]:
@@ -55,13 +57,16 @@ def committed_rows() -> list[Row]:
         *_one_start_rows("h200_tails_packed", "training.packing=true", _FP8_BACKWARD, *_FP8_CACHE),
         *_one_start_rows("h200_levers", _FP8_BACKWARD, *_FP8_CACHE),
         *_one_start_rows("h200_levers_xqa", _FP8_BACKWARD, *_XQA),
+        *_one_start_rows("h200_levers_n4", _FP8_BACKWARD, *_XQA),
         *_one_start_rows("h200_topk16"),
         *_one_start_rows("h200_levers_without", parts=("n4",)),  # its note says why not the rest
         *_plan_rows("h200_tails"),
         *_learner_rows("h200_learners"),
         *_learner_rows("h200_rows"),
         *_learner_rows("h200_rows_divided"),
-        *_learner_rows(_INSIDE),
+        *_learner_rows("h200_rows_inside"),
+        *_learner_rows(_ONCE),
+        *_learner_rows("h200_rows_5120", "training.micro_batch_tokens=5120"),
         *_learner_rows("h200_fp8_learners"),
         *_learner_rows("h200_fp8_learners_cudnn"),
     ]
@@ -277,25 +282,27 @@ def measured_rows(parts: Mapping[str, Any], **changes: str) -> list[Row]:
     return rows
 
 
-def _learner_rows(source: str) -> Iterator[Row]:
+def _learner_rows(source: str, *overrides: str) -> Iterator[Row]:
     """Rows of `benchmarks.speed.learners`: 128 rollouts a step."""
     for part, values in read(source)["parts"].items():
         learner, _, work = part.rpartition("_") if part.endswith(("_n1", "_n4")) else (part, "", "")
         samples = 4 if work == "n4" else 1
         learner, _, lengths = learner.rpartition("_") if work else (learner, "", "128x512")
         seconds = _mean(values["steps_s"])
-        case = _learner_case(learner, lengths, samples)
+        case = _learner_case(learner, lengths, samples, *overrides)
         changed = None
         if "top16" in learner and source == "h200_learners" and "unsloth" in learner:
             changed = _OLD_CANDIDATES
-        if ("shared" in learner or "packed" in learner) and source != _INSIDE:
+        if "shared" in learner and source != _ONCE:
+            changed = _OLD_SUMS
+        if ("shared" in learner or "packed" in learner) and source not in _INSIDE:
             changed = _OLD_ATTENTION
         yield _row(source, part, "training", seconds, case, changed)
 
 
 def shared_prompt_gains() -> dict[str, dict[str, float]]:
     """Compare what sharing prompts gains with what the number of tokens says."""
-    rows, found = {row.name: row for row in _learner_rows(_INSIDE)}, {}
+    rows, found = {row.name: row for row in _learner_rows(_ONCE)}, {}
     by_tokens = replace(EFFICIENCY, train_own_attention=1.0)
     for work in ("128x512_n4", "300x508_n4"):
         alone, shared = rows[f"unsloth_{work}"], rows[f"unsloth_shared_{work}"]
@@ -307,10 +314,10 @@ def shared_prompt_gains() -> dict[str, dict[str, float]]:
     return found
 
 
-def _learner_case(learner: str, lengths: str, samples: int) -> Case:
+def _learner_case(learner: str, lengths: str, samples: int, *given: str) -> Case:
     """Describe a learner and a work by their names in `benchmarks.speed.learners`."""
     prompt, _, answer = lengths.partition("x")
-    overrides = [f"prompts_per_step={128 // samples}", f"samples_per_prompt={samples}"]
+    overrides = [f"prompts_per_step={128 // samples}", f"samples_per_prompt={samples}", *given]
     if "unsloth" not in learner:
         embedded = "training={kind: embedded, dtype: bfloat16, micro_batch_tokens: 10240, "
         overrides.append(embedded + "tuning: {kind: lora}, compiled: true}")

@@ -68,7 +68,7 @@ def test_a_learner_is_held_against_unsloth_on_its_own_card() -> None:
         "train_unsloth_shared_128x512_n4_tok_s": 33_000.0,
         "train_unsloth_packed_128xlongtail8_n1_tok_s": 90_000.0,  # of which unsloth's is not there
     }
-    results = {"h200_rows": {"figures": ROWS}, "h200_rows_inside": {"figures": later}}
+    results = {"h200_rows": {"figures": ROWS}, "h200_rows_once": {"figures": later}}
     assert figures_of(results) == {
         "train_prefix_n4_ratio": 1.1,
         "train_packing_longtail_ratio": 1.05,
@@ -152,9 +152,9 @@ def test_settings_that_are_not_shipped_stand_beside_the_figure() -> None:
     }
     levers = with_levers(results)
     assert levers == {
-        "opd_tok_s_256x512": 12_000.0,
-        "longtail8_vs_sequential": 2.1,
-        "fixed_vs_trl": 2.0,
+        "opd_tok_s_256x512": {"h200_levers_xqa": 12_000.0},
+        "longtail8_vs_sequential": {"h200_tails_packed": 2.1},
+        "fixed_vs_trl": {"h200_levers": 2.0},
     }
     rows = {row["figure"]: row for row in verdicts({"opd_tok_s_256x512": 9_000.0}, levers)}
     assert rows["opd_tok_s_256x512"]["met"] is False
@@ -163,3 +163,14 @@ def test_settings_that_are_not_shipped_stand_beside_the_figure() -> None:
     assert rows["fixed_vs_trl"]["met_with_levers"] is False
     assert "with_levers" not in rows["opd_tok_s_n4"]
     assert with_levers({"h200_levers_trl": results["h200_levers_trl"]}) == {}
+
+
+def test_a_goal_that_one_of_two_runs_misses_is_missed() -> None:
+    results = {
+        "h200_levers_xqa": {"figures": {"opd_tok_s_256x512": 12_000.0}},
+        "h200_levers_n4": {"figures": {"opd_tok_s_256x512": 9_000.0, "opd_tok_s_n4": 13_000.0}},
+    }
+    rows = {row["figure"]: row for row in verdicts({}, with_levers(results))}
+    assert len(rows["opd_tok_s_256x512"]["with_levers"]) == 2
+    assert rows["opd_tok_s_256x512"]["met_with_levers"] is False
+    assert rows["opd_tok_s_n4"]["met_with_levers"] is True
