@@ -6,7 +6,7 @@ it: docs/measured/time-plan.md.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from qwen3_distill.config import RunConfig, candidates_per_token
@@ -22,6 +22,7 @@ from qwen3_distill.utils.batches import packed_rows, padded_batches
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 Stage: TypeAlias = Literal["sampling", "scoring", "training", "publishing", "host"]
+_MUCH_LONGER = 1.05
 MEASURED_CANDIDATES = 16
 """Candidates of the teacher for a token whose cost was measured."""
 STAGES: tuple[Stage, ...] = ("sampling", "scoring", "training", "publishing", "host")
@@ -134,7 +135,7 @@ def plan_time(
         devices=config.cost.devices,
         price_per_device_hour=config.cost.price_per_device_hour,
         currency=config.cost.currency,
-        notes=tuple(_notes(config, rates)),
+        notes=(*_notes(config, rates), *_of_slow_host(planned, rates, rollouts, share)),
     )
 
 
@@ -357,6 +358,27 @@ def _evaluation_seconds(
         sampled = roofline.sampling(student_model(planned, rates), rates, decoding, rollouts, share)
         total += times * sampled.seconds / _devices_of(config, "sampling")
     return total * (2 if evaluation.second_temperature is not None else 1)
+
+
+def _of_slow_host(
+    planned: Planned, rates: Rates, rollouts: Rollouts, share: Efficiency
+) -> Iterator[str]:
+    """Say how long training would take on the slowest host that was measured, if longer."""
+    training = planned.config.training
+    if training.kind != "unsloth":
+        return
+    work, layer_s = training_work(planned, rollouts), shares.SLOW_HOST_S_PER_LAYER
+    slow = replace(rates, launch_s=layer_s[training.base_precision] / work.kernels_per_layer)
+    here_s, slow_s = (
+        roofline.training(planned.student, of_host, work, rollouts, share).seconds
+        for of_host in (rates, slow)
+    )
+    if slow_s > _MUCH_LONGER * here_s:
+        yield (
+            f"a slow host: the slowest one measured takes {slow_s:.1f} s to launch what training "
+            f"computes in {here_s:.1f}; larger micro-batches (training.micro_batch_tokens) "
+            "need fewer launches"
+        )
 
 
 def _names_candidates(config: RunConfig) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.lib.gb10_public_rows import public_rows
+from benchmarks.lib.time_plan_case import read
 from benchmarks.lib.time_plan_rows import FITTED, committed_rows, fit
 from qwen3_distill.config import RunConfig
 from qwen3_distill.config.load import load_config
@@ -15,7 +16,7 @@ from qwen3_distill.modeling.shapes import named_shape
 from qwen3_distill.modeling.step_memory import GIB
 from qwen3_distill.planning.device import DeviceMemory
 from qwen3_distill.planning.peaks import named_device
-from qwen3_distill.planning.rates import EFFICIENCY, Rates, peak_rates
+from qwen3_distill.planning.rates import EFFICIENCY, SLOW_HOST_S_PER_LAYER, Rates, peak_rates
 from qwen3_distill.planning.suggest import Situation, Suggestion, suggest
 from qwen3_distill.planning.time_plan import Planned, TimePlan, assumed_lengths, plan_time
 
@@ -172,6 +173,31 @@ def test_what_is_left_out_of_a_config_is_named() -> None:
     ):
         assert any(words in note for note in plan_of(load("h200", *overrides)).notes), words
         assert not any(words in note for note in plan_of(load("h200")).notes), words
+
+
+def test_a_slow_host_is_named_where_the_learner_would_wait_for_it() -> None:
+    def notes_of(*overrides: str, rates: Rates = H200) -> list[str]:
+        config = load("h200-streaming", *overrides)
+        notes = plan_of(config, rates=rates, prompt_tokens=128).notes
+        return [note for note in notes if "a slow host" in note]
+
+    ((as_loaded,), (fp8,)) = notes_of(), notes_of("training.base_precision=fp8_backward")
+    # 32 micro-batches of 36 layers.
+    assert f"takes {32 * 36 * 7.43e-3:.1f} s to launch" in as_loaded
+    assert f"takes {32 * 36 * 8.25e-3:.1f} s to launch" in fp8
+    assert notes_of("training.micro_batch_tokens=10240") == []
+    assert notes_of("training={kind: embedded, tuning: {kind: lora}}") == []
+    assert notes_of(rates=peak_rates(named_device("gb10"))) == []  # a GPU that is slower than it
+
+
+@pytest.mark.parametrize("precision", ["as_loaded", "fp8_backward"])
+def test_the_slowest_host_is_the_one_of_the_result(precision: str) -> None:
+    parts = read("h200_rows_5120")["parts"]
+    name = "unsloth" if precision == "as_loaded" else f"unsloth_{precision}"
+    part = parts[f"{name}_128x512_n4"]
+    micro_batches = part["tokens"] / 5120
+    seconds = sum(part["steps_s"]) / len(part["steps_s"]) / micro_batches / 36
+    assert pytest.approx(seconds, rel=2e-3) == SLOW_HOST_S_PER_LAYER[precision]
 
 
 def test_a_cache_in_fp8_is_read_faster_by_flashinfer_while_streaming_on_hopper() -> None:
