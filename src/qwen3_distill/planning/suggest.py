@@ -29,6 +29,8 @@ _LEAST_ON_LARGE_CARDS = 4096
 """Tokens of the smallest micro-batch on such a card: smaller ones, which leave the GPU waiting for
 the host, were not measured on any, so the time plan does not know what they cost there."""
 _SWEEPS = 2
+_TIE = 1e-3
+"""Settings whose rates or times differ by less are as fast as one another."""
 _FP8_CACHE = {"generation.kv_cache_dtype": "fp8", "generation.attention_backend": "flashinfer"}
 
 
@@ -211,6 +213,22 @@ def _search(situation: Situation, variant: _Variant) -> Suggestion | None:
                     best, improved = tried, True
         if not improved:
             break
+    return _fewer_launches(situation, variant, best)
+
+
+def _fewer_launches(situation: Situation, variant: _Variant, best: Suggestion) -> Suggestion:
+    """Return it with larger micro-batches where they cost nothing and a slow host would gain."""
+    least = (1 - _TIE) * best.plan.tokens_per_s
+    for size in _MICRO_BATCHES:
+        if size <= best.config.training.micro_batch_tokens:
+            continue
+        changes = {**best.changes, "training.micro_batch_tokens": size}
+        tried = _evaluate(situation, changes, variant.meaning)
+        if tried is None or tried.plan.tokens_per_s < least:
+            continue
+        gains = tried.plan.slow_host_s < (1 - _TIE) * best.plan.slow_host_s
+        if gains and _is_planned(situation, tried):
+            best = tried
     return best
 
 
@@ -238,7 +256,7 @@ def _faster(
     tried = _evaluate(situation, changes, meaning)
     if tried is None:
         return None
-    if best is not None and tried.plan.tokens_per_s <= 1.001 * best.plan.tokens_per_s:
+    if best is not None and tried.plan.tokens_per_s <= (1 + _TIE) * best.plan.tokens_per_s:
         return None
     return tried if _is_planned(situation, tried) else None
 

@@ -55,6 +55,9 @@ class TimePlan:
     """Each stage of a step by itself; in streaming they overlap."""
     step_s: float
     """Seconds of a whole step."""
+    slow_host_s: float
+    """Seconds of a whole step with the slowest host that was measured under a learner, which waits
+    for it with small micro-batches; `step_s` where it would not."""
     new_tokens: float
     """Tokens sampled for a step."""
     run_s: float
@@ -124,18 +127,23 @@ def plan_time(
         for stage, time in _stages(planned, rates, rollouts, share).items()
     }
     step_s = _step_seconds(config, stages, share)
+    waiting: dict[Stage, StageTime] = {
+        **stages,
+        "training": _on_slow_host(planned, rates, rollouts, share),
+    }
     evaluation_s = _evaluation_seconds(planned, rates, assumed, share)
     return TimePlan(
         rates=rates,
         stages=stages,
         step_s=step_s,
+        slow_host_s=_step_seconds(config, waiting, share),
         new_tokens=rollouts.new_tokens * max(_times_per_step(config, "sampling"), 1e-9),
         run_s=config.steps * step_s + evaluation_s,
         evaluation_s=evaluation_s,
         devices=config.cost.devices,
         price_per_device_hour=config.cost.price_per_device_hour,
         currency=config.cost.currency,
-        notes=(*_notes(config, rates), *_of_slow_host(planned, rates, rollouts, share)),
+        notes=(*_notes(config, rates), *_of_slow_host(stages["training"], waiting["training"])),
     )
 
 
@@ -360,24 +368,25 @@ def _evaluation_seconds(
     return total * (2 if evaluation.second_temperature is not None else 1)
 
 
-def _of_slow_host(
+def _on_slow_host(
     planned: Planned, rates: Rates, rollouts: Rollouts, share: Efficiency
-) -> Iterator[str]:
+) -> StageTime:
+    """Predict training with the slowest host that was measured; what was measured is unsloth."""
+    training, work = planned.config.training, training_work(planned, rollouts)
+    if training.kind == "unsloth":
+        launch_s = shares.SLOW_HOST_S_PER_LAYER[training.base_precision] / work.kernels_per_layer
+        rates = replace(rates, launch_s=max(launch_s, rates.launch_s))
+    found = roofline.training(planned.student, rates, work, rollouts, share)
+    return found.times(1 / _devices_of(planned.config, "training"))
+
+
+def _of_slow_host(here: StageTime, slow: StageTime) -> Iterator[str]:
     """Say how long training would take on the slowest host that was measured, if longer."""
-    training = planned.config.training
-    if training.kind != "unsloth":
-        return
-    work, layer_s = training_work(planned, rollouts), shares.SLOW_HOST_S_PER_LAYER
-    slow = replace(rates, launch_s=layer_s[training.base_precision] / work.kernels_per_layer)
-    here_s, slow_s = (
-        roofline.training(planned.student, of_host, work, rollouts, share).seconds
-        for of_host in (rates, slow)
-    )
-    if slow_s > _MUCH_LONGER * here_s:
+    if slow.seconds > _MUCH_LONGER * here.seconds:
         yield (
-            f"a slow host: the slowest one measured takes {slow_s:.1f} s to launch what training "
-            f"computes in {here_s:.1f}; larger micro-batches (training.micro_batch_tokens) "
-            "need fewer launches"
+            f"a slow host: the slowest one measured takes {slow.seconds:.1f} s to launch what "
+            f"training computes in {here.seconds:.1f}; larger micro-batches "
+            "(training.micro_batch_tokens) need fewer launches"
         )
 
 

@@ -93,6 +93,25 @@ def test_large_cards_get_no_smaller_micro_batches_than_were_measured_or_given(
     assert min(micro_batches(each.config) for each in small) < 4096
 
 
+@pytest.mark.usefixtures("_same_optimization")
+def test_micro_batches_grow_for_a_slow_host_where_nothing_is_lost() -> None:
+    small = ("training.micro_batch_tokens=5120", "generation.max_sequences=16")
+    given = situation("h200", 139, *small)
+    (best, *_) = suggest(given)
+    assert micro_batches(best.config) > 5120
+    as_before = {**best.changes, "training.micro_batch_tokens": 5120}
+    typed = [f"{key}={value}" for key, value in as_before.items()]
+    kept = situation("h200", 139, *typed)
+    shapes = {"student_shape": kept.student, "teacher_shape": kept.teacher}
+    before = evaluated(kept, lay_out(kept.config, device=kept.device, **shapes))
+    assert best.plan.slow_host_s < 0.95 * before.slow_host_s
+    assert best.plan.tokens_per_s == pytest.approx(before.tokens_per_s, rel=2e-3)
+    assert before.slow_host_s > before.step_s
+    # Without room for larger ones they stay.
+    least = suggest(replace(given, device=stated_memory(int(0.99 * best.memory.required_bytes))))
+    assert micro_batches(least[0].config) < micro_batches(best.config)
+
+
 def test_nothing_is_suggested_that_a_gb10_cannot_hold() -> None:
     few = ("generation.max_sequences=32", "prompts_per_step=256")
     here = situation("gb10", 108, *few, device="gb10", teacher="32B")
