@@ -1,7 +1,7 @@
-"""A plugin of SGLang's for servers that are started here, by SGLang's interface for plugins.
+"""Writes a plugin, by SGLang's interface for them, for servers that are started here.
 
 The candidates of a pass are tens of thousands of Python lists. With Python's usual thresholds its
-garbage collection reads them again and again: some 60% of the time in which they are made, while
+garbage collection reads them again and again: half of the time in which they are made, while
 the GPU waits (benchmarks/results/topk_profile.json). SGLang's ``--gc-threshold`` reaches the
 process that answers requests, not the scheduler, which makes the lists; plugins reach both.
 """
@@ -12,7 +12,7 @@ THRESHOLDS = (50_000, 20, 100)
 """Objects made before the youngest generation is collected, and collections of one generation
 before the next is."""
 NAME = "qwen3_distill_collects_rarely"
-"""Of the plugin and of its module."""
+"""The name of the plugin and of its module."""
 _MODULE = f"""\
 import gc
 import multiprocessing
