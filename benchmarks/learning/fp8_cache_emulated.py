@@ -62,7 +62,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, case: str) -
 
 
 class Passes:
-    """Passes of some rows of tokens through a model."""
+    """Passes of some rows of tokens through a model.
+
+    The attention is registered by name, once in a process: a second one takes it over.
+    """
 
     def __init__(self, model: Any, ids_BT: Tensor, prompt_tokens: int) -> None:
         self._model, self._ids_BT, self._prompt_tokens = model, ids_BT, prompt_tokens

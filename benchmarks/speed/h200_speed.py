@@ -117,14 +117,19 @@ def with_levers(results: Results) -> dict[str, dict[str, float]]:
     found = dict[str, dict[str, float]]()
     for name, sources in _LEVERS.items():
         for source, key in sources.items():
-            if source in results:
-                found.setdefault(name, {})[source] = round(results[source]["figures"][key], 4)
+            value = _figure(results, source, key)
+            if value is not None:
+                found.setdefault(name, {})[source] = round(value, 4)
     for ours, theirs in _BESIDE_TRL.items():
-        if {ours, theirs} <= results.keys():
-            step, trl = results[ours]["figures"][_STEP], results[theirs]["figures"]
-            ratio = step / trl["trl_fixed_tok_s"]
-            found.setdefault("fixed_vs_trl", {})[ours] = round(ratio, 4)
+        step, trl = _figure(results, ours, _STEP), _figure(results, theirs, "trl_fixed_tok_s")
+        if step is not None and trl is not None:
+            found.setdefault("fixed_vs_trl", {})[ours] = round(step / trl, 4)
     return found
+
+
+def _figure(results: Results, source: str, key: str) -> float | None:
+    """Return a result's figure, None where it has none: a part may not have been begun."""
+    return results.get(source, {}).get("figures", {}).get(key)
 
 
 def is_met(value: float, goal: float) -> bool:

@@ -152,8 +152,8 @@ EMBEDDED_KERNELS_PER_LAYER = 40
 TRAIN_KERNELS_PER_LAYER = 90
 """Kernels of a layer's forward and backward pass in training; assumed."""
 SLOW_HOST_S_PER_LAYER = {"as_loaded": 7.43e-3, "fp8_backward": 8.25e-3}
-"""Seconds in which the slowest host that was measured launches a layer's forward and backward pass
-with unsloth, by `training.base_precision`: h200_rows_5120, where the GPU waited for it."""
+"""Seconds of a layer's forward and backward pass with unsloth on a slow host, as it takes them to
+launch, by `training.base_precision`: h200_rows_5120, where the GPU has less to do."""
 ADAPTER_KERNELS_PER_LAYER = 8
 """Further kernels of a layer's decode step with an adapter beside the weights; assumed."""
 

@@ -217,7 +217,7 @@ def _search(situation: Situation, variant: _Variant) -> Suggestion | None:
 
 
 def _fewer_launches(situation: Situation, variant: _Variant, best: Suggestion) -> Suggestion:
-    """Return it with larger micro-batches where they cost nothing and a slow host would gain."""
+    """Enlarge the best's micro-batches where that costs nothing and a slow host would gain."""
     least = (1 - _TIE) * best.plan.tokens_per_s
     for size in _MICRO_BATCHES:
         if size <= best.config.training.micro_batch_tokens:

@@ -56,8 +56,8 @@ class TimePlan:
     step_s: float
     """Seconds of a whole step."""
     slow_host_s: float
-    """Seconds of a whole step with the slowest host that was measured under a learner, which waits
-    for it with small micro-batches; `step_s` where it would not."""
+    """Seconds of a whole step with a slow host that was measured under a learner, which waits for
+    it with small micro-batches; `step_s` where it would not."""
     new_tokens: float
     """Tokens sampled for a step."""
     run_s: float
@@ -68,7 +68,7 @@ class TimePlan:
     price_per_device_hour: float | None
     currency: str
     notes: tuple[str, ...]
-    """Parts of this config's time that are left out."""
+    """What is left out of this config's time."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -371,21 +371,26 @@ def _evaluation_seconds(
 def _on_slow_host(
     planned: Planned, rates: Rates, rollouts: Rollouts, share: Efficiency
 ) -> StageTime:
-    """Predict training with the slowest host that was measured; what was measured is unsloth."""
+    """Predict training with a slow host that was measured; what was measured is unsloth.
+
+    A backward pass counts as two forward passes: a layer that is recomputed launches a third more.
+    """
     training, work = planned.config.training, training_work(planned, rollouts)
     if training.kind == "unsloth":
-        launch_s = shares.SLOW_HOST_S_PER_LAYER[training.base_precision] / work.kernels_per_layer
+        layer_s = shares.SLOW_HOST_S_PER_LAYER[training.base_precision]
+        layer_s *= 1 + work.recomputed_layers / planned.student.num_layers / 3
+        launch_s = layer_s / work.kernels_per_layer
         rates = replace(rates, launch_s=max(launch_s, rates.launch_s))
     found = roofline.training(planned.student, rates, work, rollouts, share)
     return found.times(1 / _devices_of(planned.config, "training"))
 
 
 def _of_slow_host(here: StageTime, slow: StageTime) -> Iterator[str]:
-    """Say how long training would take on the slowest host that was measured, if longer."""
+    """Say how long training would take with a slow host that was measured, if longer."""
     if slow.seconds > _MUCH_LONGER * here.seconds:
         yield (
-            f"a slow host: the slowest one measured takes {slow.seconds:.1f} s to launch what "
-            f"training computes in {here.seconds:.1f}; larger micro-batches "
+            f"a slow host: with one that was measured training takes {slow.seconds:.1f} s in place "
+            f"of {here.seconds:.1f}, to launch it; larger micro-batches "
             "(training.micro_batch_tokens) need fewer launches"
         )
 

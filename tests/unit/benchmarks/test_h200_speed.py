@@ -174,3 +174,10 @@ def test_a_goal_that_one_of_two_runs_misses_is_missed() -> None:
     assert len(rows["opd_tok_s_256x512"]["with_levers"]) == 2
     assert rows["opd_tok_s_256x512"]["met_with_levers"] is False
     assert rows["opd_tok_s_n4"]["met_with_levers"] is True
+
+
+def test_parts_that_were_not_begun_have_no_figure_with_levers() -> None:
+    begun = {"h200_levers_n4": {"figures": {"opd_tok_s_256x512": 9_000.0}}}
+    assert with_levers(begun | {"h200_levers_n4_trl": {"figures": {}}}) == {
+        "opd_tok_s_256x512": {"h200_levers_n4": 9_000.0}
+    }

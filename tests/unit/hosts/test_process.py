@@ -443,6 +443,8 @@ def test_a_path_that_an_engine_asks_for_does_not_hide_this_package() -> None:
     first, second = engine_environment({"PYTHONPATH": "/engine/site"})["PYTHONPATH"].split(":")
     assert (Path(first) / "qwen3_distill" / "types.py").is_file()
     assert second == "/engine/site"
+    given = engine_environment({"PYTHONPATH": "/engine/site"}, [Path("/a"), Path("/b")])
+    assert given["PYTHONPATH"].split(":") == [first, "/a", "/b", "/engine/site"]
 
 
 SHARING = """

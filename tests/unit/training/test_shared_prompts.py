@@ -20,7 +20,13 @@ from qwen3_distill.config.load import check_config, load_config
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.loading import load_model
 from qwen3_distill.training import flash_rows, prompt_attention
-from qwen3_distill.training.batching import MicroBatch, collate, micro_batches, triangle
+from qwen3_distill.training.batching import (
+    MicroBatch,
+    SharedPrompt,
+    collate,
+    micro_batches,
+    triangle,
+)
 from qwen3_distill.training.embedded.student import EmbeddedLearner, build_embedded_learner
 from qwen3_distill.training.prompt_attention import (
     PromptAttention,
@@ -262,6 +268,30 @@ def test_packed_sequences_are_prompts_without_answers(
     ours = behind_prompts(model, replace(micro, shared=tuple(rows)))
     for mine, index in zip(ours, micro.rollouts, strict=True):
         assert_close(mine, alone(model, batch, index), rtol=1e-10, atol=1e-11)
+
+
+MIXED = [(4, (3, 5, 2)), (6, ()), (1, (0, 2)), (3, (0,)), (2, (7,))]
+"""Tokens of prompts and their answers: none, or 0 where the one token is a target only."""
+
+
+def test_the_gradient_of_copied_keys_is_their_sum_and_the_same_every_time() -> None:
+    start, shared = 0, list[SharedPrompt]()
+    for prompt, answers in MIXED:
+        shared.append(SharedPrompt(start=start, prompt_tokens=prompt, answer_tokens=answers))
+        start += prompt + sum(answers)
+    copied = flash_rows.flash_row(shared, CPU).copied
+    assert copied is not None
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(start, 2, 4, generator=generator).requires_grad_()
+    out = copied.of(values)
+    assert torch.equal(out, values[copied.place_S])
+    weights = torch.randn(out.shape, generator=generator)
+    found, again = (torch.autograd.grad(copied.of(values), values, weights)[0] for _ in range(2))
+    total = torch.zeros(values.shape, dtype=torch.float64)
+    assert_close(found.double(), total.index_add(0, copied.place_S, weights.double()))
+    assert torch.equal(found, again)
+    alone = [SharedPrompt(start=0, prompt_tokens=4, answer_tokens=(0,))]
+    assert flash_rows.flash_row(alone, CPU).copied is None
 
 
 @pytest.mark.gpu

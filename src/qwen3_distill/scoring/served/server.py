@@ -144,7 +144,7 @@ class EngineServer(ABC):
         return EngineStartError(f"the {self.engine} server did not start{tail}")
 
     def _importable(self, scratch: Path) -> Sequence[Path]:
-        """Return folders of what the engine is to import, written into ``scratch``."""
+        """Write what the engine is to import into ``scratch``; return its folders."""
         return ()
 
     @abstractmethod

@@ -1,4 +1,6 @@
-"""Writes a plugin, by SGLang's interface for them, for servers that are started here.
+"""Writes a plugin with which the processes of an SGLang server collect garbage rarely.
+
+It has SGLang's interface for plugins, and servers that are started here get it.
 
 The candidates of a pass are tens of thousands of Python lists. With Python's usual thresholds its
 garbage collection reads them again and again: half of the time in which they are made, while

@@ -91,7 +91,9 @@ class SglangServer(EngineServer):
         )
 
     def _importable(self, scratch: Path) -> Sequence[Path]:
-        return [write_plugin(scratch / "plugin")]
+        # Whoever gives thresholds of their own has chosen.
+        given = {name.replace("_", "-") for name in self._server_arguments}
+        return [] if "gc-threshold" in given else [write_plugin(scratch / "plugin")]
 
     def _options(self, port: int) -> Options:
         """Return the entries of the configuration file of ``sglang.launch_server``."""
