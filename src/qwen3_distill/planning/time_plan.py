@@ -68,7 +68,7 @@ class TimePlan:
     price_per_device_hour: float | None
     currency: str
     notes: tuple[str, ...]
-    """What is left out of this config's time."""
+    """Parts of this config's time that are left out, a slow host's among them."""
 
     @property
     def tokens_per_s(self) -> float:

@@ -190,7 +190,6 @@ def test_a_slow_host_is_named_where_the_learner_would_wait_for_it() -> None:
     assert notes_of(rates=peak_rates(named_device("gb10"))) == []  # a GPU that is slower than it
 
 
-@pytest.mark.parametrize("precision", ["as_loaded", "fp8_backward"])
 def test_a_slow_host_launches_what_is_recomputed_once_more() -> None:
     config = load("h200-streaming")
     shapes = {"student": named_shape("4B"), "teacher": named_shape("8B")}
@@ -206,6 +205,7 @@ def test_a_slow_host_launches_what_is_recomputed_once_more() -> None:
         assert any(f"training takes {seconds} s in place of" in note for note in plan.notes)
 
 
+@pytest.mark.parametrize("precision", ["as_loaded", "fp8_backward"])
 def test_the_slow_host_is_the_one_of_the_result(precision: str) -> None:
     parts = read("h200_rows_5120")["parts"]
     name = "unsloth" if precision == "as_loaded" else f"unsloth_{precision}"
