@@ -23,6 +23,7 @@ _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 Stage: TypeAlias = Literal["sampling", "scoring", "training", "publishing", "host"]
 _MUCH_LONGER = 1.05
+"""A slow host is named where it would make training take more than this many times as long."""
 MEASURED_CANDIDATES = 16
 """Candidates of the teacher for a token whose cost was measured."""
 STAGES: tuple[Stage, ...] = ("sampling", "scoring", "training", "publishing", "host")

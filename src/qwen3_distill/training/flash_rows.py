@@ -72,7 +72,7 @@ class CopiedKeys:
     prompt_Q: Tensor
     """int64: the places in the row of all prompts' tokens."""
     copies_QC: Tensor
-    """int64: where the key of each of them stands; 0 behind the last."""
+    """int64: where the key of each of them stands; behind the last, any place."""
     is_copy_QC: Tensor
     """bool: False behind the last."""
 
@@ -124,7 +124,7 @@ def _copied(shared: Sequence[SharedPrompt], place_S: Tensor, device: torch.devic
         place_S=_placed(place_S, device),
         own_T=_placed(order_S[first_T], device),
         prompt_Q=_placed(prompt_Q, device),
-        copies_QC=_placed(copies_QC.where(is_copy_QC, 0), device, 0, 1),
+        copies_QC=_placed(copies_QC, device, 0, 1),
         is_copy_QC=_placed(is_copy_QC, device, 0, 1),
     )
 
