@@ -27,22 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib.common import RESULTS, Report
-from qwen3_distill.scoring.sglang.plugin import THRESHOLDS
-
-_BLOCK = 128
-
-
-def by_blocks(values_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return values and places of the k largest of every row, as `torch.topk` does."""
-    rows, size = values_RV.shape
-    padded = torch.nn.functional.pad(values_RV, (0, -size % _BLOCK), value=-torch.inf)
-    blocks_RCB = padded.view(rows, -1, _BLOCK)
-    _, block_RK = blocks_RCB.amax(dim=-1).topk(k, dim=-1)
-    index_RKB = block_RK.unsqueeze(-1).expand(-1, -1, _BLOCK)
-    few_RM = blocks_RCB.gather(1, index_RKB).flatten(1)
-    found, place_RK = few_RM.topk(k, dim=-1)
-    block = block_RK.gather(1, place_RK // _BLOCK)
-    return found, block * _BLOCK + place_RK % _BLOCK
+from qwen3_distill.scoring.sglang.in_server import THRESHOLDS, Rows
 
 
 def lists_of_sequences(
@@ -110,7 +95,7 @@ def profile(arguments: argparse.Namespace, rows: int) -> dict[str, float]:
     exact = clock.time("float32", logits.float)
     logprobs: Tensor = clock.time("log_softmax", lambda: torch.log_softmax(exact, dim=-1))
     values, ids = clock.time("topk", lambda: logprobs.topk(k, dim=-1))
-    other, _ = clock.time("topk_by_blocks", lambda: by_blocks(logprobs, k))
+    other, _ = clock.time("topk_by_blocks", lambda: Rows(logprobs).topk(k))
     assert torch.equal(values, other), "the two selections differ"
     clock.time("topk_of_bfloat16", lambda: logits.topk(k, dim=-1))
     lists = clock.time("to_lists", lambda: (values.tolist(), ids.tolist()))

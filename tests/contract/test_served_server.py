@@ -22,7 +22,7 @@ from qwen3_distill.ports import CACHED_TOKENS
 from qwen3_distill.scoring.served.client import ServerClient
 from qwen3_distill.scoring.served.endpoint import RESTARTS
 from qwen3_distill.scoring.served.teacher import ServedTeacher
-from qwen3_distill.scoring.sglang.plugin import THRESHOLDS
+from qwen3_distill.scoring.sglang.in_server import THRESHOLDS
 from qwen3_distill.scoring.sglang.wire import SGLANG
 from qwen3_distill.types import TeacherScore
 from tests.contract.builders import jobs_of, run, scores_of, synthetic_rollout
@@ -175,11 +175,14 @@ def test_sglang_can_be_told_that_its_start_is_over(build_as: Build) -> None:
 
 
 @pytest.mark.sglang
-def test_sglangs_scheduler_collects_garbage_rarely(build_as: Build, tmp_path: Path) -> None:
+def test_sglangs_scheduler_has_our_plugins(build_as: Build, tmp_path: Path) -> None:
     run(build_as(Served("sglang", "real")).start())
     log = (tmp_path / "logs" / "server.log").read_text()
     where = re.findall(re.escape(f"thresholds {THRESHOLDS} in ") + r"(\S+)", log)
     assert len(set(where) - {"MainProcess"}) == 1, where
+    selecting = re.findall(r"selected by blocks in (\S+)", log)
+    assert set(selecting) == set(where) - {"MainProcess"}
+    assert "Failed to apply hooks" not in log
 
 
 class Refusing:

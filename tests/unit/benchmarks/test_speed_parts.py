@@ -7,13 +7,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.lib.overlap_parts import Lengths
 from benchmarks.speed.learners import Shape, config_of
 from benchmarks.speed.start import write_problems
 from benchmarks.speed.time_plan import CONFIG
-from benchmarks.speed.topk_profile import by_blocks
 from benchmarks.speed.trl_distillation import ForcedLengths, Setting, best_of
 from qwen3_distill.config import EmbeddedTraining, TopKDivergence, UnslothTraining
 from qwen3_distill.config.load import load_config
@@ -123,14 +121,6 @@ def test_the_fastest_setting_of_each_work_counts() -> None:
 
 
 # --- The rest -----------------------------------------------------------------------------------
-
-
-def test_selection_by_blocks_finds_what_topk_finds() -> None:
-    values = torch.randn(7, 1000, generator=torch.Generator().manual_seed(0))
-    found, places = by_blocks(values, 5)
-    expected, at = values.topk(5, dim=-1)
-    assert torch.equal(found, expected)
-    assert torch.equal(places, at)
 
 
 def test_problems_are_all_different_and_have_answers(tmp_path: Any) -> None:

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from qwen3_distill.config import SglangScoring
 from qwen3_distill.scoring.served.server import HOST, EngineServer, Options
-from qwen3_distill.scoring.sglang.plugin import write_plugin
+from qwen3_distill.scoring.sglang.plugin import COLLECTION, SELECTION, write_plugins
 
 CPU_CACHE_TOKENS = 65536
 """Tokens of the key-value cache on a CPU, where no memory is planned: SGLang's default takes most
@@ -93,7 +93,8 @@ class SglangServer(EngineServer):
     def _importable(self, scratch: Path) -> Sequence[Path]:
         # Whoever gives thresholds of their own has chosen.
         given = {name.replace("_", "-") for name in self._server_arguments}
-        return [] if "gc-threshold" in given else [write_plugin(scratch / "plugin")]
+        plugins = [SELECTION] if "gc-threshold" in given else [COLLECTION, SELECTION]
+        return [write_plugins(scratch / "plugin", *plugins)]
 
     def _options(self, port: int) -> Options:
         """Return the entries of the configuration file of ``sglang.launch_server``."""
