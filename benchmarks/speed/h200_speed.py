@@ -2,12 +2,13 @@
 
     python -m benchmarks.speed.h200_speed --results out
 
-reads what is there of `h200_rows_once` and `h200_rows` (`speed/learners.py`), `h200_topk16`,
-`h200_one_start` and `h200_tails` (`speed/one_start.py`), `h200_trl` (`speed/trl_distillation.py`),
-`h200_start` (`speed/start.py`), `h200_learners` and `time_plan`, and writes `h200_speed.json`: the
-figures, each beside its goal, and what was not measured. Of two results with a figure the one that
-is named first counts. Ratios are of results of one card; FP8's is that of `h200_learners` where
-the rows have none. Machine and versions are those of `h200_one_start`, or of the first there.
+reads what is there of `h200_rows_once` and `h200_rows` (`speed/learners.py`), `h200_score_topk16`,
+`h200_topk16`, `h200_one_start` and `h200_tails` (`speed/one_start.py`), `h200_trl`
+(`speed/trl_distillation.py`), `h200_start` (`speed/start.py`), `h200_learners` and `time_plan`, and
+writes `h200_speed.json`: the figures, each beside its goal, and what was not measured. Of two
+results with a figure the one that is named first counts. Ratios are of results of one card; FP8's
+is that of `h200_learners` where the rows have none. Machine and versions are those of
+`h200_one_start`, or of the first there.
 
 ``with_levers`` of a goal has the figures with settings that are not shipped, by the result that
 says which: all that were measured, and the goal is met if each of them meets it.
@@ -24,15 +25,17 @@ from benchmarks.speed.learners import ROUNDED
 from qwen3_distill.utils.files import write_json_atomic
 
 _ROWS = ("h200_rows_once", "h200_rows")
-_SOURCES = ("h200_topk16", "h200_one_start", "h200_tails", *_ROWS, "h200_trl", "h200_start")
+_STEPS = ("h200_topk16", "h200_one_start", "h200_tails")
+_SOURCES = ("h200_score_topk16", *_STEPS, *_ROWS, "h200_trl", "h200_start")
 _OTHERS = ("h200_learners", "time_plan")
 """Results of other cards, or of none."""
 _STEP = "opd_tok_s_256x512"
+_FOUR = "opd_tok_s_n4"
 _FP8 = "train_unsloth_fp8_backward_128x512_n4_vs_unsloth"
 _LEVERS: dict[str, dict[str, str]] = {
     "train_fp8_vs_unsloth": {"h200_fp8_learners_cudnn": _FP8, "h200_rows_5120": _FP8},
-    _STEP: {"h200_levers_xqa": _STEP, "h200_levers_n4": _STEP},
-    "opd_tok_s_n4": {"h200_levers_n4": "opd_tok_s_n4"},
+    _STEP: dict.fromkeys(("h200_levers_xqa", "h200_levers_n4", "h200_levers_micro"), _STEP),
+    _FOUR: dict.fromkeys(("h200_levers_n4", "h200_levers_priority", "h200_levers_micro"), _FOUR),
     "longtail8_vs_sequential": {"h200_tails_packed": "longtail8_vs_sequential"},
 }
 """Results with settings that are not shipped, and what the figure is called there."""

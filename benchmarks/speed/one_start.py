@@ -10,7 +10,8 @@ The config streams; prompts are random tokens, and answers have the lengths that
 
 - the start itself: ``ready_s``, from the process's begin until the student's weights are served
 - ``fixed``: all answers have `sampling.max_new_tokens`; sequential, then streaming:
-  ``opd_tok_s_<rollouts>x<tokens>``, ``fixed_vs_sequential``
+  ``opd_tok_s_<rollouts>x<tokens>`` (``opd_tok_s_n<samples>`` with several answers to a prompt),
+  ``fixed_vs_sequential``
 - ``longtail8``: lognormal lengths, median ``--median-tokens``, 99th percentile 8 times as much, cut
   at ``--max-tokens``; tokens may be ``--longtail-staleness`` steps old: ``longtail8_vs_sequential``
 - ``plan``: sequential steps of other sizes, beside what `qwen3-distill plan` predicts for them and
