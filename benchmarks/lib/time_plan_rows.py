@@ -88,7 +88,7 @@ FITTED: Mapping[str, str] = {
     row: name
     for name, row in FITTED_ON.items()
     if row.startswith("h200_")
-    and not row.startswith(("h200_decode_processes", "h200_one_start"))
+    and not row.startswith(("h200_decode_processes", "h200_score_topk16"))
     and name not in RATIOS
 } | {f"{source}: {parts[0]}, training": name for name, (source, parts) in RATIOS.items()}
 """The shares by the row that fitted them; `decode_shares` computes four more, `candidate_share`
