@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwen3_distill.config import RunConfig
+from qwen3_distill.config import RunConfig, StreamingPipeline
 from qwen3_distill.config.load import check_config, dump_config
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.shapes import ModelShape
@@ -217,7 +217,13 @@ def _search(situation: Situation, variant: _Variant) -> Suggestion | None:
 
 
 def _fewer_launches(situation: Situation, variant: _Variant, best: Suggestion) -> Suggestion:
-    """Enlarge the best's micro-batches where that costs nothing and a slow host would gain."""
+    """Enlarge the best's micro-batches where that costs nothing and a slow host would gain.
+
+    Not where the learner shares its GPU with decoding: longer kernels of the learner keep decoding
+    waiting, and the rates that were measured are no better (docs/measured/overlap.md).
+    """
+    if isinstance(best.config.pipeline, StreamingPipeline) and best.config.cluster is None:
+        return best
     least = (1 - _TIE) * best.plan.tokens_per_s
     for size in _MICRO_BATCHES:
         if size <= best.config.training.micro_batch_tokens:

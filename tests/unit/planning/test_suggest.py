@@ -112,6 +112,15 @@ def test_micro_batches_grow_for_a_slow_host_where_nothing_is_lost() -> None:
     assert micro_batches(least[0].config) < micro_batches(best.config)
 
 
+@pytest.mark.usefixtures("_same_optimization")
+def test_micro_batches_do_not_grow_for_a_slow_host_beside_decoding() -> None:
+    small = ("training.micro_batch_tokens=5120", "generation.max_sequences=16")
+    streaming = "pipeline={kind: streaming, mps: true}"
+    (best, *_) = suggest(situation("h200", 139, *small, streaming))
+    assert "training.micro_batch_tokens" not in best.changes
+    assert best.plan.slow_host_s > best.plan.step_s
+
+
 def test_nothing_is_suggested_that_a_gb10_cannot_hold() -> None:
     few = ("generation.max_sequences=32", "prompts_per_step=256")
     here = situation("gb10", 108, *few, device="gb10", teacher="32B")
