@@ -35,7 +35,6 @@ _MICRO_BATCH_10240 = "training.micro_batch_tokens=10240"
 _XQA = ("generation.kv_cache_dtype=fp8", "generation.attention_backend=flashinfer")
 _OLD_HOST = "answers are checked while the step goes on"
 _OLD_CANDIDATES = "candidates' logprobs come from unsloth's fused kernel"
-_OLD_SELECTION = "the teacher's candidates are selected by blocks, its garbage collected rarely"
 _ONCE = "h200_rows_once"
 _INSIDE = (_ONCE, "h200_rows_inside")
 _OLD_ATTENTION = "our attention is inside unsloth's compiled layers"
@@ -88,7 +87,7 @@ FITTED: Mapping[str, str] = {
     row: name
     for name, row in FITTED_ON.items()
     if row.startswith("h200_")
-    and not row.startswith(("h200_decode_processes", "h200_score_topk16"))
+    and not row.startswith(("h200_decode_processes", "h200_one_start"))
     and name not in RATIOS
 } | {f"{source}: {parts[0]}, training": name for name, (source, parts) in RATIOS.items()}
 """The shares by the row that fitted them; `decode_shares` computes four more, `candidate_share`
@@ -240,8 +239,8 @@ def _one_start_rows(
         yield _row(source, f"{part} streaming", "step", seconds, case, changed["step"])
     if "topk16" in parts and "topk16" in found:  # other rounds fitted what candidates cost
         record, case = found["topk16"]["topk16"], _one_start_case(*overrides, objective=TOP_16)
-        older = _OLD_CANDIDATES if source == "h200_one_start" else None
-        old = {"training": older, "step": _OLD_SELECTION, "scoring": _OLD_SELECTION}
+        reason = _OLD_CANDIDATES if source == "h200_one_start" else None
+        old = {"training": reason, "step": reason}
         yield from _record_rows(source, "top 16 sequential", record, case, **old)
         if "fixed" not in found:  # else it was measured twice
             record, case = found["topk16"]["sampled"], _one_start_case(*overrides)
@@ -362,14 +361,11 @@ def decode_shares() -> dict[str, float]:
 
 
 def candidate_share() -> dict[str, float]:
-    """Compute what the teacher's top 16 cost for each token of a response.
-
-    The rate of the sampled token is of another card; three cards had 50,200 to 50,600 tokens/s.
-    """
+    """Compute what the teacher's top 16 cost for each token of a response: `h200_one_start`."""
+    figures = read("h200_one_start")["figures"]
     tokens, responses = 256 * 640, 256 * 512
-    with_top = tokens / read("h200_score_topk16")["figures"]["score_topk16_tok_s"]
-    without = tokens / read("h200_one_start")["figures"]["score_tok_s"]
-    return {"candidates_s_per_token": (with_top - without) / responses}
+    with_top = tokens / figures["score_topk16_tok_s"]
+    return {"candidates_s_per_token": (with_top - tokens / figures["score_tok_s"]) / responses}
 
 
 def learner_shares(share: Efficiency) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.speed.h200_speed --results out
 
-reads what is there of `h200_rows_once` and `h200_rows` (`speed/learners.py`), `h200_score_topk16`,
-`h200_topk16`, `h200_one_start` and `h200_tails` (`speed/one_start.py`), `h200_trl`
+reads what is there of `h200_rows_once` and `h200_rows` (`speed/learners.py`), `h200_topk16`,
+`h200_one_start` and `h200_tails` (`speed/one_start.py`), `h200_trl`
 (`speed/trl_distillation.py`), `h200_start` (`speed/start.py`), `h200_learners` and `time_plan`, and
 writes `h200_speed.json`: the figures, each beside its goal, and what was not measured. Of two
 results with a figure the one that is named first counts. Ratios are of results of one card; FP8's
@@ -11,7 +11,7 @@ is that of `h200_learners` where the rows have none. Machine and versions are th
 `h200_one_start`, or of the first there.
 
 ``with_levers`` of a goal has the figures with settings that are not shipped, by the result that
-says which: all that were measured, and the goal is met if each of them meets it.
+says which, and the goal is met if each of them meets it. `NOTES` say what a figure leaves out.
 """
 
 import argparse
@@ -25,8 +25,7 @@ from benchmarks.speed.learners import ROUNDED
 from qwen3_distill.utils.files import write_json_atomic
 
 _ROWS = ("h200_rows_once", "h200_rows")
-_STEPS = ("h200_topk16", "h200_one_start", "h200_tails")
-_SOURCES = ("h200_score_topk16", *_STEPS, *_ROWS, "h200_trl", "h200_start")
+_SOURCES = ("h200_topk16", "h200_one_start", "h200_tails", *_ROWS, "h200_trl", "h200_start")
 _OTHERS = ("h200_learners", "time_plan")
 """Results of other cards, or of none."""
 _STEP = "opd_tok_s_256x512"
@@ -34,7 +33,9 @@ _FOUR = "opd_tok_s_n4"
 _FP8 = "train_unsloth_fp8_backward_128x512_n4_vs_unsloth"
 _LEVERS: dict[str, dict[str, str]] = {
     "train_fp8_vs_unsloth": {"h200_fp8_learners_cudnn": _FP8, "h200_rows_5120": _FP8},
-    _STEP: dict.fromkeys(("h200_levers_xqa", "h200_levers_n4", "h200_levers_micro"), _STEP),
+    _STEP: dict.fromkeys(
+        ("h200_levers", "h200_levers_xqa", "h200_levers_n4", "h200_levers_micro"), _STEP
+    ),
     _FOUR: dict.fromkeys(("h200_levers_n4", "h200_levers_priority", "h200_levers_micro"), _FOUR),
     "longtail8_vs_sequential": {"h200_tails_packed": "longtail8_vs_sequential"},
 }
@@ -62,6 +63,17 @@ GOALS: dict[str, float | None] = {
     "gb10_public_error_pct": None,
 }
 """At least this, or at most where it is negative; None: no goal, it is only measured."""
+
+NOTES: Mapping[str, str] = {
+    "opd_tok_s_256x512": "configs/h200-streaming.yaml with the sampled token's loss",
+    "opd_tok_s_n4": "the same, prompts computed once",
+    "longtail8_vs_trl": "TRL with one size of micro-batches, nothing recomputed",
+    "fixed_vs_trl": "TRL with one size of micro-batches, nothing recomputed",
+    "score_topk16_tok_s": "one answer to a prompt, before our plugins for SGLang",
+    "topk16_vs_sampled_step": "before our plugins for SGLang",
+    "time_plan_error_pct": "six steps of one start on an H200; no H100",
+}
+"""What a figure's conditions leave out."""
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -152,6 +164,8 @@ def verdicts(
             "value": figures.get(name),
             "met": None if goal is None or name not in figures else is_met(figures[name], goal),
         }
+        if name in NOTES:
+            row["note"] = NOTES[name]
         if levers and name in levers:
             row["with_levers"] = levers[name]
             row["met_with_levers"] = (

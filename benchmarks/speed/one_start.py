@@ -10,8 +10,7 @@ The config streams; prompts are random tokens, and answers have the lengths that
 
 - the start itself: ``ready_s``, from the process's begin until the student's weights are served
 - ``fixed``: all answers have `sampling.max_new_tokens`; sequential, then streaming:
-  ``opd_tok_s_<rollouts>x<tokens>`` (``opd_tok_s_n<samples>`` with several answers to a prompt),
-  ``fixed_vs_sequential``
+  ``opd_tok_s_<rollouts>x<tokens>``, ``fixed_vs_sequential``
 - ``longtail8``: lognormal lengths, median ``--median-tokens``, 99th percentile 8 times as much, cut
   at ``--max-tokens``; tokens may be ``--longtail-staleness`` steps old: ``longtail8_vs_sequential``
 - ``plan``: sequential steps of other sizes, beside what `qwen3-distill plan` predicts for them and
@@ -19,14 +18,13 @@ The config streams; prompts are random tokens, and answers have the lengths that
 - ``topk16``: scoring and steps with the teacher's 16 most likely tokens and with the sampled token,
   each with a learner of its own, sequential: ``score_topk16_tok_s``, ``topk16_vs_sampled_step`` and
   ``opd_topk16_tok_s``
-- ``score_topk16``: the teacher's rate with them alone
+- ``score_topk16``: the teacher's rate with the sampled token and with them, alone
 - ``topk16_streaming``: scoring with them, and streaming: ``opd_topk16_streaming_tok_s``
 - ``n4``: a quarter of the prompts, four answers to each, and a learner that computes a prompt once:
   ``opd_tok_s_n4``
 
 `topk16`, `topk16_streaming` and `n4` come last: they leave a learner of another config. A part that
-fails is noted, and the next begins. None begins that might end after ``--limit-s``. Learners that
-start after `fixed` get the overrides of ``--otherwise`` if it was slower than ``--enough``.
+fails is noted, and the next begins. None begins that might end after ``--limit-s``.
 """
 
 import argparse
@@ -51,7 +49,13 @@ from benchmarks.lib.time_plan_case import Case, Row
 from benchmarks.lib.time_plan_rows import measured_rows
 from benchmarks.speed.overlap import Bench, RandomPrompts, TooFewSteps, refuse
 from benchmarks.speed.time_plan import error_figures
-from qwen3_distill.config import RunConfig, SampledReverseKL, StreamingPipeline, TopKDivergence
+from qwen3_distill.config import (
+    ObjectiveConfig,
+    RunConfig,
+    SampledReverseKL,
+    StreamingPipeline,
+    TopKDivergence,
+)
 from qwen3_distill.config.load import load_config
 from qwen3_distill.errors import DistillError
 from qwen3_distill.hosts.mps import MpsDaemon, private_mps
@@ -89,7 +93,7 @@ class Session:
             "fixed": (170, self.fixed),
             "longtail8": (170, self.longtail8),
             "plan": (90, self.plan),
-            "score_topk16": (30, self.score_topk16),
+            "score_topk16": (60, self.score_topk16),
             "topk16": (230, self.topk16),
             "topk16_streaming": (190, self.topk16_streaming),
             "n4": (170, self.n4),
@@ -102,15 +106,6 @@ class Session:
 
     async def fixed(self) -> None:
         await self.bench.compare(Plan("fixed", *self._arguments.fixed_steps))
-        streaming = self.report.parts["fixed"].get("streaming", {}).get("tok_s")
-        arguments = self._arguments
-        if arguments.otherwise and streaming is not None and streaming < arguments.enough:
-            print("learners from here on:", *arguments.otherwise, flush=True)
-            config = load_config(arguments.config, arguments.overrides + arguments.otherwise)
-            planned = {"planning": self._given.config.planning}  # what was free before the start
-            config = for_random_work(config).model_copy(update=planned)
-            self._given = replace(self._given, config=config)
-            self.report.add("otherwise", {}, overrides=arguments.otherwise)
 
     async def longtail8(self) -> None:
         config = self._given.config
@@ -216,16 +211,21 @@ class Session:
         self.report.add("topk16", figures, **found)
 
     async def score_topk16(self) -> None:
-        config = self._given.config.model_copy(update={"objective": _TOP_16})
-        asked = asking(self._given.required_teacher, TopKRequest(k=16))
-        await measure_score(self.work(config), self.report, asked, "score_topk16")
+        """Score with the sampled token and with the teacher's top 16."""
+        await self.score("score", SampledReverseKL(kind="sampled_reverse_kl"), SampledRequest())
+        await self.score("score_topk16", _TOP_16, TopKRequest(k=16))
+
+    async def score(self, name: str, objective: ObjectiveConfig, request: ScoreRequest) -> None:
+        config = self._given.config.model_copy(update={"objective": objective})
+        asked = asking(self._given.required_teacher, request)
+        await measure_score(self.work(config), self.report, asked, name)
 
     async def topk16_streaming(self) -> None:
         """Score with the teacher's top 16, then stream with them."""
         config = self._given.config.model_copy(update={"objective": _TOP_16})
         asked = asking(self._given.required_teacher, TopKRequest(k=16))
         if "score_topk16_tok_s" not in self.report.figures:
-            await self.score_topk16()
+            await self.score("score_topk16", _TOP_16, TopKRequest(k=16))
         if self.bench.parts.config.objective != _TOP_16:  # else `topk16` has left such a learner
             await self.use(config, asked)
         _, steps, skip = self._arguments.fixed_steps
@@ -343,6 +343,8 @@ def main() -> None:
     config = for_random_work(given)
     if not isinstance(config.pipeline, StreamingPipeline):
         raise SystemExit(f"{arguments.config} does not stream: pipeline.kind=streaming")
+    if config.samples_per_prompt > 1:
+        raise SystemExit("samples_per_prompt: expected 1: of the parts, n4 alone has several")
     report = Report(arguments.name, arguments.results)
     asyncio.run(measure(arguments, config, report))
 
@@ -356,8 +358,6 @@ def parse() -> argparse.Namespace:
     names = ("fixed", "longtail8", "plan", "score_topk16", *_OF_ANOTHER_LEARNER)
     default = [name for name in names if name != "score_topk16"]  # `topk16` measures it as well
     parser.add_argument("--measure", type=lambda text: text.split(","), default=default)
-    parser.add_argument("--otherwise", action="append", default=[], metavar="KEY.SUB=VALUE")
-    parser.add_argument("--enough", type=float, default=0.0, metavar="TOK_S")
     parser.add_argument("--limit-s", type=float, default=3600)
     steps = "SEQUENTIAL:STREAMING:SKIP"
     parser.add_argument("--fixed-steps", type=numbers, default=(2, 7, 3), metavar=steps)

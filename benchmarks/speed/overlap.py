@@ -266,9 +266,7 @@ class Bench:
             figures[f"{name}_vs_sequential"] = streaming / results["sequential"]["tok_s"]
         if name == "fixed":
             config = self.parts.config
-            samples = config.samples_per_prompt
-            several = f"n{samples}" if samples > 1 else None
-            work = several or f"{config.rollouts_per_step}x{config.sampling.max_new_tokens}"
+            work = f"{config.rollouts_per_step}x{config.sampling.max_new_tokens}"
             figures[f"opd_tok_s_{work}"] = streaming
         figures = {f"{key}{self.suffix}": value for key, value in figures.items()}
         other = self.report.parts.get(name, {}).get("streaming")

@@ -222,7 +222,7 @@ def _fewer_launches(situation: Situation, variant: _Variant, best: Suggestion) -
     Not where the learner shares its GPU with decoding: longer kernels of the learner keep decoding
     waiting, and the rates that were measured are no better (docs/measured/overlap.md).
     """
-    if isinstance(best.config.pipeline, StreamingPipeline) and best.config.cluster is None:
+    if isinstance(best.config.pipeline, StreamingPipeline):
         return best
     least = (1 - _TIE) * best.plan.tokens_per_s
     for size in _MICRO_BATCHES:

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +13,6 @@ from benchmarks.lib.overlap_parts import (
     means_of_steps,
     rate_of_common_steps,
 )
-from benchmarks.speed.overlap import Bench
-from qwen3_distill.config.load import load_config
 
 
 def test_a_long_tail_has_the_median_and_the_99th_percentile_that_its_name_says() -> None:
@@ -23,17 +20,6 @@ def test_a_long_tail_has_the_median_and_the_99th_percentile_that_its_name_says()
     drawn = [lengths.of(f"step-{n // 256}/{n % 256}") for n in range(20_000)]
     assert np.median(drawn) == pytest.approx(256, rel=0.03)
     assert np.quantile(drawn, 0.99) == pytest.approx(8 * 256, rel=0.08)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "name"),
-    [([], "opd_tok_s_256x512"), (["samples_per_prompt=4", "prompts_per_step=64"], "opd_tok_s_n4")],
-)
-def test_a_rate_says_how_many_answers_a_prompt_had(overrides: list[str], name: str) -> None:
-    parts: Any = argparse.Namespace(config=load_config("configs/h200-streaming.yaml", overrides))
-    report: Any = argparse.Namespace(parts={})
-    bench = Bench(parts, report, 128, 2048)
-    assert bench.figures("fixed", {"streaming": {"tok_s": 9.0}}) == {name: 9.0}
 
 
 def test_every_run_draws_the_same_lengths_wherever_it_begins() -> None:

@@ -108,6 +108,19 @@ def test_the_largest_may_all_lie_in_one_block_or_each_in_its_own() -> None:
     assert sorted(columns[1].tolist()) == apart.tolist()
 
 
+def test_of_equal_values_any_are_named_but_none_twice() -> None:
+    values_RV = rows_of(20, QWEN3).bfloat16()  # some thousand different values
+    expected, found = values_RV.topk(16, dim=1).values, Rows(values_RV).topk(16, dim=1)
+    assert torch.equal(found.values, expected)
+    assert torch.equal(values_RV.gather(1, found.indices), expected)
+    assert all(len(set(row)) == 16 for row in found.indices.tolist())
+
+
+def test_columns_are_selected_as_the_tensor_does() -> None:
+    values_RV = rows_of(20, QWEN3)
+    assert torch.equal(Rows(values_RV).topk(3, dim=0).indices, values_RV.topk(3, dim=0).indices)
+
+
 def test_a_selection_of_no_rows_is_empty() -> None:
     values, columns = Rows(torch.empty(0, QWEN3)).topk(16, dim=1)
     assert values.shape == columns.shape == (0, 16)

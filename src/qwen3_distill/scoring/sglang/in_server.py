@@ -36,11 +36,13 @@ class Rows:
         """Return values and columns of the k largest of every row, in descending order.
 
         The k largest lie in the k blocks with the largest maxima, so a selection among the
-        maxima and one among k blocks do for one over the whole vocabulary.
+        maxima and one among k blocks do for one over the whole vocabulary. Of equal values others
+        may be named than `torch.topk` would, which promises none either.
         """
         values_RV = self._values_RV
         size = values_RV.shape[-1]
-        if size % BLOCK or size < k * BLOCK * _MAX_SHARE:
+        is_by_row = values_RV.dim() == 2 and dim in (1, -1)
+        if not is_by_row or size % BLOCK or size < k * BLOCK * _MAX_SHARE:
             return values_RV.topk(k, dim=dim)
         blocks_RCB = values_RV.unflatten(-1, (size // BLOCK, BLOCK))  # also of no rows
         block_RK = blocks_RCB.amax(dim=-1).topk(k, dim=-1).indices
