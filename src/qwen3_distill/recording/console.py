@@ -235,7 +235,7 @@ class Pace:
         self.total = total
         self.step: int | None = None
         self.reverse_kl: float | None = None
-        self.accuracy: tuple[str, float] | None = None
+        self.accuracy: tuple[str, float, int | None] | None = None  # of which step, if evaluated
         self._start_step = start_step
         self._now = now
         self._since = now()
@@ -256,11 +256,11 @@ class Pace:
         self.reverse_kl = _known(values.get("loss/reverse_kl_nats"), self.reverse_kl)
         rollouts = _known(values.get("rollout/accuracy"), None)
         if rollouts is not None and not self._measured:
-            self.accuracy = ("rollout acc", rollouts)
+            self.accuracy = ("rollout acc", rollouts, None)
 
     def add_evaluation(self, result: Mapping[str, Any]) -> None:
         if result["model"] == "student":
-            self.accuracy = ("acc", result["accuracy"])
+            self.accuracy = ("acc", result["accuracy"], result["step"])
             self._measured = True
 
     @property
@@ -294,7 +294,9 @@ def _step_parts(pace: Pace) -> list[str]:
     if pace.reverse_kl is not None:
         parts.append(f"kl {pace.reverse_kl:.3f}")
     if pace.accuracy is not None:
-        parts.append(f"{pace.accuracy[0]} {percent(pace.accuracy[1])}")
+        name, accuracy, step = pace.accuracy
+        of_step = "" if step in (None, pace.step) else f" at step {step}"  # not of these weights
+        parts.append(f"{name} {percent(accuracy)}{of_step}")
     if (rate := pace.tokens_per_second) is not None:
         parts.append(f"{rate:,.0f} tok/s")
     if (seconds := pace.seconds_per_step) is not None:
@@ -331,9 +333,12 @@ def _print_summary(console: Console, summary: Mapping[str, Any], report: Path | 
     counts = ", ".join(f"{quantity(count)} {name}" for name, count in tokens.items())
     line = for_terminal(f"{summary['steps']:,} steps; tokens: {counts or 'not counted'}")
     console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if report is not None:
-        line = for_terminal(f"report: {report}")
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if report is None:
+        return
+    student = report.parent / "student"
+    written = [f"student: {student}"] if student.is_dir() else []
+    for line in (*written, f"report: {report}"):
+        console.print(for_terminal(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _accuracy_table(accuracy: Mapping[str, Any], second: Mapping[str, Any] | None) -> Table:

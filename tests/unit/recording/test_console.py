@@ -87,8 +87,16 @@ def test_a_step_line_says_where_the_run_stands(out, clock_):
         reporter.step(step, _values())
     assert out.getvalue().splitlines()[-1] == (
         # 6.5 s for two steps so far, the first one counted by its stages: 118 more take 6:24
-        "step   2/120  kl 0.031  acc 81.0%  2,000 tok/s  0.50 s/step  ETA 6:24"
+        "step   2/120  kl 0.031  acc 81.0% at step 0  2,000 tok/s  0.50 s/step  ETA 6:24"
     )
+
+
+def test_an_accuracy_of_the_step_itself_is_not_dated(out, clock_):
+    reporter = _plain(out, clock_)
+    reporter.evaluation(_evaluation(step=2))
+    clock_.time += 6.0
+    reporter.step(2, _values())
+    assert "acc 81.0%  " in out.getvalue().splitlines()[-1]
 
 
 def test_stages_that_overlap_take_no_longer_than_the_step(out, clock_):
@@ -181,6 +189,15 @@ def test_the_end_shows_accuracy_time_and_the_report(out, clock_):
     assert "1 min 40 s" in text
     assert "120 steps; tokens: 216 k generated, 216 k scored, 216 k trained" in text
     assert text.endswith("report: runs/demo/report.html\n")
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+def test_the_end_says_where_the_student_is(out, clock_, tmp_path, is_written):
+    if is_written:
+        (tmp_path / "student").mkdir()
+    with _plain(out, clock_) as reporter:
+        reporter.finish(SUMMARY, tmp_path / "report.html")
+    assert (f"student: {tmp_path / 'student'}" in out.getvalue()) == is_written
 
 
 def test_a_run_without_evaluation_has_no_accuracy_table(out, clock_):
