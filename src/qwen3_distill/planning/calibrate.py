@@ -121,12 +121,17 @@ class _Meter:
         self._seconds = seconds
 
     def best_s(self, work: Callable[[], Any]) -> float:
-        """Return the seconds of one call of ``work``, the best of several rounds."""
-        work()
-        self._wait()
-        once = max(1e-7, self._time(work, 1))
+        """Return the seconds of one call of ``work``, the best of several rounds.
+
+        Fewer rounds where a call takes long: the products of a CPU without bfloat16 take seconds.
+        """
+        first = self._time(work, 1)
+        if first >= self._seconds:
+            return first
+        once = max(1e-7, self._time(work, 1))  # the first may have compiled something
         calls = max(1, int(self._seconds / _ROUNDS / once))
-        return min(self._time(work, calls) for _ in range(_ROUNDS))
+        rounds = min(_ROUNDS, max(1, int(self._seconds / (calls * once))))
+        return min(self._time(work, calls) for _ in range(rounds))
 
     def tensor(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """Return random values: products of zeros draw less power, and may run faster."""

@@ -222,6 +222,27 @@ def test_cpu_is_measured_and_says_so() -> None:
     assert sum("not available" in line for line in lines) == 2
 
 
+@pytest.mark.parametrize(
+    ("each_s", "calls"),
+    [(5.0, 1), (1.0, 1), (0.4, 4), (0.25, 6), (0.01, 2 + 5 * 20)],
+    ids=["longer_than_there_is", "all_of_it", "two_rounds", "four_rounds", "five_rounds_of_twenty"],
+)
+def test_a_slow_device_is_measured_in_fewer_rounds(
+    each_s: float, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a call takes, all of them take little longer than one second."""
+    now, done = 0.0, 0
+
+    def work() -> None:
+        nonlocal now, done
+        now, done = now + each_s, done + 1
+
+    monkeypatch.setattr(calibrate_module.time, "perf_counter", lambda: now)
+    meter = calibrate_module._Meter(torch.device("cpu"), 1.0)
+    assert meter.best_s(work) == pytest.approx(each_s)
+    assert done == calls
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_gpu_that_pytorch_cannot_use_is_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("cpu").type == "cpu"
