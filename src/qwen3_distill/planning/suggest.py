@@ -219,8 +219,8 @@ def _search(situation: Situation, variant: _Variant) -> Suggestion | None:
 def _fewer_launches(situation: Situation, variant: _Variant, best: Suggestion) -> Suggestion:
     """Enlarge the best's micro-batches where that costs nothing and a slow host would gain.
 
-    Not where the learner shares its GPU with decoding: longer kernels of the learner keep decoding
-    waiting, and the rates that were measured are no better (docs/measured/overlap.md).
+    Not where the learner shares its GPU with decoding, which its longer kernels seem to keep
+    waiting: the rates that were measured are no better (docs/measured/overlap.md).
     """
     if isinstance(best.config.pipeline, StreamingPipeline):
         return best
