@@ -5,6 +5,7 @@ imports nothing but what every SGLang has.
 """
 
 import gc
+import importlib
 import multiprocessing
 from typing import Any, NamedTuple
 
@@ -61,14 +62,9 @@ def select_by_blocks() -> None:
     """Let SGLang find the candidates of every place by blocks of the vocabulary."""
     if multiprocessing.parent_process() is None:
         return  # the process that answers requests has no logits, and would import the model's code
-    from sglang.srt.plugins.hook_registry import (  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
-        HookRegistry,
-        HookType,
-    )
-
-    HookRegistry.register(
-        "sglang.srt.layers.logprob_processor.get_top_logprobs_chunk", _with_rows, HookType.BEFORE
-    )
+    hooks: Any = importlib.import_module("sglang.srt.plugins.hook_registry")
+    target = "sglang.srt.layers.logprob_processor.get_top_logprobs_chunk"
+    hooks.HookRegistry.register(target, _with_rows, hooks.HookType.BEFORE)
     _say("candidates: selected by blocks")
 
 
