@@ -11,7 +11,7 @@ is that of `h200_learners` where the rows have none. Machine and versions are th
 `h200_one_start`, or of the first there.
 
 ``with_levers`` of a goal has the figures with settings that are not shipped, by the result that
-says which, and the goal is met if each of them meets it. `NOTES` say what a figure leaves out.
+says which, and the goal is met if each of them meets it. `NOTES` have conditions.
 """
 
 import argparse
@@ -73,7 +73,7 @@ NOTES: Mapping[str, str] = {
     "topk16_vs_sampled_step": "before our plugins for SGLang",
     "time_plan_error_pct": "six steps of one start on an H200; no H100",
 }
-"""What a figure's conditions leave out."""
+"""Conditions of measurements that their figures' names do not tell."""
 
 Results = Mapping[str, Mapping[str, Any]]
 

@@ -94,7 +94,7 @@ class Session:
             "longtail8": (170, self.longtail8),
             "plan": (90, self.plan),
             "score_topk16": (90, self.score_topk16),
-            "topk16": (230, self.topk16),
+            "topk16": (260, self.topk16),
             "topk16_streaming": (190, self.topk16_streaming),
             "n4": (170, self.n4),
         }
@@ -202,7 +202,7 @@ class Session:
             config = self._given.config.model_copy(update={"objective": objective})
             asked = asking(teacher, request)
             what = "score" if name == "sampled" else "score_topk16"
-            await measure_score(self.work(config), self.report, asked, what)
+            await self.score(what, objective, request)
             await self.use(config, asked)
             found[name] = await self.sequential(name)
         dense, sampled = found["topk16"], found["sampled"]
