@@ -12,6 +12,7 @@ the layers' inputs add to its error. Rounding the gradient's product alone leave
 Shape letters: M tokens, N outputs, K inputs.
 """
 
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.stored_weights import StoredWeights
+from qwen3_distill.training.finite import remedy
 from qwen3_distill.training.gradient_probe import Probe, gradient_gap
 
 _FP8 = torch.float8_e4m3fn
@@ -264,7 +266,7 @@ def check_gradient(found: Probe, expected: Probe, precision: str) -> float:
         raise ConfigError(
             f"training.base_precision={precision}: on this device it moves the gradient of a "
             f"matrix by {gap:.2f} of its norm, expected at most {limit}: more than rounding does; "
-            "use as_loaded"
+            + (remedy("use as_loaded") if math.isnan(gap) else "use as_loaded")
         )
     return gap
 

@@ -36,7 +36,7 @@ from qwen3_distill.ports import FullWeights, WeightChannel, WeightPayload
 from qwen3_distill.replay.buffer import ReplayBuffer
 from qwen3_distill.training.batching import MicroBatch, flat_micro_batches, micro_batches
 from qwen3_distill.training.device_metrics import device_metrics
-from qwen3_distill.training.finite import FiniteCheck
+from qwen3_distill.training.finite import FiniteCheck, remedy
 from qwen3_distill.training.learner_state import read_state, write_state
 from qwen3_distill.training.lora import adapter_weights
 from qwen3_distill.training.memory_lack import memory_lack
@@ -435,7 +435,10 @@ class TorchLearner:
             self._weights.drop_gradients()
             raise NonFiniteError(
                 f"step {step}: loss={loss}, grad_norm={grad_norm}; the optimizer was not stepped. "
-                "A lower learning_rate or advantage_clip, in a new output_dir, is the usual remedy"
+                + remedy(
+                    "A lower learning_rate or advantage_clip, in a new output_dir, is the usual "
+                    "remedy"
+                )
             )
 
     def _set_learning_rate(self, step: int) -> float:

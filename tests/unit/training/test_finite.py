@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from qwen3_distill.training.finite import FiniteCheck
+from qwen3_distill.errors import ConfigError
+from qwen3_distill.training.finite import FiniteCheck, remedy
+from qwen3_distill.training.fp8_base import check_gradient
+from qwen3_distill.training.gradient_probe import Probe
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -27,3 +30,21 @@ def test_the_largest_finite_number_is_finite() -> None:
 
 def test_nothing_that_passed_is_finite() -> None:
     assert FiniteCheck().not_finite() == []
+
+
+def test_a_share_of_the_multiprocessors_is_named_where_values_are_not_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", raising=False)
+    assert remedy("take a lower learning_rate") == "take a lower learning_rate"
+    monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "75")
+    named = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=75 is set"
+    assert named in remedy("take a lower learning_rate")
+
+    def gradient(value: float) -> Probe:
+        return Probe(torch.zeros(1), {"0.weight": torch.tensor([value, 1.0])})
+
+    with pytest.raises(ConfigError, match=named):
+        check_gradient(gradient(float("nan")), gradient(1.0), "fp8_backward")
+    with pytest.raises(ConfigError, match="use as_loaded"):
+        check_gradient(gradient(9.0), gradient(1.0), "fp8_backward")
