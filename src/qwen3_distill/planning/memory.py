@@ -33,6 +33,8 @@ _RUNTIME_GIB: dict[str, dict[Engine, float]] = {
     "cpu": {"teacher": 2.0, "student": 1.5, "learner": 1.0},
 }
 _CUDA_GRAPH_BYTES = 1.25 * GIB
+_GRAPH_SEQUENCES = 512
+"""vLLM's graphs of up to so many sequences take that; of more, it is taken to grow with them."""
 _VLLM_BATCHED_TOKENS = 8192
 """Tokens that vLLM schedules per step, its default on large GPUs."""
 _DECODE_GRAPH_BYTES = 1.0 * GIB
@@ -158,7 +160,8 @@ def student_rows(config: RunConfig, models: Models, device: DeviceMemory) -> lis
     rows.append(_student_working_row(config, models))
     if generation.kind == "vllm":
         if device.kind != "cpu" and not generation.enforce_eager:
-            rows.append(_row("student", "CUDA graphs", _CUDA_GRAPH_BYTES, "estimate"))
+            size = _CUDA_GRAPH_BYTES * max(1.0, generation.max_sequences / _GRAPH_SEQUENCES)
+            rows.append(_row("student", "CUDA graphs", size, "estimate"))
         rows.append(_runtime_row("student", device))
     return rows
 

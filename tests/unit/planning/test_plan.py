@@ -260,6 +260,15 @@ def test_graphs_of_the_teachers_own_answers_are_counted() -> None:
     assert size(plan, "teacher", "CUDA graphs") == GIB
 
 
+def test_graphs_of_more_than_512_sequences_are_counted() -> None:
+    def graphs(**generation: Any) -> float:
+        plan = planned(config(generation=generation), 600)
+        return size(plan, "student", "CUDA graphs") / GIB
+
+    assert graphs(max_sequences=64) == graphs(max_sequences=512) == 1.25
+    assert graphs(max_sequences=1024) == 2.5
+
+
 def test_stated_fraction_and_tokens_win() -> None:
     plan = planned(config(scoring={"memory_fraction": 0.4, "max_total_tokens": 9000}), 140)
     assert (plan.sglang_memory_fraction, plan.sglang_max_total_tokens) == (0.4, 9000)

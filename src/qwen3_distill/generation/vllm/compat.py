@@ -123,6 +123,8 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
         # other, and the GPU for both: 256 sequences are 256 records to read and pass on in every
         # step (docs/measured/decode.md).
         values["distributed_executor_backend"] = "mp"
+        if settings.largest_graph is not None:
+            values["max_cudagraph_capture_size"] = settings.largest_graph
     values |= settings.engine_arguments
     _check_names(values)
     _check_flags(settings.engine_arguments)
