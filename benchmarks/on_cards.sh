@@ -51,7 +51,8 @@ case $part in
     ;;
   steps) # sequential, streaming, long tails, other sizes, top 16, four answers to a prompt
     measure speed.one_start --config configs/h200-streaming.yaml --name h200_one_start \
-      'objective={kind: sampled_reverse_kl}' "${given[@]}" "${lengths[@]}" "$@"
+      'objective={kind: sampled_reverse_kl}' "${given[@]}" "${lengths[@]}" \
+      "output_dir=runs/steps-$(date +%Y%m%dT%H%M%S)" "$@" # a second run would find the first one's files
     ;;
   cold) # the shipped config with empty caches, and once more
     HOME=$(mktemp -d) && export HOME TORCHINDUCTOR_CACHE_DIR="$HOME/inductor" TRITON_CACHE_DIR="$HOME/triton"

@@ -70,6 +70,18 @@ def test_a_part_asks_for_what_there_is(part: str, tmp_path: Path) -> None:
             assert teacher["python"] == "/sglang/python"
 
 
+def test_steps_have_a_folder_of_their_own_or_the_one_that_is_named(tmp_path: Path) -> None:
+    for more, expected in (
+        ([], r"runs/steps-\d{8}T\d{6}$"),
+        (["output_dir=runs/mine"], "runs/mine$"),
+    ):
+        folder = tmp_path / str(len(more))
+        folder.mkdir()
+        _, [command] = run_part("steps", folder, *more)
+        folders = [word for word in command if word.startswith("output_dir=")]
+        assert re.match(f"output_dir={expected}", folders[-1])
+
+
 def test_models_of_other_shapes_are_made(tmp_path: Path) -> None:
     status, commands = run_part("models", tmp_path, "0.6B", "32B-FP8")
     assert status == 0
