@@ -35,6 +35,7 @@ _MICRO_BATCH_10240 = "training.micro_batch_tokens=10240"
 _XQA = ("generation.kv_cache_dtype=fp8", "generation.attention_backend=flashinfer")
 _OLD_HOST = "answers are checked while the step goes on"
 _OLD_CANDIDATES = "candidates' logprobs come from unsloth's fused kernel"
+_OLD_SERVER = "SGLang selects candidates by blocks"
 _ONCE = "h200_rows_once"
 _INSIDE = (_ONCE, "h200_rows_inside")
 _OLD_ATTENTION = "our attention is inside unsloth's compiled layers"
@@ -61,7 +62,9 @@ def committed_rows() -> list[Row]:
         *_one_start_rows("h200_levers_n4", _FP8_BACKWARD, *_XQA),
         *_one_start_rows("h200_levers_priority", _FP8_BACKWARD, *_XQA),
         *_one_start_rows("h200_levers_micro", _FP8_BACKWARD, *_XQA, _MICRO_BATCH_10240),
+        *_one_start_rows("h200_levers_beside", _FP8_BACKWARD, *_XQA),
         *_one_start_rows("h200_topk16"),
+        *_one_start_rows("h200_shipped_streaming"),
         *_one_start_rows("h200_levers_without", parts=("n4",)),  # its note says why not the rest
         *_plan_rows("h200_tails"),
         *_learner_rows("h200_learners"),
@@ -87,7 +90,7 @@ FITTED: Mapping[str, str] = {
     row: name
     for name, row in FITTED_ON.items()
     if row.startswith("h200_")
-    and not row.startswith(("h200_decode_processes", "h200_one_start"))
+    and not row.startswith(("h200_decode_processes", "h200_shipped_streaming"))
     and name not in RATIOS
 } | {f"{source}: {parts[0]}, training": name for name, (source, parts) in RATIOS.items()}
 """The shares by the row that fitted them; `decode_shares` computes four more, `candidate_share`
@@ -220,7 +223,9 @@ def _overlap_case(name: str, kind: str, micro_batch: int, *, mps: bool) -> Case:
 
 
 def _one_start_rows(
-    source: str, *overrides: str, parts: Sequence[str] = ("fixed", "longtail8", "topk16", "n4")
+    source: str,
+    *overrides: str,
+    parts: Sequence[str] = ("fixed", "longtail8", "topk16", "topk16_streaming", "n4"),
 ) -> Iterator[Row]:
     """Rows of `benchmarks.speed.one_start`, with `configs/h200-streaming.yaml`."""
     found = read(source)["parts"]
@@ -232,19 +237,25 @@ def _one_start_rows(
         lengths: dict[str, Any] = {"tail": tail}
         if tail > 1:
             lengths |= {"response_tokens": 128, "max_new_tokens": 2048}
-        record, case = found[part]["sequential"], _one_start_case(*overrides, **lengths)
-        yield from _record_rows(source, f"{part} sequential", record, case, **changed)
+        if "sequential" in found[part]:
+            record, case = found[part]["sequential"], _one_start_case(*overrides, **lengths)
+            yield from _record_rows(source, f"{part} sequential", record, case, **changed)
         seconds = found[part]["streaming"]["time/step_s"]
         case = _one_start_case(*overrides, _STREAMING, **lengths)
         yield _row(source, f"{part} streaming", "step", seconds, case, changed["step"])
     if "topk16" in parts and "topk16" in found:  # other rounds fitted what candidates cost
         record, case = found["topk16"]["topk16"], _one_start_case(*overrides, objective=TOP_16)
-        reason = _OLD_CANDIDATES if source == "h200_one_start" else None
-        old = {"training": reason, "step": reason}
+        old: dict[str, str | None] = {"scoring": _OLD_SERVER, "step": _OLD_SERVER}
+        if source == "h200_one_start":
+            old |= {"training": _OLD_CANDIDATES, "step": _OLD_CANDIDATES}
         yield from _record_rows(source, "top 16 sequential", record, case, **old)
         if "fixed" not in found:  # else it was measured twice
             record, case = found["topk16"]["sampled"], _one_start_case(*overrides)
             yield from _record_rows(source, "fixed sequential", record, case)
+    if "topk16_streaming" in parts and "topk16_streaming" in found:
+        seconds = found["topk16_streaming"]["streaming"]["time/step_s"]
+        case = _one_start_case(*overrides, _STREAMING, objective=TOP_16)
+        yield _row(source, "top 16 streaming", "step", seconds, case)
     if "n4" in parts and "n4" in found:
         seconds = found["n4"]["streaming"]["time/step_s"]
         shared = ("training.shared_prompts=true", "samples_per_prompt=4", "prompts_per_step=64")
@@ -361,8 +372,8 @@ def decode_shares() -> dict[str, float]:
 
 
 def candidate_share() -> dict[str, float]:
-    """Compute what the teacher's top 16 cost for each token of a response: `h200_one_start`."""
-    figures = read("h200_one_start")["figures"]
+    """Compute what the teacher's top 16 cost for each token: `h200_shipped_streaming`."""
+    figures = read("h200_shipped_streaming")["figures"]
     tokens, responses = 256 * 640, 256 * 512
     with_top = tokens / figures["score_topk16_tok_s"]
     return {"candidates_s_per_token": (with_top - tokens / figures["score_tok_s"]) / responses}

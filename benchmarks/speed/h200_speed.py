@@ -2,13 +2,13 @@
 
     python -m benchmarks.speed.h200_speed --results out
 
-reads what is there of `h200_rows_once` and `h200_rows` (`speed/learners.py`), `h200_topk16`,
-`h200_one_start` and `h200_tails` (`speed/one_start.py`), `h200_trl`
-(`speed/trl_distillation.py`), `h200_start` (`speed/start.py`), `h200_learners` and `time_plan`, and
-writes `h200_speed.json`: the figures, each beside its goal, and what was not measured. Of two
-results with a figure the one that is named first counts. Ratios are of results of one card; FP8's
-is that of `h200_learners` where the rows have none. Machine and versions are those of
-`h200_one_start`, or of the first there.
+reads what is there of `h200_rows_once` and `h200_rows` (`speed/learners.py`),
+`h200_shipped_streaming`, `h200_topk16`, `h200_one_start` and `h200_tails` (`speed/one_start.py`),
+`h200_shipped_streaming_trl` and `h200_trl` (`speed/trl_distillation.py`), `h200_start`
+(`speed/start.py`), `h200_learners` and `time_plan`, and writes `h200_speed.json`: the figures, each
+beside its goal, and what was not measured. Of two results with a figure the one that is named first
+counts. Ratios are of results of one card; FP8's is that of `h200_learners` where the rows have
+none. Machine and versions are those of `h200_one_start`, or of the first there.
 
 ``with_levers`` of a goal has the figures with settings that are not shipped, by the result that
 says which, and the goal is met if each of them meets it. `NOTES` have conditions.
@@ -25,22 +25,29 @@ from benchmarks.speed.learners import ROUNDED
 from qwen3_distill.utils.files import write_json_atomic
 
 _ROWS = ("h200_rows_once", "h200_rows")
-_SOURCES = ("h200_topk16", "h200_one_start", "h200_tails", *_ROWS, "h200_trl", "h200_start")
+_SOURCES = (
+    *("h200_shipped_streaming", "h200_topk16", "h200_one_start", "h200_tails"),
+    *_ROWS,
+    *("h200_shipped_streaming_trl", "h200_trl", "h200_start"),
+)
 _OTHERS = ("h200_learners", "time_plan")
 """Results of other cards, or of none."""
 _STEP = "opd_tok_s_256x512"
 _FOUR = "opd_tok_s_n4"
 _FP8 = "train_unsloth_fp8_backward_128x512_n4_vs_unsloth"
+_WITH_BOTH = ("h200_levers_n4", "h200_levers_micro", "h200_levers_beside")
 _LEVERS: dict[str, dict[str, str]] = {
     "train_fp8_vs_unsloth": {"h200_fp8_learners_cudnn": _FP8, "h200_rows_5120": _FP8},
-    _STEP: dict.fromkeys(
-        ("h200_levers", "h200_levers_xqa", "h200_levers_n4", "h200_levers_micro"), _STEP
-    ),
-    _FOUR: dict.fromkeys(("h200_levers_n4", "h200_levers_priority", "h200_levers_micro"), _FOUR),
+    _STEP: dict.fromkeys(("h200_levers", "h200_levers_xqa", *_WITH_BOTH), _STEP),
+    _FOUR: dict.fromkeys((*_WITH_BOTH, "h200_levers_priority"), _FOUR),
     "longtail8_vs_sequential": {"h200_tails_packed": "longtail8_vs_sequential"},
 }
 """Results with settings that are not shipped, and what the figure is called there."""
-_BESIDE_TRL = {"h200_levers": "h200_levers_trl", "h200_levers_n4": "h200_levers_n4_trl"}
+_BESIDE_TRL = {
+    "h200_levers": "h200_levers_trl",
+    "h200_levers_n4": "h200_levers_n4_trl",
+    "h200_levers_beside": "h200_shipped_streaming_trl",
+}
 """With such settings, ours and TRL's result of the same card."""
 GOALS: dict[str, float | None] = {
     "train_fp8_vs_unsloth": 1.25,
@@ -69,8 +76,8 @@ NOTES: Mapping[str, str] = {
     "opd_tok_s_n4": "the same, prompts computed once",
     "longtail8_vs_trl": "TRL with one size of micro-batches, nothing recomputed",
     "fixed_vs_trl": "TRL with one size of micro-batches, nothing recomputed",
-    "score_topk16_tok_s": "one answer to a prompt, before our plugins for SGLang",
-    "topk16_vs_sampled_step": "before our plugins for SGLang",
+    "opd_topk16_streaming_tok_s": "configs/h200-streaming.yaml, its own loss",
+    "topk16_vs_sampled_step": "sequential, before our plugins for SGLang",
     "time_plan_error_pct": "six steps of one start on an H200; no H100",
 }
 """Conditions of measurements that their figures' names do not tell."""

@@ -17,6 +17,9 @@ from benchmarks.lib.time_plan_rows import (
     shared_prompt_gains,
 )
 from benchmarks.speed.time_plan import SETTINGS, _steps, compare, error_figures
+from qwen3_distill.planning.calibration import Calibration
+from qwen3_distill.planning.peaks import named_device
+from qwen3_distill.planning.rates import calibrated_rates, peak_rates
 
 
 def test_six_configs_differ_from_one_another_and_from_what_fitted() -> None:
@@ -132,3 +135,18 @@ def test_the_float32_head_of_a_gb10_is_predicted_with_tf32_and_without() -> None
         assert 0 < with_tf32 < without
     assert not gb10_training()["held_out"]
     assert "1,690 MHz" in str(gb10_training()["why"])
+
+
+def test_an_h200_as_it_was_calibrated_has_the_rates_that_the_shares_were_fitted_to() -> None:
+    found = json.loads((RESULTS / "h200_calibration.json").read_text())["calibration"]
+    assert found.pop("schema") == 1
+    measured, table = (
+        asdict(rates)
+        for rates in (
+            calibrated_rates(Calibration(**found)),
+            peak_rates(named_device("h200")),
+        )
+    )
+    for said in ("name", "origin", "calibrated"):
+        assert measured.pop(said) != table.pop(said)
+    assert measured == pytest.approx(table, rel=1e-3)

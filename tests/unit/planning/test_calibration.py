@@ -31,6 +31,8 @@ from qwen3_distill.planning.rates import (
     FITTED_ON,
     REFERENCE_BF16,
     REFERENCE_DECODE,
+    REFERENCE_GRAPH_KERNEL,
+    REFERENCE_LAUNCH,
     calibrated_rates,
     peak_rates,
 )
@@ -180,7 +182,8 @@ def test_a_calibrated_device_is_taken_as_measured(
     assert "2026-11-28" in found.origin
     assert found.bf16_flops == pytest.approx(80e12 / REFERENCE_BF16)
     assert found.weight_bandwidth == pytest.approx(220e9 / REFERENCE_DECODE)
-    assert found.launch_s == pytest.approx(8e-6)
+    assert found.launch_s == pytest.approx(8e-6 / REFERENCE_LAUNCH)
+    assert found.graph_kernel_s == pytest.approx(2.5e-6 / REFERENCE_GRAPH_KERNEL)
     assert found.fp8_flops is None
     assert found.unified
 
@@ -195,7 +198,12 @@ def test_unknown_gpu_and_uncalibrated_cpu_are_told_what_to_do(
     with pytest.raises(UnknownDevice, match=r"no GPU here.*calibrate"):
         rates_here(tmp_path)
     save_calibration(replace(MEASURED, device=cpu_name(), kind="cpu"), tmp_path)
-    assert rates_here(tmp_path).name == cpu_name()
+    found = rates_here(tmp_path)
+    assert found.name == cpu_name()
+    save_calibration(
+        replace(MEASURED, device=cpu_name(), kind="cpu", graph_kernel_us=None), tmp_path
+    )
+    assert rates_here(tmp_path).graph_kernel_s == found.launch_s  # every kernel is launched
 
 
 def test_a_device_that_reaches_what_the_reference_does_has_its_peaks() -> None:

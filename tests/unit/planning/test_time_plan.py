@@ -97,13 +97,13 @@ def test_teachers_on_cards_of_their_own_take_their_share_out() -> None:
 
 
 def test_candidates_of_sglang_cost_host_time() -> None:
-    """Measured: 0.80 s for 256 answers of 512 tokens, before our plugins."""
+    """Measured: 0.39 s for 256 answers of 512 tokens."""
     lengths: dict[str, Any] = {"prompt_tokens": 128, "response_tokens": 512}
     dense = plan_of(load("h200"), **lengths)
     sampled = plan_of(load("h200", "objective={kind: sampled_reverse_kl}"), **lengths)
     more_s = dense.stages["scoring"].seconds - sampled.stages["scoring"].seconds
     tokens = load("h200").rollouts_per_step * 512
-    assert more_s == pytest.approx(0.80 * tokens / (256 * 512), rel=0.01)
+    assert more_s == pytest.approx(0.39 * tokens / (256 * 512), rel=0.01)
     assert more_s == pytest.approx(dense.stages["scoring"].parts["host"])
     assert not any("candidates" in note for note in (*dense.notes, *sampled.notes))
 
