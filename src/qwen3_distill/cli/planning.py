@@ -92,14 +92,11 @@ def plan(
     from qwen3_distill.pipeline.models import localize
     from qwen3_distill.planning.peaks import named_device
     from qwen3_distill.planning.plan import planned_device
-    from qwen3_distill.planning.suggest import refuse_cluster
     from qwen3_distill.planning.time_plan import assumed_lengths
 
     assumed = assumed_lengths(
         settings, prompt_tokens=prompt_tokens, response_tokens=response_tokens, tail=tail
     )
-    if suggest:
-        refuse_cluster(settings)
     predicts = _predicts_time(settings, required=suggest)
     rates = _rates(device, required=suggest) if predicts else None
     shapes = {"student": shape_student, "teacher": shape_teacher}
@@ -221,7 +218,7 @@ def _show_suggestions(situation: "Situation") -> None:
         ConfigError: neither the config nor anything that was tried fits.
         typer.Exit: the config does not fit, and something else does.
     """
-    from qwen3_distill.planning.plan import lay_out
+    from qwen3_distill.planning.cards import lay_out_cards, plan_of
     from qwen3_distill.planning.suggest import suggest
     from qwen3_distill.planning.time_table import suggestion_lines
 
@@ -231,12 +228,13 @@ def _show_suggestions(situation: "Situation") -> None:
         laid_out = _show_memory(situation.config, situation.device, *shapes)
     except ConfigError as error:
         refusal = error
-        laid_out = lay_out(
+        cards = lay_out_cards(
             situation.config,
             device=situation.device,
             student_shape=situation.student,
             teacher_shape=situation.teacher,
         )
+        laid_out = plan_of("learner", cards)
     found = suggest(situation)
     if refusal is not None:
         if not found:

@@ -8,7 +8,7 @@ from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.shapes import ModelShape, read_shape
 from qwen3_distill.planning.device import DeviceMemory
 from qwen3_distill.planning.memory import Engine
-from qwen3_distill.planning.plan import MemoryPlan, make_plan, planned_device
+from qwen3_distill.planning.plan import MemoryPlan, lay_out, make_plan, planned_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,27 @@ def plan_cards(
             if config.cluster is None:
                 raise
             raise ConfigError(f"{what}: {error}") from None
+        found.append(CardPlan(what=what, engines=engines, plan=plan))
+    return found
+
+
+def lay_out_cards(
+    config: RunConfig,
+    *,
+    device: DeviceMemory,
+    student_shape: ModelShape | None = None,
+    teacher_shape: ModelShape | None = None,
+) -> list[CardPlan]:
+    """Plan every kind of card without the checks of `plan_cards`: one may not fit."""
+    found = []
+    for what, engines in _kinds(config):
+        plan = lay_out(
+            config,
+            device=device,
+            student_shape=student_shape,
+            teacher_shape=teacher_shape,
+            engines=engines,
+        )
         found.append(CardPlan(what=what, engines=engines, plan=plan))
     return found
 

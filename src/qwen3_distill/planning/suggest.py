@@ -1,7 +1,8 @@
 """Searches settings for the most tokens per second that the memory plan allows.
 
 Settings of speed and memory are searched together; those that change what is learned (rollouts of a
-step, samples of a prompt, streaming) only in variants of their own, each named.
+step, samples of a prompt, streaming) only in variants of their own, each named. A cluster's cards
+are laid out in each way of `layouts`.
 """
 
 import itertools
@@ -14,9 +15,11 @@ from qwen3_distill.config.load import check_config, dump_config
 from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.shapes import ModelShape
 from qwen3_distill.planning import memory
+from qwen3_distill.planning.cards import lay_out_cards, plan_cards, plan_of
 from qwen3_distill.planning.device import DeviceMemory
+from qwen3_distill.planning.layouts import layouts
 from qwen3_distill.planning.memory import Models
-from qwen3_distill.planning.plan import MemoryPlan, lay_out, make_plan
+from qwen3_distill.planning.plan import MemoryPlan
 from qwen3_distill.planning.rates import Rates
 from qwen3_distill.planning.time_plan import Assumed, Planned, TimePlan, plan_time
 
@@ -56,6 +59,7 @@ class Suggestion:
     """Changes of the optimization, for people; empty: none."""
     config: RunConfig
     memory: MemoryPlan
+    """That of the fullest card."""
     plan: TimePlan
 
     @property
@@ -76,15 +80,13 @@ def suggest(situation: Situation, count: int = 3) -> list[Suggestion]:
     """Return the fastest settings that fit: ``count`` of each kind, the fastest first.
 
     The config itself need not fit: then the fastest of all that do are returned.
-
-    Raises:
-        ConfigError: the run has a cluster, whose cards are not searched.
     """
     config = situation.config
-    refuse_cluster(config)
     now = _fitting(situation, {}, ())
     found = [
-        _search(situation, each) for each in _variants(config, situation.device, situation.rates)
+        _search(situation, _Variant(each.changes | layout, each.meaning))
+        for each in _variants(config, situation.device, situation.rates)
+        for layout in layouts(config)
     ]
     fitting = [each for each in found if each is not None]
     kept = [each for each in fitting if not each.meaning]
@@ -95,18 +97,6 @@ def suggest(situation: Situation, count: int = 3) -> list[Suggestion]:
     if now is not None:
         kept = [each for each in faster if not each.meaning]
     return [*_best(kept, count), *_best([each for each in faster if each.meaning], count)]
-
-
-def refuse_cluster(config: RunConfig) -> None:
-    """Refuse a config whose settings are not searched.
-
-    Raises:
-        ConfigError: the run has a cluster.
-    """
-    if config.cluster is not None:
-        raise ConfigError(
-            "--suggest is for runs on one device, and the config has a cluster; drop --suggest"
-        )
 
 
 def _best(found: list[Suggestion], count: int) -> list[Suggestion]:
@@ -270,7 +260,10 @@ def _faster(
 def _settings(situation: Situation) -> Iterator[tuple[str, Sequence[Any]]]:
     """Iterate over settings that change speed and memory only."""
     config, device = situation.config, situation.device
-    yield "generation.max_sequences", _SEQUENCES
+    most, cache = max(_SEQUENCES), getattr(config.generation, "kv_cache_gib", None)
+    if cache is not None:  # more rollouts than the stated cache holds would wait in the engine
+        most = config.generation.max_sequences
+    yield "generation.max_sequences", [number for number in _SEQUENCES if number <= most]
     if config.generation.kind == "vllm" and config.training.tuning.kind == "lora":
         yield "generation.adapters", ("merge", "swap")
     least = 0
@@ -305,20 +298,20 @@ def _evaluate(
     except ConfigError:
         return None
     shapes = {"student_shape": situation.student, "teacher_shape": situation.teacher}
-    laid_out = lay_out(config, device=situation.device, **shapes)
-    if not laid_out.fits:
+    cards = lay_out_cards(config, device=situation.device, **shapes)
+    if not all(card.plan.fits for card in cards):
         return None
     planned = Planned(
         config=timed,
         student=situation.student,
         teacher=situation.teacher,
-        recomputed_layers=recomputed_layers(config, situation, laid_out),
+        recomputed_layers=recomputed_layers(config, situation, plan_of("learner", cards)),
     )
     return Suggestion(
         changes=changes,
         meaning=(*meaning, *_in_flight_meaning(situation.config, config)),
         config=config,
-        memory=laid_out,
+        memory=max((card.plan for card in cards), key=lambda plan: plan.required_bytes),
         plan=plan_time(planned, situation.rates, situation.assumed),
     )
 
@@ -340,7 +333,7 @@ def recomputed_layers(config: RunConfig, situation: Situation, laid_out: MemoryP
 def _is_planned(situation: Situation, found: Suggestion) -> bool:
     """Whether the whole memory plan accepts it, loading included."""
     try:
-        make_plan(
+        plan_cards(
             found.config,
             device=situation.device,
             student_shape=situation.student,
@@ -369,8 +362,8 @@ def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
 
 def _value(value: Any) -> str:
     """Write a value as an override of the command line."""
-    if isinstance(value, bool):
-        return str(value).lower()
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
     if not isinstance(value, dict):
         return str(value)
     inner = ", ".join(f"{key}: {_value(each)}" for key, each in value.items())

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -192,11 +193,15 @@ def test_several_teachers_have_a_memory_plan_and_no_prediction(config: Path) -> 
     refused(*call, words=["one teacher only", "plan without --suggest"])
 
 
-def test_suggestions_are_refused_for_a_cluster_before_anything_is_printed(config: Path) -> None:
-    cluster = "cluster={teachers: {replicas: 2}, learner: {}}"
-    call = ("plan", "-c", config, *SHAPES, "--device", "h200", "--suggest", cluster)
-    refused(*call, words=["--suggest is for runs on one device"])
-    assert call_cli(*call).out == ""
+def test_suggestions_for_a_cluster_can_be_typed(config: Path) -> None:
+    own = "{replicas: 1}"
+    roles = f"cluster={{rollouts: {own}, teachers: {own}, learner: {{ranks: 2}}}}"
+    call = ("plan", "-c", config, *SHAPES, "--device", "h200", roles)
+    result = call_cli(*call, "--suggest")
+    assert result.code == 0, result.err
+    words = [shlex.split(line) for line in result.out.splitlines() if "cluster.rollouts=" in line]
+    assert words
+    assert call_cli(*call, *words[0]).code == 0
 
 
 def test_config_that_does_not_fit_is_said_to_and_searched(config: Path) -> None:

@@ -364,12 +364,6 @@ def test_small_memory_is_kept_to() -> None:
         assert each.memory.required_bytes <= 82 * GIB
 
 
-def test_a_cluster_is_not_searched() -> None:
-    config = load("h200", "cluster={teachers: {replicas: 2}, learner: {}}")
-    with pytest.raises(ConfigError, match="--suggest is for runs on one device"):
-        suggest(situation(config, 139))
-
-
 def test_no_mps_is_suggested_where_cpu_and_gpu_share_the_memory() -> None:
     config = load("h200")
     here = situation(config, 139)
