@@ -32,9 +32,7 @@ _RUNTIME_GIB: dict[str, dict[Engine, float]] = {
     # Processes that use the CPU builds.
     "cpu": {"teacher": 2.0, "student": 1.5, "learner": 1.0},
 }
-_CUDA_GRAPH_BYTES = 1.25 * GIB
-_GRAPH_SEQUENCES = 512
-"""vLLM's graphs of up to so many sequences take that; of more, it is taken to grow with them."""
+_CUDA_GRAPH_BYTES = 1.25 * GIB  # of up to 512 sequences; with more it is taken to grow
 _VLLM_BATCHED_TOKENS = 8192
 """Tokens that vLLM schedules per step, its default on large GPUs."""
 _DECODE_GRAPH_BYTES = 1.0 * GIB
@@ -153,15 +151,14 @@ def student_rows(config: RunConfig, models: Models, device: DeviceMemory) -> lis
         rows.append(_row("student", "adapter", adapter, f"rank {tuning.rank}"))
     how = f"{generation.max_sequences} rollouts of {prompt_tokens(config, models)} + "
     how += f"{config.sampling.max_new_tokens} tokens"
-    if generation.kind == "vllm" and generation.kv_cache_gib is not None:
-        how = "generation.kv_cache_gib"
+    how = "generation.kv_cache_gib" if getattr(generation, "kv_cache_gib", None) else how
     how += ", FP8" if student_cache_itemsize(config) == 1 else ""
     rows.append(_row("student", "key-value cache", student_cache_bytes(config, models), how))
     rows.append(_student_working_row(config, models))
     if generation.kind == "vllm":
         if device.kind != "cpu" and not generation.enforce_eager:
-            size = _CUDA_GRAPH_BYTES * max(1.0, generation.max_sequences / _GRAPH_SEQUENCES)
-            rows.append(_row("student", "CUDA graphs", size, "estimate"))
+            graphs = _CUDA_GRAPH_BYTES * max(1.0, generation.max_sequences / 512)
+            rows.append(_row("student", "CUDA graphs", graphs, "estimate"))
         rows.append(_runtime_row("student", device))
     return rows
 

@@ -71,8 +71,8 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
     """``AsyncEngineArgs`` for the settings.
 
     Raises:
-        EngineStartError: this vLLM does not know one of the further arguments, or a flag is
-            neither true nor false.
+        EngineStartError: this vLLM does not know one of the further arguments, a flag is neither
+            true nor false, or there are no kernels for an adapter.
     """
     values: dict[str, Any] = {
         "model": settings.model_dir,
@@ -103,15 +103,7 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
     if settings.float32_head:
         values["hf_overrides"] = {"head_dtype": "float32"}
     if settings.lora_rank is not None:
-        if settings.dtype == "float32" and not is_cpu():
-            raise EngineStartError(
-                "vLLM's adapter kernels have no float32 on a GPU: set generation.dtype=bfloat16, "
-                "or generation.adapters=merge to be sent whole weights"
-            )
-        rank = next(limit for limit in _RANKS if limit >= settings.lora_rank)
-        # One slot: every request uses the one adapter that is served, so rows with and without
-        # an adapter never share a batch (on CPU that gives base rows the adapter).
-        values |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+        values |= _adapters(settings.lora_rank, settings.dtype)
     if is_cpu():
         # A prompt split by the step's token limit makes the runner take back a random number, which
         # CPU generators cannot do: seeded requests then end the engine. So prompts stay whole.
@@ -129,6 +121,23 @@ def engine_arguments(settings: VllmSettings) -> dict[str, Any]:
     _check_names(values)
     _check_flags(settings.engine_arguments)
     return values
+
+
+def _adapters(lora_rank: int, dtype: str) -> dict[str, Any]:
+    """Return the arguments of an engine that serves an adapter.
+
+    Raises:
+        EngineStartError: this vLLM has no kernels for it.
+    """
+    if dtype == "float32" and not is_cpu():
+        raise EngineStartError(
+            "vLLM's adapter kernels have no float32 on a GPU: set generation.dtype=bfloat16, "
+            "or generation.adapters=merge to be sent whole weights"
+        )
+    rank = next(limit for limit in _RANKS if limit >= lora_rank)
+    # One slot: every request uses the one adapter that is served, so rows with and without
+    # an adapter never share a batch (on CPU that gives base rows the adapter).
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
 
 
 def _attention(name: str) -> str:
