@@ -37,6 +37,8 @@ def test_a_share_of_the_multiprocessors_is_named_where_values_are_not_numbers(
 ) -> None:
     monkeypatch.delenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", raising=False)
     assert remedy("take a lower learning_rate") == "take a lower learning_rate"
+    monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "100")
+    assert remedy("take a lower learning_rate") == "take a lower learning_rate"
     monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "75")
     named = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=75 is set"
     assert named in remedy("take a lower learning_rate")
