@@ -90,14 +90,18 @@ def rate_of_common_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> fl
 def means_of_steps(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the means of the stages' times, idle shares and queues, and of what some steps have.
 
-    A load beside a step has its mean over the steps in which one ended. How far the learner is from
+    Shares and queues are means over time: short and long steps may follow each other. A load
+    beside a step has its mean over the steps in which one ended. How far the learner is from
     the engine says whether the engine computes what it should, however fast.
     """
-    found = {
-        key: float(np.mean([step.get(key) or 0.0 for step in steps]))
-        for key in steps[-1]
-        if key.startswith(("idle/", "queue/", "time/"))
-    }
+    seconds = [step["time/step_s"] for step in steps]
+    found = {}
+    for key in steps[-1]:
+        values = [step.get(key) or 0.0 for step in steps]
+        if key.startswith("time/") or key.endswith("_max"):
+            found[key] = float(np.mean(values))
+        elif key.startswith(("idle/", "queue/")):
+            found[key] = float(np.average(values, weights=seconds))
     for key in ("weights/load_s", "health/learner_vs_engine_abs_nats"):
         if there := [step[key] for step in steps if step.get(key) is not None]:
             found[key] = float(np.mean(there))

@@ -73,3 +73,16 @@ def test_what_some_steps_have_has_its_mean_over_them() -> None:
     ]
     assert means_of_steps(steps) == {"time/step_s": 3.0, "weights/load_s": 0.5, gap: 0.375}
     assert means_of_steps(steps[:1]) == {"time/step_s": 2.0, gap: 0.5}
+
+
+def test_shares_and_queues_are_means_over_time() -> None:
+    steps = [
+        {"time/step_s": 1.0, "idle/train_fraction": 0.0, "queue/ready_mean": 8.0},
+        {"time/step_s": 3.0, "idle/train_fraction": 0.8, "queue/ready_mean": 0.0},
+    ]
+    found = means_of_steps(
+        [{**step, "queue/ready_max": 4.0 * step["time/step_s"]} for step in steps]
+    )
+    assert found["idle/train_fraction"] == pytest.approx(0.6)
+    assert found["queue/ready_mean"] == pytest.approx(2.0)
+    assert found["queue/ready_max"] == 8.0
