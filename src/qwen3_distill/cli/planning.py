@@ -92,11 +92,14 @@ def plan(
     from qwen3_distill.pipeline.models import localize
     from qwen3_distill.planning.peaks import named_device
     from qwen3_distill.planning.plan import planned_device
+    from qwen3_distill.planning.suggest import refuse_without_cards
     from qwen3_distill.planning.time_plan import assumed_lengths
 
     assumed = assumed_lengths(
         settings, prompt_tokens=prompt_tokens, response_tokens=response_tokens, tail=tail
     )
+    if suggest:
+        refuse_without_cards(settings)
     predicts = _predicts_time(settings, required=suggest)
     rates = _rates(device, required=suggest) if predicts else None
     shapes = {"student": shape_student, "teacher": shape_teacher}

@@ -44,7 +44,7 @@ def layouts(config: RunConfig) -> Iterator[dict[str, Any]]:
 
 
 def _equal_cards(cluster: ClusterConfig) -> int | None:
-    """Count cards of which each has room for any engine; None: the layout is left as it is."""
+    """Count cards of which each may have any engine; None: the layout is left as it is."""
     learner, rollouts, teachers = cluster.learner, cluster.rollouts, cluster.teachers
     if learner is None or rollouts is None or teachers is None or learner.sharded:
         return None

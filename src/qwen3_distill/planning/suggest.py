@@ -80,8 +80,12 @@ def suggest(situation: Situation, count: int = 3) -> list[Suggestion]:
     """Return the fastest settings that fit: ``count`` of each kind, the fastest first.
 
     The config itself need not fit: then the fastest of all that do are returned.
+
+    Raises:
+        ConfigError: an engine of the cluster has no card.
     """
     config = situation.config
+    refuse_without_cards(config)
     now = _fitting(situation, {}, ())
     found = [
         _search(situation, _Variant(each.changes | layout, each.meaning))
@@ -97,6 +101,21 @@ def suggest(situation: Situation, count: int = 3) -> list[Suggestion]:
     if now is not None:
         kept = [each for each in faster if not each.meaning]
     return [*_best(kept, count), *_best([each for each in faster if each.meaning], count)]
+
+
+def refuse_without_cards(config: RunConfig) -> None:
+    """Refuse a cluster of which an engine computes on the CPU: its time is not predicted.
+
+    Raises:
+        ConfigError: an engine has no card.
+    """
+    for name in ("rollouts", "teachers", "learner"):
+        engines = getattr(config.cluster, name, None)
+        if engines is not None and engines.cards == 0:
+            raise ConfigError(
+                f"--suggest plans cards, and cluster.{name}.cards=0 has none; give it a card, or "
+                "drop --suggest"
+            )
 
 
 def _best(found: list[Suggestion], count: int) -> list[Suggestion]:

@@ -194,9 +194,9 @@ def teacher_model(planned: Planned) -> Model:
 
 
 def decoding_settings(config: RunConfig) -> Decoding:
-    """Describe the sampling engine's settings."""
+    """Describe the settings of one sampling engine."""
     generation = config.generation
-    sequences = generation.max_sequences * config.num_rollout_engines
+    sequences = generation.max_sequences
     if generation.kind == "vllm":
         eager = generation.enforce_eager
         return Decoding(
@@ -217,8 +217,6 @@ def _stages(
 ) -> dict[Stage, StageTime]:
     config = planned.config
     nothing = StageTime({"host": 0.0})
-    sample = roofline.steady_sampling if config.pipeline.kind == "streaming" else roofline.sampling
-    decoding = decoding_settings(config)
     scored = nothing
     if config.objective.score_request is not None and planned.teacher is not None:
         scoring = config.teacher
@@ -242,7 +240,7 @@ def _stages(
     )
     weights = planned.student.weight_bytes(_ITEMSIZE[config.generation.dtype])
     return {
-        "sampling": sample(student_model(planned, rates), rates, decoding, rollouts, share),
+        "sampling": _sampling(planned, rates, rollouts, share),
         "scoring": scored,
         "training": roofline.training(
             planned.student, rates, training_work(planned, rollouts), rollouts, share
@@ -250,6 +248,16 @@ def _stages(
         "publishing": roofline.publishing(weights, rates, adapter=adapter, share=share),
         "host": StageTime({"host": share.host_s_per_rollout * rollouts.count}),
     }
+
+
+def _sampling(planned: Planned, rates: Rates, rollouts: Rollouts, share: Efficiency) -> StageTime:
+    """Predict sampling by all engines, each of which pays for its own decode steps."""
+    config, model = planned.config, student_model(planned, rates)
+    engines, decoding = config.num_rollout_engines, decoding_settings(config)
+    if config.pipeline.kind == "streaming":
+        found = roofline.steady_sampling(model, rates, decoding, rollouts, share)
+        return found.times(1 / engines)
+    return roofline.sampling(model, rates, decoding, rollouts.of_one(engines), share)
 
 
 def training_work(planned: Planned, rollouts: Rollouts) -> Training:
@@ -299,13 +307,14 @@ def _times_per_step(config: RunConfig, stage: Stage) -> float:
 
 
 def _devices_of(config: RunConfig, stage: Stage) -> int:
-    """Devices that share a stage's work."""
+    """Devices that share a stage's work; of sampling, an engine's: its engines share no step."""
     cluster = config.cluster
     if cluster is None:
         return 1
-    section = {"sampling": cluster.rollouts, "scoring": cluster.teachers}.get(stage)
-    if section is not None:
-        return max(1, section.replicas * section.cards)
+    if stage == "sampling" and cluster.rollouts is not None:
+        return max(1, cluster.rollouts.cards)
+    if stage == "scoring" and cluster.teachers is not None:
+        return max(1, cluster.teachers.replicas * cluster.teachers.cards)
     if stage == "training" and cluster.learner is not None:
         return cluster.learner.ranks
     return 1
@@ -363,8 +372,9 @@ def _evaluation_seconds(
             prompt_tokens=assumed.prompt_tokens,
             samples_per_prompt=evaluation.samples_per_problem,
         )
-        decoding = decoding_settings(config)
-        sampled = roofline.sampling(student_model(planned, rates), rates, decoding, rollouts, share)
+        model, decoding = student_model(planned, rates), decoding_settings(config)
+        of_one = rollouts.of_one(config.num_rollout_engines)
+        sampled = roofline.sampling(model, rates, decoding, of_one, share)
         total += times * sampled.seconds / _devices_of(config, "sampling")
     return total * (2 if evaluation.second_temperature is not None else 1)
 

@@ -7,7 +7,7 @@ tail, cut at the longest that is allowed.
 import heapq
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from qwen3_distill.errors import ConfigError
@@ -75,6 +75,18 @@ class Rollouts:
             prompt_tokens=prompt_tokens,
             responses=drawn,
             samples_per_prompt=samples_per_prompt,
+        )
+
+    def of_one(self, engines: int) -> "Rollouts":
+        """Return the rollouts of the engine, of several, that has the longest answer."""
+        if engines == 1 or not self.responses:
+            return self
+        longest_first = sorted(range(len(self.responses)), key=lambda at: -self.responses[at])
+        kept = sorted(longest_first[::engines])
+        return replace(
+            self,
+            count=math.ceil(self.count / engines),
+            responses=tuple(self.responses[at] for at in kept),
         )
 
     @property

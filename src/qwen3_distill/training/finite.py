@@ -18,11 +18,11 @@ def remedy(usual: str) -> str:
     first step on (h200_mps_share, h200_mps_share_as_loaded), whatever the optimizer's settings.
     """
     share = os.environ.get(_SHARE)
-    if share in (None, "100"):  # all of them
+    if share in (None, "", "100"):  # all of them
         return usual
     return (
-        f"{_SHARE}={share} is set for the learner, with which kernels compute wrong values: "
-        "remove it from training.environment or from the shell's variables"
+        f"{_SHARE}={share} is set for the learner, and with 75 on an H200 nothing was a number: "
+        f"remove it from training.environment or the shell's variables. If this stays: {usual}"
     )
 
 

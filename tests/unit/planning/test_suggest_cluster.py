@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 
 from qwen3_distill.config import ClusterConfig, RunConfig
+from qwen3_distill.errors import ConfigError
 from qwen3_distill.modeling.step_memory import GIB
 from qwen3_distill.planning.cards import plan_cards
 from qwen3_distill.planning.device import stated_memory
 from qwen3_distill.planning.layouts import layouts
 from qwen3_distill.planning.suggest import Situation, suggest
+from qwen3_distill.planning.time_plan import Planned, assumed_lengths, plan_time
 from tests.unit.planning.test_suggest import situation
 
 _SHARED = "{replicas: 4, where: with_learner}"
@@ -112,3 +114,26 @@ def test_a_stated_cache_is_not_filled_with_more_rollouts() -> None:
 
     assert most(max_sequences=8) > 8
     assert most(max_sequences=8, kv_cache_gib=2) == 8
+
+
+@pytest.mark.parametrize("tail", [1.0, 8.0])
+def test_every_engine_pays_for_its_own_decode_steps(tail: float) -> None:
+    def sampling_s(*overrides: str, prompts: int) -> float:
+        one = "pipeline={kind: sequential}"
+        given = cards(EACH, one, *overrides, f"prompts_per_step={prompts}")
+        planned = Planned(
+            config=given.config, student=given.student, teacher=given.teacher, recomputed_layers=0
+        )
+        lengths = assumed_lengths(given.config, prompt_tokens=128, response_tokens=128, tail=tail)
+        return plan_time(planned, given.rates, lengths).stages["sampling"].seconds
+
+    of_four = sampling_s(prompts=256)
+    assert of_four == pytest.approx(sampling_s("cluster=null", prompts=64), rel=0.1)
+    # One answer cannot be divided.
+    assert sampling_s(prompts=4) > 0.95 * sampling_s("cluster=null", prompts=1)
+
+
+def test_engines_without_cards_are_not_searched() -> None:
+    given = cards("cluster={rollouts: {cards: 0}, teachers: {}, learner: {}}")
+    with pytest.raises(ConfigError, match=r"cluster\.rollouts\.cards=0"):
+        suggest(given)
