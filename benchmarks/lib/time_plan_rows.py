@@ -245,13 +245,16 @@ def _one_start_rows(
         yield _row(source, f"{part} streaming", "step", seconds, case, changed["step"])
     if "topk16" in parts and "topk16" in found:  # other rounds fitted what candidates cost
         record, case = found["topk16"]["topk16"], _one_start_case(*overrides, objective=TOP_16)
-        old: dict[str, str | None] = {"scoring": _OLD_SERVER, "step": _OLD_SERVER}
+        old: dict[str, str | None] = {}
+        if source in ("h200_topk16", "h200_one_start"):
+            old |= {"scoring": _OLD_SERVER, "step": _OLD_SERVER}
         if source == "h200_one_start":
             old |= {"training": _OLD_CANDIDATES, "step": _OLD_CANDIDATES}
         yield from _record_rows(source, "top 16 sequential", record, case, **old)
         if "fixed" not in found:  # else it was measured twice
             record, case = found["topk16"]["sampled"], _one_start_case(*overrides)
             yield from _record_rows(source, "fixed sequential", record, case)
+    # Scoring by itself in the same run fitted what candidates cost; the step did not.
     if "topk16_streaming" in parts and "topk16_streaming" in found:
         seconds = found["topk16_streaming"]["streaming"]["time/step_s"]
         case = _one_start_case(*overrides, _STREAMING, objective=TOP_16)
@@ -372,7 +375,7 @@ def decode_shares() -> dict[str, float]:
 
 
 def candidate_share() -> dict[str, float]:
-    """Compute what the teacher's top 16 cost for each token: `h200_shipped_streaming`."""
+    """Compute what the top 16 cost for each token of a response: `h200_shipped_streaming`."""
     figures = read("h200_shipped_streaming")["figures"]
     tokens, responses = 256 * 640, 256 * 512
     with_top = tokens / figures["score_topk16_tok_s"]

@@ -73,10 +73,11 @@ GOALS: dict[str, float | None] = {
 
 NOTES: Mapping[str, str] = {
     "opd_tok_s_256x512": "configs/h200-streaming.yaml with the sampled token's loss",
-    "opd_tok_s_n4": "the same, prompts computed once",
+    "opd_tok_s_n4": "that config and loss on another card, prompts computed once",
     "longtail8_vs_trl": "TRL with one size of micro-batches, nothing recomputed",
     "fixed_vs_trl": "TRL with one size of micro-batches, nothing recomputed",
     "opd_topk16_streaming_tok_s": "configs/h200-streaming.yaml, its own loss",
+    "opd_topk16_tok_s": "sequential, before our plugins for SGLang",
     "topk16_vs_sampled_step": "sequential, before our plugins for SGLang",
     "time_plan_error_pct": "six steps of one start on an H200; no H100",
 }

@@ -110,7 +110,7 @@ class VllmGeneration(EngineProcess, Watched):
     engine_arguments: dict[str, JsonValue] = Field(default_factory=dict)
     """Further arguments of vLLM's ``AsyncEngineArgs``, under vLLM's names; lists and objects are
     allowed, e.g. ``{compilation_config: {cudagraph_capture_sizes: [64, 128, 256]}}``; without
-    sizes there are CUDA graphs for `max_sequences`, too. Names are checked when vLLM starts."""
+    sizes, CUDA graphs reach `max_sequences`. Names are checked when vLLM starts."""
 
     @model_validator(mode="after")
     def _engine_arguments_have_no_setting(self) -> Self:

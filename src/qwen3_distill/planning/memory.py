@@ -18,6 +18,7 @@ from qwen3_distill.modeling.shapes import ModelShape
 from qwen3_distill.modeling.step_memory import GIB, Checkpointing, MemoryModel, allocator_bytes
 from qwen3_distill.planning.device import DeviceMemory
 from qwen3_distill.replay.buffer import ReplayBuffer
+from qwen3_distill.utils.graph_sizes import graphs_over_own
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
@@ -32,12 +33,10 @@ _RUNTIME_GIB: dict[str, dict[Engine, float]] = {
     # Processes that use the CPU builds.
     "cpu": {"teacher": 2.0, "student": 1.5, "learner": 1.0},
 }
-_CUDA_GRAPH_BYTES = 1.25 * GIB  # of up to 512 sequences; with more it is taken to grow
-_VLLM_BATCHED_TOKENS = 8192
-"""Tokens that vLLM schedules per step, its default on large GPUs."""
+_CUDA_GRAPH_BYTES = 1.25 * GIB  # of vLLM's own sizes; with larger ones it is taken to grow
+_VLLM_BATCHED_TOKENS = 8192  # of a step, its default on large GPUs
 _DECODE_GRAPH_BYTES = 1.0 * GIB
-_LINK_GIB = 0.8
-"""Memory of a process of two ranks beyond that of one alone, on H200s."""
+_LINK_GIB = 0.8  # of a process of two ranks beyond that of one alone, on H200s
 _CACHE_BLOCK_TOKENS = 16
 _VLLM_CPU_BLOCK_TOKENS = 128
 
@@ -151,14 +150,15 @@ def student_rows(config: RunConfig, models: Models, device: DeviceMemory) -> lis
         rows.append(_row("student", "adapter", adapter, f"rank {tuning.rank}"))
     how = f"{generation.max_sequences} rollouts of {prompt_tokens(config, models)} + "
     how += f"{config.sampling.max_new_tokens} tokens"
-    how = "generation.kv_cache_gib" if getattr(generation, "kv_cache_gib", None) else how
+    if generation.kind == "vllm" and generation.kv_cache_gib is not None:
+        how = "generation.kv_cache_gib"
     how += ", FP8" if student_cache_itemsize(config) == 1 else ""
     rows.append(_row("student", "key-value cache", student_cache_bytes(config, models), how))
     rows.append(_student_working_row(config, models))
     if generation.kind == "vllm":
         if device.kind != "cpu" and not generation.enforce_eager:
-            graphs = _CUDA_GRAPH_BYTES * max(1.0, generation.max_sequences / 512)
-            rows.append(_row("student", "CUDA graphs", graphs, "estimate"))
+            graphs = graphs_over_own(generation.max_sequences, generation.engine_arguments)
+            rows.append(_row("student", "CUDA graphs", graphs * _CUDA_GRAPH_BYTES, "estimate"))
         rows.append(_runtime_row("student", device))
     return rows
 

@@ -34,7 +34,7 @@ class DevicePeaks:
     bandwidth_gbs: float
     """Memory bandwidth in GB/s, reads and writes together."""
     graph_kernel_us: float
-    """Least time of a kernel within a CUDA graph, in microseconds."""
+    """Time of a small kernel within a CUDA graph, in microseconds."""
     launch_us: float
     """Time of the host for one kernel that PyTorch launches, in microseconds."""
     source: str

@@ -381,8 +381,8 @@ def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
 
 def _value(value: Any) -> str:
     """Write a value as an override of the command line."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
+    if isinstance(value, bool):
+        return str(value).lower()
     if not isinstance(value, dict):
         return str(value)
     inner = ", ".join(f"{key}: {_value(each)}" for key, each in value.items())

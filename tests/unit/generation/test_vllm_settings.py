@@ -36,6 +36,7 @@ def test_graphs_reach_the_largest_batch(max_sequences: int, largest: int | None)
         {"engine_arguments": {"max_cudagraph_capture_size": 256}},
         {"engine_arguments": {"cudagraph_capture_sizes": [256, 1024]}},
         {"engine_arguments": {"compilation_config": {"cudagraph_capture_sizes": [1024]}}},
+        {"engine_arguments": {"speculative_config": {"num_speculative_tokens": 2}}},
         {"engine_arguments": {"compilation_config": {"max_cudagraph_capture_size": 512}}},
     ],
 )
@@ -45,5 +46,5 @@ def test_sizes_that_are_given_stay(others: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("compilation", [{"mode": 3}, 3])
 def test_other_settings_of_the_compiler_leave_it(compilation: object) -> None:
-    given = {"compilation_config": compilation, "max_num_seqs": 9}
+    given = {"compilation_config": compilation, "swap_space": 9}
     assert settings(1024, engine_arguments=given).largest_graph == 1024

@@ -267,6 +267,8 @@ def test_graphs_of_more_than_512_sequences_are_counted() -> None:
 
     assert graphs(max_sequences=64) == graphs(max_sequences=512) == 1.25
     assert graphs(max_sequences=1024) == 2.5
+    smaller = {"compilation_config": {"cudagraph_capture_sizes": [64]}}
+    assert graphs(max_sequences=1024, engine_arguments=smaller) == 1.25
 
 
 def test_stated_fraction_and_tokens_win() -> None:

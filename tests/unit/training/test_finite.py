@@ -48,5 +48,5 @@ def test_a_share_of_the_multiprocessors_is_named_where_values_are_not_numbers(
 
     with pytest.raises(ConfigError, match=named):
         check_gradient(gradient(float("nan")), gradient(1.0), "fp8_backward")
-    with pytest.raises(ConfigError, match="use as_loaded"):
+    with pytest.raises(ConfigError, match="than rounding does; use as_loaded"):
         check_gradient(gradient(9.0), gradient(1.0), "fp8_backward")

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from qwen3_distill.config import (
     TuningConfig,
     UnslothTraining,
 )
-from qwen3_distill.errors import AlignmentError, EngineError, EngineStartError
+from qwen3_distill.errors import AlignmentError, EngineError, EngineStartError, NonFiniteError
 from qwen3_distill.modeling.loading import load_model
 from qwen3_distill.training import learner as learner_module
 from qwen3_distill.training.batching import MicroBatch
@@ -333,3 +334,17 @@ def test_a_saved_student_is_a_directory_of_its_own(tiny_models: TinyModels, tmp_
     assert all(torch.equal(p, expected[name]) for name, p in saved.named_parameters())
     names = {path.name for path in (tmp_path / "new" / "student").iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors"} <= names
+
+
+def test_a_loss_that_is_not_a_number_names_what_it_may_be_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dropped: list[bool] = []
+    weights = SimpleNamespace(drop_gradients=lambda: dropped.append(True))
+    learner: Any = SimpleNamespace(_weights=weights)
+    monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "75")
+    words = r"step 3: loss=nan.*PERCENTAGE=75 is set.*A lower learning_rate"
+    with pytest.raises(NonFiniteError, match=words):
+        TorchLearner._require_finite(learner, 3, float("nan"), 1.0)
+    assert dropped == [True]
+    TorchLearner._require_finite(learner, 3, 1.0, 1.0)

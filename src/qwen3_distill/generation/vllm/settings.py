@@ -4,10 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_VLLM_LARGEST_GRAPH = 512
-_GRAPH_STEP = 16
-"""Sizes are multiples of it, from 256 on."""
-_GRAPH_SIZES = frozenset({"max_cudagraph_capture_size", "cudagraph_capture_sizes"})
+from qwen3_distill.utils.graph_sizes import largest_graph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +40,5 @@ class VllmSettings:
 
     @property
     def largest_graph(self) -> int | None:
-        """Size of the largest CUDA graph that vLLM must be asked for; None: it makes enough.
-
-        By itself it makes none for more than 512 sequences, and decodes larger batches without.
-        """
-        compilation = self.engine_arguments.get("compilation_config")
-        given = {*self.engine_arguments, *(compilation if isinstance(compilation, dict) else ())}
-        if self.enforce_eager or self.max_sequences <= _VLLM_LARGEST_GRAPH or given & _GRAPH_SIZES:
-            return None
-        return -(-self.max_sequences // _GRAPH_STEP) * _GRAPH_STEP
+        """Size of the largest CUDA graph that vLLM must be asked for; None: its own suffice."""
+        return largest_graph(self.max_sequences, self.enforce_eager, self.engine_arguments)
